@@ -1,0 +1,100 @@
+"""The output folder of a sweep: which trials are done, by content hash; survives kill -9."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ray_peft.errors import SearchSpaceError
+from ray_peft.report import read_results
+from ray_peft.result import TrialResult
+
+
+@dataclass
+class SweepRecord:
+    """What `sweep.json` says of a sweep."""
+
+    name: str
+    description: str
+    notes: list[str] = field(default_factory=list)
+    planned: list[str] = field(default_factory=list)
+    """Trial ids, in order."""
+    parent_run_id: str | None = None
+    tracking_uri: str = ""
+    """Without credentials."""
+
+
+class Ledger:
+    """Results of one output folder. One process writes at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self._results = self.folder / "results.jsonl"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process.
+
+        Raises:
+            SearchSpaceError: another process holds it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SearchSpaceError(
+                    f"--out {self.folder}: another ray-peft is writing there; wait for it, or give another --out"
+                ) from None
+            yield
+
+    def trial_folder(self, trial_id: str) -> Path:
+        """The folder of one trial."""
+        return self.folder / "trials" / trial_id
+
+    def finished(self) -> dict[str, TrialResult]:
+        """Trials that need not run again."""
+        return {result.trial_id: result for result in self.results() if result.status == "finished"}
+
+    def results(self) -> list[TrialResult]:
+        """The last result of every trial, in the order of their first."""
+        return read_results(self.folder) if self._results.is_file() else []
+
+    def add(self, result: TrialResult) -> None:
+        """Append a result so that a crash at any moment loses at most the line being written."""
+        line = (json.dumps(result.row(), ensure_ascii=False) + "\n").encode()
+        with self._results.open("ab") as file:
+            if file.tell() and not self._ends_with_newline():
+                line = b"\n" + line
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def set_aside(self) -> None:
+        """Keep earlier results under another name and start from none."""
+        if self._results.is_file():
+            stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+            self._results.rename(self.folder / f"results-{stamp}.jsonl")
+        (self.folder / "sweep.json").unlink(missing_ok=True)
+
+    def read_record(self) -> SweepRecord | None:
+        """What an earlier run of the sweep wrote; null where there is none."""
+        path = self.folder / "sweep.json"
+        return SweepRecord(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+    def write_record(self, record: SweepRecord) -> None:
+        """Write `sweep.json` in one step."""
+        partial = self.folder / "sweep.json.partial"
+        partial.write_text(json.dumps(asdict(record), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.folder / "sweep.json")
+
+    def _ends_with_newline(self) -> bool:
+        with self._results.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"

@@ -1,0 +1,89 @@
+"""The contract of a fine-tuning method: `Method` says how to split a trial, `Stage` how to train one part."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from ray_peft.strict import Strict
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+Task = Literal["llm_sft"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The seven projections of a Llama- or Gemma-style block."""
+
+
+class Quantization(Strict):
+    """How the frozen base is stored in 4 bits (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+    """Quantise the quantisation constants too: about 0.37 bits a parameter less."""
+    compute_dtype: Dtype = "bfloat16"
+    """The dtype into which weights are dequantised for each matrix product."""
+
+
+class Method(Strict, ABC):
+    """One way to fine-tune. Its fields are its hyperparameters: nothing else configures it."""
+
+    name: str
+    tasks: ClassVar[frozenset[Task]]
+    needs_full_weights: ClassVar[bool] = False
+    """True if the base itself is trained, so that it cannot be stored in 4 bits."""
+
+    @abstractmethod
+    def stages(self, steps: int) -> list[tuple[Stage, int]]:
+        """Split `steps` optimizer steps over the stages to run, in order."""
+
+    def quantization(self) -> Quantization | None:
+        """How the base must be stored when the first stage starts; None keeps plain weights."""
+        return None
+
+    def weights_dtype(self, asked: Dtype) -> Dtype:
+        """The dtype in which the base is held when the first stage starts, given the model's own setting."""
+        return asked
+
+    def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
+        """Rules of this method that the rest of the trial breaks, one sentence each.
+
+        Args:
+            accumulates: one optimizer step takes several forward passes on a worker.
+            num_workers: data-parallel workers of the trial.
+        """
+        return []
+
+
+class Stage(Method):
+    """A method that trains in one go; LoRA is one stage, QLoRA-then-GaLore is two."""
+
+    lr: float = Field(default=1.0e-4, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Clip the gradient's global norm to this; null does not clip."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+
+    def stages(self, steps: int) -> list[tuple[Stage, int]]:
+        """The stage itself, for all steps."""
+        return [(self, steps)]
+
+    @abstractmethod
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Return `model` with exactly the parameters to train marked `requires_grad`."""
+
+    @abstractmethod
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """Build the optimizer over the trainable parameters of `model`."""
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """Fold what was trained into plain weights, ready for the next stage."""
+        return model

@@ -1,0 +1,75 @@
+"""LoRA: frozen weights plus a trained low-rank update (Hu et al. 2021, arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from ray_peft.methods.base import PROJECTIONS, Stage, Task
+from ray_peft.methods.optimizers import OptimizerName, adamw, trainable
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+class LowRankAdapter(Stage):
+    """What LoRA and QLoRA share: two thin trained matrices beside each target weight."""
+
+    rank: int = Field(default=16, ge=1)
+    """Inner dimension of the update; trainable parameters grow linearly with it."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Numerator of the scale alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    targets: tuple[str, ...] = Field(default=PROJECTIONS, min_length=1)
+    """Name endings of the layers that get an adapter."""
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
+    """The dtype that holds adapters and their gradients while they train."""
+    lr: float = 2.0e-4
+    optim: OptimizerName = "adamw"
+
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _no_projection_of_thin_matrices(cls, value: object) -> object:
+        if isinstance(value, str) and "galore" in value:
+            raise ValueError(
+                f"{value} projects the gradients of full weight matrices, but an adapter trains two thin ones; "
+                "use method galore, or optim: adamw"
+            )
+        return value
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Freeze the base and add adapters to the targets."""
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT annotates int and computes with floats
+            lora_dropout=self.dropout,
+            target_modules=list(self.targets),
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+        for parameter in trainable(adapted):
+            parameter.data = parameter.data.to(getattr(torch, self.adapter_dtype))
+        return adapted
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """AdamW over the adapters."""
+        return adamw(trainable(model), self.optim, lr=self.lr, betas=self.betas, decay=self.weight_decay)
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """Add B A to the base weights and drop the adapters."""
+        merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
+        return merged
+
+
+class LoRA(LowRankAdapter):
+    """Train B A beside each target weight W: y = W x + (alpha / rank) B A x."""
+
+    name: Literal["lora"] = "lora"
+    tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft"})

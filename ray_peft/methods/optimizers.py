@@ -1,0 +1,45 @@
+"""AdamW in the storage formats that adapters and full weights share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+
+
+def adamw(
+    parameters: Sequence[nn.Parameter], name: OptimizerName, *, lr: float, betas: tuple[float, float], decay: float
+) -> Optimizer:
+    """AdamW over `parameters`; biases and norms (one axis) are not decayed.
+
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101; 8-bit moments: Dettmers et al. 2022, arXiv:2110.02861.
+    """
+    import torch
+
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    import bitsandbytes
+
+    kinds = {
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+        "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,
+    }
+    optimizer: Optimizer = kinds[name](groups, lr=lr, betas=betas)
+    return optimizer
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `model` that take gradients, in definition order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

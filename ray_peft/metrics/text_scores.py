@@ -1,0 +1,145 @@
+"""Corpus BLEU-4 and ROUGE-L of texts, with what each row adds to them."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+ORDERS = 4
+"""BLEU-4 counts n-grams of 1 to 4 tokens."""
+
+BLEU_COLUMNS = 2 * ORDERS + 2
+"""Columns of a BLEU statistics array: 4 matches, 4 totals, hypothesis length, reference length."""
+
+Reference: TypeAlias = str | Sequence[str]
+"""One reference text of a prediction, or several."""
+
+
+def bleu4(predictions: Sequence[str], references: Sequence[Reference]) -> float:
+    """Corpus BLEU-4 in [0, 1], tokenised as 13a, without smoothing; equal to `bleu` of Hugging Face evaluate.
+
+    Where evaluate divides by zero (every prediction, or every reference, has no token) the score is 0.
+
+    Args:
+        predictions: one text a row.
+        references: one text, or several, a row.
+
+    Raises:
+        ValueError: no rows, unequal numbers of rows, or a row without a reference.
+
+    Source: Papineni et al. 2002, ACL, P02-1040.
+    """
+    return float(bleu4_from_statistics(bleu_row_statistics(predictions, references).sum(axis=0)))
+
+
+def bleu_row_statistics(predictions: Sequence[str], references: Sequence[Reference]) -> NDArray[np.int64]:
+    """What each row adds to corpus BLEU-4; the sum over rows is all that the score depends on.
+
+    With several references, a match may come from any of them, and the length is that of the shortest (as in evaluate;
+    sacrebleu takes the closest).
+
+    Returns:
+        (row, 10) int64: matches of 1- to 4-grams, 1- to 4-grams in the prediction, tokens in the prediction, tokens in
+        the reference.
+
+    Raises:
+        ValueError: no rows, unequal numbers of rows, or a row without a reference.
+    """
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    # The tokenizer is called on the raw text, as evaluate does. sacrebleu.corpus_bleu strips the right end of the line
+    # first, which keeps the dash of a text ending in "-\n" and changes the score (sacrebleu 2.6.0).
+    tokenizer: Callable[[str], str] = Tokenizer13a()  # type: ignore[no-untyped-call]
+    rows = [
+        _row_statistics(tokenizer(prediction).split(), [tokenizer(text).split() for text in texts])
+        for prediction, texts in _pairs(predictions, references)
+    ]
+    return np.array(rows, dtype=np.int64)
+
+
+def bleu4_from_statistics(statistics: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """BLEU-4 in [0, 1] of corpora given by their summed statistics.
+
+    Args:
+        statistics: (..., 10), sums over rows of `bleu_row_statistics`.
+
+    Returns:
+        (...) float64; 0 where some order has no match.
+    """
+    matches = np.asarray(statistics[..., :ORDERS], dtype=np.float64)
+    totals = np.asarray(statistics[..., ORDERS : 2 * ORDERS], dtype=np.float64)
+    hypothesis_length, reference_length = statistics[..., -2], statistics[..., -1]
+    # A match in every order implies that no divisor is zero.
+    defined = matches.min(axis=-1) > 0
+    precisions = np.divide(matches, totals, out=np.ones_like(matches), where=defined[..., None])
+    length_ratio = np.divide(reference_length, hypothesis_length, out=np.ones(defined.shape), where=defined)
+    log_brevity_penalty = np.minimum(0.0, 1.0 - length_ratio)
+    return np.where(defined, np.exp(np.log(precisions).mean(axis=-1) + log_brevity_penalty), 0.0)
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[Reference]) -> float:
+    """Mean over rows of the ROUGE-L f-measure, in [0, 1], without stemming.
+
+    This is the plain mean. `rouge` of Hugging Face evaluate reports the median of a bootstrap instead, which lies near
+    the mean and depends on numpy's global seed.
+
+    Raises:
+        ValueError: no rows, unequal numbers of rows, or a row without a reference.
+
+    Source: Lin 2004, ACL workshop "Text Summarization Branches Out", W04-1013.
+    """
+    return fmean(rouge_l_rows(predictions, references))
+
+
+def rouge_l_rows(predictions: Sequence[str], references: Sequence[Reference]) -> list[float]:
+    """ROUGE-L f-measure of each row, in [0, 1], without stemming; with several references, that of the best one.
+
+    Raises:
+        ValueError: no rows, unequal numbers of rows, or a row without a reference.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    return [
+        float(scorer.score_multi(texts, prediction)["rougeL"].fmeasure)
+        for prediction, texts in _pairs(predictions, references)
+    ]
+
+
+def _pairs(predictions: Sequence[str], references: Sequence[Reference]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Each prediction with its references, checked before the first is handed out."""
+    if isinstance(predictions, str) or isinstance(references, str):
+        raise ValueError("predictions and references must be lists with one entry a row, found a single string")
+    if len(predictions) != len(references):
+        raise ValueError(f"every row needs a prediction and a reference: {len(predictions)} != {len(references)}")
+    if not predictions:
+        raise ValueError("a score needs at least one row, found none")
+    several = [[entry] if isinstance(entry, str) else entry for entry in references]
+    for row, texts in enumerate(several):
+        if not texts:
+            raise ValueError(f"every row needs at least one reference, row {row} has none")
+    return zip(predictions, several, strict=True)
+
+
+def _row_statistics(prediction: list[str], references: list[list[str]]) -> list[int]:
+    wanted: Counter[tuple[str, ...]] = Counter()
+    for reference in references:
+        wanted |= _ngrams(reference)
+    found = _ngrams(prediction)
+    matches = [0] * ORDERS
+    for ngram, count in found.items():
+        matches[len(ngram) - 1] += min(count, wanted[ngram])
+    totals = [max(0, len(prediction) - order) for order in range(ORDERS)]
+    return [*matches, *totals, len(prediction), min(map(len, references))]
+
+
+def _ngrams(tokens: list[str]) -> Counter[tuple[str, ...]]:
+    """How often each n-gram of 1 to 4 tokens occurs."""
+    return Counter(
+        tuple(tokens[start : start + order])
+        for order in range(1, ORDERS + 1)
+        for start in range(len(tokens) - order + 1)
+    )

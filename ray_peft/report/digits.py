@@ -1,0 +1,50 @@
+"""Numbers as text with sensible digits; a missing number is "-". Pure ASCII."""
+
+from ray_peft.report.table import Spread
+
+MISSING = "-"
+GIB = 2**30
+MIB = 2**20
+_TOO_LONG = 1e6
+"""From here on a fixed number of decimals would burst a column."""
+
+
+def fixed(value: float | None, places: int, *, signed: bool = False) -> str:
+    """`value` with `places` decimals, or "-" if there is none; at most ten characters for `places` up to 4."""
+    if value is None:
+        return MISSING
+    sign = "+" if signed else ""
+    if abs(value) >= _TOO_LONG:
+        return f"{value:{sign}.2e}"
+    # Adding zero turns the minus zero of a rounded small number into zero.
+    return f"{round(value, places) + 0.0:{sign}.{places}f}"
+
+
+def percent(share: float | None, places: int = 2, *, signed: bool = False) -> str:
+    """`share` of one as a percentage."""
+    return MISSING if share is None else f"{fixed(100 * share, places, signed=signed)} %"
+
+
+def count(value: int | None) -> str:
+    """A whole number with thousands apart."""
+    return MISSING if value is None else f"{value:,}"
+
+
+def size(num_bytes: int) -> str:
+    """Bytes on disk, in MiB or GiB; "-" if nothing was saved."""
+    if not num_bytes:
+        return MISSING
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.2f} MiB"
+
+
+def speed(per_second: float | None) -> str:
+    """A rate: whole numbers from 100 on, else two decimals."""
+    return fixed(per_second, 0 if per_second is not None and abs(per_second) >= 100 else 2)
+
+
+def spread_text(spread: Spread | None, places: int, *, signed: bool = False) -> str:
+    """A mean with the least and the greatest value."""
+    if spread is None:
+        return MISSING
+    mean, low, high = (fixed(value, places, signed=signed) for value in (spread.mean, spread.low, spread.high))
+    return f"{mean} ({low} to {high})"

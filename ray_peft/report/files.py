@@ -1,0 +1,140 @@
+"""A sweep's folder -> its report; reads what a killed sweep has left, too."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ray_peft.errors import DataError
+from ray_peft.report.csvfile import write_csv
+from ray_peft.report.markdown import write_markdown
+from ray_peft.report.table import latest
+from ray_peft.result import Sample, TrialResult
+from ray_peft.strict import Strict
+
+logger = logging.getLogger(__name__)
+
+_ValueT = TypeVar("_ValueT", bound=BaseModel)
+
+
+class Sweep(Strict):
+    """What `sweep.json` says about a sweep; keys that the report does not use are passed over."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str | None = None
+    """The title; null takes the folder's name."""
+    description: str = ""
+    notes: tuple[str, ...] = ()
+    """What to know about the data, such as counts of rows."""
+    planned: tuple[str, ...] = ()
+    """Ids of the trials that the sweep was to run."""
+
+
+class Answer(Strict):
+    """A line of `answers.jsonl`: one held-out row with what the trial generated."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    row: int
+    prediction: str
+    reference: str
+
+
+def write_report(folder: Path) -> list[Path]:
+    """Write report.md and report.csv from what the folder of a sweep holds, and return their paths.
+
+    Raises:
+        DataError: the folder holds no sweep, or a file in it is malformed.
+    """
+    folder = Path(folder)
+    sweep = _read_sweep(folder)
+    # A sweep that was stopped before its first trial ended has a plan and no results.
+    results = [] if sweep is not None and not (folder / "results.jsonl").exists() else read_results(folder)
+    sweep = sweep or Sweep()
+    trials = {result.trial_id: folder / "trials" / result.trial_id for result in results}
+    markdown, table = folder / "report.md", folder / "report.csv"
+    write_markdown(
+        results,
+        {trial_id: _read_lines(path / "samples.jsonl", Sample) for trial_id, path in trials.items()},
+        markdown,
+        title=sweep.name or folder.absolute().name,
+        description=sweep.description,
+        notes=sweep.notes,
+        answers={
+            trial_id: _columns(found)
+            for trial_id, path in trials.items()
+            if (found := _read_lines(path / "answers.jsonl", Answer))
+        },
+        planned=sweep.planned,
+    )
+    write_csv(results, table)
+    return [markdown, table]
+
+
+def read_results(folder: Path) -> list[TrialResult]:
+    """The results of a sweep, each trial once: a later line of the same trial replaces an earlier one.
+
+    A broken last line, as a killed process leaves it, is passed over with a warning.
+
+    Raises:
+        DataError: there is no results.jsonl, or another line is broken, or a line is not a result.
+    """
+    path = Path(folder) / "results.jsonl"
+    if not path.exists():
+        raise DataError(f"{path}: no such file; give the folder that a sweep wrote (its --out)")
+    return latest(_read_lines(path, TrialResult))
+
+
+def _read_sweep(folder: Path) -> Sweep | None:
+    path = folder / "sweep.json"
+    try:
+        return Sweep.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise DataError(f"{path}: {_problem(error)}") from None
+
+
+def _columns(answers: list[Answer]) -> tuple[list[str], list[str]]:
+    """Predictions and references in the order of rows; of a row given twice the later one."""
+    by_row = {answer.row: answer for answer in answers}
+    ordered = [by_row[row] for row in sorted(by_row)]
+    return [answer.prediction for answer in ordered], [answer.reference for answer in ordered]
+
+
+def _read_lines(path: Path, kind: type[_ValueT]) -> list[_ValueT]:
+    """The values of a JSON Lines file; none if there is no file."""
+    found = []
+    for number, line in _whole_lines(path):
+        try:
+            found.append(kind.model_validate_json(line))
+        except ValidationError as error:
+            raise DataError(f"{path}: line {number}: {_problem(error)}") from None
+    return found
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines with their numbers from 1; a last one that is not JSON is left out with a warning."""
+    if not path.exists():
+        return
+    # Bytes, since str.splitlines also splits at characters that JSON text may hold, such as U+2028.
+    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    for index, (number, line) in enumerate(lines):
+        try:
+            json.loads(line)
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            if index < len(lines) - 1:
+                raise DataError(f"{path}: line {number}: not valid JSON: {error}") from None
+            logger.warning("%s: line %d, the last one, is incomplete and was passed over", path, number)
+            return
+        yield number, line
+
+
+def _problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    return f"{key}: {first['msg']}" if key else first["msg"]

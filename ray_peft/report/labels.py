@@ -1,0 +1,124 @@
+"""What to call a trial: its method and the settings that tell it from the other trials of its sweep."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from ray_peft.methods.base import Stage
+from ray_peft.report.flat import flat_spec
+from ray_peft.result import TrialResult
+
+_BARE = re.compile(r"[A-Za-z0-9_.:/+~-]+")
+_ABSENT = "absent"
+"""Stands for a key that a trial lacks; no JSON text, so it equals no value."""
+
+
+def labels(results: Sequence[TrialResult], *, without: Collection[str] = ()) -> dict[str, str]:
+    """A name in pure ASCII for each trial, by trial id; no two trials get the same one.
+
+    A setting of a method is named if it differs between trials of that method, any other setting if it differs
+    between any two trials. Where that leaves two names equal, they end in the trial id.
+
+    Args:
+        results: the trials of one sweep, each id once.
+        without: dotted keys that are not named, such as `seed`.
+    """
+    flats = [flat_spec(result.spec) for result in results]
+    texts = _value_texts(flats)
+    shown = differing(flats)
+    found = []
+    for flat, keys in zip(flats, shown, strict=True):
+        words = [f"{_short_key(key, flat)}={texts[key][_identity(flat[key])]}" for key in keys if key not in without]
+        found.append(" ".join([str(flat["method.name"]), *words]))
+    often = Counter(found)
+    return {
+        result.trial_id: f"{label} ({result.trial_id})" if often[label] > 1 else label
+        for result, label in zip(results, found, strict=True)
+    }
+
+
+def differing(flats: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """For each flat spec its keys to name: model, then method, then the rest, each in the order of the spec."""
+    shared = _varying(flats)
+    by_method = {
+        name: _varying([flat for flat in flats if flat["method.name"] == name])
+        for name in {flat["method.name"] for flat in flats}
+    }
+    chosen = []
+    for flat in flats:
+        own = by_method[flat["method.name"]]
+        keys = [key for key in flat if key in (own if key.startswith("method.") else shared)]
+        chosen.append(sorted(keys, key=_rank))
+    return chosen
+
+
+def setting_text(value: Any) -> str:
+    """A setting as a word in pure ASCII; different values give different words."""
+    if isinstance(value, str):
+        return value if _BARE.fullmatch(value) and not _is_json(value) else json.dumps(value)
+    if isinstance(value, list):
+        return "[" + ",".join(setting_text(entry) for entry in value) + "]"
+    return json.dumps(value, sort_keys=True)
+
+
+def _rank(key: str) -> int:
+    """The model's name, what is the method's alone, what all methods share such as lr, the rest."""
+    if key == "model.name":
+        return 0
+    if not key.startswith("method."):
+        return 3
+    return 2 if key.removeprefix("method.") in Stage.model_fields else 1
+
+
+def _varying(flats: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The keys that some of the specs lack, or hold with another value."""
+    keys = {key for flat in flats for key in flat}
+    return {key for key in keys if len({_identity(flat[key]) if key in flat else _ABSENT for flat in flats}) > 1}
+
+
+def _value_texts(flats: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """For each key the word of each of its values; paths lose their folders where their ends differ."""
+    values: dict[str, dict[str, Any]] = {}
+    for flat in flats:
+        for key, value in flat.items():
+            values.setdefault(key, {})[_identity(value)] = value
+    return {key: dict(zip(found, _texts(found.values()), strict=True)) for key, found in values.items()}
+
+
+def _texts(values: Iterable[Any]) -> list[str]:
+    """The words of different values, all different."""
+    full = [setting_text(value) for value in values]
+    short = [setting_text(_last_part(value)) for value in values]
+    return short if len(set(short)) == len(full) else full
+
+
+def _last_part(value: Any) -> Any:
+    return value.rstrip("/").rpartition("/")[2] or value if isinstance(value, str) else value
+
+
+def _short_key(key: str, keys: Iterable[str]) -> str:
+    """The shortest end of `key` that is an end of no other key and begins with a name."""
+    if key == "model.name":
+        return "model"
+    others = [other for other in keys if other != key]
+    parts = key.split(".")
+    for start in range(len(parts) - 1, 0, -1):
+        end = ".".join(parts[start:])
+        if not parts[start].isdigit() and not any(other == end or other.endswith(f".{end}") for other in others):
+            return end
+    return key
+
+
+def _identity(value: Any) -> str:
+    """Text that is equal for equal values; 1, 1.0 and true differ."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

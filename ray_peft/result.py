@@ -1,0 +1,110 @@
+"""What one trial leaves behind: scores, usage, curve and provenance; failed trials too."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from ray_peft.spec import TrialSpec
+from ray_peft.strict import Strict
+
+Status = Literal["finished", "failed", "out_of_memory", "cancelled"]
+
+
+class Scores(Strict):
+    """Quality on the held-out rows; null where it was not measured."""
+
+    eval_loss: float | None = None
+    """Mean negative log-likelihood of the answers' tokens [nats]."""
+    bleu4: float | None = None
+    """Corpus BLEU-4, 0 to 1."""
+    rouge_l: float | None = None
+    """Mean ROUGE-L F-measure, 0 to 1."""
+    eval_rows: int = 0
+    """Held-out rows behind eval_loss."""
+    generated_rows: int = 0
+    """Held-out rows behind bleu4 and rouge_l."""
+
+
+class Usage(Strict):
+    """What the trial cost. GiB = 2**30 bytes; the training phase alone unless a field says otherwise."""
+
+    peak_allocated_gib: float | None = None
+    """Peak of tensors on one GPU, reset after loading; null on a CPU."""
+    peak_reserved_gib: float | None = None
+    """Peak of the allocator's segments on one GPU; null on a CPU."""
+    device_used_gib: float | None = None
+    """Peak in use on the whole GPU by all processes, from NVML; null on a CPU."""
+    peak_rss_gib: float | None = None
+    """Peak resident memory of the worker process."""
+    wall_time_s: float = 0.0
+    """The whole trial, from load to save."""
+    load_s: float = 0.0
+    train_s: float = 0.0
+    evaluate_s: float = 0.0
+    save_s: float = 0.0
+    tokens_per_s: float | None = None
+    """Real tokens (no padding) through training forward passes, per second, over all workers."""
+    steps_per_s: float | None = None
+    """Optimizer steps per second of training."""
+    train_tokens: int = 0
+    """Real tokens seen in training."""
+
+
+class Provenance(Strict):
+    """Where and with what the result was made."""
+
+    versions: dict[str, str] = {}
+    """Package versions, and the Python's."""
+    device: str = "cpu"
+    """The GPU's name, or the CPU's."""
+    num_workers: int = 1
+    gpus_per_worker: float = 0.0
+    hostname: str = ""
+    git_commit: str | None = None
+    """Commit of the working tree, with "+dirty" if it had changes; null outside a repository."""
+    model_fingerprint: str | None = None
+    """SHA-256 of the model's config and weight index, or its hub commit."""
+    data_key: str | None = None
+    """Content hash of the prepared rows."""
+    started_at: str = ""
+    """ISO 8601, UTC."""
+
+
+class TrialResult(Strict):
+    """One row of a comparison."""
+
+    trial_id: str
+    status: Status
+    spec: TrialSpec
+    scores: Scores = Scores()
+    usage: Usage = Usage()
+    train_loss_final: float | None = None
+    """Mean training loss over the last logged steps."""
+    eval_loss_best: float | None = None
+    """Lowest held-out loss of the trial's evaluations."""
+    steps: int = 0
+    """Optimizer steps done."""
+    resumed_from_step: int | None = None
+    trainable_parameters: int = 0
+    total_parameters: int = 0
+    adapter_bytes: int = 0
+    """Bytes on disk of what was trained: the adapter, or the full weights."""
+    mlflow_run_id: str | None = None
+    error: str | None = None
+    """Why a trial that is not finished ended; one line first, details below."""
+    provenance: Provenance = Provenance()
+
+    def row(self) -> dict[str, Any]:
+        """The line of `results.jsonl`."""
+        return self.plain()
+
+
+class Sample(Strict):
+    """One held-out prompt with its answers."""
+
+    row: int
+    """Index in the held-out rows."""
+    source_dataset: str
+    prompt: str
+    reference: str
+    answer: str

@@ -1,0 +1,7 @@
+"""The registry of tasks: one folder each, one entry here."""
+
+from ray_peft.methods.base import Task
+from ray_peft.tasks.base import TaskType
+from ray_peft.tasks.llm_sft.task import LlmSft
+
+TASKS: dict[Task, TaskType] = {"llm_sft": LlmSft()}

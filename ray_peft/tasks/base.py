@@ -1,0 +1,107 @@
+"""The contract of a task: what to train and how to score it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from ray_peft.methods.base import Stage, Task
+from ray_peft.result import Sample, Scores
+from ray_peft.spec import TrialSpec
+
+Report = Callable[[Mapping[str, float], int], None]
+"""Takes metrics and the optimizer step of the trial that they belong to."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What an evaluation leaves behind."""
+
+    scores: Scores
+    samples: list[Sample] = field(default_factory=list)
+    answers: list[tuple[str, str]] = field(default_factory=list)
+    """(prediction, reference) of every answered row, in row order."""
+
+
+@dataclass
+class Trained:
+    """What a stage's training leaves beside the weights."""
+
+    steps: int = 0
+    tokens: int = 0
+    """Real tokens (no padding) of all workers."""
+    seconds: float = 0.0
+    """Wall seconds of training, without evaluations in between."""
+    losses: list[float] = field(default_factory=list)
+    eval_losses: list[float] = field(default_factory=list)
+    resumed_from_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a task finds out about a trial before it runs."""
+
+    notes: list[str]
+    """What a reader of the comparison must know: rows cut, dropped or unusable."""
+    data_key: str
+    """Content hash of the prepared rows."""
+
+
+class Bench(ABC):
+    """One trial's model and data on one device."""
+
+    data_key: str
+    model_fingerprint: str
+
+    @abstractmethod
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole trial."""
+
+    @abstractmethod
+    def parameters(self) -> tuple[int, int]:
+        """Parameters that take gradients, and all parameters (a 4-bit weight counts each of its numbers)."""
+
+    @abstractmethod
+    def attach(self, stage: Stage) -> None:
+        """Prepare the model for a stage."""
+
+    @abstractmethod
+    def train(self, stage: Stage, steps: int, first_step: int, folder: Path, report: Report) -> Trained:
+        """Train the attached stage; `folder` keeps its checkpoints, `first_step` is what earlier stages did."""
+
+    @abstractmethod
+    def merge(self, stage: Stage) -> None:
+        """Fold what the stage trained into plain weights."""
+
+    @abstractmethod
+    def eval_loss(self) -> float:
+        """Loss on the held-out rows."""
+
+    @abstractmethod
+    def evaluate(self) -> Scored:
+        """All scores on the held-out rows."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write what was trained, in the dtype asked for."""
+
+
+class TaskType(ABC):
+    """One kind of training. Holds no state."""
+
+    name: ClassVar[Task]
+
+    @abstractmethod
+    def inspect(self, spec: TrialSpec) -> Inspection:
+        """Check model, tokenizer and data of a trial, and prepare the data, without weights or GPU.
+
+        Raises:
+            DataError, ModelError: the user's to mend.
+        """
+
+    @abstractmethod
+    def load(self, spec: TrialSpec, device: str) -> Bench:
+        """The trial's data and its model on `device`, seeded."""

@@ -1,0 +1,270 @@
+"""Rows -> token ids with answer labels, prepared once per content and kept on disk in Arrow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.errors import DataError, ModelError
+from ray_peft.spec import DataSpec, TrialSpec, is_local
+from ray_peft.tasks.llm_sft.recipes import Conversation, Turn
+from ray_peft.tasks.llm_sft.rows import DrawnRows, draw
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1
+"""Raised when the preparation changes its result, so that older prepared data is not used again."""
+
+IGNORED = -100
+"""The label of a token without loss."""
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """What became of the rows of one source."""
+
+    source: str
+    read: int
+    unusable: dict[str, int]
+    train: int
+    test: int
+    train_cut: int
+    """Training rows longer than the limit, of which the first tokens are kept."""
+    train_dropped: int
+    """Training rows longer than the limit that are left out, or whose answer begins behind it."""
+    test_cut: int
+    """Held-out rows whose loss is measured on their first tokens only."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Tokenised rows of both splits; the same for every trial with the same `data` and tokenizer."""
+
+    train: Dataset
+    """Columns input_ids and labels (both lists of int, equally long), source_dataset."""
+    test: Dataset
+    """The same, with prompt_ids (list of int), prompt and reference (text) in addition."""
+    counts: list[SourceCounts]
+    key: str
+    """The content hash under which the rows are kept."""
+
+
+@dataclass
+class _Rows:
+    """Columns under construction."""
+
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    def add(self, **values: Any) -> None:
+        for name, value in values.items():
+            self.columns.setdefault(name, []).append(value)
+
+
+def load_tokenizer(spec: TrialSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the chat template of the spec and padding on the left.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    name = spec.model.tokenizer or spec.model.name
+    if is_local(name) and not Path(name).is_dir():
+        raise ModelError(f"model.{'tokenizer' if spec.model.tokenizer else 'name'}: {name}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=spec.model.revision, trust_remote_code=spec.model.trust_remote_code, padding_side="left"
+        )
+    except Exception as error:  # the hub client and tokenizers raise a dozen unrelated types
+        raise ModelError(f"{name}: the tokenizer cannot be loaded: {first_line(error)}") from None
+    if spec.data.chat_template is not None:
+        template = Path(spec.data.chat_template)
+        if not template.is_file():
+            raise DataError(f"data.chat_template: {template}: no such file")
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    if not tokenizer.chat_template and any(source.recipe != "text" for source in spec.data.sources):
+        raise ModelError(
+            f"{name}: the tokenizer has no chat template, so conversations cannot be written for this model; "
+            "use an instruction-tuned model, or name a .jinja file in data.chat_template"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
+
+
+def prepare(spec: TrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+    """Tokenised rows from the cache, or made now and put there.
+
+    Raises:
+        DataError: a source is missing, malformed or too small.
+    """
+    key = _content_key(spec.data, tokenizer)
+    folder = cache_folder() / "prepared" / key
+    if not (folder / "counts.json").is_file():
+        _build(spec.data, tokenizer, folder)
+    from datasets import load_from_disk
+
+    counts = [SourceCounts(**each) for each in json.loads((folder / "counts.json").read_text(encoding="utf-8"))]
+    return PreparedData(load_from_disk(folder / "train"), load_from_disk(folder / "test"), counts, key)
+
+
+def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
+    """One sentence per source: rows kept, cut, dropped and unusable."""
+    found = []
+    for each in prepared.counts:
+        text = f"{each.source}: {each.train} training and {each.test} held-out rows of {each.read} read"
+        if each.train_cut:
+            text += f"; {each.train_cut} training rows longer than {data.max_length} tokens cut"
+        if each.train_dropped:
+            text += f"; {each.train_dropped} training rows longer than {data.max_length} tokens left out"
+        if each.test_cut:
+            text += f"; the loss of {each.test_cut} longer held-out rows is that of their first {data.max_length} tokens"
+        for reason, count in sorted(each.unusable.items()):
+            text += f"; {count} unusable rows ({reason})"
+        found.append(text)
+    return found
+
+
+def cache_folder() -> Path:
+    """Where prepared data is kept: RAY_PEFT_CACHE, or `ray_peft` in the user's cache folder."""
+    set_by_user = os.environ.get("RAY_PEFT_CACHE")
+    return Path(set_by_user) if set_by_user else Path.home() / ".cache" / "ray_peft"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _content_key(data: DataSpec, tokenizer: PreTrainedTokenizerBase) -> str:
+    digest = hashlib.sha256(json.dumps([FORMAT, data.plain()], sort_keys=True).encode())
+    for source in data.sources:
+        for path in filter(None, (source.path, source.test_path)):
+            if Path(path).is_file():
+                with open(path, "rb") as content:
+                    digest.update(hashlib.file_digest(content, "sha256").digest())
+    digest.update(str(tokenizer.chat_template).encode())
+    digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    digest.update(str(tokenizer.backend_tokenizer.normalizer).encode() if tokenizer.is_fast else b"")
+    return digest.hexdigest()[:24]
+
+
+def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the prepared rows beside `folder` and move them there in one step, so that no reader sees a half."""
+    from datasets import Dataset
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    train, test, counts = _Rows(), _Rows(), []
+    for source in data.sources:
+        counts.append(_add_source(draw(source, data.seed), data, tokenizer, train, test))
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        for name, rows in (("train", train), ("test", test)):
+            if not rows.columns:
+                raise DataError(f"data: no {name} row has an answer within max_length ({data.max_length}) tokens")
+            shuffled = Dataset.from_dict(rows.columns).shuffle(seed=data.seed).flatten_indices()
+            shuffled.save_to_disk(partial / name)
+        (partial / "counts.json").write_text(json.dumps([asdict(each) for each in counts]), encoding="utf-8")
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / "counts.json").is_file():  # else another process was first, with the same content
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _add_source(
+    drawn: DrawnRows, data: DataSpec, tokenizer: PreTrainedTokenizerBase, train: _Rows, test: _Rows
+) -> SourceCounts:
+    train_cut = train_dropped = test_cut = kept = 0
+    for conversation in drawn.train:
+        ids, labels = encode(conversation, tokenizer)
+        if len(ids) > data.max_length:
+            if data.too_long == "drop":
+                train_dropped += 1
+                continue
+            train_cut += 1
+            ids, labels = ids[: data.max_length], labels[: data.max_length]
+        if all(label == IGNORED for label in labels):
+            train_cut, train_dropped = train_cut - 1, train_dropped + 1
+            continue
+        kept += 1
+        train.add(input_ids=ids, labels=labels, source_dataset=drawn.source)
+    for conversation in drawn.test:
+        ids, labels = encode(conversation, tokenizer)
+        test_cut += len(ids) > data.max_length
+        test.add(
+            input_ids=ids[: data.max_length],
+            labels=labels[: data.max_length],
+            source_dataset=drawn.source,
+            **_question(conversation, tokenizer),
+        )
+    return SourceCounts(
+        drawn.source, drawn.read, dict(drawn.unusable), kept, len(drawn.test), train_cut, train_dropped, test_cut
+    )
+
+
+def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids of a whole conversation, and its labels: the answers' tokens with their end-of-turn, else IGNORED.
+
+    The answers are found in the rendered text, so any template serves that only appends as turns are added.
+
+    Raises:
+        ModelError: the chat template rewrites earlier turns.
+    """
+    if conversation.text is not None:
+        ids = tokenizer(conversation.text)["input_ids"] + [tokenizer.eos_token_id]
+        return ids, list(ids)
+    turns = list(conversation.turns)
+    text = _render(turns, tokenizer)
+    spans = []
+    for index, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        begin = _render(turns[:index], tokenizer, generation_prompt=True)
+        end = _render(turns[: index + 1], tokenizer)
+        if not (text.startswith(end) and end.startswith(begin)):
+            raise ModelError(
+                f"{tokenizer.name_or_path}: the chat template rewrites earlier turns, so the answers' tokens cannot be "
+                "told apart; use train rows with one answer, or another template in data.chat_template"
+            )
+        spans.append((len(begin), len(end.rstrip())))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    labels = [
+        token if any(begin < stop and start < end for begin, end in spans) and stop > start else IGNORED
+        for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+    return encoded["input_ids"], labels
+
+
+def _question(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    if conversation.text is not None:
+        return {"prompt_ids": [], "prompt": "", "reference": ""}
+    *before, answer = conversation.turns
+    text = _render(before, tokenizer, generation_prompt=True)
+    return {
+        "prompt_ids": tokenizer(text, add_special_tokens=False)["input_ids"],
+        "prompt": before[-1]["content"] if len(before) == 1 else _transcript(before),
+        "reference": answer["content"],
+    }
+
+
+def _transcript(turns: Sequence[Turn]) -> str:
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
+def _render(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation_prompt: bool = False) -> str:
+    text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=generation_prompt)
+    return str(text)

@@ -1,0 +1,134 @@
+"""The task `llm_sft`: instruction tuning of a causal language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, cast
+
+from ray_peft.methods.base import Stage, Task
+from ray_peft.result import Sample, Scores
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks.base import Bench, Inspection, Report, Scored, TaskType, Trained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ray_peft.tasks.llm_sft.data import PreparedData
+
+
+class LlmSft(TaskType):
+    """Conversations in, a model that answers out."""
+
+    name: ClassVar[Task] = "llm_sft"
+
+    def inspect(self, spec: TrialSpec) -> Inspection:
+        """Load config and tokenizer, and prepare the rows."""
+        from ray_peft.tasks.llm_sft import data, model
+
+        model.load_config(spec.model)
+        prepared = data.prepare(spec, data.load_tokenizer(spec))
+        return Inspection(data.notes(prepared, spec.data), prepared.key)
+
+    def load(self, spec: TrialSpec, device: str) -> Bench:
+        """Rows and model for one trial; random state is that of `spec.seed`."""
+        from transformers import set_seed
+
+        from ray_peft.tasks.llm_sft import data, model
+
+        tokenizer = data.load_tokenizer(spec)
+        prepared = data.prepare(spec, tokenizer)
+        set_seed(spec.seed)
+        return LlmBench(spec, device, tokenizer, prepared, model.load_model(spec, device))
+
+
+class LlmBench(Bench):
+    """A causal language model, its tokenizer and its rows."""
+
+    def __init__(
+        self,
+        spec: TrialSpec,
+        device: str,
+        tokenizer: PreTrainedTokenizerBase,
+        data: PreparedData,
+        model: PreTrainedModel,
+    ) -> None:
+        from ray_peft.tasks.llm_sft.model import fingerprint
+
+        self.spec = spec
+        self.device = device
+        self.tokenizer = tokenizer
+        self.data = data
+        self.model = model
+        self.data_key = data.key
+        self.model_fingerprint = fingerprint(spec.model)
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole trial."""
+        from ray_peft.tasks.llm_sft.train import total_steps
+
+        return total_steps(self.spec.train, len(self.data.train))
+
+    def parameters(self) -> tuple[int, int]:
+        """Parameters that take gradients, and all parameters."""
+        from ray_peft.tasks.llm_sft.model import count_parameters
+
+        return count_parameters(self.model)
+
+    def attach(self, stage: Stage) -> None:
+        """Prepare the model for a stage, from the trial's seed."""
+        from transformers import set_seed
+
+        set_seed(self.spec.seed)
+        self.model = cast("PreTrainedModel", stage.attach(self.model))
+
+    def train(self, stage: Stage, steps: int, first_step: int, folder: Path, report: Report) -> Trained:
+        """Train the attached stage with TRL's SFTTrainer."""
+        from ray_peft.tasks.llm_sft.train import StageJob, train_stage
+
+        job = StageJob(stage, steps, first_step, self.data.train, folder, self.device, report, self.eval_loss)
+        return train_stage(self.spec, job, self.model, self.tokenizer)
+
+    def merge(self, stage: Stage) -> None:
+        """Fold what the stage trained into plain weights."""
+        self.model = cast("PreTrainedModel", stage.merge(self.model))
+
+    def eval_loss(self) -> float:
+        """Mean loss of the held-out answers' tokens [nats]."""
+        from ray_peft.tasks.llm_sft.evaluate import answer_loss
+
+        return answer_loss(self.spec, self.model, self.data.test, cast(int, self.tokenizer.pad_token_id))
+
+    def evaluate(self) -> Scored:
+        """Loss, BLEU-4 and ROUGE-L on the held-out rows."""
+        loss, count = self.eval_loss(), len(self.data.test)
+        if not self.spec.evaluation.generate:
+            return Scored(Scores(eval_loss=loss, eval_rows=count))
+        from ray_peft.metrics.text_scores import bleu4, rouge_l
+        from ray_peft.tasks.llm_sft.evaluate import answers
+
+        rows = self.data.test.select(range(min(self.spec.evaluation.rows or count, count)))
+        predictions, references = answers(self.spec, self.model, self.tokenizer, rows), list(rows["reference"])
+        samples = [
+            Sample(
+                row=index,
+                source_dataset=rows[index]["source_dataset"],
+                prompt=rows[index]["prompt"],
+                reference=references[index],
+                answer=predictions[index],
+            )
+            for index in range(min(self.spec.evaluation.samples, len(rows)))
+        ]
+        scores = Scores(
+            eval_loss=loss,
+            bleu4=bleu4(predictions, references),
+            rouge_l=rouge_l(predictions, references),
+            eval_rows=count,
+            generated_rows=len(rows),
+        )
+        return Scored(scores, samples, list(zip(predictions, references, strict=True)))
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter, or the weights with the tokenizer, as transformers and PEFT read them."""
+        from ray_peft.tasks.llm_sft.model import save
+
+        save(self.model, self.tokenizer, folder, self.spec.train.save_dtype)

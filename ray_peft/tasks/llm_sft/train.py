@@ -1,0 +1,166 @@
+"""One stage of training on TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.errors import TrialFailed
+from ray_peft.methods.base import Stage
+from ray_peft.spec import TrainSpec, TrialSpec
+from ray_peft.tasks.base import Report, Trained
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+@dataclass(frozen=True)
+class StageJob:
+    """What one stage trains on, and where it keeps checkpoints."""
+
+    stage: Stage
+    steps: int
+    first_step: int
+    """Optimizer steps that earlier stages of the trial have done."""
+    rows: Dataset
+    folder: Path
+    device: str
+    report: Report
+    evaluate: Callable[[], float]
+    """The loss on the held-out rows, of the model as it is."""
+
+
+def total_steps(train: TrainSpec, rows: int) -> int:
+    """Optimizer steps of the whole trial; the last one of an epoch may hold fewer rows."""
+    if train.steps is not None:
+        return train.steps
+    assert train.epochs is not None
+    return max(1, math.ceil(train.epochs * math.ceil(rows / train.batch_size)))
+
+
+def train_rows(spec: TrialSpec, rows: Dataset) -> Dataset:
+    """The training rows with the labels that the spec's loss asks for."""
+    kept = rows.select_columns(["input_ids", "labels"])
+    if spec.train.loss == "all":
+        return kept.map(lambda row: {"labels": row["input_ids"]}, keep_in_memory=True)
+    return kept
+
+
+def train_stage(
+    spec: TrialSpec, job: StageJob, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Trained:
+    """Train `model` in place for the stage's steps; goes on from the last checkpoint where there is one."""
+    from transformers.trainer_utils import get_last_checkpoint
+    from trl import SFTTrainer
+
+    trained = Trained()
+    optimizer = job.stage.optimizer(model)
+    trainer = SFTTrainer(
+        model=model,
+        args=_arguments(spec, job),
+        train_dataset=train_rows(spec, job.rows),
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+        callbacks=[_watcher(spec, job, trained)],
+    )
+    _keep_adapter_dtype(job.stage, model)
+    checkpoint = get_last_checkpoint(str(job.folder)) if job.folder.is_dir() else None
+    if checkpoint is not None:
+        trained.resumed_from_step = job.first_step + int(checkpoint.rpartition("-")[2])
+    begin = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trained.seconds += time.perf_counter() - begin
+    trained.steps = int(result.global_step)
+    trained.tokens = int(trainer._total_train_tokens)  # noqa: SLF001 - TRL logs it, but keeps no public name for it
+    trainer.accelerator.free_memory()
+    return trained
+
+
+def _arguments(spec: TrialSpec, job: StageJob) -> Any:
+    from trl import SFTConfig
+
+    train = spec.train
+    warmup = train.warmup_steps or train.warmup_ratio
+    return SFTConfig(
+        output_dir=str(job.folder),
+        max_steps=job.steps,
+        per_device_train_batch_size=train.micro_batch_size,
+        gradient_accumulation_steps=spec.accumulation,
+        learning_rate=job.stage.lr,
+        weight_decay=job.stage.weight_decay,
+        max_grad_norm=job.stage.max_grad_norm or 0.0,
+        lr_scheduler_type=train.schedule if train.schedule != "constant" or not warmup else "constant_with_warmup",
+        warmup_steps=warmup,
+        gradient_checkpointing=train.gradient_checkpointing,
+        bf16=train.precision == "bf16",
+        use_cpu=job.device == "cpu",
+        seed=spec.seed,
+        data_seed=spec.seed,
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if train.checkpoint_every else "no",
+        save_steps=train.checkpoint_every or 500,
+        save_total_limit=1,
+        max_length=None,
+        packing=False,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=job.device != "cpu",
+        ddp_find_unused_parameters=False,
+        optim="adamw_torch",
+    )
+
+
+def _keep_adapter_dtype(stage: Stage, model: PreTrainedModel) -> None:
+    """Undo SFTTrainer's cast of adapters on a quantised base to bf16 (TRL 1.16): the method's own dtype counts."""
+    asked = getattr(stage, "adapter_dtype", None)
+    if asked is None:
+        return
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, asked))
+
+
+def _watcher(spec: TrialSpec, job: StageJob, trained: Trained) -> Any:
+    """A TrainerCallback that passes on logged metrics and measures the loss on held-out rows in between."""
+    from transformers import TrainerCallback
+
+    class Watcher(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+            if "loss" not in logs:
+                return
+            loss = float(logs["loss"])
+            if not math.isfinite(loss):
+                raise TrialFailed(
+                    f"the training loss is {loss} at step {job.first_step + state.global_step} "
+                    f"(precision {spec.train.precision}, learning rate {logs.get('learning_rate')}); "
+                    "lower method.lr, add train.warmup_steps, or use train.precision: fp32"
+                )
+            trained.losses.append(loss)
+            kept = {
+                "train_loss": logs["loss"],
+                "grad_norm": logs.get("grad_norm"),
+                "lr": logs.get("learning_rate"),
+                "epoch": logs.get("epoch"),
+            }
+            metrics = {name: float(value) for name, value in kept.items() if value is not None}
+            job.report(metrics, job.first_step + state.global_step)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            every = spec.train.eval_every
+            if every and state.global_step % every == 0 and state.global_step < job.steps:
+                begin = time.perf_counter()
+                loss = job.evaluate()
+                trained.seconds -= time.perf_counter() - begin
+                trained.eval_losses.append(loss)
+                job.report({"eval_loss": loss}, job.first_step + state.global_step)
+
+    return Watcher()

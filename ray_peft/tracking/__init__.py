@@ -1,0 +1,25 @@
+"""The only package that imports mlflow: sweeps and trials become runs, and a run gives its trial's spec back.
+
+Every call names its store through `MlflowClient`, so threads and several stores live in one process. Importing this
+package does not import mlflow.
+"""
+
+from ray_peft.tracking.runs import RunStatus, close_orphan, finish_sweep, load_spec, start_sweep
+from ray_peft.tracking.store import Store, default_uri, mask, open_store
+from ray_peft.tracking.trial import TrialTracker
+from ray_peft.tracking.ui import ui_command, ui_environment
+
+__all__ = [
+    "RunStatus",
+    "Store",
+    "TrialTracker",
+    "close_orphan",
+    "default_uri",
+    "finish_sweep",
+    "load_spec",
+    "mask",
+    "open_store",
+    "start_sweep",
+    "ui_command",
+    "ui_environment",
+]

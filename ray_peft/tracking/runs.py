@@ -1,0 +1,215 @@
+"""Runs of a store: sweeps and what can be done to any run. Every call may be repeated without harm."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ray_peft.errors import TrackingError
+from ray_peft.spec import TrialSpec
+from ray_peft.tracking.store import Store, connect, first_contact, insist, is_server, mask
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run, RunTag
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+
+_MAX_TAG_CHARACTERS = 5000
+_MAX_NAME_CHARACTERS = 250
+
+
+def start_sweep(store: Store, name: str, *, tags: Mapping[str, str], files: Mapping[str, str]) -> str:
+    """Create the run above a sweep's trials and return its id.
+
+    Args:
+        store: Where.
+        name: The sweep's name.
+        tags: Further tags.
+        files: Artifact path -> text.
+
+    Raises:
+        TrackingError: the store does not take it.
+    """
+    client = connect(store.uri)
+    run_id = create_run(client, store, name, {"ray_peft.sweep": name, **tags})
+    for artifact_file, content in files.items():
+        insist(store, f"store {artifact_file}", partial(client.log_text, run_id, content, artifact_file))
+    return run_id
+
+
+def finish_sweep(
+    store: Store, run_id: str, status: RunStatus, *, metrics: Mapping[str, float], files: Mapping[str, Path]
+) -> None:
+    """Store a sweep's summary and close its run.
+
+    Args:
+        store: Where.
+        run_id: What `start_sweep` returned.
+        status: How it ended.
+        metrics: Numbers of the whole sweep.
+        files: Artifact path -> a file, or a folder whose content goes there.
+
+    Raises:
+        TrackingError: a file is missing, or the store does not take it.
+    """
+    client = connect(store.uri)
+    log = partial(client.log_batch, run_id, metrics=points(metrics, 0))
+    insist(store, "store the sweep's metrics", log)
+    for artifact_path, path in files.items():
+        upload(client, store, run_id, path, artifact_path)
+    insist(store, "close the sweep", partial(client.set_terminated, run_id, status))
+
+
+def close_orphan(store: Store, parent_run_id: str | None, trial_id: str, status: RunStatus, reason: str) -> str | None:
+    """Close the open run of a trial whose worker died; returns its id, or None if no run is open.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    client = connect(store.uri)
+    runs = running(client, store, parent_run_id, trial_id, None)
+    for run in runs:
+        close(client, store, run, status, reason)
+    return str(runs[0].info.run_id) if runs else None
+
+
+def load_spec(uri: str, run_id: str) -> TrialSpec:
+    """The spec of the trial that a run recorded.
+
+    Raises:
+        TrackingError: the store, the run or its spec.json is missing, or the spec does not fit this version.
+    """
+    if is_server(uri):
+        first_contact(uri)
+    client = connect(uri)
+    what = f"read run {run_id}"
+    names = [entry.path for entry in insist(uri, what, partial(client.list_artifacts, run_id), time.monotonic() + 5)]
+    if "spec.json" not in names:
+        raise TrackingError(
+            f"run {run_id} in {mask(uri)} has no spec.json (found: {', '.join(names) or 'no artifacts'}); "
+            "give the run of a trial, not of a sweep, on a machine that sees the artifacts"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        path = insist(uri, what, partial(client.download_artifacts, run_id, "spec.json", folder))
+        text = Path(path).read_text(encoding="utf-8")
+    try:
+        return TrialSpec.model_validate_json(text)
+    except ValueError as error:
+        raise TrackingError(f"spec.json of run {run_id} is no trial of this version of ray_peft: {error}") from None
+
+
+def create_run(client: MlflowClient, store: Store, name: str, tags: Mapping[str, str]) -> str:
+    """Create one run, also if an answer of the store gets lost and the call is repeated; returns its id.
+
+    Raises:
+        TrackingError: the store does not take it.
+    """
+    start, attempts = uuid.uuid4().hex, 0
+    all_tags = {tag.key: tag.value for tag in run_tags({**tags, "ray_peft.start": start})}
+
+    def create() -> str:
+        nonlocal attempts
+        attempts += 1
+        if attempts > 1:
+            for run in client.search_runs([store.experiment_id], f"tags.`ray_peft.start` = '{start}'"):
+                return str(run.info.run_id)
+        return str(client.create_run(store.experiment_id, tags=all_tags, run_name=name).info.run_id)
+
+    return insist(store, f"create run {name!r}", create)
+
+
+def running(
+    client: MlflowClient, store: Store, parent_run_id: str | None, trial_id: str, sweep: str | None
+) -> list[Run]:
+    """The open runs of a trial, the newest first.
+
+    Args:
+        client: Of the store.
+        store: Where.
+        parent_run_id: The sweep's run; None asks for runs without one.
+        trial_id: The trial.
+        sweep: Only runs with this sweep's name; None does not ask.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    query = f"attributes.status = 'RUNNING' and tags.`ray_peft.trial_id` = '{trial_id}'"
+    if parent_run_id is not None:
+        query += f" and tags.`mlflow.parentRunId` = '{parent_run_id}'"
+    search = partial(client.search_runs, [store.experiment_id], query, max_results=1000)
+    runs = insist(store, f"find runs of trial {trial_id}", search)
+    return [
+        run
+        for run in runs
+        if run.data.tags.get("mlflow.parentRunId") == parent_run_id
+        and sweep in (None, run.data.tags.get("ray_peft.sweep"))
+    ]
+
+
+def close(client: MlflowClient, store: Store, run: Run, status: RunStatus, why: str) -> None:
+    """End a run that its own process cannot end any more.
+
+    Raises:
+        TrackingError: the store does not take it.
+    """
+    run_id, what = run.info.run_id, f"close run {run.info.run_id}"
+    state = {"FINISHED": "finished", "KILLED": "cancelled"}.get(status, "failed")
+    tags = run_tags({"ray_peft.status": state, "ray_peft.error": first_line(why)})
+    insist(store, what, partial(client.log_batch, run_id, tags=tags))
+    insist(store, what, partial(client.log_text, run_id, mask(why), "error.txt"))
+    insist(store, what, partial(client.set_terminated, run_id, status))
+
+
+def upload(client: MlflowClient, store: Store, run_id: str, path: Path, artifact_path: str) -> None:
+    """Store a file as `artifact_path`, or a folder's content in the artifact folder `artifact_path`.
+
+    Raises:
+        TrackingError: nothing is at `path`, or the store does not take it.
+    """
+    what = f"store {path}"
+    if path.is_dir():
+        insist(store, what, partial(client.log_artifacts, run_id, str(path), artifact_path or None))
+        return
+    if not path.is_file():
+        raise TrackingError(f"cannot store {path} as {artifact_path!r} in MLflow: no such file or folder")
+    folder, name = posixpath.split(artifact_path.lstrip("/"))
+    with tempfile.TemporaryDirectory() as scratch:
+        if name != path.name:
+            path = Path(shutil.copy(path, Path(scratch) / name))
+        insist(store, what, partial(client.log_artifact, run_id, str(path), folder or None))
+
+
+def points(metrics: Mapping[str, float], step: int) -> list[Metric]:
+    """Metrics as MLflow takes them, of this moment; characters that it refuses in names become `_`."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    return [Metric(_metric_name(name), float(value), now, int(step)) for name, value in metrics.items()]
+
+
+def run_tags(tags: Mapping[str, str]) -> list[RunTag]:
+    """Tags as MLflow takes them: masked, cut to its limit, without empty ones."""
+    from mlflow.entities import RunTag
+
+    return [RunTag(name, mask(value)[:_MAX_TAG_CHARACTERS]) for name, value in tags.items() if value]
+
+
+def first_line(text: str) -> str:
+    """The first line that is not empty."""
+    return next(iter(text.strip().splitlines()), "")
+
+
+def _metric_name(name: str) -> str:
+    name = re.sub(r"[^\w\-. :/]", "_", name)[:_MAX_NAME_CHARACTERS]
+    if posixpath.normpath(name) != name or name.startswith(("/", "..")) or name == ".":
+        name = ("_" + name.replace("/", "_"))[:_MAX_NAME_CHARACTERS]
+    return name

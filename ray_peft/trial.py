@@ -1,0 +1,271 @@
+"""One trial's life, top to bottom; knows neither Ray nor MLflow."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import platform
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from ray_peft import measure
+from ray_peft.errors import RayPeftError
+from ray_peft.methods.base import Stage
+from ray_peft.result import Provenance, Scores, Status, TrialResult, Usage
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks import TASKS
+from ray_peft.tasks.base import Bench, Report, Scored, Trained
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Where a trial's metrics and results go."""
+
+    def start(self, spec: TrialSpec) -> str:
+        """Open the trial's run and return its id. Raises: a configured tracker must work."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Keep metrics of one step. Never raises."""
+
+    def artifact(self, path: Path, folder: str) -> None:
+        """Keep a file, or all files of a folder."""
+
+    def table(self, rows: list[dict[str, object]], artifact_file: str) -> None:
+        """Keep a table that the tracker can show."""
+
+    def record(self, result: TrialResult) -> None:
+        """Keep the result and close the run. Raises: the result is the product."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a trial runs."""
+
+    folder: Path
+    """The trial's own folder: metrics.jsonl, samples.jsonl, answers.jsonl, checkpoints."""
+    device: str
+    """"cpu" or "cuda:N"."""
+    rank: int = 0
+    num_workers: int = 1
+    gpus_per_worker: float = 0.0
+    threads: int | None = None
+    """CPU threads of torch; null leaves them as they are."""
+
+
+class Stopped(BaseException):
+    """The scheduler or the user ended the trial; not an error."""
+
+
+def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> TrialResult | None:
+    """Run a trial and record its result, whatever happens.
+
+    Args:
+        spec: the trial.
+        place: its folder, device and rank.
+        tracker: used by rank 0 alone.
+        progress: called with every logged metric, by every rank.
+    Returns:
+        The recorded result, failed trials included; null on ranks above 0 once they are done.
+    Raises:
+        TrackingError: the result could not be stored.
+        Stopped, KeyboardInterrupt, SystemExit: passed on after the trial is recorded as cancelled.
+        Exception: on ranks above 0 a failure is raised, so that rank 0 does not wait for a lost worker.
+    """
+    if place.rank > 0:
+        _run(_Life(spec, place, None, progress))
+        return None
+    life = _Life(spec, place, tracker, progress)
+    life.run_id = tracker.start(spec)
+    try:
+        result = _run(life)
+    except Exception as error:
+        result = life.failed(error)
+        logger.warning("%s: %s: %s", spec.trial_id, result.status, (result.error or "").splitlines()[0])
+    except BaseException:
+        tracker.record(life.result("cancelled", error="stopped before the end"))
+        raise
+    finally:
+        _release(place)
+    tracker.record(result)
+    return result
+
+
+class _Life:
+    """What is known of a trial so far, so that a failed one leaves a row with what it had."""
+
+    def __init__(self, spec: TrialSpec, place: Place, tracker: Tracker | None, progress: Report) -> None:
+        self.spec = spec
+        self.place = place
+        self.tracker = tracker
+        self.run_id: str | None = None
+        self.clock = measure.Clock()
+        self.memory = measure.MemoryWatch(place.device)
+        self.trained = Trained()
+        self.parameters = (0, 0)
+        self.scored = Scored(Scores())
+        self.adapter_bytes = 0
+        self.provenance = Provenance(
+            num_workers=place.num_workers,
+            gpus_per_worker=place.gpus_per_worker,
+            hostname=platform.node(),
+            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        self._progress = progress
+        self._log = place.folder / "metrics.jsonl"
+
+    def report(self, metrics: Mapping[str, float], step: int) -> None:
+        """Keep metrics in the trial's log and the tracker, and pass them on."""
+        if self.place.rank == 0:
+            line = {"step": step, "time_s": round(self.clock.total(), 3), **metrics}
+            with self._log.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+        if self.tracker is not None:
+            self.tracker.log(metrics, step)
+        self._progress(metrics, step)
+
+    def failed(self, error: Exception) -> TrialResult:
+        """The row of a trial that raised."""
+        import torch
+
+        status: Status = "out_of_memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
+        text = str(error).strip() or type(error).__name__
+        if not isinstance(error, RayPeftError):
+            text = f"{type(error).__name__}: {text}\n\n{''.join(traceback.format_exception(error))}"
+        return self.result(status, error=text)
+
+    def result(self, status: Status, error: str | None = None) -> TrialResult:
+        """The trial's row, with what is known by now."""
+        self.memory.stop()
+        seconds, trained, peaks = self.clock.seconds, self.trained, self.memory.peaks
+        speed = 1 / trained.seconds if trained.seconds > 0 else None
+        known = [loss for loss in (*trained.eval_losses, self.scored.scores.eval_loss) if loss is not None]
+        return TrialResult(
+            trial_id=self.spec.trial_id,
+            status=status,
+            spec=self.spec,
+            scores=self.scored.scores,
+            usage=Usage(
+                peak_allocated_gib=peaks.allocated_gib,
+                peak_reserved_gib=peaks.reserved_gib,
+                device_used_gib=peaks.device_used_gib,
+                peak_rss_gib=peaks.rss_gib,
+                wall_time_s=self.clock.total(),
+                load_s=seconds.get("load", 0.0),
+                train_s=seconds.get("train", 0.0),
+                evaluate_s=seconds.get("evaluate", 0.0),
+                save_s=seconds.get("save", 0.0),
+                tokens_per_s=trained.tokens * speed if speed else None,
+                steps_per_s=(trained.steps - (trained.resumed_from_step or 0)) * speed if speed else None,
+                train_tokens=trained.tokens,
+            ),
+            train_loss_final=trained.losses[-1] if trained.losses else None,
+            eval_loss_best=min(known, default=None),
+            steps=trained.steps,
+            resumed_from_step=trained.resumed_from_step,
+            trainable_parameters=self.parameters[0],
+            total_parameters=self.parameters[1],
+            adapter_bytes=self.adapter_bytes,
+            mlflow_run_id=self.run_id,
+            error=error,
+            provenance=self.provenance,
+        )
+
+
+def _run(life: _Life) -> TrialResult:
+    spec, place = life.spec, life.place
+    place.folder.mkdir(parents=True, exist_ok=True)
+    if place.threads is not None:
+        import torch
+
+        torch.set_num_threads(place.threads)
+    with life.clock.phase("load"):
+        bench = TASKS[spec.task].load(spec, place.device)
+    life.provenance = life.provenance.model_copy(update=_provenance(bench, place))
+    life.parameters = (0, bench.parameters()[1])
+    stages = spec.method.stages(bench.total_steps())
+    life.memory.start()
+    with life.clock.phase("train"):
+        for index, (stage, steps) in enumerate(stages):
+            _train(life, bench, index, stage, steps)
+            if index + 1 < len(stages):
+                bench.merge(stage)
+    life.memory.stop()
+    if place.rank > 0:
+        return life.result("finished")
+    if stages:
+        with life.clock.phase("save"):
+            _save(life, bench)
+    with life.clock.phase("evaluate"):
+        _evaluate(life, bench)
+    return life.result("finished")
+
+
+def _train(life: _Life, bench: Bench, index: int, stage: Stage, steps: int) -> None:
+    bench.attach(stage)
+    life.parameters = bench.parameters()
+    done = life.trained
+    more = bench.train(stage, steps, done.steps, life.place.folder / f"stage{index + 1}", life.report)
+    life.trained = Trained(
+        steps=done.steps + more.steps,
+        tokens=done.tokens + more.tokens,
+        seconds=done.seconds + more.seconds,
+        losses=done.losses + more.losses,
+        eval_losses=done.eval_losses + more.eval_losses,
+        resumed_from_step=more.resumed_from_step if more.resumed_from_step is not None else done.resumed_from_step,
+    )
+
+
+def _save(life: _Life, bench: Bench) -> None:
+    """Save before the evaluation, so that nothing that fails there loses what was trained."""
+    folder = life.place.folder / "adapter"
+    bench.save(folder)
+    life.adapter_bytes = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    if life.tracker is not None:
+        life.tracker.artifact(folder, "adapter")
+
+
+def _evaluate(life: _Life, bench: Bench) -> None:
+    life.scored = bench.evaluate()
+    folder = life.place.folder
+    samples = [sample.plain() for sample in life.scored.samples]
+    _write_lines(folder / "samples.jsonl", samples)
+    answers = [
+        {"row": row, "prediction": prediction, "reference": reference}
+        for row, (prediction, reference) in enumerate(life.scored.answers)
+    ]
+    _write_lines(folder / "answers.jsonl", answers)
+    scores = {name: value for name, value in life.scored.scores.plain().items() if isinstance(value, float)}
+    if scores:
+        life.report(scores, life.trained.steps)
+    if life.tracker is not None and samples:
+        life.tracker.table(samples, "samples.json")
+        life.tracker.artifact(folder / "answers.jsonl", "evaluation")
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _provenance(bench: Bench, place: Place) -> dict[str, Any]:
+    return {
+        "versions": measure.versions(),
+        "device": measure.device_name(place.device),
+        "git_commit": measure.git_commit(),
+        "model_fingerprint": bench.model_fingerprint,
+        "data_key": bench.data_key,
+    }
+
+
+def _release(place: Place) -> None:
+    """Give memory back, so that the next trial in this process starts from nothing."""
+    gc.collect()
+    if place.device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()

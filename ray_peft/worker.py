@@ -1,0 +1,150 @@
+"""One trial on the machine that Ray chose; the only module that imports ray.train."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_peft import trial
+from ray_peft.errors import TrialFailed
+from ray_peft.placement import Demand
+from ray_peft.result import TrialResult
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks.base import Report
+from ray_peft.tracking import Store, TrialTracker
+
+logger = logging.getLogger(__name__)
+
+ROW = "row"
+"""The reported key that holds a trial's finished row, as JSON text."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A trial on its way to a worker."""
+
+    spec: TrialSpec
+    folder: Path
+    """The trial's own folder, on storage that the driver reads."""
+    store: Store
+    parent_run_id: str | None
+    sweep: str
+    demand: Demand
+
+
+def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResult | None:
+    """Run a trial in this process; returns its row, or null on ranks above 0."""
+    demand = assignment.demand
+    place = trial.Place(
+        folder=assignment.folder,
+        device=_device(demand),
+        rank=rank,
+        num_workers=demand.num_workers,
+        gpus_per_worker=demand.gpus_per_worker,
+        threads=demand.cpus_per_worker,
+    )
+    tracker = TrialTracker(assignment.store, assignment.parent_run_id, assignment.sweep)
+    assignment.folder.mkdir(parents=True, exist_ok=True)
+    with _log_file(assignment.folder / "log.txt", rank):
+        return trial.run(assignment.spec, place, tracker, report)
+
+
+def run_in_trainer(assignment: Assignment, storage: Path, callbacks: list[Any] | None = None) -> TrialResult:
+    """Run a trial as a Ray Train TorchTrainer with its workers; returns its row, failed rows included.
+
+    Args:
+        assignment: the trial.
+        storage: folder for Ray Train's own files.
+        callbacks: Ray Train callbacks, such as the one that passes reports on to Tune.
+    Raises:
+        TrialFailed: the workers died before they could leave a row.
+    """
+    import ray.train
+    import ray.train.torch
+
+    demand = assignment.demand
+    per_worker: dict[str, float] = {"CPU": demand.cpus_per_worker}
+    if demand.gpus_per_worker:
+        per_worker["GPU"] = demand.gpus_per_worker
+    trainer = ray.train.torch.TorchTrainer(
+        _train_function,
+        train_loop_config={"assignment": assignment},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=demand.num_workers, use_gpu=demand.gpus_per_worker > 0, resources_per_worker=per_worker
+        ),
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if demand.gpus_per_worker else "gloo"),
+        run_config=ray.train.RunConfig(
+            name=f"train-{assignment.spec.trial_id}-{os.urandom(3).hex()}",
+            storage_path=str(storage),
+            callbacks=callbacks or [],
+            failure_config=ray.train.FailureConfig(max_failures=0),
+        ),
+    )
+    try:
+        metrics = trainer.fit().metrics or {}
+    except Exception as error:
+        raise TrialFailed(f"the workers of {assignment.spec.trial_id} died: {error}") from error
+    if ROW not in metrics:
+        raise TrialFailed(f"the workers of {assignment.spec.trial_id} ended without a row")
+    return TrialResult.model_validate_json(metrics[ROW])
+
+
+def _train_function(config: Mapping[str, Any]) -> None:
+    """What every Train worker runs."""
+    import ray.train
+
+    assignment: Assignment = config["assignment"]
+    rank = ray.train.get_context().get_world_rank()
+    if assignment.demand.gpus_per_worker:
+        import torch
+
+        torch.cuda.set_device(ray.train.torch.get_device())
+
+    def report(metrics: Mapping[str, float], step: int) -> None:
+        # Ray Train waits for every rank, but held-out losses are measured by rank 0 alone.
+        if assignment.demand.num_workers == 1:
+            ray.train.report({"step": step, **metrics})
+
+    result = run_here(assignment, report, rank)
+    ray.train.report(final_report(result) if result is not None else {})
+
+
+def final_report(result: TrialResult) -> dict[str, Any]:
+    """The last report of a trial: its row, and the scores that a search improves."""
+    scores = {name: value for name, value in result.scores.plain().items() if value is not None}
+    return {"step": result.steps, **scores, ROW: result.model_dump_json()}
+
+
+def raise_if_broken(result: TrialResult) -> None:
+    """Raise for a failed row, so that the process that ran it is not used again: its CUDA context may be poisoned."""
+    if result.status == "failed":
+        raise TrialFailed((result.error or "").splitlines()[0])
+
+
+def _device(demand: Demand) -> str:
+    if not demand.gpus_per_worker:
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        raise TrialFailed("Ray gave this trial a GPU, but torch sees none; run `ray-peft doctor` on this machine")
+    return f"cuda:{torch.cuda.current_device()}"
+
+
+@contextlib.contextmanager
+def _log_file(path: Path, rank: int) -> Iterator[None]:
+    """Send this process's log to the trial's folder while the trial runs."""
+    handler = logging.FileHandler(path if rank == 0 else path.with_suffix(f".rank{rank}.txt"), encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
