@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ray_peft.errors import SearchSpaceError
-from ray_peft.report import read_results
+from ray_peft.report.files import read_results
 from ray_peft.result import TrialResult
 
 

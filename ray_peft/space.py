@@ -210,7 +210,7 @@ def _part(kind: type[_PartT], plain: Any, source: str, key: str, problems: list[
     try:
         return kind.from_plain(plain)
     except ValidationError as error:
-        problems += [f"{source}: {line}" for line in _lines(error, key)]
+        problems += [f"{source}: {line}" for line in explain(error, key)]
         return None
     except TypeError as error:
         problems.append(f"{source}: {key}: {error}")
@@ -330,7 +330,7 @@ def _validate(drawn: list[dict[str, Any]], source: str) -> list[TrialSpec]:
             trial = TrialSpec.from_plain(plain).located()
             trials[trial.trial_id] = trial
         except ValidationError as error:
-            for line in dict.fromkeys(_lines(error, "")):
+            for line in dict.fromkeys(explain(error, "")):
                 broken[line] = broken.get(line, 0) + 1
         except TypeError as error:  # a date or another YAML type that JSON lacks
             broken[str(error)] = broken.get(str(error), 0) + 1
@@ -340,7 +340,8 @@ def _validate(drawn: list[dict[str, Any]], source: str) -> list[TrialSpec]:
     return list(trials.values())
 
 
-def _lines(error: ValidationError, prefix: str) -> Iterator[str]:
+def explain(error: ValidationError, prefix: str = "") -> Iterator[str]:
+    """One line per problem: key, rule, value found."""
     for problem in error.errors(include_url=False):
         key = ".".join(str(part) for part in (prefix, *problem["loc"]) if str(part))
         found = f" (found {_short(problem['input'])})"

@@ -23,6 +23,9 @@ from ray_peft.tasks.base import Bench, Report, Scored, Trained
 
 logger = logging.getLogger(__name__)
 
+RESULT_FILE = "result.json"
+"""The trial's row, in its own folder."""
+
 
 class Tracker(Protocol):
     """Where a trial's metrics and results go."""
@@ -88,12 +91,21 @@ def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> Tr
         result = life.failed(error)
         logger.warning("%s: %s: %s", spec.trial_id, result.status, (result.error or "").splitlines()[0])
     except BaseException:
-        tracker.record(life.result("cancelled", error="stopped before the end"))
+        _record(life.result("cancelled", error="stopped before the end"), place, tracker)
         raise
     finally:
         _release(place)
-    tracker.record(result)
+    _record(result, place, tracker)
     return result
+
+
+def _record(result: TrialResult, place: Place, tracker: Tracker) -> None:
+    """Keep the row in the trial's folder first: the tracker may be out of reach."""
+    place.folder.mkdir(parents=True, exist_ok=True)
+    partial = place.folder / f"{RESULT_FILE}.partial"
+    partial.write_text(result.model_dump_json(indent=2), encoding="utf-8")
+    partial.replace(place.folder / RESULT_FILE)
+    tracker.record(result)
 
 
 class _Life:

@@ -54,13 +54,13 @@ def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResu
         return trial.run(assignment.spec, place, tracker, report)
 
 
-def run_in_trainer(assignment: Assignment, storage: Path, callbacks: list[Any] | None = None) -> TrialResult:
+def run_in_trainer(assignment: Assignment, storage: Path) -> TrialResult:
     """Run a trial as a Ray Train TorchTrainer with its workers; returns its row, failed rows included.
 
     Args:
         assignment: the trial.
         storage: folder for Ray Train's own files.
-        callbacks: Ray Train callbacks, such as the one that passes reports on to Tune.
+
     Raises:
         TrialFailed: the workers died before they could leave a row.
     """
@@ -71,6 +71,8 @@ def run_in_trainer(assignment: Assignment, storage: Path, callbacks: list[Any] |
     per_worker: dict[str, float] = {"CPU": demand.cpus_per_worker}
     if demand.gpus_per_worker:
         per_worker["GPU"] = demand.gpus_per_worker
+    left = assignment.folder / trial.RESULT_FILE
+    left.unlink(missing_ok=True)
     trainer = ray.train.torch.TorchTrainer(
         _train_function,
         train_loop_config={"assignment": assignment},
@@ -81,13 +83,14 @@ def run_in_trainer(assignment: Assignment, storage: Path, callbacks: list[Any] |
         run_config=ray.train.RunConfig(
             name=f"train-{assignment.spec.trial_id}-{os.urandom(3).hex()}",
             storage_path=str(storage),
-            callbacks=callbacks or [],
             failure_config=ray.train.FailureConfig(max_failures=0),
         ),
     )
     try:
         metrics = trainer.fit().metrics or {}
     except Exception as error:
+        if left.is_file():
+            return TrialResult.model_validate_json(left.read_text(encoding="utf-8"))
         raise TrialFailed(f"the workers of {assignment.spec.trial_id} died: {error}") from error
     if ROW not in metrics:
         raise TrialFailed(f"the workers of {assignment.spec.trial_id} ended without a row")
@@ -99,18 +102,16 @@ def _train_function(config: Mapping[str, Any]) -> None:
     import ray.train
 
     assignment: Assignment = config["assignment"]
-    rank = ray.train.get_context().get_world_rank()
-    if assignment.demand.gpus_per_worker:
-        import torch
-
-        torch.cuda.set_device(ray.train.torch.get_device())
+    alone = assignment.demand.num_workers == 1
 
     def report(metrics: Mapping[str, float], step: int) -> None:
         # Ray Train waits for every rank, but held-out losses are measured by rank 0 alone.
-        if assignment.demand.num_workers == 1:
+        if alone:
             ray.train.report({"step": step, **metrics})
 
-    result = run_here(assignment, report, rank)
+    result = run_here(assignment, report, ray.train.get_context().get_world_rank())
+    if result is not None and not alone:
+        raise_if_broken(result)  # the other ranks may wait in an all-reduce, and would never reach the report
     ray.train.report(final_report(result) if result is not None else {})
 
 

@@ -5,19 +5,18 @@ from ray_peft.report.table import Spread
 MISSING = "-"
 GIB = 2**30
 MIB = 2**20
-_TOO_LONG = 1e6
-"""From here on a fixed number of decimals would burst a column."""
+_LONGEST = 9
+"""Characters of a number in a table."""
 
 
 def fixed(value: float | None, places: int, *, signed: bool = False) -> str:
-    """`value` with `places` decimals, or "-" if there is none; at most ten characters for `places` up to 4."""
+    """`value` with `places` decimals, or in powers of ten where that takes over 9 characters; "-" if there is none."""
     if value is None:
         return MISSING
     sign = "+" if signed else ""
-    if abs(value) >= _TOO_LONG:
-        return f"{value:{sign}.2e}"
     # Adding zero turns the minus zero of a rounded small number into zero.
-    return f"{round(value, places) + 0.0:{sign}.{places}f}"
+    text = f"{round(value, places) + 0.0:{sign}.{places}f}"
+    return text if len(text) <= _LONGEST else f"{value:{sign}.2e}"
 
 
 def percent(share: float | None, places: int = 2, *, signed: bool = False) -> str:
@@ -43,8 +42,8 @@ def speed(per_second: float | None) -> str:
 
 
 def spread_text(spread: Spread | None, places: int, *, signed: bool = False) -> str:
-    """A mean with the least and the greatest value."""
+    """A mean with the least and the greatest value; a value alone if there is but one."""
     if spread is None:
         return MISSING
     mean, low, high = (fixed(value, places, signed=signed) for value in (spread.mean, spread.low, spread.high))
-    return f"{mean} ({low} to {high})"
+    return f"{mean} ({low} to {high})" if spread.seeds > 1 else mean

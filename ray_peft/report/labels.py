@@ -8,24 +8,24 @@ from typing import Any
 
 from ray_peft.methods.base import Stage
 from ray_peft.report.flat import flat_spec
-from ray_peft.result import TrialResult
+from ray_peft.spec import TrialSpec
 
 _BARE = re.compile(r"[A-Za-z0-9_.:/+~-]+")
 _ABSENT = "absent"
 """Stands for a key that a trial lacks; no JSON text, so it equals no value."""
 
 
-def labels(results: Sequence[TrialResult], *, without: Collection[str] = ()) -> dict[str, str]:
+def labels(trials: Mapping[str, TrialSpec], *, without: Collection[str] = ()) -> dict[str, str]:
     """A name in pure ASCII for each trial, by trial id; no two trials get the same one.
 
     A setting of a method is named if it differs between trials of that method, any other setting if it differs
     between any two trials. Where that leaves two names equal, they end in the trial id.
 
     Args:
-        results: the trials of one sweep, each id once.
+        trials: the specs of one sweep, by trial id.
         without: dotted keys that are not named, such as `seed`.
     """
-    flats = [flat_spec(result.spec) for result in results]
+    flats = [flat_spec(spec) for spec in trials.values()]
     texts = _value_texts(flats)
     shown = differing(flats)
     found = []
@@ -34,8 +34,8 @@ def labels(results: Sequence[TrialResult], *, without: Collection[str] = ()) -> 
         found.append(" ".join([str(flat["method.name"]), *words]))
     often = Counter(found)
     return {
-        result.trial_id: f"{label} ({result.trial_id})" if often[label] > 1 else label
-        for result, label in zip(results, found, strict=True)
+        trial_id: f"{label} ({trial_id})" if often[label] > 1 else label
+        for trial_id, label in zip(trials, found, strict=True)
     }
 
 

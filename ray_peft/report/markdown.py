@@ -12,7 +12,7 @@ from ray_peft.report.flat import flat_spec
 from ray_peft.report.labels import differing, setting_text
 from ray_peft.report.table import Row, Score, SeedGroup, error_line, rows, seed_groups
 from ray_peft.report.uncertainty import Answers, Intervals, intervals
-from ray_peft.result import Sample, TrialResult
+from ray_peft.result import Provenance, Sample, TrialResult
 
 _RERUN = """\
 Every line of `results.jsonl` holds the whole spec of its trial. To run one trial again:
@@ -75,7 +75,7 @@ def _head(compared: Sequence[Row], title: str, description: str, notes: Sequence
     facts: dict[str, Sequence[str]] = {
         "Trials": [f"{len(compared)} ({', '.join(f'{number} {status}' for status, number in ended.items())})"],
         "Methods": [spec.method.name for spec in specs],
-        "Models": [spec.model.name for spec in specs],
+        "Models": [_without_folders(spec.model.name) for spec in specs],
         "Data": [
             f"{source.label}: {setting_text(source.train)} for training, {setting_text(source.test)} held out"
             for spec in specs
@@ -91,6 +91,11 @@ def _head(compared: Sequence[Row], title: str, description: str, notes: Sequence
     listed = [f"- {name}: {inline(_distinct(values))}" for name, values in facts.items() if compared]
     listed += [f"- {entry(note)}" for note in notes]
     return "\n\n".join(block for block in [*blocks, "\n".join(listed)] if block)
+
+
+def _without_folders(model: str) -> str:
+    """A hub id as it is; of a local folder its name, since its place says nothing to a reader elsewhere."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def _length(steps: int | None, epochs: float | None) -> str:
@@ -148,7 +153,7 @@ def _over_seeds(groups: Sequence[SeedGroup]) -> str:
         ("ROUGE-L", 4, False, lambda row: row.rouge_l.value),
         ("vs base", 4, True, lambda row: row.rouge_l.difference),
         ("Peak memory [GiB]", 2, False, lambda row: row.peak_memory_gib),
-        ("Training [s]", 1, False, lambda row: row.result.usage.train_s),
+        ("Training [s]", 1, False, lambda row: row.seconds("train_s")),
     ]
     lines = [
         [
@@ -165,11 +170,11 @@ def _over_seeds(groups: Sequence[SeedGroup]) -> str:
 def _resources(compared: Sequence[Row]) -> str:
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("Peak memory [GiB]", _memory),
-        ("Training [s]", lambda row: fixed(row.result.usage.train_s, 1)),
-        ("Load [s]", lambda row: fixed(row.result.usage.load_s, 1)),
-        ("Evaluate [s]", lambda row: fixed(row.result.usage.evaluate_s, 1)),
-        ("Save [s]", lambda row: fixed(row.result.usage.save_s, 1)),
-        ("Whole trial [s]", lambda row: fixed(row.result.usage.wall_time_s, 1)),
+        ("Training [s]", lambda row: fixed(row.seconds("train_s"), 1)),
+        ("Load [s]", lambda row: fixed(row.seconds("load_s"), 1)),
+        ("Evaluate [s]", lambda row: fixed(row.seconds("evaluate_s"), 1)),
+        ("Save [s]", lambda row: fixed(row.seconds("save_s"), 1)),
+        ("Whole trial [s]", lambda row: fixed(row.seconds("wall_time_s"), 1)),
         ("Tokens/s", lambda row: speed(row.result.usage.tokens_per_s)),
         ("Steps/s", lambda row: fixed(row.result.usage.steps_per_s, 3)),
         ("Trainable parameters", _trainable),
@@ -254,9 +259,10 @@ def _samples(compared: Sequence[Row], samples: Mapping[str, Sequence[Sample]]) -
 
 
 def _machine(compared: Sequence[Row]) -> str:
-    if not compared:
+    # A trial that failed early may have recorded nothing, which says nothing about the machine.
+    made = [row.result.provenance for row in compared if row.result.provenance != Provenance()]
+    if not made:
         return ""
-    made = [row.result.provenance for row in compared]
     facts: dict[str, Sequence[str | None]] = {
         "Device": [one.device for one in made],
         "Workers per trial": [f"{one.num_workers} with {one.gpus_per_worker:g} GPU each" for one in made],

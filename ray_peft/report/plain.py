@@ -17,7 +17,8 @@ _ENDED = {
     "cancelled": "was cancelled after",
 }
 _GAP = "  "
-_NARROWEST_LABEL = 16
+_NARROWEST_LABEL = 17
+"""No narrower than the header."""
 
 
 def trial_line(result: TrialResult, done: int, total: int) -> str:
@@ -58,7 +59,7 @@ def console_table(results: Sequence[TrialResult]) -> str:
     blocks = [_aligned(header, [_cells(row) for row in compared])]
     groups = seed_groups(compared)
     if groups:
-        header = ["mean over seeds (min to max)", "seeds", "eval loss", "BLEU-4", "ROUGE-L"]
+        header = ["mean (min to max)", "seeds", "eval loss", "BLEU-4", "ROUGE-L"]
         blocks.append(_aligned(header, [_group_cells(group) for group in groups]))
     reasons = [_reason(row) for row in compared if row.status != "finished"]
     return "\n\n".join([*blocks, *(["\n".join(reasons)] if reasons else [])])
@@ -77,7 +78,7 @@ def _cells(row: Row) -> list[str]:
         *_score(row.bleu4, 4),
         *_score(row.rouge_l, 4),
         fixed(row.peak_memory_gib, 2),
-        fixed(row.result.usage.train_s, 1),
+        fixed(row.seconds("train_s"), 1),
         speed(row.result.usage.tokens_per_s),
     ]
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Literal
 
 from ray_peft.methods import METHODS
 from ray_peft.report.flat import flat_spec
@@ -11,6 +12,7 @@ from ray_peft.report.labels import labels
 from ray_peft.result import Status, TrialResult
 
 BASE_METHOD = "none"
+Phase = Literal["load_s", "train_s", "evaluate_s", "save_s", "wall_time_s"]
 _ORDER = {method.model_fields["name"].default: position for position, method in enumerate(METHODS)}
 
 
@@ -85,6 +87,11 @@ class Row:
         total = self.result.total_parameters
         return self.result.trainable_parameters / total if total else None
 
+    def seconds(self, phase: Phase) -> float | None:
+        """Time spent; None for a phase that a trial did not come to before it failed."""
+        value: float = getattr(self.result.usage, phase)
+        return value if value or self.status == "finished" else None
+
     @property
     def error_line(self) -> str | None:
         """Why the trial did not finish, in one line; None if it finished."""
@@ -101,6 +108,8 @@ class Spread:
     mean: float
     low: float
     high: float
+    seeds: int
+    """Values behind the mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +127,15 @@ class SeedGroup:
     def spread(self, read: Callable[[Row], float | None]) -> Spread | None:
         """Mean, minimum and maximum over the finished rows that have the value; None if none has."""
         values = [value for row in self.finished if (value := read(row)) is not None]
-        return Spread(mean=fmean(values), low=min(values), high=max(values)) if values else None
+        if not values:
+            return None
+        return Spread(mean=fmean(values), low=min(values), high=max(values), seeds=len(values))
 
 
 def rows(results: Sequence[TrialResult]) -> list[Row]:
     """The comparison: in the order of the method registry, then as given; of a trial given twice the later one."""
     trials = sorted(latest(results), key=lambda result: _ORDER[result.spec.method.name])
-    names = labels(trials)
+    names = labels({trial.trial_id: trial.spec for trial in trials})
     return [Row(label=names[result.trial_id], result=result, base=base_of(result, trials)) for result in trials]
 
 
@@ -137,7 +148,8 @@ def seed_groups(rows: Sequence[Row]) -> list[SeedGroup]:
         grouped.setdefault(json.dumps(plain, sort_keys=True), []).append(row)
     if len(grouped) == len(rows):
         return []
-    names = labels([group[0].result for group in grouped.values()], without=("seed",))
+    firsts = [group[0].result for group in grouped.values()]
+    names = labels({first.trial_id: first.spec for first in firsts}, without=("seed",))
     return [SeedGroup(label=names[group[0].trial_id], rows=tuple(group)) for group in grouped.values()]
 
 

@@ -38,6 +38,8 @@ _ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+    # It prints the run's address with the credentials in it.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _FINAL_CODES = {
@@ -60,6 +62,8 @@ _MASKS = (
     ),
     (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "hf_***"),
 )
+# The part of a long message that says what happened: the system's, the connection's or the database's words.
+_CAUSE = re.compile(r"\[Errno -?\d+\] ([^'\")]+)|((?:Read|connect) timed? ?out)|\(sqlite3\.\w+\) (.+)")
 
 
 @dataclass(frozen=True, repr=False)
@@ -177,8 +181,8 @@ def failures() -> tuple[type[Exception], ...]:
 def reason(error: Exception) -> str:
     """One masked line that says why a call failed."""
     text = str(error)
-    refused = re.search(r"\[Errno -?\d+\] ([^'\")]+)", text)
-    line = refused.group(1) if refused else (text.splitlines() or [type(error).__name__])[0]
+    found = _CAUSE.search(text)
+    line = next(filter(None, found.groups())) if found else (text.splitlines() or [type(error).__name__])[0]
     return mask(line)[:300].rstrip(". ")
 
 
@@ -235,15 +239,16 @@ def _open_experiment(uri: str, name: str, artifact_location: str | None) -> Stor
 
     client, what = connect(uri), f"open experiment {name!r}"
     find = partial(client.get_experiment_by_name, name)
-    found = insist(uri, what, find)
+    until = time.monotonic() + FIRST_CONTACT_S
+    found = insist(uri, what, find, until)
     if found is None:
         try:
             client.create_experiment(name, artifact_location)
         except MlflowException as error:
             # Another process may have created it in between.
-            if insist(uri, what, find) is None:
+            if insist(uri, what, find, until) is None:
                 raise TrackingError(f"cannot create experiment {name!r} in {mask(uri)}: {reason(error)}") from None
-        found = insist(uri, what, find)
+        found = insist(uri, what, find, until)
     assert found is not None
     if found.lifecycle_stage != "active":
         raise TrackingError(
@@ -269,7 +274,8 @@ def _create_sqlite(path: Path, artifact_root: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     fresh = path.with_name(path.name + ".new")
-    fresh.unlink(missing_ok=True)
+    for left in (fresh, fresh.with_name(fresh.name + "-journal")):
+        left.unlink(missing_ok=True)
     create: Any = SqlAlchemyStore  # untyped in mlflow 3.17
     create(f"sqlite:///{fresh}", artifact_root.as_uri()).engine.dispose()
     fresh.replace(path)

@@ -193,7 +193,8 @@ def flatten(plain: object, key: str = "") -> dict[str, str]:
         items = plain.items() if isinstance(plain, dict) else enumerate(plain)
         nested = (flatten(value, f"{key}.{name}" if key else str(name)) for name, value in items)
         return {path: leaf for leaves in nested for path, leaf in leaves.items()}
-    return {key: plain if isinstance(plain, str) else json.dumps(plain)}
+    # MLflow's server refuses an empty value, so an empty text is shown as "".
+    return {key: plain if isinstance(plain, str) and plain else json.dumps(plain)}
 
 
 def final_metrics(result: TrialResult) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ray_peft.report.digits import fixed, percent, size, speed
+from ray_peft.report.digits import fixed, percent, size, speed, spread_text
 from ray_peft.report.table import Score, rows, seed_groups
 from ray_peft.result import Provenance, Scores, TrialResult, Usage
 from ray_peft.spec import TrialSpec
@@ -123,11 +123,20 @@ def test_seeds_are_put_together():
     assert (base.label, len(base.rows)) == ("none", 1)
     assert (group.label, len(group.rows), len(group.finished)) == ("lora", 4, 3)
     loss = group.spread(lambda row: row.eval_loss.value)
-    assert (loss.mean, loss.low, loss.high) == (3.0, 1.0, 6.0)
+    assert (loss.mean, loss.low, loss.high, loss.seeds) == (3.0, 1.0, 6.0, 3)
     # 1 - 4, 2 - 4 and 6 - 4.
     difference = group.spread(lambda row: row.eval_loss.difference)
     assert (difference.mean, difference.low, difference.high) == (-1.0, -3.0, 2.0)
     assert group.spread(lambda row: row.rouge_l.value) is None
+    assert spread_text(loss, 2) == "3.00 (1.00 to 6.00)"
+    assert spread_text(base.spread(lambda row: row.eval_loss.value), 2) == "4.00"
+
+
+def test_a_phase_that_a_failed_trial_did_not_reach_has_no_time():
+    failed, base = trial("lora", status="failed", usage=Usage(load_s=2.0)), trial("none")
+    found = by_label([failed, base])
+    assert (found["lora"].seconds("load_s"), found["lora"].seconds("train_s")) == (2.0, None)
+    assert found["none"].seconds("train_s") == 0.0
 
 
 def test_group_labels_keep_other_settings_and_drop_the_seed():

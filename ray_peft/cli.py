@@ -1,0 +1,200 @@
+"""`ray-peft ...`: parse arguments, call one function, print.
+
+Exit codes: 0 all trials finished; 1 some trial failed; 2 bad input, nothing was started; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ray_peft.console import Console
+from ray_peft.errors import RayPeftError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    options = _parser().parse_args(arguments)
+    if options.command in ("run", "sweep"):
+        # `ray job stop` and `kill` send SIGTERM: end as after Ctrl-C, with every finished trial kept.
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        code: int = options.act(options)
+    except RayPeftError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ray-peft", description="Compare fine-tuning methods on the GPUs you have: Ray runs them, MLflow keeps them."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("sweep", help="run every trial of a search space and compare them")
+    command.add_argument("space", help="a YAML file, such as search_spaces/quickstart.yaml")
+    _add_common(command, "folder for results; default: outputs/<name of the search space>")
+    command.add_argument("--fresh", action="store_true", help="run finished trials again")
+    command.set_defaults(act=_sweep)
+
+    command = commands.add_parser("run", help="run one trial as a Ray Train job")
+    command.add_argument("spec", nargs="?", help="a YAML file that holds one trial")
+    command.add_argument("--mlflow-run", metavar="RUN_ID", help="run the trial of this MLflow run again")
+    _add_common(command, "folder for results; default: outputs/<trial id>")
+    command.set_defaults(act=_run)
+
+    command = commands.add_parser("plan", help="list and check the trials of a search space, without running them")
+    command.add_argument("space")
+    command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(act=_plan)
+
+    command = commands.add_parser("report", help="write a sweep's report again and print its table")
+    command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart")
+    command.set_defaults(act=_report)
+
+    command = commands.add_parser("ui", help="open the MLflow UI on the results")
+    command.add_argument("--tracking-uri", help="default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
+    command.add_argument("--host", default="127.0.0.1")
+    command.add_argument("--port", type=int, default=5000)
+    command.set_defaults(act=_ui)
+
+    command = commands.add_parser("doctor", help="what this machine can do")
+    command.set_defaults(act=_doctor)
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser, out: str) -> None:
+    command.add_argument("--out", metavar="DIR", help=out)
+    command.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else a local one is started")
+    command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
+    command.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+        help="replace a setting of the file, such as --set train.steps=20; may be repeated",
+    )  # fmt: skip
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from ray_peft.sweep import sweep
+
+    outcome = sweep(
+        options.space,
+        out=options.out,
+        address=options.address,
+        tracking_uri=options.tracking_uri,
+        overrides=options.overrides,
+        fresh=options.fresh,
+        console=Console(),
+    )
+    print(f"\nreport: {_short(outcome.folder / 'report.md')}")
+    print(f"MLflow: {_ui_command(options.tracking_uri)}")
+    if outcome.interrupted:
+        print("interrupted; the same command runs the missing trials")
+        return 130
+    return 0 if outcome.complete else 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    from ray_peft import tracking
+    from ray_peft.errors import SpecError
+    from ray_peft.experiment import tracking_uri
+    from ray_peft.single import run
+    from ray_peft.space import TrackingSpec
+
+    if (options.spec is None) == (options.mlflow_run is None):
+        raise SpecError("run: give a YAML file, or --mlflow-run RUN_ID")
+    spec = options.spec
+    if options.mlflow_run is not None:
+        if options.overrides:
+            raise SpecError("run: --set changes a YAML file, but --mlflow-run takes the trial as it was")
+        spec = tracking.load_spec(tracking_uri(options.tracking_uri, TrackingSpec()), options.mlflow_run)
+    result = run(
+        spec,
+        out=options.out,
+        address=options.address,
+        tracking_uri=options.tracking_uri,
+        overrides=options.overrides,
+        console=Console(),
+    )
+    return 0 if result.status == "finished" else 1
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from ray_peft.sweep import plan
+
+    trials = plan(options.space, options.overrides)
+    if options.json:
+        print(json.dumps([{"trial_id": trial.trial_id, "spec": trial.plain()} for trial in trials], indent=2))
+        return 0
+    from ray_peft.report.labels import labels
+
+    for trial_id, label in labels({trial.trial_id: trial for trial in trials}).items():
+        print(f"{trial_id}  {label}")
+    print(f"{len(trials)} trials, checked: no weights were loaded")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from ray_peft.errors import DataError
+    from ray_peft.report.files import read_results, write_report
+    from ray_peft.report.plain import console_table
+
+    folder = Path(options.sweep)
+    if not (folder / "results.jsonl").is_file():
+        raise DataError(f"{folder}: holds no results.jsonl; give the folder of a sweep, such as outputs/quickstart")
+    written = write_report(folder)
+    print(console_table(read_results(folder)))
+    print("\n" + "\n".join(f"written: {_short(path)}" for path in written))
+    return 0
+
+
+def _ui(options: argparse.Namespace) -> int:
+    from ray_peft import tracking
+    from ray_peft.experiment import outputs_folder, tracking_uri
+    from ray_peft.space import TrackingSpec
+
+    uri = tracking_uri(options.tracking_uri, TrackingSpec())
+    if uri.startswith(("http://", "https://")):
+        print(f"MLflow runs at {tracking.mask(uri)}")
+        return 0
+    command = tracking.ui_command(uri, outputs_folder() / "mlartifacts", options.host, options.port)
+    print(f"MLflow UI: http://{options.host}:{options.port}  (store {tracking.mask(uri)}; Ctrl-C ends it)", flush=True)
+    try:
+        return subprocess.call(command, env={**os.environ, **tracking.ui_environment()})
+    except KeyboardInterrupt:
+        return 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from ray_peft.doctor import examine, render
+
+    findings = examine()
+    print(render(findings))
+    return 1 if any(finding.level == "problem" for finding in findings) else 0
+
+
+def _short(path: Path) -> str:
+    """The path from here if it lies below, else whole."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _ui_command(uri: str | None) -> str:
+    return f"ray-peft ui --tracking-uri {uri}" if uri and "@" not in uri else "ray-peft ui"

@@ -1,0 +1,131 @@
+"""What single runs and sweeps share: the checks before anything starts, the store, the output folder, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ray_peft import tracking
+from ray_peft.console import Console
+from ray_peft.ledger import Ledger, SweepRecord
+from ray_peft.report.files import write_report
+from ray_peft.report.plain import console_table
+from ray_peft.result import TrialResult
+from ray_peft.space import TrackingSpec
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks import TASKS
+from ray_peft.tracking import Store
+
+
+def outputs_folder() -> Path:
+    """Where results are kept unless told otherwise: RAY_PEFT_OUTPUTS, or `outputs` here."""
+    return Path(os.environ.get("RAY_PEFT_OUTPUTS", "outputs")).absolute()
+
+
+def tracking_uri(chosen: str | None, tracking_spec: TrackingSpec) -> str:
+    """The store in use: the caller's choice, the search space's, MLFLOW_TRACKING_URI, else SQLite in the outputs."""
+    return (
+        chosen
+        or tracking_spec.uri
+        or os.environ.get("MLFLOW_TRACKING_URI")
+        or tracking.default_uri(outputs_folder())
+    )
+
+
+def inspect_trials(trials: Iterable[TrialSpec], console: Console) -> list[str]:
+    """Check model, tokenizer and data of every trial once, and prepare the data.
+
+    Returns:
+        Notes on the rows: cut, left out, unusable.
+
+    Raises:
+        DataError, ModelError: something is missing or malformed.
+    """
+    seen: set[str] = set()
+    notes: dict[str, None] = {}
+    for trial in trials:
+        key = json.dumps([trial.task, trial.model.plain(), trial.data.plain()], sort_keys=True)
+        if key in seen:
+            continue
+        seen.add(key)
+        for note in TASKS[trial.task].inspect(trial).notes:
+            if note not in notes:
+                console.say(f"data: {note}")
+            notes[note] = None
+    return list(notes)
+
+
+@dataclass
+class Experiment:
+    """An opened output folder with its tracking store."""
+
+    name: str
+    ledger: Ledger
+    store: Store
+    record: SweepRecord
+    console: Console
+
+    @property
+    def parent_run_id(self) -> str:
+        """The MLflow run that holds the trials' runs."""
+        assert self.record.parent_run_id is not None
+        return self.record.parent_run_id
+
+    def lost(self, spec: TrialSpec, status: Literal["failed", "cancelled"], reason: str) -> TrialResult:
+        """The row of a trial whose worker died without leaving one; its MLflow run is closed."""
+        run_status: Literal["FAILED", "KILLED"] = "FAILED" if status == "failed" else "KILLED"
+        run_id = tracking.close_orphan(self.store, self.parent_run_id, spec.trial_id, run_status, reason)
+        return TrialResult(trial_id=spec.trial_id, status=status, spec=spec, error=reason, mlflow_run_id=run_id)
+
+    def finish(self, planned: list[str], interrupted: bool) -> list[TrialResult]:
+        """Write the report, close the parent run and print the comparison; returns the planned trials' rows."""
+        write_report(self.ledger.folder)
+        rows = {result.trial_id: result for result in self.ledger.results()}
+        results = [rows[trial] for trial in planned if trial in rows] if planned else list(rows.values())
+        bad = [result for result in results if result.status != "finished"]
+        status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED"
+        if interrupted:
+            status = "KILLED"
+        elif bad:
+            status = "FAILED"
+        counts = {"trials": float(len(results)), "trials_not_finished": float(len(bad))}
+        files = {name: self.ledger.folder / name for name in ("report.md", "report.csv", "results.jsonl")}
+        tracking.finish_sweep(self.store, self.parent_run_id, status, metrics=counts, files=files)
+        self.console.say("")
+        self.console.say(console_table(results))
+        return results
+
+
+def open_experiment(
+    name: str,
+    description: str,
+    ledger: Ledger,
+    *,
+    uri: str,
+    experiment: str | None,
+    planned: list[str],
+    notes: list[str],
+    console: Console,
+    source: str | None = None,
+) -> Experiment:
+    """Open the store and the sweep's parent run, or that of the interrupted sweep in this folder.
+
+    Raises:
+        TrackingError: the store cannot be reached.
+    """
+    artifacts = outputs_folder() / "mlartifacts" if uri.startswith("sqlite:") else None
+    store = tracking.open_store(uri, experiment or name, artifacts)
+    earlier = ledger.read_record()
+    masked = tracking.mask(uri)
+    parent = earlier.parent_run_id if earlier is not None and earlier.tracking_uri == masked else None
+    if parent is None:
+        files = {"search_space.yaml": source} if source is not None else {}
+        tags = {"ray_peft.out": str(ledger.folder), "mlflow.note.content": description}
+        parent = tracking.start_sweep(store, name, tags={k: v for k, v in tags.items() if v}, files=files)
+    record = SweepRecord(name, description, notes, planned, parent, masked)
+    ledger.write_record(record)
+    return Experiment(name, ledger, store, record, console)

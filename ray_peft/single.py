@@ -1,0 +1,101 @@
+"""One experiment, as a Ray Train TorchTrainer of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ray_peft import cluster, experiment, worker
+from ray_peft.console import Console
+from ray_peft.errors import SearchSpaceError, SpecError, TrialFailed
+from ray_peft.ledger import Ledger
+from ray_peft.placement import demand
+from ray_peft.result import TrialResult
+from ray_peft.space import TrackingSpec, explain, load
+from ray_peft.spec import TrialSpec
+
+
+def run(
+    spec: TrialSpec | Mapping[str, Any] | str | Path,
+    *,
+    out: str | Path | None = None,
+    address: str | None = None,
+    tracking_uri: str | None = None,
+    overrides: list[str] | None = None,
+    console: Console | None = None,
+) -> TrialResult:
+    """Run one trial and return its row; a failed trial is a row too.
+
+    Args:
+        spec: a trial, its plain form, or a YAML file that holds exactly one.
+        out: folder for the trial's files; null is `outputs/<trial id>`.
+        address: Ray cluster to join; null starts a local one.
+        tracking_uri: MLflow store; null as in `experiment.tracking_uri`.
+        overrides: `key.path=value` settings that replace those of a YAML file.
+        console: where progress is written; null is silent.
+
+    Raises:
+        RayPeftError: a wrong spec, missing data or model, a store or cluster out of reach.
+    """
+    console = console or Console(quiet=True)
+    trial, tracking_spec = _trial(spec, overrides)
+    ledger = Ledger(Path(out) if out else experiment.outputs_folder() / trial.trial_id)
+    with ledger.locked():
+        notes = experiment.inspect_trials([trial], console)
+        opened = experiment.open_experiment(
+            trial.trial_id,
+            "",
+            ledger,
+            uri=experiment.tracking_uri(tracking_uri, tracking_spec),
+            experiment=tracking_spec.experiment or "single runs",
+            planned=[trial.trial_id],
+            notes=notes,
+            console=console,
+        )
+        interrupted = True
+        try:
+            ledger.add(_run(trial, opened, address))
+            interrupted = False
+        except KeyboardInterrupt:
+            ledger.add(opened.lost(trial, "cancelled", "interrupted by the user"))
+            raise
+        finally:
+            results = opened.finish([trial.trial_id], interrupted)
+    return results[0]
+
+
+def _run(trial: TrialSpec, opened: experiment.Experiment, address: str | None) -> TrialResult:
+    with cluster.connect(address) as nodes:
+        assignment = worker.Assignment(
+            spec=trial,
+            folder=opened.ledger.trial_folder(trial.trial_id),
+            store=opened.store,
+            parent_run_id=opened.parent_run_id,
+            sweep=opened.name,
+            demand=demand(trial, nodes),
+        )
+        try:
+            return worker.run_in_trainer(assignment, opened.ledger.folder / "ray")
+        except TrialFailed as error:
+            return opened.lost(trial, "failed", str(error))
+
+
+def _trial(
+    spec: TrialSpec | Mapping[str, Any] | str | Path, overrides: list[str] | None
+) -> tuple[TrialSpec, TrackingSpec]:
+    if isinstance(spec, TrialSpec):
+        return spec.located(), TrackingSpec()
+    if isinstance(spec, Mapping):
+        try:
+            return TrialSpec.from_plain(dict(spec)).located(), TrackingSpec()
+        except ValidationError as error:
+            raise SpecError("\n".join(explain(error))) from None
+    space = load(spec, overrides)
+    if len(space.trials) != 1:
+        raise SearchSpaceError(
+            f"{spec}: holds {len(space.trials)} trials, but a run takes one; use `ray-peft sweep` for a grid"
+        )
+    return space.trials[0], space.tracking

@@ -1,0 +1,335 @@
+"""A search space -> trials at once on the cluster -> rows; the only module that imports ray.tune."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_peft import cluster, experiment, worker
+from ray_peft.console import Console, bar
+from ray_peft.errors import SearchSpaceError
+from ray_peft.experiment import Experiment
+from ray_peft.ledger import Ledger
+from ray_peft.placement import Demand, Node, concurrent_trials, demand
+from ray_peft.report.plain import trial_line
+from ray_peft.result import TrialResult
+from ray_peft.space import Space, distributions, fill, load
+from ray_peft.spec import TrialSpec
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """What a sweep leaves behind."""
+
+    folder: Path
+    results: list[TrialResult]
+    """Rows of the planned trials that have one, in the order of the plan."""
+    planned: int
+    interrupted: bool
+    """True if the user stopped it; the same call goes on with what is missing."""
+    tracking_uri: str
+    """Without credentials."""
+
+    @property
+    def complete(self) -> bool:
+        """True if every planned trial finished."""
+        return not self.interrupted and all(result.status == "finished" for result in self.results)
+
+
+def sweep(
+    space: Space | str | Path,
+    *,
+    out: str | Path | None = None,
+    address: str | None = None,
+    tracking_uri: str | None = None,
+    overrides: list[str] | None = None,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> SweepOutcome:
+    """Run every trial of a search space that has no finished row in `out` yet.
+
+    Args:
+        space: a search space or its file.
+        out: folder for results; null is `outputs/<name of the space>`.
+        address: Ray cluster to join; null starts a local one.
+        tracking_uri: MLflow store; null as in `experiment.tracking_uri`.
+        overrides: `key.path=value` settings that replace those of the file.
+        fresh: run finished trials again; their earlier rows are kept under another name.
+        console: where progress is written; null is silent.
+
+    Raises:
+        RayPeftError: a wrong search space, missing data or model, a store or cluster out of reach. Nothing was started.
+    """
+    console = console or Console(quiet=True)
+    if isinstance(space, Space):
+        source = None
+    else:
+        source = Path(space)
+        space = load(space, overrides)
+    ledger = Ledger(Path(out) if out else experiment.outputs_folder() / space.name)
+    with ledger.locked():
+        if fresh:
+            ledger.set_aside()
+        plan = _plan(space, ledger)
+        console.say(f"{space.name}: {len(plan.trials)} trials, {len(plan.trials) - plan.missing} finished before")
+        notes = experiment.inspect_trials(space.trials, console)
+        opened = experiment.open_experiment(
+            space.name,
+            space.description,
+            ledger,
+            uri=experiment.tracking_uri(tracking_uri, space.tracking),
+            experiment=space.tracking.experiment,
+            planned=[] if plan.searched else [trial.trial_id for trial in plan.trials],
+            notes=notes,
+            console=console,
+            source=source.read_text(encoding="utf-8") if source else None,
+        )
+        interrupted = False
+        try:
+            if plan.missing:
+                interrupted = _Sweep(space, plan, opened).run(address)
+        except BaseException:
+            opened.finish(opened.record.planned, interrupted=True)
+            raise
+        results = opened.finish(opened.record.planned, interrupted)
+    return SweepOutcome(ledger.folder, results, len(plan.trials), interrupted, opened.record.tracking_uri)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    trials: list[TrialSpec]
+    todo: list[TrialSpec]
+    searched: bool
+    """True if Tune proposes the trials one by one."""
+    finished: list[TrialResult]
+
+    @property
+    def missing(self) -> int:
+        return len(self.trials) - len(self.finished) if self.searched else len(self.todo)
+
+
+def _plan(space: Space, ledger: Ledger) -> _Plan:
+    finished = ledger.finished()
+    searched = space.search is not None and space.search.algorithm == "optuna"
+    todo = [trial for trial in space.trials if trial.trial_id not in finished]
+    ids = {trial.trial_id for trial in space.trials}
+    relevant = [result for trial, result in finished.items() if searched or trial in ids]
+    return _Plan(space.trials, todo, searched, relevant[: len(space.trials)])
+
+
+class _Sweep:
+    """One call of Tune: hands specs out, takes rows in."""
+
+    def __init__(self, space: Space, plan: _Plan, opened: Experiment) -> None:
+        self.space = space
+        self.plan = plan
+        self.opened = opened
+        self.console = opened.console
+        self.rows: dict[str, TrialResult] = {result.trial_id: result for result in plan.finished}
+        self.started: dict[str, TrialSpec] = {}
+        """Trials that Tune has handed out, by their id."""
+
+    def run(self, address: str | None) -> bool:
+        """Run the missing trials; true if the user interrupted them."""
+        # Set before Ray starts: Tune's own loggers write every metric to three more files, and its console output
+        # draws boxes that some consoles cannot print.
+        os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+        os.environ.setdefault("TUNE_RESULT_BUFFER_LENGTH", "0")
+        with cluster.connect(address) as nodes:
+            demands = {trial.trial_id: demand(trial, nodes) for trial in self.plan.trials}
+            self.console.say(_placement_line(nodes, demands, self.plan.missing))
+            self._fit(nodes, demands)
+        lost = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
+        for trial in lost:
+            self.opened.ledger.add(self.opened.lost(trial, "cancelled", "interrupted before the end"))
+        return bool(lost) or len(self.rows) < len(self.plan.trials)
+
+    def _fit(self, nodes: list[Node], demands: dict[str, Demand]) -> None:
+        from ray import tune
+
+        several = [each for each in demands.values() if each.num_workers > 1]
+        settings: dict[str, Any] = {"reuse_actors": True}
+        if several:
+            settings["max_concurrent_trials"] = concurrent_trials(several, nodes)
+        if self.plan.searched:
+            space: dict[str, Any] = {key: _domain(*how) for key, how in distributions(self.space.templates[0]).items()}
+            settings |= {"search_alg": self._optuna(), "num_samples": self.plan.missing}
+        else:
+            space = {"spec": tune.grid_search([trial.plain() for trial in self.plan.todo])}
+        tuner = tune.Tuner(
+            tune.with_resources(self._trainable(nodes), _resources(self.space, nodes)),
+            param_space=space,
+            tune_config=tune.TuneConfig(**settings),
+            run_config=tune.RunConfig(
+                name=f"tune-{os.urandom(4).hex()}",
+                storage_path=str(self.opened.ledger.folder / "ray"),
+                verbose=0,
+                callbacks=[_callback(self)],
+                failure_config=tune.FailureConfig(max_failures=0),
+            ),
+        )
+        tuner.fit()
+
+    def _trainable(self, nodes: list[Node]) -> Callable[[dict[str, Any]], None]:
+        """The function that Tune runs for each trial, in a process that it uses again for the next."""
+        ledger, store, parent = self.opened.ledger, self.opened.store, self.opened.parent_run_id
+        name, resolve = self.opened.name, _resolver(self.space)
+
+        def trial(config: dict[str, Any]) -> None:
+            from ray import tune
+
+            spec = resolve(config)
+            assignment = worker.Assignment(
+                spec=spec,
+                folder=ledger.trial_folder(spec.trial_id),
+                store=store,
+                parent_run_id=parent,
+                sweep=name,
+                demand=demand(spec, nodes),
+            )
+
+            def report(metrics: Mapping[str, float], step: int) -> None:
+                tune.report({"step": step, **metrics})
+
+            if assignment.demand.num_workers > 1:
+                result: TrialResult | None = worker.run_in_trainer(assignment, ledger.folder / "ray")
+            else:
+                result = worker.run_here(assignment, report)
+            assert result is not None
+            tune.report(worker.final_report(result))
+            worker.raise_if_broken(result)
+
+        return trial
+
+    def _optuna(self) -> Any:
+        """Optuna's search, told of the rows that an interrupted sweep left."""
+        from optuna.samplers import TPESampler
+        from ray.tune.search.optuna import OptunaSearch
+
+        search = self.space.search
+        assert search is not None
+        keys = list(distributions(self.space.templates[0]))
+        known = [(_values(row.spec.plain(), keys), getattr(row.scores, search.metric)) for row in self.plan.finished]
+        known = [(values, score) for values, score in known if score is not None]
+        return OptunaSearch(
+            sampler=TPESampler(seed=search.seed + len(known)),
+            metric=search.metric,
+            mode="min" if search.metric == "eval_loss" else "max",
+            points_to_evaluate=[values for values, _ in known] or None,
+            evaluated_rewards=[score for _, score in known] or None,
+        )
+
+    def take(self, result: TrialResult) -> None:
+        """Keep a trial's row as soon as it is there."""
+        if result.trial_id in self.rows:
+            return
+        self.rows[result.trial_id] = result
+        self.opened.ledger.add(result)
+        self.console.say(trial_line(result, len(self.rows), len(self.plan.trials)))
+
+    def show(self, spec: TrialSpec, metrics: Mapping[str, Any]) -> None:
+        """Show where a running trial is."""
+        loss = next((f"{name} {metrics[name]:.3f}" for name in ("train_loss", "eval_loss") if name in metrics), "")
+        done, total = len(self.rows), len(self.plan.trials)
+        self.console.progress(f"{bar(done, total)} {done}/{total} {spec.trial_id}: step {metrics.get('step')} {loss}")
+
+
+def _callback(owner: _Sweep) -> Any:
+    """Tune's callback in the driver."""
+    from ray import tune
+
+    resolve = _resolver(owner.space)
+
+    class Rows(tune.Callback):  # type: ignore[misc]
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            spec = resolve(trial.config)
+            owner.started[spec.trial_id] = spec
+
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        ) -> None:
+            if worker.ROW in result:
+                owner.take(TrialResult.model_validate_json(result[worker.ROW]))
+            else:
+                owner.show(resolve(trial.config), result)
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            spec = resolve(trial.config)
+            if spec.trial_id not in owner.rows:
+                owner.take(owner.opened.lost(spec, "failed", _reason(trial)))
+
+    return Rows()
+
+
+def _reason(trial: Any) -> str:
+    """Why Tune lost a trial that left no row: the last line of its error, which names the exception."""
+    path = getattr(trial, "error_file", None)
+    text = Path(path).read_text(encoding="utf-8", errors="replace") if path and Path(path).is_file() else ""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return f"the worker died: {lines[-1].strip()}\n\n{text}" if lines else "the worker died without a word"
+
+
+def _resolver(space: Space) -> Callable[[Mapping[str, Any]], TrialSpec]:
+    """Tune's configuration of a trial -> its spec."""
+    template, name = space.templates[0], space.name
+
+    def resolve(config: Mapping[str, Any]) -> TrialSpec:
+        return TrialSpec.from_plain(config["spec"]) if "spec" in config else fill(template, dict(config), name)
+
+    return resolve
+
+
+def _resources(space: Space, nodes: list[Node]) -> Callable[[dict[str, Any]], Any]:
+    """What Tune holds for a trial; the workers of a multi-worker trial are held by Ray Train."""
+    resolve = _resolver(space)
+
+    def resources(config: dict[str, Any]) -> Any:
+        from ray import tune
+
+        needed = demand(resolve(config), nodes)
+        if needed.num_workers > 1:
+            return tune.PlacementGroupFactory([{"CPU": 0.01}])
+        return tune.PlacementGroupFactory([{"CPU": needed.cpus_per_worker, "GPU": needed.gpus_per_worker}])
+
+    return resources
+
+
+def _domain(kind: str, arguments: list[Any]) -> Any:
+    from ray import tune
+
+    return tune.choice(arguments) if kind == "choice" else getattr(tune, kind)(*arguments)
+
+
+def _values(plain: Any, keys: list[str]) -> dict[str, Any]:
+    """The values at dotted keys."""
+    found = {}
+    for key in keys:
+        value = plain
+        for part in key.split("."):
+            value = value[part]
+        found[key] = value
+    return found
+
+
+def _placement_line(nodes: list[Node], demands: dict[str, Demand], missing: int) -> str:
+    gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
+    kinds = sorted({(each.num_workers, each.gpus_per_worker, each.cpus_per_worker) for each in demands.values()})
+    needs = "; ".join(f"{workers} x ({gpu:g} GPU, {cpu} CPU)" for workers, gpu, cpu in kinds)
+    return f"{gpus} GPUs and {cpus} CPU cores on {len(nodes)} nodes; {missing} trials to run, each {needs}"
+
+
+def plan(space: str | Path, overrides: list[str] | None = None) -> list[TrialSpec]:
+    """The trials of a search space, checked, without loading weights or starting Ray.
+
+    Raises:
+        RayPeftError: a wrong search space, or missing or malformed data or model.
+    """
+    loaded = load(space, overrides)
+    experiment.inspect_trials(loaded.trials, Console(quiet=True))
+    if not loaded.trials:
+        raise SearchSpaceError(f"{space}: has no trials")
+    return loaded.trials

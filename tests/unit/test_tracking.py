@@ -1,0 +1,589 @@
+"""Tracking writes what it is given and reads it back, with several writers and through outages. Real stores only."""
+
+import json
+import logging
+import math
+import os
+import pickle
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_peft.errors import TrackingError
+from ray_peft.result import Provenance, Scores, TrialResult, Usage
+from ray_peft.spec import TrialSpec
+from ray_peft.tracking import (
+    Store,
+    TrialTracker,
+    close_orphan,
+    default_uri,
+    finish_sweep,
+    load_spec,
+    mask,
+    open_store,
+    start_sweep,
+    ui_command,
+    ui_environment,
+)
+from ray_peft.tracking.trial import flatten
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite store without runs: building the schema takes seconds, so tests copy it."""
+    folder = tmp_path_factory.mktemp("empty_store")
+    open_store(default_uri(folder), "unused", folder / "artifacts")
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def store(empty_database: Path, tmp_path: Path) -> Store:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return open_store(default_uri(tmp_path), "comparison", tmp_path / "artifacts")
+
+
+def client_of(store: Store) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=store.uri)
+
+
+def spec_of(seed: int = 42, path: str = "dolly.jsonl") -> TrialSpec:
+    return TrialSpec.from_plain(
+        {
+            "model": {"name": "some/model"},
+            "data": {"sources": [{"recipe": "dolly", "path": path, "train": 8, "test": 2}]},
+            "method": {"name": "lora", "rank": 4},
+            "train": {"steps": 3},
+            "seed": seed,
+        }
+    )
+
+
+def result_of(spec: TrialSpec, **fields: Any) -> TrialResult:
+    return TrialResult(**{"trial_id": spec.trial_id, "status": "finished", "spec": spec, "steps": 3, **fields})
+
+
+def artifact_text(store: Store, run_id: str, name: str, folder: Path) -> str:
+    folder.mkdir(exist_ok=True)
+    return Path(client_of(store).download_artifacts(run_id, name, str(folder))).read_text(encoding="utf-8")
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, "nothing happened in time"
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_importing_the_package_does_not_import_mlflow():
+    code = "import sys, ray_peft.tracking; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:secret@host:5000/x", "http://***@host:5000/x"),
+        ("no answer from https://token@host.", "no answer from https://***@host."),
+        ("postgresql://me:pa/ss@w@host/db", "postgresql://***@host/db"),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
+        ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
+        ("http://host/?x=1&access_token=abc&y=2", "http://host/?x=1&access_token=***&y=2"),
+        ("http://host/?api-key=abc#top", "http://host/?api-key=***#top"),
+        ("token hf_abcdefghijklmnopqrstuvwxyz012345 is invalid", "token hf_*** is invalid"),
+        ('{"a": "http://u:p@h", "b": "x@y"}', '{"a": "http://***@h", "b": "x@y"}'),
+    ],
+)
+def test_mask_hides_credentials_and_nothing_else(text, shown):
+    assert mask(text) == shown
+
+
+def test_flatten_names_every_leaf():
+    plain = {"a": {"b": [1, {"c": None}]}, "d": "text", "e": [], "f": True, "g": 1e-4, "h": ""}
+    assert flatten(plain) == {
+        "a.b.0": "1",
+        "a.b.1.c": "null",
+        "d": "text",
+        "e": "[]",
+        "f": "true",
+        "g": "0.0001",
+        "h": '""',
+    }
+
+
+def test_a_store_travels_and_hides_its_credentials():
+    store = Store("http://me:secret@host:5000", "1", "comparison", "mlflow-artifacts:/1")
+    assert pickle.loads(pickle.dumps(store)) == store
+    assert "secret" not in f"{store} {store!r}"
+
+
+def test_opening_again_finds_the_same_experiment(store, tmp_path):
+    assert open_store(store.uri, "comparison", tmp_path / "elsewhere") == store
+    assert store.artifact_location == (tmp_path / "artifacts").as_uri()
+
+
+def test_a_deleted_experiment_is_named_with_the_way_out(store, tmp_path):
+    client_of(store).delete_experiment(store.experiment_id)
+    with pytest.raises(TrackingError, match=f"'comparison' in .* is deleted; .*--experiment-id {store.experiment_id}"):
+        open_store(store.uri, "comparison", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "uri", ["postgresql://me:secret@host/db", "sqlite://", "sqlite:///:memory:", "outputs/mlruns", "sqlite:///a?b=c"]
+)
+def test_other_kinds_of_store_are_refused(uri, tmp_path):
+    with pytest.raises(TrackingError, match="neither sqlite:///FILE nor") as caught:
+        open_store(uri, "comparison", tmp_path)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path):
+    (tmp_path / "mlflow.db").write_text("my notes " * 100)
+    with pytest.raises(TrackingError, match="file is not a database"):
+        open_store(default_uri(tmp_path), "comparison", tmp_path)
+    assert (tmp_path / "mlflow.db").read_text().startswith("my notes")
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(TrackingError, match="choose another folder"):
+        open_store(default_uri(tmp_path / "file" / "outputs"), "comparison", tmp_path)
+
+
+def test_a_server_that_is_down_is_an_error_within_seconds():
+    start = time.monotonic()
+    with pytest.raises(TrackingError, match="no MLflow server answers at http://.*Connection refused") as caught:
+        open_store(f"http://me:secret@127.0.0.1:{free_port()}", "comparison", None)
+    assert time.monotonic() - start < 10
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_never_answers_is_an_error_within_seconds():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        with pytest.raises(TrackingError, match="Read timed out"):
+            open_store(f"http://127.0.0.1:{silent.getsockname()[1]}", "comparison", None)
+        assert time.monotonic() - start < 10
+
+
+def test_a_worker_that_does_not_see_the_file_says_so(store, tmp_path):
+    (tmp_path / "mlflow.db").unlink()
+    with pytest.raises(TrackingError, match="no tracking store at .* all machines share"):
+        TrialTracker(store, None, "sweep").start(spec_of())
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_sweep_holds_its_trials(store, tmp_path):
+    client, spec = client_of(store), spec_of()
+    parent = start_sweep(store, "small", tags={"question": "which?"}, files={"space.yaml": "seed: 1\n"})
+    tracker = TrialTracker(store, parent, "small")
+    child = tracker.start(spec)
+    tracker.record(result_of(spec))
+    (tmp_path / "table.md").write_text("| a |")
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "a.svg").write_text("<svg/>")
+    files = {"report/report.md": tmp_path / "table.md", "report/plots": tmp_path / "plots"}
+    finish_sweep(store, parent, "FINISHED", metrics={"trials": 1}, files=files)
+
+    run = client.get_run(parent)
+    assert (run.info.run_name, run.info.status, run.data.metrics) == ("small", "FINISHED", {"trials": 1.0})
+    assert run.data.tags["question"] == "which?"
+    assert artifact_text(store, parent, "space.yaml", tmp_path / "1") == "seed: 1\n"
+    assert artifact_text(store, parent, "report/report.md", tmp_path / "2") == "| a |"
+    assert artifact_text(store, parent, "report/plots/a.svg", tmp_path / "3") == "<svg/>"
+    (found,) = client.search_runs([store.experiment_id], f"tags.mlflow.parentRunId = '{parent}'")
+    assert (found.info.run_id, found.info.run_name, found.info.status) == (child, spec.trial_id, "FINISHED")
+    assert found.data.tags["ray_peft.method"] == "lora"
+    assert found.data.tags["ray_peft.trial_id"] == spec.trial_id
+    assert found.data.tags["ray_peft.sweep"] == "small"
+
+
+def test_a_missing_file_is_an_error(store, tmp_path):
+    parent = start_sweep(store, "small", tags={}, files={})
+    with pytest.raises(TrackingError, match="no such file or folder"):
+        finish_sweep(store, parent, "FINISHED", metrics={}, files={"a": tmp_path / "absent"})
+
+
+def test_every_leaf_of_the_spec_is_a_parameter(store):
+    spec = spec_of()
+    run_id = TrialTracker(store, None, "small").start(spec)
+    params = client_of(store).get_run(run_id).data.params
+    assert params == flatten(spec.plain())
+    assert params["method.rank"] == "4"
+    assert params["data.sources.0.path"] == "dolly.jsonl"
+
+
+def test_a_long_parameter_becomes_an_artifact(store, tmp_path):
+    path = "x" * 7000
+    run_id = TrialTracker(store, None, "small").start(spec_of(path=path))
+    name = "params/data.sources.0.path.txt"
+    assert client_of(store).get_run(run_id).data.params["data.sources.0.path"] == (
+        f"7000 characters: see the artifact {name}"
+    )
+    assert artifact_text(store, run_id, name, tmp_path / "1") == path
+    assert load_spec(store.uri, run_id) == spec_of(path=path)
+
+
+def test_credentials_in_a_spec_reach_neither_parameters_nor_artifacts(store, tmp_path):
+    run_id = TrialTracker(store, None, "small").start(spec_of(path="https://me:secret@host/rows.jsonl"))
+    assert "secret" not in str(client_of(store).get_run(run_id).data.to_dictionary())
+    assert "secret" not in artifact_text(store, run_id, "spec.json", tmp_path / "1")
+
+
+def test_a_trial_is_read_back_from_its_run(store):
+    run_id = TrialTracker(store, None, "small").start(spec_of(seed=7))
+    assert load_spec(store.uri, run_id) == spec_of(seed=7)
+
+
+def test_a_run_that_is_no_trial_gives_a_clear_error(store):
+    parent = start_sweep(store, "small", tags={}, files={"space.yaml": ""})
+    with pytest.raises(TrackingError, match=r"no spec.json \(found: space.yaml\)"):
+        load_spec(store.uri, parent)
+    with pytest.raises(TrackingError, match="cannot read run 0123456789abcdef0123456789abcdef"):
+        load_spec(store.uri, "0123456789abcdef0123456789abcdef")
+
+
+def test_live_metrics_arrive_by_themselves(store):
+    tracker = TrialTracker(store, None, "small")
+    run_id = tracker.start(spec_of())
+    tracker.log({"train/loss": 1.5, "odd name (%)": 2.0, "../up": 3.0}, step=4)
+    client = client_of(store)
+    wait_for(lambda: "train/loss" in client.get_run(run_id).data.metrics)
+    assert client.get_run(run_id).data.metrics == {"train/loss": 1.5, "odd name ___": 2.0, "_.._up": 3.0}
+    assert client.get_metric_history(run_id, "train/loss")[0].step == 4
+
+
+def test_metrics_that_are_not_finite_are_kept(store):
+    tracker, spec = TrialTracker(store, None, "small"), spec_of()
+    run_id = tracker.start(spec)
+    for step, value in enumerate([1.0, math.nan, math.inf, -math.inf]):
+        tracker.log({"loss": value}, step)
+    tracker.record(result_of(spec))
+    values = [point.value for point in client_of(store).get_metric_history(run_id, "loss")]
+    assert values[0] == 1.0
+    assert math.isnan(values[1])
+    assert values[2:] == [sys.float_info.max, -sys.float_info.max]
+
+
+def loaded_table(store: Store, run_id: str, name: str, folder: Path) -> Any:
+    """As `MlflowClient.load_table` does, which in 3.17 asks the global store in place of the client's own."""
+    import pandas
+
+    query = f"""tags.mlflow.loggedArtifacts LIKE '%"path"%:%"{name}",%"type"%:%"table"%'"""
+    assert [run.info.run_id for run in client_of(store).search_runs([store.experiment_id], query)] == [run_id]
+    artifact_text(store, run_id, name, folder)
+    return pandas.read_json(folder / name, orient="split")
+
+
+def test_a_table_can_be_loaded_and_replaced(store, tmp_path):
+    tracker = TrialTracker(store, None, "small")
+    run_id = tracker.start(spec_of())
+    tracker.table([{"old": 1}], "samples.json")
+    tracker.table([{"prompt": "a", "score": 0.5}, {"prompt": "b", "loss": math.nan}], "samples.json")
+    frame = loaded_table(store, run_id, "samples.json", tmp_path)
+    assert list(frame.columns) == ["prompt", "score", "loss"]
+    assert frame["prompt"].tolist() == ["a", "b"]
+    logged = json.loads(client_of(store).get_run(run_id).data.tags["mlflow.loggedArtifacts"])
+    assert logged == [{"path": "samples.json", "type": "table"}]
+
+
+def test_artifacts_are_files_or_whole_folders(store, tmp_path):
+    tracker = TrialTracker(store, None, "small")
+    run_id = tracker.start(spec_of())
+    (tmp_path / "adapter" / "deep").mkdir(parents=True)
+    (tmp_path / "adapter" / "config.json").write_text("{}")
+    (tmp_path / "adapter" / "deep" / "weights").write_text("w")
+    tracker.artifact(tmp_path / "adapter", "adapter")
+    tracker.artifact(tmp_path / "adapter" / "config.json", "")
+    assert artifact_text(store, run_id, "adapter/deep/weights", tmp_path / "1") == "w"
+    assert artifact_text(store, run_id, "config.json", tmp_path / "2") == "{}"
+    with pytest.raises(TrackingError, match="no such file or folder"):
+        tracker.artifact(tmp_path / "absent", "adapter")
+
+
+def test_a_result_is_recorded_whole(store, tmp_path):
+    tracker, spec = TrialTracker(store, None, "small"), spec_of()
+    run_id = tracker.start(spec)
+    result = result_of(
+        spec,
+        scores=Scores(bleu4=0.25, eval_rows=2),
+        usage=Usage(wall_time_s=12.5),
+        train_loss_final=1.25,
+        trainable_parameters=32768,
+        provenance=Provenance(versions={"torch": "2.11", "numpy": "2.0"}, device="a GPU", git_commit="abc+dirty"),
+    )
+    tracker.record(result)
+    run = client_of(store).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["scores.bleu4"] == 0.25
+    assert "scores.rouge_l" not in run.data.metrics
+    assert run.data.metrics["usage.wall_time_s"] == 12.5
+    assert run.data.metrics["train_loss_final"] == 1.25
+    assert run.data.metrics["trainable_parameters"] == 32768
+    assert run.data.tags["ray_peft.status"] == "finished"
+    assert run.data.tags["ray_peft.version.torch"] == "2.11"
+    assert run.data.tags["ray_peft.git_commit"] == "abc+dirty"
+    assert json.loads(artifact_text(store, run_id, "versions.json", tmp_path / "1")) == result.provenance.versions
+    stored = TrialResult.model_validate_json(artifact_text(store, run_id, "result.json", tmp_path / "2"))
+    assert stored == result.model_copy(update={"mlflow_run_id": run_id})
+
+
+@pytest.mark.parametrize(
+    ("status", "run_status"), [("failed", "FAILED"), ("out_of_memory", "FAILED"), ("cancelled", "KILLED")]
+)
+def test_a_trial_that_did_not_finish_keeps_its_reason(store, tmp_path, status, run_status):
+    tracker, spec = TrialTracker(store, None, "small"), spec_of()
+    run_id = tracker.start(spec)
+    tracker.record(result_of(spec, status=status, error="no luck at http://me:secret@host\ndetails"))
+    run = client_of(store).get_run(run_id)
+    assert run.info.status == run_status
+    assert run.data.tags["ray_peft.status"] == status
+    assert run.data.tags["ray_peft.error"] == "no luck at http://***@host"
+    assert artifact_text(store, run_id, "error.txt", tmp_path / "1") == "no luck at http://***@host\ndetails"
+    assert "secret" not in artifact_text(store, run_id, "result.json", tmp_path / "2")
+
+
+def test_a_run_left_by_a_killed_process_is_closed_on_the_next_start(store):
+    client, spec = client_of(store), spec_of()
+    parent, other = (start_sweep(store, "small", tags={}, files={}) for _ in range(2))
+    left = TrialTracker(store, parent, "small").start(spec)
+    elsewhere = [
+        TrialTracker(store, other, "small").start(spec),
+        TrialTracker(store, parent, "small").start(spec_of(seed=1)),
+        TrialTracker(store, None, "small").start(spec),
+    ]
+    again = TrialTracker(store, parent, "small").start(spec)
+    assert client.get_run(left).info.status == "KILLED"
+    assert client.get_run(left).data.tags["ray_peft.error"].startswith("interrupted")
+    assert {client.get_run(run_id).info.status for run_id in [again, *elsewhere]} == {"RUNNING"}
+
+
+def test_the_driver_closes_the_run_of_a_dead_worker(store, tmp_path):
+    spec = spec_of()
+    parent = start_sweep(store, "small", tags={}, files={})
+    run_id = TrialTracker(store, parent, "small").start(spec)
+    assert close_orphan(store, parent, "lora-00000000", "FAILED", "gone") is None
+    assert close_orphan(store, parent, spec.trial_id, "FAILED", "worker died\nexit code 9") == run_id
+    assert close_orphan(store, parent, spec.trial_id, "FAILED", "gone") is None
+    run = client_of(store).get_run(run_id)
+    assert run.info.status == "FAILED"
+    assert (run.data.tags["ray_peft.status"], run.data.tags["ray_peft.error"]) == ("failed", "worker died")
+    assert artifact_text(store, run_id, "error.txt", tmp_path / "1") == "worker died\nexit code 9"
+
+
+def sql(store: Store, statement: str) -> None:
+    with closing(sqlite3.connect(store.uri.removeprefix("sqlite:///"), timeout=20)) as connection, connection:
+        connection.execute(statement)
+
+
+def test_metrics_wait_out_a_broken_database(store, caplog):
+    tracker, spec = TrialTracker(store, None, "small"), spec_of()
+    run_id = tracker.start(spec)
+    tracker.log({"loss": 0.0}, 0)
+    sql(store, "ALTER TABLE metrics RENAME TO metrics_away")
+    with caplog.at_level(logging.WARNING, logger="ray_peft"):
+        for step in range(1, 300):
+            tracker.log({"loss": float(step)}, step)
+        wait_for(lambda: "keeping them" in caplog.text)
+    sql(store, "ALTER TABLE metrics_away RENAME TO metrics")
+    tracker.record(result_of(spec))
+    history = client_of(store).get_metric_history(run_id, "loss")
+    assert sorted(point.step for point in history) == list(range(300))
+    assert caplog.text.count("keeping them") == 1
+
+
+def test_a_result_that_cannot_be_stored_is_an_error(store, monkeypatch):
+    monkeypatch.setattr("ray_peft.tracking.trial.PATIENCE_S", 0.5)
+    tracker, spec = TrialTracker(store, None, "small"), spec_of()
+    tracker.start(spec)
+    sql(store, "ALTER TABLE metrics RENAME TO metrics_away")
+    with pytest.raises(TrackingError, match=f"cannot store the result of trial {spec.trial_id} .*no such table"):
+        tracker.record(result_of(spec))
+
+
+WRITERS = """
+import os, sys, traceback
+from pathlib import Path
+import mlflow.store.tracking.sqlalchemy_store
+from ray_peft.result import TrialResult
+from ray_peft.spec import TrialSpec
+from ray_peft.tracking import TrialTracker, default_uri, open_store
+
+outputs, plain = Path(sys.argv[1]), sys.argv[2]
+
+def write(writer):
+    store = open_store(default_uri(outputs), "comparison", outputs / "artifacts")
+    spec = TrialSpec.model_validate_json(plain).model_copy(update={"seed": writer})
+    tracker = TrialTracker(store, None, "small")
+    tracker.start(spec)
+    for step in range(50):
+        tracker.log({"loss": float(step), "lr": 1.0}, step)
+        tracker._flush()
+    tracker.record(TrialResult(trial_id=spec.trial_id, status="finished", spec=spec))
+
+children = []
+for writer in range(3):
+    child = os.fork()
+    if child == 0:
+        try:
+            write(writer)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    children.append(child)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+def test_three_processes_create_and_fill_one_database_without_loss(tmp_path):
+    command = [sys.executable, "-c", WRITERS, str(tmp_path), spec_of().model_dump_json()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "INFO" not in done.stderr
+    store = open_store(default_uri(tmp_path), "comparison", tmp_path)
+    client = client_of(store)
+    runs = client.search_runs([store.experiment_id])
+    assert sorted(run.data.params["seed"] for run in runs) == ["0", "1", "2"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        steps = sorted(point.step for point in client.get_metric_history(run.info.run_id, "loss"))
+        assert steps == list(range(50))
+
+
+class Wire:
+    """A TCP connection to a server that can be cut and mended."""
+
+    def __init__(self, target: int) -> None:
+        self.target, self.port = target, free_port()
+        self.open: list[socket.socket] = []
+        self.mend()
+
+    def mend(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self.accept, args=(self.listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        for one in [self.listener, *self.open]:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+        self.open.clear()
+
+    def accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.target))
+                self.open += [near, far]
+                for source, sink in [(near, far), (far, near)]:
+                    threading.Thread(target=self.pump, args=(source, sink), daemon=True).start()
+
+    def pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def server_port(empty_database: Path, tmp_path: Path) -> Iterator[int]:
+    """The port of a real MLflow server over a SQLite file, started as the command line starts its UI."""
+    served = tmp_path / "served"
+    served.mkdir()
+    shutil.copy(empty_database, served / "mlflow.db")
+    port = free_port()
+    command = ui_command(default_uri(served), served / "artifacts", "127.0.0.1", port)
+    with (served / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            command, env=ui_environment(), cwd=served, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def healthy() -> bool:
+        assert process.poll() is None, (served / "log.txt").read_text()
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+        return False
+
+    try:
+        wait_for(healthy, timeout_s=120)
+        yield port
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_trial_through_a_server_survives_an_outage(server_port, tmp_path, caplog, capfd):
+    wire, spec = Wire(server_port), spec_of(seed=3)
+    store = open_store(f"http://me:secret@127.0.0.1:{wire.port}", "comparison", None)
+    parent = start_sweep(store, "small", tags={}, files={"space.yaml": "seed: 3\n"})
+    tracker = TrialTracker(store, parent, "small")
+    run_id = tracker.start(spec)
+    tracker.log({"loss": math.nan, "high": math.inf}, 0)
+    wire.cut()
+    with caplog.at_level(logging.WARNING, logger="ray_peft"):
+        for step in range(1, 300):
+            tracker.log({"loss": float(step)}, step)
+        wait_for(lambda: "keeping them" in caplog.text)
+    wire.mend()
+    tracker.table([{"prompt": "a"}], "samples.json")
+    tracker.record(result_of(spec, scores=Scores(bleu4=0.5)))
+    finish_sweep(store, parent, "FINISHED", metrics={"trials": 1}, files={})
+
+    client = client_of(store)
+    history = sorted(client.get_metric_history(run_id, "loss"), key=lambda point: point.step)
+    assert [point.step for point in history] == list(range(300))
+    assert math.isnan(history[0].value)
+    run = client.get_run(run_id)
+    assert run.data.metrics["high"] == sys.float_info.max
+    assert (run.info.status, run.data.metrics["scores.bleu4"]) == ("FINISHED", 0.5)
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert loaded_table(store, run_id, "samples.json", tmp_path)["prompt"].tolist() == ["a"]
+    assert load_spec(store.uri, run_id) == spec
+    assert "secret" not in caplog.text + "".join(capfd.readouterr())
+    with pytest.raises(TrackingError, match="cannot read run"):
+        load_spec(store.uri, "0123456789abcdef0123456789abcdef")
+    wire.cut()
+
+
+def test_something_else_on_the_port_is_named(tmp_path):
+    command = [sys.executable, "-m", "http.server", "0", "--bind", "127.0.0.1"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as other:
+        assert other.stdout is not None
+        port = other.stdout.readline().split("port ")[1].split()[0]
+        try:
+            with pytest.raises(TrackingError, match=r"is not a working MLflow server \(HTTP 501\)"):
+                open_store(f"http://127.0.0.1:{port}", "comparison", None)
+        finally:
+            other.kill()
+
+
+def test_a_server_needs_no_ui_command():
+    with pytest.raises(TrackingError, match=r"http://\*\*\*@host:5000 is an MLflow server"):
+        ui_command("http://me:secret@host:5000", None, "127.0.0.1", 5001)
