@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 
 from ray_peft.errors import SearchSpaceError
 from ray_peft.report.files import read_results
@@ -69,9 +70,8 @@ class Ledger:
     def add(self, result: TrialResult) -> None:
         """Append a result so that a crash at any moment loses at most the line being written."""
         line = (json.dumps(result.row(), ensure_ascii=False) + "\n").encode()
-        with self._results.open("ab") as file:
-            if file.tell() and not self._ends_with_newline():
-                line = b"\n" + line
+        with self._results.open("a+b") as file:
+            file.truncate(_whole_lines(file))
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
@@ -94,7 +94,9 @@ class Ledger:
         partial.write_text(json.dumps(asdict(record), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         partial.replace(self.folder / "sweep.json")
 
-    def _ends_with_newline(self) -> bool:
-        with self._results.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) == b"\n"
+
+def _whole_lines(file: IO[bytes]) -> int:
+    """Bytes up to the end of the last whole line: a killed process may have left half a line."""
+    file.seek(0)
+    content = file.read()
+    return content.rfind(b"\n") + 1

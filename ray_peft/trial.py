@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import json
 import logging
 import platform
+import shutil
+import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -240,6 +244,8 @@ def _save(life: _Life, bench: Bench) -> None:
     life.adapter_bytes = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     if life.tracker is not None:
         life.tracker.artifact(folder, "adapter")
+        if not (folder / "adapter_config.json").is_file():
+            shutil.rmtree(folder)  # full weights are large, and the tracker holds them now
 
 
 def _evaluate(life: _Life, bench: Bench) -> None:
@@ -281,3 +287,6 @@ def _release(place: Place) -> None:
         import torch
 
         torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+            ctypes.CDLL(None).malloc_trim(0)  # else the next trial's peak would hold this one's freed memory

@@ -195,15 +195,19 @@ def sqlite_file(uri: str) -> Path:
     """The absolute path in a SQLite URI.
 
     Raises:
-        TrackingError: the URI is of another kind.
+        TrackingError: the URI is of another kind, or MLflow cannot open such a path.
     """
     name = uri.removeprefix("sqlite:///")
-    if name == uri or name in ("", ":memory:") or "?" in name:
+    if name == uri or name in ("", ":memory:"):
         raise TrackingError(
             f"tracking URI {mask(uri)!r} is neither sqlite:///FILE nor http(s)://HOST:PORT; for another database, "
             "run `mlflow server --backend-store-uri ...` and give its address"
         )
-    return Path(name).expanduser().absolute()
+    path = Path(name).expanduser().absolute()
+    # SQLAlchemy 2.1 reads both as parts of a URI, and mlflow 3.17 makes folders by the text as it stands.
+    if "%" in str(path) or "?" in str(path):
+        raise TrackingError(f"MLflow cannot keep a SQLite file at {path}: choose a path without % and ?")
+    return path
 
 
 def first_contact(uri: str) -> None:

@@ -149,13 +149,17 @@ def test_a_deleted_experiment_is_named_with_the_way_out(store, tmp_path):
         open_store(store.uri, "comparison", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "uri", ["postgresql://me:secret@host/db", "sqlite://", "sqlite:///:memory:", "outputs/mlruns", "sqlite:///a?b=c"]
-)
+@pytest.mark.parametrize("uri", ["postgresql://me:secret@host/db", "sqlite://", "sqlite:///:memory:", "outputs/mlruns"])
 def test_other_kinds_of_store_are_refused(uri, tmp_path):
     with pytest.raises(TrackingError, match="neither sqlite:///FILE nor") as caught:
         open_store(uri, "comparison", tmp_path)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["50%20", "what?"])
+def test_a_path_that_mlflow_cannot_open_is_refused(name, tmp_path):
+    with pytest.raises(TrackingError, match="choose a path without % and"):
+        open_store(default_uri(tmp_path / name), "comparison", tmp_path)
 
 
 def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path):

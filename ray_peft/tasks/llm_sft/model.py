@@ -151,10 +151,13 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     import torch
 
     wanted = getattr(torch, dtype)
-    state = {
-        name: tensor.detach().to(wanted) if tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
-    }
+    converted: dict[int, torch.Tensor] = {}  # tied weights are one tensor, and stay one: they are written once
+    state = {}
+    for name, tensor in model.state_dict().items():
+        address = tensor.data_ptr()
+        if address not in converted:
+            converted[address] = tensor.detach().to(wanted) if tensor.is_floating_point() else tensor
+        state[name] = converted[address]
     model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
     if not hasattr(model, "peft_config"):
         config = folder / "config.json"

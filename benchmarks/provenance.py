@@ -1,0 +1,30 @@
+"""What every benchmark result says about itself: GPU, date, versions, command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ray_peft import measure
+
+
+def write(path: Path, measured: dict[str, Any]) -> None:
+    """Write `measured` with its provenance as JSON, and print it."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    # NVML would do as well, but a trial's worker has already told: the driver must not take a CUDA context.
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "gpus": gpus,
+        "versions": measure.versions(),
+        "git_commit": measure.git_commit(),
+        **measured,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))

@@ -1,0 +1,53 @@
+"""What all tests share: one tiny model, one data file, one cache, one Ray."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny  # noqa: E402
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_PEFT_OUTPUTS"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what is built once per test run; prepared data is cached in it."""
+    folder = tmp_path_factory.mktemp("shared")
+    os.environ["RAY_PEFT_CACHE"] = str(folder / "cache")
+    os.environ["RAY_PEFT_OUTPUTS"] = str(folder / "outputs")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(shared: Path) -> Path:
+    """The tiny model's folder."""
+    return tiny.build_model(shared / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def questions(shared: Path) -> Path:
+    """Sixty prompt and completion rows."""
+    return tiny.write_rows(shared / "questions.jsonl", tiny.QUESTIONS)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(shared: Path) -> Iterator[object]:
+    """One local Ray of two cores for all tests that need one."""
+    import ray
+
+    from ray_peft import cluster
+
+    with cluster.connect() as nodes:
+        yield nodes
+    assert not ray.is_initialized()

@@ -1,0 +1,58 @@
+"""One owner per outside service, and a cheap import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "ray_peft"
+OWNERS = {
+    "mlflow": {"tracking"},
+    "ray.train": {"worker.py"},
+    "ray.tune": {"sweep.py"},
+    "trl": {"tasks/llm_sft"},
+    "galore_torch": {"methods/galore_adamw.py"},
+    "yaml": {"space.py"},
+    "pynvml": {"measure.py", "doctor.py"},
+}
+
+
+def imported_names(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_each_outside_service_has_one_owner(library):
+    users = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if any(name == library or name.startswith(f"{library}.") for name in imported_names(path))
+    }
+    assert users, f"nobody imports {library}: the rule is out of date"
+    strangers = {user for user in users if not any(user == owner or user.startswith(f"{owner}/") for owner in OWNERS[library])}
+    assert not strangers
+
+
+def test_specs_are_checked_without_the_heavy_libraries():
+    code = (
+        "import sys, ray_peft, ray_peft.spec, ray_peft.space, ray_peft.methods, ray_peft.placement, ray_peft.cli\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'transformers', 'datasets', 'evaluate'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_every_method_file_is_registered():
+    from ray_peft.methods import METHODS
+
+    shared = {"__init__", "base", "optimizers", "galore_adamw"}
+    files = {path.stem for path in (PACKAGE / "methods").glob("*.py")} - shared
+    assert files == {method.__module__.rpartition(".")[2] for method in METHODS}

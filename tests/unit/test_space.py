@@ -1,0 +1,148 @@
+"""Search spaces: expansion, and every problem once with file, key, rule, value and trials."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ray_peft import space
+from ray_peft.errors import SearchSpaceError
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = """
+task: llm_sft
+model: {name: some/model}
+data: {sources: [{recipe: dolly, path: hub/rows, train: 10, test: 2}]}
+method: {name: lora}
+train: {steps: 5, batch_size: 8, micro_batch_size: 4}
+"""
+
+
+def parsed(text: str, overrides=None):
+    return space.parse(text, "space.yaml", overrides)
+
+
+def refused(text: str, overrides=None) -> list[str]:
+    with pytest.raises(SearchSpaceError) as caught:
+        parsed(text, overrides)
+    return str(caught.value).splitlines()
+
+
+def changed(**keys) -> str:
+    return yaml.safe_dump({**yaml.safe_load(BASE), **keys})
+
+
+def test_a_grid_is_every_combination_and_a_list_is_a_value():
+    found = parsed(
+        changed(
+            model={"name": {"grid": ["a/a", "b/b"]}},
+            method={
+                "grid": [
+                    {"name": "lora", "rank": {"grid": [4, 8]}, "targets": ["q_proj", "v_proj"]},
+                    {"name": "galore"},
+                ]
+            },
+            seed={"grid": [0, 1]},
+        )
+    )
+    assert len(found.trials) == 2 * 3 * 2
+    assert len({trial.trial_id for trial in found.trials}) == 12
+    assert {trial.method.targets for trial in found.trials if trial.method.name == "lora"} == {("q_proj", "v_proj")}
+
+
+def test_equal_cells_are_one_trial():
+    assert len(parsed(changed(seed={"grid": [1, 1]})).trials) == 1
+
+
+def test_each_problem_is_reported_once_with_its_trials():
+    lines = refused(
+        changed(
+            method={"grid": [{"name": "lora", "rank": {"grid": [8, 32]}, "rnak": 3}, {"name": "lroa"}, {"name": "full"}]},
+            train={"steps": 5, "batch_size": 6, "micro_batch_size": 4},
+        )
+    )
+    assert lines[0] == "space.yaml: method.lora.rnak: unknown key, did you mean rank? (found 3), in 2 of 4 trials"
+    assert lines[1].startswith("space.yaml: method: Input tag 'lroa'")
+    assert lines[1].endswith("in 1 of 4 trials")
+    assert lines[2].startswith("space.yaml: train.batch_size (6) must be a multiple of train.micro_batch_size (4)")
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- a\n- b", "must be a mapping"),
+        ("a: [1, 2", "line 1"),
+        ("seed: 1\nseed: 2", "line 2, column 1: key 'seed' is given twice"),
+        (changed(train={"steps": "five"}), "train.steps: Input should be a valid integer (found 'five')"),
+        (changed(task="sft"), "task: Input should be 'llm_sft'"),
+        ("task: llm_sft", "model: missing"),
+        (changed(seed={"grid": []}), "seed.grid: must be a list with entries"),
+        (changed(seed={"grid": [1], "also": 2}), "seed: grid stands alone"),
+        (changed(search={"samples": 3}), "search: there is no distribution"),
+        (changed(method={"name": "lora", "lr": {"loguniform": [1e-5, 1e-3]}}), "add `search: {samples: N}`"),
+        (changed(method={"name": "lora", "lr": {"loguniform": [0, 1]}}, search={"samples": 1}), "must be above 0"),
+        (changed(method={"name": "lora", "lr": {"uniform": [2, 1]}}, search={"samples": 1}), "must be below high"),
+        (changed(model={"name": "${NOT_SET_ANYWHERE}/m"}), "environment variable NOT_SET_ANYWHERE is not set"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(text, words):
+    lines = refused(text)
+    assert any(words in line for line in lines), lines
+    assert all(line.startswith("space.yaml") for line in lines)
+
+
+def test_optuna_searches_one_cell():
+    method = {"grid": [{"name": "lora", "lr": {"loguniform": [1e-5, 1e-3]}}, {"name": "full"}]}
+    lines = refused(changed(method=method, search={"samples": 2, "algorithm": "optuna"}))
+    assert "the grid has 2 cells" in lines[0]
+
+
+def test_random_draws_repeat_and_stay_in_bounds():
+    text = changed(
+        method={"name": "lora", "lr": {"loguniform": [1e-5, 1e-3]}, "rank": {"choice": [4, 8]}}, search={"samples": 20}
+    )
+    first, second = parsed(text), parsed(text)
+    assert [trial.trial_id for trial in first.trials] == [trial.trial_id for trial in second.trials]
+    assert len(first.trials) == 20
+    assert all(1e-5 <= trial.method.lr <= 1e-3 and trial.method.rank in (4, 8) for trial in first.trials)
+
+
+def test_every_cell_gets_the_same_number_of_draws():
+    lr = {"loguniform": [1e-5, 1e-3]}
+    method = {"grid": [{"name": "lora", "lr": lr}, {"name": "full", "lr": lr}, {"name": "none"}]}
+    names = [trial.method.name for trial in parsed(changed(method=method, search={"samples": 4})).trials]
+    assert [names.count(name) for name in ("lora", "full", "none")] == [4, 4, 1]
+
+
+def test_fill_puts_values_at_dotted_keys():
+    text = changed(method={"name": "lora", "lr": {"loguniform": [1e-5, 1e-3]}}, search={"samples": 1})
+    template = parsed(text).templates[0]
+    assert space.distributions(template) == {"method.lr": ("loguniform", [1e-5, 1e-3])}
+    assert space.fill(template, {"method.lr": 5e-4}, "x").method.lr == 5e-4
+
+
+def test_variables_have_defaults(monkeypatch):
+    text = changed(model={"name": "${MY_MODELS:-hub}/m"})
+    assert parsed(text).trials[0].model.name == "hub/m"
+    monkeypatch.setenv("MY_MODELS", "other")
+    assert parsed(text).trials[0].model.name == "other/m"
+
+
+def test_overrides_replace_settings_and_numbers_may_lack_a_point():
+    found = parsed(BASE, ["train.steps=7", "method={name: full, lr: 1e-5}"]).trials[0]
+    assert found.train.steps == 7
+    assert found.method.lr == 1e-5
+    assert "must be key.path=value" in refused(BASE, ["train.steps"])[0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "search_spaces").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_search_space_loads(path, monkeypatch):
+    monkeypatch.setenv("RAY_PEFT_DATA", "/data")
+    monkeypatch.setenv("RAY_PEFT_MODEL", "some/model")
+    assert space.load(path).trials
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(SearchSpaceError, match=r"nowhere.yaml: no such file"):
+        space.load("nowhere.yaml")

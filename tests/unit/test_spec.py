@@ -1,0 +1,92 @@
+"""A trial is one value, and what cannot mean what it says is refused."""
+
+import pytest
+import tiny
+from pydantic import ValidationError
+
+from ray_peft.methods import METHODS
+from ray_peft.spec import TrialSpec
+
+
+def spec(method=None, **changes):
+    return TrialSpec.from_plain(tiny.plain_spec("model", "rows.jsonl", method, **changes))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.model_fields["name"].default)
+def test_every_method_round_trips_through_json_with_the_same_id(method):
+    one = spec({"name": method.model_fields["name"].default})
+    again = TrialSpec.model_validate_json(one.model_dump_json())
+    assert again == one
+    assert again.trial_id == one.trial_id
+
+
+def test_any_changed_value_is_another_trial():
+    ids = {spec().trial_id, spec(seed=2).trial_id, spec(train__steps=5).trial_id, spec({"name": "lora"}).trial_id}
+    assert len(ids) == 4
+
+
+def test_a_spec_cannot_be_edited():
+    with pytest.raises(ValidationError):
+        spec().seed = 3
+
+
+def test_text_is_no_number():
+    with pytest.raises(ValidationError, match="valid integer"):
+        spec(train__batch_size="8")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "words"),
+    [
+        (None, {"train__batch_size": 6}, r"batch_size \(6\) must be a multiple"),
+        (None, {"train__epochs": 1.0}, "exactly one of epochs"),
+        (None, {"train__steps": None}, "exactly one of epochs"),
+        (None, {"train__warmup_steps": 2, "train__warmup_ratio": 0.1}, "one of warmup_steps"),
+        ({"name": "lora", "optim": "galore_adamw"}, {}, "thin ones; use method galore"),
+        ({"name": "galore", "layerwise": True, "max_grad_norm": None}, {}, "cannot accumulate"),
+        (
+            {"name": "galore", "layerwise": True, "max_grad_norm": None},
+            {"resources__num_workers": 2},
+            r"needs resources.num_workers: 1 \(found 2\)",
+        ),
+        ({"name": "galore", "layerwise": True}, {"train__micro_batch_size": 8}, "cannot clip"),
+        (None, {"resources__num_workers": 2, "resources__gpus_per_worker": 0.5}, "share of a GPU"),
+        (None, {"resources__gpus_per_worker": 2.0}, "a worker uses one GPU"),
+        ({"name": "full"}, {"model__quantization": {}}, "use method qlora"),
+        ({"name": "galore"}, {"model__quantization": {}}, "use method qlora"),
+        ({"name": "lora"}, {"model__quantization": {}}, "is method qlora"),
+    ],
+)
+def test_what_cannot_mean_what_it_says_is_refused_with_the_way_out(method, changes, words):
+    with pytest.raises(ValidationError, match=words):
+        spec(method, **changes)
+
+
+def test_answer_loss_on_text_without_turns_is_refused():
+    source = {"recipe": "text", "path": "x.jsonl", "train": 1, "test": 1}
+    with pytest.raises(ValidationError) as caught:
+        spec(data__sources=[source])
+    assert "train.loss: answers needs turns" in str(caught.value)
+    assert "evaluation.generate: true needs prompts" in str(caught.value)
+    assert spec(data__sources=[source], train__loss="all", evaluation__generate=False)
+
+
+def test_the_untouched_base_may_be_quantised_as_a_reference():
+    assert spec({"name": "none"}, model__quantization={}).quantization.quant_type == "nf4"
+
+
+def test_layerwise_galore_is_legal_without_accumulation_and_clipping():
+    assert spec({"name": "galore", "layerwise": True, "max_grad_norm": None}, train__micro_batch_size=8)
+
+
+def test_accumulation_is_what_is_left_of_the_batch():
+    assert spec().accumulation == 2
+    assert spec(resources__num_workers=2).accumulation == 1
+
+
+def test_located_makes_local_paths_absolute_and_leaves_hub_ids(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    found = TrialSpec.from_plain(tiny.plain_spec("google/gemma-2-2b", "rows.jsonl")).located()
+    assert found.model.name == "google/gemma-2-2b"
+    assert found.data.sources[0].path == str(tmp_path / "rows.jsonl")
