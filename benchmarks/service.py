@@ -9,6 +9,8 @@ import os
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from provenance import write
 import ray_peft
 from ray_peft.console import Console
 from ray_peft.result import TrialResult
-from ray_peft.sweep import SweepOutcome
+from ray_peft.sweeps import SweepOutcome
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = ROOT / "search_spaces" / "smollm2_dolly_alpaca.yaml"
@@ -47,47 +49,85 @@ def timed(out: Path, overrides: list[str]) -> tuple[float, SweepOutcome]:
     return time.perf_counter() - begin, outcome
 
 
-def main(target: Path) -> None:
-    """Run the cases and write the result."""
+SHORT = (
+    "method={name: lora, rank: 16}",
+    "train.steps=5",
+    "train.epochs=null",
+    "train.warmup_ratio=0.0",
+    "evaluation.generate=false",
+    "data.sources=[{recipe: dolly, path: '${RAY_PEFT_DATA}/dolly/dolly_12k.jsonl.gz', train: 100, test: 20}]",
+)
+"""A trial of seconds."""
+
+
+def main(target: Path, chosen: list[str]) -> None:
+    """Run the chosen cases (all by default); the result is written after each, so that a late failure loses nothing."""
     folder = Path(tempfile.mkdtemp())
     os.environ["RAY_PEFT_OUTPUTS"] = str(folder)
     measured: dict[str, Any] = {"space": SPACE.name}
-    seconds, outcome = timed(folder / "sweep", [])
-    measured["sweep"] = {"wall_s": round(seconds, 1), "rows": [row(result) for result in outcome.results]}
+    for name, case in CASES.items():
+        if chosen and name not in chosen:
+            continue
+        print(f"== {name}", flush=True)
+        try:
+            measured[name] = case(folder / name, target)
+        except Exception as error:  # a benchmark reports what failed and goes on
+            measured[name] = {"error": f"{type(error).__name__}: {error}"}
+            traceback.print_exc()
+        write(target, measured)
+
+
+def whole_sweep(out: Path, target: Path) -> dict[str, Any]:
+    """none, lora, qlora and galore on real rows; the report is kept beside the numbers."""
+    seconds, outcome = timed(out, [])
     target.parent.mkdir(parents=True, exist_ok=True)
     for name in ("report.md", "report.csv"):
         (target.parent / f"{target.stem}.{name}").write_bytes((outcome.folder / name).read_bytes())
+    return {"wall_s": round(seconds, 1), "rows": [row(result) for result in outcome.results]}
 
-    # Eight short trials: one at a time on the whole GPU, then four at a time on a quarter each.
-    short = ["method={name: lora, rank: 16}", "train.steps=5", "train.epochs=null", "evaluation.generate=false",
-             "data.sources=[{recipe: dolly, path: '${RAY_PEFT_DATA}/dolly/dolly_12k.jsonl.gz', train: 100, test: 20}]"]
-    for case, share in (("one_at_a_time", 1.0), ("four_at_a_time", 0.25)):
-        seconds, outcome = timed(
-            folder / case, [*short, "seed={grid: [0, 1, 2, 3, 4, 5, 6, 7]}", f"resources.gpus_per_worker={share}"]
-        )
-        rows = [row(result) for result in outcome.results]
-        measured[case] = {"wall_s": round(seconds, 1), "fixed_cost_s": [each["fixed_cost_s"] for each in rows],
-                          "wall_time_s": [round(each["usage"]["wall_time_s"], 1) for each in rows]}
 
-    # A learning rate that diverges, and a trial that needs more memory than the GPU has: rows, and the others finish.
+def eight_short_trials(out: Path, share: float) -> dict[str, Any]:
+    """Eight trials of five steps, each on `share` of the GPU."""
     seconds, outcome = timed(
-        folder / "broken",
-        [*short, "train.batch_size=4096", "train.micro_batch_size={grid: [4, 4096]}", "train.steps=1",
+        out, [*SHORT, "seed={grid: [0, 1, 2, 3, 4, 5, 6, 7]}", f"resources.gpus_per_worker={share}"]
+    )
+    rows = [row(result) for result in outcome.results]
+    return {
+        "wall_s": round(seconds, 1),
+        "status": [each["status"] for each in rows],
+        "fixed_cost_s": [each["fixed_cost_s"] for each in rows],
+        "trial_wall_s": [round(each["usage"]["wall_time_s"], 1) for each in rows],
+        "started_at": [each["started_at"] for each in rows],
+    }
+
+
+def out_of_memory(out: Path, target: Path) -> list[dict[str, Any]]:
+    """One trial in one pass of 8,000 long rows, which no GPU holds, beside one that fits: a row each."""
+    _, outcome = timed(
+        out,
+        [*SHORT, "train.batch_size=8000", "train.micro_batch_size={grid: [8000, 8]}", "train.steps=1",
          "data.sources=[{recipe: dolly, path: '${RAY_PEFT_DATA}/dolly/dolly_12k.jsonl.gz', train: 8000, test: 20}]"],
     )  # fmt: skip
-    measured["broken"] = [row(result) for result in outcome.results]
-    single = time.perf_counter()
-    result = ray_peft.run(outcome_spec(outcome), out=folder / "single", console=Console())
-    measured["single_run_as_torch_trainer"] = {"wall_s": round(time.perf_counter() - single, 1), "row": row(result)}
-    write(target, measured)
+    return [row(result) for result in outcome.results]
 
 
-def outcome_spec(outcome: SweepOutcome) -> Any:
-    """The first trial of a sweep, made short."""
-    plain = outcome.results[0].spec.plain()
-    plain["train"] |= {"batch_size": 16, "micro_batch_size": 16, "steps": 10}
-    return plain
+def single_run(out: Path, target: Path) -> dict[str, Any]:
+    """One trial as a TorchTrainer of its own."""
+    from ray_peft.space import load
+
+    begin = time.perf_counter()
+    result = ray_peft.run(load(SPACE, list(SHORT)).trials[0], out=out, console=Console())
+    return {"wall_s": round(time.perf_counter() - begin, 1), "row": row(result)}
+
+
+CASES: dict[str, Callable[[Path, Path], Any]] = {
+    "sweep": whole_sweep,
+    "one_at_a_time": lambda out, _: eight_short_trials(out, 1.0),
+    "four_at_a_time": lambda out, _: eight_short_trials(out, 0.25),
+    "out_of_memory": out_of_memory,
+    "single_run_as_torch_trainer": single_run,
+}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

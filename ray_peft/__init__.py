@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from ray_peft.result import TrialResult
     from ray_peft.single import run
     from ray_peft.spec import TrialSpec
-    from ray_peft.sweep import SweepOutcome, plan, sweep
+    from ray_peft.sweeps import SweepOutcome, plan, sweep
 
 __version__ = "0.1.0"
 __all__ = ["SweepOutcome", "TrialResult", "TrialSpec", "__version__", "plan", "run", "sweep"]
 
 _HOMES = {
     "run": "ray_peft.single",
-    "sweep": "ray_peft.sweep",
-    "plan": "ray_peft.sweep",
-    "SweepOutcome": "ray_peft.sweep",
+    "sweep": "ray_peft.sweeps",
+    "plan": "ray_peft.sweeps",
+    "SweepOutcome": "ray_peft.sweeps",
     "TrialResult": "ray_peft.result",
     "TrialSpec": "ray_peft.spec",
 }

@@ -90,7 +90,7 @@ def _add_common(command: argparse.ArgumentParser, out: str) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from ray_peft.sweep import sweep
+    from ray_peft.sweeps import sweep
 
     outcome = sweep(
         options.space,
@@ -135,7 +135,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ray_peft.sweep import plan
+    from ray_peft.sweeps import plan
 
     trials = plan(options.space, options.overrides)
     if options.json:

@@ -9,11 +9,14 @@ from typing import TextIO
 class Console:
     """Writes plain lines; never fails on a character that the console's encoding lacks."""
 
-    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
-        self._stream = stream or sys.stdout
+    def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._live = self._stream.isatty() and not quiet
         self._shown = 0
+
+    @property
+    def _stream(self) -> TextIO:
+        """Looked up on each use: Tune pickles what its callbacks hold, and a stream cannot be pickled."""
+        return sys.stdout
 
     def say(self, text: str) -> None:
         """Write whole lines."""
@@ -24,7 +27,7 @@ class Console:
 
     def progress(self, text: str) -> None:
         """Show a passing state on a terminal; nothing elsewhere."""
-        if not self._live:
+        if self._quiet or not self._stream.isatty():
             return
         text = self._safe(text)[:110]
         self._stream.write("\r" + text + " " * max(0, self._shown - len(text)))

@@ -93,7 +93,8 @@ class Experiment:
         elif bad:
             status = "FAILED"
         counts = {"trials": float(len(results)), "trials_not_finished": float(len(bad))}
-        files = {name: self.ledger.folder / name for name in ("report.md", "report.csv", "results.jsonl")}
+        written = [self.ledger.folder / name for name in ("report.md", "report.csv", "results.jsonl")]
+        files = {path.name: path for path in written if path.is_file()}
         tracking.finish_sweep(self.store, self.parent_run_id, status, metrics=counts, files=files)
         self.console.say("")
         self.console.say(console_table(results))

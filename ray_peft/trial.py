@@ -219,6 +219,8 @@ def _run(life: _Life) -> TrialResult:
             _save(life, bench)
     with life.clock.phase("evaluate"):
         _evaluate(life, bench)
+    for checkpoints in place.folder.glob("stage*"):
+        shutil.rmtree(checkpoints)
     return life.result("finished")
 
 

@@ -87,18 +87,18 @@ def run_in_trainer(assignment: Assignment, storage: Path) -> TrialResult:
         ),
     )
     try:
-        metrics = trainer.fit().metrics or {}
+        row = trainer.fit().return_value
     except Exception as error:
         if left.is_file():
             return TrialResult.model_validate_json(left.read_text(encoding="utf-8"))
         raise TrialFailed(f"the workers of {assignment.spec.trial_id} died: {error}") from error
-    if ROW not in metrics:
+    if row is None:
         raise TrialFailed(f"the workers of {assignment.spec.trial_id} ended without a row")
-    return TrialResult.model_validate_json(metrics[ROW])
+    return TrialResult.model_validate_json(row)
 
 
-def _train_function(config: Mapping[str, Any]) -> None:
-    """What every Train worker runs."""
+def _train_function(config: Mapping[str, Any]) -> str | None:
+    """What every Train worker runs; rank 0 returns the trial's row as JSON text."""
     import ray.train
 
     assignment: Assignment = config["assignment"]
@@ -111,8 +111,8 @@ def _train_function(config: Mapping[str, Any]) -> None:
 
     result = run_here(assignment, report, ray.train.get_context().get_world_rank())
     if result is not None and not alone:
-        raise_if_broken(result)  # the other ranks may wait in an all-reduce, and would never reach the report
-    ray.train.report(final_report(result) if result is not None else {})
+        raise_if_broken(result)  # the other ranks may wait in an all-reduce, and would never come back
+    return result.model_dump_json() if result is not None else None
 
 
 def final_report(result: TrialResult) -> dict[str, Any]:

@@ -28,16 +28,20 @@ def build_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def build_model(folder: Path, *, layers: int = 2, seed: int = 0) -> Path:
-    """A Llama of about 120,000 weights, with its tokenizer, in `folder`."""
+def build_model(folder: Path, *, seed: int = 0, talkative: bool = False) -> Path:
+    """A Llama of about 120,000 weights, with its tokenizer, in `folder`.
+
+    Small random weights repeat the last token; `talkative` ones are large, so that answers depend on the prompt.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     build_tokenizer(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=not talkative,
+        initializer_range=0.5 if talkative else 0.02,
         bos_token_id=256, eos_token_id=257, pad_token_id=258,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

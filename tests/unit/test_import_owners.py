@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "ray_peft"
 OWNERS = {
     "mlflow": {"tracking"},
     "ray.train": {"worker.py"},
-    "ray.tune": {"sweep.py"},
+    "ray.tune": {"sweeps.py"},
     "trl": {"tasks/llm_sft"},
     "galore_torch": {"methods/galore_adamw.py"},
     "yaml": {"space.py"},

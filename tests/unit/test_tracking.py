@@ -220,7 +220,7 @@ def test_a_sweep_holds_its_trials(store, tmp_path):
     assert (found.info.run_id, found.info.run_name, found.info.status) == (child, spec.trial_id, "FINISHED")
     assert found.data.tags["ray_peft.method"] == "lora"
     assert found.data.tags["ray_peft.trial_id"] == spec.trial_id
-    assert found.data.tags["ray_peft.sweep"] == "small"
+    assert found.data.tags["ray_peft.sweeps"] == "small"
 
 
 def test_a_missing_file_is_an_error(store, tmp_path):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the preparation changes its result, so that older prepared data is not used again."""
 
 IGNORED = -100
@@ -40,7 +40,7 @@ class SourceCounts:
     train_cut: int
     """Training rows longer than the limit, of which the first tokens are kept."""
     train_dropped: int
-    """Training rows longer than the limit that are left out, or whose answer begins behind it."""
+    """Rows left out, and replaced by the next ones drawn: longer than the limit, or with an answer that begins behind it."""
     test_cut: int
     """Held-out rows whose loss is measured on their first tokens only."""
 
@@ -96,6 +96,8 @@ def load_tokenizer(spec: TrialSpec) -> PreTrainedTokenizerBase:
             f"{name}: the tokenizer has no chat template, so conversations cannot be written for this model; "
             "use an instruction-tuned model, or name a .jinja file in data.chat_template"
         )
+    # Longer rows are cut and counted here; the tokenizer's own warning about them would come before that.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     loaded: PreTrainedTokenizerBase = tokenizer
@@ -126,7 +128,7 @@ def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
         if each.train_cut:
             text += f"; {each.train_cut} training rows longer than {data.max_length} tokens cut"
         if each.train_dropped:
-            text += f"; {each.train_dropped} training rows longer than {data.max_length} tokens left out"
+            text += f"; {each.train_dropped} rows longer than {data.max_length} tokens left out"
         if each.test_cut:
             text += f"; the loss of {each.test_cut} longer held-out rows is that of their first {data.max_length} tokens"
         for reason, count in sorted(each.unusable.items()):
@@ -190,18 +192,23 @@ def _add_source(
 ) -> SourceCounts:
     train_cut = train_dropped = test_cut = kept = 0
     for conversation in drawn.train:
+        if kept == drawn.train_count:
+            break
         ids, labels = encode(conversation, tokenizer)
-        if len(ids) > data.max_length:
-            if data.too_long == "drop":
-                train_dropped += 1
-                continue
-            train_cut += 1
-            ids, labels = ids[: data.max_length], labels[: data.max_length]
-        if all(label == IGNORED for label in labels):
-            train_cut, train_dropped = train_cut - 1, train_dropped + 1
+        short = labels[: data.max_length]
+        if (len(ids) > data.max_length and data.too_long == "drop") or all(label == IGNORED for label in short):
+            train_dropped += 1
             continue
+        train_cut += len(ids) > data.max_length
         kept += 1
-        train.add(input_ids=ids, labels=labels, source_dataset=drawn.source)
+        train.add(input_ids=ids[: data.max_length], labels=short, source_dataset=drawn.source)
+    everything = drawn.train_count == len(drawn.train)
+    if kept < drawn.train_count and not everything:
+        raise DataError(
+            f"data: source {drawn.source} has {kept} training rows within max_length ({data.max_length}) tokens, but "
+            f"train: {drawn.train_count} are asked for; {drawn.train_count - kept} short: lower `train`, or raise "
+            "data.max_length"
+        )
     for conversation in drawn.test:
         ids, labels = encode(conversation, tokenizer)
         test_cut += len(ids) > data.max_length

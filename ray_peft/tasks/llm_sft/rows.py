@@ -25,6 +25,8 @@ class DrawnRows:
 
     source: str
     train: list[Conversation]
+    """All that may be trained on, in drawing order: the first `train_count` that fit the length limit are."""
+    train_count: int
     test: list[Conversation]
     read: int
     """Rows read from the source's files."""
@@ -59,7 +61,7 @@ def draw(source: SourceSpec, seed: int) -> DrawnRows:
     train_count = len(rest) if source.train == 1.0 and isinstance(source.train, float) else _count(source.train, len(rows))
     if train_count == 0 or len(rest) < train_count:
         raise DataError(_short_of(source, "train", train_count, len(rest), source.path))
-    return DrawnRows(source.label, rest[:train_count], test, read, unusable)
+    return DrawnRows(source.label, rest, train_count, test, read, unusable)
 
 
 def read_rows(path: str, split: str) -> Iterator[dict[str, Any]]:

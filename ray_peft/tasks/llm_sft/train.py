@@ -54,6 +54,7 @@ def train_stage(
     spec: TrialSpec, job: StageJob, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Trained:
     """Train `model` in place for the stage's steps; goes on from the last checkpoint where there is one."""
+    from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_utils import get_last_checkpoint
     from trl import SFTTrainer
 
@@ -67,6 +68,7 @@ def train_stage(
         optimizers=(optimizer, None),
         callbacks=[_watcher(spec, job, trained)],
     )
+    trainer.remove_callback(PrinterCallback)
     _keep_adapter_dtype(job.stage, model)
     checkpoint = get_last_checkpoint(str(job.folder)) if job.folder.is_dir() else None
     if checkpoint is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -139,6 +140,8 @@ class _Sweep:
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
         os.environ.setdefault("TUNE_RESULT_BUFFER_LENGTH", "0")
+        # Reports of training steps do not carry the scores that a search improves; the last report does.
+        os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
         with cluster.connect(address) as nodes:
             demands = {trial.trial_id: demand(trial, nodes) for trial in self.plan.trials}
             self.console.say(_placement_line(nodes, demands, self.plan.missing))
@@ -172,6 +175,8 @@ class _Sweep:
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         )
+        # Tune logs a traceback for each failed trial; its reason is in the trial's row and line.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tuner.fit()
 
     def _trainable(self, nodes: list[Node]) -> Callable[[dict[str, Any]], None]:
@@ -207,16 +212,26 @@ class _Sweep:
 
     def _optuna(self) -> Any:
         """Optuna's search, told of the rows that an interrupted sweep left."""
-        from optuna.samplers import TPESampler
+        import optuna
         from ray.tune.search.optuna import OptunaSearch
 
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         search = self.space.search
         assert search is not None
         keys = list(distributions(self.space.templates[0]))
         known = [(_values(row.spec.plain(), keys), getattr(row.scores, search.metric)) for row in self.plan.finished]
         known = [(values, score) for values, score in known if score is not None]
-        return OptunaSearch(
-            sampler=TPESampler(seed=search.seed + len(known)),
+        metric = search.metric
+
+        class Search(OptunaSearch):  # type: ignore[misc]
+            """Passes over reports of training steps, which Ray 2.60's OptunaSearch would fail on."""
+
+            def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+                if metric in result and worker.ROW in result:
+                    super().on_trial_result(trial_id, result)
+
+        return Search(
+            sampler=optuna.samplers.TPESampler(seed=search.seed + len(known)),
             metric=search.metric,
             mode="min" if search.metric == "eval_loss" else "max",
             points_to_evaluate=[values for values, _ in known] or None,
@@ -292,7 +307,8 @@ def _resources(space: Space, nodes: list[Node]) -> Callable[[dict[str, Any]], An
 
         needed = demand(resolve(config), nodes)
         if needed.num_workers > 1:
-            return tune.PlacementGroupFactory([{"CPU": 0.01}])
+            # The driver that waits for the workers must not hold what they need: not even a hundredth of a core.
+            return tune.PlacementGroupFactory([{"memory": 1}])
         return tune.PlacementGroupFactory([{"CPU": needed.cpus_per_worker, "GPU": needed.gpus_per_worker}])
 
     return resources

@@ -1,0 +1,225 @@
+"""A real sweep: YAML -> Ray -> training -> MLflow -> report, and what is left when things go wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+import yaml
+
+import ray_peft
+from ray_peft.console import Console
+from ray_peft.errors import PlacementError, TrackingError
+
+METHODS = [
+    {"name": "none"},
+    {"name": "lora", "rank": 4, "lr": 0.01},
+    {"name": "qlora", "rank": 4, "lr": 0.01, "compute_dtype": "float32"},
+    {"name": "galore", "rank": 8, "lr": 0.01, "scale": 1.0},
+    {"name": "full", "lr": 1.0e30, "max_grad_norm": None},  # diverges: a failed row
+]
+
+
+def write_space(path: Path, model: Path, data: Path, methods, **changes) -> Path:
+    plain = tiny.plain_spec(model, data, **changes)
+    plain["method"] = {"grid": methods}
+    path.write_text(yaml.safe_dump({"name": path.stem, "description": "A test.", **plain}), encoding="utf-8")
+    return path
+
+
+def client(uri: str):
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+@pytest.fixture(scope="module")
+def swept(ray_cluster, shared, tiny_model, questions, tmp_path_factory):
+    """One sweep over all methods, of which one fails."""
+    folder = tmp_path_factory.mktemp("swept")
+    space = write_space(folder / "all_methods.yaml", tiny_model, questions, METHODS, train__steps=6)
+    outcome = ray_peft.sweep(space, out=folder / "out", console=Console())
+    return space, outcome
+
+
+def test_every_planned_trial_has_a_row_and_the_failed_one_its_reason(swept):
+    _, outcome = swept
+    assert [(result.spec.method.name, result.status) for result in outcome.results] == [
+        ("none", "finished"), ("lora", "finished"), ("qlora", "finished"), ("galore", "finished"), ("full", "failed"),
+    ]  # fmt: skip
+    assert not outcome.complete
+    assert "the training loss is nan" in outcome.results[-1].error
+
+
+def test_results_jsonl_has_the_documented_keys(swept):
+    _, outcome = swept
+    rows = [json.loads(line) for line in (outcome.folder / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 5
+    for row in rows:
+        assert {"trial_id", "status", "spec", "trainable_parameters", "adapter_bytes", "mlflow_run_id"} <= set(row)
+        assert {"eval_loss", "bleu4", "rouge_l"} <= set(row["scores"])
+        assert {"peak_allocated_gib", "peak_reserved_gib", "wall_time_s", "tokens_per_s"} <= set(row["usage"])
+    tuned = [row for row in rows if row["spec"]["method"]["name"] in ("lora", "qlora", "galore")]
+    base = next(row for row in rows if row["spec"]["method"]["name"] == "none")
+    assert base["trainable_parameters"] == 0
+    for row in tuned:
+        assert row["scores"]["eval_loss"] < base["scores"]["eval_loss"] - 0.1
+        assert row["usage"]["peak_rss_gib"] > 0.1
+        assert row["usage"]["tokens_per_s"] > 0
+        assert row["adapter_bytes"] > 0
+
+
+def test_the_report_names_every_trial(swept):
+    _, outcome = swept
+    report = (outcome.folder / "report.md").read_text(encoding="utf-8")
+    for result in outcome.results:
+        assert result.trial_id in report
+    assert len((outcome.folder / "report.csv").read_text(encoding="utf-8").splitlines()) == 6
+
+
+def test_mlflow_holds_parent_children_parameters_curves_and_artifacts(swept):
+    _, outcome = swept
+    mlflow = client(outcome.tracking_uri)
+    (lora,) = [result for result in outcome.results if result.spec.method.name == "lora"]
+    run = mlflow.get_run(lora.mlflow_run_id)
+    parent = mlflow.get_run(run.data.tags["mlflow.parentRunId"])
+    assert parent.info.status == "FAILED"  # one trial failed
+    assert run.info.status == "FINISHED"
+    assert run.data.params["method.rank"] == "4"
+    assert run.data.params["train.batch_size"] == "8"
+    losses = mlflow.get_metric_history(run.info.run_id, "train_loss")
+    assert [metric.step for metric in losses] == [1, 2, 3, 4, 5, 6]
+    assert losses[-1].value < losses[0].value
+    files = {item.path for item in mlflow.list_artifacts(run.info.run_id)}
+    assert {"adapter", "spec.json", "samples.json", "result.json"} <= files
+    assert {item.path for item in mlflow.list_artifacts(run.info.run_id, "adapter")} >= {
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+    }  # fmt: skip
+    failed = mlflow.get_run(outcome.results[-1].mlflow_run_id)
+    assert failed.info.status == "FAILED"
+    assert "the training loss is nan" in failed.data.tags["ray_peft.error"]
+
+
+def test_a_saved_adapter_gives_the_recorded_loss_again(swept, tmp_path):
+    from mlflow.artifacts import download_artifacts
+    from peft import PeftModel
+
+    from ray_peft.tasks.llm_sft.task import LlmSft
+
+    _, outcome = swept
+    (lora,) = [result for result in outcome.results if result.spec.method.name == "lora"]
+    folder = download_artifacts(
+        artifact_uri=f"runs:/{lora.mlflow_run_id}/adapter", dst_path=str(tmp_path), tracking_uri=outcome.tracking_uri
+    )
+    bench = LlmSft().load(lora.spec, "cpu")
+    bench.model = PeftModel.from_pretrained(bench.model, folder)
+    assert bench.eval_loss() == pytest.approx(lora.scores.eval_loss, rel=5e-3)  # saved in bfloat16
+
+
+def test_the_same_command_again_runs_only_what_did_not_finish(swept, monkeypatch):
+    space, outcome = swept
+    before = (outcome.folder / "results.jsonl").read_text().splitlines()
+    again = ray_peft.sweep(space, out=outcome.folder)
+    after = (outcome.folder / "results.jsonl").read_text().splitlines()
+    assert after[:5] == before
+    assert [json.loads(line)["spec"]["method"]["name"] for line in after[5:]] == ["full"]
+    assert len(again.results) == 5
+    mlflow = client(again.tracking_uri)
+    parents = {mlflow.get_run(result.mlflow_run_id).data.tags["mlflow.parentRunId"] for result in again.results}
+    assert len(parents) == 1
+
+
+def test_a_trial_runs_again_from_its_mlflow_run_alone_with_the_same_result(swept, tmp_path):
+    from ray_peft import tracking
+
+    _, outcome = swept
+    (lora,) = [result for result in outcome.results if result.spec.method.name == "lora"]
+    spec = tracking.load_spec(outcome.tracking_uri, lora.mlflow_run_id)
+    assert spec == lora.spec
+    again = ray_peft.run(spec, out=tmp_path / "again")  # as a Ray Train TorchTrainer
+    assert again.status == "finished"
+    assert again.trial_id == lora.trial_id
+    assert again.scores.eval_loss == pytest.approx(lora.scores.eval_loss, rel=1e-4)
+
+
+def test_two_workers_train_as_one(ray_cluster, tiny_model, questions, tmp_path):
+    """Data-parallel: the same effective batch, so the same losses."""
+    curves = {}
+    for workers in (1, 2):
+        plain = tiny.plain_spec(
+            tiny_model, questions, train__micro_batch_size=2, resources__num_workers=workers, train__eval_every=2
+        )
+        out = tmp_path / str(workers)
+        (tmp_path / "one.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
+        (result,) = ray_peft.sweep(tmp_path / "one.yaml", out=out).results
+        assert result.status == "finished", result.error
+        log = (out / "trials" / result.trial_id / "metrics.jsonl").read_text().splitlines()
+        curves[workers] = [line["train_loss"] for line in map(json.loads, log) if "train_loss" in line]
+        curves[f"eval {workers}"] = result.scores.eval_loss
+        curves[f"tokens {workers}"] = result.usage.train_tokens
+    assert len(curves[1]) == 4
+    assert curves[2] == pytest.approx(curves[1], rel=1e-4)
+    assert curves["eval 2"] == pytest.approx(curves["eval 1"], rel=1e-4)
+    assert curves["tokens 2"] == curves["tokens 1"]
+
+
+def test_a_worker_that_dies_is_a_failed_row_and_the_others_finish(ray_cluster, tiny_model, questions, tmp_path):
+    """What the out-of-memory killer does: SIGKILL in mid-training."""
+    space = write_space(tmp_path / "dies.yaml", tiny_model, questions, METHODS[:2][::-1], train__steps=300)
+    killer = threading.Thread(target=_kill_in_training, args=(tmp_path / "out",), daemon=True)
+    killer.start()
+    outcome = ray_peft.sweep(space, out=tmp_path / "out")
+    killer.join(timeout=5)
+    status = {result.spec.method.name: result.status for result in outcome.results}
+    assert status == {"lora": "failed", "none": "finished"}
+    dead = next(result for result in outcome.results if result.status == "failed")
+    assert "died" in dead.error
+    assert client(outcome.tracking_uri).get_run(dead.mlflow_run_id).info.status == "FAILED"
+
+
+def _kill_in_training(out: Path) -> None:
+    """Kill the process that writes the LoRA trial's log."""
+    while not any(out.glob("trials/lora*/metrics.jsonl")):
+        time.sleep(0.05)
+    (log,) = out.glob("trials/lora*/log.txt")
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if str(log) in {file.path for file in process.open_files()}:
+                process.kill()
+
+
+def test_optuna_proposes_trials_and_goes_on_after_a_stop(ray_cluster, tiny_model, questions, tmp_path):
+    method = {"name": "lora", "rank": 4, "lr": {"loguniform": [1.0e-3, 1.0e-1]}}
+    plain = tiny.plain_spec(tiny_model, questions, train__steps=1, evaluation__generate=False)
+    plain |= {"method": method, "name": "search", "search": {"samples": 2, "algorithm": "optuna"}}
+    space = tmp_path / "search.yaml"
+    space.write_text(yaml.safe_dump(plain), encoding="utf-8")
+    first = ray_peft.sweep(space, out=tmp_path / "out")
+    assert len({result.spec.method.lr for result in first.results}) == 2
+    plain["search"]["samples"] = 3
+    space.write_text(yaml.safe_dump(plain), encoding="utf-8")
+    more = ray_peft.sweep(space, out=tmp_path / "out")
+    assert len(more.results) == 3
+    assert {result.trial_id for result in first.results} < {result.trial_id for result in more.results}
+
+
+def test_more_gpus_than_there_are_is_refused_before_anything_starts(ray_cluster, tiny_model, questions, tmp_path):
+    space = write_space(
+        tmp_path / "gpus.yaml", tiny_model, questions, [{"name": "none"}], resources={"gpus_per_worker": 1}
+    )
+    with pytest.raises(PlacementError, match="needs 1 GPUs .* there are 0 here"):
+        ray_peft.sweep(space, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_a_tracking_server_that_is_down_is_refused(ray_cluster, tiny_model, questions, tmp_path):
+    space = write_space(tmp_path / "down.yaml", tiny_model, questions, [{"name": "none"}])
+    with pytest.raises(TrackingError) as caught:
+        ray_peft.sweep(space, out=tmp_path / "out", tracking_uri="http://user:secret@127.0.0.1:9")
+    assert "secret" not in str(caught.value)

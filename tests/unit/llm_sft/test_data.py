@@ -1,0 +1,141 @@
+"""Labels cover the answers and their end-of-turn, prepared rows are kept by content."""
+
+import pytest
+import tiny
+
+from ray_peft.errors import DataError, ModelError
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks.llm_sft import data
+from ray_peft.tasks.llm_sft.recipes import Conversation
+
+TURNS = (
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Yes \u00fc."},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "No."},
+)
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_model, questions):
+    return TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(spec):
+    return data.load_tokenizer(spec)
+
+
+def changed(spec, **changes):
+    plain = spec.plain()
+    plain["data"] |= changes
+    return TrialSpec.from_plain(plain)
+
+
+def test_labels_are_the_answers_with_their_end_of_turn(tokenizer):
+    ids, labels = data.encode(Conversation(turns=TURNS), tokenizer)
+    kept = [label for label in labels if label != data.IGNORED]
+    assert tokenizer.decode(kept) == "Yes \u00fc.<|im_end|>No.<|im_end|>"
+    assert all(label in (data.IGNORED, token) for token, label in zip(ids, labels, strict=True))
+
+
+def test_labels_equal_trl_s_own_masks_where_its_template_has_them(tokenizer):
+    marked = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+        "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}"
+        "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    )
+    theirs = tokenizer.apply_chat_template(
+        list(TURNS), chat_template=marked, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, labels = data.encode(Conversation(turns=TURNS), tokenizer)
+    assert ids == theirs["input_ids"]
+    assert [int(label != data.IGNORED) for label in labels] == theirs["assistant_masks"]
+
+
+def test_plain_text_is_labelled_whole_and_ends(tokenizer):
+    ids, labels = data.encode(Conversation(text="abc"), tokenizer)
+    assert labels == ids
+    assert ids[-1] == tokenizer.eos_token_id
+
+
+def test_prepared_rows_are_made_once_and_hold_no_test_row(spec, tokenizer, monkeypatch):
+    first = data.prepare(spec, tokenizer)
+    assert (len(first.train), len(first.test)) == (40, 8)
+    monkeypatch.setattr(data, "_build", lambda *_: pytest.fail("prepared twice"))
+    assert data.prepare(spec, tokenizer).key == first.key
+    row = first.test[0]
+    assert tokenizer.decode(row["prompt_ids"]).endswith("<|im_start|>assistant\n")
+    assert row["reference"] in tokenizer.decode(row["input_ids"])
+
+
+def test_a_changed_limit_seed_template_or_file_is_another_key(spec, tokenizer, tmp_path):
+    keys = {data.prepare(changed(spec, **change), tokenizer).key for change in ({}, {"max_length": 64}, {"seed": 7})}
+    copy = tiny.write_rows(tmp_path / "copy.jsonl", tiny.QUESTIONS)
+    source = spec.plain()["data"]["sources"][0] | {"path": str(copy)}
+    keys.add(data.prepare(changed(spec, sources=[source]), tokenizer).key)
+    tiny.write_rows(copy, [{**row, "completion": row["completion"] + "!"} for row in tiny.QUESTIONS])
+    keys.add(data.prepare(changed(spec, sources=[source]), tokenizer).key)
+    assert len(keys) == 5
+
+
+@pytest.mark.parametrize(("too_long", "words"), [("cut", "rows longer than 66 tokens cut"), ("drop", "left out")])
+def test_rows_over_the_limit_are_counted_and_said(spec, tokenizer, too_long, words):
+    limited = changed(spec, max_length=66, too_long=too_long, sources=resized(spec, train=20))
+    prepared = data.prepare(limited, tokenizer)
+    assert max(len(ids) for ids in prepared.train["input_ids"]) <= 66
+    (note,) = data.notes(prepared, limited.data)
+    assert words in note
+
+
+def test_rows_left_out_are_replaced_by_the_next_ones_drawn(spec, tokenizer):
+    prepared = data.prepare(changed(spec, max_length=66, too_long="drop", sources=resized(spec, train=20)), tokenizer)
+    assert len(prepared.train) == 20
+    assert prepared.counts[0].train_dropped > 0
+
+
+def test_too_few_rows_within_the_limit_are_an_error(spec, tokenizer):
+    with pytest.raises(DataError, match=r"training rows within max_length \(66\) tokens, but train: 50 .* short"):
+        data.prepare(changed(spec, max_length=66, too_long="drop", sources=resized(spec, train=50)), tokenizer)
+
+
+def resized(spec, **changes):
+    return [spec.plain()["data"]["sources"][0] | changes]
+
+
+def test_no_row_within_the_limit_is_an_error(spec, tokenizer):
+    everything = resized(spec, train=1.0)
+    with pytest.raises(DataError, match="no train row has an answer within max_length"):
+        data.prepare(changed(spec, max_length=8, sources=everything), tokenizer)
+
+
+def test_a_tokenizer_without_template_is_refused_with_the_way_out(spec, tmp_path):
+    from transformers import AutoTokenizer
+
+    bare = AutoTokenizer.from_pretrained(spec.model.name)
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path / "bare")
+    plain = spec.plain()
+    plain["model"]["tokenizer"] = str(tmp_path / "bare")
+    with pytest.raises(ModelError, match="no chat template.*data.chat_template"):
+        data.load_tokenizer(TrialSpec.from_plain(plain))
+    (tmp_path / "mine.jinja").write_text(tiny.CHATML, encoding="utf-8")
+    plain["data"]["chat_template"] = str(tmp_path / "mine.jinja")
+    assert data.load_tokenizer(TrialSpec.from_plain(plain)).chat_template == tiny.CHATML
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ModelError, match="rewrites earlier turns"):
+        data.encode(Conversation(turns=TURNS), other)
+
+
+def test_a_model_that_is_not_there_is_named(spec, tmp_path):
+    from ray_peft.tasks.llm_sft.model import load_config
+
+    for name, words in ((str(tmp_path / "gone"), "no such folder"), ("nobody/nothing", "cannot be loaded")):
+        with pytest.raises(ModelError, match=words):
+            load_config(spec.model.model_copy(update={"name": name}))

@@ -1,0 +1,100 @@
+"""Files are read with their errors named, and splits are drawn disjoint."""
+
+import gzip
+import json
+
+import pytest
+import tiny
+
+from ray_peft.errors import DataError
+from ray_peft.spec import SourceSpec
+from ray_peft.tasks.llm_sft.rows import draw, read_rows
+
+
+def source(path, **changes):
+    return SourceSpec(recipe="prompt_completion", path=str(path), **{"train": 4, "test": 2, **changes})
+
+
+def numbered(path, count):
+    return tiny.write_rows(path, [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(count)])
+
+
+def texts(conversations):
+    return [conversation.turns[0]["content"] for conversation in conversations]
+
+
+def sizes(drawn):
+    return drawn.train_count, len(drawn.test)
+
+
+def test_splits_are_disjoint_seeded_and_repeat(tmp_path):
+    spec = source(numbered(tmp_path / "r.jsonl", 20), train=10, test=5)
+    first, again, other = draw(spec, 1), draw(spec, 1), draw(spec, 2)
+    assert texts(first.train) == texts(again.train)
+    assert texts(first.train) != texts(other.train)
+    assert not set(texts(first.train)) & set(texts(first.test))
+    assert (sizes(first), first.read) == ((10, 5), 20)
+
+
+def test_one_percent_of_dolly_s_rows_gives_14860_and_151(tmp_path):
+    drawn = draw(source(numbered(tmp_path / "r.jsonl", 15_011), train=1.0, test=0.01), 0)
+    assert sizes(drawn) == (14_860, 151)
+
+
+def test_a_test_file_of_its_own(tmp_path):
+    train, test = numbered(tmp_path / "train.jsonl", 6), numbered(tmp_path / "test.jsonl", 3)
+    drawn = draw(source(train, test_path=str(test), train=6, test=3), 0)
+    assert sizes(drawn) == (6, 3)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".parquet"])
+def test_every_kind_of_file_reads_the_same(tmp_path, suffix):
+    rows = [{"prompt": "q\u00fc", "completion": "a"}]
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif suffix.endswith(".gz"):
+        path.write_bytes(gzip.compress(json.dumps(rows[0]).encode()))
+    else:
+        tiny.write_rows(path, rows)
+    assert list(read_rows(str(path), "train")) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', "line 2: not valid JSON"),
+        ("a.jsonl", b"[1]\n", "line 1: must be a JSON object"),
+        ("a.jsonl", b"", "the file holds no rows"),
+        ("a.jsonl", b"\xff\xfe", "is not UTF-8 text"),
+        ("a.json", b'{"a": 1}', "must be a JSON list of objects"),
+        ("a.json", b'[{"a": 1},\n', "line 2: not valid JSON"),
+        ("a.txt", b"x", "unknown kind of file; known are .jsonl"),
+        ("a.jsonl.gz", b"no gzip", "cannot be read"),
+    ],
+)
+def test_a_malformed_file_is_named_with_its_line(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        list(read_rows(str(tmp_path / name), "train"))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"gone.jsonl: no such file"):
+        list(read_rows(str(tmp_path / "gone.jsonl"), "train"))
+
+
+def test_too_few_rows_say_how_many_are_short(tmp_path):
+    with pytest.raises(DataError, match="has 4 usable rows for train, but train: 6 are asked for; 2 short"):
+        draw(source(numbered(tmp_path / "r.jsonl", 6), train=6, test=2), 0)
+
+
+def test_a_row_of_another_shape_is_named(tmp_path):
+    path = tiny.write_rows(tmp_path / "r.jsonl", [{"prompt": "q", "completion": "a"}, {"prompt": "q"}])
+    with pytest.raises(DataError, match="row 2 does not fit recipe prompt_completion: field 'completion'"):
+        draw(source(path), 0)
