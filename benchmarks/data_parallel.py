@@ -35,8 +35,10 @@ def main(target: Path) -> None:
     count = torch.cuda.device_count()
     folder = Path(tempfile.mkdtemp())
     os.environ["RAY_PEFT_OUTPUTS"] = str(folder)
-    common = ["train.steps=16", "train.epochs=null", "train.warmup_ratio=0.0", "train.log_every=1", "evaluation.generate=false",
-              "train.eval_every=8", "train.micro_batch_size=4", "train.precision=fp32", "model.dtype=float32"]  # fmt: skip
+    common = [
+        "train.steps=16", "train.epochs=null", "train.warmup_ratio=0.0", "train.log_every=1", "train.eval_every=8",
+        "train.micro_batch_size=4", "train.precision=fp32", "model.dtype=float32", "evaluation.generate=false",
+    ]  # fmt: skip
     curves: dict[str, Any] = {}
     for method in ("lora", "galore"):
         for workers in (1, count):
@@ -48,6 +50,7 @@ def main(target: Path) -> None:
                 console=Console(),
             )
             (result,) = outcome.results
+            trial = outcome.folder / "trials" / result.trial_id
             curves[f"{method} on {workers}"] = {
                 "status": result.status,
                 "error": (result.error or "").splitlines()[:1],
@@ -55,12 +58,13 @@ def main(target: Path) -> None:
                 "tokens_per_s": result.usage.tokens_per_s,
                 "steps_per_s": result.usage.steps_per_s,
                 "eval_loss": result.scores.eval_loss,
-                "train_losses": losses(outcome.folder / "trials" / result.trial_id) if result.status == "finished" else [],
+                "train_losses": losses(trial) if result.status == "finished" else [],
             }
         one, several = (curves[f"{method} on {n}"]["train_losses"] for n in (1, count))
         curves[f"{method}: largest difference of a step's loss"] = max(
             (abs(a - b) for a, b in zip(one, several, strict=False)), default=None
         )
+        write(target, {"gpu_count": count, "curves": curves})
     begin = time.perf_counter()
     outcome = ray_peft.sweep(
         SPACE,

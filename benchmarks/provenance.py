@@ -16,7 +16,6 @@ def write(path: Path, measured: dict[str, Any]) -> None:
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    # NVML would do as well, but a trial's worker has already told: the driver must not take a CUDA context.
     result = {
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).date().isoformat(),

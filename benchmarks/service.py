@@ -80,9 +80,12 @@ def main(target: Path, chosen: list[str]) -> None:
 def whole_sweep(out: Path, target: Path) -> dict[str, Any]:
     """none, lora, qlora and galore on real rows; the report is kept beside the numbers."""
     seconds, outcome = timed(out, [])
+    report, _, _ = (outcome.folder / "report.md").read_text(encoding="utf-8").partition("## Samples")
     target.parent.mkdir(parents=True, exist_ok=True)
-    for name in ("report.md", "report.csv"):
-        (target.parent / f"{target.stem}.{name}").write_bytes((outcome.folder / name).read_bytes())
+    target.with_suffix(".report.md").write_text(
+        f"{report}The samples are left out here: the rows' licences do not allow them in this repository.\n",
+        encoding="utf-8",
+    )
     return {"wall_s": round(seconds, 1), "rows": [row(result) for result in outcome.results]}
 
 

@@ -1,4 +1,4 @@
-"""Entrypoint of `ray job submit --working-dir . -- python jobs/sweep.py search_spaces/X.yaml [options of ray-peft sweep]`."""
+"""Entrypoint of `ray job submit --working-dir . -- python jobs/sweep.py SPACE.yaml [options of ray-peft sweep]`."""
 
 import sys
 from pathlib import Path

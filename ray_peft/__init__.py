@@ -1,5 +1,7 @@
 """Which fine-tuning method for my model, my data and my GPU? Answered by experiment.
 
+Three calls:
+
     ray_peft.plan("search_spaces/quickstart.yaml")     the trials, checked, without weights or GPU
     ray_peft.sweep("search_spaces/quickstart.yaml")    all trials, and one comparison
     ray_peft.run(spec)                                 one trial

@@ -6,10 +6,12 @@ Exit codes: 0 all trials finished; 1 some trial failed; 2 bad input, nothing was
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,9 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
-    if options.command in ("run", "sweep"):
-        # `ray job stop` and `kill` send SIGTERM: end as after Ctrl-C, with every finished trial kept.
-        signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    # `ray job stop` and `kill` send SIGTERM: end as after Ctrl-C, with every finished trial kept.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         code: int = options.act(options)
     except RayPeftError as error:
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="ray-peft", description="Compare fine-tuning methods on the GPUs you have: Ray runs them, MLflow keeps them."
+        prog="ray-peft",
+        description="Compare fine-tuning methods on the GPUs you have: Ray runs them, MLflow keeps them.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -173,11 +175,41 @@ def _ui(options: argparse.Namespace) -> int:
         print(f"MLflow runs at {tracking.mask(uri)}")
         return 0
     command = tracking.ui_command(uri, outputs_folder() / "mlartifacts", options.host, options.port)
+    _check_port(options.host, options.port)
     print(f"MLflow UI: http://{options.host}:{options.port}  (store {tracking.mask(uri)}; Ctrl-C ends it)", flush=True)
+    # A group of its own: the command starts a server below it, and both must end.
+    server = subprocess.Popen(command, env=tracking.ui_environment(), start_new_session=True)
     try:
-        return subprocess.call(command, env={**os.environ, **tracking.ui_environment()})
+        return server.wait() or 1  # it ended by itself
     except KeyboardInterrupt:
         return 0
+    finally:
+        _end_group(server)
+
+
+def _end_group(leader: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it started."""
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(leader.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            leader.wait(timeout=5)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(leader.pid, signal.SIGKILL)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise a TrackingError if nothing can listen there."""
+    from ray_peft.errors import TrackingError
+
+    try:
+        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise TrackingError(f"ui: cannot listen on {host}:{port} ({error}); choose another --port or --host") from None
 
 
 def _doctor(_: argparse.Namespace) -> int:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 from ray_peft.errors import PlacementError
 from ray_peft.placement import Node
@@ -27,6 +30,7 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
         address: of a cluster to join; null takes RAY_ADDRESS, else a cluster that this process is already part of,
             else starts a local one, whose dashboard listens on this machine alone.
         verbose: print the workers' output.
+
     Raises:
         PlacementError: the cluster cannot be reached.
     """
@@ -43,7 +47,7 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     address = address or os.environ.get("RAY_ADDRESS")
-    settings: dict[str, object] = {"log_to_driver": verbose, "logging_level": logging.ERROR}
+    settings: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.ERROR}
     if address:
         settings |= {"address": address, "runtime_env": {"env_vars": dict(WORKER_ENVIRONMENT)}}
     else:
@@ -53,12 +57,14 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
             "object_store_memory": 256 * 2**20,  # specs and metrics only: rows and weights are read from disk
         }
     try:
-        ray.init(**settings)
-    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+        with _own_sigterm():
+            ray.init(**settings)
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         where = f"the Ray cluster at {address}" if address else "a local Ray"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PlacementError(
-            f"{where} cannot be reached: {reason}; check --address and RAY_ADDRESS, or leave both out to start a local one"
+            f"{where} cannot be reached: {reason}; "
+            "check --address and RAY_ADDRESS, or leave both out to start a local one"
         ) from None
     try:
         yield _nodes()
@@ -66,11 +72,26 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
         ray.shutdown()
 
 
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the caller's answer to SIGTERM: ray.init puts its own in its place, which ends the process at once."""
+    own = signal.getsignal(signal.SIGTERM)
+    if not callable(own) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None  # SIGTERM while Ray was starting
+    finally:
+        signal.signal(signal.SIGTERM, own)
+
+
 def _nodes() -> list[Node]:
     import ray
 
     return [
         Node(cpus=int(node["Resources"].get("CPU", 0)), gpus=int(node["Resources"].get("GPU", 0)))
-        for node in ray.nodes()
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
         if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
     ]

@@ -14,7 +14,7 @@ from ray_peft.console import Console
 from ray_peft.ledger import Ledger, SweepRecord
 from ray_peft.report.files import write_report
 from ray_peft.report.plain import console_table
-from ray_peft.result import TrialResult
+from ray_peft.result import Status, TrialResult
 from ray_peft.space import TrackingSpec
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
@@ -29,11 +29,18 @@ def outputs_folder() -> Path:
 def tracking_uri(chosen: str | None, tracking_spec: TrackingSpec) -> str:
     """The store in use: the caller's choice, the search space's, MLFLOW_TRACKING_URI, else SQLite in the outputs."""
     return (
-        chosen
-        or tracking_spec.uri
-        or os.environ.get("MLFLOW_TRACKING_URI")
-        or tracking.default_uri(outputs_folder())
+        chosen or tracking_spec.uri or os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(outputs_folder())
     )
+
+
+def open_store(uri: str, experiment: str) -> Store:
+    """The store's experiment, created if need be; artifacts of a SQLite store are kept in the outputs.
+
+    Raises:
+        TrackingError: the store cannot be reached.
+    """
+    artifacts = outputs_folder() / "mlartifacts" if uri.startswith("sqlite:") else None
+    return tracking.open_store(uri, experiment, artifacts)
 
 
 def inspect_trials(trials: Iterable[TrialSpec], console: Console) -> list[str]:
@@ -78,8 +85,9 @@ class Experiment:
     def lost(self, spec: TrialSpec, status: Literal["failed", "cancelled"], reason: str) -> TrialResult:
         """The row of a trial whose worker died without leaving one; its MLflow run is closed."""
         run_status: Literal["FAILED", "KILLED"] = "FAILED" if status == "failed" else "KILLED"
+        kind: Status = "out_of_memory" if "OutOfMemoryError" in reason else status
         run_id = tracking.close_orphan(self.store, self.parent_run_id, spec.trial_id, run_status, reason)
-        return TrialResult(trial_id=spec.trial_id, status=status, spec=spec, error=reason, mlflow_run_id=run_id)
+        return TrialResult(trial_id=spec.trial_id, status=kind, spec=spec, error=reason, mlflow_run_id=run_id)
 
     def finish(self, planned: list[str], interrupted: bool) -> list[TrialResult]:
         """Write the report, close the parent run and print the comparison; returns the planned trials' rows."""
@@ -106,22 +114,19 @@ def open_experiment(
     description: str,
     ledger: Ledger,
     *,
-    uri: str,
-    experiment: str | None,
+    store: Store,
     planned: list[str],
     notes: list[str],
     console: Console,
     source: str | None = None,
 ) -> Experiment:
-    """Open the store and the sweep's parent run, or that of the interrupted sweep in this folder.
+    """Open the sweep's parent run, or that of the interrupted sweep in this folder.
 
     Raises:
         TrackingError: the store cannot be reached.
     """
-    artifacts = outputs_folder() / "mlartifacts" if uri.startswith("sqlite:") else None
-    store = tracking.open_store(uri, experiment or name, artifacts)
     earlier = ledger.read_record()
-    masked = tracking.mask(uri)
+    masked = tracking.mask(store.uri)
     parent = earlier.parent_run_id if earlier is not None and earlier.tracking_uri == masked else None
     if parent is None:
         files = {"search_space.yaml": source} if source is not None else {}

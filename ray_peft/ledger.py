@@ -43,10 +43,14 @@ class Ledger:
         """Hold the folder for this process.
 
         Raises:
-            SearchSpaceError: another process holds it.
+            SearchSpaceError: it cannot be written, or another process holds it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w", encoding="utf-8") as lock:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / ".lock").open("w", encoding="utf-8")
+        except OSError as error:
+            raise SearchSpaceError(f"--out {self.folder}: cannot be written: {error.strerror}") from None
+        with file as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -81,6 +85,8 @@ class Ledger:
         if self._results.is_file():
             stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
             self._results.rename(self.folder / f"results-{stamp}.jsonl")
+            if (self.folder / "trials").is_dir():
+                (self.folder / "trials").rename(self.folder / f"trials-{stamp}")
         (self.folder / "sweep.json").unlink(missing_ok=True)
 
     def read_record(self) -> SweepRecord | None:

@@ -34,6 +34,8 @@ def demand(spec: TrialSpec, nodes: list[Node]) -> Demand:
     Raises:
         PlacementError: the cluster can never hold it.
     """
+    if not nodes:
+        raise PlacementError("the cluster has no node with a CPU core; check `ray status`")
     asked = spec.resources
     cluster_gpus = sum(node.gpus for node in nodes)
     gpus = asked.gpus_per_worker if asked.gpus_per_worker is not None else float(cluster_gpus > 0)

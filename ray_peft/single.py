@@ -43,14 +43,16 @@ def run(
     console = console or Console(quiet=True)
     trial, tracking_spec = _trial(spec, overrides)
     ledger = Ledger(Path(out) if out else experiment.outputs_folder() / trial.trial_id)
+    notes = experiment.inspect_trials([trial], console)
+    store = experiment.open_store(
+        experiment.tracking_uri(tracking_uri, tracking_spec), tracking_spec.experiment or "single runs"
+    )
     with ledger.locked():
-        notes = experiment.inspect_trials([trial], console)
         opened = experiment.open_experiment(
             trial.trial_id,
             "",
             ledger,
-            uri=experiment.tracking_uri(tracking_uri, tracking_spec),
-            experiment=tracking_spec.experiment or "single runs",
+            store=store,
             planned=[trial.trial_id],
             notes=notes,
             console=console,

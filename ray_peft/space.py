@@ -69,7 +69,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a repeated key is an error instead of a silent overwrite, and 1e-4 is a number."""
 
 
-_UniqueKeyLoader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_UniqueKeyLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
@@ -77,7 +77,7 @@ _UniqueKeyLoader.add_implicit_resolver(  # type: ignore[no-untyped-call]
 def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node)
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
         if key in seen:
@@ -95,6 +95,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Space:
     Args:
         path: a YAML file.
         overrides: `key.path=value` settings that replace those of the file; values are YAML.
+
     Raises:
         SearchSpaceError: anything wrong with the file, all problems at once.
     """
@@ -150,8 +151,9 @@ def distributions(template: Any, prefix: str = "") -> dict[str, tuple[str, list[
         return {}
     kind = _distribution(template)
     if kind:
-        return {prefix: (kind, list(template[kind]))}
-    found = {}
+        given = template[kind]
+        return {prefix: (kind, given if isinstance(given, list) else [])}
+    found: dict[str, tuple[str, list[Any]]] = {}
     for key, value in template.items():
         found |= distributions(value, f"{prefix}.{key}" if prefix else key)
     return found

@@ -43,17 +43,25 @@ class SourceSpec(Strict):
 
     recipe: Recipe
     path: str = Field(min_length=1)
-    """A .jsonl, .json or .parquet file (each also as .gz), or a hub data set id."""
+    """A .jsonl or .json file (also as .gz), a .parquet file, or a hub data set id."""
     test_path: str | None = None
     """A file with the held-out rows; null takes them from `path`, apart from the training rows."""
     train: int | float = Field(gt=0)
-    """Training rows: a count (int), or a fraction of all rows (float up to 1.0; then 1.0 means all but the test rows)."""
+    """Training rows: a count (int), or a fraction of all rows (float up to 1.0, which means all but the test rows)."""
     test: int | float = Field(gt=0)
     """Held-out rows: a count (int), or a fraction of all rows (float below 1.0)."""
     name: str | None = None
     """The `source_dataset` tag of its rows; null takes the recipe's name."""
     split: str = "train"
     """The split of a hub data set."""
+
+    @model_validator(mode="after")
+    def _fractions_are_parts(self) -> Self:
+        if isinstance(self.train, float) and self.train > 1:
+            raise ValueError(f"train ({self.train}) is a fraction above 1; write a count without a point")
+        if isinstance(self.test, float) and self.test >= 1:
+            raise ValueError(f"test ({self.test}) is a fraction that leaves no training rows; write a count or less")
+        return self
 
     @property
     def label(self) -> str:
@@ -70,7 +78,7 @@ class DataSpec(Strict):
     max_length: int = Field(default=512, ge=8)
     """Tokens of a row, chat template included."""
     too_long: Literal["cut", "drop"] = "cut"
-    """What happens to a longer training row: keep its first `max_length` tokens, or leave it out. Counted either way."""
+    """What happens to a longer training row: keep its first `max_length` tokens, or leave it out. Both are counted."""
     chat_template: str | None = None
     """A .jinja file that replaces the tokenizer's chat template; null keeps the model's own."""
 

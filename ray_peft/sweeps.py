@@ -71,18 +71,19 @@ def sweep(
         source = Path(space)
         space = load(space, overrides)
     ledger = Ledger(Path(out) if out else experiment.outputs_folder() / space.name)
+    notes = experiment.inspect_trials(space.trials, console)
+    uri = experiment.tracking_uri(tracking_uri, space.tracking)
+    store = experiment.open_store(uri, space.tracking.experiment or space.name)
     with ledger.locked():
         if fresh:
             ledger.set_aside()
         plan = _plan(space, ledger)
-        console.say(f"{space.name}: {len(plan.trials)} trials, {len(plan.trials) - plan.missing} finished before")
-        notes = experiment.inspect_trials(space.trials, console)
+        console.say(f"{space.name}: {plan.total} trials, {plan.total - plan.missing} finished before")
         opened = experiment.open_experiment(
             space.name,
             space.description,
             ledger,
-            uri=experiment.tracking_uri(tracking_uri, space.tracking),
-            experiment=space.tracking.experiment,
+            store=store,
             planned=[] if plan.searched else [trial.trial_id for trial in plan.trials],
             notes=notes,
             console=console,
@@ -96,7 +97,7 @@ def sweep(
             opened.finish(opened.record.planned, interrupted=True)
             raise
         results = opened.finish(opened.record.planned, interrupted)
-    return SweepOutcome(ledger.folder, results, len(plan.trials), interrupted, opened.record.tracking_uri)
+    return SweepOutcome(ledger.folder, results, plan.total, interrupted, opened.record.tracking_uri)
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,12 @@ class _Plan:
     searched: bool
     """True if Tune proposes the trials one by one."""
     finished: list[TrialResult]
+    total: int
+    """Trials that the sweep is to end with."""
 
     @property
     def missing(self) -> int:
-        return len(self.trials) - len(self.finished) if self.searched else len(self.todo)
+        return self.total - len(self.finished) if self.searched else len(self.todo)
 
 
 def _plan(space: Space, ledger: Ledger) -> _Plan:
@@ -118,7 +121,8 @@ def _plan(space: Space, ledger: Ledger) -> _Plan:
     todo = [trial for trial in space.trials if trial.trial_id not in finished]
     ids = {trial.trial_id for trial in space.trials}
     relevant = [result for trial, result in finished.items() if searched or trial in ids]
-    return _Plan(space.trials, todo, searched, relevant[: len(space.trials)])
+    total = space.search.samples if searched and space.search is not None else len(space.trials)
+    return _Plan(space.trials, todo, searched, relevant[:total], total)
 
 
 class _Sweep:
@@ -132,6 +136,8 @@ class _Sweep:
         self.rows: dict[str, TrialResult] = {result.trial_id: result for result in plan.finished}
         self.started: dict[str, TrialSpec] = {}
         """Trials that Tune has handed out, by their id."""
+        self.handed_out = 0
+        """The same with repeats: a search may propose a trial twice."""
 
     def run(self, address: str | None) -> bool:
         """Run the missing trials; true if the user interrupted them."""
@@ -142,14 +148,16 @@ class _Sweep:
         os.environ.setdefault("TUNE_RESULT_BUFFER_LENGTH", "0")
         # Reports of training steps do not carry the scores that a search improves; the last report does.
         os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
-        with cluster.connect(address) as nodes:
-            demands = {trial.trial_id: demand(trial, nodes) for trial in self.plan.trials}
-            self.console.say(_placement_line(nodes, demands, self.plan.missing))
-            self._fit(nodes, demands)
-        lost = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
-        for trial in lost:
-            self.opened.ledger.add(self.opened.lost(trial, "cancelled", "interrupted before the end"))
-        return bool(lost) or len(self.rows) < len(self.plan.trials)
+        try:
+            with cluster.connect(address) as nodes:
+                demands = {trial.trial_id: demand(trial, nodes) for trial in self.plan.trials}
+                self.console.say(_placement_line(nodes, demands, self.plan.missing))
+                self._fit(nodes, demands)
+        finally:  # also after a second Ctrl-C
+            lost = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
+            for trial in lost:
+                self.opened.ledger.add(self.opened.lost(trial, "cancelled", "interrupted before the end"))
+        return bool(lost) or self.handed_out < self.plan.missing
 
     def _fit(self, nodes: list[Node], demands: dict[str, Demand]) -> None:
         from ray import tune
@@ -223,7 +231,7 @@ class _Sweep:
         known = [(values, score) for values, score in known if score is not None]
         metric = search.metric
 
-        class Search(OptunaSearch):  # type: ignore[misc]
+        class Search(OptunaSearch):
             """Passes over reports of training steps, which Ray 2.60's OptunaSearch would fail on."""
 
             def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -244,12 +252,12 @@ class _Sweep:
             return
         self.rows[result.trial_id] = result
         self.opened.ledger.add(result)
-        self.console.say(trial_line(result, len(self.rows), len(self.plan.trials)))
+        self.console.say(trial_line(result, len(self.rows), self.plan.total))
 
     def show(self, spec: TrialSpec, metrics: Mapping[str, Any]) -> None:
         """Show where a running trial is."""
         loss = next((f"{name} {metrics[name]:.3f}" for name in ("train_loss", "eval_loss") if name in metrics), "")
-        done, total = len(self.rows), len(self.plan.trials)
+        done, total = len(self.rows), self.plan.total
         self.console.progress(f"{bar(done, total)} {done}/{total} {spec.trial_id}: step {metrics.get('step')} {loss}")
 
 
@@ -259,10 +267,11 @@ def _callback(owner: _Sweep) -> Any:
 
     resolve = _resolver(owner.space)
 
-    class Rows(tune.Callback):  # type: ignore[misc]
+    class Rows(tune.Callback):
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             spec = resolve(trial.config)
             owner.started[spec.trial_id] = spec
+            owner.handed_out += 1
 
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

@@ -65,10 +65,6 @@ class Place:
     """CPU threads of torch; null leaves them as they are."""
 
 
-class Stopped(BaseException):
-    """The scheduler or the user ended the trial; not an error."""
-
-
 def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> TrialResult | None:
     """Run a trial and record its result, whatever happens.
 
@@ -77,11 +73,13 @@ def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> Tr
         place: its folder, device and rank.
         tracker: used by rank 0 alone.
         progress: called with every logged metric, by every rank.
+
     Returns:
         The recorded result, failed trials included; null on ranks above 0 once they are done.
+
     Raises:
         TrackingError: the result could not be stored.
-        Stopped, KeyboardInterrupt, SystemExit: passed on after the trial is recorded as cancelled.
+        KeyboardInterrupt, SystemExit: passed on after the trial is recorded as cancelled.
         Exception: on ranks above 0 a failure is raised, so that rank 0 does not wait for a lost worker.
     """
     if place.rank > 0:
@@ -141,6 +139,8 @@ class _Life:
             line = {"step": step, "time_s": round(self.clock.total(), 3), **metrics}
             with self._log.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
+            text = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+            logger.info("%s: step %d: %s", self.spec.trial_id, step, text)
         if self.tracker is not None:
             self.tracker.log(metrics, step)
         self._progress(metrics, step)
@@ -196,6 +196,8 @@ class _Life:
 def _run(life: _Life) -> TrialResult:
     spec, place = life.spec, life.place
     place.folder.mkdir(parents=True, exist_ok=True)
+    if place.rank == 0 and not any(place.folder.glob("stage*/checkpoint-*")):
+        (place.folder / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier try, which is not gone on with
     if place.threads is not None:
         import torch
 

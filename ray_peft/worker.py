@@ -74,7 +74,7 @@ def run_in_trainer(assignment: Assignment, storage: Path) -> TrialResult:
     left = assignment.folder / trial.RESULT_FILE
     left.unlink(missing_ok=True)
     trainer = ray.train.torch.TorchTrainer(
-        _train_function,
+        _train_function,  # type: ignore[arg-type]  # annotated as if it returned nothing
         train_loop_config={"assignment": assignment},
         scaling_config=ray.train.ScalingConfig(
             num_workers=demand.num_workers, use_gpu=demand.gpus_per_worker > 0, resources_per_worker=per_worker
@@ -87,7 +87,7 @@ def run_in_trainer(assignment: Assignment, storage: Path) -> TrialResult:
         ),
     )
     try:
-        row = trainer.fit().return_value
+        row: str | None = trainer.fit().return_value  # type: ignore[attr-defined]  # annotated as Train v1's Result
     except Exception as error:
         if left.is_file():
             return TrialResult.model_validate_json(left.read_text(encoding="utf-8"))
@@ -111,7 +111,9 @@ def _train_function(config: Mapping[str, Any]) -> str | None:
 
     result = run_here(assignment, report, ray.train.get_context().get_world_rank())
     if result is not None and not alone:
-        raise_if_broken(result)  # the other ranks may wait in an all-reduce, and would never come back
+        # The other ranks may wait in an all-reduce for ever: end them. The row is in the trial's folder.
+        if result.status != "finished":
+            raise TrialFailed((result.error or "").splitlines()[0])
     return result.model_dump_json() if result is not None else None
 
 
@@ -142,6 +144,7 @@ def _log_file(path: Path, rank: int) -> Iterator[None]:
     """Send this process's log to the trial's folder while the trial runs."""
     handler = logging.FileHandler(path if rank == 0 else path.with_suffix(f".rank{rank}.txt"), encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("ray_peft").setLevel(logging.INFO)
     root = logging.getLogger()
     root.addHandler(handler)
     try:

@@ -64,7 +64,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def plain_spec(model: Path | str, data: Path | str, method: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+def plain_spec(
+    model: Path | str, data: Path | str, method: dict[str, Any] | None = None, **changes: Any
+) -> dict[str, Any]:
     """A trial of a few seconds, in plain form; `changes` are dotted with `__`, such as train__steps=4."""
     spec: dict[str, Any] = {
         "task": "llm_sft",

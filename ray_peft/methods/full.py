@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import Field
+
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.methods.optimizers import OptimizerName, adamw, trainable
 
@@ -18,7 +20,7 @@ class FullFineTuning(Stage):
     name: Literal["full"] = "full"
     tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft"})
     needs_full_weights: ClassVar[bool] = True
-    lr: float = 2.0e-5
+    lr: float = Field(default=2.0e-5, gt=0)
     weights: Literal["float32", "bfloat16"] = "float32"
     """The dtype that holds the trained weights. In bfloat16 small updates round away and much of the gain is lost."""
     optim: OptimizerName = "adamw"

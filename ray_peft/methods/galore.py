@@ -1,8 +1,8 @@
-"""GaLore: full weights, with AdamW's moments in a low-rank subspace of the gradient (Zhao et al. 2024, arXiv:2403.03507)."""
+"""GaLore: full weights, AdamW's moments in a low-rank subspace of the gradient (Zhao et al. 2024, arXiv:2403.03507)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import Field
 
@@ -103,7 +103,7 @@ class GaLore(Stage):
         from torch import nn
 
         found = [
-            module.weight
+            cast("nn.Parameter", module.weight)  # torch annotates it as a Tensor
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and any(target in name for target in self.targets)
         ]

@@ -19,6 +19,8 @@ _MATRIX = "ortho_matrix"
 class GaLoreAdamW(ReferenceGaLoreAdamW):  # type: ignore[misc]  # galore-torch has no annotations
     """The reference optimizer; `state_dict` holds tensors and numbers only."""
 
+    param_groups: list[dict[str, Any]]
+
     def __init__(self, groups: Iterable[dict[str, object]], **settings: object) -> None:
         super().__init__(groups, no_deprecation_warning=True, **settings)
 
@@ -71,4 +73,3 @@ class LayerwiseGaLoreAdamW(GaLoreAdamW):
             parameter.grad = None
 
         return step_one
-

@@ -27,7 +27,7 @@ class LowRankAdapter(Stage):
     """Name endings of the layers that get an adapter."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype that holds adapters and their gradients while they train."""
-    lr: float = 2.0e-4
+    lr: float = Field(default=2.0e-4, gt=0)
     optim: OptimizerName = "adamw"
 
     @field_validator("optim", mode="before")
@@ -53,7 +53,7 @@ class LowRankAdapter(Stage):
             bias="none",
             task_type="CAUSAL_LM",
         )
-        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+        adapted = get_peft_model(model, config)
         for parameter in trainable(adapted):
             parameter.data = parameter.data.to(getattr(torch, self.adapter_dtype))
         return adapted

@@ -32,9 +32,9 @@ def adamw(
     import bitsandbytes
 
     kinds = {
-        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
-        "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,  # type: ignore[attr-defined]  # not in __all__
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,  # type: ignore[attr-defined]
+        "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,  # type: ignore[attr-defined]
     }
     optimizer: Optimizer = kinds[name](groups, lr=lr, betas=betas)
     return optimizer

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from ray_peft.methods.base import Dtype, Quantization, Task
 from ray_peft.methods.lora import LowRankAdapter
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import nn
 
 
@@ -32,9 +33,10 @@ class QLoRA(LowRankAdapter):
         """Add B A to the dequantised base: merging into 4-bit weights would quantise the update away."""
         from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-        config = model.peft_config["default"]  # type: ignore[index,union-attr]
-        adapters = get_peft_model_state_dict(model)
-        plain = model.unload().dequantize()  # type: ignore[operator]
+        adapted = cast("PeftModel", model)
+        config = adapted.peft_config["default"]
+        adapters = get_peft_model_state_dict(adapted)
+        plain = adapted.unload().dequantize()
         again = get_peft_model(plain, config)
         set_peft_model_state_dict(again, adapters)
         merged: nn.Module = again.merge_and_unload()

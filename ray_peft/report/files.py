@@ -55,6 +55,8 @@ def write_report(folder: Path) -> list[Path]:
     # A sweep that was stopped before its first trial ended has a plan and no results.
     results = [] if sweep is not None and not (folder / "results.jsonl").exists() else read_results(folder)
     sweep = sweep or Sweep()
+    if sweep.planned:  # rows of trials that the search space no longer names stay in results.jsonl alone
+        results = [result for result in results if result.trial_id in sweep.planned]
     trials = {result.trial_id: folder / "trials" / result.trial_id for result in results}
     markdown, table = folder / "report.md", folder / "report.csv"
     write_markdown(

@@ -37,7 +37,8 @@ def test_a_half_written_line_costs_only_itself(tmp_path):
 
 
 def test_two_processes_cannot_write_one_folder(tmp_path):
-    with Ledger(tmp_path).locked(), pytest.raises(SearchSpaceError, match="another ray-peft"), Ledger(tmp_path).locked():
+    refused = pytest.raises(SearchSpaceError, match="another ray-peft")
+    with Ledger(tmp_path).locked(), refused, Ledger(tmp_path).locked():
         pass
 
 

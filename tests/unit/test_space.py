@@ -55,12 +55,9 @@ def test_equal_cells_are_one_trial():
 
 
 def test_each_problem_is_reported_once_with_its_trials():
-    lines = refused(
-        changed(
-            method={"grid": [{"name": "lora", "rank": {"grid": [8, 32]}, "rnak": 3}, {"name": "lroa"}, {"name": "full"}]},
-            train={"steps": 5, "batch_size": 6, "micro_batch_size": 4},
-        )
-    )
+    methods = [{"name": "lora", "rank": {"grid": [8, 32]}, "rnak": 3}, {"name": "lroa"}, {"name": "full"}]
+    train = {"steps": 5, "batch_size": 6, "micro_batch_size": 4}
+    lines = refused(changed(method={"grid": methods}, train=train))
     assert lines[0] == "space.yaml: method.lora.rnak: unknown key, did you mean rank? (found 3), in 2 of 4 trials"
     assert lines[1].startswith("space.yaml: method: Input tag 'lroa'")
     assert lines[1].endswith("in 1 of 4 trials")
@@ -83,6 +80,10 @@ def test_each_problem_is_reported_once_with_its_trials():
         (changed(method={"name": "lora", "lr": {"loguniform": [1e-5, 1e-3]}}), "add `search: {samples: N}`"),
         (changed(method={"name": "lora", "lr": {"loguniform": [0, 1]}}, search={"samples": 1}), "must be above 0"),
         (changed(method={"name": "lora", "lr": {"uniform": [2, 1]}}, search={"samples": 1}), "must be below high"),
+        (changed(method={"name": "lora", "lr": {"uniform": 3}}, search={"samples": 1}), "needs two numbers"),
+        (changed(method={"name": "lora", "optim": {"choice": "adamw"}}, search={"samples": 1}), "at least one entry"),
+        (changed(method={"name": "lora", "lr": -1.0}), "method.lora.lr: Input should be greater than 0"),
+        (changed(method={"name": "full", "lr": float("nan")}), "method.full.lr: Input should be greater than 0"),
         (changed(model={"name": "${NOT_SET_ANYWHERE}/m"}), "environment variable NOT_SET_ANYWHERE is not set"),
     ],
 )

@@ -40,7 +40,7 @@ class SourceCounts:
     train_cut: int
     """Training rows longer than the limit, of which the first tokens are kept."""
     train_dropped: int
-    """Rows left out, and replaced by the next ones drawn: longer than the limit, or with an answer that begins behind it."""
+    """Rows left out and replaced by the next ones drawn: over the limit, or with an answer that begins behind it."""
     test_cut: int
     """Held-out rows whose loss is measured on their first tokens only."""
 
@@ -130,7 +130,8 @@ def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
         if each.train_dropped:
             text += f"; {each.train_dropped} rows longer than {data.max_length} tokens left out"
         if each.test_cut:
-            text += f"; the loss of {each.test_cut} longer held-out rows is that of their first {data.max_length} tokens"
+            text += f"; the loss of {each.test_cut} longer held-out rows "
+            text += f"is that of their first {data.max_length} tokens"
         for reason, count in sorted(each.unusable.items()):
             text += f"; {count} unusable rows ({reason})"
         found.append(text)
@@ -156,8 +157,8 @@ def _content_key(data: DataSpec, tokenizer: PreTrainedTokenizerBase) -> str:
                 with open(path, "rb") as content:
                     digest.update(hashlib.file_digest(content, "sha256").digest())
     digest.update(str(tokenizer.chat_template).encode())
-    digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
-    digest.update(str(tokenizer.backend_tokenizer.normalizer).encode() if tokenizer.is_fast else b"")
+    whole = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
+    digest.update(whole.encode())
     return digest.hexdigest()[:24]
 
 
@@ -202,8 +203,7 @@ def _add_source(
         train_cut += len(ids) > data.max_length
         kept += 1
         train.add(input_ids=ids[: data.max_length], labels=short, source_dataset=drawn.source)
-    everything = drawn.train_count == len(drawn.train)
-    if kept < drawn.train_count and not everything:
+    if drawn.train_count is not None and kept < drawn.train_count:
         raise DataError(
             f"data: source {drawn.source} has {kept} training rows within max_length ({data.max_length}) tokens, but "
             f"train: {drawn.train_count} are asked for; {drawn.train_count - kept} short: lower `train`, or raise "

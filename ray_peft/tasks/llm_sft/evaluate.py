@@ -58,7 +58,7 @@ def answers(spec: TrialSpec, model: PreTrainedModel, tokenizer: PreTrainedTokeni
             batch = _padded([prompts[row] for row in chosen], tokenizer.pad_token_id, "left").to(model.device)
             mask = _padded([[1] * len(prompts[row]) for row in chosen], 0, "left").to(model.device)
             with torch.no_grad():
-                output: Any = model.generate(
+                output: Any = model.generate(  # type: ignore[operator]  # from GenerationMixin, in subclasses
                     input_ids=batch,
                     attention_mask=mask,
                     max_new_tokens=spec.evaluation.max_new_tokens,
@@ -83,16 +83,16 @@ def _inference(spec: TrialSpec, model: PreTrainedModel) -> Iterator[None]:
 
     was_training = model.training
     checkpointing = getattr(model, "is_gradient_checkpointing", False)
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     if checkpointing:
-        model.gradient_checkpointing_disable()
+        model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
     autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=spec.train.precision == "bf16")
     try:
         with torch.no_grad(), autocast:
             yield
     finally:
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
         model.train(was_training)
 
 

@@ -73,7 +73,7 @@ def from_folder(
     if quantization is not None:
         from transformers import BitsAndBytesConfig
 
-        settings["quantization_config"] = BitsAndBytesConfig(
+        settings["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type=quantization.quant_type,
             bnb_4bit_use_double_quant=quantization.double_quant,
@@ -108,7 +108,7 @@ def random_model(model: ModelSpec) -> Path:
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(0)
     with torch.device(device):
-        built = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        built = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     torch.random.set_rng_state(generator_state)
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     built.save_pretrained(partial)
@@ -116,7 +116,9 @@ def random_model(model: ModelSpec) -> Path:
     try:
         partial.rename(folder)
     except OSError:
-        shutil.rmtree(partial, ignore_errors=True)  # another process was first
+        shutil.rmtree(partial, ignore_errors=True)
+        if not (folder / "config.json").is_file():  # else another process was first, with the same content
+            raise
     return folder
 
 
@@ -151,15 +153,17 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     import torch
 
     wanted = getattr(torch, dtype)
+    adapter = hasattr(model, "peft_config")
+    chosen = {n: p for n, p in model.named_parameters() if p.requires_grad} if adapter else model.state_dict()
     converted: dict[int, torch.Tensor] = {}  # tied weights are one tensor, and stay one: they are written once
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in chosen.items():
         address = tensor.data_ptr()
         if address not in converted:
             converted[address] = tensor.detach().to(wanted) if tensor.is_floating_point() else tensor
         state[name] = converted[address]
     model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
-    if not hasattr(model, "peft_config"):
+    if not adapter:
         config = folder / "config.json"
         settings = json.loads(config.read_text(encoding="utf-8"))
         config.write_text(json.dumps({**settings, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import random
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ class DrawnRows:
     source: str
     train: list[Conversation]
     """All that may be trained on, in drawing order: the first `train_count` that fit the length limit are."""
-    train_count: int
+    train_count: int | None
+    """Null takes all that fit."""
     test: list[Conversation]
     read: int
     """Rows read from the source's files."""
@@ -46,21 +48,22 @@ def draw(source: SourceSpec, seed: int) -> DrawnRows:
     generator = random.Random(f"{seed}:{source.label}")
     generator.shuffle(pool)
     if source.test_path is None:
-        test_count = _count(source.test, len(rows))
+        test_count = _test_count(source.test, len(rows))
         test, rest, read = pool[:test_count], pool[test_count:], len(rows)
         available = len(pool)
     else:
         test_rows = list(read_rows(source.test_path, source.split))
         test_pool = _converted(source, source.test_path, test_rows, unusable)
         generator.shuffle(test_pool)
-        test_count = _count(source.test, len(test_rows))
+        test_count = _test_count(source.test, len(test_rows))
         test, rest, read = test_pool[:test_count], pool, len(rows) + len(test_rows)
         available = len(test_pool)
     if test_count == 0 or len(test) < test_count:
         raise DataError(_short_of(source, "test", test_count, available, source.test_path or source.path))
-    train_count = len(rest) if source.train == 1.0 and isinstance(source.train, float) else _count(source.train, len(rows))
-    if train_count == 0 or len(rest) < train_count:
-        raise DataError(_short_of(source, "train", train_count, len(rest), source.path))
+    train_count = _train_count(source.train, len(rows))
+    wanted = 1 if train_count is None else train_count
+    if wanted == 0 or len(rest) < wanted:
+        raise DataError(_short_of(source, "train", wanted, len(rest), source.path))
     return DrawnRows(source.label, rest, train_count, test, read, unusable)
 
 
@@ -87,8 +90,8 @@ def read_rows(path: str, split: str) -> Iterator[dict[str, Any]]:
 
 def _file_rows(file: Path, plain: str) -> Iterator[dict[str, Any]]:
     try:
-        if plain.endswith(".parquet"):
-            import pyarrow.parquet
+        if file.name.endswith(".parquet"):
+            import pyarrow.parquet  # type: ignore[import-untyped]
 
             yield from pyarrow.parquet.read_table(file).to_pylist()
         elif plain.endswith(".json"):
@@ -100,11 +103,11 @@ def _file_rows(file: Path, plain: str) -> Iterator[dict[str, Any]]:
                     if line.strip():
                         yield _json_line(file, number, line)
         else:
-            raise DataError(f"{file}: unknown kind of file; known are {', '.join(_SUFFIXES)}, each also as .gz")
-    except (OSError, EOFError) as error:
+            raise DataError(f"{file}: unknown kind of file; known are {', '.join(_SUFFIXES)}, .jsonl and .json also as .gz")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise DataError(f"{file}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
         raise DataError(f"{file}: cannot be read: {error}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _open(file: Path) -> Any:
@@ -138,9 +141,7 @@ def _hub_rows(name: str, split: str) -> Iterator[dict[str, Any]]:
         yield from datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{name}: no such local file, and it cannot be loaded as a hub data set: {reason}"
-        ) from None
+        raise DataError(f"{name}: no such local file, and it cannot be loaded as a hub data set: {reason}") from None
 
 
 def _converted(source: SourceSpec, path: str, rows: list[dict[str, Any]], unusable: Counter[str]) -> list[Conversation]:
@@ -156,9 +157,16 @@ def _converted(source: SourceSpec, path: str, rows: list[dict[str, Any]], unusab
     return conversations
 
 
-def _count(asked: int | float, rows: int) -> int:
-    """Rows meant by a count or a fraction; a fraction rounds up, as scikit-learn's and datasets' splits do."""
-    return asked if isinstance(asked, int) else math.ceil(asked * rows)
+def _test_count(asked: int | float, rows: int) -> int:
+    """Held-out rows meant by a count or a fraction, which rounds up, as in scikit-learn's and datasets' splits."""
+    return asked if isinstance(asked, int) else math.ceil(round(asked * rows, 6))
+
+
+def _train_count(asked: int | float, rows: int) -> int | None:
+    """Training rows meant by a count or a fraction, which rounds down; null means all but the held-out rows."""
+    if isinstance(asked, int):
+        return asked
+    return None if asked == 1.0 else math.floor(round(asked * rows, 6))
 
 
 def _short_of(source: SourceSpec, split: str, asked: int, available: int, path: str) -> str:

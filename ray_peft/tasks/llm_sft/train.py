@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+
 @dataclass(frozen=True)
 class StageJob:
     """What one stage trains on, and where it keeps checkpoints."""
@@ -50,13 +51,11 @@ def train_rows(spec: TrialSpec, rows: Dataset) -> Dataset:
     return kept
 
 
-def train_stage(
-    spec: TrialSpec, job: StageJob, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Trained:
+def train_stage(spec: TrialSpec, job: StageJob, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Trained:
     """Train `model` in place for the stage's steps; goes on from the last checkpoint where there is one."""
     from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_utils import get_last_checkpoint
-    from trl import SFTTrainer
+    from trl import SFTTrainer  # type: ignore[attr-defined]  # not in __all__
 
     trained = Trained()
     optimizer = job.stage.optimizer(model)
@@ -70,7 +69,7 @@ def train_stage(
     )
     trainer.remove_callback(PrinterCallback)
     _keep_adapter_dtype(job.stage, model)
-    checkpoint = get_last_checkpoint(str(job.folder)) if job.folder.is_dir() else None
+    checkpoint = get_last_checkpoint(str(job.folder)) if job.folder.is_dir() else None  # type: ignore[no-untyped-call]
     if checkpoint is not None:
         trained.resumed_from_step = job.first_step + int(checkpoint.rpartition("-")[2])
     begin = time.perf_counter()
@@ -83,7 +82,7 @@ def train_stage(
 
 
 def _arguments(spec: TrialSpec, job: StageJob) -> Any:
-    from trl import SFTConfig
+    from trl import SFTConfig  # type: ignore[attr-defined]  # not in __all__
 
     train = spec.train
     warmup = train.warmup_steps or train.warmup_ratio
@@ -135,8 +134,9 @@ def _watcher(spec: TrialSpec, job: StageJob, trained: Trained) -> Any:
     """A TrainerCallback that passes on logged metrics and measures the loss on held-out rows in between."""
     from transformers import TrainerCallback
 
-    class Watcher(TrainerCallback):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+    class Watcher(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            logs: dict[str, Any] = given["logs"]
             if "loss" not in logs:
                 return
             loss = float(logs["loss"])

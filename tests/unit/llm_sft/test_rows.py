@@ -24,7 +24,7 @@ def texts(conversations):
 
 
 def sizes(drawn):
-    return drawn.train_count, len(drawn.test)
+    return len(drawn.train) if drawn.train_count is None else drawn.train_count, len(drawn.test)
 
 
 def test_splits_are_disjoint_seeded_and_repeat(tmp_path):
@@ -39,6 +39,12 @@ def test_splits_are_disjoint_seeded_and_repeat(tmp_path):
 def test_one_percent_of_dolly_s_rows_gives_14860_and_151(tmp_path):
     drawn = draw(source(numbered(tmp_path / "r.jsonl", 15_011), train=1.0, test=0.01), 0)
     assert sizes(drawn) == (14_860, 151)
+
+
+@pytest.mark.parametrize(("rows", "train", "test"), [(12, 0.9, 0.1), (100, 0.93, 0.07), (100, 0.5, 0.1)])
+def test_fractions_of_both_splits_fit_together(tmp_path, rows, train, test):
+    drawn = draw(source(numbered(tmp_path / "r.jsonl", rows), train=train, test=test), 0)
+    assert sum(sizes(drawn)) <= rows
 
 
 def test_a_test_file_of_its_own(tmp_path):
@@ -76,6 +82,8 @@ def test_every_kind_of_file_reads_the_same(tmp_path, suffix):
         ("a.json", b'[{"a": 1},\n', "line 2: not valid JSON"),
         ("a.txt", b"x", "unknown kind of file; known are .jsonl"),
         ("a.jsonl.gz", b"no gzip", "cannot be read"),
+        ("a.parquet", b"no parquet", "cannot be read"),
+        ("a.parquet.gz", b"x", "unknown kind of file"),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(tmp_path, name, content, words):

@@ -26,7 +26,8 @@ def load(tiny_model):
     from ray_peft.tasks.llm_sft.model import load_model
 
     def loaded(method):
-        return load_model(TrialSpec.from_plain(tiny.plain_spec(tiny_model, "d/d", method.plain(), train__micro_batch_size=8)), "cpu")
+        plain = tiny.plain_spec(tiny_model, "d/d", method.plain(), train__micro_batch_size=8)
+        return load_model(TrialSpec.from_plain(plain), "cpu")
 
     return loaded
 

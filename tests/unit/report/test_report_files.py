@@ -107,7 +107,15 @@ def test_the_whole_folder(tmp_path):
     results = [trial("none", scores=Scores(rouge_l=0.5)), trial("lora", scores=Scores(rouge_l=0.75))]
     (tmp_path / "results.jsonl").write_text("".join(map(line, results)))
     (tmp_path / "sweep.json").write_text(
-        json.dumps({"name": "grid", "description": "Which?", "notes": ["9 rows"], "planned": ["galore-1"], "new": 1})
+        json.dumps(
+            {
+                "name": "grid",
+                "description": "Which?",
+                "notes": ["9 rows"],
+                "planned": [*(result.trial_id for result in results), "galore-1"],
+                "new": 1,
+            }
+        )
     )
     for result, prediction in zip(results, ("a b", "a b c d"), strict=True):
         folder = tmp_path / "trials" / result.trial_id
@@ -126,6 +134,15 @@ def test_the_whole_folder(tmp_path):
     assert write_report(tmp_path) == paths  # over the old files
     assert paths[0].read_text() == text
     assert not [file for file in tmp_path.iterdir() if file.name.endswith(".tmp")]
+
+
+def test_rows_that_the_search_space_no_longer_names_are_left_out(tmp_path):
+    results = [trial("none"), trial("lora")]
+    (tmp_path / "results.jsonl").write_text("".join(map(line, results)))
+    (tmp_path / "sweep.json").write_text(json.dumps({"name": "grid", "planned": [results[0].trial_id]}))
+    report = write_report(tmp_path)[0].read_text()
+    assert results[0].trial_id in report
+    assert results[1].trial_id not in report
 
 
 def test_csv_reads_back_equal(tmp_path):

@@ -31,8 +31,12 @@ def trial(method, **changes):
     return TrialResult(trial_id=spec.trial_id, status="finished", spec=spec)
 
 
+def labelled(trials):
+    return labels({each.trial_id: each.spec for each in trials})
+
+
 def names(*trials):
-    return list(labels(trials).values())
+    return list(labelled(trials).values())
 
 
 def test_different_methods_need_no_settings_although_their_learning_rates_differ():
@@ -132,7 +136,7 @@ def test_labels_are_never_ambiguous(draw):
         if not (changes.get("model__quantization") is not None and changes["method"]["name"] == "lora"):
             trials.append(trial(changes.pop("method"), **changes))
     trials = list({t.trial_id: t for t in trials}.values())
-    found = labels(trials)
+    found = labelled(trials)
     assert list(found) == [t.trial_id for t in trials]
     assert len(set(found.values())) == len(trials)
     assert all(label.isascii() and label.isprintable() for label in found.values())

@@ -1,0 +1,199 @@
+"""Tracking with several processes, and through a real server and its outages."""
+
+import logging
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from tracked import client_of, free_port, loaded_table, result_of, spec_of, wait_for
+
+from ray_peft.errors import TrackingError
+from ray_peft.result import Scores
+from ray_peft.tracking import (
+    TrialTracker,
+    default_uri,
+    finish_sweep,
+    load_spec,
+    open_store,
+    start_sweep,
+    ui_command,
+    ui_environment,
+)
+
+ROOT = Path(__file__).parents[2]
+
+WRITERS = """
+import os, sys, traceback
+from pathlib import Path
+import mlflow.store.tracking.sqlalchemy_store
+from ray_peft.result import TrialResult
+from ray_peft.spec import TrialSpec
+from ray_peft.tracking import TrialTracker, default_uri, open_store
+
+outputs, plain = Path(sys.argv[1]), sys.argv[2]
+
+def write(writer):
+    store = open_store(default_uri(outputs), "comparison", outputs / "artifacts")
+    spec = TrialSpec.model_validate_json(plain).model_copy(update={"seed": writer})
+    tracker = TrialTracker(store, None, "small")
+    tracker.start(spec)
+    for step in range(50):
+        tracker.log({"loss": float(step), "lr": 1.0}, step)
+        tracker._flush()
+    tracker.record(TrialResult(trial_id=spec.trial_id, status="finished", spec=spec))
+
+children = []
+for writer in range(3):
+    child = os.fork()
+    if child == 0:
+        try:
+            write(writer)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    children.append(child)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+def test_three_processes_create_and_fill_one_database_without_loss(tmp_path):
+    command = [sys.executable, "-c", WRITERS, str(tmp_path), spec_of().model_dump_json()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "INFO" not in done.stderr
+    store = open_store(default_uri(tmp_path), "comparison", tmp_path)
+    client = client_of(store)
+    runs = client.search_runs([store.experiment_id])
+    assert sorted(run.data.params["seed"] for run in runs) == ["0", "1", "2"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        steps = sorted(point.step for point in client.get_metric_history(run.info.run_id, "loss"))
+        assert steps == list(range(50))
+
+
+class Wire:
+    """A TCP connection to a server that can be cut and mended."""
+
+    def __init__(self, target: int) -> None:
+        self.target, self.port = target, free_port()
+        self.open: list[socket.socket] = []
+        self.mend()
+
+    def mend(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self.accept, args=(self.listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        for one in [self.listener, *self.open]:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+        self.open.clear()
+
+    def accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.target))
+                self.open += [near, far]
+                for source, sink in [(near, far), (far, near)]:
+                    threading.Thread(target=self.pump, args=(source, sink), daemon=True).start()
+
+    def pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def server_port(empty_database: Path, tmp_path: Path) -> Iterator[int]:
+    """The port of a real MLflow server over a SQLite file, started as the command line starts its UI."""
+    served = tmp_path / "served"
+    served.mkdir()
+    shutil.copy(empty_database, served / "mlflow.db")
+    port = free_port()
+    command = ui_command(default_uri(served), served / "artifacts", "127.0.0.1", port)
+    with (served / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            command, env=ui_environment(), cwd=served, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def healthy() -> bool:
+        assert process.poll() is None, (served / "log.txt").read_text()
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+        return False
+
+    try:
+        wait_for(healthy, timeout_s=120)
+        yield port
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_trial_through_a_server_survives_an_outage(server_port, tmp_path, caplog, capfd):
+    wire, spec = Wire(server_port), spec_of(seed=3)
+    store = open_store(f"http://me:secret@127.0.0.1:{wire.port}", "comparison", None)
+    parent = start_sweep(store, "small", tags={}, files={"space.yaml": "seed: 3\n"})
+    tracker = TrialTracker(store, parent, "small")
+    run_id = tracker.start(spec)
+    tracker.log({"loss": math.nan, "high": math.inf}, 0)
+    wire.cut()
+    with caplog.at_level(logging.WARNING, logger="ray_peft"):
+        for step in range(1, 300):
+            tracker.log({"loss": float(step)}, step)
+        wait_for(lambda: "keeping them" in caplog.text)
+    wire.mend()
+    tracker.table([{"prompt": "a"}], "samples.json")
+    tracker.record(result_of(spec, scores=Scores(bleu4=0.5)))
+    finish_sweep(store, parent, "FINISHED", metrics={"trials": 1}, files={})
+
+    client = client_of(store)
+    history = sorted(client.get_metric_history(run_id, "loss"), key=lambda point: point.step)
+    assert [point.step for point in history] == list(range(300))
+    assert math.isnan(history[0].value)
+    run = client.get_run(run_id)
+    assert run.data.metrics["high"] == sys.float_info.max
+    assert (run.info.status, run.data.metrics["scores.bleu4"]) == ("FINISHED", 0.5)
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert loaded_table(store, run_id, "samples.json", tmp_path)["prompt"].tolist() == ["a"]
+    assert load_spec(store.uri, run_id) == spec
+    assert "secret" not in caplog.text + "".join(capfd.readouterr())
+    with pytest.raises(TrackingError, match="cannot read run"):
+        load_spec(store.uri, "0123456789abcdef0123456789abcdef")
+    wire.cut()
+
+
+def test_something_else_on_the_port_is_named(tmp_path):
+    command = [sys.executable, "-m", "http.server", "0", "--bind", "127.0.0.1"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as other:
+        assert other.stdout is not None
+        port = other.stdout.readline().split("port ")[1].split()[0]
+        try:
+            with pytest.raises(TrackingError, match=r"is not a working MLflow server \(HTTP 501\)"):
+                open_store(f"http://127.0.0.1:{port}", "comparison", None)
+        finally:
+            other.kill()
+
+
+def test_a_server_needs_no_ui_command():
+    with pytest.raises(TrackingError, match=r"http://\*\*\*@host:5000 is an MLflow server"):
+        ui_command("http://me:secret@host:5000", None, "127.0.0.1", 5001)
