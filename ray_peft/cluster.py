@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -49,6 +50,7 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
     address = address or os.environ.get("RAY_ADDRESS")
     settings: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.ERROR}
     if address:
+        _check_address(address)
         settings |= {"address": address, "runtime_env": {"env_vars": dict(WORKER_ENVIRONMENT)}}
     else:
         settings |= {
@@ -60,16 +62,33 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
         with _own_sigterm():
             ray.init(**settings)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
-        where = f"the Ray cluster at {address}" if address else "a local Ray"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PlacementError(
-            f"{where} cannot be reached: {reason}; "
-            "check --address and RAY_ADDRESS, or leave both out to start a local one"
-        ) from None
+        raise _out_of_reach(f"the Ray cluster at {address}" if address else "a local Ray", error) from None
     try:
         yield _nodes()
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Ray itself tries for minutes to reach an address where nothing listens.
+
+    Raises:
+        PlacementError: nothing listens there.
+    """
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdecimal():  # "auto" and the like
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise _out_of_reach(f"the Ray cluster at {address}", error) from None
+
+
+def _out_of_reach(where: str, error: Exception) -> PlacementError:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return PlacementError(
+        f"{where} cannot be reached: {reason}; check --address and RAY_ADDRESS, or leave both out to start a local one"
+    )
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from ray_peft.result import Status, TrialResult
 from ray_peft.space import TrackingSpec
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
+from ray_peft.tasks.base import Inspection
 from ray_peft.tracking import Store
 
 
@@ -51,15 +52,17 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Console) -> list[str]:
 
     Raises:
         DataError, ModelError: something is missing or malformed.
+        SpecError: a method's stage would be left without a step.
     """
-    seen: set[str] = set()
+    seen: dict[str, Inspection] = {}
     notes: dict[str, None] = {}
     for trial in trials:
         key = json.dumps([trial.task, trial.model.plain(), trial.data.plain()], sort_keys=True)
-        if key in seen:
-            continue
-        seen.add(key)
-        for note in TASKS[trial.task].inspect(trial).notes:
+        task = TASKS[trial.task]
+        if key not in seen:
+            seen[key] = task.inspect(trial)
+        trial.method.stages(task.total_steps(trial, seen[key].train_rows))
+        for note in seen[key].notes:
             if note not in notes:
                 console.say(f"data: {note}")
             notes[note] = None

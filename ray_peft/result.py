@@ -82,6 +82,8 @@ class TrialResult(Strict):
     """Mean training loss over the last logged steps."""
     eval_loss_best: float | None = None
     """Lowest held-out loss of the trial's evaluations."""
+    boundary_losses: dict[str, float] = {}
+    """Held-out loss between the stages of a method that has several: what a merge costs is a number."""
     steps: int = 0
     """Optimizer steps done."""
     resumed_from_step: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ray_peft import cluster, experiment, worker
 from ray_peft.console import Console
 from ray_peft.errors import SearchSpaceError, SpecError, TrialFailed
 from ray_peft.ledger import Ledger
-from ray_peft.placement import demand
+from ray_peft.placement import Demand, demand
 from ray_peft.result import TrialResult
 from ray_peft.space import TrackingSpec, explain, load
 from ray_peft.spec import TrialSpec
@@ -47,7 +48,8 @@ def run(
     store = experiment.open_store(
         experiment.tracking_uri(tracking_uri, tracking_spec), tracking_spec.experiment or "single runs"
     )
-    with ledger.locked():
+    with ledger.locked(), contextlib.ExitStack() as ray:
+        held = demand(trial, ray.enter_context(cluster.connect(address)))
         opened = experiment.open_experiment(
             trial.trial_id,
             "",
@@ -59,9 +61,10 @@ def run(
         )
         interrupted = True
         try:
-            ledger.add(_run(trial, opened, address))
+            ledger.add(_run(trial, opened, held))
             interrupted = False
         except KeyboardInterrupt:
+            ray.close()  # no worker may still write to the run that is closed here
             ledger.add(opened.lost(trial, "cancelled", "interrupted by the user"))
             raise
         finally:
@@ -69,20 +72,19 @@ def run(
     return results[0]
 
 
-def _run(trial: TrialSpec, opened: experiment.Experiment, address: str | None) -> TrialResult:
-    with cluster.connect(address) as nodes:
-        assignment = worker.Assignment(
-            spec=trial,
-            folder=opened.ledger.trial_folder(trial.trial_id),
-            store=opened.store,
-            parent_run_id=opened.parent_run_id,
-            sweep=opened.name,
-            demand=demand(trial, nodes),
-        )
-        try:
-            return worker.run_in_trainer(assignment, opened.ledger.folder / "ray")
-        except TrialFailed as error:
-            return opened.lost(trial, "failed", str(error))
+def _run(trial: TrialSpec, opened: experiment.Experiment, held: Demand) -> TrialResult:
+    assignment = worker.Assignment(
+        spec=trial,
+        folder=opened.ledger.trial_folder(trial.trial_id),
+        store=opened.store,
+        parent_run_id=opened.parent_run_id,
+        sweep=opened.name,
+        demand=held,
+    )
+    try:
+        return worker.run_in_trainer(assignment, opened.ledger.folder / "ray")
+    except TrialFailed as error:
+        return opened.lost(trial, "failed", str(error))
 
 
 def _trial(

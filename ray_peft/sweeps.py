@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -74,11 +75,17 @@ def sweep(
     notes = experiment.inspect_trials(space.trials, console)
     uri = experiment.tracking_uri(tracking_uri, space.tracking)
     store = experiment.open_store(uri, space.tracking.experiment or space.name)
-    with ledger.locked():
+    with ledger.locked(), contextlib.ExitStack() as ray:
+        plan = _plan(space, {} if fresh else ledger.finished())
+        console.say(f"{space.name}: {plan.total} trials, {plan.total - plan.missing} finished before")
+        demands: dict[str, Demand] = {}
+        nodes: list[Node] = []
+        if plan.missing:
+            _quiet_tune()
+            nodes = ray.enter_context(cluster.connect(address))
+            demands = {trial.trial_id: demand(trial, nodes) for trial in plan.trials}
         if fresh:
             ledger.set_aside()
-        plan = _plan(space, ledger)
-        console.say(f"{space.name}: {plan.total} trials, {plan.total - plan.missing} finished before")
         opened = experiment.open_experiment(
             space.name,
             space.description,
@@ -92,12 +99,23 @@ def sweep(
         interrupted = False
         try:
             if plan.missing:
-                interrupted = _Sweep(space, plan, opened).run(address)
+                interrupted = _Sweep(space, plan, opened).run(nodes, demands, ray.close)
         except BaseException:
             opened.finish(opened.record.planned, interrupted=True)
             raise
         results = opened.finish(opened.record.planned, interrupted)
     return SweepOutcome(ledger.folder, results, plan.total, interrupted, opened.record.tracking_uri)
+
+
+def _quiet_tune() -> None:
+    """Set before Ray starts what Tune reads."""
+    # Tune's own loggers write every metric to three more files, and its console output draws boxes that some
+    # consoles cannot print.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_RESULT_BUFFER_LENGTH", "0")
+    # Reports of training steps do not carry the scores that a search improves; the last report does.
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 
 
 @dataclass(frozen=True)
@@ -115,8 +133,7 @@ class _Plan:
         return self.total - len(self.finished) if self.searched else len(self.todo)
 
 
-def _plan(space: Space, ledger: Ledger) -> _Plan:
-    finished = ledger.finished()
+def _plan(space: Space, finished: dict[str, TrialResult]) -> _Plan:
     searched = space.search is not None and space.search.algorithm == "optuna"
     todo = [trial for trial in space.trials if trial.trial_id not in finished]
     ids = {trial.trial_id for trial in space.trials}
@@ -139,21 +156,13 @@ class _Sweep:
         self.handed_out = 0
         """The same with repeats: a search may propose a trial twice."""
 
-    def run(self, address: str | None) -> bool:
-        """Run the missing trials; true if the user interrupted them."""
-        # Set before Ray starts: Tune's own loggers write every metric to three more files, and its console output
-        # draws boxes that some consoles cannot print.
-        os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-        os.environ.setdefault("TUNE_RESULT_BUFFER_LENGTH", "0")
-        # Reports of training steps do not carry the scores that a search improves; the last report does.
-        os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    def run(self, nodes: list[Node], demands: dict[str, Demand], leave: Callable[[], None]) -> bool:
+        """Run the missing trials and `leave` the cluster; true if the user interrupted them."""
         try:
-            with cluster.connect(address) as nodes:
-                demands = {trial.trial_id: demand(trial, nodes) for trial in self.plan.trials}
-                self.console.say(_placement_line(nodes, demands, self.plan.missing))
-                self._fit(nodes, demands)
+            self.console.say(_placement_line(nodes, demands, self.plan.missing))
+            self._fit(nodes, demands)
         finally:  # also after a second Ctrl-C
+            leave()  # no worker may still write to the runs that are closed here
             lost = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
             for trial in lost:
                 self.opened.ledger.add(self.opened.lost(trial, "cancelled", "interrupted before the end"))

@@ -124,6 +124,7 @@ class _Life:
         self.parameters = (0, 0)
         self.scored = Scored(Scores())
         self.adapter_bytes = 0
+        self.boundaries: dict[str, float] = {}
         self.provenance = Provenance(
             num_workers=place.num_workers,
             gpus_per_worker=place.gpus_per_worker,
@@ -182,6 +183,7 @@ class _Life:
             ),
             train_loss_final=trained.losses[-1] if trained.losses else None,
             eval_loss_best=min(known, default=None),
+            boundary_losses=self.boundaries,
             steps=trained.steps,
             resumed_from_step=trained.resumed_from_step,
             trainable_parameters=self.parameters[0],
@@ -207,13 +209,13 @@ def _run(life: _Life) -> TrialResult:
     life.provenance = life.provenance.model_copy(update=_provenance(bench, place))
     life.parameters = (0, bench.parameters()[1])
     stages = spec.method.stages(bench.total_steps())
-    life.memory.start()
-    with life.clock.phase("train"):
-        for index, (stage, steps) in enumerate(stages):
+    for index, (stage, steps) in enumerate(stages):
+        life.memory.start()
+        with life.clock.phase("train"):
             _train(life, bench, index, stage, steps)
-            if index + 1 < len(stages):
-                bench.merge(stage)
-    life.memory.stop()
+        life.memory.stop()
+        if index + 1 < len(stages):
+            _cross(life, bench, index, stage)
     if place.rank > 0:
         return life.result("finished")
     if stages:
@@ -241,15 +243,37 @@ def _train(life: _Life, bench: Bench, index: int, stage: Stage, steps: int) -> N
     )
 
 
+def _cross(life: _Life, bench: Bench, index: int, stage: Stage) -> None:
+    """From one stage to the next: keep what the stage trained, merge it, and measure the loss on both sides."""
+    first = life.place.rank == 0
+    if first:
+        with life.clock.phase("save"):
+            _keep(life, bench, f"stage{index + 1}_adapter")
+    for moment in (f"after stage {index + 1}", f"after merge {index + 1}"):
+        if moment.startswith("after merge"):
+            with life.clock.phase("train"):
+                bench.merge(stage)
+        if first:
+            with life.clock.phase("evaluate"):
+                life.boundaries[moment] = bench.eval_loss()
+            life.report({f"boundary_loss.{moment.replace(' ', '_')}": life.boundaries[moment]}, life.trained.steps)
+
+
 def _save(life: _Life, bench: Bench) -> None:
     """Save before the evaluation, so that nothing that fails there loses what was trained."""
-    folder = life.place.folder / "adapter"
+    life.adapter_bytes = _keep(life, bench, "adapter")
+
+
+def _keep(life: _Life, bench: Bench, name: str) -> int:
+    """Write what is trained so far into the trial's folder and the tracker; returns its bytes."""
+    folder = life.place.folder / name
     bench.save(folder)
-    life.adapter_bytes = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     if life.tracker is not None:
-        life.tracker.artifact(folder, "adapter")
+        life.tracker.artifact(folder, name)
         if not (folder / "adapter_config.json").is_file():
             shutil.rmtree(folder)  # full weights are large, and the tracker holds them now
+    return size
 
 
 def _evaluate(life: _Life, bench: Bench) -> None:

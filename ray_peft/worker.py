@@ -88,6 +88,8 @@ def run_in_trainer(assignment: Assignment, storage: Path) -> TrialResult:
     )
     try:
         row: str | None = trainer.fit().return_value  # type: ignore[attr-defined]  # annotated as Train v1's Result
+    except SystemExit:  # Ray Train's answer to Ctrl-C
+        raise KeyboardInterrupt from None
     except Exception as error:
         if left.is_file():
             return TrialResult.model_validate_json(left.read_text(encoding="utf-8"))
@@ -110,10 +112,9 @@ def _train_function(config: Mapping[str, Any]) -> str | None:
             ray.train.report({"step": step, **metrics})
 
     result = run_here(assignment, report, ray.train.get_context().get_world_rank())
-    if result is not None and not alone:
+    if result is not None and not alone and result.status != "finished":
         # The other ranks may wait in an all-reduce for ever: end them. The row is in the trial's folder.
-        if result.status != "finished":
-            raise TrialFailed((result.error or "").splitlines()[0])
+        raise TrialFailed((result.error or "").splitlines()[0])
     return result.model_dump_json() if result is not None else None
 
 

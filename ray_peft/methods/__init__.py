@@ -10,8 +10,9 @@ from ray_peft.methods.galore import GaLore
 from ray_peft.methods.lora import LoRA
 from ray_peft.methods.none import Untouched
 from ray_peft.methods.qlora import QLoRA
+from ray_peft.methods.qlora_galore import QLoRAThenGaLore
 
-AnyMethod = Annotated[Untouched | FullFineTuning | LoRA | QLoRA | GaLore, Field(discriminator="name")]
+AnyMethod = Annotated[Untouched | FullFineTuning | LoRA | QLoRA | GaLore | QLoRAThenGaLore, Field(discriminator="name")]
 
 METHODS: tuple[type[Method], ...] = get_args(get_args(AnyMethod)[0])
 """Every registered method, in the order in which reports list them."""

@@ -48,6 +48,7 @@ class Inspection:
     """What a reader of the comparison must know: rows cut, dropped or unusable."""
     data_key: str
     """Content hash of the prepared rows."""
+    train_rows: int
 
 
 class Bench(ABC):
@@ -101,6 +102,10 @@ class TaskType(ABC):
         Raises:
             DataError, ModelError: the user's to mend.
         """
+
+    @abstractmethod
+    def total_steps(self, spec: TrialSpec, train_rows: int) -> int:
+        """Optimizer steps of a whole trial."""
 
     @abstractmethod
     def load(self, spec: TrialSpec, device: str) -> Bench:

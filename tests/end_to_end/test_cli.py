@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def space(tiny_model, questions, tmp_path, monkeypatch):
-    """A function that writes a search space into the current, empty folder."""
+    """A function that writes a search space into the current, empty folder, where outputs would go."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_PEFT_OUTPUTS")
 
     def write(name="space.yaml", **changes):
         plain = tiny.plain_spec(tiny_model, questions, **changes)
@@ -54,6 +57,7 @@ def source(path, **changes):
         ({"data__sources": source("empty.jsonl")}, "empty.jsonl: the file holds no rows"),
         ({"data__sources": source("shape.jsonl")}, "row 1 does not fit recipe prompt_completion"),
         ({"model__name": "./gone"}, "gone: no such folder"),
+        ({"method": {"name": "qlora_galore"}, "train__steps": 1}, "leaves GaLore without a step"),
         ({"model__name": "./bare"}, "has no chat template"),
     ],
 )
@@ -68,6 +72,35 @@ def test_bad_input_is_one_clear_error_before_anything_starts(space, tmp_path, ti
     for command in ("sweep", "plan"):
         assert words in refused(capsys, command, space(**changes))
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--set", "nonsense"], "--set nonsense: must be key.path=value"),
+        (["--tracking-uri", "file:./runs"], "is neither sqlite:///FILE nor http(s)://HOST:PORT"),
+        (["--tracking-uri", "http://me:secret@127.0.0.1:9"], "no MLflow server answers at http://***@127.0.0.1:9"),
+        (["--address", "127.0.0.1:9", "--tracking-uri", "sqlite:///s.db"], "the Ray cluster at 127.0.0.1:9 cannot be"),
+        (["--out", "space.yaml", "--tracking-uri", "sqlite:///s.db"], "space.yaml: cannot be written: File exists"),
+    ],
+)
+def test_a_wrong_option_is_one_clear_error_before_anything_starts(space, tmp_path, capsys, options, words):
+    name = space()
+    for command in ("sweep", "run"):
+        assert words in refused(capsys, command, name, *options)
+    assert not list(tmp_path.glob("outputs/*/*.json*"))
+    assert not (tmp_path / "outputs" / "mlflow.db").exists()
+
+
+def test_the_ui_needs_a_store_and_a_free_port(space, tmp_path, capsys, empty_database):
+    assert "no tracking store at" in refused(capsys, "ui")
+    assert not list(tmp_path.iterdir())
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        said = refused(capsys, "ui", "--tracking-uri", f"sqlite:///{empty_database}", "--port", port)
+    assert f"cannot listen on 127.0.0.1:{port}" in said
 
 
 def test_plan_prints_trials_and_json(space, capsys):
@@ -92,42 +125,63 @@ def test_a_report_needs_a_sweep(tmp_path, capsys):
     assert "holds no results.jsonl" in refused(capsys, "report", str(tmp_path))
 
 
-def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(space, tmp_path, shared):
-    """In mid-sweep, on a GBK console, as a process of its own with a Ray of its own."""
-    name = space(method={"grid": [{"name": "none"}, {"name": "lora", "rank": 4}]}, train__steps=4000)
-    command = [sys.executable, "-m", "ray_peft", "sweep", name, "--out", "out"]
-    environment = {
-        **os.environ,
-        "PYTHONIOENCODING": "gbk",
-        "PYTHONPATH": str(ROOT),
-        "RAY_PEFT_OUTPUTS": str(tmp_path / "outputs"),
-    }
+def stopped(name: str, with_signal: signal.Signals, *options: str) -> str:
+    """What a sweep prints, as a process on a GBK console, that gets a signal as soon as LoRA trains."""
+    out = Path("out \u2603")  # GBK has no snowman
+    environment = {**os.environ, "PYTHONIOENCODING": "gbk", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "ray_peft", "sweep", name, "--out", str(out), *options]
+    before = sum(log.stat().st_size for log in out.glob("trials/lora*/metrics.jsonl"))
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
-    log = tmp_path / "out" / "results.jsonl"
     try:
-        deadline = time.monotonic() + 120
-        while not (any((tmp_path / "out" / "trials").glob("lora*/metrics.jsonl"))) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + 150
+        while process.poll() is None and time.monotonic() < deadline:
+            trained = sum(log.stat().st_size for log in out.glob("trials/lora*/metrics.jsonl")) > before
+            if trained and (out / "results.jsonl").exists():
+                break
+            time.sleep(0.1)
+        if with_signal == signal.SIGINT:
+            os.killpg(process.pid, with_signal)  # a terminal sends it to Ray's processes too
+        else:
+            process.send_signal(with_signal)
         output = process.communicate(timeout=90)[0].decode("gbk")
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, output
-    assert "the same command runs the missing trials" in output
     assert "Traceback" not in output
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [(row["spec"]["method"]["name"], row["status"]) for row in rows] == [
-        ("none", "finished"),
-        ("lora", "cancelled"),
-    ]
+    assert "out \\u2603" in output
+    assert output.strip().endswith("interrupted; the same command runs the missing trials")
+    return output
+
+
+def outcome() -> tuple[list[tuple[str, str]], Counter[str]]:
+    """Method and status of every row, and how many MLflow runs have which status."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'outputs' / 'mlflow.db'}")
-    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED", "KILLED"]
+    rows = [json.loads(line) for line in Path("out \u2603/results.jsonl").read_text().splitlines()]
+    client = MlflowClient(tracking_uri=f"sqlite:///{Path('outputs/mlflow.db').absolute()}")
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    status = Counter(f"{run.data.tags.get('ray_peft.method', 'sweep')} {run.info.status}" for run in runs)
+    return [(row["spec"]["method"]["name"], row["status"]) for row in rows], status
+
+
+def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(space, ray_cluster):
+    """First Ctrl-C with a Ray of its own; then SIGTERM, as of `ray job stop`, on a cluster that it joins."""
+    import ray
+
+    name = space(method={"grid": [{"name": "none"}, {"name": "lora", "rank": 4}]}, train__steps=20000)
+    assert "[1/2] none" in stopped(name, signal.SIGINT)
+    kept = [("none", "finished"), ("lora", "cancelled")]
+    assert outcome() == (kept, Counter({"sweep KILLED": 1, "none FINISHED": 1, "lora KILLED": 1}))
+
+    address = ray.get_runtime_context().gcs_address
+    assert "2 trials, 1 finished before" in stopped(name, signal.SIGTERM, "--address", address)
+    kept.append(("lora", "cancelled"))
+    assert outcome() == (kept, Counter({"sweep KILLED": 1, "none FINISHED": 1, "lora KILLED": 2}))
+    assert ray.is_initialized()  # a joined cluster is left, not stopped
+    assert ray.cluster_resources()["CPU"] >= 2
 
 
 def test_doctor_prints_on_any_console(capsys):

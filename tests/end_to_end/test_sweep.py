@@ -22,6 +22,11 @@ METHODS = [
     {"name": "lora", "rank": 4, "lr": 0.01},
     {"name": "qlora", "rank": 4, "lr": 0.01, "compute_dtype": "float32"},
     {"name": "galore", "rank": 8, "lr": 0.01, "scale": 1.0},
+    {
+        "name": "qlora_galore",
+        "qlora": {"rank": 4, "lr": 0.01, "compute_dtype": "float32"},
+        "galore": {"rank": 8, "lr": 0.01},
+    },
     {"name": "full", "lr": 1.0e30, "max_grad_norm": None},  # diverges: a failed row
 ]
 
@@ -51,7 +56,8 @@ def swept(ray_cluster, shared, tiny_model, questions, tmp_path_factory):
 def test_every_planned_trial_has_a_row_and_the_failed_one_its_reason(swept):
     _, outcome = swept
     assert [(result.spec.method.name, result.status) for result in outcome.results] == [
-        ("none", "finished"), ("lora", "finished"), ("qlora", "finished"), ("galore", "finished"), ("full", "failed"),
+        ("none", "finished"), ("lora", "finished"), ("qlora", "finished"), ("galore", "finished"),
+        ("qlora_galore", "finished"), ("full", "failed"),
     ]  # fmt: skip
     assert not outcome.complete
     assert "the training loss is nan" in outcome.results[-1].error
@@ -60,12 +66,12 @@ def test_every_planned_trial_has_a_row_and_the_failed_one_its_reason(swept):
 def test_results_jsonl_has_the_documented_keys(swept):
     _, outcome = swept
     rows = [json.loads(line) for line in (outcome.folder / "results.jsonl").read_text().splitlines()]
-    assert len(rows) == 5
+    assert len(rows) == 6
     for row in rows:
         assert {"trial_id", "status", "spec", "trainable_parameters", "adapter_bytes", "mlflow_run_id"} <= set(row)
         assert {"eval_loss", "bleu4", "rouge_l"} <= set(row["scores"])
         assert {"peak_allocated_gib", "peak_reserved_gib", "wall_time_s", "tokens_per_s"} <= set(row["usage"])
-    tuned = [row for row in rows if row["spec"]["method"]["name"] in ("lora", "qlora", "galore")]
+    tuned = [row for row in rows if row["spec"]["method"]["name"] in ("lora", "qlora", "galore", "qlora_galore")]
     base = next(row for row in rows if row["spec"]["method"]["name"] == "none")
     assert base["trainable_parameters"] == 0
     for row in tuned:
@@ -75,12 +81,23 @@ def test_results_jsonl_has_the_documented_keys(swept):
         assert row["adapter_bytes"] > 0
 
 
+def test_the_hybrid_s_merge_has_its_cost_as_a_number(swept):
+    _, outcome = swept
+    (hybrid,) = [result for result in outcome.results if result.spec.method.name == "qlora_galore"]
+    stage, merge = hybrid.boundary_losses["after stage 1"], hybrid.boundary_losses["after merge 1"]
+    assert abs(stage - merge) < 0.05
+    assert hybrid.scores.eval_loss < merge
+    assert hybrid.steps == 6
+    files = {item.path for item in client(outcome.tracking_uri).list_artifacts(hybrid.mlflow_run_id)}
+    assert {"stage1_adapter", "adapter"} <= files
+
+
 def test_the_report_names_every_trial(swept):
     _, outcome = swept
     report = (outcome.folder / "report.md").read_text(encoding="utf-8")
     for result in outcome.results:
         assert result.trial_id in report
-    assert len((outcome.folder / "report.csv").read_text(encoding="utf-8").splitlines()) == 6
+    assert len((outcome.folder / "report.csv").read_text(encoding="utf-8").splitlines()) == 7
 
 
 def test_mlflow_holds_parent_children_parameters_curves_and_artifacts(swept):
@@ -127,9 +144,9 @@ def test_the_same_command_again_runs_only_what_did_not_finish(swept, monkeypatch
     before = (outcome.folder / "results.jsonl").read_text().splitlines()
     again = ray_peft.sweep(space, out=outcome.folder)
     after = (outcome.folder / "results.jsonl").read_text().splitlines()
-    assert after[:5] == before
-    assert [json.loads(line)["spec"]["method"]["name"] for line in after[5:]] == ["full"]
-    assert len(again.results) == 5
+    assert after[:6] == before
+    assert [json.loads(line)["spec"]["method"]["name"] for line in after[6:]] == ["full"]
+    assert len(again.results) == 6
     mlflow = client(again.tracking_uri)
     parents = {mlflow.get_run(result.mlflow_run_id).data.tags["mlflow.parentRunId"] for result in again.results}
     assert len(parents) == 1

@@ -103,7 +103,9 @@ def _file_rows(file: Path, plain: str) -> Iterator[dict[str, Any]]:
                     if line.strip():
                         yield _json_line(file, number, line)
         else:
-            raise DataError(f"{file}: unknown kind of file; known are {', '.join(_SUFFIXES)}, .jsonl and .json also as .gz")
+            raise DataError(
+                f"{file}: unknown kind of file; known are {', '.join(_SUFFIXES)}, .jsonl and .json also as .gz"
+            )
     except (OSError, EOFError, zlib.error, ValueError) as error:
         if isinstance(error, UnicodeDecodeError):
             raise DataError(f"{file}: is not UTF-8 text: {error.reason} at byte {error.start}") from None

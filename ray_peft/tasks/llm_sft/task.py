@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
@@ -27,7 +28,14 @@ class LlmSft(TaskType):
 
         model.load_config(spec.model)
         prepared = data.prepare(spec, data.load_tokenizer(spec))
-        return Inspection(data.notes(prepared, spec.data), prepared.key)
+        return Inspection(data.notes(prepared, spec.data), prepared.key, len(prepared.train))
+
+    def total_steps(self, spec: TrialSpec, train_rows: int) -> int:
+        """Optimizer steps of a whole trial; the last one of an epoch may hold fewer rows."""
+        if spec.train.steps is not None:
+            return spec.train.steps
+        assert spec.train.epochs is not None
+        return max(1, math.ceil(spec.train.epochs * math.ceil(train_rows / spec.train.batch_size)))
 
     def load(self, spec: TrialSpec, device: str) -> Bench:
         """Rows and model for one trial; random state is that of `spec.seed`."""
@@ -64,9 +72,7 @@ class LlmBench(Bench):
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole trial."""
-        from ray_peft.tasks.llm_sft.train import total_steps
-
-        return total_steps(self.spec.train, len(self.data.train))
+        return LlmSft().total_steps(self.spec, len(self.data.train))
 
     def parameters(self) -> tuple[int, int]:
         """Parameters that take gradients, and all parameters."""

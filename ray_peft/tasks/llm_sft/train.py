@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import TrialFailed
 from ray_peft.methods.base import Stage
-from ray_peft.spec import TrainSpec, TrialSpec
+from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import Report, Trained
 
 if TYPE_CHECKING:
@@ -33,14 +33,6 @@ class StageJob:
     report: Report
     evaluate: Callable[[], float]
     """The loss on the held-out rows, of the model as it is."""
-
-
-def total_steps(train: TrainSpec, rows: int) -> int:
-    """Optimizer steps of the whole trial; the last one of an epoch may hold fewer rows."""
-    if train.steps is not None:
-        return train.steps
-    assert train.epochs is not None
-    return max(1, math.ceil(train.epochs * math.ceil(rows / train.batch_size)))
 
 
 def train_rows(spec: TrialSpec, rows: Dataset) -> Dataset:

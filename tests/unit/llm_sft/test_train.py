@@ -8,7 +8,6 @@ import tiny
 from ray_peft.errors import TrialFailed
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.llm_sft.task import LlmSft
-from ray_peft.tasks.llm_sft.train import total_steps
 
 METHODS = [
     {"name": "full", "lr": 0.003},
@@ -141,4 +140,4 @@ def test_saved_weights_are_written_once_in_the_dtype_asked_for(tiny_model, quest
 
 def test_epochs_count_their_last_partial_step(tiny_model, questions):
     spec = TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions, train__steps=None, train__epochs=2.0))
-    assert total_steps(spec.train, 41) == 12
+    assert LlmSft().total_steps(spec, 41) == 12
