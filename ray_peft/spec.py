@@ -14,7 +14,7 @@ from ray_peft.methods import AnyMethod
 from ray_peft.methods.base import Dtype, Quantization, Stage, Task
 from ray_peft.strict import Strict
 
-Recipe = Literal["alpaca", "dolly", "messages", "prompt_completion", "text"]
+Recipe = Literal["alpaca", "dolly", "tulu", "ultrachat", "messages", "prompt_completion", "text"]
 
 
 class ModelSpec(Strict):

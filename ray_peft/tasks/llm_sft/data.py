@@ -110,10 +110,11 @@ def prepare(spec: TrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedData
     Raises:
         DataError: a source is missing, malformed or too small.
     """
-    key = _content_key(spec.data, tokenizer)
+    answers_only = spec.train.loss == "answers"
+    key = _content_key(spec.data, tokenizer, answers_only)
     folder = cache_folder() / "prepared" / key
     if not (folder / "counts.json").is_file():
-        _build(spec.data, tokenizer, folder)
+        _build(spec.data, tokenizer, answers_only, folder)
     from datasets import load_from_disk
 
     counts = [SourceCounts(**each) for each in json.loads((folder / "counts.json").read_text(encoding="utf-8"))]
@@ -149,8 +150,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _content_key(data: DataSpec, tokenizer: PreTrainedTokenizerBase) -> str:
-    digest = hashlib.sha256(json.dumps([FORMAT, data.plain()], sort_keys=True).encode())
+def _content_key(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: bool) -> str:
+    digest = hashlib.sha256(json.dumps([FORMAT, answers_only, data.plain()], sort_keys=True).encode())
     for source in data.sources:
         for path in filter(None, (source.path, source.test_path)):
             if Path(path).is_file():
@@ -162,7 +163,7 @@ def _content_key(data: DataSpec, tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()[:24]
 
 
-def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: bool, folder: Path) -> None:
     """Write the prepared rows beside `folder` and move them there in one step, so that no reader sees a half."""
     from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar
@@ -170,7 +171,7 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     disable_progress_bar()
     train, test, counts = _Rows(), _Rows(), []
     for source in data.sources:
-        counts.append(_add_source(draw(source, data.seed), data, tokenizer, train, test))
+        counts.append(_add_source(draw(source, data.seed), data, tokenizer, answers_only, train, test))
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         for name, rows in (("train", train), ("test", test)):
@@ -189,7 +190,12 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
 
 
 def _add_source(
-    drawn: DrawnRows, data: DataSpec, tokenizer: PreTrainedTokenizerBase, train: _Rows, test: _Rows
+    drawn: DrawnRows,
+    data: DataSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    answers_only: bool,
+    train: _Rows,
+    test: _Rows,
 ) -> SourceCounts:
     train_cut = train_dropped = test_cut = kept = 0
     for conversation in drawn.train:
@@ -197,7 +203,8 @@ def _add_source(
             break
         ids, labels = encode(conversation, tokenizer)
         short = labels[: data.max_length]
-        if (len(ids) > data.max_length and data.too_long == "drop") or all(label == IGNORED for label in short):
+        unanswered = answers_only and all(label == IGNORED for label in short)
+        if unanswered or (len(ids) > data.max_length and data.too_long == "drop"):
             train_dropped += 1
             continue
         train_cut += len(ids) > data.max_length

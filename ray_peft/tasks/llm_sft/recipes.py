@@ -48,7 +48,10 @@ def prompt_completion(row: Mapping[str, Any]) -> Conversation:
 
 
 def messages(row: Mapping[str, Any]) -> Conversation:
-    """A conversation: messages with role and content; system text is put before the user turn that follows it."""
+    """A conversation: messages with role and content, as in Tulu v2 and UltraChat; empty turns are dropped.
+
+    System text is put before the user turn that follows it, wherever it stands.
+    """
     found = row.get("messages")
     if not isinstance(found, list):
         raise WrongShape(f"field 'messages' must be a list (found {_kind(found)}; the row has {_keys(row)})")
@@ -83,6 +86,8 @@ def text(row: Mapping[str, Any]) -> Conversation:
 RECIPES: dict[str, Callable[[Mapping[str, Any]], Conversation]] = {
     "alpaca": alpaca,
     "dolly": dolly,
+    "tulu": messages,
+    "ultrachat": messages,
     "messages": messages,
     "prompt_completion": prompt_completion,
     "text": text,

@@ -103,6 +103,12 @@ def resized(spec, **changes):
     return [spec.plain()["data"]["sources"][0] | changes]
 
 
+def test_a_row_without_an_answer_in_reach_still_trains_where_all_tokens_count(spec, tokenizer):
+    plain = changed(spec, max_length=20).plain()
+    plain["train"]["loss"] = "all"
+    assert len(data.prepare(TrialSpec.from_plain(plain), tokenizer).train) == 40
+
+
 def test_no_row_within_the_limit_is_an_error(spec, tokenizer):
     everything = resized(spec, train=1.0)
     with pytest.raises(DataError, match="no train row has an answer within max_length"):
