@@ -10,12 +10,14 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from ray_peft.console import Console
 from ray_peft.errors import RayPeftError
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     # `ray job stop` and `kill` send SIGTERM: end as after Ctrl-C, with every finished trial kept.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
         code: int = options.act(options)
     except RayPeftError as error:
@@ -39,6 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return code
+
+
+def _as_ctrl_c(_number: int, _frame: FrameType | None) -> None:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell script starts background commands so
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.raise_signal(signal.SIGINT)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -229,4 +237,6 @@ def _short(path: Path) -> str:
 
 
 def _ui_command(uri: str | None) -> str:
-    return f"ray-peft ui --tracking-uri {uri}" if uri and "@" not in uri else "ray-peft ui"
+    """The command as it must be typed here: inside a virtual environment that is not active, with its path."""
+    name = "ray-peft" if shutil.which("ray-peft") else _short(Path(sys.argv[0]))
+    return f"{name} ui --tracking-uri {uri}" if uri and "@" not in uri else f"{name} ui"

@@ -209,6 +209,9 @@ def _run(life: _Life) -> TrialResult:
     life.provenance = life.provenance.model_copy(update=_provenance(bench, place))
     life.parameters = (0, bench.parameters()[1])
     stages = spec.method.stages(bench.total_steps())
+    if not stages:  # the weights alone
+        life.memory.start()
+        life.memory.stop()
     for index, (stage, steps) in enumerate(stages):
         life.memory.start()
         with life.clock.phase("train"):
