@@ -161,11 +161,13 @@ class _Sweep:
         try:
             self.console.say(_placement_line(nodes, demands, self.plan.missing))
             self._fit(nodes, demands)
-        finally:  # also after a second Ctrl-C
-            leave()  # no worker may still write to the runs that are closed here
-            lost = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
-            for trial in lost:
-                self.opened.ledger.add(self.opened.lost(trial, "cancelled", "interrupted before the end"))
+        finally:
+            try:
+                leave()  # no worker may still write to the runs that are closed here
+            finally:  # also after a second Ctrl-C
+                lost = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
+                for trial in lost:
+                    self.opened.ledger.add(self.opened.lost(trial, "cancelled", "interrupted before the end"))
         return bool(lost) or self.handed_out < self.plan.missing
 
     def _fit(self, nodes: list[Node], demands: dict[str, Demand]) -> None:
