@@ -78,7 +78,7 @@ def plain_spec(
         "method": method or {"name": "lora", "rank": 4, "lr": 0.01},
         "train": {"steps": 4, "batch_size": 8, "micro_batch_size": 4, "precision": "fp32", "log_every": 1},
         "evaluation": {"rows": 4, "max_new_tokens": 8, "batch_size": 4, "samples": 2},
-        "resources": {"gpus_per_worker": 0, "cpus_per_worker": 1},
+        "resources": {"gpus_per_worker": 0, "cpus_per_worker": 2},
         "seed": 1,
     }
     for key, value in changes.items():

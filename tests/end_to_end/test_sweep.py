@@ -166,24 +166,29 @@ def test_a_trial_runs_again_from_its_mlflow_run_alone_with_the_same_result(swept
 
 
 def test_two_workers_train_as_one(ray_cluster, tiny_model, questions, tmp_path):
-    """Data-parallel: the same effective batch, so the same losses."""
-    curves = {}
-    for workers in (1, 2):
-        plain = tiny.plain_spec(
-            tiny_model, questions, train__micro_batch_size=2, resources__num_workers=workers, train__eval_every=2
-        )
-        out = tmp_path / str(workers)
-        (tmp_path / "one.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
-        (result,) = ray_peft.sweep(tmp_path / "one.yaml", out=out).results
-        assert result.status == "finished", result.error
-        log = (out / "trials" / result.trial_id / "metrics.jsonl").read_text().splitlines()
-        curves[workers] = [line["train_loss"] for line in map(json.loads, log) if "train_loss" in line]
-        curves[f"eval {workers}"] = result.scores.eval_loss
-        curves[f"tokens {workers}"] = result.usage.train_tokens
-    assert len(curves[1]) == 4
-    assert curves[2] == pytest.approx(curves[1], rel=1e-4)
-    assert curves["eval 2"] == pytest.approx(curves["eval 1"], rel=1e-4)
-    assert curves["tokens 2"] == curves["tokens 1"]
+    """Data-parallel: the same effective batch as one worker, so the same losses."""
+    from ray_peft.spec import TrialSpec
+    from ray_peft.tasks.llm_sft.task import LlmSft
+
+    changes = {"train__micro_batch_size": 2, "train__eval_every": 2, "resources__cpus_per_worker": 1}
+    alone = TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions, **changes))
+    bench, expected = LlmSft().load(alone, "cpu"), []
+    ((stage, steps),) = alone.method.stages(bench.total_steps())
+    bench.attach(stage)
+    outcome = bench.train(stage, steps, 0, tmp_path / "one", lambda metrics, step: expected.append(metrics))
+
+    plain = tiny.plain_spec(tiny_model, questions, **changes, resources__num_workers=2)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
+    (result,) = ray_peft.sweep(tmp_path / "two.yaml", out=tmp_path / "two").results
+    assert result.status == "finished", result.error
+    lines = (tmp_path / "two" / "trials" / result.trial_id / "metrics.jsonl").read_text().splitlines()
+    for name in ("train_loss", "eval_loss"):
+        together = [line[name] for line in map(json.loads, lines) if name in line]
+        wanted = [metrics[name] for metrics in expected if name in metrics]
+        wanted += [bench.eval_loss()] if name == "eval_loss" else []
+        assert len(wanted) == (4 if name == "train_loss" else 2)
+        assert together == pytest.approx(wanted, rel=1e-4)
+    assert result.usage.train_tokens == outcome.tokens
 
 
 def test_a_worker_that_dies_is_a_failed_row_and_the_others_finish(ray_cluster, tiny_model, questions, tmp_path):
