@@ -142,11 +142,6 @@ def _larger(first: float | None, second: float | None) -> float | None:
     return max(known) if known else None
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below `folder`."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
 def versions() -> dict[str, str]:
     """Versions of Python, CUDA and the packages that decide a result."""
     found = {"python": platform.python_version()}
