@@ -87,6 +87,10 @@ class TrialResult(Strict):
     steps: int = 0
     """Optimizer steps done."""
     resumed_from_step: int | None = None
+    arithmetic: str = ""
+    """How the trained weights are held and updated, such as "bfloat16 weights, stochastic rounding"."""
+    members: dict[str, float] = {}
+    """Of an ensemble, the weight of each member by its trial id; they add up to one."""
     trainable_parameters: int = 0
     total_parameters: int = 0
     adapter_bytes: int = 0
