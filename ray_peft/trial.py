@@ -186,6 +186,7 @@ class _Life:
             boundary_losses=self.boundaries,
             steps=trained.steps,
             resumed_from_step=trained.resumed_from_step,
+            arithmetic=self.spec.method.arithmetic(self.spec.model.dtype),
             trainable_parameters=self.parameters[0],
             total_parameters=self.parameters[1],
             adapter_bytes=self.adapter_bytes,
