@@ -47,9 +47,11 @@ class SourceSpec(Strict):
     test_path: str | None = None
     """A file with the held-out rows; null takes them from `path`, apart from the training rows."""
     train: int | float = Field(gt=0)
-    """Training rows: a count (int), or a fraction of all rows (float up to 1.0, which means all but the test rows)."""
+    """Training rows: a count (int), or a fraction of all rows (float up to 1.0, which means all others)."""
     test: int | float = Field(gt=0)
     """Held-out rows: a count (int), or a fraction of all rows (float below 1.0)."""
+    validation: int | float = Field(default=0, ge=0)
+    """Rows of `path` for choices made after training, apart from the others: a count, or a fraction; 0 takes none."""
     name: str | None = None
     """The `source_dataset` tag of its rows; null takes the recipe's name."""
     split: str = "train"
@@ -61,6 +63,11 @@ class SourceSpec(Strict):
             raise ValueError(f"train ({self.train}) is a fraction above 1; write a count without a point")
         if isinstance(self.test, float) and self.test >= 1:
             raise ValueError(f"test ({self.test}) is a fraction that leaves no training rows; write a count or less")
+        if isinstance(self.validation, float) and self.validation >= 1:
+            raise ValueError(
+                f"validation ({self.validation}) is a fraction that leaves no training rows; write a count without a "
+                "point, or less"
+            )
         return self
 
     @property

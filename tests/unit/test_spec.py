@@ -90,3 +90,9 @@ def test_located_makes_local_paths_absolute_and_leaves_hub_ids(tmp_path, monkeyp
     found = TrialSpec.from_plain(tiny.plain_spec("google/gemma-2-2b", "rows.jsonl")).located()
     assert found.model.name == "google/gemma-2-2b"
     assert found.data.sources[0].path == str(tmp_path / "rows.jsonl")
+
+
+def test_a_validation_fraction_leaves_training_rows():
+    source = {"recipe": "dolly", "path": "x.jsonl", "train": 1, "test": 1, "validation": 1.0}
+    with pytest.raises(ValidationError, match=r"validation \(1.0\) is a fraction that leaves no training rows"):
+        spec(data__sources=[source])

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from ray_peft.errors import DataError, ModelError
 from ray_peft.spec import DataSpec, TrialSpec, is_local
 from ray_peft.tasks.llm_sft.recipes import Conversation, Turn
-from ray_peft.tasks.llm_sft.rows import DrawnRows, draw
+from ray_peft.tasks.llm_sft.rows import DrawnRows, Row, draw
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the preparation changes its result, so that older prepared data is not used again."""
 
 IGNORED = -100
@@ -42,12 +42,15 @@ class SourceCounts:
     train_dropped: int
     """Rows left out and replaced by the next ones drawn: over the limit, or with an answer that begins behind it."""
     test_cut: int
-    """Held-out rows whose loss is measured on their first tokens only."""
+    """Test rows whose loss is measured on their first tokens only."""
+    validation: int = 0
+    validation_cut: int = 0
+    """The same of validation rows."""
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenised rows of both splits; the same for every trial with the same `data` and tokenizer."""
+    """Tokenised rows of the splits; the same for every trial with the same `data` and tokenizer."""
 
     train: Dataset
     """Columns input_ids and labels (both lists of int, equally long), source_dataset."""
@@ -56,6 +59,8 @@ class PreparedData:
     counts: list[SourceCounts]
     key: str
     """The content hash under which the rows are kept."""
+    validation: Dataset | None = None
+    """Columns as `test`: rows for choices made after training; null if no source sets any apart."""
 
 
 @dataclass
@@ -118,7 +123,8 @@ def prepare(spec: TrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedData
     from datasets import load_from_disk
 
     counts = [SourceCounts(**each) for each in json.loads((folder / "counts.json").read_text(encoding="utf-8"))]
-    return PreparedData(load_from_disk(folder / "train"), load_from_disk(folder / "test"), counts, key)
+    validation = load_from_disk(folder / "validation") if any(each.validation for each in counts) else None
+    return PreparedData(load_from_disk(folder / "train"), load_from_disk(folder / "test"), counts, key, validation)
 
 
 def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
@@ -126,6 +132,8 @@ def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
     found = []
     for each in prepared.counts:
         text = f"{each.source}: {each.train} training and {each.test} held-out rows of {each.read} read"
+        if each.validation:
+            text += f"; {each.validation} validation rows"
         if each.train_cut:
             text += f"; {each.train_cut} training rows longer than {data.max_length} tokens cut"
         if each.train_dropped:
@@ -133,6 +141,8 @@ def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
         if each.test_cut:
             text += f"; the loss of {each.test_cut} longer held-out rows "
             text += f"is that of their first {data.max_length} tokens"
+        if each.validation_cut:
+            text += f"; {each.validation_cut} validation rows longer than {data.max_length} tokens cut"
         for reason, count in sorted(each.unusable.items()):
             text += f"; {count} unusable rows ({reason})"
         found.append(text)
@@ -169,14 +179,16 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    train, test, counts = _Rows(), _Rows(), []
-    for source in data.sources:
-        counts.append(_add_source(draw(source, data.seed), data, tokenizer, answers_only, train, test))
+    splits = {"train": _Rows(), "test": _Rows(), "validation": _Rows()}
+    counts = [_add_source(draw(source, data.seed), data, tokenizer, answers_only, splits) for source in data.sources]
+    if not any(source.validation for source in data.sources):
+        del splits["validation"]
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        for name, rows in (("train", train), ("test", test)):
+        for name, rows in splits.items():
             if not rows.columns:
                 raise DataError(f"data: no {name} row has an answer within max_length ({data.max_length}) tokens")
+            # The second shuffle: each source's rows were drawn in a seeded order, and here the sources are mixed.
             shuffled = Dataset.from_dict(rows.columns).shuffle(seed=data.seed).flatten_indices()
             shuffled.save_to_disk(partial / name)
         (partial / "counts.json").write_text(json.dumps([asdict(each) for each in counts]), encoding="utf-8")
@@ -194,14 +206,13 @@ def _add_source(
     data: DataSpec,
     tokenizer: PreTrainedTokenizerBase,
     answers_only: bool,
-    train: _Rows,
-    test: _Rows,
+    splits: Mapping[str, _Rows],
 ) -> SourceCounts:
-    train_cut = train_dropped = test_cut = kept = 0
-    for conversation in drawn.train:
+    train_cut = train_dropped = kept = 0
+    for row in drawn.train:
         if kept == drawn.train_count:
             break
-        ids, labels = encode(conversation, tokenizer)
+        ids, labels = encode(row.conversation, tokenizer)
         short = labels[: data.max_length]
         unanswered = answers_only and all(label == IGNORED for label in short)
         if unanswered or (len(ids) > data.max_length and data.too_long == "drop"):
@@ -209,25 +220,44 @@ def _add_source(
             continue
         train_cut += len(ids) > data.max_length
         kept += 1
-        train.add(input_ids=ids[: data.max_length], labels=short, source_dataset=drawn.source)
+        splits["train"].add(input_ids=ids[: data.max_length], labels=short, source_dataset=drawn.source)
     if drawn.train_count is not None and kept < drawn.train_count:
         raise DataError(
             f"data: source {drawn.source} has {kept} training rows within max_length ({data.max_length}) tokens, but "
             f"train: {drawn.train_count} are asked for; {drawn.train_count - kept} short: lower `train`, or raise "
             "data.max_length"
         )
-    for conversation in drawn.test:
-        ids, labels = encode(conversation, tokenizer)
-        test_cut += len(ids) > data.max_length
-        test.add(
+    test_cut = _add_held_out(drawn.test, drawn.source, data, tokenizer, splits["test"])
+    validation_cut = _add_held_out(drawn.validation, drawn.source, data, tokenizer, splits["validation"])
+    return SourceCounts(
+        drawn.source,
+        drawn.read,
+        dict(drawn.unusable),
+        train=kept,
+        test=len(drawn.test),
+        train_cut=train_cut,
+        train_dropped=train_dropped,
+        test_cut=test_cut,
+        validation=len(drawn.validation),
+        validation_cut=validation_cut,
+    )
+
+
+def _add_held_out(
+    drawn: Sequence[Row], source: str, data: DataSpec, tokenizer: PreTrainedTokenizerBase, rows: _Rows
+) -> int:
+    """Add test or validation rows; returns how many are longer than the limit."""
+    cut = 0
+    for row in drawn:
+        ids, labels = encode(row.conversation, tokenizer)
+        cut += len(ids) > data.max_length
+        rows.add(
             input_ids=ids[: data.max_length],
             labels=labels[: data.max_length],
-            source_dataset=drawn.source,
-            **_question(conversation, tokenizer),
+            source_dataset=source,
+            **_question(row.conversation, tokenizer),
         )
-    return SourceCounts(
-        drawn.source, drawn.read, dict(drawn.unusable), kept, len(drawn.test), train_cut, train_dropped, test_cut
-    )
+    return cut
 
 
 def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+from datasets import load_from_disk
 
 from ray_peft.errors import DataError, ModelError
 from ray_peft.spec import TrialSpec
@@ -67,6 +68,29 @@ def test_prepared_rows_are_made_once_and_hold_no_test_row(spec, tokenizer, monke
     row = first.test[0]
     assert tokenizer.decode(row["prompt_ids"]).endswith("<|im_start|>assistant\n")
     assert row["reference"] in tokenizer.decode(row["input_ids"])
+
+
+def test_validation_rows_have_the_columns_of_test_rows_and_are_none_unless_asked_for(spec, tokenizer):
+    assert data.prepare(spec, tokenizer).validation is None
+    asked = changed(spec, sources=resized(spec, validation=6))
+    prepared = data.prepare(asked, tokenizer)
+    assert prepared.validation.column_names == prepared.test.column_names
+    assert (len(prepared.train), len(prepared.validation), len(prepared.test)) == (40, 6, 8)
+    assert prepared.counts[0].validation == 6
+    (note,) = data.notes(prepared, asked.data)
+    assert "6 validation rows" in note
+
+
+def test_all_sources_are_mixed_by_the_seed(spec, tokenizer):
+    parts = [resized(spec, name=name, train=20, test=4)[0] for name in ("first", "second")]
+    orders = []
+    for seed, cache in ((3, "a"), (3, "b"), (4, "c")):
+        folder = data.cache_folder() / cache
+        data._build(changed(spec, sources=parts, seed=seed).data, tokenizer, True, folder)
+        orders.append(list(load_from_disk(folder / "train")["source_dataset"]))
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == ["first"] * 20 + ["second"] * 20
+    assert set(orders[0][:10]) == {"first", "second"}
 
 
 def test_a_changed_limit_seed_template_or_file_is_another_key(spec, tokenizer, tmp_path):
