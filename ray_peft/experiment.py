@@ -57,7 +57,8 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Console) -> list[str]:
     seen: dict[str, Inspection] = {}
     notes: dict[str, None] = {}
     for trial in trials:
-        key = json.dumps([trial.task, trial.model.plain(), trial.data.plain(), trial.train.loss], sort_keys=True)
+        models = [each.model.plain() for each in (trial, *trial.members())]
+        key = json.dumps([trial.task, models, trial.data.plain(), trial.train.loss], sort_keys=True)
         task = TASKS[trial.task]
         if key not in seen:
             seen[key] = task.inspect(trial)

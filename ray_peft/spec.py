@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from ray_peft.methods import AnyMethod
 from ray_peft.methods.base import Dtype, Quantization, Stage, Task
+from ray_peft.methods.ensemble import Ensemble
 from ray_peft.strict import Strict
 
 Recipe = Literal["alpaca", "dolly", "tulu", "ultrachat", "messages", "prompt_completion", "text"]
@@ -211,12 +212,29 @@ class TrialSpec(Strict):
         """The same trial with every local path made absolute, so that it means the same on every worker."""
         plain = self.plain()
         model, sources = plain["model"], plain["data"]["sources"]
-        for holder, key in [(model, "name"), (model, "tokenizer"), (plain["data"], "chat_template")] + [
-            (source, key) for source in sources for key in ("path", "test_path")
+        members = plain["method"].get("members", [])
+        for holder, key in [
+            *((model, key) for key in ("name", "tokenizer")),
+            (plain["data"], "chat_template"),
+            *((source, key) for source in sources for key in ("path", "test_path")),
+            *((member, "model") for member in members),
         ]:
             if holder[key] is not None and is_local(holder[key]):
                 holder[key] = str(Path(holder[key]).expanduser().absolute())
         return type(self).from_plain(plain)
+
+    def members(self) -> list[TrialSpec]:
+        """Of an ensemble, the trials that it is made of, in the order of its settings; else none."""
+        if not isinstance(self.method, Ensemble):
+            return []
+        found = []
+        for member in self.method.members:
+            model = self.model if member.model is None else self.model.model_copy(update={"name": member.model})
+            seed = self.seed if member.seed is None else member.seed
+            own = {"method": member.method, "model": model, "seed": seed}
+            # Not model_copy, which would copy the cached trial_id; the parts are checked, legality() sees the whole.
+            found.append(TrialSpec.model_construct(**{**dict(self), **own}))
+        return found
 
     @property
     def quantization(self) -> Quantization | None:
@@ -255,8 +273,25 @@ def legality(spec: TrialSpec) -> list[str]:
         problems.append(
             "evaluation.generate: true needs prompts, but recipe text has none; set evaluation.generate: false"
         )
+    problems += _ensemble_problems(spec)
     accumulates = train.batch_size > train.micro_batch_size * workers
     problems += method.conflicts(accumulates=accumulates, num_workers=workers)
+    return problems
+
+
+def _ensemble_problems(spec: TrialSpec) -> list[str]:
+    members = spec.members()
+    if not members:
+        return []
+    problems = [f"method.members: {problem}" for member in members for problem in legality(member)]
+    ids = [member.trial_id for member in members]
+    if len(set(ids)) < len(ids):
+        problems.append(f"method.members: {_first_double(ids)} is there twice; give members that differ")
+    if not any(source.validation for source in spec.data.sources):
+        problems.append(
+            "method.members: an ensemble tunes its weights on validation rows, which are neither trained on nor tested "
+            "on, but no source has any; set `validation` of a source in data.sources"
+        )
     return problems
 
 

@@ -90,6 +90,23 @@ class Bench(ABC):
         """Write what was trained, in the dtype asked for."""
 
 
+@dataclass(frozen=True)
+class MemberModel:
+    """A finished trial that an ensemble is made of."""
+
+    spec: TrialSpec
+    weights: Path | None
+    """The folder that its `save` wrote; null for the untouched base."""
+
+
+class EnsembleBench(Bench):
+    """Several models that answer together; nothing of them is trained."""
+
+    @abstractmethod
+    def tune(self) -> list[float]:
+        """Choose the members' weights on the validation rows; they are at least 0 and add up to one."""
+
+
 class TaskType(ABC):
     """One kind of training. Holds no state."""
 
@@ -110,3 +127,7 @@ class TaskType(ABC):
     @abstractmethod
     def load(self, spec: TrialSpec, device: str) -> Bench:
         """The trial's data and its model on `device`, seeded."""
+
+    @abstractmethod
+    def load_ensemble(self, spec: TrialSpec, members: list[MemberModel], device: str) -> EnsembleBench:
+        """The models of an ensemble's members on `device`, each base held once."""
