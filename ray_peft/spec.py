@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ray_peft.methods import AnyMethod
 from ray_peft.methods.base import Dtype, Quantization, Stage, Task
@@ -129,6 +129,16 @@ class TrainSpec(Strict):
     """Optimizer steps between two checkpoints; a trial that was interrupted goes on from the last one."""
     save_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """The dtype of the saved adapter or weights."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_fp16(cls, value: object) -> object:
+        if value in ("fp16", "float16"):
+            raise ValueError(
+                f"{value} has no range for gradients, which become NaN or zero without loss scaling; "
+                "use bf16, which has the range of fp32, or fp32 on a GPU without bf16"
+            )
+        return value
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -277,6 +287,21 @@ def legality(spec: TrialSpec) -> list[str]:
     accumulates = train.batch_size > train.micro_batch_size * workers
     problems += method.conflicts(accumulates=accumulates, num_workers=workers)
     return problems
+
+
+def cautions(spec: TrialSpec) -> list[str]:
+    """What is allowed and yet known to go wrong, one sentence each."""
+    found = []
+    used = {"model.dtype": spec.model.dtype}
+    if spec.quantization is not None:
+        used["the 4-bit base's compute_dtype"] = spec.quantization.compute_dtype
+    for name, dtype in used.items():
+        if dtype == "float16":
+            found.append(
+                f"{spec.method.name}: {name} is float16, in which values above 65,504 overflow and make the loss NaN; "
+                "bfloat16 has the range of float32 (NVIDIA GPUs from Ampere on)"
+            )
+    return found
 
 
 def _ensemble_problems(spec: TrialSpec) -> list[str]:

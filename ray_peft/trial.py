@@ -166,6 +166,12 @@ class _Life:
     def result(self, status: Status, error: str | None = None) -> TrialResult:
         """The trial's row, with what is known by now."""
         self.memory.stop()
+        if self.memory.peaks.spilled_gib:
+            logger.warning(
+                "%s: %.2f GiB more than the GPU has were in use: they lie in the host's memory, and the trial is slow",
+                self.spec.trial_id,
+                self.memory.peaks.spilled_gib,
+            )
         seconds, trained, peaks = self.clock.seconds, self.trained, self.memory.peaks
         speed = 1 / trained.seconds if trained.seconds > 0 else None
         known = [loss for loss in (*trained.eval_losses, self.scored.scores.eval_loss) if loss is not None]
@@ -178,6 +184,7 @@ class _Life:
                 peak_allocated_gib=peaks.allocated_gib,
                 peak_reserved_gib=peaks.reserved_gib,
                 device_used_gib=peaks.device_used_gib,
+                spilled_gib=peaks.spilled_gib,
                 peak_rss_gib=peaks.rss_gib,
                 wall_time_s=self.clock.total(),
                 load_s=seconds.get("load", 0.0),
@@ -299,7 +306,7 @@ def _with_members(own: Usage, members: list[Usage]) -> Usage:
     def largest(name: str) -> float | None:
         return max((value for usage in (own, *members) if (value := getattr(usage, name)) is not None), default=None)
 
-    peaks = {name: largest(name) for name in Usage.model_fields if name.startswith(("peak_", "device_"))}
+    peaks = {name: largest(name) for name in Usage.model_fields if name.startswith(("peak_", "device_", "spilled_"))}
     return own.model_copy(update={**peaks, "train_s": sum(usage.train_s for usage in members)})
 
 

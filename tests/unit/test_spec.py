@@ -5,7 +5,7 @@ import tiny
 from pydantic import ValidationError
 
 from ray_peft.methods import METHODS
-from ray_peft.spec import TrialSpec
+from ray_peft.spec import TrialSpec, cautions
 
 
 def spec(method=None, **changes):
@@ -130,3 +130,12 @@ def test_an_ensemble_is_made_of_its_own_trial_with_other_methods():
     first, second = ensemble.members()
     assert first.trial_id == spec({"name": "lora"}, data__sources=sources, seed=5).trial_id
     assert (second.seed, second.model.name, second.train) == (9, "org/other", ensemble.train)
+
+
+def test_fp16_is_refused_where_gradients_need_it_and_cautioned_where_not():
+    with pytest.raises(ValidationError, match="fp16 has no range for gradients"):
+        spec(train__precision="fp16")
+    assert cautions(spec({"name": "qlora"})) == []
+    (caution,) = cautions(spec({"name": "qlora", "compute_dtype": "float16"}))
+    assert "qlora: the 4-bit base's compute_dtype is float16" in caution
+    assert len(cautions(spec(model__dtype="float16"))) == 1

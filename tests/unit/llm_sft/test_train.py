@@ -90,11 +90,30 @@ def test_loss_on_all_tokens_trains_more_tokens(tiny_model, questions, tmp_path):
 
 
 def test_a_diverging_loss_ends_the_trial_with_step_and_way_out(tiny_model, questions, tmp_path):
-    with pytest.raises(TrialFailed, match="training loss is nan at step .* lower method.lr"):
+    with pytest.raises(TrialFailed, match="is nan at step .* lower method.lr"):
         trained(
             tiny_model, questions, tmp_path, {"name": "full", "lr": 1e30, "max_grad_norm": None}, train__steps=6,
             train__schedule="constant",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_an_infinite_gradient_ends_the_trial_and_no_checkpoint_keeps_it(tiny_model, questions, tmp_path, clip):
+    spec = TrialSpec.from_plain(
+        tiny.plain_spec(
+            tiny_model, questions, {"name": "lora", "rank": 4, "max_grad_norm": clip}, train__steps=6,
+            train__checkpoint_every=1, train__micro_batch_size=8, train__log_every=6,
+        )
+    )  # fmt: skip
+    bench = LlmSft().load(spec, "cpu")
+    ((stage, steps),) = spec.method.stages(bench.total_steps())
+    bench.attach(stage)
+    passes = iter(range(1, 100))
+    weight = next(parameter for parameter in bench.model.parameters() if parameter.requires_grad)
+    weight.register_hook(lambda gradient: gradient * (float("inf") if next(passes) == 3 else 1.0))
+    with pytest.raises(TrialFailed, match=r"gradient's norm is (inf|nan) at step 3 \(lora, .*precision fp32\)"):
+        bench.train(stage, steps, 0, tmp_path, lambda metrics, step: None)
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_evaluations_in_between_are_reported_and_not_timed(tiny_model, questions, tmp_path):
