@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 4
+FORMAT = 5
 """Raised when the preparation changes its result, so that older prepared data is not used again."""
 
 IGNORED = -100
@@ -66,7 +66,7 @@ class PreparedData:
     """Tokenised rows of the splits; the same for every trial with the same `data` and tokenizer."""
 
     train: Dataset
-    """Columns input_ids and labels (both lists of int, equally long), source_dataset."""
+    """Columns input_ids and labels (both lists of int, equally long), source_dataset, row (from 1, in its file)."""
     test: Dataset
     """The same, with prompt_ids (list of int), prompt and reference (text) in addition."""
     counts: list[SourceCounts]
@@ -267,7 +267,7 @@ def _add_source(
             continue
         train_cut += len(ids) > data.max_length
         kept += 1
-        splits["train"].add(input_ids=ids[: data.max_length], labels=short, source_dataset=drawn.source)
+        splits["train"].add(input_ids=ids[: data.max_length], labels=short, source_dataset=drawn.source, row=row.number)
     if drawn.train_count is not None and kept < drawn.train_count:
         repeating = f" that repeat no held-out row ({overlap_dropped} do)" if overlap_dropped else ""
         raise DataError(
@@ -304,6 +304,7 @@ def _add_held_out(
             input_ids=ids[: data.max_length],
             labels=labels[: data.max_length],
             source_dataset=source,
+            row=row.number,
             **_question(row.conversation, tokenizer),
         )
     return cut
