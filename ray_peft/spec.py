@@ -77,6 +77,19 @@ class SourceSpec(Strict):
         return self.name or self.recipe
 
 
+class ContaminationSpec(Strict):
+    """What happens to training rows that repeat test or validation rows (tasks/llm_sft/overlap.py says how)."""
+
+    action: Literal["fail", "drop", "allow"] = "fail"
+    """fail: nothing starts. drop: the next drawn rows take their place. allow: they are trained on, and it is said."""
+    ngram: int = Field(default=8, ge=2, le=100)
+    """Words of the n-grams that are compared, and of the shortest question that counts by itself."""
+    threshold: float = Field(default=0.7, gt=0, le=1)
+    """Share of a held-out row's n-grams that a training row may not reach."""
+    boilerplate: int = Field(default=10, ge=1)
+    """N-grams in more rows than this are templates and do not count."""
+
+
 class DataSpec(Strict):
     """The rows that all methods see: the same rows in the same order."""
 
@@ -89,6 +102,8 @@ class DataSpec(Strict):
     """What happens to a longer training row: keep its first `max_length` tokens, or leave it out. Both are counted."""
     chat_template: str | None = None
     """A .jinja file that replaces the tokenizer's chat template; null keeps the model's own."""
+    contamination: ContaminationSpec = ContaminationSpec()
+    """The rule for training rows that repeat held-out rows of any source."""
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:

@@ -9,11 +9,13 @@ import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import DataError, ModelError
 from ray_peft.spec import DataSpec, TrialSpec, is_local
+from ray_peft.tasks.llm_sft.overlap import Gate, HeldOutRow, Overlap, refusal
 from ray_peft.tasks.llm_sft.recipes import Conversation, Turn
 from ray_peft.tasks.llm_sft.rows import DrawnRows, Row, draw
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 3
+FORMAT = 5
 """Raised when the preparation changes its result, so that older prepared data is not used again."""
 
 IGNORED = -100
@@ -46,6 +48,17 @@ class SourceCounts:
     validation: int = 0
     validation_cut: int = 0
     """The same of validation rows."""
+    overlap_dropped: int = 0
+    """Training rows left out and replaced by the next ones drawn: they repeat a held-out row of some source."""
+
+
+class ContaminationError(DataError):
+    """Training rows repeat held-out rows; carries what was found, for a report."""
+
+    def __init__(self, text: str, counts: list[SourceCounts], overlap: Overlap) -> None:
+        super().__init__(text)
+        self.counts = counts
+        self.overlap = overlap
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class PreparedData:
     """Tokenised rows of the splits; the same for every trial with the same `data` and tokenizer."""
 
     train: Dataset
-    """Columns input_ids and labels (both lists of int, equally long), source_dataset."""
+    """Columns input_ids and labels (both lists of int, equally long), source_dataset, row (from 1, in its file)."""
     test: Dataset
     """The same, with prompt_ids (list of int), prompt and reference (text) in addition."""
     counts: list[SourceCounts]
@@ -61,6 +74,8 @@ class PreparedData:
     """The content hash under which the rows are kept."""
     validation: Dataset | None = None
     """Columns as `test`: rows for choices made after training; null if no source sets any apart."""
+    overlap: Overlap | None = None
+    """Training rows that repeat held-out rows, found when the rows were prepared."""
 
 
 @dataclass
@@ -114,6 +129,7 @@ def prepare(spec: TrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedData
 
     Raises:
         DataError: a source is missing, malformed or too small.
+        ContaminationError: training rows repeat held-out rows, and `data.contamination` says to fail.
     """
     answers_only = spec.train.loss == "answers"
     key = _content_key(spec.data, tokenizer, answers_only)
@@ -123,12 +139,14 @@ def prepare(spec: TrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedData
     from datasets import load_from_disk
 
     counts = [SourceCounts(**each) for each in json.loads((folder / "counts.json").read_text(encoding="utf-8"))]
+    train, test = load_from_disk(folder / "train"), load_from_disk(folder / "test")
     validation = load_from_disk(folder / "validation") if any(each.validation for each in counts) else None
-    return PreparedData(load_from_disk(folder / "train"), load_from_disk(folder / "test"), counts, key, validation)
+    overlap = Overlap.from_plain(json.loads((folder / "overlap.json").read_text(encoding="utf-8")))
+    return PreparedData(train, test, counts, key, validation, overlap)
 
 
 def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
-    """One sentence per source: rows kept, cut, dropped and unusable."""
+    """One sentence per source: rows kept, cut, dropped and unusable; and one on rows that repeat held-out ones."""
     found = []
     for each in prepared.counts:
         text = f"{each.source}: {each.train} training and {each.test} held-out rows of {each.read} read"
@@ -143,9 +161,16 @@ def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
             text += f"is that of their first {data.max_length} tokens"
         if each.validation_cut:
             text += f"; {each.validation_cut} validation rows longer than {data.max_length} tokens cut"
+        if each.overlap_dropped:
+            text += f"; {each.overlap_dropped} training rows left out that repeat held-out rows"
         for reason, count in sorted(each.unusable.items()):
             text += f"; {count} unusable rows ({reason})"
         found.append(text)
+    if prepared.overlap is not None and prepared.overlap.action == "allow" and prepared.overlap.offending:
+        found.append(
+            f"{prepared.overlap.offending} training rows repeat held-out rows and are trained on "
+            "(data.contamination: allow): scores measure memory in part"
+        )
     return found
 
 
@@ -180,7 +205,12 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
 
     disable_progress_bar()
     splits = {"train": _Rows(), "test": _Rows(), "validation": _Rows()}
-    counts = [_add_source(draw(source, data.seed), data, tokenizer, answers_only, splits) for source in data.sources]
+    drawn = [draw(source, data.seed) for source in data.sources]
+    gate = _gate(drawn, data)
+    counts = [_add_source(each, data, tokenizer, answers_only, splits, gate) for each in drawn]
+    overlap = gate.overlap()
+    if overlap.offending and data.contamination.action == "fail":
+        raise ContaminationError(refusal(overlap), counts, overlap)
     if not any(source.validation for source in data.sources):
         del splits["validation"]
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -191,6 +221,7 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
             # The second shuffle: each source's rows were drawn in a seeded order, and here the sources are mixed.
             shuffled = Dataset.from_dict(rows.columns).shuffle(seed=data.seed).flatten_indices()
             shuffled.save_to_disk(partial / name)
+        (partial / "overlap.json").write_text(json.dumps(overlap.plain()), encoding="utf-8")
         (partial / "counts.json").write_text(json.dumps([asdict(each) for each in counts]), encoding="utf-8")
         try:
             partial.rename(folder)
@@ -201,14 +232,27 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _gate(drawn: Sequence[DrawnRows], data: DataSpec) -> Gate:
+    """What training rows of all sources are held against."""
+    held_out = [
+        HeldOutRow(each.source, split, row)
+        for each in drawn
+        for split, rows in (("test", each.test), ("validation", each.validation))
+        for row in rows
+    ]
+    likely = chain.from_iterable(each.train[: each.train_count] for each in drawn)
+    return Gate(held_out, likely, data.contamination)
+
+
 def _add_source(
     drawn: DrawnRows,
     data: DataSpec,
     tokenizer: PreTrainedTokenizerBase,
     answers_only: bool,
     splits: Mapping[str, _Rows],
+    gate: Gate,
 ) -> SourceCounts:
-    train_cut = train_dropped = kept = 0
+    train_cut = train_dropped = overlap_dropped = kept = 0
     for row in drawn.train:
         if kept == drawn.train_count:
             break
@@ -218,14 +262,18 @@ def _add_source(
         if unanswered or (len(ids) > data.max_length and data.too_long == "drop"):
             train_dropped += 1
             continue
+        if gate.offends(drawn.source, row) and data.contamination.action == "drop":
+            overlap_dropped += 1
+            continue
         train_cut += len(ids) > data.max_length
         kept += 1
-        splits["train"].add(input_ids=ids[: data.max_length], labels=short, source_dataset=drawn.source)
+        splits["train"].add(input_ids=ids[: data.max_length], labels=short, source_dataset=drawn.source, row=row.number)
     if drawn.train_count is not None and kept < drawn.train_count:
+        repeating = f" that repeat no held-out row ({overlap_dropped} do)" if overlap_dropped else ""
         raise DataError(
-            f"data: source {drawn.source} has {kept} training rows within max_length ({data.max_length}) tokens, but "
-            f"train: {drawn.train_count} are asked for; {drawn.train_count - kept} short: lower `train`, or raise "
-            "data.max_length"
+            f"data: source {drawn.source} has {kept} training rows within max_length ({data.max_length}) tokens"
+            f"{repeating}, but train: {drawn.train_count} are asked for; {drawn.train_count - kept} short: lower "
+            "`train`, or raise data.max_length"
         )
     test_cut = _add_held_out(drawn.test, drawn.source, data, tokenizer, splits["test"])
     validation_cut = _add_held_out(drawn.validation, drawn.source, data, tokenizer, splits["validation"])
@@ -240,6 +288,7 @@ def _add_source(
         test_cut=test_cut,
         validation=len(drawn.validation),
         validation_cut=validation_cut,
+        overlap_dropped=overlap_dropped,
     )
 
 
@@ -255,6 +304,7 @@ def _add_held_out(
             input_ids=ids[: data.max_length],
             labels=labels[: data.max_length],
             source_dataset=source,
+            row=row.number,
             **_question(row.conversation, tokenizer),
         )
     return cut

@@ -11,6 +11,7 @@ from ray_peft.result import Sample, Scores
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import (
     Bench,
+    DataReport,
     EnsembleBench,
     Inspection,
     MemberModel,
@@ -40,6 +41,18 @@ class LlmSft(TaskType):
         ensemble.check_members(spec)
         prepared = data.prepare(spec, data.load_tokenizer(spec))
         return Inspection(data.notes(prepared, spec.data), prepared.key, len(prepared.train))
+
+    def data_report(self, spec: TrialSpec) -> DataReport:
+        """Prepare the rows and count them and their tokens."""
+        from ray_peft.tasks.llm_sft import describe
+
+        return describe.report(spec)
+
+    def write_data(self, spec: TrialSpec, folder: Path) -> list[Path]:
+        """Write each split as JSON lines, and a few training rows of each source as the model sees them."""
+        from ray_peft.tasks.llm_sft import describe
+
+        return describe.write(spec, folder)
 
     def total_steps(self, spec: TrialSpec, train_rows: int) -> int:
         """Optimizer steps of a whole trial; the last one of an epoch may hold fewer rows."""

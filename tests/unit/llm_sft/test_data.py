@@ -77,7 +77,7 @@ def test_validation_rows_have_the_columns_of_test_rows_and_are_none_unless_asked
     assert prepared.validation.column_names == prepared.test.column_names
     assert (len(prepared.train), len(prepared.validation), len(prepared.test)) == (40, 6, 8)
     assert prepared.counts[0].validation == 6
-    (note,) = data.notes(prepared, asked.data)
+    note = data.notes(prepared, asked.data)[0]
     assert "6 validation rows" in note
 
 
@@ -108,7 +108,7 @@ def test_rows_over_the_limit_are_counted_and_said(spec, tokenizer, too_long, wor
     limited = changed(spec, max_length=66, too_long=too_long, sources=resized(spec, train=20))
     prepared = data.prepare(limited, tokenizer)
     assert max(len(ids) for ids in prepared.train["input_ids"]) <= 66
-    (note,) = data.notes(prepared, limited.data)
+    note = data.notes(prepared, limited.data)[0]
     assert words in note
 
 
