@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("report", help="write a sweep's report again and print its table")
     command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart")
+    command.add_argument(
+        "--loss-steps", type=_steps, metavar="STEP,...",
+        help="optimizer steps at which losses are compared, such as 50,1000,3714; default: report.loss_steps of the "
+        "search space, else about six over the run",
+    )  # fmt: skip
     command.set_defaults(act=_report)
 
     command = commands.add_parser("ui", help="open the MLflow UI on the results")
@@ -94,6 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("doctor", help="what this machine can do")
     command.set_defaults(act=_doctor)
     return parser
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    """Steps from a comma-separated list."""
+    steps = tuple(int(part) for part in text.split(","))
+    if min(steps) < 1:
+        raise ValueError(f"steps begin at 1 (found {min(steps)})")
+    return steps
 
 
 def _add_common(command: argparse.ArgumentParser, out: str) -> None:
@@ -185,10 +198,11 @@ def _report(options: argparse.Namespace) -> int:
     from ray_peft.report.plain import console_table
 
     folder = Path(options.sweep)
-    if not (folder / "results.jsonl").is_file():
+    finished = (folder / "results.jsonl").is_file()
+    if not finished and not (folder / "sweep.json").is_file():
         raise DataError(f"{folder}: holds no results.jsonl; give the folder of a sweep, such as outputs/quickstart")
-    written = write_report(folder)
-    print(console_table(read_results(folder)))
+    written = write_report(folder, loss_steps=options.loss_steps)
+    print(console_table(read_results(folder) if finished else []))
     print("\n" + "\n".join(f"written: {_short(path)}" for path in written))
     return 0
 

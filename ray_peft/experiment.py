@@ -15,7 +15,7 @@ from ray_peft.ledger import Ledger, SweepRecord
 from ray_peft.report.files import write_report
 from ray_peft.report.plain import console_table
 from ray_peft.result import Status, TrialResult
-from ray_peft.space import TrackingSpec
+from ray_peft.space import ReportSpec, TrackingSpec
 from ray_peft.spec import TrialSpec, cautions
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Inspection
@@ -105,8 +105,8 @@ class Experiment:
         elif bad:
             status = "FAILED"
         counts = {"trials": float(len(results)), "trials_not_finished": float(len(bad))}
-        written = [self.ledger.folder / name for name in ("report.md", "report.csv", "results.jsonl")]
-        files = {path.name: path for path in written if path.is_file()}
+        names = ("report.md", "report.html", "report.csv", "results.jsonl", "plots")
+        files = {name: self.ledger.folder / name for name in names if (self.ledger.folder / name).exists()}
         tracking.finish_sweep(self.store, self.parent_run_id, status, metrics=counts, files=files)
         self.console.say("")
         self.console.say(console_table(results))
@@ -123,6 +123,7 @@ def open_experiment(
     notes: list[str],
     console: Console,
     source: str | None = None,
+    report: ReportSpec | None = None,
 ) -> Experiment:
     """Open the sweep's parent run, or that of the interrupted sweep in this folder.
 
@@ -136,6 +137,6 @@ def open_experiment(
         files = {"search_space.yaml": source} if source is not None else {}
         tags = {"ray_peft.out": str(ledger.folder), "mlflow.note.content": description}
         parent = tracking.start_sweep(store, name, tags={k: v for k, v in tags.items() if v}, files=files)
-    record = SweepRecord(name, description, notes, planned, parent, masked)
+    record = SweepRecord(name, description, notes, planned, parent, masked, (report or ReportSpec()).plain())
     ledger.write_record(record)
     return Experiment(name, ledger, store, record, console)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ray_peft.errors import SearchSpaceError
 from ray_peft.report.files import read_results
@@ -29,6 +29,8 @@ class SweepRecord:
     parent_run_id: str | None = None
     tracking_uri: str = ""
     """Without credentials."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """What the search space says of its report, as JSON-like data."""
 
 
 class Ledger:

@@ -15,7 +15,7 @@ from ray_peft.errors import SearchSpaceError, SpecError, TrialFailed
 from ray_peft.ledger import Ledger
 from ray_peft.placement import Demand, demand
 from ray_peft.result import TrialResult
-from ray_peft.space import TrackingSpec, explain, load
+from ray_peft.space import ReportSpec, TrackingSpec, explain, load
 from ray_peft.spec import TrialSpec
 
 
@@ -42,7 +42,7 @@ def run(
         RayPeftError: a wrong spec, missing data or model, a store or cluster out of reach.
     """
     console = console or Console(quiet=True)
-    trial, tracking_spec = _trial(spec, overrides)
+    trial, tracking_spec, report = _trial(spec, overrides)
     if trial.members():
         raise SpecError("method ensemble: a run makes one trial, but an ensemble needs its members; use a sweep")
     ledger = Ledger(Path(out) if out else experiment.outputs_folder() / trial.trial_id)
@@ -60,6 +60,7 @@ def run(
             planned=[trial.trial_id],
             notes=notes,
             console=console,
+            report=report,
         )
         interrupted = True
         try:
@@ -91,12 +92,12 @@ def _run(trial: TrialSpec, opened: experiment.Experiment, held: Demand) -> Trial
 
 def _trial(
     spec: TrialSpec | Mapping[str, Any] | str | Path, overrides: list[str] | None
-) -> tuple[TrialSpec, TrackingSpec]:
+) -> tuple[TrialSpec, TrackingSpec, ReportSpec]:
     if isinstance(spec, TrialSpec):
-        return spec.located(), TrackingSpec()
+        return spec.located(), TrackingSpec(), ReportSpec()
     if isinstance(spec, Mapping):
         try:
-            return TrialSpec.from_plain(dict(spec)).located(), TrackingSpec()
+            return TrialSpec.from_plain(dict(spec)).located(), TrackingSpec(), ReportSpec()
         except ValidationError as error:
             raise SpecError("\n".join(explain(error))) from None
     space = load(spec, overrides)
@@ -104,4 +105,4 @@ def _trial(
         raise SearchSpaceError(
             f"{spec}: holds {len(space.trials)} trials, but a run takes one; use `ray-peft sweep` for a grid"
         )
-    return space.trials[0], space.tracking
+    return space.trials[0], space.tracking, space.report

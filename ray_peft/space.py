@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import exp, log
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
@@ -51,6 +51,13 @@ class TrackingSpec(Strict):
     """MLflow experiment; null takes the name of the search space."""
 
 
+class ReportSpec(Strict):
+    """What the sweep's report shows."""
+
+    loss_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Optimizer steps at which losses are compared; empty takes about six that are spread over the run."""
+
+
 @dataclass(frozen=True)
 class Space:
     """A checked search space."""
@@ -63,6 +70,7 @@ class Space:
     tracking: TrackingSpec
     templates: list[dict[str, Any]]
     """The grid's cells with their distributions still in place."""
+    report: ReportSpec = ReportSpec()
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -128,12 +136,13 @@ def parse(text: str, source: str, overrides: list[str] | None = None) -> Space:
     description = str(plain.pop("description", ""))
     search = _part(SearchSpec, plain.pop("search", None), source, "search", problems)
     tracking = _part(TrackingSpec, plain.pop("tracking", {}), source, "tracking", problems) or TrackingSpec()
+    report = _part(ReportSpec, plain.pop("report", {}), source, "report", problems) or ReportSpec()
     templates = _cells(plain, source)
     drawn = list(_draws(templates, search, source, problems))
     if problems:
         raise SearchSpaceError("\n".join(problems))
     trials = _validate(drawn, source)
-    return Space(name, description, trials, search, tracking, templates)
+    return Space(name, description, trials, search, tracking, templates, report)
 
 
 def fill(template: dict[str, Any], values: dict[str, Any], source: str) -> TrialSpec:

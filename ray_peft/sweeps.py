@@ -95,6 +95,7 @@ def sweep(
             notes=notes,
             console=console,
             source=source.read_text(encoding="utf-8") if source else None,
+            report=space.report,
         )
         interrupted = False
         try:

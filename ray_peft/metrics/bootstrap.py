@@ -50,6 +50,68 @@ class DifferenceInterval:
         return self.low > 0 or self.high < 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Resampled:
+    """A score on all rows and on each resample: drawn once, compared with any other system on the same rows."""
+
+    score: float
+    values: NDArray[np.float64]
+    """(resample,)"""
+
+
+def resampled_bleu4(statistics: NDArray[np.float64], *, resamples: int = 1000, seed: int = 0) -> Resampled:
+    """Corpus BLEU-4 on the resamples.
+
+    Args:
+        statistics: (row, 10), from `text_scores.bleu_row_statistics`, or their mean over several runs of a system.
+        resamples: how often the rows are drawn.
+        seed: of the draws.
+
+    Raises:
+        ValueError: no rows, another number of columns, or `resamples` out of range.
+    """
+    _check_statistics(statistics)
+    score = float(bleu4_from_statistics(statistics.sum(axis=0)))
+    return Resampled(score=score, values=_resampled_bleu4(statistics, resamples, seed))
+
+
+def resampled_mean(rows: Sequence[float], *, resamples: int = 1000, seed: int = 0) -> Resampled:
+    """The mean over rows on the resamples.
+
+    Args:
+        rows: one score a row, as from `text_scores.rouge_l_rows`, or its mean over several runs of a system.
+        resamples: how often the rows are drawn.
+        seed: of the draws.
+
+    Raises:
+        ValueError: no rows, a row that is not finite, or `resamples` out of range.
+    """
+    _check_rows(rows)
+    return Resampled(score=fmean(rows), values=_resampled_mean(rows, resamples, seed))
+
+
+def difference(first: Resampled, second: Resampled, *, confidence: float = 0.95) -> DifferenceInterval:
+    """Interval of the difference of two systems whose rows were drawn by the same seed.
+
+    Raises:
+        ValueError: unequal numbers of resamples, or `confidence` out of range.
+    """
+    _check_paired(len(first.values), len(second.values))
+    return _difference_interval(first.score - second.score, first.values - second.values, confidence)
+
+
+def score_interval(resampled: Resampled, *, confidence: float = 0.95) -> ScoreInterval:
+    """Interval of one system's score.
+
+    Raises:
+        ValueError: `confidence` out of range.
+    """
+    low, high = _percentiles(resampled.values, confidence)
+    return ScoreInterval(
+        score=resampled.score, low=low, high=high, confidence=confidence, resamples=len(resampled.values)
+    )
+
+
 def bleu4_interval(
     statistics: NDArray[np.int64], *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> ScoreInterval:
@@ -154,7 +216,9 @@ def mean_difference(
     return _difference_interval(fmean(differences), _resampled_mean(differences, resamples, seed), confidence)
 
 
-def _resampled_bleu4(statistics: NDArray[np.int64], resamples: int, seed: int) -> NDArray[np.float64]:
+def _resampled_bleu4(
+    statistics: NDArray[np.int64] | NDArray[np.float64], resamples: int, seed: int
+) -> NDArray[np.float64]:
     """(resample,) BLEU-4."""
     # Sums stay exact: they are integers far below 2**53, and float64 goes through BLAS where int64 does not.
     rows = statistics.astype(np.float64)
@@ -199,7 +263,7 @@ def _percentiles(resampled: NDArray[np.float64], confidence: float) -> tuple[flo
     return float(low), float(high)
 
 
-def _check_statistics(statistics: NDArray[np.int64]) -> None:
+def _check_statistics(statistics: NDArray[np.int64] | NDArray[np.float64]) -> None:
     if not len(statistics):
         raise ValueError("a bootstrap needs at least one row, found none")
     if statistics.ndim != 2 or statistics.shape[1] != BLEU_COLUMNS:

@@ -100,13 +100,39 @@ def rouge_l_rows(predictions: Sequence[str], references: Sequence[Reference]) ->
     Raises:
         ValueError: no rows, unequal numbers of rows, or a row without a reference.
     """
-    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenize import tokenize
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
     return [
-        float(scorer.score_multi(texts, prediction)["rougeL"].fmeasure)
+        max(_rouge_l_of_tokens(tokenize(text, None), tokenize(prediction, None)) for text in texts)
         for prediction, texts in _pairs(predictions, references)
     ]
+
+
+def _rouge_l_of_tokens(reference: list[str], prediction: list[str]) -> float:
+    """F-measure of the longest common subsequence, in the same arithmetic as rouge_score."""
+    if not reference or not prediction:
+        return 0.0
+    common = _common_subsequence(reference, prediction)
+    precision, recall = common / len(prediction), common / len(reference)
+    return 2 * precision * recall / (precision + recall) if common else 0.0
+
+
+def _common_subsequence(first: list[str], second: list[str]) -> int:
+    """Length of the longest common subsequence.
+
+    A column of the usual table is one whole number with a bit for each token of `first`: hundreds of times faster than
+    rouge_score's own loops, which take minutes for the answers of a sweep. Source: Hyyro 2004, "Bit-parallel LCS-length
+    computation revisited", AWOCA.
+    """
+    places: dict[str, int] = {}
+    for index, token in enumerate(first):
+        places[token] = places.get(token, 0) | (1 << index)
+    everywhere = (1 << len(first)) - 1
+    column = everywhere
+    for token in second:
+        matches = column & places.get(token, 0)
+        column = ((column + matches) | (column - matches)) & everywhere
+    return len(first) - column.bit_count()
 
 
 def _pairs(predictions: Sequence[str], references: Sequence[Reference]) -> Iterator[tuple[str, Sequence[str]]]:

@@ -1,5 +1,7 @@
 """Numbers as text with sensible digits; a missing number is "-". Pure ASCII."""
 
+from collections.abc import Sequence
+
 from ray_peft.report.table import Spread
 
 MISSING = "-"
@@ -47,3 +49,22 @@ def spread_text(spread: Spread | None, places: int, *, signed: bool = False) -> 
         return MISSING
     mean, low, high = (fixed(value, places, signed=signed) for value in (spread.mean, spread.low, spread.high))
     return f"{mean} ({low} to {high})" if spread.seeds > 1 else mean
+
+
+def duration(seconds: float | None) -> str:
+    """Time in the unit that suits it: 61.3 s, 12.4 min, 8.69 h."""
+    if seconds is None:
+        return MISSING
+    if seconds < 600:
+        return f"{fixed(seconds, 1)} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.2f} h"
+
+
+def gib(value: float | None) -> str:
+    """Memory with its unit."""
+    return MISSING if value is None else f"{fixed(value, 2)} GiB"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: "a", "a and b", "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -2,17 +2,24 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ray_peft.errors import DataError
+from ray_peft.report.atomic import write_text
+from ray_peft.report.content import build
 from ray_peft.report.csvfile import write_csv
-from ray_peft.report.markdown import write_markdown
+from ray_peft.report.curves import read_curve
+from ray_peft.report.document import Figure
+from ray_peft.report.markdown import to_markdown
+from ray_peft.report.material import Material
 from ray_peft.report.table import latest
+from ray_peft.report.webpage import to_html
 from ray_peft.result import Sample, TrialResult
+from ray_peft.space import ReportSpec
 from ray_peft.strict import Strict
 
 logger = logging.getLogger(__name__)
@@ -32,6 +39,7 @@ class Sweep(Strict):
     """What to know about the data, such as counts of rows."""
     planned: tuple[str, ...] = ()
     """Ids of the trials that the sweep was to run."""
+    report: ReportSpec = ReportSpec()
 
 
 class Answer(Strict):
@@ -44,8 +52,15 @@ class Answer(Strict):
     reference: str
 
 
-def write_report(folder: Path) -> list[Path]:
-    """Write report.md and report.csv from what the folder of a sweep holds, and return their paths.
+def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> list[Path]:
+    """Write report.md, report.html, report.csv and plots/*.svg from what the folder of a sweep holds.
+
+    Args:
+        folder: of the sweep.
+        loss_steps: the steps of the table of losses; null takes those of the search space, or some over the run.
+
+    Returns:
+        The paths written, in this order.
 
     Raises:
         DataError: the folder holds no sweep, or a file in it is malformed.
@@ -58,23 +73,40 @@ def write_report(folder: Path) -> list[Path]:
     if sweep.planned:  # rows of trials that the search space no longer names stay in results.jsonl alone
         results = [result for result in results if result.trial_id in sweep.planned]
     trials = {result.trial_id: folder / "trials" / result.trial_id for result in results}
-    markdown, table = folder / "report.md", folder / "report.csv"
-    write_markdown(
-        results,
-        {trial_id: _read_lines(path / "samples.jsonl", Sample) for trial_id, path in trials.items()},
-        markdown,
+    material = Material(
         title=sweep.name or folder.absolute().name,
         description=sweep.description,
         notes=sweep.notes,
+        planned=sweep.planned,
+        results=results,
+        samples={trial_id: _read_lines(path / "samples.jsonl", Sample) for trial_id, path in trials.items()},
         answers={
             trial_id: _columns(found)
             for trial_id, path in trials.items()
             if (found := _read_lines(path / "answers.jsonl", Answer))
         },
-        planned=sweep.planned,
+        curves={trial_id: read_curve(path / "metrics.jsonl") for trial_id, path in trials.items()},
+        loss_steps=sweep.report.loss_steps if loss_steps is None else loss_steps,
     )
+    document = build(material)
+    markdown, page, table = (folder / f"report.{ending}" for ending in ("md", "html", "csv"))
+    plots = _write_plots(document.figures, folder / "plots")
+    write_text(markdown, to_markdown(document))
+    write_text(page, to_html(document))
     write_csv(results, table)
-    return [markdown, table]
+    return [markdown, page, table, *plots]
+
+
+def _write_plots(figures: Sequence[Figure], folder: Path) -> list[Path]:
+    """Write the plots; those of an earlier report that this one does not have go."""
+    paths = [folder / f"{figure.name}.svg" for figure in figures]
+    if paths:
+        folder.mkdir(exist_ok=True)
+    for path, figure in zip(paths, figures, strict=True):
+        write_text(path, figure.svg)
+    for old in set(folder.glob("*.svg")) - set(paths):
+        old.unlink()
+    return paths
 
 
 def read_results(folder: Path) -> list[TrialResult]:

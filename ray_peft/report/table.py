@@ -145,12 +145,24 @@ def seed_groups(rows: Sequence[Row]) -> list[SeedGroup]:
     for row in rows:
         plain = row.result.spec.plain()
         del plain["seed"]
-        grouped.setdefault(json.dumps(plain, sort_keys=True), []).append(row)
+        # An ensemble may have the spec of one of its members.
+        key = json.dumps([plain, bool(row.result.members)], sort_keys=True)
+        grouped.setdefault(key, []).append(row)
     if len(grouped) == len(rows):
         return []
     firsts = [group[0].result for group in grouped.values()]
     names = labels({first.trial_id: first.spec for first in firsts}, without=("seed",))
     return [SeedGroup(label=names[group[0].trial_id], rows=tuple(group)) for group in grouped.values()]
+
+
+def units(rows: Sequence[Row]) -> list[SeedGroup]:
+    """What is compared: the rows over seeds, or each row alone where no spec was run with several seeds."""
+    return seed_groups(rows) or [SeedGroup(label=row.label, rows=(row,)) for row in rows]
+
+
+def is_base(result: TrialResult) -> bool:
+    """Whether it is of the model without fine-tuning."""
+    return result.spec.method.name == BASE_METHOD and not result.members
 
 
 def base_of(result: TrialResult, results: Iterable[TrialResult]) -> TrialResult | None:
@@ -159,12 +171,10 @@ def base_of(result: TrialResult, results: Iterable[TrialResult]) -> TrialResult 
     It has the same model, tokenizer and data and was scored in the same way; of several, the one that shares most of
     the other settings, such as the seed.
     """
-    if result.spec.method.name == BASE_METHOD:
+    if is_base(result):
         return None
     candidates = [
-        other
-        for other in results
-        if other.spec.method.name == BASE_METHOD and other.status == "finished" and _comparable(result, other)
+        other for other in results if is_base(other) and other.status == "finished" and _comparable(result, other)
     ]
     flat = flat_spec(result.spec)
     return max(

@@ -21,6 +21,29 @@ Answers: TypeAlias = Mapping[str, tuple[list[str], list[str]]]
 CONFIDENCE = 0.95
 
 
+class Statistics:
+    """What each answered row adds to the scores, computed once a trial."""
+
+    def __init__(self, answers: Answers) -> None:
+        self.answers = {trial_id: given for trial_id, given in answers.items() if _whole(trial_id, given)}
+        self.bleu = cache(self._bleu)
+        self.rouge = cache(self._rouge)
+
+    def __contains__(self, trial_id: str) -> bool:
+        """Whether the trial has a prediction for every reference, and at least one."""
+        return trial_id in self.answers
+
+    def references(self, trial_id: str) -> tuple[str, ...]:
+        """The held-out rows that the trial answered."""
+        return tuple(self.answers[trial_id][1])
+
+    def _bleu(self, trial_id: str) -> NDArray[np.int64]:
+        return bleu_row_statistics(*self.answers[trial_id])
+
+    def _rouge(self, trial_id: str) -> list[float]:
+        return rouge_l_rows(*self.answers[trial_id])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Intervals:
     """Paired bootstrap intervals of a row's scores less those of its base."""
@@ -29,44 +52,29 @@ class Intervals:
     rouge_l: DifferenceInterval
 
 
-def intervals(rows: Sequence[Row], answers: Answers) -> dict[str, Intervals]:
+def intervals(rows: Sequence[Row], statistics: Statistics) -> dict[str, Intervals]:
     """The intervals of every row that has a base and answers for both, by trial id.
 
     A row whose references are not those of its base is left out with a warning.
     """
-
-    @cache
-    def bleu(trial_id: str) -> NDArray[np.int64]:
-        return bleu_row_statistics(*answers[trial_id])
-
-    @cache
-    def rouge(trial_id: str) -> list[float]:
-        return rouge_l_rows(*answers[trial_id])
-
     found = {}
     for row in rows:
-        if row.base is None or not {row.trial_id, row.base.trial_id} <= set(answers):
+        if row.base is None or row.trial_id not in statistics or row.base.trial_id not in statistics:
             continue
         own, base = row.trial_id, row.base.trial_id
-        if not _paired(own, base, answers):
+        if statistics.references(own) != statistics.references(base):
+            logger.warning("%s: no interval: its references are not those of the base row %s", own, base)
             continue
         found[own] = Intervals(
-            bleu4=bleu4_difference(bleu(own), bleu(base), confidence=CONFIDENCE),
-            rouge_l=mean_difference(rouge(own), rouge(base), confidence=CONFIDENCE),
+            bleu4=bleu4_difference(statistics.bleu(own), statistics.bleu(base), confidence=CONFIDENCE),
+            rouge_l=mean_difference(statistics.rouge(own), statistics.rouge(base), confidence=CONFIDENCE),
         )
     return found
 
 
-def _paired(own: str, base: str, answers: Answers) -> bool:
-    """Whether both answered the same rows, of which there is at least one."""
-    for trial_id in (own, base):
-        predictions, references = answers[trial_id]
-        if not references or len(predictions) != len(references):
-            logger.warning(
-                "%s: no interval: %d predictions for %d references", trial_id, len(predictions), len(references)
-            )
-            return False
-    if answers[own][1] != answers[base][1]:
-        logger.warning("%s: no interval: its references are not those of the base row %s", own, base)
-        return False
-    return True
+def _whole(trial_id: str, given: tuple[list[str], list[str]]) -> bool:
+    predictions, references = given
+    if references and len(predictions) == len(references):
+        return True
+    logger.warning("%s: no interval: %d predictions for %d references", trial_id, len(predictions), len(references))
+    return False

@@ -83,9 +83,11 @@ def test_no_results_is_an_error(tmp_path):
 
 def test_a_sweep_stopped_before_its_first_result_has_a_report(tmp_path):
     (tmp_path / "sweep.json").write_text('{"name": "n", "planned": ["lora-1"]}')
-    markdown, table = write_report(tmp_path)
+    markdown, page, table = write_report(tmp_path)
     assert "No trial has a result." in markdown.read_text()
     assert "- lora-1" in markdown.read_text()
+    assert "<li>lora-1</li>" in page.read_text()
+    assert not (tmp_path / "plots").exists()
     assert read_csv(table) == []
     assert table.read_text() == "trial_id,label,status\n"
 
@@ -93,7 +95,7 @@ def test_a_sweep_stopped_before_its_first_result_has_a_report(tmp_path):
 def test_an_empty_file_is_an_empty_sweep(tmp_path):
     (tmp_path / "results.jsonl").touch()
     assert read_results(tmp_path) == []
-    assert len(write_report(tmp_path)) == 2
+    assert len(write_report(tmp_path)) == 3
 
 
 def test_a_broken_plan_is_an_error(tmp_path):
@@ -126,7 +128,7 @@ def test_the_whole_folder(tmp_path):
         sample = {"row": 0, "source_dataset": "s", "prompt": "q", "reference": "a b c d", "answer": prediction}
         (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     paths = write_report(tmp_path)
-    assert paths == [tmp_path / "report.md", tmp_path / "report.csv"]
+    assert paths == [tmp_path / name for name in ("report.md", "report.html", "report.csv")]
     text = paths[0].read_text()
     assert text.startswith("# grid\n\nWhich?\n\n")
     for wanted in ("- 9 rows", "- galore-1", "**Answer: lora**", "+0.2500 (+50.0 %) \\[+0.3333, +0.3333\\]"):

@@ -1,0 +1,162 @@
+"""The recommendation in words: what to take for which memory and time, and what the rows cannot say."""
+
+from collections.abc import Sequence
+
+from ray_peft.report.costs import Costs
+from ray_peft.report.digits import duration, fixed, gib, listed
+from ray_peft.report.document import Block, Bullets, Heading, Paragraph, Table
+from ray_peft.report.material import Material
+from ray_peft.report.recommend import Choice, cheapest, walk
+from ray_peft.report.table import SeedGroup, is_base
+from ray_peft.report.ties import LOSS_MARGIN, Family
+
+_RULES = (
+    "Candidates are the finished trials, those that differ in their seed alone as one. Models with random weights are "
+    "none.",
+    "Quality is ROUGE-L where held-out rows were answered, else the held-out loss.",
+    "One candidate is shown to be better than another if the 95 % paired bootstrap interval of their difference in "
+    "ROUGE-L lies above zero. If it contains zero they are tied.",
+    f"Held-out losses have no interval. They count as tied if they are nearer than {LOSS_MARGIN:.0%} of the lower one, "
+    "or if the ranges over seeds touch.",
+    "Within a budget, the cheapest of the candidates that no other candidate within it is shown to be better than is "
+    "taken: by peak memory for a memory budget, by training time for a time budget. A difference that is not shown "
+    "never decides.",
+    "Peak memory is the greatest over seeds, training time the mean. An ensemble takes the training time of all its "
+    "members, and the greatest of their peaks.",
+)
+
+
+def advice(material: Material) -> list[Block]:
+    """What can be recommended, what cannot be said, and the rules."""
+    if not material.rows:
+        return []
+    blocks: list[Block] = []
+    shown = [family for family in material.families if len(family.units) > 1]
+    for number, family in enumerate(shown, 1):
+        if len(shown) > 1:
+            blocks.append(Heading(f"Held-out rows {number} of {len(shown)}"))
+        blocks += _family(family, material.costs(family.units))
+    if silence := _cannot_say(material):
+        blocks.append(Bullets(tuple(silence)))
+    return [*blocks, Heading("Rules of the recommendation"), Bullets(_RULES)]
+
+
+def _family(family: Family, costs: Costs) -> list[Block]:
+    blocks: list[Block] = [Bullets((_best(family, costs), *_against_base(family)))]
+    for name, values, others, text, problem in (
+        ("Peak memory", costs.memory_gib, costs.time_s, gib, costs.memory_problem),
+        ("Training time", costs.time_s, costs.memory_gib, duration, costs.time_problem),
+    ):
+        if problem is not None:
+            blocks.append(Paragraph(f"{name}: which to take cannot be said, since {problem}."))
+        elif choices := walk(values, others, family.better):
+            blocks.append(_budgets(name, family, choices, [text(value) for value in values]))
+    return blocks
+
+
+def _best(family: Family, costs: Costs) -> str:
+    best = family.tiers()[0]
+    names = [family.units[place].label for place in best]
+    shown = "ROUGE-L" if family.measure == "rouge_l" else "held-out loss"
+    values = listed([fixed(family.values[place], 4) for place in best])
+    if len(best) == 1:
+        kind = "shown to be better than every other row" if family.measure == "rouge_l" else "the lowest"
+        return f"Best quality: {names[0]} ({shown} {values}), {kind}."
+    text = (
+        f"Best quality: {listed(names)} ({shown} {values}): no row is shown to be better than any of these, and "
+        "between them there is no difference that these rows can show."
+    )
+    picks = []
+    for what, values_of, others, problem in (
+        ("memory", costs.memory_gib, costs.time_s, costs.memory_problem),
+        ("training time", costs.time_s, costs.memory_gib, costs.time_problem),
+    ):
+        place = None if problem else cheapest(best, values_of, others)
+        if place is not None:
+            picks.append(f"{family.units[place].label} takes the least {what}")
+    return f"{text} Of these, {listed(picks)}." if picks else text
+
+
+def _against_base(family: Family) -> list[str]:
+    bases = [place for place, unit in enumerate(family.units) if _is_base(unit)]
+    if not bases:
+        return ["Whether fine-tuning helps cannot be said: there is no finished row of the model without it (none)."]
+    if len(bases) > 1:
+        return []  # several models: their own differences to the base stand in the scores
+    (base,) = bases
+    others = [place for place in range(len(family.units)) if place != base]
+    groups = [
+        ("shown to be better", [place for place in others if family.better(place, base)]),
+        ("shown to be worse", [place for place in others if family.better(base, place)]),
+    ]
+    seen = {place for _, places in groups for place in places}
+    groups.append(("no difference that these rows can show", [place for place in others if place not in seen]))
+    said = "; ".join(f"{name}: {_names(family, places)}" for name, places in groups if places)
+    return [f"Against the model without fine-tuning: {said}."]
+
+
+def _budgets(name: str, family: Family, choices: Sequence[Choice], costs: Sequence[str]) -> Block:
+    lines = []
+    for choice, following in zip(choices, [*choices[1:], None], strict=True):
+        least = costs[choice.take]
+        most = f" to under {costs[following.take]}" if following else " on"
+        tied = ", ".join(f"{family.units[place].label} ({costs[place]})" for place in choice.tied)
+        lines.append((f"from {least}{most}", family.units[choice.take].label, tied or "-"))
+    header = (f"{name} at hand", "Take", "Tied with it, and needs more")
+    return Table(header=header, lines=tuple(lines), text_columns=3)
+
+
+def _cannot_say(material: Material) -> list[str]:
+    """What this report leaves open, one sentence each."""
+    units, families = material.units, material.families
+    finished = [unit for unit in units if unit.finished]
+    found = []
+    if not finished:
+        found.append("No trial finished, so nothing can be recommended.")
+    elif not families:
+        found.append("No finished trial has a quality, so nothing can be recommended.")
+    elif all(len(family.units) == 1 for family in families):
+        found.append(
+            "Only one row is finished and scored, so there is nothing to compare it with."
+            if len(families) == 1
+            else "No two rows were scored on the same held-out rows, so nothing can be compared."
+        )
+    if any(family.measure == "eval_loss" for family in families):
+        found.append(
+            "No answers are on file, so quality is the held-out loss, and whether a difference in it is more than the "
+            "choice of held-out rows cannot be said."
+        )
+    if single := [unit.label for family in families for unit in family.units if _one_seed(unit)]:
+        trained = sum(not _is_base(unit) for family in families for unit in family.units)
+        names = "Every trained row" if len(single) == trained else listed(single)
+        found.append(f"{names}: one seed, so how much another seed would change it cannot be said.")
+    memory = [
+        f"{unit.label}: {gib(max(peaks))}"
+        if (peaks := [row.peak_memory_gib for row in unit.rows if row.peak_memory_gib is not None])
+        else unit.label
+        for unit in units
+        if not unit.finished and any(row.status == "out_of_memory" for row in unit.rows)
+    ]
+    if memory:
+        found.append(f"Ran out of memory here, so no candidate: {listed(memory)}.")
+    rest = [
+        f"{label} ({reason})"
+        for label, reason in material.left_out.items()
+        if reason != "did not finish" or not any(entry.startswith(label) for entry in memory)
+    ]
+    if rest and finished:
+        found.append(f"No candidates: {listed(rest)}.")
+    return found
+
+
+def _names(family: Family, places: Sequence[int]) -> str:
+    return listed([family.units[place].label for place in places])
+
+
+def _one_seed(unit: SeedGroup) -> bool:
+    """Whether another seed would have trained another model, and there is none."""
+    return len(unit.finished) == 1 and not _is_base(unit)
+
+
+def _is_base(unit: SeedGroup) -> bool:
+    return is_base(unit.rows[0].result)

@@ -1,0 +1,97 @@
+"""A report without a format: sections of paragraphs, lists, tables, figures and samples, all as plain text.
+
+What a section says is decided once; `markdown` and `webpage` only escape and lay out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A title inside a section."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Text whose line ends stay."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list without order."""
+
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text as it is, to be copied."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Cells as plain text."""
+
+    header: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    text_columns: int = 1
+    """Columns of words; those after them hold numbers and stand to the right."""
+    folded: bool = False
+    """Whether a page that can fold shows it on demand only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A plot."""
+
+    name: str
+    """Stem of its file in `plots/`."""
+    title: str
+    svg: str
+    """The whole file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One held-out prompt with what every trial answered."""
+
+    title: str
+    prompt: str
+    reference: str
+    answers: tuple[tuple[str, str], ...]
+    """Label of a trial and its answer."""
+
+
+Block: TypeAlias = Heading | Paragraph | Bullets | Code | Table | Figure | Prompt
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled part of the report."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A whole report."""
+
+    title: str
+    head: tuple[Block, ...]
+    """What stands before the first section."""
+    sections: tuple[Section, ...]
+
+    @property
+    def figures(self) -> list[Figure]:
+        """Its plots, in order."""
+        return [block for section in self.sections for block in section.blocks if isinstance(block, Figure)]

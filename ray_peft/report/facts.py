@@ -1,0 +1,137 @@
+"""Sections on what was compared and how: facts, settings, failures, machine, how to run it again."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from ray_peft.report.digits import MISSING
+from ray_peft.report.document import Block, Bullets, Code, Paragraph, Table
+from ray_peft.report.flat import flat_spec
+from ray_peft.report.labels import differing, setting_text
+from ray_peft.report.material import Material
+from ray_peft.report.table import Row, error_line
+from ray_peft.result import Provenance
+
+_RERUN = """\
+python -c "import json; rows = map(json.loads, open('results.jsonl', encoding='utf-8')); \\
+json.dump(next(row['spec'] for row in rows if row['trial_id'] == '{trial_id}'), open('spec.json', 'w'))"
+ray-peft run spec.json"""
+
+
+def head(material: Material) -> list[Block]:
+    """What the sweep asks, and of what it was made."""
+    compared = material.rows
+    blocks: list[Block] = [Paragraph(material.description)] if material.description else []
+    if not compared:
+        blocks.append(Paragraph("No trial has a result."))
+    items = [*(_facts(compared) if compared else ()), *material.notes]
+    return [*blocks, Bullets(tuple(items))] if items else blocks
+
+
+def settings(compared: Sequence[Row]) -> list[Block]:
+    """Every setting of each method, and the other settings that differ."""
+    flats = [flat_spec(row.result.spec) for row in compared]
+    lines = []
+    for row, flat, keys in zip(compared, flats, differing(flats), strict=True):
+        methods = {key.removeprefix("method."): flat[key] for key in flat if key.startswith("method.")}
+        others = {key: flat[key] for key in keys if not key.startswith("method.")}
+        lines.append((row.label, row.trial_id, _pairs(methods), _pairs(others)))
+    if not lines:
+        return []
+    header = ("Trial", "Trial id", "Method's own settings", "Other settings that differ")
+    return [Table(header=header, lines=tuple(lines), text_columns=len(header))]
+
+
+def unfinished(compared: Sequence[Row]) -> list[Block]:
+    """Why trials did not finish."""
+    items = tuple(
+        f"{row.label} ({row.trial_id}): {row.status.replace('_', ' ')}: {error_line(row.result)}"
+        for row in compared
+        if row.status != "finished"
+    )
+    return [Bullets(items)] if items else []
+
+
+def not_run(material: Material) -> list[Block]:
+    """Planned trials without a result."""
+    known = {row.trial_id for row in material.rows}
+    items = tuple(trial_id for trial_id in dict.fromkeys(material.planned) if trial_id not in known)
+    return [Bullets(items)] if items else []
+
+
+def machine(compared: Sequence[Row]) -> list[Block]:
+    """Where and with what the trials ran."""
+    # A trial that failed early may have recorded nothing, which says nothing about the machine.
+    made = [row.result.provenance for row in compared if row.result.provenance != Provenance()]
+    if not made:
+        return []
+    facts: dict[str, Sequence[str | None]] = {
+        "Device": [one.device for one in made],
+        "Workers per trial": [f"{one.num_workers} with {one.gpus_per_worker:g} GPU each" for one in made],
+        "Git commit": [one.git_commit for one in made],
+        "Model fingerprint": [one.model_fingerprint for one in made],
+        "Prepared data": [one.data_key for one in made],
+        "Started": _first_and_last(one.started_at for one in made if one.started_at),
+    }
+    packages = sorted({name for one in made for name in one.versions})
+    items = [f"{name}: {_distinct(values)}" for name, values in facts.items()]
+    if packages:
+        versions = ", ".join(f"{name} {_distinct([one.versions.get(name) for one in made])}" for name in packages)
+        items.append(f"Versions: {versions}")
+    return [Bullets(tuple(items))]
+
+
+def rerun(compared: Sequence[Row]) -> list[Block]:
+    """The commands that run a trial, and this report, again."""
+    if not compared:
+        return []
+    return [
+        Paragraph("Every line of results.jsonl holds the whole spec of its trial. To run one trial again:"),
+        Code(_RERUN.format(trial_id=compared[0].trial_id)),
+        Paragraph("To write this report again from the results: ray-peft report with this folder."),
+    ]
+
+
+def _facts(compared: Sequence[Row]) -> list[str]:
+    specs = [row.result.spec for row in compared]
+    ended = Counter(row.status.replace("_", " ") for row in compared)
+    facts: dict[str, Sequence[str]] = {
+        "Trials": [f"{len(compared)} ({', '.join(f'{number} {status}' for status, number in ended.items())})"],
+        "Methods": [spec.method.name for spec in specs],
+        "Models": [_without_folders(spec.model.name) for spec in specs],
+        "Data": [
+            f"{source.label}: {setting_text(source.train)} for training, {setting_text(source.test)} held out"
+            for spec in specs
+            for source in spec.data.sources
+        ],
+        "Training": [
+            f"{_length(spec.train.steps, spec.train.epochs)} of {spec.train.batch_size} rows a step, "
+            f"loss on {'all tokens' if spec.train.loss == 'all' else 'answers'}, {spec.train.schedule} schedule"
+            for spec in specs
+        ],
+        "Seeds": [str(spec.seed) for spec in specs],
+    }
+    return [f"{name}: {_distinct(values)}" for name, values in facts.items()]
+
+
+def _without_folders(model: str) -> str:
+    """A hub id as it is; of a local folder its name, since its place says nothing to a reader elsewhere."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+def _length(steps: int | None, epochs: float | None) -> str:
+    return f"{steps} steps" if steps is not None else f"{epochs:g} epochs"
+
+
+def _pairs(named: Mapping[str, object]) -> str:
+    return ", ".join(f"{key}={setting_text(value)}" for key, value in named.items() if key != "name") or MISSING
+
+
+def _first_and_last(times: Iterable[str]) -> list[str]:
+    ordered = sorted(times)
+    return [" to ".join(dict.fromkeys([ordered[0], ordered[-1]]))] if ordered else []
+
+
+def _distinct(values: Sequence[str | None]) -> str:
+    """Each value once, in order; "-" if there is none."""
+    return "; ".join(dict.fromkeys(value for value in values if value)) or MISSING

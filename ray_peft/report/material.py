@@ -1,0 +1,77 @@
+"""All that a report is made of, with what is computed from it once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ray_peft.report.costs import Costs, costs
+from ray_peft.report.curves import Curve
+from ray_peft.report.table import Row, SeedGroup, rows, units
+from ray_peft.report.ties import Family, families
+from ray_peft.report.uncertainty import Answers, Intervals, Statistics, intervals
+from ray_peft.result import Sample, TrialResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """A sweep's results and what its trials left in their folders."""
+
+    title: str
+    results: Sequence[TrialResult]
+    description: str = ""
+    """What the sweep asks."""
+    notes: Sequence[str] = ()
+    """What to know about the data, such as counts of rows, one entry each."""
+    planned: Sequence[str] = ()
+    """Ids of the trials that the sweep was to run."""
+    samples: Mapping[str, Sequence[Sample]] = field(default_factory=dict)
+    """By trial id, some held-out prompts with the trial's answers."""
+    answers: Answers = field(default_factory=dict)
+    """By trial id, predictions and references of every generated row."""
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    """By trial id, the losses over steps."""
+    loss_steps: Sequence[int] = ()
+    """Steps of the table of losses; empty takes some that are spread over the run."""
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """One a trial."""
+        return rows(self.results)
+
+    @cached_property
+    def units(self) -> list[SeedGroup]:
+        """The rows over seeds."""
+        return units(self.rows)
+
+    @cached_property
+    def intervals(self) -> dict[str, Intervals]:
+        """Differences to the base, by trial id."""
+        return intervals(self.rows, self._statistics)
+
+    @property
+    def families(self) -> list[Family]:
+        """The units that can be compared with each other."""
+        return self._compared[0]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Why a unit is in no family, by its label."""
+        return self._compared[1]
+
+    def costs(self, units: Sequence[SeedGroup]) -> Costs:
+        """What it takes to get each of the units."""
+        return costs(units, self.rows)
+
+    def curve(self, row: Row) -> Curve:
+        """What the row's trial logged."""
+        return self.curves.get(row.trial_id, Curve())
+
+    @cached_property
+    def _statistics(self) -> Statistics:
+        return Statistics(self.answers)
+
+    @cached_property
+    def _compared(self) -> tuple[list[Family], dict[str, str]]:
+        return families(self.units, self._statistics)

@@ -1,0 +1,170 @@
+"""Sections on scores: against the base, between all rows, over seeds."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from ray_peft.metrics.bootstrap import DifferenceInterval
+from ray_peft.report.columns import Column, row_table
+from ray_peft.report.digits import MISSING, fixed, percent, spread_text
+from ray_peft.report.document import Block, Heading, Paragraph, Table
+from ray_peft.report.table import Row, Score, SeedGroup
+from ray_peft.report.ties import Family
+from ray_peft.report.uncertainty import Intervals
+
+_TIES = (
+    "Each pair of rows is compared on the held-out rows that both answered: 95 % paired bootstrap interval of the "
+    "difference in ROUGE-L over {rows} rows. An interval that contains zero means tied: no difference that these rows "
+    "can show. Tiers: first the rows that none is shown to be better than, then the rows that only those of the tiers "
+    "before are shown to be better than, and so on. Inside a tier nothing is ranked: the order is that of this report. "
+    "A row may be tied with rows of another tier, too; the second table says of each pair."
+)
+_SEEDS = (
+    " A row with several seeds is the mean over them, seed by seed beside the seeds of the other row; the interval "
+    "speaks of the choice of held-out rows, not of other seeds."
+)
+_CHANCE = " Of tied pairs about one in twenty is expected to look different by chance: here are {pairs} pairs."
+
+
+def scores(compared: Sequence[Row], found: Mapping[str, Intervals]) -> list[Block]:
+    """Every score with its difference to the base."""
+    bleu = {trial: one.bleu4 for trial, one in found.items()}
+    rouge = {trial: one.rouge_l for trial, one in found.items()}
+    columns: list[Column] = [
+        ("Status", lambda row: row.status.replace("_", " ")),
+        ("Eval loss", lambda row: fixed(row.eval_loss.value, 4)),
+        ("vs base", lambda row: _difference(row.eval_loss)),
+        ("BLEU-4", lambda row: fixed(row.bleu4.value, 4)),
+        ("vs base", lambda row: _difference(row.bleu4, bleu.get(row.trial_id))),
+        ("ROUGE-L", lambda row: fixed(row.rouge_l.value, 4)),
+        ("vs base", lambda row: _difference(row.rouge_l, rouge.get(row.trial_id))),
+        ("Final train loss", lambda row: fixed(row.result.train_loss_final, 4)),
+        ("Best eval loss", lambda row: fixed(row.result.eval_loss_best, 4)),
+    ]
+    blocks = row_table(compared, columns, text_columns=2)
+    text = ""
+    if any(row.base is not None for row in compared):
+        text = "Eval loss: lower is better; BLEU-4 and ROUGE-L (0 to 1): higher is better."
+        text += " The base is the model without fine-tuning, scored on the same rows."
+    if found:
+        text += (
+            " In brackets: 95 % paired bootstrap interval of the difference over the generated rows."
+            ' "Tied with base": the interval contains zero, so the difference is none that these rows can show.'
+        )
+    return [*blocks, Paragraph(text)] if text else blocks
+
+
+def over_seeds(groups: Sequence[SeedGroup]) -> list[Block]:
+    """Means over seeds with their range."""
+    if not groups:
+        return []
+    reads: list[tuple[str, int, bool, Callable[[Row], float | None]]] = [
+        ("Eval loss", 4, False, lambda row: row.eval_loss.value),
+        ("vs base", 4, True, lambda row: row.eval_loss.difference),
+        ("BLEU-4", 4, False, lambda row: row.bleu4.value),
+        ("vs base", 4, True, lambda row: row.bleu4.difference),
+        ("ROUGE-L", 4, False, lambda row: row.rouge_l.value),
+        ("vs base", 4, True, lambda row: row.rouge_l.difference),
+        ("Peak memory [GiB]", 2, False, lambda row: row.peak_memory_gib),
+        ("Training [s]", 1, False, lambda row: row.seconds("train_s")),
+    ]
+    lines = tuple(
+        (
+            group.label,
+            f"{len(group.finished)} of {len(group.rows)}",
+            *(spread_text(group.spread(read), places, signed=signed) for _, places, signed, read in reads),
+        )
+        for group in groups
+    )
+    header = ("Trials", "Seeds finished", *(name for name, *_ in reads))
+    return [Paragraph("Mean over the finished seeds (least to greatest)."), Table(header=header, lines=lines)]
+
+
+def differences(families: Sequence[Family], left_out: Mapping[str, str]) -> list[Block]:
+    """Tiers of rows that are tied, and every pair."""
+    shown = [family for family in families if family.pairs]
+    blocks: list[Block] = []
+    for number, family in enumerate(shown, 1):
+        if len(shown) > 1:
+            blocks.append(Heading(f"Held-out rows {number} of {len(shown)}"))
+        blocks += _family(family)
+    names = [f"{label} ({reason})" for label, reason in left_out.items()]
+    return [*blocks, Paragraph(f"Not compared: {', '.join(names)}.")] if blocks and names else blocks
+
+
+def _family(family: Family) -> list[Block]:
+    seeds = max(len(unit.finished) for unit in family.units)
+    text = _TIES.format(rows=family.rows) + (_SEEDS if seeds > 1 else "") + _CHANCE.format(pairs=len(family.pairs))
+    tiers = Table(
+        header=("Tier", "Trial", "ROUGE-L", "95 % interval", "BLEU-4"),
+        lines=tuple(
+            (str(number), family.units[place].label, fixed(family.values[place], 4), _range(family, place), bleu)
+            for number, tier in enumerate(family.tiers(), 1)
+            for place in tier
+            for bleu in [spread_text(family.units[place].spread(lambda row: row.bleu4.value), 4)]
+        ),
+        text_columns=2,
+    )
+    return [Paragraph(text), tiers, *_matrix(family), *_pairs(family)]
+
+
+def _range(family: Family, place: int) -> str:
+    interval = family.intervals[place]
+    return f"[{fixed(interval.low, 4)}, {fixed(interval.high, 4)}]"
+
+
+def _matrix(family: Family) -> list[Block]:
+    order = [place for tier in family.tiers() for place in tier]
+    letters = {place: _letter(index) for index, place in enumerate(order)}
+    lines = tuple(
+        (f"{letters[row]}: {family.units[row].label}", *(_cell(family, row, column) for column in order))
+        for row in order
+    )
+    said = "ROUGE-L of the row's trial less that of the column's where the difference is shown, else tied."
+    return [Paragraph(said), Table(header=("Trial", *letters.values()), lines=lines)]
+
+
+def _letter(index: int) -> str:
+    """A, B, ..., Z, AA, AB, ..."""
+    first, last = divmod(index, 26)
+    return (_letter(first - 1) if first else "") + chr(ord("A") + last)
+
+
+def _cell(family: Family, row: int, column: int) -> str:
+    if row == column:
+        return MISSING
+    if not (family.better(row, column) or family.better(column, row)):
+        return "tied"
+    found = family.pairs[min(row, column), max(row, column)].rouge_l
+    return fixed(found.difference if row < column else -found.difference, 4, signed=True)
+
+
+def _pairs(family: Family) -> list[Block]:
+    lines = tuple(
+        (
+            family.units[first].label,
+            family.units[second].label,
+            *(_interval(found) for found in (pair.rouge_l, pair.bleu4)),
+        )
+        for (first, second), pair in family.pairs.items()
+    )
+    header = ("First", "Second", "ROUGE-L, first less second", "BLEU-4, first less second")
+    return [Heading("Every pair"), Table(header=header, lines=lines, text_columns=2, folded=True)]
+
+
+def _interval(found: DifferenceInterval) -> str:
+    text = f"{fixed(found.difference, 4, signed=True)} {_ends(found)}"
+    return text if found.excludes_zero else f"{text}, tied"
+
+
+def _ends(found: DifferenceInterval) -> str:
+    return f"[{fixed(found.low, 4, signed=True)}, {fixed(found.high, 4, signed=True)}]"
+
+
+def _difference(score: Score, interval: DifferenceInterval | None = None) -> str:
+    if score.difference is None:
+        return MISSING
+    text = fixed(score.difference, 4, signed=True)
+    if score.relative is not None:
+        text += f" ({percent(score.relative, 1, signed=True)})"
+    if interval is not None:
+        text += f" {_ends(interval)}" + ("" if interval.excludes_zero else ", tied with base")
+    return text

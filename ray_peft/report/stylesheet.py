@@ -1,0 +1,62 @@
+"""The look of report.html: light and dark, from a telephone to a wide screen."""
+
+from ray_peft.report.palette import FAINT, GRID, INK, PAPER, VARIABLES, css_variables
+
+_RULES = (
+    f"""
+:root {{ color-scheme: light dark; {css_variables(dark=False)}
+  --ink: var({VARIABLES[INK]}); --faint: var({VARIABLES[FAINT]}); --line: var({VARIABLES[GRID]});
+  --paper: var({VARIABLES[PAPER]}); --link: var({VARIABLES["#0072b2"]}); --panel: #f4f5f7; }}
+@media (prefers-color-scheme: dark) {{ :root {{ {css_variables(dark=True)} --panel: #212329; }} }}
+"""
+    + """
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0 auto; padding: 1.2rem 1rem 4rem; max-width: 76rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0.4rem 0 0.8rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.25rem; margin: 2.4rem 0 0.7rem; padding-top: 0.8rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.02rem; margin: 1.5rem 0 0.5rem; overflow-wrap: anywhere; }
+p, ul { max-width: 46rem; margin: 0.7rem 0; overflow-wrap: anywhere; }
+p { white-space: pre-line; }
+ul { padding-left: 1.3rem; }
+li { margin: 0.25rem 0; }
+a { color: var(--link); }
+nav { font-size: 0.9rem; margin: 1rem 0; }
+nav a { display: inline-block; margin: 0.1rem 0.9rem 0.1rem 0; }
+.scroll { overflow-x: auto; margin: 0.9rem 0; border: 1px solid var(--line); border-radius: 6px; }
+table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { padding: 0.4rem 0.7rem; text-align: right; white-space: nowrap; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
+tbody tr:last-child > * { border-bottom: 0; }
+thead th { background: var(--panel); color: var(--ink); font-weight: 600; vertical-align: bottom; }
+tbody th { font-weight: 600; }
+.text { text-align: left; }
+td.text { white-space: normal; min-width: 7rem; max-width: 34rem; overflow-wrap: break-word; }
+th:first-child { position: sticky; left: 0; background: var(--paper); }
+thead th:first-child { background: var(--panel); }
+figure { margin: 1.1rem 0; max-width: 46rem; overflow-x: auto; }
+figcaption { font-size: 0.9rem; color: var(--faint); }
+figure svg { display: block; width: 100%; min-width: 30rem; height: auto; }
+figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: 0.85rem/1.5 ui-monospace, SFMono-Regular, Menlo,
+  Consolas, monospace; }
+.code { background: var(--panel); border-radius: 6px; padding: 0.7rem 0.9rem; max-width: 60rem; }
+details { margin: 0.7rem 0; border: 1px solid var(--line); border-radius: 6px; padding: 0.5rem 0.9rem; }
+summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }
+.given, .answers { display: grid; gap: 0.8rem; margin: 0.8rem 0; }
+.given { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+.answers { grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
+.card { border: 1px solid var(--line); border-radius: 6px; padding: 0.6rem 0.8rem; min-width: 0; }
+.given .card { background: var(--panel); }
+.card h4 { margin: 0 0 0.3rem; font-size: 0.82rem; color: var(--faint); overflow-wrap: anywhere; }
+@media (max-width: 40rem) {
+  th:first-child { max-width: 9.5rem; white-space: normal; overflow-wrap: break-word; }
+  th, td { padding: 0.35rem 0.5rem; }
+}
+@media print { .scroll { overflow: visible; } td, th { white-space: normal; } }
+"""
+)
+
+CSS = _RULES.strip()
+"""The content of the page's only `style` element."""

@@ -1,0 +1,97 @@
+"""What the recommendation says, and what it says cannot be said."""
+
+from answered import NEARLY, POOR, REFERENCES, WORSE, material, trial
+
+from ray_peft.report.advice import advice
+from ray_peft.report.document import Bullets, Heading, Paragraph, Table
+from ray_peft.result import Provenance
+
+
+def said(found):
+    """Lists and paragraphs before the rules as one text, and the tables' lines by their first header."""
+    blocks = advice(found)
+    rules = blocks.index(Heading("Rules of the recommendation"))
+    texts = [item for block in blocks[:rules] if isinstance(block, Bullets) for item in block.items]
+    texts += [block.text for block in blocks[:rules] if isinstance(block, Paragraph)]
+    return "\n".join(texts), {block.header[0]: block.lines for block in blocks if isinstance(block, Table)}
+
+
+def test_budgets_and_ties():
+    text, tables = said(
+        material(
+            [
+                (trial("none", memory=0.5), POOR),
+                (trial("full", memory=9.0), REFERENCES),
+                (trial("lora", memory=4.0), REFERENCES),
+                (trial("qlora", memory=2.0), NEARLY),
+                (trial("galore", memory=3.0), WORSE),
+            ]
+        )
+    )
+    assert "Best quality: full and lora (ROUGE-L 1.0000 and 1.0000): no row is shown to be better" in text
+    assert "lora takes the least memory and lora takes the least training time" in text
+    assert (
+        "shown to be better: full and lora; shown to be worse: galore; "
+        "no difference that these rows can show: qlora." in text
+    )
+    # qlora is tied with the base, which is cheaper; galore is worse: neither is ever recommended.
+    assert tables["Peak memory at hand"] == (
+        ("from 0.50 GiB to under 4.00 GiB", "none", "qlora (2.00 GiB)"),
+        ("from 4.00 GiB on", "lora", "full (9.00 GiB)"),
+    )
+    assert tables["Training time at hand"][-1] == ("from 40.0 s on", "lora", "full (90.0 s)")
+
+
+def test_one_row():
+    text, tables = said(material([(trial("lora", memory=1.0), POOR)]))
+    assert text.startswith("Only one row is finished and scored, so there is nothing to compare it with.")
+    assert not tables
+
+
+def test_no_base():
+    text, _ = said(material([(trial("lora"), POOR), (trial("full"), REFERENCES)]))
+    assert "Whether fine-tuning helps cannot be said" in text
+    assert "Best quality: full (ROUGE-L 1.0000), shown to be better than every other row." in text
+
+
+def test_no_answers():
+    text, _ = said(material([(trial("none", loss=2.0), None), (trial("lora", loss=1.0), None)]))
+    assert "No answers are on file" in text
+    assert "Best quality: lora (held-out loss 1.0000), the lowest." in text
+
+
+def test_only_failed_rows():
+    failed = trial("lora", status="failed"), trial("full", status="out_of_memory", memory=22.5)
+    text, tables = said(material([(result, None) for result in failed]))
+    assert text.startswith("No trial finished, so nothing can be recommended.")
+    assert "Ran out of memory here, so no candidate: full: 22.50 GiB." in text
+    assert not tables
+
+
+def test_costs_of_several_machines_are_not_compared():
+    made = [Provenance(device=device) for device in ("A", "B")]
+    text, tables = said(
+        material(
+            [
+                (trial("lora", memory=1.0, provenance=made[0]), POOR),
+                (trial("full", memory=2.0, provenance=made[1]), REFERENCES),
+            ]
+        )
+    )
+    assert "Training time: which to take cannot be said" in text
+    assert list(tables) == ["Peak memory at hand"]
+
+
+def test_an_ensemble_costs_what_its_members_cost():
+    lora, full = trial("lora", memory=2.0), trial("full", memory=5.0)
+    both = trial("galore", memory=1.0, members={lora.trial_id: 0.5, full.trial_id: 0.5})
+    found = material([(lora, POOR), (full, POOR), (both, REFERENCES)])
+    _, tables = said(found)
+    # Training 20 s and 50 s, and 10 s of its own; its peak is that of full.
+    assert tables["Training time at hand"][-1][:2] == ("from 80.0 s on", "galore")
+    assert tables["Peak memory at hand"][-1][:2] == ("from 5.00 GiB on", "galore")
+
+
+def test_the_rules_are_printed():
+    rules = advice(material([(trial("lora"), POOR)]))[-1]
+    assert any("A difference that is not shown never decides" in rule for rule in rules.items)
