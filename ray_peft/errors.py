@@ -3,7 +3,7 @@
     RayPeftError
         SpecError            one trial's settings cannot mean what they say
         SearchSpaceError     a search space file is wrong: all problems at once
-        DataError            a data file is missing, malformed or too small
+        DataError            a data file is missing, malformed or too small, or rows repeat held-out rows
         ModelError           a model or its tokenizer cannot be used
         PlacementError       the cluster cannot hold what was asked for
         TrackingError        the tracking store cannot be reached or lost a result

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 5
+FORMAT = 6
 """Raised when the preparation changes its result, so that older prepared data is not used again."""
 
 IGNORED = -100

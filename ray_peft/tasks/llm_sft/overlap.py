@@ -272,7 +272,7 @@ def refusal(overlap: Overlap, shown: int = 10) -> str:
             + f"), so scores would measure memory{more}:",
             *(f"  {pair}" for pair in listed),
             "  way out: data.contamination: {action: drop} trains on the next drawn rows in their place; {action: "
-            "allow} keeps them and says so in the report; `ray-peft data` lists all",
+            "allow} keeps them and says so in the report; `ray-peft data SPACE --json` lists the pairs",
         ]
     )
 

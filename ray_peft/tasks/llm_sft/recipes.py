@@ -50,7 +50,8 @@ def prompt_completion(row: Mapping[str, Any]) -> Conversation:
 def messages(row: Mapping[str, Any]) -> Conversation:
     """A conversation: messages with role and content, as in Tulu v2 and UltraChat; empty turns are dropped.
 
-    System text is put before the user turn that follows it, wherever it stands.
+    System text is put before the user turn that it stands behind or, if that is answered already, before the next one:
+    before the first user turn where it opens the conversation. After the last answer it instructs nothing and goes.
     """
     found = row.get("messages")
     if not isinstance(found, list):
@@ -60,11 +61,14 @@ def messages(row: Mapping[str, Any]) -> Conversation:
     for index, message in enumerate(found):
         if not isinstance(message, Mapping):
             raise WrongShape(f"messages[{index}] must be a mapping with role and content (found {_kind(message)})")
-        role = _ROLES.get(str(message.get("role", "")).lower())
+        role = _ROLES.get(str(message.get("role", "")).strip().lower())
         if role is None:
             raise WrongShape(f"messages[{index}].role is {message.get('role')!r}; known are {', '.join(_ROLES)}")
-        content = _text(message, "content").strip()
+        content = _text(message, "content")
         if not content:
+            continue
+        if role == "system" and turns and turns[-1]["role"] == "user":
+            turns[-1]["content"] = f"{content}\n\n{turns[-1]['content']}"
             continue
         if role == "system":
             system = f"{system}\n\n{content}" if system else content
@@ -116,8 +120,8 @@ def _checked(turns: list[Turn]) -> list[Turn]:
 
 def _text(row: Mapping[str, Any], field: str, default: str | None = None) -> str:
     value = row.get(field, default)
-    if value is None and default is not None:
-        return default
+    if value is None and field in row:
+        return ""  # null is how many files write an empty field
     if not isinstance(value, str):
         raise WrongShape(f"field {field!r} must be text (found {_kind(value)}; the row has {_keys(row)})")
     return value.strip()

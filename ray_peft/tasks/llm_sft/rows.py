@@ -167,9 +167,14 @@ def _hub_rows(name: str, split: str) -> Iterator[dict[str, Any]]:
 
 
 def _usable(source: SourceSpec, path: str, unusable: Counter[str]) -> tuple[list[Row], int]:
-    """The rows of a file that its recipe can use, and how many rows it has in all."""
+    """The rows of a file that its recipe can use, and how many rows it has in all.
+
+    Raises:
+        DataError: a row of another shape, or no usable row.
+    """
     recipe = RECIPES[source.recipe]
     usable: list[Row] = []
+    reasons: Counter[str] = Counter()
     number = 0
     for number, row in enumerate(read_rows(path, source.split), start=1):
         try:
@@ -177,7 +182,14 @@ def _usable(source: SourceSpec, path: str, unusable: Counter[str]) -> tuple[list
         except WrongShape as error:
             raise DataError(f"{path}: row {number} does not fit recipe {source.recipe}: {error}") from None
         except Unusable as reason:
-            unusable[str(reason)] += 1
+            reasons[str(reason)] += 1
+    if not usable:
+        why = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+        raise DataError(
+            f"{path}: source {source.label} is empty after filtering: recipe {source.recipe} can use none of its "
+            f"{number} rows ({why}); check that the recipe suits the file"
+        )
+    unusable.update(reasons)
     return usable, number
 
 

@@ -35,11 +35,30 @@ def test_system_text_goes_before_the_user_turn_that_follows_it():
     assert RECIPES["messages"](row).turns == pair("Be brief.\n\nHi", "Hello")
 
 
+@pytest.mark.parametrize(
+    ("order", "turns"),
+    [
+        ("S Q A", ("S\n\nQ", "A")),
+        ("S T Q A", ("S\n\nT\n\nQ", "A")),
+        ("Q S A", ("S\n\nQ", "A")),
+        ("Q S A P B", ("S\n\nQ", "A", "P", "B")),
+        ("Q A S P B", ("Q", "A", "S\n\nP", "B")),
+        ("Q A S", ("Q", "A")),
+    ],
+)
+def test_system_text_stays_with_what_it_instructs(order, turns):
+    roles = {"S": "system", "T": "System ", "Q": "USER", "P": "human", "A": "gpt", "B": "assistant"}
+    found = RECIPES["tulu"]({"messages": [{"role": roles[each], "content": f" {each}\n"} for each in order.split()]})
+    assert tuple(turn["content"] for turn in found.turns) == turns
+    assert [turn["role"] for turn in found.turns] == ["user", "assistant"] * (len(turns) // 2)
+
+
 def test_empty_turns_are_dropped():
     row = {
         "messages": [
             {"role": "user", "content": "Hi"},
             {"role": "assistant", "content": " "},
+            {"role": "assistant", "content": None},
             {"role": "assistant", "content": "Hello"},
         ]
     }
@@ -50,6 +69,7 @@ def test_empty_turns_are_dropped():
     ("recipe", "row", "reason"),
     [
         ("alpaca", {"instruction": "x", "output": " "}, "empty answer"),
+        ("alpaca", {"instruction": "x", "output": None}, "empty answer"),
         ("dolly", {"instruction": "", "response": "x"}, "empty question"),
         ("messages", {"messages": []}, "no turns"),
         ("messages", {"messages": [{"role": "assistant", "content": "x"}]}, "does not start with the user"),

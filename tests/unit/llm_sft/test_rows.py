@@ -159,6 +159,14 @@ def test_too_few_rows_say_how_many_are_short(tmp_path):
         draw(source(numbered(tmp_path / "r.jsonl", 6), train=6, test=2), 0)
 
 
+def test_a_source_without_a_usable_row_says_that_it_is_empty_and_why(tmp_path):
+    rows = [{"prompt": "q", "completion": None}, {"prompt": " ", "completion": "a"}, {"prompt": "q", "completion": ""}]
+    path = tiny.write_rows(tmp_path / "r.jsonl", rows)
+    words = r"is empty after filtering: recipe .* none of its 3 rows \(2 x empty answer, 1 x empty question\)"
+    with pytest.raises(DataError, match=words):
+        draw(source(path), 0)
+
+
 def test_a_row_of_another_shape_is_named(tmp_path):
     path = tiny.write_rows(tmp_path / "r.jsonl", [{"prompt": "q", "completion": "a"}, {"prompt": "q"}])
     with pytest.raises(DataError, match="row 2 does not fit recipe prompt_completion: field 'completion'"):
