@@ -48,6 +48,7 @@ def spec(method: str, seed: int, **method_settings: Any) -> TrialSpec:
 
 def build(folder: Path, *, seeds: tuple[int, ...] = (1, 2), rows: int = 60) -> Path:
     """Six methods with each seed; of galore the last seed failed, and full with batches of one ran out of memory."""
+    folder.mkdir(exist_ok=True)
     rng = random.Random(0)
     references = [" ".join(rng.choices(WORDS, k=12)) for _ in range(rows)]
     results = []
@@ -160,6 +161,6 @@ def _write_answers(place: Path, answers: list[str], references: list[str]) -> No
     samples = [
         {"row": row, "source_dataset": "alpaca", "prompt": f"Say row {row} again.\n\nInput: {references[row]}",
          "reference": references[row], "answer": f"{answers[row]}\n{HOSTILE}" if row == 0 else answers[row]}
-        for row in range(4)
+        for row in range(min(4, len(references)))
     ]  # fmt: skip
     (place / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))

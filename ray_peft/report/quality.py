@@ -94,9 +94,9 @@ def _family(family: Family) -> list[Block]:
     seeds = max(len(unit.finished) for unit in family.units)
     text = _TIES.format(rows=family.rows) + (_SEEDS if seeds > 1 else "") + _CHANCE.format(pairs=len(family.pairs))
     tiers = Table(
-        header=("Tier", "Trial", "ROUGE-L", "95 % interval", "BLEU-4"),
+        header=("Trial", "Tier", "ROUGE-L", "95 % interval", "BLEU-4"),
         lines=tuple(
-            (str(number), family.units[place].label, fixed(family.values[place], 4), _range(family, place), bleu)
+            (family.units[place].label, str(number), fixed(family.values[place], 4), _range(family, place), bleu)
             for number, tier in enumerate(family.tiers(), 1)
             for place in tier
             for bleu in [spread_text(family.units[place].spread(lambda row: row.bleu4.value), 4)]

@@ -52,6 +52,7 @@ summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }
 .card h4 { margin: 0 0 0.3rem; font-size: 0.82rem; color: var(--faint); overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
   th:first-child { max-width: 9.5rem; white-space: normal; overflow-wrap: break-word; }
+  tbody th { min-width: 7rem; }
   th, td { padding: 0.35rem 0.5rem; }
 }
 @media print { .scroll { overflow: visible; } td, th { white-space: normal; } }
