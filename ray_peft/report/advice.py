@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ray_peft.report.costs import Costs
-from ray_peft.report.digits import duration, fixed, gib, listed
+from ray_peft.report.digits import MISSING, duration, fixed, gib, listed
 from ray_peft.report.document import Block, Bullets, Heading, Paragraph, Table
 from ray_peft.report.material import Material
 from ray_peft.report.recommend import Choice, cheapest, walk
@@ -56,52 +56,70 @@ def _family(family: Family, costs: Costs) -> list[Block]:
 
 def _best(family: Family, costs: Costs) -> str:
     best = family.tiers()[0]
-    names = [family.units[place].label for place in best]
-    shown = "ROUGE-L" if family.measure == "rouge_l" else "held-out loss"
+    by_score = family.measure == "rouge_l"
+    names = [_name(family.units[place]) for place in best]
     values = listed([fixed(family.values[place], 4) for place in best])
+    start = f"Best quality: {listed(names)} ({'ROUGE-L' if by_score else 'held-out loss'} {values})"
     if len(best) == 1:
-        kind = "shown to be better than every other row" if family.measure == "rouge_l" else "the lowest"
-        return f"Best quality: {names[0]} ({shown} {values}), {kind}."
+        return f"{start}, {'shown to be better' if by_score else 'lower by more than the margin'} than every other row."
     text = (
-        f"Best quality: {listed(names)} ({shown} {values}): no row is shown to be better than any of these, and "
-        "between them there is no difference that these rows can show."
+        f"{start}: no row is shown to be better than any of these, and between them there is no difference that these "
+        "rows can show."
+        if by_score
+        else f"{start}: no loss is lower than any of these by more than the margin."
     )
-    picks = []
-    for what, values_of, others, problem in (
-        ("memory", costs.memory_gib, costs.time_s, costs.memory_problem),
-        ("training time", costs.time_s, costs.memory_gib, costs.time_problem),
-    ):
-        place = None if problem else cheapest(best, values_of, others)
-        if place is not None:
-            picks.append(f"{family.units[place].label} takes the least {what}")
-    return f"{text} Of these, {listed(picks)}." if picks else text
+    return f"{text} {_cheaper(family, best, costs)}".rstrip()
+
+
+def _cheaper(family: Family, best: Sequence[int], costs: Costs) -> str:
+    """Which of tied candidates to take."""
+    memory = None if costs.memory_problem else cheapest(best, costs.memory_gib, costs.time_s)
+    time = None if costs.time_problem else cheapest(best, costs.time_s, costs.memory_gib)
+    reasons = []
+    if memory is not None:
+        reasons.append((memory, f"the least memory ({gib(costs.memory_gib[memory])})"))
+    if time is not None:
+        reasons.append((time, f"the least training time ({duration(costs.time_s[time])})"))
+    picks: dict[int, list[str]] = {}
+    for place, reason in reasons:
+        picks.setdefault(place, []).append(reason)
+    said = [f"{_name(family.units[place])}, which takes {listed(found)}" for place, found in picks.items()]
+    return f"Of these the cheaper is recommended: {'; or '.join(said)}." if said else ""
 
 
 def _against_base(family: Family) -> list[str]:
-    bases = [place for place, unit in enumerate(family.units) if _is_base(unit)]
+    homes = {row.trial_id: place for place, unit in enumerate(family.units) for row in unit.rows}
+    bases = {
+        place: homes[row.base.trial_id]
+        for place, unit in enumerate(family.units)
+        for row in unit.finished
+        if row.base is not None and row.base.trial_id in homes
+    }
     if not bases:
         return ["Whether fine-tuning helps cannot be said: there is no finished row of the model without it (none)."]
-    if len(bases) > 1:
-        return []  # several models: their own differences to the base stand in the scores
-    (base,) = bases
-    others = [place for place in range(len(family.units)) if place != base]
-    groups = [
-        ("shown to be better", [place for place in others if family.better(place, base)]),
-        ("shown to be worse", [place for place in others if family.better(base, place)]),
-    ]
-    seen = {place for _, places in groups for place in places}
-    groups.append(("no difference that these rows can show", [place for place in others if place not in seen]))
-    said = "; ".join(f"{name}: {_names(family, places)}" for name, places in groups if places)
+    by_score = family.measure == "rouge_l"
+    better, worse = ("shown to be better", "shown to be worse") if by_score else ("lower loss", "higher loss")
+    groups: dict[str, list[int]] = {
+        better: [place for place, base in bases.items() if family.better(place, base)],
+        worse: [place for place, base in bases.items() if family.better(base, place)],
+    }
+    seen = {place for places in groups.values() for place in places}
+    alike = "no difference that these rows can show" if by_score else "no difference beyond the margin"
+    groups[alike] = [place for place in bases if place not in seen]
+    said = "; ".join(
+        f"{name}: {listed([_name(family.units[place]) for place in places])}"
+        for name, places in groups.items()
+        if places
+    )
     return [f"Against the model without fine-tuning: {said}."]
 
 
 def _budgets(name: str, family: Family, choices: Sequence[Choice], costs: Sequence[str]) -> Block:
     lines = []
     for choice, following in zip(choices, [*choices[1:], None], strict=True):
-        least = costs[choice.take]
         most = f" to under {costs[following.take]}" if following else " on"
-        tied = ", ".join(f"{family.units[place].label} ({costs[place]})" for place in choice.tied)
-        lines.append((f"from {least}{most}", family.units[choice.take].label, tied or "-"))
+        tied = ", ".join(f"{_name(family.units[place])}: {costs[place]}" for place in choice.tied)
+        lines.append((f"from {costs[choice.take]}{most}", _name(family.units[choice.take]), tied or MISSING))
     header = (f"{name} at hand", "Take", "Tied with it, and needs more")
     return Table(header=header, lines=tuple(lines), text_columns=3)
 
@@ -149,8 +167,8 @@ def _cannot_say(material: Material) -> list[str]:
     return found
 
 
-def _names(family: Family, places: Sequence[int]) -> str:
-    return listed([family.units[place].label for place in places])
+def _name(unit: SeedGroup) -> str:
+    return f"{unit.label} (no fine-tuning)" if _is_base(unit) else unit.label
 
 
 def _one_seed(unit: SeedGroup) -> bool:

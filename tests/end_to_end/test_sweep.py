@@ -95,8 +95,13 @@ def test_the_hybrid_s_merge_has_its_cost_as_a_number(swept):
 def test_the_report_names_every_trial(swept):
     _, outcome = swept
     report = (outcome.folder / "report.md").read_text(encoding="utf-8")
+    page = (outcome.folder / "report.html").read_text(encoding="utf-8")
     for result in outcome.results:
         assert result.trial_id in report
+        assert result.trial_id in page
+    for section in ("Recommendation", "Which differences are shown", "Loss over steps", "Between stages"):
+        assert f"## {section}\n" in report
+    assert "plots/losses.svg" in report
     assert len((outcome.folder / "report.csv").read_text(encoding="utf-8").splitlines()) == 7
 
 
@@ -107,6 +112,8 @@ def test_mlflow_holds_parent_children_parameters_curves_and_artifacts(swept):
     run = mlflow.get_run(lora.mlflow_run_id)
     parent = mlflow.get_run(run.data.tags["mlflow.parentRunId"])
     assert parent.info.status == "FAILED"  # one trial failed
+    kept = {item.path for item in mlflow.list_artifacts(parent.info.run_id)}
+    assert {"report.html", "report.md", "report.csv", "results.jsonl", "plots"} <= kept
     assert run.info.status == "FINISHED"
     assert run.data.params["method.rank"] == "4"
     assert run.data.params["train.batch_size"] == "8"

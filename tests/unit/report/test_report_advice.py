@@ -29,17 +29,17 @@ def test_budgets_and_ties():
         )
     )
     assert "Best quality: full and lora (ROUGE-L 1.0000 and 1.0000): no row is shown to be better" in text
-    assert "lora takes the least memory and lora takes the least training time" in text
+    assert "recommended: lora, which takes the least memory (4.00 GiB) and the least training time (40.0 s)." in text
     assert (
         "shown to be better: full and lora; shown to be worse: galore; "
         "no difference that these rows can show: qlora." in text
     )
     # qlora is tied with the base, which is cheaper; galore is worse: neither is ever recommended.
     assert tables["Peak memory at hand"] == (
-        ("from 0.50 GiB to under 4.00 GiB", "none", "qlora (2.00 GiB)"),
-        ("from 4.00 GiB on", "lora", "full (9.00 GiB)"),
+        ("from 0.50 GiB to under 4.00 GiB", "none (no fine-tuning)", "qlora: 2.00 GiB"),
+        ("from 4.00 GiB on", "lora", "full: 9.00 GiB"),
     )
-    assert tables["Training time at hand"][-1] == ("from 40.0 s on", "lora", "full (90.0 s)")
+    assert tables["Training time at hand"][-1] == ("from 40.0 s on", "lora", "full: 90.0 s")
 
 
 def test_one_row():
@@ -57,7 +57,8 @@ def test_no_base():
 def test_no_answers():
     text, _ = said(material([(trial("none", loss=2.0), None), (trial("lora", loss=1.0), None)]))
     assert "No answers are on file" in text
-    assert "Best quality: lora (held-out loss 1.0000), the lowest." in text
+    assert "Best quality: lora (held-out loss 1.0000), lower by more than the margin than every other row." in text
+    assert "Against the model without fine-tuning: lower loss: lora." in text
 
 
 def test_only_failed_rows():
@@ -66,6 +67,30 @@ def test_only_failed_rows():
     assert text.startswith("No trial finished, so nothing can be recommended.")
     assert "Ran out of memory here, so no candidate: full: 22.50 GiB." in text
     assert not tables
+
+
+def test_tied_rows_of_which_each_is_cheaper_in_its_way():
+    slow = trial("lora", memory=1.0)
+    slow = slow.model_copy(update={"usage": slow.usage.model_copy(update={"train_s": 99.0})})
+    text, _ = said(material([(slow, POOR), (trial("full", memory=5.0), POOR)]))
+    assert (
+        "lora, which takes the least memory (1.00 GiB); or full, which takes the least training time (50.0 s)" in text
+    )
+
+
+def test_every_model_has_its_own_base():
+    other = {"name": "org/other"}
+    text, _ = said(
+        material(
+            [
+                (trial("none"), POOR),
+                (trial("lora"), REFERENCES),
+                (trial("none", model=other), REFERENCES),
+                (trial("lora", model=other), POOR),
+            ]
+        )
+    )
+    assert "shown to be better: lora model=tiny; shown to be worse: lora model=other." in text
 
 
 def test_costs_of_several_machines_are_not_compared():
