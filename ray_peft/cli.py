@@ -74,6 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(act=_plan)
 
+    command = commands.add_parser("data", help="prepare the rows of a search space and say what became of them")
+    command.add_argument("space")
+    command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--out", metavar="DIR", help="write the prepared rows, examples and the report there")
+    command.set_defaults(act=_data)
+
     command = commands.add_parser("report", help="write a sweep's report again and print its table")
     command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart")
     command.add_argument(
@@ -169,6 +176,19 @@ def _plan(options: argparse.Namespace) -> int:
     for trial_id, label in labels({trial.trial_id: trial for trial in trials}).items():
         print(f"{trial_id}  {label}")
     print(f"{len(trials)} trials, checked: no weights were loaded")
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from ray_peft import data_report
+
+    reports = data_report.report_data(options.space, options.overrides)
+    print(json.dumps(data_report.plain(reports), indent=2) if options.json else data_report.table(reports))
+    if options.out is not None:
+        written = data_report.write(reports, Path(options.out))
+        for path in written:  # standard output holds JSON alone, where JSON was asked for
+            print(f"written: {_short(path)}", file=sys.stderr if options.json else sys.stdout)
+    data_report.raise_if_refused(reports)
     return 0
 
 

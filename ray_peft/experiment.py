@@ -16,7 +16,7 @@ from ray_peft.report.files import write_report
 from ray_peft.report.plain import console_table
 from ray_peft.result import Status, TrialResult
 from ray_peft.space import ReportSpec, TrackingSpec
-from ray_peft.spec import TrialSpec
+from ray_peft.spec import TrialSpec, cautions
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Inspection
 from ray_peft.tracking import Store
@@ -48,7 +48,7 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Console) -> list[str]:
     """Check model, tokenizer and data of every trial once, and prepare the data.
 
     Returns:
-        Notes on the rows: cut, left out, unusable.
+        Notes: rows that were cut, left out or unusable, and settings that are known to go wrong.
 
     Raises:
         DataError, ModelError: something is missing or malformed.
@@ -57,14 +57,15 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Console) -> list[str]:
     seen: dict[str, Inspection] = {}
     notes: dict[str, None] = {}
     for trial in trials:
-        key = json.dumps([trial.task, trial.model.plain(), trial.data.plain(), trial.train.loss], sort_keys=True)
+        models = [each.model.plain() for each in (trial, *trial.members())]
+        key = json.dumps([trial.task, models, trial.data.plain(), trial.train.loss], sort_keys=True)
         task = TASKS[trial.task]
         if key not in seen:
             seen[key] = task.inspect(trial)
         trial.method.stages(task.total_steps(trial, seen[key].train_rows))
-        for note in seen[key].notes:
+        for note in (*(f"data: {note}" for note in seen[key].notes), *(f"caution: {note}" for note in cautions(trial))):
             if note not in notes:
-                console.say(f"data: {note}")
+                console.say(note)
             notes[note] = None
     return list(notes)
 

@@ -50,6 +50,15 @@ class Peaks:
     reserved_gib: float | None = None
     device_used_gib: float | None = None
     rss_gib: float | None = None
+    spilled_gib: float | None = None
+
+
+def spilled(reserved_gib: float, total_gib: float) -> float:
+    """GiB of the allocator's segments beyond the card's own memory.
+
+    Drivers for Windows move them to the host's memory in place of an out-of-memory error, at the speed of PCIe.
+    """
+    return max(0.0, reserved_gib - total_gib)
 
 
 @dataclass
@@ -86,7 +95,10 @@ class MemoryWatch:
             import torch
 
             self.peaks.allocated_gib = _larger(self.peaks.allocated_gib, torch.cuda.max_memory_allocated() / GIB)
-            self.peaks.reserved_gib = _larger(self.peaks.reserved_gib, torch.cuda.max_memory_reserved() / GIB)
+            reserved = torch.cuda.max_memory_reserved() / GIB
+            self.peaks.reserved_gib = _larger(self.peaks.reserved_gib, reserved)
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
+            self.peaks.spilled_gib = _larger(self.peaks.spilled_gib, spilled(reserved, total))
 
 
 class _Sampler(threading.Thread):

@@ -34,6 +34,8 @@ class Usage(Strict):
     """Peak of the allocator's segments on one GPU; null on a CPU."""
     device_used_gib: float | None = None
     """Peak in use on the whole GPU by all processes, from NVML; null on a CPU."""
+    spilled_gib: float | None = None
+    """Reserved memory beyond what the GPU has, which lies in the host's memory and is slow; null on a CPU."""
     peak_rss_gib: float | None = None
     """Peak resident memory of the worker process."""
     wall_time_s: float = 0.0

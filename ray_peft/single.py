@@ -43,6 +43,8 @@ def run(
     """
     console = console or Console(quiet=True)
     trial, tracking_spec, report = _trial(spec, overrides)
+    if trial.members():
+        raise SpecError("method ensemble: a run makes one trial, but an ensemble needs its members; use a sweep")
     ledger = Ledger(Path(out) if out else experiment.outputs_folder() / trial.trial_id)
     notes = experiment.inspect_trials([trial], console)
     store = experiment.open_store(

@@ -151,7 +151,7 @@ def fill(template: dict[str, Any], values: dict[str, Any], source: str) -> Trial
     Raises:
         SearchSpaceError: the values make no valid trial.
     """
-    return _validate([_substitute(template, values, "")], source)[0]
+    return _validate([_substitute(template, values, "")], source)[-1]
 
 
 def distributions(template: Any, prefix: str = "") -> dict[str, tuple[str, list[Any]]]:
@@ -278,23 +278,39 @@ def _draws(
     if problems:
         problems[:] = list(dict.fromkeys(problems))
         return
-    if any(searched) and search is None:
-        key = next(key for found in searched for key in found)
-        problems.append(f"{source}: search: missing, but {key} is a distribution; add `search: {{samples: N}}`")
-        return
-    if search is not None and not any(searched):
-        problems.append(f"{source}: search: there is no distribution to search (found samples {search.samples})")
-        return
-    if search is not None and search.algorithm == "optuna" and len(templates) > 1:
-        problems.append(
-            f"{source}: search.algorithm: optuna searches one space, but the grid has {len(templates)} cells; "
-            "use random, or write {choice: [...]} in place of {grid: [...]}"
-        )
+    problem = _search_problem(templates, searched, search)
+    if problem:
+        problems.append(f"{source}: {problem}")
         return
     for index, (template, found) in enumerate(zip(templates, searched, strict=True)):
         generator = random.Random(f"{search.seed if search else 0}:{index}")
         for _ in range(search.samples if search and found else 1):
             yield _substitute(template, {key: _draw(generator, *how) for key, how in found.items()}, "")
+
+
+def _search_problem(
+    templates: list[dict[str, Any]], searched: list[dict[str, tuple[str, list[Any]]]], search: SearchSpec | None
+) -> str | None:
+    """Why `search` does not fit the distributions, or None."""
+    if search is None:
+        key = next((key for found in searched for key in found), None)
+        return key and f"search: missing, but {key} is a distribution; add `search: {{samples: N}}`"
+    if not any(searched):
+        return f"search: there is no distribution to search (found samples {search.samples})"
+    if search.algorithm != "optuna":
+        return None
+    if len(templates) > 1:
+        return (
+            f"search.algorithm: optuna searches one space, but the grid has {len(templates)} cells; "
+            "use random, or write {choice: [...]} in place of {grid: [...]}"
+        )
+    method = templates[0].get("method")
+    if isinstance(method, dict) and method.get("name") == "ensemble":
+        return (
+            "search.algorithm: optuna proposes one trial at a time, but an ensemble is made of several; "
+            "search the members first, then write the best ones into an ensemble"
+        )
+    return None
 
 
 def _distribution_problem(kind: str, arguments: list[Any]) -> str | None:
@@ -333,13 +349,13 @@ def _substitute(template: Any, values: dict[str, Any], prefix: str) -> Any:
 
 
 def _validate(drawn: list[dict[str, Any]], source: str) -> list[TrialSpec]:
-    """All trials, each once; or one error with every problem once."""
+    """All trials, each once, an ensemble's members before it; or one error with every problem once."""
     trials: dict[str, TrialSpec] = {}
     broken: dict[str, int] = {}
     for plain in drawn:
         try:
             trial = TrialSpec.from_plain(plain).located()
-            trials[trial.trial_id] = trial
+            trials |= {each.trial_id: each for each in (*trial.members(), trial) if each.trial_id not in trials}
         except ValidationError as error:
             for line in dict.fromkeys(explain(error, "")):
                 broken[line] = broken.get(line, 0) + 1

@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ray_peft.methods import AnyMethod
 from ray_peft.methods.base import Dtype, Quantization, Stage, Task
+from ray_peft.methods.ensemble import Ensemble
 from ray_peft.strict import Strict
 
 Recipe = Literal["alpaca", "dolly", "tulu", "ultrachat", "messages", "prompt_completion", "text"]
@@ -47,9 +48,11 @@ class SourceSpec(Strict):
     test_path: str | None = None
     """A file with the held-out rows; null takes them from `path`, apart from the training rows."""
     train: int | float = Field(gt=0)
-    """Training rows: a count (int), or a fraction of all rows (float up to 1.0, which means all but the test rows)."""
+    """Training rows: a count (int), or a fraction of all rows (float up to 1.0, which means all others)."""
     test: int | float = Field(gt=0)
     """Held-out rows: a count (int), or a fraction of all rows (float below 1.0)."""
+    validation: int | float = Field(default=0, ge=0)
+    """Rows of `path` for choices made after training, apart from the others: a count, or a fraction; 0 takes none."""
     name: str | None = None
     """The `source_dataset` tag of its rows; null takes the recipe's name."""
     split: str = "train"
@@ -61,12 +64,30 @@ class SourceSpec(Strict):
             raise ValueError(f"train ({self.train}) is a fraction above 1; write a count without a point")
         if isinstance(self.test, float) and self.test >= 1:
             raise ValueError(f"test ({self.test}) is a fraction that leaves no training rows; write a count or less")
+        if isinstance(self.validation, float) and self.validation >= 1:
+            raise ValueError(
+                f"validation ({self.validation}) is a fraction that leaves no training rows; write a count without a "
+                "point, or less"
+            )
         return self
 
     @property
     def label(self) -> str:
         """The tag of its rows."""
         return self.name or self.recipe
+
+
+class ContaminationSpec(Strict):
+    """What happens to training rows that repeat test or validation rows (tasks/llm_sft/overlap.py says how)."""
+
+    action: Literal["fail", "drop", "allow"] = "fail"
+    """fail: nothing starts. drop: the next drawn rows take their place. allow: they are trained on, and it is said."""
+    ngram: int = Field(default=8, ge=2, le=100)
+    """Words of the n-grams that are compared, and of the shortest question that counts by itself."""
+    threshold: float = Field(default=0.7, gt=0, le=1)
+    """Share of a held-out row's n-grams that a training row may not reach."""
+    boilerplate: int = Field(default=10, ge=1)
+    """N-grams in more rows than this are templates and do not count."""
 
 
 class DataSpec(Strict):
@@ -81,6 +102,8 @@ class DataSpec(Strict):
     """What happens to a longer training row: keep its first `max_length` tokens, or leave it out. Both are counted."""
     chat_template: str | None = None
     """A .jinja file that replaces the tokenizer's chat template; null keeps the model's own."""
+    contamination: ContaminationSpec = ContaminationSpec()
+    """The rule for training rows that repeat held-out rows of any source."""
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:
@@ -121,6 +144,16 @@ class TrainSpec(Strict):
     """Optimizer steps between two checkpoints; a trial that was interrupted goes on from the last one."""
     save_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """The dtype of the saved adapter or weights."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_fp16(cls, value: object) -> object:
+        if value in ("fp16", "float16"):
+            raise ValueError(
+                f"{value} has no range for gradients, which become NaN or zero without loss scaling; "
+                "use bf16, which has the range of fp32, or fp32 on a GPU without bf16"
+            )
+        return value
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -204,12 +237,29 @@ class TrialSpec(Strict):
         """The same trial with every local path made absolute, so that it means the same on every worker."""
         plain = self.plain()
         model, sources = plain["model"], plain["data"]["sources"]
-        for holder, key in [(model, "name"), (model, "tokenizer"), (plain["data"], "chat_template")] + [
-            (source, key) for source in sources for key in ("path", "test_path")
+        members = plain["method"].get("members", [])
+        for holder, key in [
+            *((model, key) for key in ("name", "tokenizer")),
+            (plain["data"], "chat_template"),
+            *((source, key) for source in sources for key in ("path", "test_path")),
+            *((member, "model") for member in members),
         ]:
             if holder[key] is not None and is_local(holder[key]):
                 holder[key] = str(Path(holder[key]).expanduser().absolute())
         return type(self).from_plain(plain)
+
+    def members(self) -> list[TrialSpec]:
+        """Of an ensemble, the trials that it is made of, in the order of its settings; else none."""
+        if not isinstance(self.method, Ensemble):
+            return []
+        found = []
+        for member in self.method.members:
+            model = self.model if member.model is None else self.model.model_copy(update={"name": member.model})
+            seed = self.seed if member.seed is None else member.seed
+            own = {"method": member.method, "model": model, "seed": seed}
+            # Not model_copy, which would copy the cached trial_id; the parts are checked, legality() sees the whole.
+            found.append(TrialSpec.model_construct(**{**dict(self), **own}))
+        return found
 
     @property
     def quantization(self) -> Quantization | None:
@@ -248,8 +298,40 @@ def legality(spec: TrialSpec) -> list[str]:
         problems.append(
             "evaluation.generate: true needs prompts, but recipe text has none; set evaluation.generate: false"
         )
+    problems += _ensemble_problems(spec)
     accumulates = train.batch_size > train.micro_batch_size * workers
     problems += method.conflicts(accumulates=accumulates, num_workers=workers)
+    return problems
+
+
+def cautions(spec: TrialSpec) -> list[str]:
+    """What is allowed and yet known to go wrong, one sentence each."""
+    found = []
+    used = {"model.dtype": spec.model.dtype}
+    if spec.quantization is not None:
+        used["the 4-bit base's compute_dtype"] = spec.quantization.compute_dtype
+    for name, dtype in used.items():
+        if dtype == "float16":
+            found.append(
+                f"{spec.method.name}: {name} is float16, in which values above 65,504 overflow and make the loss NaN; "
+                "bfloat16 has the range of float32 (NVIDIA GPUs from Ampere on)"
+            )
+    return found
+
+
+def _ensemble_problems(spec: TrialSpec) -> list[str]:
+    members = spec.members()
+    if not members:
+        return []
+    problems = [f"method.members: {problem}" for member in members for problem in legality(member)]
+    ids = [member.trial_id for member in members]
+    if len(set(ids)) < len(ids):
+        problems.append(f"method.members: {_first_double(ids)} is there twice; give members that differ")
+    if not any(source.validation for source in spec.data.sources):
+        problems.append(
+            "method.members: an ensemble tunes its weights on validation rows, which are neither trained on nor tested "
+            "on, but no source has any; set `validation` of a source in data.sources"
+        )
     return problems
 
 

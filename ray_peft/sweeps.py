@@ -161,7 +161,10 @@ class _Sweep:
         """Run the missing trials and `leave` the cluster; true if the user interrupted them."""
         try:
             self.console.say(_placement_line(nodes, demands, self.plan.missing))
-            self._fit(nodes, demands)
+            for trials in self._phases():
+                self._fit(trials, nodes, demands)
+                if self._interrupted(trials):
+                    break
         finally:
             try:
                 leave()  # no worker may still write to the runs that are closed here
@@ -171,7 +174,20 @@ class _Sweep:
                     self.opened.ledger.add(self.opened.lost(trial, "cancelled", "interrupted before the end"))
         return bool(lost) or self.handed_out < self.plan.missing
 
-    def _fit(self, nodes: list[Node], demands: dict[str, Demand]) -> None:
+    def _phases(self) -> list[list[TrialSpec]]:
+        """The missing trials; ensembles after those that they are made of."""
+        if self.plan.searched:
+            return [[]]
+        single = [trial for trial in self.plan.todo if not trial.members()]
+        ensembles = [trial for trial in self.plan.todo if trial.members()]
+        return [trials for trials in (single, ensembles) if trials]
+
+    def _interrupted(self, trials: list[TrialSpec]) -> bool:
+        """True if Tune came back before all of them had a row: the user stopped it."""
+        return any(trial.trial_id not in self.rows for trial in trials)
+
+    def _fit(self, trials: list[TrialSpec], nodes: list[Node], demands: dict[str, Demand]) -> None:
+        """Run trials at once; what a search proposes, if there are none."""
         from ray import tune
 
         several = [each for each in demands.values() if each.num_workers > 1]
@@ -182,9 +198,9 @@ class _Sweep:
             space: dict[str, Any] = {key: _domain(*how) for key, how in distributions(self.space.templates[0]).items()}
             settings |= {"search_alg": self._optuna(), "num_samples": self.plan.missing}
         else:
-            space = {"spec": tune.grid_search([trial.plain() for trial in self.plan.todo])}
+            space = {"spec": tune.grid_search([trial.plain() for trial in trials])}
         tuner = tune.Tuner(
-            tune.with_resources(self._trainable(nodes), _resources(self.space, nodes)),
+            tune.with_resources(self._trainable(trials, nodes), _resources(self.space, nodes)),
             param_space=space,
             tune_config=tune.TuneConfig(**settings),
             run_config=tune.RunConfig(
@@ -199,10 +215,12 @@ class _Sweep:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tuner.fit()
 
-    def _trainable(self, nodes: list[Node]) -> Callable[[dict[str, Any]], None]:
+    def _trainable(self, trials: list[TrialSpec], nodes: list[Node]) -> Callable[[dict[str, Any]], None]:
         """The function that Tune runs for each trial, in a process that it uses again for the next."""
         ledger, store, parent = self.opened.ledger, self.opened.store, self.opened.parent_run_id
         name, resolve = self.opened.name, _resolver(self.space)
+        wanted = {member.trial_id for trial in trials for member in trial.members()}
+        rows = {trial_id: row for trial_id, row in self.rows.items() if trial_id in wanted}
 
         def trial(config: dict[str, Any]) -> None:
             from ray import tune
@@ -215,6 +233,7 @@ class _Sweep:
                 parent_run_id=parent,
                 sweep=name,
                 demand=demand(spec, nodes),
+                members=tuple(rows[each.trial_id] for each in spec.members() if each.trial_id in rows),
             )
 
             def report(metrics: Mapping[str, float], step: int) -> None:

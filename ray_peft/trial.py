@@ -10,6 +10,7 @@ import logging
 import platform
 import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +19,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ray_peft import measure
-from ray_peft.errors import RayPeftError
+from ray_peft.errors import RayPeftError, TrialFailed
 from ray_peft.methods.base import Stage
 from ray_peft.result import Provenance, Scores, Status, TrialResult, Usage
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
-from ray_peft.tasks.base import Bench, Report, Scored, Trained
+from ray_peft.tasks.base import Bench, MemberModel, Report, Scored, Trained
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,9 @@ class Tracker(Protocol):
     def table(self, rows: list[dict[str, object]], artifact_file: str) -> None:
         """Keep a table that the tracker can show."""
 
+    def fetch(self, run_id: str, folder: str, to: Path) -> Path:
+        """Another run's artifacts in `folder`, brought below `to`. Raises if they are not there."""
+
     def record(self, result: TrialResult) -> None:
         """Keep the result and close the run. Raises: the result is the product."""
 
@@ -63,6 +67,8 @@ class Place:
     gpus_per_worker: float = 0.0
     threads: int | None = None
     """CPU threads of torch; null leaves them as they are."""
+    members: tuple[TrialResult, ...] = ()
+    """Of an ensemble, the rows of its members that have one; their folders are beside `folder`."""
 
 
 def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> TrialResult | None:
@@ -125,6 +131,7 @@ class _Life:
         self.scored = Scored(Scores())
         self.adapter_bytes = 0
         self.boundaries: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
         self.provenance = Provenance(
             num_workers=place.num_workers,
             gpus_per_worker=place.gpus_per_worker,
@@ -159,6 +166,12 @@ class _Life:
     def result(self, status: Status, error: str | None = None) -> TrialResult:
         """The trial's row, with what is known by now."""
         self.memory.stop()
+        if self.memory.peaks.spilled_gib:
+            logger.warning(
+                "%s: %.2f GiB more than the GPU has were in use: they lie in the host's memory, and the trial is slow",
+                self.spec.trial_id,
+                self.memory.peaks.spilled_gib,
+            )
         seconds, trained, peaks = self.clock.seconds, self.trained, self.memory.peaks
         speed = 1 / trained.seconds if trained.seconds > 0 else None
         known = [loss for loss in (*trained.eval_losses, self.scored.scores.eval_loss) if loss is not None]
@@ -171,6 +184,7 @@ class _Life:
                 peak_allocated_gib=peaks.allocated_gib,
                 peak_reserved_gib=peaks.reserved_gib,
                 device_used_gib=peaks.device_used_gib,
+                spilled_gib=peaks.spilled_gib,
                 peak_rss_gib=peaks.rss_gib,
                 wall_time_s=self.clock.total(),
                 load_s=seconds.get("load", 0.0),
@@ -186,6 +200,8 @@ class _Life:
             boundary_losses=self.boundaries,
             steps=trained.steps,
             resumed_from_step=trained.resumed_from_step,
+            members=self.weights,
+            arithmetic=self.spec.method.arithmetic(self.spec.model.dtype),
             trainable_parameters=self.parameters[0],
             total_parameters=self.parameters[1],
             adapter_bytes=self.adapter_bytes,
@@ -204,6 +220,8 @@ def _run(life: _Life) -> TrialResult:
         import torch
 
         torch.set_num_threads(place.threads)
+    if spec.members():
+        return _run_ensemble(life)
     with life.clock.phase("load"):
         bench = TASKS[spec.task].load(spec, place.device)
     life.provenance = life.provenance.model_copy(update=_provenance(bench, place))
@@ -229,6 +247,67 @@ def _run(life: _Life) -> TrialResult:
     for checkpoints in place.folder.glob("stage*"):
         shutil.rmtree(checkpoints)
     return life.result("finished")
+
+
+def _run_ensemble(life: _Life) -> TrialResult:
+    """Bring the members together, tune their weights, and answer; its cost is theirs and its own."""
+    spec, place = life.spec, life.place
+    rows = _member_rows(spec, place)
+    life.memory.start()  # before loading: that all members are held at once is what an ensemble costs
+    with tempfile.TemporaryDirectory(prefix="ray_peft_members_") as scratch:
+        with life.clock.phase("load"):
+            models = [MemberModel(row.spec, _weights(life, row, Path(scratch) / row.trial_id)) for row in rows]
+            bench = TASKS[spec.task].load_ensemble(spec, models, place.device)
+        life.provenance = life.provenance.model_copy(update=_provenance(bench, place))
+        life.parameters = (sum(row.trainable_parameters for row in rows), bench.parameters()[1])
+        life.adapter_bytes = sum(row.adapter_bytes for row in rows)
+        with life.clock.phase("evaluate"):
+            weights = bench.tune()
+            life.weights = {row.trial_id: weight for row, weight in zip(rows, weights, strict=True)}
+            life.report({f"weight.{trial}": weight for trial, weight in life.weights.items()}, 0)
+            _evaluate(life, bench)
+    life.memory.stop()
+    result = life.result("finished")
+    return result.model_copy(update={"usage": _with_members(result.usage, [row.usage for row in rows])})
+
+
+def _member_rows(spec: TrialSpec, place: Place) -> list[TrialResult]:
+    """The members' rows in the ensemble's order.
+
+    Raises:
+        TrialFailed: one has no finished row.
+    """
+    known = {row.trial_id: row for row in place.members}
+    found = []
+    for member in spec.members():
+        row = known.get(member.trial_id)
+        if row is None or row.status != "finished":
+            why = f"is {row.status}" if row is not None else "has no row in this sweep's folder"
+            raise TrialFailed(f"member {member.trial_id} {why}; an ensemble needs all its members finished")
+        found.append(row)
+    return found
+
+
+def _weights(life: _Life, row: TrialResult, scratch: Path) -> Path | None:
+    """The folder with what a member trained: its own, or brought from the tracker; null if nothing was trained."""
+    if not row.adapter_bytes:
+        return None
+    beside = life.place.folder.parent / row.trial_id / "adapter"
+    if beside.is_dir():
+        return beside
+    assert life.tracker is not None
+    assert row.mlflow_run_id is not None
+    return life.tracker.fetch(row.mlflow_run_id, "adapter", scratch)
+
+
+def _with_members(own: Usage, members: list[Usage]) -> Usage:
+    """What an ensemble costs: training all members in turn, then holding and asking them together."""
+
+    def largest(name: str) -> float | None:
+        return max((value for usage in (own, *members) if (value := getattr(usage, name)) is not None), default=None)
+
+    peaks = {name: largest(name) for name in Usage.model_fields if name.startswith(("peak_", "device_", "spilled_"))}
+    return own.model_copy(update={**peaks, "train_s": sum(usage.train_s for usage in members)})
 
 
 def _train(life: _Life, bench: Bench, index: int, stage: Stage, steps: int) -> None:

@@ -35,6 +35,8 @@ class Assignment:
     parent_run_id: str | None
     sweep: str
     demand: Demand
+    members: tuple[TrialResult, ...] = ()
+    """Of an ensemble, its members' rows."""
 
 
 def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResult | None:
@@ -47,6 +49,7 @@ def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResu
         num_workers=demand.num_workers,
         gpus_per_worker=demand.gpus_per_worker,
         threads=demand.cpus_per_worker,
+        members=assignment.members,
     )
     tracker = TrialTracker(assignment.store, assignment.parent_run_id, assignment.sweep)
     assignment.folder.mkdir(parents=True, exist_ok=True)

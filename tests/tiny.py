@@ -74,6 +74,8 @@ def plain_spec(
         "data": {
             "sources": [{"recipe": "prompt_completion", "path": str(data), "train": 40, "test": 8}],
             "max_length": 96,
+            # Six copies of ten questions, so that a few steps show in the scores: the test rows are trained on.
+            "contamination": {"action": "allow"},
         },
         "method": method or {"name": "lora", "rank": 4, "lr": 0.01},
         "train": {"steps": 4, "batch_size": 8, "micro_batch_size": 4, "precision": "fp32", "log_every": 1},

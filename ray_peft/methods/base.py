@@ -50,6 +50,10 @@ class Method(Strict, ABC):
         """The dtype in which the base is held when the first stage starts, given the model's own setting."""
         return asked
 
+    def arithmetic(self, dtype: Dtype) -> str:
+        """How weights are held and updated, for the comparison's reader; `dtype` is the model's own setting."""
+        return f"{dtype} weights, untouched"
+
     def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
         """Rules of this method that the rest of the trial breaks, one sentence each.
 

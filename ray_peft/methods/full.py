@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from ray_peft.methods.base import Dtype, Stage, Task
+from ray_peft.methods.base import Task
+from ray_peft.methods.full_weights import FullWeights
 from ray_peft.methods.optimizers import OptimizerName, adamw, trainable
 
 if TYPE_CHECKING:
@@ -14,27 +15,31 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-class FullFineTuning(Stage):
+class FullFineTuning(FullWeights):
     """Train every weight."""
 
     name: Literal["full"] = "full"
     tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft"})
-    needs_full_weights: ClassVar[bool] = True
     lr: float = Field(default=2.0e-5, gt=0)
-    weights: Literal["float32", "bfloat16"] = "float32"
-    """The dtype that holds the trained weights. In bfloat16 small updates round away and much of the gain is lost."""
     optim: OptimizerName = "adamw"
 
-    def weights_dtype(self, asked: Dtype) -> Dtype:
-        """The dtype of the trained weights, whatever the model's setting."""
-        return self.weights
-
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Mark every parameter as trained, in the dtype asked for."""
-        import torch
-
-        return model.to(getattr(torch, self.weights)).requires_grad_(True)
+    def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
+        """The kernels of bitsandbytes round to the nearest, inside."""
+        if self.optim == "adamw" or self.weights != "bfloat16_stochastic":
+            return []
+        return [
+            f"method.optim: {self.optim} rounds updates to the nearest, so it cannot hold method.weights: "
+            f"{self.weights}; use optim: adamw, or weights: float32 (or bfloat16, which loses small updates)"
+        ]
 
     def optimizer(self, model: nn.Module) -> Optimizer:
         """AdamW over all parameters."""
-        return adamw(trainable(model), self.optim, lr=self.lr, betas=self.betas, decay=self.weight_decay)
+        stochastic = self.weights == "bfloat16_stochastic"
+        return adamw(
+            trainable(model),
+            self.optim,
+            lr=self.lr,
+            betas=self.betas,
+            decay=self.weight_decay,
+            stochastic=stochastic,
+        )

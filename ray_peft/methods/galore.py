@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 from pydantic import Field
 
 from ray_peft.errors import SpecError
-from ray_peft.methods.base import Dtype, Stage, Task
+from ray_peft.methods.base import Task
+from ray_peft.methods.full_weights import FullWeights
 from ray_peft.methods.optimizers import trainable
 
 if TYPE_CHECKING:
@@ -15,12 +16,11 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-class GaLore(Stage):
+class GaLore(FullWeights):
     """Train every weight; gradients of the target matrices are projected to `rank` before AdamW sees them."""
 
     name: Literal["galore"] = "galore"
     tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft"})
-    needs_full_weights: ClassVar[bool] = True
     rank: int = Field(default=128, ge=1)
     """Dimension of the gradient's subspace; moments of an (m, n) matrix take rank * max(m, n) numbers each."""
     update_proj_gap: int = Field(default=200, ge=1)
@@ -32,14 +32,8 @@ class GaLore(Stage):
     """Linear layers whose name contains one of these are projected; all other weights get plain AdamW."""
     layerwise: bool = False
     """Update each weight as soon as its gradient is there, then free the gradient."""
-    weights: Literal["float32", "bfloat16"] = "float32"
-    """The dtype that holds the trained weights. In bfloat16 small updates round away and much of the gain is lost."""
     eps: float = Field(default=1.0e-6, gt=0)
     """AdamW's term for numerical stability; the value of the reference implementation."""
-
-    def weights_dtype(self, asked: Dtype) -> Dtype:
-        """The dtype of the trained weights, whatever the model's setting."""
-        return self.weights
 
     def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
         """Layer-wise updates see one backward pass on one worker and no global norm."""
@@ -63,19 +57,13 @@ class GaLore(Stage):
             )
         return found
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Mark every parameter as trained, in the dtype asked for."""
-        import torch
-
-        return model.to(getattr(torch, self.weights)).requires_grad_(True)
-
     def optimizer(self, model: nn.Module) -> Optimizer:
         """AdamW over all parameters, with projected moments for the target matrices.
 
         Raises:
             SpecError: no linear layer matches `targets`.
         """
-        from ray_peft.methods.galore_adamw import GaLoreAdamW, LayerwiseGaLoreAdamW
+        from ray_peft.methods.galore_adamw import galore_adamw
 
         projected = self.projected(model)
         ids = {id(parameter) for parameter in projected}
@@ -91,7 +79,7 @@ class GaLore(Stage):
             {"params": [p for p in rest if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
-        kind = LayerwiseGaLoreAdamW if self.layerwise else GaLoreAdamW
+        kind = galore_adamw(layerwise=self.layerwise, stochastic=self.weights == "bfloat16_stochastic")
         return kind([group for group in groups if group["params"]], lr=self.lr, betas=self.betas, eps=self.eps)
 
     def projected(self, model: nn.Module) -> list[nn.Parameter]:

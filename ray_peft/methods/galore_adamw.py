@@ -6,6 +6,7 @@ foreign classes, and the projection matrix stays on the device where it was load
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +14,10 @@ import torch
 from galore_torch import GaLoreAdamW as ReferenceGaLoreAdamW
 from galore_torch.galore_projector import GaLoreProjector
 
+from ray_peft.methods.stochastic import Dice, adamw_step, rounded
+
 _MATRIX = "ortho_matrix"
+_SUBSPACE = ("rank", "update_proj_gap", "scale", "proj_type")
 
 
 class GaLoreAdamW(ReferenceGaLoreAdamW):  # type: ignore[misc]  # galore-torch has no annotations
@@ -37,8 +41,7 @@ class GaLoreAdamW(ReferenceGaLoreAdamW):  # type: ignore[misc]  # galore-torch h
             for parameter in group["params"]:
                 state = self.state.get(parameter, {})
                 if _MATRIX in state:
-                    settings = {key: group[key] for key in ("rank", "update_proj_gap", "scale", "proj_type")}
-                    projector = GaLoreProjector(**settings)
+                    projector = GaLoreProjector(**{key: group[key] for key in _SUBSPACE})
                     projector.ortho_matrix = state.pop(_MATRIX)
                     state["projector"] = projector
 
@@ -50,26 +53,79 @@ def _without_projector(state: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-class LayerwiseGaLoreAdamW(GaLoreAdamW):
-    """Steps one weight as soon as its gradient is accumulated, then frees the gradient.
-
-    The state, the schedule, weight decay and checkpoints are those of `GaLoreAdamW`; `step` finds nothing left to do.
-    """
+class StochasticGaLoreAdamW(GaLoreAdamW):
+    """The same algorithm on bfloat16 weights and moments, computed in float32 and rounded stochastically."""
 
     def __init__(self, groups: Iterable[dict[str, object]], **settings: object) -> None:
         super().__init__(groups, **settings)
-        for index, group in enumerate(self.param_groups):
+        self._dice = Dice(parameter for group in self.param_groups for parameter in group["params"])
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            if "rank" not in group:
+                adamw_step(group["params"], self.state, group, self._dice, eps_from_source=True)
+                continue
             for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(self._stepper(index))
+                if parameter.grad is not None:
+                    _projected_step(parameter, self.state[parameter], group, self._dice)
 
-    def _stepper(self, index: int) -> Any:
-        def step_one(parameter: torch.Tensor) -> None:
-            groups = self.param_groups
-            self.param_groups = [{**groups[index], "params": [parameter]}]
-            try:
-                ReferenceGaLoreAdamW.step(self)
-            finally:
-                self.param_groups = groups
-            parameter.grad = None
 
-        return step_one
+def _projected_step(parameter: torch.Tensor, state: dict[str, Any], group: dict[str, Any], dice: Dice) -> None:
+    if "projector" not in state:
+        state["projector"] = GaLoreProjector(**{key: group[key] for key in _SUBSPACE})
+    state.setdefault("step", 0)
+    # In float32 for the decomposition's sake; the basis is kept in the weight's dtype, as the reference does.
+    grad = state["projector"].project(parameter.grad, state["step"]).float()
+    if "exp_avg" not in state:
+        state |= {name: torch.zeros_like(grad, dtype=parameter.dtype) for name in ("exp_avg", "exp_avg_sq")}
+    state["step"] += 1
+    beta1, beta2 = group["betas"]
+    root = math.sqrt(1 - beta2 ** state["step"])
+    first = state["exp_avg"].float().lerp_(grad, 1 - beta1)
+    second = state["exp_avg_sq"].float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    direction = first / second.sqrt().add_(group["eps"])
+    back = state["projector"].project_back(direction.to(parameter.dtype))
+    weight = parameter.float().add_(back, alpha=-group["lr"] * root / (1 - beta1 ** state["step"]))
+    weight.mul_(1 - group["lr"] * group["weight_decay"])
+    generator = dice.thrown(parameter, state["step"])
+    for kept, values in ((parameter, weight), (state["exp_avg"], first), (state["exp_avg_sq"], second)):
+        kept.copy_(rounded(values, kept.dtype, generator))
+
+
+def galore_adamw(*, layerwise: bool, stochastic: bool) -> type[GaLoreAdamW]:
+    """The optimizer's class.
+
+    Args:
+        layerwise: step one weight as soon as its gradient is accumulated, then free the gradient; `step` finds
+            nothing left to do. The state, the schedule, weight decay and checkpoints are the same.
+        stochastic: round what is stored in bfloat16 stochastically.
+    """
+    kind: type[GaLoreAdamW] = StochasticGaLoreAdamW if stochastic else GaLoreAdamW
+    return _layerwise(kind) if layerwise else kind
+
+
+def _layerwise(kind: type[GaLoreAdamW]) -> type[GaLoreAdamW]:
+    class Layerwise(kind):  # type: ignore[valid-type, misc]  # a class made from a class
+        param_groups: list[dict[str, Any]]
+
+        def __init__(self, groups: Iterable[dict[str, object]], **settings: object) -> None:
+            super().__init__(groups, **settings)
+            for index, group in enumerate(self.param_groups):
+                for parameter in group["params"]:
+                    parameter.register_post_accumulate_grad_hook(self._stepper(index))
+
+        def _stepper(self, index: int) -> Any:
+            def step_one(parameter: torch.Tensor) -> None:
+                groups = self.param_groups
+                self.param_groups = [{**groups[index], "params": [parameter]}]
+                try:
+                    kind.step(self)
+                finally:
+                    self.param_groups = groups
+                parameter.grad = None
+
+            return step_one
+
+    return Layerwise

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from ray_peft.methods.base import PROJECTIONS, Stage, Task
+from ray_peft.methods.base import PROJECTIONS, Dtype, Stage, Task
 from ray_peft.methods.optimizers import OptimizerName, adamw, trainable
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ class LowRankAdapter(Stage):
                 "use method galore, or optim: adamw"
             )
         return value
+
+    def arithmetic(self, dtype: Dtype) -> str:
+        """The dtypes of base and adapters."""
+        return f"frozen {dtype} base, {self.adapter_dtype} adapters"
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Freeze the base and add adapters to the targets."""

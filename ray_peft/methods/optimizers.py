@@ -14,9 +14,23 @@ OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_
 
 
 def adamw(
-    parameters: Sequence[nn.Parameter], name: OptimizerName, *, lr: float, betas: tuple[float, float], decay: float
+    parameters: Sequence[nn.Parameter],
+    name: OptimizerName,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    decay: float,
+    stochastic: bool = False,
 ) -> Optimizer:
     """AdamW over `parameters`; biases and norms (one axis) are not decayed.
+
+    Args:
+        parameters: what to train.
+        name: the storage of the moments.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        decay: decoupled weight decay.
+        stochastic: round what is stored in bfloat16 stochastically; only with plain `adamw`.
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101; 8-bit moments: Dettmers et al. 2022, arXiv:2110.02861.
     """
@@ -27,6 +41,10 @@ def adamw(
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if stochastic:
+        from ray_peft.methods.stochastic import StochasticAdamW
+
+        return StochasticAdamW(groups, lr=lr, betas=betas)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
     import bitsandbytes

@@ -29,6 +29,10 @@ class QLoRA(LowRankAdapter):
             quant_type=self.quant_type, double_quant=self.double_quant, compute_dtype=self.compute_dtype
         )
 
+    def arithmetic(self, dtype: Dtype) -> str:
+        """The storage of the base, the dtype it is computed in, and that of the adapters."""
+        return f"frozen {self.quant_type} base computed in {self.compute_dtype}, {self.adapter_dtype} adapters"
+
     def merge(self, model: nn.Module) -> nn.Module:
         """Add B A to the dequantised base: merging into 4-bit weights would quantise the update away."""
         from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from ray_peft.errors import SpecError
-from ray_peft.methods.base import Method, Quantization, Stage, Task
+from ray_peft.methods.base import Dtype, Method, Quantization, Stage, Task
 from ray_peft.methods.galore import GaLore
 from ray_peft.methods.qlora import QLoRA
 
@@ -25,6 +25,10 @@ class QLoRAThenGaLore(Method):
     def quantization(self) -> Quantization:
         """The 4-bit storage of the first stage's base."""
         return self.qlora.quantization()
+
+    def arithmetic(self, dtype: Dtype) -> str:
+        """Of both stages."""
+        return f"{self.qlora.arithmetic(dtype)}; then {self.galore.arithmetic(dtype)}"
 
     def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
         """The rules of the second stage."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ray_peft.report.costs import Costs
+from ray_peft.report.costs import Costs, costs
 from ray_peft.report.digits import MISSING, duration, fixed, gib, listed
 from ray_peft.report.document import Block, Bullets, Heading, Paragraph, Table
 from ray_peft.report.material import Material
@@ -35,17 +35,17 @@ def advice(material: Material) -> list[Block]:
     for number, family in enumerate(shown, 1):
         if len(shown) > 1:
             blocks.append(Heading(f"Held-out rows {number} of {len(shown)}"))
-        blocks += _family(family, material.costs(family.units))
+        blocks += _family(family, costs(family.units))
     if silence := _cannot_say(material):
         blocks.append(Bullets(tuple(silence)))
     return [*blocks, Heading("Rules of the recommendation"), Bullets(_RULES)]
 
 
-def _family(family: Family, costs: Costs) -> list[Block]:
-    blocks: list[Block] = [Bullets((_best(family, costs), *_against_base(family)))]
+def _family(family: Family, needs: Costs) -> list[Block]:
+    blocks: list[Block] = [Bullets((_best(family, needs), *_against_base(family)))]
     for name, values, others, text, problem in (
-        ("Peak memory", costs.memory_gib, costs.time_s, gib, costs.memory_problem),
-        ("Training time", costs.time_s, costs.memory_gib, duration, costs.time_problem),
+        ("Peak memory", needs.memory_gib, needs.time_s, gib, needs.memory_problem),
+        ("Training time", needs.time_s, needs.memory_gib, duration, needs.time_problem),
     ):
         if problem is not None:
             blocks.append(Paragraph(f"{name}: which to take cannot be said, since {problem}."))
@@ -54,7 +54,7 @@ def _family(family: Family, costs: Costs) -> list[Block]:
     return blocks
 
 
-def _best(family: Family, costs: Costs) -> str:
+def _best(family: Family, needs: Costs) -> str:
     best = family.tiers()[0]
     by_score = family.measure == "rouge_l"
     names = [_name(family.units[place]) for place in best]
@@ -68,18 +68,18 @@ def _best(family: Family, costs: Costs) -> str:
         if by_score
         else f"{start}: no loss is lower than any of these by more than the margin."
     )
-    return f"{text} {_cheaper(family, best, costs)}".rstrip()
+    return f"{text} {_cheaper(family, best, needs)}".rstrip()
 
 
-def _cheaper(family: Family, best: Sequence[int], costs: Costs) -> str:
+def _cheaper(family: Family, best: Sequence[int], needs: Costs) -> str:
     """Which of tied candidates to take."""
-    memory = None if costs.memory_problem else cheapest(best, costs.memory_gib, costs.time_s)
-    time = None if costs.time_problem else cheapest(best, costs.time_s, costs.memory_gib)
+    memory = None if needs.memory_problem else cheapest(best, needs.memory_gib, needs.time_s)
+    time = None if needs.time_problem else cheapest(best, needs.time_s, needs.memory_gib)
     reasons = []
     if memory is not None:
-        reasons.append((memory, f"the least memory ({gib(costs.memory_gib[memory])})"))
+        reasons.append((memory, f"the least memory ({gib(needs.memory_gib[memory])})"))
     if time is not None:
-        reasons.append((time, f"the least training time ({duration(costs.time_s[time])})"))
+        reasons.append((time, f"the least training time ({duration(needs.time_s[time])})"))
     picks: dict[int, list[str]] = {}
     for place, reason in reasons:
         picks.setdefault(place, []).append(reason)
@@ -114,12 +114,12 @@ def _against_base(family: Family) -> list[str]:
     return [f"Against the model without fine-tuning: {said}."]
 
 
-def _budgets(name: str, family: Family, choices: Sequence[Choice], costs: Sequence[str]) -> Block:
+def _budgets(name: str, family: Family, choices: Sequence[Choice], needs: Sequence[str]) -> Block:
     lines = []
     for choice, following in zip(choices, [*choices[1:], None], strict=True):
-        most = f" to under {costs[following.take]}" if following else " on"
-        tied = ", ".join(f"{_name(family.units[place])}: {costs[place]}" for place in choice.tied)
-        lines.append((f"from {costs[choice.take]}{most}", _name(family.units[choice.take]), tied or MISSING))
+        most = f" to under {needs[following.take]}" if following else " on"
+        tied = ", ".join(f"{_name(family.units[place])}: {needs[place]}" for place in choice.tied)
+        lines.append((f"from {needs[choice.take]}{most}", _name(family.units[choice.take]), tied or MISSING))
     header = (f"{name} at hand", "Take", "Tied with it, and needs more")
     return Table(header=header, lines=tuple(lines), text_columns=3)
 

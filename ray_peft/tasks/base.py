@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from ray_peft.errors import SpecError
 from ray_peft.methods.base import Stage, Task
 from ray_peft.result import Sample, Scores
 from ray_peft.spec import TrialSpec
@@ -51,6 +52,48 @@ class Inspection:
     train_rows: int
 
 
+@dataclass(frozen=True)
+class SplitReport:
+    """One split of one source, as it is trained on or scored."""
+
+    source: str
+    split: str
+    """train, validation or test."""
+    rows: int
+    cut: int
+    """Rows of which only the first tokens are used."""
+    dropped: int
+    """Rows left out and replaced: too long, or without an answer in reach."""
+    overlapping: int
+    """Rows left out and replaced: they repeat held-out rows."""
+    tokens: int | None
+    """Of all rows, after cutting; null where the preparation was refused."""
+    longest: int | None
+    trained_tokens: int | None
+    """Tokens that carry loss."""
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the data of some trials."""
+
+    key: str | None
+    """Content hash of the prepared rows; null where the preparation was refused."""
+    settings: dict[str, Any]
+    """Tokenizer and data settings."""
+    read: dict[str, int]
+    """Rows read, by source."""
+    unusable: dict[str, dict[str, int]]
+    """Rows left out when read, by source and reason."""
+    splits: list[SplitReport]
+    overlap: dict[str, Any]
+    """Training rows that repeat held-out rows: counts by pair of sources, and the first pairs."""
+    overlap_lines: list[str]
+    """The same in words."""
+    error: str | None = None
+    """Why the preparation was refused."""
+
+
 class Bench(ABC):
     """One trial's model and data on one device."""
 
@@ -90,6 +133,23 @@ class Bench(ABC):
         """Write what was trained, in the dtype asked for."""
 
 
+@dataclass(frozen=True)
+class MemberModel:
+    """A finished trial that an ensemble is made of."""
+
+    spec: TrialSpec
+    weights: Path | None
+    """The folder that its `save` wrote; null for the untouched base."""
+
+
+class EnsembleBench(Bench):
+    """Several models that answer together; nothing of them is trained."""
+
+    @abstractmethod
+    def tune(self) -> list[float]:
+        """Choose the members' weights on the validation rows; they are at least 0 and add up to one."""
+
+
 class TaskType(ABC):
     """One kind of training. Holds no state."""
 
@@ -103,6 +163,18 @@ class TaskType(ABC):
             DataError, ModelError: the user's to mend.
         """
 
+    def data_report(self, spec: TrialSpec) -> DataReport:
+        """Prepare the data of a trial and say what became of its rows; a refusal over overlap is part of the report.
+
+        Raises:
+            DataError, ModelError: the user's to mend.
+        """
+        raise SpecError(f"task {self.name} has no data report; use `ray-peft plan` to check its data")
+
+    def write_data(self, spec: TrialSpec, folder: Path) -> list[Path]:
+        """Write the prepared rows of a trial for people to read; returns the files."""
+        raise SpecError(f"task {self.name} cannot write its prepared data")
+
     @abstractmethod
     def total_steps(self, spec: TrialSpec, train_rows: int) -> int:
         """Optimizer steps of a whole trial."""
@@ -110,3 +182,7 @@ class TaskType(ABC):
     @abstractmethod
     def load(self, spec: TrialSpec, device: str) -> Bench:
         """The trial's data and its model on `device`, seeded."""
+
+    @abstractmethod
+    def load_ensemble(self, spec: TrialSpec, members: list[MemberModel], device: str) -> EnsembleBench:
+        """The models of an ensemble's members on `device`, each base held once."""

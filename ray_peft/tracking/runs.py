@@ -88,23 +88,32 @@ def load_spec(uri: str, run_id: str) -> TrialSpec:
     Raises:
         TrackingError: the store, the run or its spec.json is missing, or the spec does not fit this version.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        text = fetch(uri, run_id, "spec.json", Path(folder)).read_text(encoding="utf-8")
+    try:
+        return TrialSpec.model_validate_json(text)
+    except ValueError as error:
+        raise TrackingError(f"spec.json of run {run_id} is no trial of this version of ray_peft: {error}") from None
+
+
+def fetch(uri: str, run_id: str, artifact: str, to: Path) -> Path:
+    """Bring an artifact, or a folder of them, of a trial's run below `to` and return its path there.
+
+    Raises:
+        TrackingError: the store, the run or the artifact is missing.
+    """
     if is_server(uri):
         first_contact(uri)
     client = connect(uri)
     what = f"read run {run_id}"
     names = [entry.path for entry in insist(uri, what, partial(client.list_artifacts, run_id), time.monotonic() + 5)]
-    if "spec.json" not in names:
+    if artifact not in names:
         raise TrackingError(
-            f"run {run_id} in {mask(uri)} has no spec.json (found: {', '.join(names) or 'no artifacts'}); "
+            f"run {run_id} in {mask(uri)} has no {artifact} (found: {', '.join(names) or 'no artifacts'}); "
             "give the run of a trial, not of a sweep, on a machine that sees the artifacts"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        path = insist(uri, what, partial(client.download_artifacts, run_id, "spec.json", folder))
-        text = Path(path).read_text(encoding="utf-8")
-    try:
-        return TrialSpec.model_validate_json(text)
-    except ValueError as error:
-        raise TrackingError(f"spec.json of run {run_id} is no trial of this version of ray_peft: {error}") from None
+    to.mkdir(parents=True, exist_ok=True)
+    return Path(insist(uri, what, partial(client.download_artifacts, run_id, artifact, str(to))))
 
 
 def create_run(client: MlflowClient, store: Store, name: str, tags: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
-from ray_peft.tracking.runs import close, create_run, first_line, points, run_tags, running, upload
+from ray_peft.tracking.runs import close, create_run, fetch, first_line, points, run_tags, running, upload
 from ray_peft.tracking.store import PATIENCE_S, Store, connect, failures, insist, mask, reason
 
 if TYPE_CHECKING:
@@ -119,6 +119,14 @@ class TrialTracker:
         self._tables.append({"path": artifact_file, "type": "table"})
         tag = partial(self._client.set_tag, self.run_id, "mlflow.loggedArtifacts", json.dumps(self._tables))
         insist(self._store, f"list the table {artifact_file}", tag)
+
+    def fetch(self, run_id: str, folder: str, to: Path) -> Path:
+        """Bring the artifact folder of another run below `to` and return its path there.
+
+        Raises:
+            TrackingError: the run has no such folder, or the store does not answer.
+        """
+        return fetch(self._store.uri, run_id, folder, to)
 
     def record(self, result: TrialResult) -> None:
         """Store everything that waits, then the result, and close the run.

@@ -29,6 +29,10 @@ METHODS = [
     },
     {"name": "full", "lr": 1.0e30, "max_grad_norm": None},  # diverges: a failed row
 ]
+ENSEMBLES = [
+    {"name": "ensemble", "members": [{"method": METHODS[place]} for place in places]}
+    for places in ((1, 3), (1, 5))  # LoRA and GaLore; one with the member that fails
+]
 
 
 def write_space(path: Path, model: Path, data: Path, methods, **changes) -> Path:
@@ -48,25 +52,29 @@ def client(uri: str):
 def swept(ray_cluster, shared, tiny_model, questions, tmp_path_factory):
     """One sweep over all methods, of which one fails."""
     folder = tmp_path_factory.mktemp("swept")
-    space = write_space(folder / "all_methods.yaml", tiny_model, questions, METHODS, train__steps=6)
+    sources = [{"recipe": "prompt_completion", "path": str(questions), "train": 40, "validation": 6, "test": 8}]
+    methods = [*ENSEMBLES, *METHODS]  # an ensemble runs after its members, wherever it stands
+    changes = {"train__steps": 6, "data__sources": sources}
+    space = write_space(folder / "all_methods.yaml", tiny_model, questions, methods, **changes)
     outcome = ray_peft.sweep(space, out=folder / "out", console=Console())
     return space, outcome
 
 
 def test_every_planned_trial_has_a_row_and_the_failed_one_its_reason(swept):
     _, outcome = swept
-    assert [(result.spec.method.name, result.status) for result in outcome.results] == [
-        ("none", "finished"), ("lora", "finished"), ("qlora", "finished"), ("galore", "finished"),
-        ("qlora_galore", "finished"), ("full", "failed"),
+    assert sorted((result.spec.method.name, result.status) for result in outcome.results) == [
+        ("ensemble", "failed"), ("ensemble", "finished"), ("full", "failed"), ("galore", "finished"),
+        ("lora", "finished"), ("none", "finished"), ("qlora", "finished"), ("qlora_galore", "finished"),
     ]  # fmt: skip
     assert not outcome.complete
-    assert "the training loss is nan" in outcome.results[-1].error
+    (failed,) = [result for result in outcome.results if result.spec.method.name == "full"]
+    assert "is nan at step" in failed.error
 
 
 def test_results_jsonl_has_the_documented_keys(swept):
     _, outcome = swept
     rows = [json.loads(line) for line in (outcome.folder / "results.jsonl").read_text().splitlines()]
-    assert len(rows) == 6
+    assert len(rows) == 8
     for row in rows:
         assert {"trial_id", "status", "spec", "trainable_parameters", "adapter_bytes", "mlflow_run_id"} <= set(row)
         assert {"eval_loss", "bleu4", "rouge_l"} <= set(row["scores"])
@@ -92,6 +100,25 @@ def test_the_hybrid_s_merge_has_its_cost_as_a_number(swept):
     assert {"stage1_adapter", "adapter"} <= files
 
 
+def test_an_ensemble_is_a_row_with_its_weights_and_the_cost_of_its_members(swept):
+    _, outcome = swept
+    rows = {result.trial_id: result for result in outcome.results}
+    done, broken = [result for result in outcome.results if result.spec.method.name == "ensemble"]
+    members = [rows[member.trial_id] for member in done.spec.members()]
+    assert list(done.members) == [member.trial_id for member in members]
+    assert sum(done.members.values()) == pytest.approx(1)
+    assert done.scores.eval_loss < max(member.scores.eval_loss for member in members)
+    assert done.scores.generated_rows == 4
+    assert done.usage.train_s == pytest.approx(sum(member.usage.train_s for member in members))
+    assert done.adapter_bytes == sum(member.adapter_bytes for member in members)
+    assert broken.status == "failed"
+    assert (
+        broken.error
+        == f"member {broken.spec.members()[1].trial_id} is failed; an ensemble needs all its members finished"
+    )
+    assert client(outcome.tracking_uri).get_run(done.mlflow_run_id).info.status == "FINISHED"
+
+
 def test_the_report_names_every_trial(swept):
     _, outcome = swept
     report = (outcome.folder / "report.md").read_text(encoding="utf-8")
@@ -99,10 +126,10 @@ def test_the_report_names_every_trial(swept):
     for result in outcome.results:
         assert result.trial_id in report
         assert result.trial_id in page
-    for section in ("Recommendation", "Which differences are shown", "Loss over steps", "Between stages"):
+    for section in ("Recommendation", "Which differences are shown", "Loss over steps", "Between stages", "Ensembles"):
         assert f"## {section}\n" in report
     assert "plots/losses.svg" in report
-    assert len((outcome.folder / "report.csv").read_text(encoding="utf-8").splitlines()) == 7
+    assert len((outcome.folder / "report.csv").read_text(encoding="utf-8").splitlines()) == 9
 
 
 def test_mlflow_holds_parent_children_parameters_curves_and_artifacts(swept):
@@ -125,9 +152,10 @@ def test_mlflow_holds_parent_children_parameters_curves_and_artifacts(swept):
     assert {item.path for item in mlflow.list_artifacts(run.info.run_id, "adapter")} >= {
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
     }  # fmt: skip
-    failed = mlflow.get_run(outcome.results[-1].mlflow_run_id)
+    (diverged,) = [result for result in outcome.results if result.spec.method.name == "full"]
+    failed = mlflow.get_run(diverged.mlflow_run_id)
     assert failed.info.status == "FAILED"
-    assert "the training loss is nan" in failed.data.tags["ray_peft.error"]
+    assert "is nan at step" in failed.data.tags["ray_peft.error"]
 
 
 def test_a_saved_adapter_gives_the_recorded_loss_again(swept, tmp_path):
@@ -151,9 +179,9 @@ def test_the_same_command_again_runs_only_what_did_not_finish(swept, monkeypatch
     before = (outcome.folder / "results.jsonl").read_text().splitlines()
     again = ray_peft.sweep(space, out=outcome.folder)
     after = (outcome.folder / "results.jsonl").read_text().splitlines()
-    assert after[:6] == before
-    assert [json.loads(line)["spec"]["method"]["name"] for line in after[6:]] == ["full"]
-    assert len(again.results) == 6
+    assert after[:8] == before
+    assert [json.loads(line)["spec"]["method"]["name"] for line in after[8:]] == ["full", "ensemble"]
+    assert len(again.results) == 8
     mlflow = client(again.tracking_uri)
     parents = {mlflow.get_run(result.mlflow_run_id).data.tags["mlflow.parentRunId"] for result in again.results}
     assert len(parents) == 1

@@ -56,6 +56,6 @@ def test_specs_are_checked_without_the_heavy_libraries():
 def test_every_method_file_is_registered():
     from ray_peft.methods import METHODS
 
-    shared = {"__init__", "base", "optimizers", "galore_adamw"}
+    shared = {"__init__", "base", "full_weights", "galore_adamw", "optimizers", "single", "stochastic"}
     files = {path.stem for path in (PACKAGE / "methods").glob("*.py")} - shared
     assert files == {method.__module__.rpartition(".")[2] for method in METHODS}

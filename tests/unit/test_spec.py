@@ -5,7 +5,7 @@ import tiny
 from pydantic import ValidationError
 
 from ray_peft.methods import METHODS
-from ray_peft.spec import TrialSpec
+from ray_peft.spec import TrialSpec, cautions
 
 
 def spec(method=None, **changes):
@@ -14,7 +14,12 @@ def spec(method=None, **changes):
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.model_fields["name"].default)
 def test_every_method_round_trips_through_json_with_the_same_id(method):
-    one = spec({"name": method.model_fields["name"].default})
+    plain, changes = {"name": method.model_fields["name"].default}, {}
+    if "members" in method.model_fields:
+        plain |= {"members": [{"method": {"name": "lora"}}, {"method": {"name": "full"}, "seed": 3}]}
+        sources = [{"recipe": "dolly", "path": "rows.jsonl", "train": 8, "test": 2, "validation": 2}]
+        changes = {"data__sources": sources}
+    one = spec(plain, **changes)
     again = TrialSpec.model_validate_json(one.model_dump_json())
     assert again == one
     assert again.trial_id == one.trial_id
@@ -90,3 +95,47 @@ def test_located_makes_local_paths_absolute_and_leaves_hub_ids(tmp_path, monkeyp
     found = TrialSpec.from_plain(tiny.plain_spec("google/gemma-2-2b", "rows.jsonl")).located()
     assert found.model.name == "google/gemma-2-2b"
     assert found.data.sources[0].path == str(tmp_path / "rows.jsonl")
+
+
+def test_a_validation_fraction_leaves_training_rows():
+    source = {"recipe": "dolly", "path": "x.jsonl", "train": 1, "test": 1, "validation": 1.0}
+    with pytest.raises(ValidationError, match=r"validation \(1.0\) is a fraction that leaves no training rows"):
+        spec(data__sources=[source])
+
+
+@pytest.mark.parametrize(
+    ("members", "validation", "says"),
+    [
+        ([{"method": {"name": "lora"}}, {"method": {"name": "qlora"}}], 0, "tunes its weights on validation rows"),
+        ([{"method": {"name": "lora"}}, {"method": {"name": "lora"}}], 2, "is there twice"),
+        ([{"method": {"name": "lora"}}], 2, "at least 2 items"),
+        ([{"method": {"name": "lora"}}, {"method": {"name": "ensemble"}}], 2, "'ensemble' found using 'name'"),
+        (
+            [{"method": {"name": "lora"}}, {"method": {"name": "galore", "layerwise": True}}],
+            2,
+            "method.members: layerwise GaLore",
+        ),
+    ],
+)
+def test_ensembles_that_make_no_sense_are_refused(members, validation, says):
+    sources = [{"recipe": "dolly", "path": "rows.jsonl", "train": 8, "test": 2, "validation": validation}]
+    with pytest.raises(ValidationError, match=says):
+        spec({"name": "ensemble", "members": members}, data__sources=sources)
+
+
+def test_an_ensemble_is_made_of_its_own_trial_with_other_methods():
+    sources = [{"recipe": "dolly", "path": "rows.jsonl", "train": 8, "test": 2, "validation": 2}]
+    members = [{"method": {"name": "lora"}}, {"method": {"name": "lora"}, "seed": 9, "model": "org/other"}]
+    ensemble = spec({"name": "ensemble", "members": members}, data__sources=sources, seed=5)
+    first, second = ensemble.members()
+    assert first.trial_id == spec({"name": "lora"}, data__sources=sources, seed=5).trial_id
+    assert (second.seed, second.model.name, second.train) == (9, "org/other", ensemble.train)
+
+
+def test_fp16_is_refused_where_gradients_need_it_and_cautioned_where_not():
+    with pytest.raises(ValidationError, match="fp16 has no range for gradients"):
+        spec(train__precision="fp16")
+    assert cautions(spec({"name": "qlora"})) == []
+    (caution,) = cautions(spec({"name": "qlora", "compute_dtype": "float16"}))
+    assert "qlora: the 4-bit base's compute_dtype is float16" in caution
+    assert len(cautions(spec(model__dtype="float16"))) == 1

@@ -7,21 +7,23 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import DataError, ModelError
 from ray_peft.spec import DataSpec, TrialSpec, is_local
+from ray_peft.tasks.llm_sft.overlap import Gate, HeldOutRow, Overlap, refusal
 from ray_peft.tasks.llm_sft.recipes import Conversation, Turn
-from ray_peft.tasks.llm_sft.rows import DrawnRows, draw
+from ray_peft.tasks.llm_sft.rows import DrawnRows, Row, draw
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2
+FORMAT = 5
 """Raised when the preparation changes its result, so that older prepared data is not used again."""
 
 IGNORED = -100
@@ -42,20 +44,38 @@ class SourceCounts:
     train_dropped: int
     """Rows left out and replaced by the next ones drawn: over the limit, or with an answer that begins behind it."""
     test_cut: int
-    """Held-out rows whose loss is measured on their first tokens only."""
+    """Test rows whose loss is measured on their first tokens only."""
+    validation: int = 0
+    validation_cut: int = 0
+    """The same of validation rows."""
+    overlap_dropped: int = 0
+    """Training rows left out and replaced by the next ones drawn: they repeat a held-out row of some source."""
+
+
+class ContaminationError(DataError):
+    """Training rows repeat held-out rows; carries what was found, for a report."""
+
+    def __init__(self, text: str, counts: list[SourceCounts], overlap: Overlap) -> None:
+        super().__init__(text)
+        self.counts = counts
+        self.overlap = overlap
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenised rows of both splits; the same for every trial with the same `data` and tokenizer."""
+    """Tokenised rows of the splits; the same for every trial with the same `data` and tokenizer."""
 
     train: Dataset
-    """Columns input_ids and labels (both lists of int, equally long), source_dataset."""
+    """Columns input_ids and labels (both lists of int, equally long), source_dataset, row (from 1, in its file)."""
     test: Dataset
     """The same, with prompt_ids (list of int), prompt and reference (text) in addition."""
     counts: list[SourceCounts]
     key: str
     """The content hash under which the rows are kept."""
+    validation: Dataset | None = None
+    """Columns as `test`: rows for choices made after training; null if no source sets any apart."""
+    overlap: Overlap | None = None
+    """Training rows that repeat held-out rows, found when the rows were prepared."""
 
 
 @dataclass
@@ -109,6 +129,7 @@ def prepare(spec: TrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedData
 
     Raises:
         DataError: a source is missing, malformed or too small.
+        ContaminationError: training rows repeat held-out rows, and `data.contamination` says to fail.
     """
     answers_only = spec.train.loss == "answers"
     key = _content_key(spec.data, tokenizer, answers_only)
@@ -118,14 +139,19 @@ def prepare(spec: TrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedData
     from datasets import load_from_disk
 
     counts = [SourceCounts(**each) for each in json.loads((folder / "counts.json").read_text(encoding="utf-8"))]
-    return PreparedData(load_from_disk(folder / "train"), load_from_disk(folder / "test"), counts, key)
+    train, test = load_from_disk(folder / "train"), load_from_disk(folder / "test")
+    validation = load_from_disk(folder / "validation") if any(each.validation for each in counts) else None
+    overlap = Overlap.from_plain(json.loads((folder / "overlap.json").read_text(encoding="utf-8")))
+    return PreparedData(train, test, counts, key, validation, overlap)
 
 
 def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
-    """One sentence per source: rows kept, cut, dropped and unusable."""
+    """One sentence per source: rows kept, cut, dropped and unusable; and one on rows that repeat held-out ones."""
     found = []
     for each in prepared.counts:
         text = f"{each.source}: {each.train} training and {each.test} held-out rows of {each.read} read"
+        if each.validation:
+            text += f"; {each.validation} validation rows"
         if each.train_cut:
             text += f"; {each.train_cut} training rows longer than {data.max_length} tokens cut"
         if each.train_dropped:
@@ -133,9 +159,18 @@ def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
         if each.test_cut:
             text += f"; the loss of {each.test_cut} longer held-out rows "
             text += f"is that of their first {data.max_length} tokens"
+        if each.validation_cut:
+            text += f"; {each.validation_cut} validation rows longer than {data.max_length} tokens cut"
+        if each.overlap_dropped:
+            text += f"; {each.overlap_dropped} training rows left out that repeat held-out rows"
         for reason, count in sorted(each.unusable.items()):
             text += f"; {count} unusable rows ({reason})"
         found.append(text)
+    if prepared.overlap is not None and prepared.overlap.action == "allow" and prepared.overlap.offending:
+        found.append(
+            f"{prepared.overlap.offending} training rows repeat held-out rows and are trained on "
+            "(data.contamination: allow): scores measure memory in part"
+        )
     return found
 
 
@@ -169,16 +204,24 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    train, test, counts = _Rows(), _Rows(), []
-    for source in data.sources:
-        counts.append(_add_source(draw(source, data.seed), data, tokenizer, answers_only, train, test))
+    splits = {"train": _Rows(), "test": _Rows(), "validation": _Rows()}
+    drawn = [draw(source, data.seed) for source in data.sources]
+    gate = _gate(drawn, data)
+    counts = [_add_source(each, data, tokenizer, answers_only, splits, gate) for each in drawn]
+    overlap = gate.overlap()
+    if overlap.offending and data.contamination.action == "fail":
+        raise ContaminationError(refusal(overlap), counts, overlap)
+    if not any(source.validation for source in data.sources):
+        del splits["validation"]
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        for name, rows in (("train", train), ("test", test)):
+        for name, rows in splits.items():
             if not rows.columns:
                 raise DataError(f"data: no {name} row has an answer within max_length ({data.max_length}) tokens")
+            # The second shuffle: each source's rows were drawn in a seeded order, and here the sources are mixed.
             shuffled = Dataset.from_dict(rows.columns).shuffle(seed=data.seed).flatten_indices()
             shuffled.save_to_disk(partial / name)
+        (partial / "overlap.json").write_text(json.dumps(overlap.plain()), encoding="utf-8")
         (partial / "counts.json").write_text(json.dumps([asdict(each) for each in counts]), encoding="utf-8")
         try:
             partial.rename(folder)
@@ -189,45 +232,82 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _gate(drawn: Sequence[DrawnRows], data: DataSpec) -> Gate:
+    """What training rows of all sources are held against."""
+    held_out = [
+        HeldOutRow(each.source, split, row)
+        for each in drawn
+        for split, rows in (("test", each.test), ("validation", each.validation))
+        for row in rows
+    ]
+    likely = chain.from_iterable(each.train[: each.train_count] for each in drawn)
+    return Gate(held_out, likely, data.contamination)
+
+
 def _add_source(
     drawn: DrawnRows,
     data: DataSpec,
     tokenizer: PreTrainedTokenizerBase,
     answers_only: bool,
-    train: _Rows,
-    test: _Rows,
+    splits: Mapping[str, _Rows],
+    gate: Gate,
 ) -> SourceCounts:
-    train_cut = train_dropped = test_cut = kept = 0
-    for conversation in drawn.train:
+    train_cut = train_dropped = overlap_dropped = kept = 0
+    for row in drawn.train:
         if kept == drawn.train_count:
             break
-        ids, labels = encode(conversation, tokenizer)
+        ids, labels = encode(row.conversation, tokenizer)
         short = labels[: data.max_length]
         unanswered = answers_only and all(label == IGNORED for label in short)
         if unanswered or (len(ids) > data.max_length and data.too_long == "drop"):
             train_dropped += 1
             continue
+        if gate.offends(drawn.source, row) and data.contamination.action == "drop":
+            overlap_dropped += 1
+            continue
         train_cut += len(ids) > data.max_length
         kept += 1
-        train.add(input_ids=ids[: data.max_length], labels=short, source_dataset=drawn.source)
+        splits["train"].add(input_ids=ids[: data.max_length], labels=short, source_dataset=drawn.source, row=row.number)
     if drawn.train_count is not None and kept < drawn.train_count:
+        repeating = f" that repeat no held-out row ({overlap_dropped} do)" if overlap_dropped else ""
         raise DataError(
-            f"data: source {drawn.source} has {kept} training rows within max_length ({data.max_length}) tokens, but "
-            f"train: {drawn.train_count} are asked for; {drawn.train_count - kept} short: lower `train`, or raise "
-            "data.max_length"
+            f"data: source {drawn.source} has {kept} training rows within max_length ({data.max_length}) tokens"
+            f"{repeating}, but train: {drawn.train_count} are asked for; {drawn.train_count - kept} short: lower "
+            "`train`, or raise data.max_length"
         )
-    for conversation in drawn.test:
-        ids, labels = encode(conversation, tokenizer)
-        test_cut += len(ids) > data.max_length
-        test.add(
+    test_cut = _add_held_out(drawn.test, drawn.source, data, tokenizer, splits["test"])
+    validation_cut = _add_held_out(drawn.validation, drawn.source, data, tokenizer, splits["validation"])
+    return SourceCounts(
+        drawn.source,
+        drawn.read,
+        dict(drawn.unusable),
+        train=kept,
+        test=len(drawn.test),
+        train_cut=train_cut,
+        train_dropped=train_dropped,
+        test_cut=test_cut,
+        validation=len(drawn.validation),
+        validation_cut=validation_cut,
+        overlap_dropped=overlap_dropped,
+    )
+
+
+def _add_held_out(
+    drawn: Sequence[Row], source: str, data: DataSpec, tokenizer: PreTrainedTokenizerBase, rows: _Rows
+) -> int:
+    """Add test or validation rows; returns how many are longer than the limit."""
+    cut = 0
+    for row in drawn:
+        ids, labels = encode(row.conversation, tokenizer)
+        cut += len(ids) > data.max_length
+        rows.add(
             input_ids=ids[: data.max_length],
             labels=labels[: data.max_length],
-            source_dataset=drawn.source,
-            **_question(conversation, tokenizer),
+            source_dataset=source,
+            row=row.number,
+            **_question(row.conversation, tokenizer),
         )
-    return SourceCounts(
-        drawn.source, drawn.read, dict(drawn.unusable), kept, len(drawn.test), train_cut, train_dropped, test_cut
-    )
+    return cut
 
 
 def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

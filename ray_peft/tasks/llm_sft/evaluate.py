@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.spec import TrialSpec
@@ -12,7 +12,7 @@ from ray_peft.tasks.llm_sft.data import IGNORED
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 LOSS_TOKENS = 4096
 """Tokens, padding included, of one forward pass that measures the loss."""
@@ -23,10 +23,19 @@ def answer_loss(spec: TrialSpec, model: PreTrainedModel, rows: Dataset, pad: int
 
     Every token counts once: it is the loss of one batch that holds all rows.
     """
+    return -float(token_log_probs(spec, model, rows, pad).mean())
+
+
+def token_log_probs(spec: TrialSpec, model: PreTrainedModel, rows: Dataset, pad: int) -> Tensor:
+    """Log-probabilities of all answer tokens of all rows (answer tokens,) float64 on the CPU, the longest row first.
+
+    Raises:
+        ValueError: there is none.
+    """
     import torch
 
-    total, count = 0.0, 0
-    with _inference(spec, model):
+    found = []
+    with inference(spec, model):
         for ids, labels in _by_length(rows, LOSS_TOKENS):
             output = model(
                 input_ids=_padded(ids, pad, "right").to(model.device),
@@ -34,17 +43,29 @@ def answer_loss(spec: TrialSpec, model: PreTrainedModel, rows: Dataset, pad: int
                 labels=_padded(labels, IGNORED, "right").to(model.device),
                 fused_lm_head=True,  # never holds the logits of a whole batch: see model.py
             )
-            total -= float(output.log_probs.sum(dtype=torch.float64))
-            count += int(output.label_mask.sum())
-    if not count:
+            found.append(output.log_probs[output.label_mask].double().cpu())
+    if not any(part.numel() for part in found):
         raise ValueError("no held-out row has an answer token within data.max_length")
-    return total / count
+    return torch.cat(found)
 
 
-def answers(spec: TrialSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> list[str]:
+def answers(
+    spec: TrialSpec,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    others: Callable[[Tensor], LogitsProcessor] | None = None,
+) -> list[str]:
     """The model's greedy answers, in the order of `rows`.
 
     Prompts are padded on the left and batched by length, so that little is padded.
+
+    Args:
+        spec: how to evaluate.
+        model: in any mode; its mode is restored.
+        tokenizer: of the model.
+        rows: with `prompt_ids`.
+        others: given the attention mask of a batch's prompts (row, longest), what changes the next tokens' scores.
     """
     import torch
 
@@ -52,7 +73,7 @@ def answers(spec: TrialSpec, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
     found: dict[int, str] = {}
     stop = _stop_tokens(model, tokenizer)
-    with _inference(spec, model):
+    with inference(spec, model):
         for begin in range(0, len(order), spec.evaluation.batch_size):
             chosen = order[begin : begin + spec.evaluation.batch_size]
             batch = _padded([prompts[row] for row in chosen], tokenizer.pad_token_id, "left").to(model.device)
@@ -70,6 +91,7 @@ def answers(spec: TrialSpec, model: PreTrainedModel, tokenizer: PreTrainedTokeni
                     pad_token_id=tokenizer.pad_token_id,
                     eos_token_id=stop,
                     use_cache=True,
+                    logits_processor=[others(mask)] if others is not None else None,
                 )
             texts = tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)
             found |= {row: text.strip() for row, text in zip(chosen, texts, strict=True)}
@@ -77,7 +99,7 @@ def answers(spec: TrialSpec, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 
 
 @contextlib.contextmanager
-def _inference(spec: TrialSpec, model: PreTrainedModel) -> Iterator[None]:
+def inference(spec: TrialSpec, model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode in the spec's precision; training mode and checkpointing are restored after."""
     import torch
 

@@ -1,4 +1,4 @@
-"""Reading data files and drawing disjoint training and held-out rows from them."""
+"""Reading data files and drawing disjoint training, validation and test rows from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import random
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,31 @@ _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
+class Row:
+    """One usable row and where it stands."""
+
+    file: str
+    number: int
+    """Counted from 1 in its file."""
+    conversation: Conversation
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Tells it from every other row."""
+        return self.file, self.number
+
+
+@dataclass(frozen=True)
 class DrawnRows:
-    """What one source gives: conversations of both splits, and what was left out."""
+    """What one source gives: the rows of its splits, and what was left out."""
 
     source: str
-    train: list[Conversation]
+    train: list[Row]
     """All that may be trained on, in drawing order: the first `train_count` that fit the length limit are."""
     train_count: int | None
     """Null takes all that fit."""
-    test: list[Conversation]
+    validation: list[Row]
+    test: list[Row]
     read: int
     """Rows read from the source's files."""
     unusable: Counter[str] = field(default_factory=Counter)
@@ -37,34 +53,38 @@ class DrawnRows:
 
 
 def draw(source: SourceSpec, seed: int) -> DrawnRows:
-    """Read a source and draw its training and held-out rows, disjoint and in a seeded order.
+    """Read a source and draw its test, validation and training rows, disjoint and in a seeded order.
 
     Raises:
         DataError: a missing or malformed file, a row of another shape, or fewer rows than asked for.
     """
+    if source.test_path is not None and _same_file(source.path, source.test_path):
+        raise DataError(
+            f"{source.path}: source {source.label} names this file as path and as test_path, so it would be tested on "
+            "rows that it trains on; leave test_path out, and the test rows are drawn apart from the training rows"
+        )
     unusable: Counter[str] = Counter()
-    rows = list(read_rows(source.path, source.split))
-    pool = _converted(source, source.path, rows, unusable)
+    pool, read = _usable(source, source.path, unusable)
     generator = random.Random(f"{seed}:{source.label}")
     generator.shuffle(pool)
     if source.test_path is None:
-        test_count = _test_count(source.test, len(rows))
-        test, rest, read = pool[:test_count], pool[test_count:], len(rows)
-        available = len(pool)
+        held_out, held_out_read, path = pool, read, source.path
     else:
-        test_rows = list(read_rows(source.test_path, source.split))
-        test_pool = _converted(source, source.test_path, test_rows, unusable)
-        generator.shuffle(test_pool)
-        test_count = _test_count(source.test, len(test_rows))
-        test, rest, read = test_pool[:test_count], pool, len(rows) + len(test_rows)
-        available = len(test_pool)
-    if test_count == 0 or len(test) < test_count:
-        raise DataError(_short_of(source, "test", test_count, available, source.test_path or source.path))
-    train_count = _train_count(source.train, len(rows))
-    wanted = 1 if train_count is None else train_count
-    if wanted == 0 or len(rest) < wanted:
-        raise DataError(_short_of(source, "train", wanted, len(rest), source.path))
-    return DrawnRows(source.label, rest, train_count, test, read, unusable)
+        held_out, held_out_read = _usable(source, source.test_path, unusable)
+        generator.shuffle(held_out)
+        path = source.test_path
+    test_count = _test_count(source.test, held_out_read)
+    test, rest = held_out[:test_count], pool if source.test_path else pool[test_count:]
+    _check_enough(source, "test", test_count, len(held_out), path)
+    validation_count = _count(source.validation, read)
+    validation, train = rest[:validation_count], rest[validation_count:]
+    if source.validation:
+        _check_enough(source, "validation", validation_count, len(rest), source.path)
+    train_count = None if source.train == 1.0 and isinstance(source.train, float) else _count(source.train, read)
+    _check_enough(source, "train", 1 if train_count is None else train_count, len(train), source.path)
+    _check_disjoint(source.label, {"test": test, "validation": validation, "train": train})
+    read += held_out_read if source.test_path else 0
+    return DrawnRows(source.label, train, train_count, validation, test, read, unusable)
 
 
 def read_rows(path: str, split: str) -> Iterator[dict[str, Any]]:
@@ -146,33 +166,57 @@ def _hub_rows(name: str, split: str) -> Iterator[dict[str, Any]]:
         raise DataError(f"{name}: no such local file, and it cannot be loaded as a hub data set: {reason}") from None
 
 
-def _converted(source: SourceSpec, path: str, rows: list[dict[str, Any]], unusable: Counter[str]) -> list[Conversation]:
+def _usable(source: SourceSpec, path: str, unusable: Counter[str]) -> tuple[list[Row], int]:
+    """The rows of a file that its recipe can use, and how many rows it has in all."""
     recipe = RECIPES[source.recipe]
-    conversations = []
-    for number, row in enumerate(rows, start=1):
+    usable: list[Row] = []
+    number = 0
+    for number, row in enumerate(read_rows(path, source.split), start=1):
         try:
-            conversations.append(recipe(row))
+            usable.append(Row(path, number, recipe(row)))
         except WrongShape as error:
             raise DataError(f"{path}: row {number} does not fit recipe {source.recipe}: {error}") from None
         except Unusable as reason:
             unusable[str(reason)] += 1
-    return conversations
+    return usable, number
+
+
+def _same_file(one: str, other: str) -> bool:
+    return one == other or (is_local(one) and is_local(other) and Path(one).resolve() == Path(other).resolve())
 
 
 def _test_count(asked: int | float, rows: int) -> int:
-    """Held-out rows meant by a count or a fraction, which rounds up, as in scikit-learn's and datasets' splits."""
+    """Test rows meant by a count or a fraction, which rounds up, as in scikit-learn's and datasets' splits."""
     return asked if isinstance(asked, int) else math.ceil(round(asked * rows, 6))
 
 
-def _train_count(asked: int | float, rows: int) -> int | None:
-    """Training rows meant by a count or a fraction, which rounds down; null means all but the held-out rows."""
-    if isinstance(asked, int):
-        return asked
-    return None if asked == 1.0 else math.floor(round(asked * rows, 6))
+def _count(asked: int | float, rows: int) -> int:
+    """Other rows meant by a count or a fraction, which rounds down, so that fractions of 1 in all fit together."""
+    return asked if isinstance(asked, int) else math.floor(round(asked * rows, 6))
 
 
-def _short_of(source: SourceSpec, split: str, asked: int, available: int, path: str) -> str:
-    return (
+def _check_enough(source: SourceSpec, split: str, asked: int, available: int, path: str) -> None:
+    if asked and available >= asked:
+        return
+    raise DataError(
         f"{path}: source {source.label} has {available} usable rows for {split}, but {split}: {asked} are asked for; "
         f"{max(asked - available, 1)} short: lower `{split}`, or give a larger file"
     )
+
+
+def _check_disjoint(source: str, splits: Mapping[str, Sequence[Row]]) -> None:
+    """Hold the drawing to its promise, also under `python -O`.
+
+    Raises:
+        DataError: a row was drawn for two splits, or twice for one: a defect here, not in the data.
+    """
+    drawn: dict[tuple[str, int], str] = {}
+    for split, rows in splits.items():
+        for row in rows:
+            if row.place in drawn:
+                file, number = row.place
+                raise DataError(
+                    f"{file}: row {number} of source {source} was drawn for {drawn[row.place]} and again for {split}, "
+                    "but no row may be drawn twice; this is a defect of ray_peft and not of the data: please report it"
+                )
+            drawn[row.place] = split

@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from ray_peft.methods.base import Stage, Task
 from ray_peft.result import Sample, Scores
 from ray_peft.spec import TrialSpec
-from ray_peft.tasks.base import Bench, Inspection, Report, Scored, TaskType, Trained
+from ray_peft.tasks.base import (
+    Bench,
+    DataReport,
+    EnsembleBench,
+    Inspection,
+    MemberModel,
+    Report,
+    Scored,
+    TaskType,
+    Trained,
+)
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ray_peft.tasks.llm_sft.data import PreparedData
@@ -24,11 +35,24 @@ class LlmSft(TaskType):
 
     def inspect(self, spec: TrialSpec) -> Inspection:
         """Load config and tokenizer, and prepare the rows."""
-        from ray_peft.tasks.llm_sft import data, model
+        from ray_peft.tasks.llm_sft import data, ensemble, model
 
         model.load_config(spec.model)
+        ensemble.check_members(spec)
         prepared = data.prepare(spec, data.load_tokenizer(spec))
         return Inspection(data.notes(prepared, spec.data), prepared.key, len(prepared.train))
+
+    def data_report(self, spec: TrialSpec) -> DataReport:
+        """Prepare the rows and count them and their tokens."""
+        from ray_peft.tasks.llm_sft import describe
+
+        return describe.report(spec)
+
+    def write_data(self, spec: TrialSpec, folder: Path) -> list[Path]:
+        """Write each split as JSON lines, and a few training rows of each source as the model sees them."""
+        from ray_peft.tasks.llm_sft import describe
+
+        return describe.write(spec, folder)
 
     def total_steps(self, spec: TrialSpec, train_rows: int) -> int:
         """Optimizer steps of a whole trial; the last one of an epoch may hold fewer rows."""
@@ -47,6 +71,14 @@ class LlmSft(TaskType):
         prepared = data.prepare(spec, tokenizer)
         set_seed(spec.seed)
         return LlmBench(spec, device, tokenizer, prepared, model.load_model(spec, device))
+
+    def load_ensemble(self, spec: TrialSpec, members: list[MemberModel], device: str) -> EnsembleBench:
+        """The members' models, each base held once."""
+        from ray_peft.tasks.llm_sft import data, ensemble
+
+        tokenizer = data.load_tokenizer(spec)
+        prepared = data.prepare(spec, tokenizer)
+        return ensemble.LlmEnsemble(spec, device, tokenizer, prepared, ensemble.load_members(members, device))
 
 
 class LlmBench(Bench):
@@ -104,16 +136,21 @@ class LlmBench(Bench):
 
         return answer_loss(self.spec, self.model, self.data.test, cast(int, self.tokenizer.pad_token_id))
 
+    def answer(self, rows: Dataset) -> list[str]:
+        """Greedy answers to the rows' prompts."""
+        from ray_peft.tasks.llm_sft.evaluate import answers
+
+        return answers(self.spec, self.model, self.tokenizer, rows)
+
     def evaluate(self) -> Scored:
         """Loss, BLEU-4 and ROUGE-L on the held-out rows."""
         loss, count = self.eval_loss(), len(self.data.test)
         if not self.spec.evaluation.generate:
             return Scored(Scores(eval_loss=loss, eval_rows=count))
         from ray_peft.metrics.text_scores import bleu4, rouge_l
-        from ray_peft.tasks.llm_sft.evaluate import answers
 
         rows = self.data.test.select(range(min(self.spec.evaluation.rows or count, count)))
-        predictions, references = answers(self.spec, self.model, self.tokenizer, rows), list(rows["reference"])
+        predictions, references = self.answer(rows), list(rows["reference"])
         samples = [
             Sample(
                 row=index,

@@ -47,17 +47,17 @@ def train_stage(spec: TrialSpec, job: StageJob, model: PreTrainedModel, tokenize
     """Train `model` in place for the stage's steps; goes on from the last checkpoint where there is one."""
     from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_utils import get_last_checkpoint
-    from trl import SFTTrainer  # type: ignore[attr-defined]  # not in __all__
 
     trained = Trained()
     optimizer = job.stage.optimizer(model)
-    trainer = SFTTrainer(
+    guard = FiniteGuard(spec, job)
+    trainer = _guarded_trainer(guard)(
         model=model,
         args=_arguments(spec, job),
         train_dataset=train_rows(spec, job.rows),
         processing_class=tokenizer,
         optimizers=(optimizer, None),
-        callbacks=[_watcher(spec, job, trained)],
+        callbacks=[_watcher(spec, job, trained, guard)],
     )
     trainer.remove_callback(PrinterCallback)
     _keep_adapter_dtype(job.stage, model)
@@ -66,6 +66,7 @@ def train_stage(spec: TrialSpec, job: StageJob, model: PreTrainedModel, tokenize
         trained.resumed_from_step = job.first_step + int(checkpoint.rpartition("-")[2])
     begin = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    guard.check()
     trained.seconds += time.perf_counter() - begin
     trained.steps = int(result.global_step)
     trained.tokens = int(trainer._total_train_tokens)  # noqa: SLF001 - TRL logs it, but keeps no public name for it
@@ -122,7 +123,62 @@ def _keep_adapter_dtype(stage: Stage, model: PreTrainedModel) -> None:
             parameter.data = parameter.data.to(getattr(torch, asked))
 
 
-def _watcher(spec: TrialSpec, job: StageJob, trained: Trained) -> Any:
+class FiniteGuard:
+    """Ends a trial whose loss or gradient is not finite, at that step or the next, before a checkpoint keeps it."""
+
+    def __init__(self, spec: TrialSpec, job: StageJob) -> None:
+        self._spec, self._job = spec, job
+        self._seen: tuple[int, Any] | None = None
+
+    def see(self, step: int, loss: Any, grad_norm: Any) -> None:
+        """Take a step's values and check those of the step before: the GPU has them by now, so nothing waits.
+
+        Args:
+            step: of the stage, from 1.
+            loss: tensor (), the sum of losses since the last log.
+            grad_norm: tensor () or float.
+        """
+        import torch
+
+        self.check()
+        values = (loss.detach().float(), torch.as_tensor(grad_norm, dtype=torch.float32, device=loss.device))
+        self._seen = (step, torch.stack([value.reshape(()) for value in values]))
+
+    def check(self) -> None:
+        """Check what was seen last.
+
+        Raises:
+            TrialFailed: it is not finite.
+        """
+        if self._seen is None:
+            return
+        step, values = self._seen
+        self._seen = None
+        for name, value in zip(("the training loss", "the gradient's norm"), values.tolist(), strict=True):
+            if not math.isfinite(value):
+                stage, train = self._job.stage, self._spec.train
+                raise TrialFailed(
+                    f"{name} is {value} at step {self._job.first_step + step} ({stage.name}, lr {stage.lr:g}, "
+                    f"{stage.arithmetic(self._spec.model.dtype)}, precision {train.precision}); lower method.lr, add "
+                    "train.warmup_steps, or use train.precision: fp32"
+                )
+
+
+def _guarded_trainer(guard: FiniteGuard) -> Any:
+    """SFTTrainer that shows every step's loss and gradient norm to `guard`, before the optimizer uses them."""
+    from trl import SFTTrainer  # type: ignore[attr-defined]  # not in __all__
+
+    class GuardedTrainer(SFTTrainer):
+        # The one place of transformers 5.23 that has both numbers in every step; callbacks get them when logged.
+        def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+            guard.see(self.state.global_step + 1, self._tr_loss, norm)
+            return norm
+
+    return GuardedTrainer
+
+
+def _watcher(spec: TrialSpec, job: StageJob, trained: Trained, guard: FiniteGuard) -> Any:
     """A TrainerCallback that passes on logged metrics and measures the loss on held-out rows in between."""
     from transformers import TrainerCallback
 
@@ -131,14 +187,8 @@ def _watcher(spec: TrialSpec, job: StageJob, trained: Trained) -> Any:
             logs: dict[str, Any] = given["logs"]
             if "loss" not in logs:
                 return
-            loss = float(logs["loss"])
-            if not math.isfinite(loss):
-                raise TrialFailed(
-                    f"the training loss is {loss} at step {job.first_step + state.global_step} "
-                    f"(precision {spec.train.precision}, learning rate {logs.get('learning_rate')}); "
-                    "lower method.lr, add train.warmup_steps, or use train.precision: fp32"
-                )
-            trained.losses.append(loss)
+            guard.check()
+            trained.losses.append(float(logs["loss"]))
             kept = {
                 "train_loss": logs["loss"],
                 "grad_norm": logs.get("grad_norm"),
@@ -149,6 +199,8 @@ def _watcher(spec: TrialSpec, job: StageJob, trained: Trained) -> Any:
             job.report(metrics, job.first_step + state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if spec.train.checkpoint_every and state.global_step % spec.train.checkpoint_every == 0:
+                guard.check()
             every = spec.train.eval_every
             if every and state.global_step % every == 0 and state.global_step < job.steps:
                 begin = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+from datasets import load_from_disk
 
 from ray_peft.errors import DataError, ModelError
 from ray_peft.spec import TrialSpec
@@ -69,6 +70,29 @@ def test_prepared_rows_are_made_once_and_hold_no_test_row(spec, tokenizer, monke
     assert row["reference"] in tokenizer.decode(row["input_ids"])
 
 
+def test_validation_rows_have_the_columns_of_test_rows_and_are_none_unless_asked_for(spec, tokenizer):
+    assert data.prepare(spec, tokenizer).validation is None
+    asked = changed(spec, sources=resized(spec, validation=6))
+    prepared = data.prepare(asked, tokenizer)
+    assert prepared.validation.column_names == prepared.test.column_names
+    assert (len(prepared.train), len(prepared.validation), len(prepared.test)) == (40, 6, 8)
+    assert prepared.counts[0].validation == 6
+    note = data.notes(prepared, asked.data)[0]
+    assert "6 validation rows" in note
+
+
+def test_all_sources_are_mixed_by_the_seed(spec, tokenizer):
+    parts = [resized(spec, name=name, train=20, test=4)[0] for name in ("first", "second")]
+    orders = []
+    for seed, cache in ((3, "a"), (3, "b"), (4, "c")):
+        folder = data.cache_folder() / cache
+        data._build(changed(spec, sources=parts, seed=seed).data, tokenizer, True, folder)
+        orders.append(list(load_from_disk(folder / "train")["source_dataset"]))
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == ["first"] * 20 + ["second"] * 20
+    assert set(orders[0][:10]) == {"first", "second"}
+
+
 def test_a_changed_limit_seed_template_or_file_is_another_key(spec, tokenizer, tmp_path):
     keys = {data.prepare(changed(spec, **change), tokenizer).key for change in ({}, {"max_length": 64}, {"seed": 7})}
     copy = tiny.write_rows(tmp_path / "copy.jsonl", tiny.QUESTIONS)
@@ -84,7 +108,7 @@ def test_rows_over_the_limit_are_counted_and_said(spec, tokenizer, too_long, wor
     limited = changed(spec, max_length=66, too_long=too_long, sources=resized(spec, train=20))
     prepared = data.prepare(limited, tokenizer)
     assert max(len(ids) for ids in prepared.train["input_ids"]) <= 66
-    (note,) = data.notes(prepared, limited.data)
+    note = data.notes(prepared, limited.data)[0]
     assert words in note
 
 

@@ -10,6 +10,9 @@ from ray_peft.errors import DataError
 from ray_peft.spec import SourceSpec
 from ray_peft.tasks.llm_sft.rows import draw, read_rows
 
+EARLIER = ["q4", "q6", "q1", "q3", "q5", "q0", "q7", "q2"]
+"""Test and training rows of eight, drawn with seed 42 before there were validation rows."""
+
 
 def source(path, **changes):
     return SourceSpec(recipe="prompt_completion", path=str(path), **{"train": 4, "test": 2, **changes})
@@ -19,8 +22,8 @@ def numbered(path, count):
     return tiny.write_rows(path, [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(count)])
 
 
-def texts(conversations):
-    return [conversation.turns[0]["content"] for conversation in conversations]
+def texts(rows):
+    return [row.conversation.turns[0]["content"] for row in rows]
 
 
 def sizes(drawn):
@@ -45,6 +48,60 @@ def test_one_percent_of_dolly_s_rows_gives_14860_and_151(tmp_path):
 def test_fractions_of_both_splits_fit_together(tmp_path, rows, train, test):
     drawn = draw(source(numbered(tmp_path / "r.jsonl", rows), train=train, test=test), 0)
     assert sum(sizes(drawn)) <= rows
+
+
+def test_validation_rows_come_from_between_and_leave_the_other_splits_as_they_were(tmp_path):
+    path = numbered(tmp_path / "r.jsonl", 20)
+    without, having = draw(source(path, train=10, test=5), 1), draw(source(path, train=10, test=5, validation=3), 1)
+    assert without.validation == []
+    assert having.test == without.test
+    assert having.validation + having.train == without.train
+    assert len(having.validation) == 3
+
+
+def test_the_drawn_rows_of_a_seed_are_those_of_earlier_versions(tmp_path):
+    drawn = draw(source(numbered(tmp_path / "r.jsonl", 8), train=4, test=2), 42)
+    assert texts(drawn.test + drawn.train) == EARLIER
+
+
+def test_fractions_of_three_splits_fit_together_and_1_0_means_the_rest(tmp_path):
+    path = numbered(tmp_path / "r.jsonl", 10)
+    parts = draw(source(path, train=0.7, test=0.15, validation=0.15), 0)
+    assert (sizes(parts), len(parts.validation)) == ((7, 2), 1)
+    rest = draw(source(path, train=1.0, test=2, validation=0.2), 0)
+    assert (sizes(rest), len(rest.validation)) == ((6, 2), 2)
+
+
+def test_validation_rows_come_from_the_training_file_where_the_test_has_its_own(tmp_path):
+    train, test = numbered(tmp_path / "train.jsonl", 6), numbered(tmp_path / "test.jsonl", 3)
+    drawn = draw(source(train, test_path=str(test), train=1.0, test=3, validation=2), 0)
+    assert {row.file for row in drawn.validation} == {str(train)}
+    assert (sizes(drawn), len(drawn.validation)) == ((4, 3), 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"validation": 5}, "has 4 usable rows for validation, but validation: 5 are asked for; 1 short"),
+        ({"validation": 2, "train": 3}, "has 2 usable rows for train, but train: 3 are asked for; 1 short"),
+        ({"validation": 0.05}, "validation: 0 are asked for"),
+    ],
+)
+def test_too_few_rows_for_validation_are_an_error(tmp_path, changes, words):
+    with pytest.raises(DataError, match=words):
+        draw(source(numbered(tmp_path / "r.jsonl", 6), **changes), 0)
+
+
+def test_a_row_drawn_twice_is_an_internal_error_and_not_a_score(tmp_path, monkeypatch):
+    monkeypatch.setattr("random.Random.shuffle", lambda _, rows: rows.append(rows[0]))
+    with pytest.raises(DataError, match="row 1 of source prompt_completion was drawn for test and again for train"):
+        draw(source(numbered(tmp_path / "r.jsonl", 6), train=5), 0)
+
+
+def test_the_training_file_is_no_test_file(tmp_path):
+    path = numbered(tmp_path / "r.jsonl", 6)
+    with pytest.raises(DataError, match="names this file as path and as test_path.*leave test_path out"):
+        draw(source(path, test_path=f"{tmp_path}/./r.jsonl"), 0)
 
 
 def test_a_test_file_of_its_own(tmp_path):

@@ -9,11 +9,11 @@ from ray_peft.errors import TrialFailed
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.llm_sft.task import LlmSft
 
-METHODS = [
-    {"name": "full", "lr": 0.003},
+METHODS = [  # in float32, so that equal means equal
+    {"name": "full", "lr": 0.003, "weights": "float32"},
     {"name": "lora", "rank": 4, "lr": 0.01},
     {"name": "qlora", "rank": 4, "lr": 0.01, "compute_dtype": "float32"},
-    {"name": "galore", "rank": 4, "lr": 0.01, "update_proj_gap": 3},
+    {"name": "galore", "rank": 4, "lr": 0.01, "update_proj_gap": 3, "weights": "float32"},
 ]
 
 
@@ -54,7 +54,7 @@ def test_micro_batches_do_not_change_what_is_computed(tiny_model, questions, tmp
     assert parts == pytest.approx(whole, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m["name"])
+@pytest.mark.parametrize("method", [*METHODS, {"name": "full", "lr": 0.003}], ids=lambda m: str(list(m.values())))
 def test_a_resumed_trial_goes_on_as_if_nothing_had_happened(tiny_model, questions, tmp_path, method):
     changes = {"train__steps": 8, "train__checkpoint_every": 4}
     whole, *_ = trained(tiny_model, questions, tmp_path / "a", method, **changes)
@@ -90,11 +90,30 @@ def test_loss_on_all_tokens_trains_more_tokens(tiny_model, questions, tmp_path):
 
 
 def test_a_diverging_loss_ends_the_trial_with_step_and_way_out(tiny_model, questions, tmp_path):
-    with pytest.raises(TrialFailed, match="training loss is nan at step .* lower method.lr"):
+    with pytest.raises(TrialFailed, match="is nan at step .* lower method.lr"):
         trained(
             tiny_model, questions, tmp_path, {"name": "full", "lr": 1e30, "max_grad_norm": None}, train__steps=6,
             train__schedule="constant",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_an_infinite_gradient_ends_the_trial_and_no_checkpoint_keeps_it(tiny_model, questions, tmp_path, clip):
+    spec = TrialSpec.from_plain(
+        tiny.plain_spec(
+            tiny_model, questions, {"name": "lora", "rank": 4, "max_grad_norm": clip}, train__steps=6,
+            train__checkpoint_every=1, train__micro_batch_size=8, train__log_every=6,
+        )
+    )  # fmt: skip
+    bench = LlmSft().load(spec, "cpu")
+    ((stage, steps),) = spec.method.stages(bench.total_steps())
+    bench.attach(stage)
+    passes = iter(range(1, 100))
+    weight = next(parameter for parameter in bench.model.parameters() if parameter.requires_grad)
+    weight.register_hook(lambda gradient: gradient * (float("inf") if next(passes) == 3 else 1.0))
+    with pytest.raises(TrialFailed, match=r"gradient's norm is (inf|nan) at step 3 \(lora, .*precision fp32\)"):
+        bench.train(stage, steps, 0, tmp_path, lambda metrics, step: None)
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_evaluations_in_between_are_reported_and_not_timed(tiny_model, questions, tmp_path):

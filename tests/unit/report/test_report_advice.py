@@ -107,16 +107,6 @@ def test_costs_of_several_machines_are_not_compared():
     assert list(tables) == ["Peak memory at hand"]
 
 
-def test_an_ensemble_costs_what_its_members_cost():
-    lora, full = trial("lora", memory=2.0), trial("full", memory=5.0)
-    both = trial("galore", memory=1.0, members={lora.trial_id: 0.5, full.trial_id: 0.5})
-    found = material([(lora, POOR), (full, POOR), (both, REFERENCES)])
-    _, tables = said(found)
-    # Training 20 s and 50 s, and 10 s of its own; its peak is that of full.
-    assert tables["Training time at hand"][-1][:2] == ("from 80.0 s on", "galore")
-    assert tables["Peak memory at hand"][-1][:2] == ("from 5.00 GiB on", "galore")
-
-
 def test_the_rules_are_printed():
     rules = advice(material([(trial("lora"), POOR)]))[-1]
     assert any("A difference that is not shown never decides" in rule for rule in rules.items)

@@ -36,7 +36,7 @@ def test_training_metrics(text):
     assert not [each for each in table if each[0].startswith("none")]
     assert line(table, "galore seed=1") == {
         "Trial": "galore seed=1",
-        "Weights of the base": "float32",
+        "Weights of the base": "bfloat16",
         "Matrix products": "bf16",
         "Arithmetic of the trained weights": "bfloat16 weights, stochastic rounding",
         "Steps": "300",
@@ -68,7 +68,7 @@ def test_between_stages(text):
 
 def test_members_of_an_ensemble(text):
     (table,) = tables(text, "Ensembles")
-    assert [each[1:] for each in table[1:]] == [["full seed=1", "0.400"], ["lora rank=16 seed=1", "0.600"]]
+    assert [each[1:] for each in table[1:]] == [["lora rank=16 seed=1", "0.600"], ["full seed=1", "0.400"]]
 
 
 def test_storage(text):

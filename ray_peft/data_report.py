@@ -1,0 +1,115 @@
+"""What became of the rows of a search space: a table, JSON and files to read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_peft.errors import DataError
+from ray_peft.report.atomic import write_text
+from ray_peft.report.digits import count
+from ray_peft.report.plain import ascii_line
+from ray_peft.space import load
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks import TASKS
+from ray_peft.tasks.base import DataReport, SplitReport
+
+_HEADER = ("source", "split", "rows", "cut", "left out", "overlap", "tokens", "mean", "max", "trained on")
+_GAP = "  "
+
+
+@dataclass(frozen=True)
+class SpaceData:
+    """The data of those trials of a search space that share it."""
+
+    trial: TrialSpec
+    """One of them."""
+    trials: int
+    report: DataReport
+
+
+def report_data(space: str | Path, overrides: Sequence[str] = ()) -> list[SpaceData]:
+    """Prepare every distinct combination of data and tokenizer in a search space.
+
+    Raises:
+        RayPeftError: a wrong search space, or missing or malformed data or tokenizer.
+    """
+    alike: dict[str, list[TrialSpec]] = {}
+    for trial in load(space, list(overrides)).trials:
+        model = trial.model.plain()
+        tokenizer = [model["tokenizer"] or model["name"], model["revision"]]
+        key = json.dumps([trial.task, tokenizer, trial.data.plain(), trial.train.loss], sort_keys=True)
+        alike.setdefault(key, []).append(trial)
+    return [SpaceData(same[0], len(same), TASKS[same[0].task].data_report(same[0])) for same in alike.values()]
+
+
+def raise_if_refused(reports: Sequence[SpaceData]) -> None:
+    """Raise the refusals that the reports hold.
+
+    Raises:
+        DataError: training rows repeat held-out rows.
+    """
+    errors = list(dict.fromkeys(each.report.error for each in reports if each.report.error is not None))
+    if errors:
+        raise DataError("\n".join(errors))
+
+
+def plain(reports: Sequence[SpaceData]) -> list[dict[str, Any]]:
+    """The reports as JSON-like data."""
+    return [{"trials": each.trials, **asdict(each.report)} for each in reports]
+
+
+def table(reports: Sequence[SpaceData]) -> str:
+    """The reports as lines of printable ASCII."""
+    return "\n\n".join(_one_table(each) for each in reports)
+
+
+def write(reports: Sequence[SpaceData], folder: Path) -> list[Path]:
+    """Write data.json and what each task has to show; several data sets go into a folder each, named by their key.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [folder / "data.json"]
+        write_text(written[0], json.dumps(plain(reports), indent=2, ensure_ascii=False) + "\n")
+        for each in reports:
+            if each.report.key is not None:
+                target = folder if len(reports) == 1 else folder / each.report.key
+                target.mkdir(exist_ok=True)
+                written += TASKS[each.trial.task].write_data(each.trial, target)
+    except OSError as error:
+        raise DataError(f"--out {folder}: cannot be written: {error.strerror or error}") from None
+    return written
+
+
+def _one_table(data: SpaceData) -> str:
+    report = data.report
+    settings = ", ".join(f"{key} {value}" for key, value in report.settings.items())
+    lines = [f"data {report.key or '(refused)'}, {data.trials} trials: {settings}", ""]
+    cells = [_HEADER, *(_cells(split) for split in report.splits)]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(_HEADER))]
+    body = [_line(line, widths) for line in cells]
+    lines += [body[0], _GAP.join("-" * width for width in widths), *body[1:], ""]
+    for source, rows in report.read.items():
+        reasons = "".join(f"; {n:,} unusable ({why})" for why, n in sorted(report.unusable[source].items()))
+        lines.append(f"{source}: {rows:,} rows read{reasons}")
+    lines += [f"overlap: {line}" for line in report.overlap_lines]
+    return "\n".join(ascii_line(line) for line in lines)
+
+
+def _cells(split: SplitReport) -> tuple[str, ...]:
+    mean = None if split.tokens is None or not split.rows else round(split.tokens / split.rows)
+    replaced = (count(split.dropped), count(split.overlapping)) if split.split == "train" else ("-", "-")
+    tokens = (count(split.tokens), count(mean), count(split.longest), count(split.trained_tokens))
+    return ascii_line(split.source), split.split, count(split.rows), count(split.cut), *replaced, *tokens
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    left = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
+    right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
+    return _GAP.join([*left, *right])

@@ -1,0 +1,50 @@
+"""Ensemble: finished trials answer together, each next token from the weighted mean of their distributions."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ray_peft.methods.base import Dtype, Method, Stage, Task
+from ray_peft.methods.single import SingleMethod
+from ray_peft.strict import Strict
+
+
+class Member(Strict):
+    """One model of an ensemble: the ensemble's own trial with this method, which a sweep trains first."""
+
+    method: Annotated[SingleMethod, Field(discriminator="name")]
+    model: str | None = None
+    """Repository id or folder of another base with the same tokenizer; null takes the trial's."""
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
+    """Another seed than the trial's."""
+
+
+class Ensemble(Method):
+    """p(next token) = sum of weight x p of each member, the weights tuned on the validation rows.
+
+    A linear mixture of distributions (Jacobs et al. 1991, doi:10.1162/neco.1991.3.1.79); its weights have one best
+    point, which expectation maximisation finds. With two members the first weight is the studies' alpha.
+    """
+
+    name: Literal["ensemble"] = "ensemble"
+    tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft"})
+    members: tuple[Member, ...] = Field(min_length=2)
+
+    def arithmetic(self, dtype: Dtype) -> str:
+        """Of the members, which differ."""
+        return "that of each member"
+
+    def stages(self, steps: int) -> list[tuple[Stage, int]]:
+        """No stages: the members are trained as trials of their own."""
+        return []
+
+    def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
+        """The members check themselves; the ensemble answers in one process."""
+        if num_workers == 1:
+            return []
+        return [
+            f"an ensemble answers on one worker (found resources.num_workers: {num_workers}); train the members on "
+            "several in a sweep of their own, or use num_workers: 1"
+        ]

@@ -1,0 +1,45 @@
+"""What methods that train the base share: which dtype holds the weights, and how an update is rounded into it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from ray_peft.methods.base import Dtype, Stage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TrainedWeights = Literal["bfloat16_stochastic", "float32", "bfloat16"]
+
+
+class FullWeights(Stage):
+    """A stage that trains every weight of the base."""
+
+    needs_full_weights: ClassVar[bool] = True
+    weights: TrainedWeights = "bfloat16_stochastic"
+    """How trained weights and AdamW's moments are held. bfloat16_stochastic: 2 bytes a number, rounded up or down at
+    random so that small updates count on average. float32: 4 bytes. bfloat16: 2 bytes, rounded to the nearest, where
+    most small updates are lost; it is what `AdamW` on a bf16 model does, and here to show that."""
+
+    @property
+    def dtype(self) -> Dtype:
+        """The dtype that holds the trained weights."""
+        return "float32" if self.weights == "float32" else "bfloat16"
+
+    def weights_dtype(self, asked: Dtype) -> Dtype:
+        """The dtype of the trained weights, whatever the model's setting."""
+        return self.dtype
+
+    def arithmetic(self, dtype: Dtype) -> str:
+        """How the trained weights are held and rounded."""
+        return {
+            "bfloat16_stochastic": "bfloat16 weights, stochastic rounding",
+            "float32": "float32 weights",
+            "bfloat16": "bfloat16 weights, rounded to nearest",
+        }[self.weights]
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Mark every parameter as trained, in the dtype asked for."""
+        import torch
+
+        return model.to(getattr(torch, self.dtype)).requires_grad_(True)

@@ -1,0 +1,145 @@
+"""AdamW on bfloat16 weights and moments, rounded stochastically: an update counts on average, however small it is.
+
+Rounded to the nearest, an update below 2**-9 of its weight changes nothing, and a second moment that decays by 0.1 % a
+step never decays. Rounded up with the probability of the remainder, both hold in expectation (Gupta et al. 2015,
+arXiv:1502.02551; for bfloat16 training: Zamirai et al. 2020, arXiv:2010.06192). The arithmetic itself is float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+BUCKET = 2**23
+"""Numbers that are updated at a time: enough to keep a GPU busy, few enough that float32 copies stay below 200 MiB."""
+
+
+class Dice:
+    """Random bits that depend on seed, step and place alone: equal on every data-parallel worker and after a resume."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._seed = torch.initial_seed()
+        self._place = {id(parameter): place for place, parameter in enumerate(parameters)}
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def thrown(self, parameter: Tensor, step: int, part: int = 0) -> torch.Generator:
+        """The generator for one rounding of a weight, or of the bucket that begins with it."""
+        generator = self._generators.setdefault(parameter.device, torch.Generator(parameter.device))
+        return generator.manual_seed(hash((self._seed, step, self._place[id(parameter)], part)) & (2**62 - 1))
+
+
+def rounded(values: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    """`values` (float32) in `dtype`; if that is bfloat16, up or down at random, so that the mean is kept.
+
+    Overwrites `values`.
+    """
+    if dtype != torch.bfloat16:
+        return values.to(dtype)
+    # A bfloat16 is the upper half of a float32. The sign is a bit apart, so adding to the bits enlarges the magnitude.
+    bits = values.view(torch.int32)
+    bits += torch.empty_like(bits).random_(0, 2**16, generator=generator)
+    bits &= -(2**16)
+    return values.to(torch.bfloat16)
+
+
+@dataclass
+class _Bucket:
+    """Parts of weights, flat, with their gradients and moments; all of one dtype and at one step."""
+
+    step: int
+    first: Tensor
+    """The weight it begins with, at number `begin`."""
+    begin: int
+    columns: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = field(
+        default_factory=lambda: ([], [], [], [])
+    )
+    """Weights, gradients, first moments, second moments."""
+    numbers: int = 0
+
+
+def adamw_step(
+    parameters: Sequence[Tensor],
+    states: dict[Any, dict[str, Any]],
+    group: dict[str, Any],
+    dice: Dice,
+    *,
+    eps_from_source: bool,
+) -> None:
+    """One AdamW step of the parameters that have a gradient (Loshchilov and Hutter 2019, arXiv:1711.05101).
+
+    Args:
+        parameters: of one group.
+        states: the optimizer's state, filled at a parameter's first step.
+        group: lr, betas, eps, weight_decay.
+        dice: for the rounding.
+        eps_from_source: add `eps` to the uncorrected root of the second moment, as galore-torch does; else to the
+            corrected one, as torch does.
+    """
+    beta1, beta2 = group["betas"]
+    for bucket in _buckets(parameters, states):
+        weight, grad, first, second = (_joined(column) for column in bucket.columns)
+        root = math.sqrt(1 - beta2**bucket.step)
+        first.lerp_(grad, 1 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        size = group["lr"] / (1 - beta1**bucket.step)
+        torch.sqrt(second, out=grad).div_(root).add_(group["eps"] / root if eps_from_source else group["eps"])
+        weight.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(first, grad, value=-size)
+        generator = dice.thrown(bucket.first, bucket.step, bucket.begin)
+        for kept, values in zip((0, 2, 3), (weight, first, second), strict=True):
+            _write(bucket.columns[kept], values, generator)
+
+
+def _buckets(parameters: Sequence[Tensor], states: dict[Any, dict[str, Any]]) -> Iterator[_Bucket]:
+    open_buckets: dict[tuple[int, torch.dtype, torch.device], _Bucket] = {}
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        state = states[parameter]
+        if not state:
+            state |= {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        state["step"] += 1
+        tensors = (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        flat = [tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1) for tensor in tensors]
+        key = (state["step"], parameter.dtype, parameter.device)
+        for begin in range(0, parameter.numel(), BUCKET):
+            if key not in open_buckets:
+                open_buckets[key] = _Bucket(state["step"], parameter, begin)
+            bucket = open_buckets[key]
+            for column, tensor in zip(bucket.columns, flat, strict=True):
+                column.append(tensor[begin : begin + BUCKET])
+            bucket.numbers += bucket.columns[0][-1].numel()
+            if bucket.numbers >= BUCKET:
+                yield open_buckets.pop(key)
+    yield from open_buckets.values()
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One float32 tensor with copies of all parts."""
+    return torch.cat(parts).float() if len(parts) > 1 else parts[0].to(torch.float32, copy=True)
+
+
+def _write(parts: list[Tensor], values: Tensor, generator: torch.Generator) -> None:
+    new = rounded(values, parts[0].dtype, generator)
+    torch._foreach_copy_(parts, list(torch.split(new, [part.numel() for part in parts])))
+
+
+class StochasticAdamW(Optimizer):
+    """torch's AdamW with weights and moments in the parameters' own dtype, rounded stochastically if it is bfloat16."""
+
+    def __init__(
+        self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float = 1e-8
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self._dice = Dice(parameter for group in self.param_groups for parameter in group["params"])
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is used here
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            adamw_step(group["params"], self.state, group, self._dice, eps_from_source=False)

@@ -1,0 +1,158 @@
+"""The prepared rows for people: counts, JSON lines, and examples as the model sees them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.report.atomic import write_text
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks.base import DataReport, SplitReport
+from ray_peft.tasks.llm_sft.data import (
+    IGNORED,
+    ContaminationError,
+    PreparedData,
+    SourceCounts,
+    load_tokenizer,
+    prepare,
+)
+from ray_peft.tasks.llm_sft.overlap import Overlap, summary
+from ray_peft.tasks.llm_sft.rows import draw
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+EXAMPLES = 3
+"""Training rows of each source in its example file."""
+
+
+def report(spec: TrialSpec) -> DataReport:
+    """Prepare the rows of a trial and count them; an overlap that is refused is part of the report.
+
+    Raises:
+        DataError, ModelError: something is missing or malformed.
+    """
+    tokenizer = load_tokenizer(spec)
+    try:
+        prepared = prepare(spec, tokenizer)
+    except ContaminationError as refused:
+        return _report(spec, refused.counts, refused.overlap, None, str(refused))
+    assert prepared.overlap is not None
+    return _report(spec, prepared.counts, prepared.overlap, prepared, None)
+
+
+def write(spec: TrialSpec, folder: Path) -> list[Path]:
+    """Write train.jsonl, test.jsonl, validation.jsonl if there is one, and examples/<source>_example.txt."""
+    tokenizer = load_tokenizer(spec)
+    prepared = prepare(spec, tokenizer)
+    drawn = [draw(source, spec.data.seed) for source in spec.data.sources]
+    written = []
+    for split, rows in _splits(prepared):
+        found = {(each.source, row.number): row.conversation for each in drawn for row in getattr(each, split)}
+        lines = []
+        for row in rows:
+            conversation = found[row["source_dataset"], row["row"]]
+            content: dict[str, Any] = (
+                {"messages": list(conversation.turns)} if conversation.text is None else {"text": conversation.text}
+            )
+            line = {"source_dataset": row["source_dataset"], "row": row["row"], **content}
+            lines.append(json.dumps({**line, "rendered": _decoded(row["input_ids"], tokenizer)}, ensure_ascii=False))
+        written.append(folder / f"{split}.jsonl")
+        write_text(written[-1], "".join(f"{line}\n" for line in lines))
+    examples = folder / "examples"
+    examples.mkdir(exist_ok=True)
+    for name, each in zip(_file_names([each.source for each in drawn]), drawn, strict=True):
+        written.append(examples / f"{name}_example.txt")
+        write_text(written[-1], _examples(prepared.train, each.source, tokenizer, spec.train.loss))
+    return written
+
+
+def _report(
+    spec: TrialSpec, counts: list[SourceCounts], overlap: Overlap, prepared: PreparedData | None, error: str | None
+) -> DataReport:
+    tokens = {} if prepared is None else {split: _tokens(rows, spec.train.loss) for split, rows in _splits(prepared)}
+    splits = []
+    for each in counts:
+        for split, rows, cut in (
+            ("train", each.train, each.train_cut),
+            ("validation", each.validation, each.validation_cut),
+            ("test", each.test, each.test_cut),
+        ):
+            if rows or split != "validation":
+                train = split == "train"
+                total, longest, trained = tokens.get(split, {}).get(each.source, (None, None, None))
+                dropped, overlapping = (each.train_dropped, each.overlap_dropped) if train else (0, 0)
+                splits.append(SplitReport(each.source, split, rows, cut, dropped, overlapping, total, longest, trained))
+    settings = {
+        "tokenizer": spec.model.tokenizer or spec.model.name,
+        "seed": spec.data.seed,
+        "max_length": spec.data.max_length,
+        "too_long": spec.data.too_long,
+        "loss": spec.train.loss,
+    }
+    return DataReport(
+        key=None if prepared is None else prepared.key,
+        settings=settings,
+        read={each.source: each.read for each in counts},
+        unusable={each.source: each.unusable for each in counts},
+        splits=splits,
+        overlap=overlap.plain(),
+        overlap_lines=_overlap_lines(overlap),
+        error=error,
+    )
+
+
+def _overlap_lines(overlap: Overlap) -> list[str]:
+    rule = f"{overlap.ngram}-grams, threshold {overlap.threshold:g}, action {overlap.action}"
+    short = f"; {overlap.short_questions:,} more share a short question" if overlap.short_questions else ""
+    return [f"{overlap.offending:,} training rows repeat held-out rows ({rule}){short}", *summary(overlap)]
+
+
+def _splits(prepared: PreparedData) -> Iterator[tuple[str, Dataset]]:
+    yield "train", prepared.train
+    if prepared.validation is not None:
+        yield "validation", prepared.validation
+    yield "test", prepared.test
+
+
+def _tokens(rows: Dataset, loss: str) -> dict[str, tuple[int, int, int]]:
+    """Tokens, longest row and tokens with loss, by source."""
+    found: dict[str, tuple[int, int, int]] = {}
+    for row in rows.select_columns(["source_dataset", "labels"]):
+        labels = row["labels"]
+        total, longest, trained = found.get(row["source_dataset"], (0, 0, 0))
+        trained += sum(_is_trained(label, loss) for label in labels)
+        found[row["source_dataset"]] = total + len(labels), max(longest, len(labels)), trained
+    return found
+
+
+def _is_trained(label: int, loss: str) -> bool:
+    return loss == "all" or label != IGNORED
+
+
+def _examples(train: Dataset, source: str, tokenizer: PreTrainedTokenizerBase, loss: str) -> str:
+    indices = [index for index, name in enumerate(train["source_dataset"]) if name == source][:EXAMPLES]
+    parts = []
+    for number, row in enumerate(train.select(indices), start=1):
+        place = f"row {row['row']} of its file"
+        parts.append(f"========== {source}: example {number} of {len(indices)}, {place} ==========")
+        pairs = zip(row["input_ids"], row["labels"], strict=True)
+        for trained, run in groupby(pairs, key=lambda pair: _is_trained(pair[1], loss)):
+            parts.append(f"---------- {'trained on' if trained else 'not trained on'} ----------")
+            parts.append(_decoded([token for token, _ in run], tokenizer))
+    return "\n".join(parts) + "\n"
+
+
+def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _file_names(sources: list[str]) -> list[str]:
+    """One name per source that any file system takes."""
+    names = [re.sub(r"[^A-Za-z0-9._-]", "_", source).lstrip(".") or "source" for source in sources]
+    return [f"{name}_{index}" if names.count(name) > 1 else name for index, name in enumerate(names, start=1)]

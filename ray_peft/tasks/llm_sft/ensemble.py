@@ -1,0 +1,256 @@
+"""Several fine-tuned models that choose each next token together."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ray_peft.errors import ModelError, TrialFailed
+from ray_peft.methods.base import Stage
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks.base import EnsembleBench, MemberModel, Report, Trained
+from ray_peft.tasks.llm_sft.evaluate import answers, inference, token_log_probs
+from ray_peft.tasks.llm_sft.task import LlmBench
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from torch import Tensor
+    from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ray_peft.tasks.llm_sft.data import PreparedData
+
+MOST_ROUNDS = 1000
+CHANGE = 1e-7
+"""Expectation maximisation ends when no weight moves by more than this in a round."""
+
+
+def check_members(spec: TrialSpec) -> None:
+    """Check the models of an ensemble's members, without weights.
+
+    Raises:
+        ModelError: a member's model is missing, or has another tokenizer than the trial's own model.
+    """
+    from ray_peft.tasks.llm_sft.data import load_tokenizer
+    from ray_peft.tasks.llm_sft.model import load_config
+
+    own = None
+    for place, member in enumerate(spec.members()):
+        if member.model.name == spec.model.name:
+            continue
+        own = own or (load_tokenizer(spec), load_config(spec.model))
+        other, config = load_tokenizer(member), load_config(member.model)
+        where = f"method.members.{place}.model: {member.model.name}"
+        if other.get_vocab() != own[0].get_vocab():
+            raise ModelError(
+                f"{where}: its tokenizer has {len(other)} tokens, that of {spec.model.name} has {len(own[0])}, and "
+                "they are not the same; members of an ensemble choose one next token, so they must share a tokenizer"
+            )
+        sizes = [each.get_text_config().vocab_size for each in (config, own[1])]
+        if sizes[0] != sizes[1]:
+            raise ModelError(
+                f"{where}: its output layer scores {sizes[0]} tokens, that of {spec.model.name} {sizes[1]}; "
+                "members of an ensemble must score the same tokens"
+            )
+
+
+@dataclass(frozen=True)
+class LoadedMember:
+    """A member's part of a model that may serve several members."""
+
+    model: PreTrainedModel
+    adapter: str | None
+    """Its adapter in `model`; null if it has none."""
+    spec: TrialSpec
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[PreTrainedModel]:
+        """The model as this member knows it."""
+        adapted = cast("PeftModel", self.model)
+        if self.adapter is not None:
+            adapted.set_adapter(self.adapter)
+            yield self.model
+        elif self.beneath:
+            with adapted.disable_adapter():
+                yield self.model
+        else:
+            yield self.model
+
+    @property
+    def beneath(self) -> bool:
+        """True for the untouched base of a model that carries others' adapters."""
+        return self.adapter is None and hasattr(self.model, "peft_config")
+
+
+def load_members(members: Sequence[MemberModel], device: str) -> list[LoadedMember]:
+    """Load every member; those that hold the same base in the same storage share it.
+
+    Raises:
+        ModelError: weights cannot be loaded.
+    """
+    from peft import PeftModel
+
+    from ray_peft.tasks.llm_sft.model import from_folder, load_model
+
+    bases: dict[str, Any] = {}
+    keys: list[tuple[str, str | None]] = []
+    for place, member in enumerate(members):
+        spec, folder = member.spec, member.weights
+        if folder is not None and not (folder / "adapter_config.json").is_file():
+            key = f"member {place}"
+            bases[key] = from_folder(spec.model, str(folder), spec.train.save_dtype, None, device)
+            keys.append((key, None))
+            continue
+        dtype = spec.method.weights_dtype(spec.model.dtype)
+        storage = spec.quantization.plain() if spec.quantization else None
+        key = repr((spec.model.plain(), dtype, storage))
+        if key not in bases:
+            bases[key] = load_model(spec, device)
+        if folder is None:
+            keys.append((key, None))
+            continue
+        name = spec.trial_id.replace(".", "_")
+        if isinstance(bases[key], PeftModel):
+            bases[key].load_adapter(str(folder), adapter_name=name)
+        else:
+            bases[key] = PeftModel.from_pretrained(bases[key], str(folder), adapter_name=name)
+        keys.append((key, name))
+    for base in bases.values():
+        base.requires_grad_(False)
+        base.eval()
+    return [
+        LoadedMember(bases[key], adapter, member.spec) for (key, adapter), member in zip(keys, members, strict=True)
+    ]
+
+
+def mixture_weights(log_probs: Tensor) -> list[float]:
+    """Weights of a linear mixture that make the observed tokens most likely, by expectation maximisation.
+
+    The likelihood is concave in the weights, so the point found is the best one (Dempster et al. 1977).
+
+    Args:
+        log_probs: (member, token): each member's log-probability of every observed token.
+    """
+    import torch
+
+    weights = torch.full((len(log_probs),), 1 / len(log_probs), dtype=torch.float64)
+    for _ in range(MOST_ROUNDS):
+        shares = torch.softmax(log_probs + weights.log()[:, None], dim=0)
+        new = shares.mean(dim=1)
+        moved = float((new - weights).abs().max())
+        weights = new
+        if moved < CHANGE:
+            break
+    return [float(weight) for weight in weights]
+
+
+class LlmEnsemble(LlmBench, EnsembleBench):
+    """Members that answer together: p(token) = sum of weight x p of each member."""
+
+    def __init__(
+        self,
+        spec: TrialSpec,
+        device: str,
+        tokenizer: PreTrainedTokenizerBase,
+        data: PreparedData,
+        members: list[LoadedMember],
+    ) -> None:
+        super().__init__(spec, device, tokenizer, data, members[0].model)
+        self.members = members
+        self.weights = [1 / len(members)] * len(members)
+
+    def parameters(self) -> tuple[int, int]:
+        """No parameter takes gradients; all that are held, a shared base once."""
+        from ray_peft.tasks.llm_sft.model import count_parameters
+
+        models = {id(member.model): member.model for member in self.members}
+        return 0, sum(count_parameters(model)[1] for model in models.values())
+
+    def tune(self) -> list[float]:
+        """The weights under which the validation answers are most likely."""
+        assert self.data.validation is not None  # legality() asks for validation rows
+        self.weights = mixture_weights(self._log_probs(self.data.validation))
+        return self.weights
+
+    def eval_loss(self) -> float:
+        """Mean loss of the held-out answers' tokens under the mixture [nats]."""
+        import torch
+
+        logs = torch.tensor([math.log(weight) if weight else -math.inf for weight in self.weights])
+        return -float(torch.logsumexp(self._log_probs(self.data.test) + logs.double()[:, None], dim=0).mean())
+
+    def answer(self, rows: Dataset) -> list[str]:
+        """Greedy answers; members without weight are not asked."""
+        asked = [(member, weight) for member, weight in zip(self.members, self.weights, strict=True) if weight]
+        asked.sort(key=lambda each: each[0].beneath)  # within its context the others' adapters would be off, too
+        (first, _), *others = asked
+        with contextlib.ExitStack() as modes:
+            for member, _ in others:
+                modes.enter_context(inference(self.spec, member.model))
+            with first.at_work() as model:
+                return answers(self.spec, model, self.tokenizer, rows, _mixer(asked))
+
+    def _log_probs(self, rows: Dataset) -> Tensor:
+        """(member, answer token) float64."""
+        import torch
+
+        found = []
+        for member in self.members:
+            with member.at_work() as model:
+                found.append(token_log_probs(self.spec, model, rows, cast(int, self.tokenizer.pad_token_id)))
+        return torch.stack(found)
+
+    def attach(self, stage: Stage) -> None:
+        """Nothing is trained."""
+        raise TrialFailed("an ensemble is not trained")
+
+    def train(self, stage: Stage, steps: int, first_step: int, folder: Path, report: Report) -> Trained:
+        """Nothing is trained."""
+        raise TrialFailed("an ensemble is not trained")
+
+    def save(self, folder: Path) -> None:
+        """Nothing is saved: the members are."""
+
+
+def _mixer(members: list[tuple[LoadedMember, float]]) -> Callable[[Tensor], LogitsProcessor]:
+    """What makes the processor of one batch: the first member's scores become those of the mixture."""
+    import torch
+    from transformers import LogitsProcessor
+
+    (first, _), *others = members
+    logs = [math.log(weight) for _, weight in members]
+
+    class Mixer(LogitsProcessor):
+        def __init__(self, mask: Tensor) -> None:
+            self.mask = mask
+            self.caches: list[Any] = [None] * len(others)
+            self.seen = 0
+            """Tokens that are in the caches."""
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            length = input_ids.shape[1]
+            mask = torch.cat([self.mask, self.mask.new_ones((len(input_ids), length - self.mask.shape[1]))], dim=1)
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            mixed = [torch.log_softmax(scores.float(), dim=-1) + logs[0]]
+            for place, (member, _) in enumerate(others):
+                with member.at_work() as model:
+                    output: Any = model(
+                        input_ids=input_ids[:, self.seen :],
+                        attention_mask=mask,
+                        position_ids=positions[:, self.seen :],
+                        past_key_values=self.caches[place],
+                        use_cache=True,
+                        logits_to_keep=1,
+                    )
+                self.caches[place] = output.past_key_values
+                mixed.append(torch.log_softmax(output.logits[:, -1].float(), dim=-1) + logs[place + 1])
+            self.seen = length
+            if first.adapter is not None:
+                cast("PeftModel", first.model).set_adapter(first.adapter)
+            return torch.logsumexp(torch.stack(mixed), dim=0)
+
+    return Mixer
