@@ -21,8 +21,9 @@ _RULES = (
     "Within a budget, the cheapest of the candidates that no other candidate within it is shown to be better than is "
     "taken: by peak memory for a memory budget, by training time for a time budget. A difference that is not shown "
     "never decides.",
-    "Peak memory is the greatest over seeds, training time the mean. An ensemble takes the training time of all its "
-    "members, and the greatest of their peaks.",
+    "Peak memory is what tensors took, the greatest over seeds: on a GPU allow for what the allocator reserves on top "
+    "(Resources). Training time is the mean over seeds.",
+    "An ensemble takes the training time of all its members, and the greatest of their peaks and its own.",
 )
 
 
