@@ -8,14 +8,15 @@ from ray_peft.report.document import Block, Bullets, Heading, Paragraph, Table
 from ray_peft.report.material import Material
 from ray_peft.report.recommend import Choice, cheapest, walk
 from ray_peft.report.table import SeedGroup, is_base
-from ray_peft.report.ties import LOSS_MARGIN, Family
+from ray_peft.report.ties import FEWEST_ROWS, LOSS_MARGIN, Family
 
 _RULES = (
     "Candidates are the finished trials, those that differ in their seed alone as one. Models with random weights are "
     "none.",
     "Quality is ROUGE-L where held-out rows were answered, else the held-out loss.",
     "One candidate is shown to be better than another if the 95 % paired bootstrap interval of their difference in "
-    "ROUGE-L lies above zero. If it contains zero they are tied.",
+    "ROUGE-L lies above zero. If it contains zero they are tied, and on fewer than "
+    f"{FEWEST_ROWS} held-out rows all are.",
     f"Held-out losses have no interval. They count as tied if they are nearer than {LOSS_MARGIN:.0%} of the lower one, "
     "or if the ranges over seeds touch.",
     "Within a budget, the cheapest of the candidates that no other candidate within it is shown to be better than is "
@@ -25,6 +26,9 @@ _RULES = (
     "(Resources). Training time is the mean over seeds.",
     "An ensemble takes the training time of all its members, and the greatest of their peaks and its own.",
 )
+
+_FEW_ROWS = 30
+"""Held-out rows below which percentile intervals are known to be too narrow."""
 
 
 def advice(material: Material) -> list[Block]:
@@ -145,6 +149,8 @@ def _cannot_say(material: Material) -> list[str]:
             "No answers are on file, so quality is the held-out loss, and whether a difference in it is more than the "
             "choice of held-out rows cannot be said."
         )
+    if few := sorted({family.rows for family in families if family.measure == "rouge_l" and family.rows < _FEW_ROWS}):
+        found.append(f"Answered rows: {few[0]}. Intervals of so few rows are narrower than they should be.")
     if single := [unit.label for family in families for unit in family.units if _one_seed(unit)]:
         trained = sum(not _is_base(unit) for family in families for unit in family.units)
         names = "Every trained row" if len(single) == trained else listed(single)

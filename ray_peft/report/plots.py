@@ -267,9 +267,12 @@ def _canvas(height: float, legend: Sequence[SeedGroup]) -> Iterator[Canvas]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
-    columns = _columns([unit.label for unit in legend]) if legend else 1
+    labels = [_wrapped(unit.label) for unit in legend]
+    lines = sum(label.count("\n") + 1 for label in labels) if labels else 0
     with rc_context(_SETTINGS):
-        yield Canvas(figsize=(_WIDTH, height + 0.2 * -(-len(legend) // columns)), layout="constrained")
+        yield Canvas(
+            figsize=(_WIDTH, height + 0.2 * -(-lines // (_columns(labels) if labels else 1))), layout="constrained"
+        )
 
 
 def _legend(canvas: Canvas, shown: Sequence[tuple[str, Style]], *, marker: bool = True) -> None:
@@ -278,11 +281,15 @@ def _legend(canvas: Canvas, shown: Sequence[tuple[str, Style]], *, marker: bool 
 
     handles = [
         Line2D([], [], color=style.colour, linewidth=1.7, linestyle="none" if marker else style.line,
-               marker=style.marker if marker else None, label=label)
+               marker=style.marker if marker else None, label=_wrapped(label))
         for label, style in shown
     ]  # fmt: skip
-    columns = _columns([label for label, _ in shown])
+    columns = _columns([_wrapped(label) for label, _ in shown])
     canvas.legend(handles=handles, loc="outside lower left", ncols=columns)
+
+
+def _wrapped(label: str) -> str:
+    return textwrap.fill(label, _LEGEND_WIDTH - 6, break_on_hyphens=False)
 
 
 def _columns(labels: Sequence[str]) -> int:

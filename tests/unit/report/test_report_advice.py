@@ -107,6 +107,11 @@ def test_costs_of_several_machines_are_not_compared():
     assert list(tables) == ["Peak memory at hand"]
 
 
+def test_few_rows_are_said_to_be_few():
+    text, _ = said(material([(trial("none"), POOR[:9]), (trial("lora"), REFERENCES[:9])], REFERENCES[:9]))
+    assert "Answered rows: 9. Intervals of so few rows are narrower than they should be." in text
+
+
 def test_the_rules_are_printed():
     rules = advice(material([(trial("lora"), POOR)]))[-1]
     assert any("A difference that is not shown never decides" in rule for rule in rules.items)
