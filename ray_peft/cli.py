@@ -131,7 +131,7 @@ def _sweep(options: argparse.Namespace) -> int:
         fresh=options.fresh,
         console=Console(),
     )
-    print(f"\nreport: {_short(outcome.folder / 'report.md')}")
+    print(f"\nreport: {_short(outcome.folder / 'report.html')}, the same as text: report.md")
     print(f"MLflow: {_ui_command(options.tracking_uri)}")
     if outcome.interrupted:
         print("interrupted; the same command runs the missing trials")

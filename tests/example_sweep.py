@@ -38,7 +38,7 @@ def spec(method: str, seed: int, **method_settings: Any) -> TrialSpec:
     return TrialSpec.from_plain(
         {
             "model": {"name": "org/tiny"},
-            "data": {"sources": [{"recipe": "alpaca", "path": "a.jsonl", "train": 900, "test": 60}]},
+            "data": {"sources": [{"recipe": "alpaca", "path": "a.jsonl", "train": 900, "validation": 40, "test": 60}]},
             "method": {"name": method, **method_settings},
             "train": {"steps": STEPS, "log_every": 10, "eval_every": 50},
             "seed": seed,
@@ -48,6 +48,7 @@ def spec(method: str, seed: int, **method_settings: Any) -> TrialSpec:
 
 def build(folder: Path, *, seeds: tuple[int, ...] = (1, 2), rows: int = 60) -> Path:
     """Six methods with each seed; of galore the last seed failed, and full with batches of one ran out of memory."""
+    folder.mkdir(exist_ok=True)
     rng = random.Random(0)
     references = [" ".join(rng.choices(WORDS, k=12)) for _ in range(rows)]
     results = []
@@ -115,23 +116,31 @@ def _trial(
 
 
 def _ensemble(folder: Path, results: list[TrialResult], references: list[str], seed: int) -> TrialResult:
-    """Stands in for a row of an ensemble: the weights of its members and no training of its own."""
+    """LoRA and full tuning together; its row holds what its members cost."""
     members = {
-        result.trial_id: weight
+        result.spec.method.name: result
         for result in results
-        for method, weight in (("lora", 0.6), ("full", 0.4))
-        if result.spec.method.name == method and result.spec.seed == seed and result.status == "finished"
+        if result.spec.method.name in ("lora", "full") and result.spec.seed == seed and result.status == "finished"
     }
-    trial = spec("lora", seed, rank=17)
+    trial = spec("ensemble", seed, members=[{"method": members[name].spec.method.plain()} for name in ("lora", "full")])
+    assert [member.trial_id for member in trial.members()] == [members[name].trial_id for name in ("lora", "full")]
     place = folder / "trials" / trial.trial_id
     place.mkdir()
     rng = random.Random("ensemble")
     answers = [" ".join(w if rng.random() < 0.68 else rng.choice(WORDS) for w in text.split()) for text in references]
     _write_answers(place, answers, references)
+    train_s = sum(member.usage.train_s for member in members.values())
     return TrialResult(
-        trial_id=trial.trial_id, status="finished", spec=trial, members=members,
+        trial_id=trial.trial_id, status="finished", spec=trial, arithmetic="that of each member",
+        members={members["lora"].trial_id: 0.6, members["full"].trial_id: 0.4},
         scores=Scores(eval_loss=1.6, bleu4=bleu4(answers, references), rouge_l=rouge_l(answers, references)),
-        usage=Usage(peak_allocated_gib=0.9, wall_time_s=20.0, evaluate_s=20.0),
+        usage=Usage(
+            peak_allocated_gib=max(member.usage.peak_allocated_gib or 0 for member in members.values()),
+            train_s=train_s, evaluate_s=40.0, wall_time_s=43.0,
+        ),
+        trainable_parameters=sum(member.trainable_parameters for member in members.values()),
+        adapter_bytes=sum(member.adapter_bytes for member in members.values()),
+        provenance=Provenance(device="NVIDIA H200", data_key="d"),
     )  # fmt: skip
 
 
@@ -160,6 +169,6 @@ def _write_answers(place: Path, answers: list[str], references: list[str]) -> No
     samples = [
         {"row": row, "source_dataset": "alpaca", "prompt": f"Say row {row} again.\n\nInput: {references[row]}",
          "reference": references[row], "answer": f"{answers[row]}\n{HOSTILE}" if row == 0 else answers[row]}
-        for row in range(4)
+        for row in range(min(4, len(references)))
     ]  # fmt: skip
     (place / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache
+from itertools import chain
 from statistics import fmean
 from typing import TypeAlias
 
@@ -10,6 +12,8 @@ from numpy.typing import NDArray
 
 ORDERS = 4
 """BLEU-4 counts n-grams of 1 to 4 tokens."""
+
+_ORDERS = range(1, ORDERS + 1)
 
 BLEU_COLUMNS = 2 * ORDERS + 2
 """Columns of a BLEU statistics array: 4 matches, 4 totals, hypothesis length, reference length."""
@@ -48,14 +52,9 @@ def bleu_row_statistics(predictions: Sequence[str], references: Sequence[Referen
     Raises:
         ValueError: no rows, unequal numbers of rows, or a row without a reference.
     """
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-
-    # The tokenizer is called on the raw text, as evaluate does. sacrebleu.corpus_bleu strips the right end of the line
-    # first, which keeps the dash of a text ending in "-\n" and changes the score (sacrebleu 2.6.0).
-    tokenizer: Callable[[str], str] = Tokenizer13a()  # type: ignore[no-untyped-call]
+    tokenize = _tokenizer()
     rows = [
-        _row_statistics(tokenizer(prediction).split(), [tokenizer(text).split() for text in texts])
-        for prediction, texts in _pairs(predictions, references)
+        _row_statistics(tokenize(prediction).split(), texts) for prediction, texts in _pairs(predictions, references)
     ]
     return np.array(rows, dtype=np.int64)
 
@@ -150,22 +149,38 @@ def _pairs(predictions: Sequence[str], references: Sequence[Reference]) -> Itera
     return zip(predictions, several, strict=True)
 
 
-def _row_statistics(prediction: list[str], references: list[list[str]]) -> list[int]:
-    wanted: Counter[tuple[str, ...]] = Counter()
-    for reference in references:
-        wanted |= _ngrams(reference)
+@lru_cache(maxsize=1024)  # the trials of a sweep answer the same rows
+def _reference_counts(reference: str) -> tuple[Counter[tuple[str, ...]], int]:
+    """N-grams and tokens of a reference; not to be changed."""
+    tokens = _tokenizer()(reference).split()
+    return _ngrams(tokens), len(tokens)
+
+
+@cache
+def _tokenizer() -> Callable[[str], str]:
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    # The tokenizer is called on the raw text, as evaluate does. sacrebleu.corpus_bleu strips the right end of the line
+    # first, which keeps the dash of a text ending in "-\n" and changes the score (sacrebleu 2.6.0).
+    tokenizer: Callable[[str], str] = Tokenizer13a()  # type: ignore[no-untyped-call]
+    return tokenizer
+
+
+def _row_statistics(prediction: list[str], references: Sequence[str]) -> list[int]:
+    counted = [_reference_counts(reference) for reference in references]
+    wanted = counted[0][0]
+    for more, _ in counted[1:]:
+        wanted = wanted | more
     found = _ngrams(prediction)
     matches = [0] * ORDERS
-    for ngram, count in found.items():
-        matches[len(ngram) - 1] += min(count, wanted[ngram])
+    for ngram in found.keys() & wanted.keys():
+        matches[len(ngram) - 1] += min(found[ngram], wanted[ngram])
     totals = [max(0, len(prediction) - order) for order in range(ORDERS)]
-    return [*matches, *totals, len(prediction), min(map(len, references))]
+    return [*matches, *totals, len(prediction), min(length for _, length in counted)]
 
 
 def _ngrams(tokens: list[str]) -> Counter[tuple[str, ...]]:
     """How often each n-gram of 1 to 4 tokens occurs."""
     return Counter(
-        tuple(tokens[start : start + order])
-        for order in range(1, ORDERS + 1)
-        for start in range(len(tokens) - order + 1)
+        chain.from_iterable(zip(*(tokens[start:] for start in range(order)), strict=False) for order in _ORDERS)
     )

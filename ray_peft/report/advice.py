@@ -2,28 +2,33 @@
 
 from collections.abc import Sequence
 
-from ray_peft.report.costs import Costs
-from ray_peft.report.digits import duration, fixed, gib, listed
+from ray_peft.report.costs import Costs, costs
+from ray_peft.report.digits import MISSING, duration, fixed, gib, listed
 from ray_peft.report.document import Block, Bullets, Heading, Paragraph, Table
 from ray_peft.report.material import Material
 from ray_peft.report.recommend import Choice, cheapest, walk
 from ray_peft.report.table import SeedGroup, is_base
-from ray_peft.report.ties import LOSS_MARGIN, Family
+from ray_peft.report.ties import FEWEST_ROWS, LOSS_MARGIN, Family
 
 _RULES = (
     "Candidates are the finished trials, those that differ in their seed alone as one. Models with random weights are "
     "none.",
     "Quality is ROUGE-L where held-out rows were answered, else the held-out loss.",
     "One candidate is shown to be better than another if the 95 % paired bootstrap interval of their difference in "
-    "ROUGE-L lies above zero. If it contains zero they are tied.",
+    "ROUGE-L lies above zero. If it contains zero they are tied, and on fewer than "
+    f"{FEWEST_ROWS} held-out rows all are.",
     f"Held-out losses have no interval. They count as tied if they are nearer than {LOSS_MARGIN:.0%} of the lower one, "
     "or if the ranges over seeds touch.",
     "Within a budget, the cheapest of the candidates that no other candidate within it is shown to be better than is "
     "taken: by peak memory for a memory budget, by training time for a time budget. A difference that is not shown "
     "never decides.",
-    "Peak memory is the greatest over seeds, training time the mean. An ensemble takes the training time of all its "
-    "members, and the greatest of their peaks.",
+    "Peak memory is what tensors took, the greatest over seeds: on a GPU allow for what the allocator reserves on top "
+    "(Resources). Training time is the mean over seeds.",
+    "An ensemble takes the training time of all its members, and the greatest of their peaks and its own.",
 )
+
+_FEW_ROWS = 30
+"""Held-out rows below which percentile intervals are known to be too narrow."""
 
 
 def advice(material: Material) -> list[Block]:
@@ -35,17 +40,17 @@ def advice(material: Material) -> list[Block]:
     for number, family in enumerate(shown, 1):
         if len(shown) > 1:
             blocks.append(Heading(f"Held-out rows {number} of {len(shown)}"))
-        blocks += _family(family, material.costs(family.units))
+        blocks += _family(family, costs(family.units))
     if silence := _cannot_say(material):
         blocks.append(Bullets(tuple(silence)))
     return [*blocks, Heading("Rules of the recommendation"), Bullets(_RULES)]
 
 
-def _family(family: Family, costs: Costs) -> list[Block]:
-    blocks: list[Block] = [Bullets((_best(family, costs), *_against_base(family)))]
+def _family(family: Family, needs: Costs) -> list[Block]:
+    blocks: list[Block] = [Bullets((_best(family, needs), *_against_base(family)))]
     for name, values, others, text, problem in (
-        ("Peak memory", costs.memory_gib, costs.time_s, gib, costs.memory_problem),
-        ("Training time", costs.time_s, costs.memory_gib, duration, costs.time_problem),
+        ("Peak memory", needs.memory_gib, needs.time_s, gib, needs.memory_problem),
+        ("Training time", needs.time_s, needs.memory_gib, duration, needs.time_problem),
     ):
         if problem is not None:
             blocks.append(Paragraph(f"{name}: which to take cannot be said, since {problem}."))
@@ -54,54 +59,72 @@ def _family(family: Family, costs: Costs) -> list[Block]:
     return blocks
 
 
-def _best(family: Family, costs: Costs) -> str:
+def _best(family: Family, needs: Costs) -> str:
     best = family.tiers()[0]
-    names = [family.units[place].label for place in best]
-    shown = "ROUGE-L" if family.measure == "rouge_l" else "held-out loss"
+    by_score = family.measure == "rouge_l"
+    names = [_name(family.units[place]) for place in best]
     values = listed([fixed(family.values[place], 4) for place in best])
+    start = f"Best quality: {listed(names)} ({'ROUGE-L' if by_score else 'held-out loss'} {values})"
     if len(best) == 1:
-        kind = "shown to be better than every other row" if family.measure == "rouge_l" else "the lowest"
-        return f"Best quality: {names[0]} ({shown} {values}), {kind}."
+        return f"{start}, {'shown to be better' if by_score else 'lower by more than the margin'} than every other row."
     text = (
-        f"Best quality: {listed(names)} ({shown} {values}): no row is shown to be better than any of these, and "
-        "between them there is no difference that these rows can show."
+        f"{start}: no row is shown to be better than any of these, and between them there is no difference that these "
+        "rows can show."
+        if by_score
+        else f"{start}: no loss is lower than any of these by more than the margin."
     )
-    picks = []
-    for what, values_of, others, problem in (
-        ("memory", costs.memory_gib, costs.time_s, costs.memory_problem),
-        ("training time", costs.time_s, costs.memory_gib, costs.time_problem),
-    ):
-        place = None if problem else cheapest(best, values_of, others)
-        if place is not None:
-            picks.append(f"{family.units[place].label} takes the least {what}")
-    return f"{text} Of these, {listed(picks)}." if picks else text
+    return f"{text} {_cheaper(family, best, needs)}".rstrip()
+
+
+def _cheaper(family: Family, best: Sequence[int], needs: Costs) -> str:
+    """Which of tied candidates to take."""
+    memory = None if needs.memory_problem else cheapest(best, needs.memory_gib, needs.time_s)
+    time = None if needs.time_problem else cheapest(best, needs.time_s, needs.memory_gib)
+    reasons = []
+    if memory is not None:
+        reasons.append((memory, f"the least memory ({gib(needs.memory_gib[memory])})"))
+    if time is not None:
+        reasons.append((time, f"the least training time ({duration(needs.time_s[time])})"))
+    picks: dict[int, list[str]] = {}
+    for place, reason in reasons:
+        picks.setdefault(place, []).append(reason)
+    said = [f"{_name(family.units[place])}, which takes {listed(found)}" for place, found in picks.items()]
+    return f"Of these the cheaper is recommended: {'; or '.join(said)}." if said else ""
 
 
 def _against_base(family: Family) -> list[str]:
-    bases = [place for place, unit in enumerate(family.units) if _is_base(unit)]
+    homes = {row.trial_id: place for place, unit in enumerate(family.units) for row in unit.rows}
+    bases = {
+        place: homes[row.base.trial_id]
+        for place, unit in enumerate(family.units)
+        for row in unit.finished
+        if row.base is not None and row.base.trial_id in homes
+    }
     if not bases:
         return ["Whether fine-tuning helps cannot be said: there is no finished row of the model without it (none)."]
-    if len(bases) > 1:
-        return []  # several models: their own differences to the base stand in the scores
-    (base,) = bases
-    others = [place for place in range(len(family.units)) if place != base]
-    groups = [
-        ("shown to be better", [place for place in others if family.better(place, base)]),
-        ("shown to be worse", [place for place in others if family.better(base, place)]),
-    ]
-    seen = {place for _, places in groups for place in places}
-    groups.append(("no difference that these rows can show", [place for place in others if place not in seen]))
-    said = "; ".join(f"{name}: {_names(family, places)}" for name, places in groups if places)
+    by_score = family.measure == "rouge_l"
+    better, worse = ("shown to be better", "shown to be worse") if by_score else ("lower loss", "higher loss")
+    groups: dict[str, list[int]] = {
+        better: [place for place, base in bases.items() if family.better(place, base)],
+        worse: [place for place, base in bases.items() if family.better(base, place)],
+    }
+    seen = {place for places in groups.values() for place in places}
+    alike = "no difference that these rows can show" if by_score else "no difference beyond the margin"
+    groups[alike] = [place for place in bases if place not in seen]
+    said = "; ".join(
+        f"{name}: {listed([_name(family.units[place]) for place in places])}"
+        for name, places in groups.items()
+        if places
+    )
     return [f"Against the model without fine-tuning: {said}."]
 
 
-def _budgets(name: str, family: Family, choices: Sequence[Choice], costs: Sequence[str]) -> Block:
+def _budgets(name: str, family: Family, choices: Sequence[Choice], needs: Sequence[str]) -> Block:
     lines = []
     for choice, following in zip(choices, [*choices[1:], None], strict=True):
-        least = costs[choice.take]
-        most = f" to under {costs[following.take]}" if following else " on"
-        tied = ", ".join(f"{family.units[place].label} ({costs[place]})" for place in choice.tied)
-        lines.append((f"from {least}{most}", family.units[choice.take].label, tied or "-"))
+        most = f" to under {needs[following.take]}" if following else " on"
+        tied = ", ".join(f"{_name(family.units[place])}: {needs[place]}" for place in choice.tied)
+        lines.append((f"from {needs[choice.take]}{most}", _name(family.units[choice.take]), tied or MISSING))
     header = (f"{name} at hand", "Take", "Tied with it, and needs more")
     return Table(header=header, lines=tuple(lines), text_columns=3)
 
@@ -126,6 +149,8 @@ def _cannot_say(material: Material) -> list[str]:
             "No answers are on file, so quality is the held-out loss, and whether a difference in it is more than the "
             "choice of held-out rows cannot be said."
         )
+    if few := sorted({family.rows for family in families if family.measure == "rouge_l" and family.rows < _FEW_ROWS}):
+        found.append(f"Answered rows: {few[0]}. Intervals of so few rows are narrower than they should be.")
     if single := [unit.label for family in families for unit in family.units if _one_seed(unit)]:
         trained = sum(not _is_base(unit) for family in families for unit in family.units)
         names = "Every trained row" if len(single) == trained else listed(single)
@@ -149,8 +174,8 @@ def _cannot_say(material: Material) -> list[str]:
     return found
 
 
-def _names(family: Family, places: Sequence[int]) -> str:
-    return listed([family.units[place].label for place in places])
+def _name(unit: SeedGroup) -> str:
+    return f"{unit.label} (no fine-tuning)" if _is_base(unit) else unit.label
 
 
 def _one_seed(unit: SeedGroup) -> bool:

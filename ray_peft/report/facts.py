@@ -101,6 +101,7 @@ def _facts(compared: Sequence[Row]) -> list[str]:
         "Models": [_without_folders(spec.model.name) for spec in specs],
         "Data": [
             f"{source.label}: {setting_text(source.train)} for training, {setting_text(source.test)} held out"
+            + (f", {setting_text(source.validation)} for validation" if source.validation else "")
             for spec in specs
             for source in spec.data.sources
         ],

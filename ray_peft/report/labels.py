@@ -11,6 +11,7 @@ from ray_peft.report.flat import flat_spec
 from ray_peft.spec import TrialSpec
 
 _BARE = re.compile(r"[A-Za-z0-9_.:/+~-]+")
+_MEMBERS = "method.members."
 _ABSENT = "absent"
 """Stands for a key that a trial lacks; no JSON text, so it equals no value."""
 
@@ -25,7 +26,7 @@ def labels(trials: Mapping[str, TrialSpec], *, without: Collection[str] = ()) ->
         trials: the specs of one sweep, by trial id.
         without: dotted keys that are not named, such as `seed`.
     """
-    flats = [flat_spec(spec) for spec in trials.values()]
+    flats = [_brief(flat_spec(spec)) for spec in trials.values()]
     texts = _value_texts(flats)
     shown = differing(flats)
     found = []
@@ -37,6 +38,19 @@ def labels(trials: Mapping[str, TrialSpec], *, without: Collection[str] = ()) ->
         trial_id: f"{label} ({trial_id})" if often[label] > 1 else label
         for trial_id, label in zip(trials, found, strict=True)
     }
+
+
+def _brief(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the members of an ensemble as a list of their methods: all their settings would be no name."""
+    members: dict[str, list[str]] = {}
+    kept: dict[str, Any] = {}
+    for key, value in flat.items():
+        place, found, own = key.removeprefix(_MEMBERS).partition(".")
+        if not key.startswith(_MEMBERS) or not found:
+            kept[key] = value
+        elif own in ("method.name", "model", "seed") and value is not None:
+            members.setdefault(place, []).append(str(value))
+    return kept | ({"method.members": [":".join(words) for words in members.values()]} if members else {})
 
 
 def differing(flats: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ray_peft.report.costs import Costs, costs
 from ray_peft.report.curves import Curve
 from ray_peft.report.table import Row, SeedGroup, rows, units
 from ray_peft.report.ties import Family, families
@@ -59,10 +58,6 @@ class Material:
     def left_out(self) -> dict[str, str]:
         """Why a unit is in no family, by its label."""
         return self._compared[1]
-
-    def costs(self, units: Sequence[SeedGroup]) -> Costs:
-        """What it takes to get each of the units."""
-        return costs(units, self.rows)
 
     def curve(self, row: Row) -> Curve:
         """What the row's trial logged."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from ray_peft.report.costs import costs
 from ray_peft.report.curves import finite, mean_points, thinned
 from ray_peft.report.digits import fixed
 from ray_peft.report.document import Figure
@@ -113,11 +114,11 @@ def quality_against_cost(material: Material) -> list[Figure]:
     figures = []
     families = [family for family in material.families if len(family.units) > 1]
     for number, family in enumerate(families, 1):
-        costs = material.costs(family.units)
+        needs = costs(family.units)
         end = f"_{number}" if len(families) > 1 else ""
         for name, what, values, problem in (
-            ("memory", "Peak memory [GiB]", costs.memory_gib, costs.memory_problem),
-            ("time", "Training time [s]", costs.time_s, costs.time_problem),
+            ("memory", "Peak memory [GiB]", needs.memory_gib, needs.memory_problem),
+            ("time", "Training time [s]", needs.time_s, needs.time_problem),
         ):
             if problem is None and len({value for value in values if value is not None}) > 1:
                 svg = _scatter(family, values, what, material)
@@ -212,9 +213,9 @@ def _finish_bars(axes: Axes, units: Sequence[SeedGroup], label: str) -> None:
     axes.set_xlabel(label + _seed_note(units))
 
 
-def _scatter(family: Family, costs: Sequence[float | None], what: str, material: Material) -> str:
+def _scatter(family: Family, needs: Sequence[float | None], what: str, material: Material) -> str:
     all_styles = dict(zip((unit.label for unit in material.units), _styles(material.units), strict=True))
-    known = [(place, cost) for place, cost in enumerate(costs) if cost is not None]
+    known = [(place, cost) for place, cost in enumerate(needs) if cost is not None]
     sign = 1 if family.measure == "rouge_l" else -1
     with _canvas(3.7, [family.units[place] for place, _ in known]) as canvas:
         axes = canvas.subplots()
@@ -247,7 +248,7 @@ def _seed_points(axes: Axes, unit: SeedGroup, family: Family, what: str, style: 
     for row in unit.finished:
         cost = row.peak_memory_gib if "memory" in what else row.seconds("train_s")
         quality = row.rouge_l.value if family.measure == "rouge_l" else row.eval_loss.value
-        if cost is not None and quality is not None and not row.result.members:
+        if cost is not None and quality is not None:
             axes.plot([cost], [quality], style.marker, color=style.colour, markersize=4, alpha=0.55)
 
 
@@ -266,9 +267,12 @@ def _canvas(height: float, legend: Sequence[SeedGroup]) -> Iterator[Canvas]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
-    columns = _columns([unit.label for unit in legend]) if legend else 1
+    labels = [_wrapped(unit.label) for unit in legend]
+    lines = sum(label.count("\n") + 1 for label in labels) if labels else 0
     with rc_context(_SETTINGS):
-        yield Canvas(figsize=(_WIDTH, height + 0.2 * -(-len(legend) // columns)), layout="constrained")
+        yield Canvas(
+            figsize=(_WIDTH, height + 0.2 * -(-lines // (_columns(labels) if labels else 1))), layout="constrained"
+        )
 
 
 def _legend(canvas: Canvas, shown: Sequence[tuple[str, Style]], *, marker: bool = True) -> None:
@@ -277,11 +281,15 @@ def _legend(canvas: Canvas, shown: Sequence[tuple[str, Style]], *, marker: bool 
 
     handles = [
         Line2D([], [], color=style.colour, linewidth=1.7, linestyle="none" if marker else style.line,
-               marker=style.marker if marker else None, label=label)
+               marker=style.marker if marker else None, label=_wrapped(label))
         for label, style in shown
     ]  # fmt: skip
-    columns = _columns([label for label, _ in shown])
+    columns = _columns([_wrapped(label) for label, _ in shown])
     canvas.legend(handles=handles, loc="outside lower left", ncols=columns)
+
+
+def _wrapped(label: str) -> str:
+    return textwrap.fill(label, _LEGEND_WIDTH - 6, break_on_hyphens=False)
 
 
 def _columns(labels: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ from ray_peft.report.columns import Column, row_table
 from ray_peft.report.digits import MISSING, fixed, percent, spread_text
 from ray_peft.report.document import Block, Heading, Paragraph, Table
 from ray_peft.report.table import Row, Score, SeedGroup
-from ray_peft.report.ties import Family
+from ray_peft.report.ties import FEWEST_ROWS, Family
 from ray_peft.report.uncertainty import Intervals
 
 _TIES = (
@@ -94,9 +94,9 @@ def _family(family: Family) -> list[Block]:
     seeds = max(len(unit.finished) for unit in family.units)
     text = _TIES.format(rows=family.rows) + (_SEEDS if seeds > 1 else "") + _CHANCE.format(pairs=len(family.pairs))
     tiers = Table(
-        header=("Tier", "Trial", "ROUGE-L", "95 % interval", "BLEU-4"),
+        header=("Trial", "Tier", "ROUGE-L", "95 % interval", "BLEU-4"),
         lines=tuple(
-            (str(number), family.units[place].label, fixed(family.values[place], 4), _range(family, place), bleu)
+            (family.units[place].label, str(number), fixed(family.values[place], 4), _range(family, place), bleu)
             for number, tier in enumerate(family.tiers(), 1)
             for place in tier
             for bleu in [spread_text(family.units[place].spread(lambda row: row.bleu4.value), 4)]
@@ -142,7 +142,8 @@ def _pairs(family: Family) -> list[Block]:
         (
             family.units[first].label,
             family.units[second].label,
-            *(_interval(found) for found in (pair.rouge_l, pair.bleu4)),
+            _interval(pair.rouge_l, shown=family.better(first, second) or family.better(second, first)),
+            _interval(pair.bleu4, shown=pair.bleu4.excludes_zero and family.rows >= FEWEST_ROWS),
         )
         for (first, second), pair in family.pairs.items()
     )
@@ -150,9 +151,9 @@ def _pairs(family: Family) -> list[Block]:
     return [Heading("Every pair"), Table(header=header, lines=lines, text_columns=2, folded=True)]
 
 
-def _interval(found: DifferenceInterval) -> str:
+def _interval(found: DifferenceInterval, *, shown: bool) -> str:
     text = f"{fixed(found.difference, 4, signed=True)} {_ends(found)}"
-    return text if found.excludes_zero else f"{text}, tied"
+    return text if shown else f"{text}, tied"
 
 
 def _ends(found: DifferenceInterval) -> str:

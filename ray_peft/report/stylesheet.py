@@ -30,7 +30,8 @@ th, td { padding: 0.4rem 0.7rem; text-align: right; white-space: nowrap; vertica
   border-bottom: 1px solid var(--line); }
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { background: var(--panel); color: var(--ink); font-weight: 600; vertical-align: bottom; }
-tbody th { font-weight: 600; }
+tbody th { font-weight: 600; white-space: normal; }
+tbody th div { width: max-content; max-width: 21rem; overflow-wrap: anywhere; }
 .text { text-align: left; }
 td.text { white-space: normal; min-width: 7rem; max-width: 34rem; overflow-wrap: break-word; }
 th:first-child { position: sticky; left: 0; background: var(--paper); }
@@ -51,7 +52,8 @@ summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }
 .given .card { background: var(--panel); }
 .card h4 { margin: 0 0 0.3rem; font-size: 0.82rem; color: var(--faint); overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
-  th:first-child { max-width: 9.5rem; white-space: normal; overflow-wrap: break-word; }
+  tbody th div { max-width: 8.5rem; }
+  thead th:first-child { white-space: normal; }
   th, td { padding: 0.35rem 0.5rem; }
 }
 @media print { .scroll { overflow: visible; } td, th { white-space: normal; } }

@@ -145,9 +145,7 @@ def seed_groups(rows: Sequence[Row]) -> list[SeedGroup]:
     for row in rows:
         plain = row.result.spec.plain()
         del plain["seed"]
-        # An ensemble may have the spec of one of its members.
-        key = json.dumps([plain, bool(row.result.members)], sort_keys=True)
-        grouped.setdefault(key, []).append(row)
+        grouped.setdefault(json.dumps(plain, sort_keys=True), []).append(row)
     if len(grouped) == len(rows):
         return []
     firsts = [group[0].result for group in grouped.values()]
@@ -162,7 +160,7 @@ def units(rows: Sequence[Row]) -> list[SeedGroup]:
 
 def is_base(result: TrialResult) -> bool:
     """Whether it is of the model without fine-tuning."""
-    return result.spec.method.name == BASE_METHOD and not result.members
+    return result.spec.method.name == BASE_METHOD
 
 
 def base_of(result: TrialResult, results: Iterable[TrialResult]) -> TrialResult | None:

@@ -27,6 +27,9 @@ from ray_peft.report.uncertainty import CONFIDENCE, Statistics
 LOSS_MARGIN = 0.01
 """Held-out losses have no interval: nearer than this share of the lower one they count as tied."""
 
+FEWEST_ROWS = 6
+"""With fewer held-out rows all of them favour one of two equal rows too often: 2 in 2**5 is more than 5 %."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
@@ -59,6 +62,8 @@ class Family:
         """
         if self.measure == "eval_loss":
             return self._clearly_lower(first, second)
+        if self.rows < FEWEST_ROWS:
+            return False
         pair = self.pairs[min(first, second), max(first, second)].rouge_l
         shown = pair.low > 0 if first < second else pair.high < 0
         return shown and self.values[first] > self.values[second]

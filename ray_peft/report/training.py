@@ -14,7 +14,9 @@ from ray_peft.report.table import Row
 
 def metrics(compared: Sequence[Row]) -> list[Block]:
     """How each trial computed, how long it took and where it ended."""
-    trained = [row for row in compared if row.result.steps or row.result.trainable_parameters]
+    trained = [
+        row for row in compared if not row.result.members and (row.result.steps or row.result.trainable_parameters)
+    ]
     columns: list[Column] = [
         ("Weights of the base", _base_weights),
         ("Matrix products", lambda row: row.result.spec.train.precision),
@@ -79,6 +81,7 @@ def resources(compared: Sequence[Row]) -> list[Block]:
     """What every trial took."""
     columns: list[Column] = [
         ("Peak memory [GiB]", _memory),
+        ("Beyond the GPU's memory [GiB]", lambda row: fixed(row.result.usage.spilled_gib or None, 2)),
         ("Training [s]", lambda row: fixed(row.seconds("train_s"), 1)),
         ("Load [s]", lambda row: fixed(row.seconds("load_s"), 1)),
         ("Evaluate [s]", lambda row: fixed(row.seconds("evaluate_s"), 1)),

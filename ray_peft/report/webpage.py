@@ -96,7 +96,7 @@ def _table(block: Table) -> str:
     lines = []
     for line in block.lines:
         first, *others = zip(line, kinds, strict=True)
-        cells = f'<th scope="row"{first[1]}>{_text(first[0])}</th>'
+        cells = f'<th scope="row"{first[1]}><div>{_text(first[0])}</div></th>'
         lines.append(cells + "".join(f"<td{kind}>{_text(cell)}</td>" for cell, kind in others))
     rows = "\n".join(f"<tr>{line}</tr>" for line in lines)
     table = (

@@ -122,8 +122,13 @@ def test_an_ensemble_is_a_row_with_its_weights_and_the_cost_of_its_members(swept
 def test_the_report_names_every_trial(swept):
     _, outcome = swept
     report = (outcome.folder / "report.md").read_text(encoding="utf-8")
+    page = (outcome.folder / "report.html").read_text(encoding="utf-8")
     for result in outcome.results:
         assert result.trial_id in report
+        assert result.trial_id in page
+    for section in ("Recommendation", "Which differences are shown", "Loss over steps", "Between stages", "Ensembles"):
+        assert f"## {section}\n" in report
+    assert "plots/losses.svg" in report
     assert len((outcome.folder / "report.csv").read_text(encoding="utf-8").splitlines()) == 9
 
 
@@ -134,6 +139,8 @@ def test_mlflow_holds_parent_children_parameters_curves_and_artifacts(swept):
     run = mlflow.get_run(lora.mlflow_run_id)
     parent = mlflow.get_run(run.data.tags["mlflow.parentRunId"])
     assert parent.info.status == "FAILED"  # one trial failed
+    kept = {item.path for item in mlflow.list_artifacts(parent.info.run_id)}
+    assert {"report.html", "report.md", "report.csv", "results.jsonl", "plots"} <= kept
     assert run.info.status == "FINISHED"
     assert run.data.params["method.rank"] == "4"
     assert run.data.params["train.batch_size"] == "8"

@@ -147,3 +147,15 @@ def test_every_search_space_loads(path, monkeypatch):
 def test_a_missing_file_is_named():
     with pytest.raises(SearchSpaceError, match=r"nowhere.yaml: no such file"):
         space.load("nowhere.yaml")
+
+
+def test_the_report_setting_is_checked_and_is_no_part_of_a_trial():
+    plain, chosen = parsed(BASE), parsed(changed(report={"loss_steps": [50, 1000, 3714]}))
+    assert plain.report == space.ReportSpec()
+    assert chosen.report.loss_steps == (50, 1000, 3714)
+    assert chosen.trials == plain.trials
+    assert parsed(BASE, ["report.loss_steps=[1, 5]"]).report.loss_steps == (1, 5)
+    (problem,) = refused(changed(report={"loss_steps": [0]}))
+    assert problem.startswith("space.yaml: report.loss_steps.0: Input should be greater than or equal to 1 (found 0)")
+    (problem,) = refused(changed(report={"loss_step": [5]}))
+    assert problem.startswith("space.yaml: report.loss_step: unknown key")

@@ -184,3 +184,20 @@ def test_intervals_are_frozen_and_become_json():
 def test_what_cannot_be_resampled_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_resampling_once_gives_the_intervals_of_each_pair():
+    first, second = statistics(60, 0.2, 1), statistics(60, 0.3, 2)
+    second[:, -1] = first[:, -1]
+    resampled = [bootstrap.resampled_bleu4(each) for each in (first, second)]
+    assert bootstrap.difference(*resampled) == bootstrap.bleu4_difference(first, second)
+    assert bootstrap.score_interval(resampled[0]) == bootstrap.bleu4_interval(first)
+    # The mean of several equal runs is the same system.
+    twice = bootstrap.resampled_bleu4(np.mean([first, first], axis=0))
+    assert bootstrap.difference(twice, resampled[0]).high == 0
+    rows = [random.Random(seed).choices([0.0, 0.5, 1.0], k=60) for seed in (1, 2)]
+    found = bootstrap.difference(*(bootstrap.resampled_mean(each) for each in rows))
+    wanted = bootstrap.mean_difference(*rows)
+    assert (found.difference, found.low, found.high) == pytest.approx((wanted.difference, wanted.low, wanted.high))
+    with pytest.raises(ValueError, match="same rows"):
+        bootstrap.difference(resampled[0], bootstrap.resampled_bleu4(second, resamples=10))

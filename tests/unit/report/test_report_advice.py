@@ -29,17 +29,17 @@ def test_budgets_and_ties():
         )
     )
     assert "Best quality: full and lora (ROUGE-L 1.0000 and 1.0000): no row is shown to be better" in text
-    assert "lora takes the least memory and lora takes the least training time" in text
+    assert "recommended: lora, which takes the least memory (4.00 GiB) and the least training time (40.0 s)." in text
     assert (
         "shown to be better: full and lora; shown to be worse: galore; "
         "no difference that these rows can show: qlora." in text
     )
     # qlora is tied with the base, which is cheaper; galore is worse: neither is ever recommended.
     assert tables["Peak memory at hand"] == (
-        ("from 0.50 GiB to under 4.00 GiB", "none", "qlora (2.00 GiB)"),
-        ("from 4.00 GiB on", "lora", "full (9.00 GiB)"),
+        ("from 0.50 GiB to under 4.00 GiB", "none (no fine-tuning)", "qlora: 2.00 GiB"),
+        ("from 4.00 GiB on", "lora", "full: 9.00 GiB"),
     )
-    assert tables["Training time at hand"][-1] == ("from 40.0 s on", "lora", "full (90.0 s)")
+    assert tables["Training time at hand"][-1] == ("from 40.0 s on", "lora", "full: 90.0 s")
 
 
 def test_one_row():
@@ -57,7 +57,8 @@ def test_no_base():
 def test_no_answers():
     text, _ = said(material([(trial("none", loss=2.0), None), (trial("lora", loss=1.0), None)]))
     assert "No answers are on file" in text
-    assert "Best quality: lora (held-out loss 1.0000), the lowest." in text
+    assert "Best quality: lora (held-out loss 1.0000), lower by more than the margin than every other row." in text
+    assert "Against the model without fine-tuning: lower loss: lora." in text
 
 
 def test_only_failed_rows():
@@ -66,6 +67,30 @@ def test_only_failed_rows():
     assert text.startswith("No trial finished, so nothing can be recommended.")
     assert "Ran out of memory here, so no candidate: full: 22.50 GiB." in text
     assert not tables
+
+
+def test_tied_rows_of_which_each_is_cheaper_in_its_way():
+    slow = trial("lora", memory=1.0)
+    slow = slow.model_copy(update={"usage": slow.usage.model_copy(update={"train_s": 99.0})})
+    text, _ = said(material([(slow, POOR), (trial("full", memory=5.0), POOR)]))
+    assert (
+        "lora, which takes the least memory (1.00 GiB); or full, which takes the least training time (50.0 s)" in text
+    )
+
+
+def test_every_model_has_its_own_base():
+    other = {"name": "org/other"}
+    text, _ = said(
+        material(
+            [
+                (trial("none"), POOR),
+                (trial("lora"), REFERENCES),
+                (trial("none", model=other), REFERENCES),
+                (trial("lora", model=other), POOR),
+            ]
+        )
+    )
+    assert "shown to be better: lora model=tiny; shown to be worse: lora model=other." in text
 
 
 def test_costs_of_several_machines_are_not_compared():
@@ -82,14 +107,9 @@ def test_costs_of_several_machines_are_not_compared():
     assert list(tables) == ["Peak memory at hand"]
 
 
-def test_an_ensemble_costs_what_its_members_cost():
-    lora, full = trial("lora", memory=2.0), trial("full", memory=5.0)
-    both = trial("galore", memory=1.0, members={lora.trial_id: 0.5, full.trial_id: 0.5})
-    found = material([(lora, POOR), (full, POOR), (both, REFERENCES)])
-    _, tables = said(found)
-    # Training 20 s and 50 s, and 10 s of its own; its peak is that of full.
-    assert tables["Training time at hand"][-1][:2] == ("from 80.0 s on", "galore")
-    assert tables["Peak memory at hand"][-1][:2] == ("from 5.00 GiB on", "galore")
+def test_few_rows_are_said_to_be_few():
+    text, _ = said(material([(trial("none"), POOR[:9]), (trial("lora"), REFERENCES[:9])], REFERENCES[:9]))
+    assert "Answered rows: 9. Intervals of so few rows are narrower than they should be." in text
 
 
 def test_the_rules_are_printed():

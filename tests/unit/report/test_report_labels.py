@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 
+import example_sweep
 import pytest
 
 from ray_peft.report.flat import flatten
@@ -153,3 +154,20 @@ def test_flatten_numbers_lists_of_mappings_alone():
     plain = {"a": {"b": 1}, "sources": [{"x": 1}, {"x": 2}], "betas": [0.9, 0.999], "none": []}
     assert flatten(plain) == {"a.b": 1, "sources.0.x": 1, "sources.1.x": 2, "betas": [0.9, 0.999], "none": []}
     assert flatten(json.loads("{}")) == {}
+
+
+def test_ensembles_are_named_by_the_methods_of_their_members():
+
+    lora, galore, full = ({"method": {"name": name}} for name in ("lora", "galore", "full"))
+    of = [[lora, galore], [lora, full], [lora, full | {"seed": 7}]]
+    specs = [example_sweep.spec("ensemble", 1, members=members) for members in of]
+    found = labels({spec.trial_id: spec for spec in specs})
+    assert list(found.values()) == [
+        "ensemble members=[lora,galore]",
+        "ensemble members=[lora,full]",
+        "ensemble members=[lora,full:7]",
+    ]
+    ranks = [[{"method": {"name": "lora", "rank": rank}}, galore] for rank in (4, 8)]
+    specs = [example_sweep.spec("ensemble", 1, members=members) for members in ranks]
+    found = labels({spec.trial_id: spec for spec in specs})
+    assert list(found.values()) == [f"ensemble ({spec.trial_id})" for spec in specs]
