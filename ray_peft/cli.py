@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 from ray_peft.console import Console
 from ray_peft.errors import RayPeftError
@@ -89,6 +90,14 @@ def _parser() -> argparse.ArgumentParser:
         "search space, else about six over the run",
     )  # fmt: skip
     command.set_defaults(act=_report)
+
+    command = commands.add_parser("export", help="write a trial's adapter or merged model in another dtype")
+    command.add_argument("run", metavar="RUN_ID", help="the trial's MLflow run")
+    command.add_argument("--format", choices=("adapter", "merged"), default="adapter")
+    command.add_argument("--dtype", choices=tuple(_DTYPES), default="bf16")
+    command.add_argument("--out", metavar="DIR", help="a new folder; default: exports/<trial id>-<format>-<dtype>")
+    command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
+    command.set_defaults(act=_export)
 
     command = commands.add_parser("ui", help="open the MLflow UI on the results")
     command.add_argument("--tracking-uri", help="default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
@@ -204,6 +213,23 @@ def _report(options: argparse.Namespace) -> int:
     written = write_report(folder, loss_steps=options.loss_steps)
     print(console_table(read_results(folder) if finished else []))
     print("\n" + "\n".join(f"written: {_short(path)}" for path in written))
+    return 0
+
+
+_DTYPES: dict[str, Literal["bfloat16", "float16", "float32"]] = {
+    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"
+}  # fmt: skip
+
+
+def _export(options: argparse.Namespace) -> int:
+    from ray_peft.experiment import tracking_uri
+    from ray_peft.export import export
+    from ray_peft.space import TrackingSpec
+
+    uri = tracking_uri(options.tracking_uri, TrackingSpec())
+    made = export(options.run, form=options.format, dtype=_DTYPES[options.dtype], out=options.out, tracking_uri=uri)
+    print(f"{made.folder}: {made.format} of {made.trial_id} in {made.dtype}, {made.num_bytes / 2**20:.1f} MiB")
+    print(f"held-out loss {made.eval_loss_before:.4f} as saved, {made.eval_loss_after:.4f} as exported")
     return 0
 
 

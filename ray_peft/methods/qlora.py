@@ -38,8 +38,9 @@ class QLoRA(LowRankAdapter):
         from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
         adapted = cast("PeftModel", model)
-        config = adapted.peft_config["default"]
-        adapters = get_peft_model_state_dict(adapted)
+        name = adapted.active_adapter
+        config = adapted.peft_config[name]
+        adapters = get_peft_model_state_dict(adapted, adapter_name=name)
         plain = adapted.unload().dequantize()
         again = get_peft_model(plain, config)
         set_peft_model_state_dict(again, adapters)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ray_peft.errors import SpecError
-from ray_peft.methods.base import Stage, Task
+from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.result import Sample, Scores
 from ray_peft.spec import TrialSpec
 
@@ -129,8 +129,8 @@ class Bench(ABC):
         """All scores on the held-out rows."""
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write what was trained, in the dtype asked for."""
+    def save(self, folder: Path, dtype: Dtype | None = None) -> None:
+        """Write what was trained, in `dtype`, or else in the trial's `train.save_dtype`."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,10 @@ class TaskType(ABC):
     @abstractmethod
     def load(self, spec: TrialSpec, device: str) -> Bench:
         """The trial's data and its model on `device`, seeded."""
+
+    @abstractmethod
+    def load_trained(self, spec: TrialSpec, weights: Path, device: str) -> Bench:
+        """A finished trial's data and model, with the weights that its `save` wrote."""
 
     @abstractmethod
     def load_ensemble(self, spec: TrialSpec, members: list[MemberModel], device: str) -> EnsembleBench:

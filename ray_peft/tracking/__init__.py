@@ -4,7 +4,7 @@ Every call names its store through `MlflowClient`, so threads and several stores
 package does not import mlflow.
 """
 
-from ray_peft.tracking.runs import RunStatus, close_orphan, finish_sweep, load_spec, start_sweep
+from ray_peft.tracking.runs import RunStatus, close_orphan, fetch, finish_sweep, load_spec, start_sweep
 from ray_peft.tracking.store import Store, default_uri, mask, open_store
 from ray_peft.tracking.trial import TrialTracker
 from ray_peft.tracking.ui import ui_command, ui_environment
@@ -15,6 +15,7 @@ __all__ = [
     "TrialTracker",
     "close_orphan",
     "default_uri",
+    "fetch",
     "finish_sweep",
     "load_spec",
     "mask",

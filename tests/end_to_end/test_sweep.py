@@ -174,6 +174,70 @@ def test_a_saved_adapter_gives_the_recorded_loss_again(swept, tmp_path):
     assert bench.eval_loss() == pytest.approx(lora.scores.eval_loss, rel=5e-3)  # saved in bfloat16
 
 
+@pytest.mark.parametrize(
+    ("method", "form", "dtype"),
+    [
+        ("lora", "adapter", "fp16"),
+        ("lora", "merged", "fp32"),
+        ("qlora", "merged", "bf16"),
+        ("galore", "merged", "fp32"),
+    ],
+)
+def test_exported_weights_load_with_the_plain_libraries_and_keep_the_loss(
+    swept, tiny_model, tmp_path, capsys, method, form, dtype
+):
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from ray_peft.cli import main
+
+    _, outcome = swept
+    (result,) = [each for each in outcome.results if each.spec.method.name == method]
+    given = [result.mlflow_run_id, "--format", form, "--dtype", dtype, "--tracking-uri", outcome.tracking_uri]
+    assert main(["export", *given, "--out", str(tmp_path / "exported")]) == 0
+    made = json.loads((tmp_path / "exported" / "export.json").read_text())
+    assert made["eval_loss_before"] == pytest.approx(result.scores.eval_loss, rel=5e-3)  # it was saved in bfloat16
+    assert made["eval_loss_after"] == pytest.approx(made["eval_loss_before"], rel=5e-3)
+    assert f"{made['eval_loss_after']:.4f} as exported" in capsys.readouterr().out
+    wanted = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    if form == "adapter":
+        base = AutoModelForCausalLM.from_pretrained(tiny_model)
+        model = PeftModel.from_pretrained(base, tmp_path / "exported")
+        assert any(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name)
+        tensors = load_file(tmp_path / "exported" / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {wanted}
+    else:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="auto")
+        assert model.dtype == wanted
+        assert not hasattr(model.config, "quantization_config")
+    assert main(["export", *given, "--out", str(tmp_path / "exported")]) == 2  # not over what is there
+
+
+def test_what_cannot_be_exported_is_refused_with_the_way_out(swept, tmp_path, capsys):
+    from ray_peft.cli import main
+
+    _, outcome = swept
+    rows = {(each.spec.method.name, each.status): each for each in outcome.results}
+    for key, says in {
+        ("galore", "finished"): "trained all weights and has no adapter; use merged",
+        ("ensemble", "finished"): "export its members: lora-",
+        ("none", "finished"): "has no adapter",
+    }.items():
+        given = [
+            "export",
+            rows[key].mlflow_run_id,
+            "--tracking-uri",
+            outcome.tracking_uri,
+            "--out",
+            str(tmp_path / "no"),
+        ]
+        assert main(given) == 2
+        assert says in capsys.readouterr().err
+        assert not (tmp_path / "no").exists()
+
+
 def test_the_same_command_again_runs_only_what_did_not_finish(swept, monkeypatch):
     space, outcome = swept
     before = (outcome.folder / "results.jsonl").read_text().splitlines()

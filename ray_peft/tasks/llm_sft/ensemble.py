@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.errors import ModelError, TrialFailed
-from ray_peft.methods.base import Stage
+from ray_peft.methods.base import Dtype, Stage
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import EnsembleBench, MemberModel, Report, Trained
 from ray_peft.tasks.llm_sft.evaluate import answers, inference, token_log_probs
@@ -113,7 +113,7 @@ def load_members(members: Sequence[MemberModel], device: str) -> list[LoadedMemb
         if folder is None:
             keys.append((key, None))
             continue
-        name = spec.trial_id.replace(".", "_")
+        name = "default" if len(members) == 1 else spec.trial_id  # PEFT saves any other name into a folder below
         if isinstance(bases[key], PeftModel):
             bases[key].load_adapter(str(folder), adapter_name=name)
         else:
@@ -212,7 +212,7 @@ class LlmEnsemble(LlmBench, EnsembleBench):
         """Nothing is trained."""
         raise TrialFailed("an ensemble is not trained")
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, dtype: Dtype | None = None) -> None:
         """Nothing is saved: the members are."""
 
 

@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.errors import ModelError
+from ray_peft.errors import ModelError, TrialFailed
 from ray_peft.methods.base import Dtype, Quantization
 from ray_peft.spec import ModelSpec, TrialSpec, is_local
 from ray_peft.tasks.llm_sft.data import cache_folder, first_line
@@ -149,18 +149,29 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: Dtype) -> None:
-    """Write the adapter, or all weights with the tokenizer, in `dtype`; the model itself keeps its own."""
+    """Write the adapter, or all weights with the tokenizer, in `dtype`; the model itself keeps its own.
+
+    Raises:
+        TrialFailed: a weight is beyond the range of `dtype`.
+    """
     import torch
 
     wanted = getattr(torch, dtype)
     adapter = hasattr(model, "peft_config")
-    chosen = {n: p for n, p in model.named_parameters() if p.requires_grad} if adapter else model.state_dict()
+    chosen = model.state_dict()
+    if adapter:
+        prefix = str(model.base_model.prefix)  # PEFT's word in the names of what an adapter adds
+        chosen = {name: parameter for name, parameter in model.named_parameters() if prefix in name}
     converted: dict[int, torch.Tensor] = {}  # tied weights are one tensor, and stay one: they are written once
     state = {}
     for name, tensor in chosen.items():
         address = tensor.data_ptr()
         if address not in converted:
             converted[address] = tensor.detach().to(wanted) if tensor.is_floating_point() else tensor
+            if dtype == "float16" and converted[address].isinf().any():
+                raise TrialFailed(
+                    f"{name} has values above 65,504, the largest of float16; save it in bfloat16 or float32"
+                )
         state[name] = converted[address]
     model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
     if not adapter:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from ray_peft.methods.base import Stage, Task
+from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.result import Sample, Scores
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import (
@@ -71,6 +71,15 @@ class LlmSft(TaskType):
         prepared = data.prepare(spec, tokenizer)
         set_seed(spec.seed)
         return LlmBench(spec, device, tokenizer, prepared, model.load_model(spec, device))
+
+    def load_trained(self, spec: TrialSpec, weights: Path, device: str) -> Bench:
+        """The model with a trained adapter, or with trained weights."""
+        from ray_peft.tasks.llm_sft import data, ensemble
+
+        tokenizer = data.load_tokenizer(spec)
+        prepared = data.prepare(spec, tokenizer)
+        (loaded,) = ensemble.load_members([MemberModel(spec, weights)], device)
+        return LlmBench(spec, device, tokenizer, prepared, loaded.model)
 
     def load_ensemble(self, spec: TrialSpec, members: list[MemberModel], device: str) -> EnsembleBench:
         """The members' models, each base held once."""
@@ -170,8 +179,8 @@ class LlmBench(Bench):
         )
         return Scored(scores, samples, list(zip(predictions, references, strict=True)))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, dtype: Dtype | None = None) -> None:
         """Write the adapter, or the weights with the tokenizer, as transformers and PEFT read them."""
         from ray_peft.tasks.llm_sft.model import save
 
-        save(self.model, self.tokenizer, folder, self.spec.train.save_dtype)
+        save(self.model, self.tokenizer, folder, dtype or self.spec.train.save_dtype)

@@ -1,0 +1,111 @@
+"""A trial's weights as a folder that transformers or PEFT reads, in another dtype, with the loss on both sides."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from ray_peft import tracking
+from ray_peft.errors import SpecError
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks import TASKS
+
+Format = Literal["adapter", "merged"]
+SaveDtype = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made; also its `export.json`."""
+
+    folder: str
+    mlflow_run_id: str
+    trial_id: str
+    format: Format
+    dtype: SaveDtype
+    num_bytes: int
+    """Of the weights."""
+    eval_loss_before: float
+    """On the held-out rows, of the model as the trial saved it [nats]."""
+    eval_loss_after: float
+    """The same of what was exported, loaded again."""
+
+
+def export(
+    run_id: str, *, form: Format, dtype: SaveDtype, out: str | Path | None = None, tracking_uri: str
+) -> Exported:
+    """Write the weights of a trial's MLflow run into a new folder.
+
+    Args:
+        run_id: the run of a finished trial.
+        form: `adapter` as PEFT reads it, or `merged`: the whole model, adapters added to the (dequantised) base.
+        dtype: of the written weights.
+        out: the folder; null is `exports/<trial id>-<form>-<dtype>`.
+        tracking_uri: the MLflow store.
+
+    Raises:
+        TrackingError: the run or its weights are missing.
+        SpecError: the run has nothing of that form, or the folder exists.
+        DataError, ModelError: the trial's data or base model is missing.
+    """
+    spec = tracking.load_spec(tracking_uri, run_id)
+    folder = Path(out) if out else Path("exports") / f"{spec.trial_id}-{form}-{dtype}"
+    if folder.exists() and any(folder.iterdir()):
+        raise SpecError(f"--out {folder}: exists and is not empty; give another folder, or remove it")
+    if spec.members():
+        ids = ", ".join(member.trial_id for member in spec.members())
+        raise SpecError(f"run {run_id} is an ensemble, which has no weights of its own; export its members: {ids}")
+    if spec.method.name == "none":
+        raise SpecError(f"run {run_id} is the untouched base, which has no adapter and no weights of its own")
+    task = TASKS[spec.task]
+    task.inspect(spec)
+    with tempfile.TemporaryDirectory(prefix="ray_peft_export_") as scratch:
+        trained = tracking.fetch(tracking_uri, run_id, "adapter", Path(scratch))
+        adapted = (trained / "adapter_config.json").is_file()
+        if form == "adapter" and not adapted:
+            raise SpecError(f"run {run_id} ({spec.method.name}) trained all weights and has no adapter; use merged")
+        device = _device()
+        before = task.load_trained(spec, trained, device).eval_loss()
+        partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write(spec, trained, partial, merge=form == "merged" and adapted, dtype=dtype, device=device)
+            after = task.load_trained(_with(spec, save=dtype), partial, device).eval_loss()
+            size = sum(file.stat().st_size for file in partial.rglob("*.safetensors"))
+            made = Exported(str(folder), run_id, spec.trial_id, form, dtype, size, before, after)
+            (partial / "export.json").write_text(json.dumps(asdict(made), indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return made
+
+
+def _write(spec: TrialSpec, trained: Path, folder: Path, *, merge: bool, dtype: SaveDtype, device: str) -> None:
+    # Merged in float32, so that the sum of base and adapter is rounded once, when it is saved.
+    bench = TASKS[spec.task].load_trained(_with(spec, base="float32") if merge else spec, trained, device)
+    if merge:
+        stage, _ = spec.method.stages(bench.total_steps())[-1]
+        bench.merge(stage)
+    bench.save(folder, dtype)
+
+
+def _with(spec: TrialSpec, *, save: SaveDtype | None = None, base: SaveDtype | None = None) -> TrialSpec:
+    """The spec with another dtype of saved weights, or of the base."""
+    plain = spec.plain()
+    if save is not None:
+        plain["train"]["save_dtype"] = save
+    if base is not None:
+        plain["model"]["dtype"] = base
+    return TrialSpec.from_plain(plain)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
