@@ -13,14 +13,14 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from ray_peft import measure
 from ray_peft.errors import RayPeftError, TrialFailed
-from ray_peft.methods.base import Stage
+from ray_peft.methods.base import Dtype, Stage
 from ray_peft.result import Provenance, Scores, Status, TrialResult, Usage
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"
 """The trial's row, in its own folder."""
+
+STAGE_FILE = "stage.json"
+"""In a stage's kept adapter: what the stages up to it took, for a trial that goes on from there."""
 
 
 class Tracker(Protocol):
@@ -214,7 +217,7 @@ class _Life:
 def _run(life: _Life) -> TrialResult:
     spec, place = life.spec, life.place
     place.folder.mkdir(parents=True, exist_ok=True)
-    if place.rank == 0 and not any(place.folder.glob("stage*/checkpoint-*")):
+    if place.rank == 0 and not [*place.folder.glob("stage*/checkpoint-*"), *place.folder.glob(f"stage*/{STAGE_FILE}")]:
         (place.folder / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier try, which is not gone on with
     if place.threads is not None:
         import torch
@@ -230,13 +233,7 @@ def _run(life: _Life) -> TrialResult:
     if not stages:  # the weights alone
         life.memory.start()
         life.memory.stop()
-    for index, (stage, steps) in enumerate(stages):
-        life.memory.start()
-        with life.clock.phase("train"):
-            _train(life, bench, index, stage, steps)
-        life.memory.stop()
-        if index + 1 < len(stages):
-            _cross(life, bench, index, stage)
+    _train_all(life, bench, stages)
     if place.rank > 0:
         return life.result("finished")
     if stages:
@@ -244,9 +241,21 @@ def _run(life: _Life) -> TrialResult:
             _save(life, bench)
     with life.clock.phase("evaluate"):
         _evaluate(life, bench)
-    for checkpoints in place.folder.glob("stage*"):
-        shutil.rmtree(checkpoints)
+    for index in range(len(stages)):
+        shutil.rmtree(place.folder / f"stage{index + 1}", ignore_errors=True)
+        (_stage_folder(place, index) / STAGE_FILE).unlink(missing_ok=True)  # the next run of the trial is a new one
     return life.result("finished")
+
+
+def _train_all(life: _Life, bench: Bench, stages: list[tuple[Stage, int]]) -> None:
+    for index, (stage, steps) in enumerate(stages):
+        life.memory.start()
+        if not _taken_up(life, bench, index, stage):
+            with life.clock.phase("train"):
+                _train(life, bench, index, stage, steps)
+        life.memory.stop()
+        if index + 1 < len(stages):
+            _cross(life, bench, index, stage)
 
 
 def _run_ensemble(life: _Life) -> TrialResult:
@@ -325,12 +334,42 @@ def _train(life: _Life, bench: Bench, index: int, stage: Stage, steps: int) -> N
     )
 
 
+def _stage_folder(place: Place, index: int) -> Path:
+    return place.folder / f"stage{index + 1}_adapter"
+
+
+def _write_stage(life: _Life, folder: Path) -> None:
+    """Note that all stages up to this one are done; written last, so that its file vouches for the adapter."""
+    done = {"trained": asdict(life.trained), "peaks": asdict(life.memory.peaks), "train_s": life.clock.seconds["train"]}
+    partial = folder / f"{STAGE_FILE}.partial"
+    partial.write_text(json.dumps(done), encoding="utf-8")
+    partial.replace(folder / STAGE_FILE)
+
+
+def _taken_up(life: _Life, bench: Bench, index: int, stage: Stage) -> bool:
+    """Go on from the end of a stage that an interrupted run of the trial left; false if there is none."""
+    folder = _stage_folder(life.place, index)
+    if not (folder / STAGE_FILE).is_file():
+        return False
+    done = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+    bench.attach(stage)
+    bench.restore(folder)
+    life.parameters = bench.parameters()
+    life.trained = Trained(**done["trained"])
+    life.trained.resumed_from_step = life.trained.steps
+    life.memory.peaks = measure.Peaks(**done["peaks"])
+    life.clock.seconds["train"] = done["train_s"]
+    return True
+
+
 def _cross(life: _Life, bench: Bench, index: int, stage: Stage) -> None:
     """From one stage to the next: keep what the stage trained, merge it, and measure the loss on both sides."""
     first = life.place.rank == 0
+    folder = _stage_folder(life.place, index)
     if first:
         with life.clock.phase("save"):
-            _keep(life, bench, f"stage{index + 1}_adapter")
+            _keep(life, bench, folder.name, "float32")  # as it is: the trial may go on from here
+            _write_stage(life, folder)
     for moment in (f"after stage {index + 1}", f"after merge {index + 1}"):
         if moment.startswith("after merge"):
             with life.clock.phase("train"):
@@ -346,10 +385,10 @@ def _save(life: _Life, bench: Bench) -> None:
     life.adapter_bytes = _keep(life, bench, "adapter")
 
 
-def _keep(life: _Life, bench: Bench, name: str) -> int:
+def _keep(life: _Life, bench: Bench, name: str, dtype: Dtype | None = None) -> int:
     """Write what is trained so far into the trial's folder and the tracker; returns its bytes."""
     folder = life.place.folder / name
-    bench.save(folder)
+    bench.save(folder, dtype)
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     if life.tracker is not None:
         life.tracker.artifact(folder, name)

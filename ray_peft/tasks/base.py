@@ -117,6 +117,10 @@ class Bench(ABC):
         """Train the attached stage; `folder` keeps its checkpoints, `first_step` is what earlier stages did."""
 
     @abstractmethod
+    def restore(self, folder: Path) -> None:
+        """Give what `attach` added the weights that an earlier `save` wrote."""
+
+    @abstractmethod
     def merge(self, stage: Stage) -> None:
         """Fold what the stage trained into plain weights."""
 

@@ -212,6 +212,10 @@ class LlmEnsemble(LlmBench, EnsembleBench):
         """Nothing is trained."""
         raise TrialFailed("an ensemble is not trained")
 
+    def restore(self, folder: Path) -> None:
+        """Nothing is trained."""
+        raise TrialFailed("an ensemble is not trained")
+
     def save(self, folder: Path, dtype: Dtype | None = None) -> None:
         """Nothing is saved: the members are."""
 

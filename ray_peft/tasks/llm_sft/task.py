@@ -135,6 +135,12 @@ class LlmBench(Bench):
         job = StageJob(stage, steps, first_step, self.data.train, folder, self.device, report, self.eval_loss)
         return train_stage(self.spec, job, self.model, self.tokenizer)
 
+    def restore(self, folder: Path) -> None:
+        """Load a saved adapter into the attached one."""
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device=self.device))
+
     def merge(self, stage: Stage) -> None:
         """Fold what the stage trained into plain weights."""
         self.model = cast("PreTrainedModel", stage.merge(self.model))

@@ -1,0 +1,85 @@
+"""One trial's life without Ray and MLflow: what an interrupted one leaves, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+
+from ray_peft import trial
+from ray_peft.spec import TrialSpec
+
+HYBRID = {
+    "name": "qlora_galore",
+    "switch_at": 0.5,
+    "qlora": {"rank": 4, "lr": 0.01, "compute_dtype": "float32"},
+    "galore": {"rank": 8, "lr": 0.01, "weights": "float32"},
+}
+
+
+class Notes:
+    """A tracker that keeps the rows it is given, and the names of artifacts."""
+
+    def __init__(self):
+        self.rows, self.artifacts = [], []
+
+    def start(self, spec):
+        return "run"
+
+    def log(self, metrics, step):
+        pass
+
+    def artifact(self, path, folder):
+        assert path.exists()
+        self.artifacts.append(folder)
+
+    def table(self, rows, artifact_file):
+        pass
+
+    def fetch(self, run_id, folder, to):
+        raise AssertionError("nothing to fetch here")
+
+    def record(self, result):
+        self.rows.append(result)
+
+
+def run(spec, folder, stop_at=None):
+    tracker = Notes()
+
+    def progress(metrics, step):
+        if step == stop_at and "train_loss" in metrics:
+            raise KeyboardInterrupt
+
+    return trial.run(spec, trial.Place(folder, "cpu"), tracker, progress), tracker
+
+
+def test_a_hybrid_that_is_stopped_in_its_second_stage_goes_on_from_the_end_of_its_first(
+    tiny_model, questions, tmp_path
+):
+    spec = TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions, HYBRID, train__steps=8))
+    whole, _ = run(spec, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, tmp_path / "stopped", stop_at=6)
+    kept = tmp_path / "stopped" / "stage1_adapter"
+    assert {"adapter_model.safetensors", "adapter_config.json", trial.STAGE_FILE} <= {f.name for f in kept.iterdir()}
+    again, tracker = run(spec, tmp_path / "stopped")
+    assert again.status == "finished"
+    assert (again.steps, again.resumed_from_step, whole.resumed_from_step) == (8, 4, None)
+    assert again.scores.eval_loss == pytest.approx(whole.scores.eval_loss, rel=1e-4)
+    assert again.boundary_losses == pytest.approx(whole.boundary_losses, rel=1e-4)
+    assert again.usage.train_tokens == whole.usage.train_tokens
+    assert {"stage1_adapter", "adapter"} <= set(tracker.artifacts)
+    lines = [json.loads(line) for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train_loss" in line] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
+    assert kept.is_dir()
+    assert not (kept / trial.STAGE_FILE).exists()
+    assert run(spec, tmp_path / "stopped")[0].resumed_from_step is None  # a finished trial starts anew
+
+
+def test_the_row_of_a_stopped_trial_is_kept_and_says_so(tiny_model, questions, tmp_path):
+    spec = TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions))
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, tmp_path, stop_at=2)
+    row = json.loads((tmp_path / trial.RESULT_FILE).read_text())
+    assert (row["status"], row["error"]) == ("cancelled", "stopped before the end")
