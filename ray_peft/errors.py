@@ -43,3 +43,9 @@ class TrackingError(RayPeftError):
 
 class TrialFailed(RayPeftError):
     """A trial crashed; the text is its reason."""
+
+
+def first_line(reason: BaseException | str | None) -> str:
+    """The first line of a reason, for where there is room for one; of an error without text its type's name."""
+    lines = str(reason or "").strip().splitlines()
+    return lines[0] if lines else type(reason).__name__ if isinstance(reason, BaseException) else ""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ray_peft import measure
-from ray_peft.errors import RayPeftError, TrialFailed
+from ray_peft.errors import RayPeftError, TrialFailed, first_line
 from ray_peft.methods.base import Dtype, Stage
 from ray_peft.result import Provenance, Scores, Status, TrialResult, Usage
 from ray_peft.spec import TrialSpec
@@ -100,7 +100,7 @@ def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> Tr
         result = _run(life)
     except Exception as error:
         result = life.failed(error)
-        logger.warning("%s: %s: %s", spec.trial_id, result.status, (result.error or "").splitlines()[0])
+        logger.warning("%s: %s: %s", spec.trial_id, result.status, first_line(result.error))
     except BaseException:
         _record(life.result("cancelled", error="stopped before the end"), place, tracker)
         raise

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_peft import trial
-from ray_peft.errors import TrialFailed
+from ray_peft.errors import TrialFailed, first_line
 from ray_peft.placement import Demand
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
@@ -117,7 +117,7 @@ def _train_function(config: Mapping[str, Any]) -> str | None:
     result = run_here(assignment, report, ray.train.get_context().get_world_rank())
     if result is not None and not alone and result.status != "finished":
         # The other ranks may wait in an all-reduce for ever: end them. The row is in the trial's folder.
-        raise TrialFailed((result.error or "").splitlines()[0])
+        raise TrialFailed(first_line(result.error))
     return result.model_dump_json() if result is not None else None
 
 
@@ -130,7 +130,7 @@ def final_report(result: TrialResult) -> dict[str, Any]:
 def raise_if_broken(result: TrialResult) -> None:
     """Raise for a failed row, so that the process that ran it is not used again: its CUDA context may be poisoned."""
     if result.status == "failed":
-        raise TrialFailed((result.error or "").splitlines()[0])
+        raise TrialFailed(first_line(result.error))
 
 
 def _device(demand: Demand) -> str:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ray_peft.errors import TrackingError
+from ray_peft.errors import TrackingError, first_line
 from ray_peft.spec import TrialSpec
 from ray_peft.tracking.store import Store, connect, first_contact, insist, is_server, mask
 
@@ -210,11 +210,6 @@ def run_tags(tags: Mapping[str, str]) -> list[RunTag]:
     from mlflow.entities import RunTag
 
     return [RunTag(name, mask(value)[:_MAX_TAG_CHARACTERS]) for name, value in tags.items() if value]
-
-
-def first_line(text: str) -> str:
-    """The first line that is not empty."""
-    return next(iter(text.strip().splitlines()), "")
 
 
 def _metric_name(name: str) -> str:

@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ray_peft.errors import first_line
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
-from ray_peft.tracking.runs import close, create_run, fetch, first_line, points, run_tags, running, upload
+from ray_peft.tracking.runs import close, create_run, fetch, points, run_tags, running, upload
 from ray_peft.tracking.store import PATIENCE_S, Store, connect, failures, insist, mask, reason
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
 def final_tags(result: TrialResult) -> dict[str, str]:
     """How a trial ended, and the parts of its provenance by which runs are searched."""
     made = result.provenance
-    tags = {"status": result.status, "error": first_line(result.error or "") if result.status != "finished" else ""}
+    tags = {"status": result.status, "error": first_line(result.error) if result.status != "finished" else ""}
     tags |= {"device": made.device, "hostname": made.hostname, "num_workers": str(made.num_workers)}
     tags |= {"gpus_per_worker": str(made.gpus_per_worker), "git_commit": made.git_commit or ""}
     tags |= {"model_fingerprint": made.model_fingerprint or "", "data_key": made.data_key or ""}

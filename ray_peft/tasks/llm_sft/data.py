@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.errors import DataError, ModelError
+from ray_peft.errors import DataError, ModelError, first_line
 from ray_peft.spec import DataSpec, TrialSpec, is_local
 from ray_peft.tasks.llm_sft.overlap import Gate, HeldOutRow, Overlap, refusal
 from ray_peft.tasks.llm_sft.recipes import Conversation, Turn
@@ -178,11 +178,6 @@ def cache_folder() -> Path:
     """Where prepared data is kept: RAY_PEFT_CACHE, or `ray_peft` in the user's cache folder."""
     set_by_user = os.environ.get("RAY_PEFT_CACHE")
     return Path(set_by_user) if set_by_user else Path.home() / ".cache" / "ray_peft"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type's name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _content_key(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: bool) -> str:

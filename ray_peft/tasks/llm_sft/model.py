@@ -10,10 +10,10 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.errors import ModelError, TrialFailed
+from ray_peft.errors import ModelError, TrialFailed, first_line
 from ray_peft.methods.base import Dtype, Quantization
 from ray_peft.spec import ModelSpec, TrialSpec, is_local
-from ray_peft.tasks.llm_sft.data import cache_folder, first_line
+from ray_peft.tasks.llm_sft.data import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

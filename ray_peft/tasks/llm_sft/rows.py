@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ray_peft.errors import DataError
+from ray_peft.errors import DataError, first_line
 from ray_peft.spec import SourceSpec, is_local
 from ray_peft.tasks.llm_sft.recipes import RECIPES, Conversation, Unusable, WrongShape
 
@@ -162,7 +162,7 @@ def _hub_rows(name: str, split: str) -> Iterator[dict[str, Any]]:
     try:
         yield from datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(f"{name}: no such local file, and it cannot be loaded as a hub data set: {reason}") from None
 
 
