@@ -28,6 +28,9 @@ MOST_ROUNDS = 1000
 CHANGE = 1e-7
 """Expectation maximisation ends when no weight moves by more than this in a round."""
 
+LEAST = 1e-3
+"""A member with less weight is left out: it would cost as much as the others and change no answer."""
+
 
 def check_members(spec: TrialSpec) -> None:
     """Check the models of an ensemble's members, without weights.
@@ -145,7 +148,8 @@ def mixture_weights(log_probs: Tensor) -> list[float]:
         weights = new
         if moved < CHANGE:
             break
-    return [float(weight) for weight in weights]
+    weights[weights < LEAST] = 0
+    return [float(weight) for weight in weights / weights.sum()]
 
 
 class LlmEnsemble(LlmBench, EnsembleBench):
