@@ -43,6 +43,31 @@ def train_rows(spec: TrialSpec, rows: Dataset) -> Dataset:
     return kept
 
 
+def row_order(spec: TrialSpec, rows: int, first_step: int, steps: int) -> list[int]:
+    """The rows that a trial of one stage sees from `first_step` on, so that a later stage goes on where one ended.
+
+    The order of an epoch is that of accelerate's seeded sampler, which the Trainer uses.
+
+    Args:
+        spec: the trial.
+        rows: training rows.
+        first_step: optimizer steps that are done.
+        steps: to come.
+    """
+    from accelerate.data_loader import SeedableRandomSampler
+
+    batch = spec.train.batch_size
+    sampler = SeedableRandomSampler(range(rows), data_seed=spec.seed)
+    epoch, batches = divmod(first_step, math.ceil(rows / batch))
+    skipped = batches * batch
+    found: list[int] = []
+    while len(found) < steps * batch:
+        sampler.set_epoch(epoch)
+        found += list(sampler)[skipped:]
+        epoch, skipped = epoch + 1, 0
+    return found[: steps * batch]
+
+
 def train_stage(spec: TrialSpec, job: StageJob, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Trained:
     """Train `model` in place for the stage's steps; goes on from the last checkpoint where there is one."""
     from transformers.trainer_callback import PrinterCallback
@@ -51,10 +76,13 @@ def train_stage(spec: TrialSpec, job: StageJob, model: PreTrainedModel, tokenize
     trained = Trained()
     optimizer = job.stage.optimizer(model)
     guard = FiniteGuard(spec, job)
+    rows = train_rows(spec, job.rows)
+    if job.first_step:
+        rows = rows.select(row_order(spec, len(rows), job.first_step, job.steps))
     trainer = _guarded_trainer(guard)(
         model=model,
         args=_arguments(spec, job),
-        train_dataset=train_rows(spec, job.rows),
+        train_dataset=rows,
         processing_class=tokenizer,
         optimizers=(optimizer, None),
         callbacks=[_watcher(spec, job, trained, guard)],
@@ -94,6 +122,7 @@ def _arguments(spec: TrialSpec, job: StageJob) -> Any:
         use_cpu=job.device == "cpu",
         seed=spec.seed,
         data_seed=spec.seed,
+        train_sampling_strategy="sequential" if job.first_step else "random",
         logging_steps=train.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,

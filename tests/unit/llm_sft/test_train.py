@@ -83,6 +83,29 @@ def test_every_method_sees_the_same_rows_in_the_same_order(tiny_model, questions
     assert max(firsts.values()) == pytest.approx(min(firsts.values()), rel=1e-6)
 
 
+@pytest.mark.parametrize("steps", [10, 4])
+def test_a_hybrid_s_stages_go_through_the_rows_as_one_stage_does(tiny_model, questions, tmp_path, steps):
+    stages = {"qlora": METHODS[2], "galore": METHODS[3]}
+    seen = {}
+    for method in (METHODS[0], {"name": "qlora_galore", "switch_at": 0.5, **stages}):
+        train = {"train__steps": steps, "train__batch_size": 10, "train__micro_batch_size": 5}
+        spec = TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions, method, **train))
+        bench, rows, done = LlmSft().load(spec, "cpu"), [], 0
+        bench.model.register_forward_pre_hook(
+            lambda module, args, kwargs, rows=rows: rows.extend(kwargs["input_ids"].tolist()), with_kwargs=True
+        )
+        for index, (stage, count) in enumerate(spec.method.stages(bench.total_steps())):
+            bench.attach(stage)
+            done += bench.train(
+                stage, count, done, tmp_path / f"{spec.trial_id}{index}", lambda metrics, step: None
+            ).steps
+            if index == 0 and method["name"] == "qlora_galore":
+                bench.merge(stage)
+        seen[method["name"]] = [[token for token in row if token != 258] for row in rows]
+    assert len(seen["full"]) == 10 * steps  # ten steps of ten rows are two and a half passes over forty
+    assert seen["qlora_galore"] == seen["full"]
+
+
 def test_loss_on_all_tokens_trains_more_tokens(tiny_model, questions, tmp_path):
     answers, *_ = trained(tiny_model, questions, tmp_path / "a", train__steps=1)
     every, *_ = trained(tiny_model, questions, tmp_path / "b", train__steps=1, train__loss="all")
