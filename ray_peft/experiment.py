@@ -132,7 +132,8 @@ def open_experiment(
     """
     earlier = ledger.read_record()
     masked = tracking.mask(store.uri)
-    parent = earlier.parent_run_id if earlier is not None and earlier.tracking_uri == masked else None
+    same = earlier is not None and (earlier.name, earlier.tracking_uri) == (name, masked)
+    parent = earlier.parent_run_id if earlier is not None and same else None
     if parent is None:
         files = {"search_space.yaml": source} if source is not None else {}
         tags = {"ray_peft.out": str(ledger.folder), "mlflow.note.content": description}

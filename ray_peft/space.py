@@ -305,7 +305,8 @@ def _search_problem(
             "use random, or write {choice: [...]} in place of {grid: [...]}"
         )
     method = templates[0].get("method")
-    if isinstance(method, dict) and method.get("name") == "ensemble":
+    choices = method.get("choice", [method]) if isinstance(method, dict) else []
+    if any(isinstance(each, dict) and each.get("name") == "ensemble" for each in choices):
         return (
             "search.algorithm: optuna proposes one trial at a time, but an ensemble is made of several; "
             "search the members first, then write the best ones into an ensemble"

@@ -254,7 +254,8 @@ class TrialSpec(Strict):
             return []
         found = []
         for member in self.method.members:
-            model = self.model if member.model is None else self.model.model_copy(update={"name": member.model})
+            other = {"name": member.model, "revision": None, "tokenizer": None}
+            model = self.model if member.model is None else self.model.model_copy(update=other)
             seed = self.seed if member.seed is None else member.seed
             own = {"method": member.method, "model": model, "seed": seed}
             # Not model_copy, which would copy the cached trial_id; the parts are checked, legality() sees the whole.

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import json
 import logging
+import math
 import platform
 import shutil
 import sys
@@ -195,7 +196,7 @@ class _Life:
                 evaluate_s=seconds.get("evaluate", 0.0),
                 save_s=seconds.get("save", 0.0),
                 tokens_per_s=trained.tokens * speed if speed else None,
-                steps_per_s=(trained.steps - (trained.resumed_from_step or 0)) * speed if speed else None,
+                steps_per_s=trained.timed_steps * speed if speed else None,
                 train_tokens=trained.tokens,
             ),
             train_loss_final=trained.losses[-1] if trained.losses else None,
@@ -268,6 +269,7 @@ def _run_ensemble(life: _Life) -> TrialResult:
             models = [MemberModel(row.spec, _weights(life, row, Path(scratch) / row.trial_id)) for row in rows]
             bench = TASKS[spec.task].load_ensemble(spec, models, place.device)
         life.provenance = life.provenance.model_copy(update=_provenance(bench, place))
+        _check_same_rows(rows, bench)
         life.parameters = (sum(row.trainable_parameters for row in rows), bench.parameters()[1])
         life.adapter_bytes = sum(row.adapter_bytes for row in rows)
         with life.clock.phase("evaluate"):
@@ -295,6 +297,16 @@ def _member_rows(spec: TrialSpec, place: Place) -> list[TrialResult]:
             raise TrialFailed(f"member {member.trial_id} {why}; an ensemble needs all its members finished")
         found.append(row)
     return found
+
+
+def _check_same_rows(rows: list[TrialResult], bench: Bench) -> None:
+    """Raise TrialFailed if a member was trained on other rows: a trial's id names files, which may have changed."""
+    for row in rows:
+        if row.provenance.data_key != bench.data_key:
+            raise TrialFailed(
+                f"member {row.trial_id} was trained on other rows (prepared data {row.provenance.data_key}) than those "
+                f"of now ({bench.data_key}), so its training rows may be test rows; run the sweep again with --fresh"
+            )
 
 
 def _weights(life: _Life, row: TrialResult, scratch: Path) -> Path | None:
@@ -328,6 +340,7 @@ def _train(life: _Life, bench: Bench, index: int, stage: Stage, steps: int) -> N
         steps=done.steps + more.steps,
         tokens=done.tokens + more.tokens,
         seconds=done.seconds + more.seconds,
+        timed_steps=done.timed_steps + more.timed_steps,
         losses=done.losses + more.losses,
         eval_losses=done.eval_losses + more.eval_losses,
         resumed_from_step=more.resumed_from_step if more.resumed_from_step is not None else done.resumed_from_step,
@@ -368,8 +381,11 @@ def _cross(life: _Life, bench: Bench, index: int, stage: Stage) -> None:
     folder = _stage_folder(life.place, index)
     if first:
         with life.clock.phase("save"):
-            _keep(life, bench, folder.name, "float32")  # as it is: the trial may go on from here
-            _write_stage(life, folder)
+            if not (folder / STAGE_FILE).is_file():
+                _keep(life, bench, folder.name, "float32")  # as it is: the trial may go on from here
+                _write_stage(life, folder)
+            elif life.tracker is not None:  # taken up: other workers may still read it, and this run has none yet
+                life.tracker.artifact(folder, folder.name)
     for moment in (f"after stage {index + 1}", f"after merge {index + 1}"):
         if moment.startswith("after merge"):
             with life.clock.phase("train"):
@@ -399,6 +415,9 @@ def _keep(life: _Life, bench: Bench, name: str, dtype: Dtype | None = None) -> i
 
 def _evaluate(life: _Life, bench: Bench) -> None:
     life.scored = bench.evaluate()
+    loss = life.scored.scores.eval_loss
+    if loss is not None and not math.isfinite(loss):
+        raise TrialFailed(f"the held-out loss is {loss} after {life.trained.steps} steps; lower method.lr")
     folder = life.place.folder
     samples = [sample.plain() for sample in life.scored.samples]
     _write_lines(folder / "samples.jsonl", samples)

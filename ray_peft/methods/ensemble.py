@@ -45,6 +45,6 @@ class Ensemble(Method):
         if num_workers == 1:
             return []
         return [
-            f"an ensemble answers on one worker (found resources.num_workers: {num_workers}); train the members on "
-            "several in a sweep of their own, or use num_workers: 1"
+            f"an ensemble and its members run on one worker each (found resources.num_workers: {num_workers}); use "
+            "num_workers: 1"
         ]

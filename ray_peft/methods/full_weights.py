@@ -42,4 +42,7 @@ class FullWeights(Stage):
         """Mark every parameter as trained, in the dtype asked for."""
         import torch
 
-        return model.to(getattr(torch, self.dtype)).requires_grad_(True)
+        # Not model.to(), which would round buffers such as the rotary frequencies, and those are not saved.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, self.dtype))
+        return model.requires_grad_(True)

@@ -54,7 +54,10 @@ def _without_projector(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class StochasticGaLoreAdamW(GaLoreAdamW):
-    """The same algorithm on bfloat16 weights and moments, computed in float32 and rounded stochastically."""
+    """The same algorithm on bfloat16 weights and moments, rounded stochastically.
+
+    Moments and updates are computed in float32; the products with the basis in the weights' dtype, as in the reference.
+    """
 
     def __init__(self, groups: Iterable[dict[str, object]], **settings: object) -> None:
         super().__init__(groups, **settings)
@@ -76,7 +79,6 @@ def _projected_step(parameter: torch.Tensor, state: dict[str, Any], group: dict[
     if "projector" not in state:
         state["projector"] = GaLoreProjector(**{key: group[key] for key in _SUBSPACE})
     state.setdefault("step", 0)
-    # In float32 for the decomposition's sake; the basis is kept in the weight's dtype, as the reference does.
     grad = state["projector"].project(parameter.grad, state["step"]).float()
     if "exp_avg" not in state:
         state |= {name: torch.zeros_like(grad, dtype=parameter.dtype) for name in ("exp_avg", "exp_avg_sq")}
@@ -109,6 +111,8 @@ def galore_adamw(*, layerwise: bool, stochastic: bool) -> type[GaLoreAdamW]:
 def _layerwise(kind: type[GaLoreAdamW]) -> type[GaLoreAdamW]:
     class Layerwise(kind):  # type: ignore[valid-type, misc]  # a class made from a class
         param_groups: list[dict[str, Any]]
+        worst: torch.Tensor | float = 0.0
+        """Zero, or NaN once a gradient was not finite."""
 
         def __init__(self, groups: Iterable[dict[str, object]], **settings: object) -> None:
             super().__init__(groups, **settings)
@@ -118,6 +122,9 @@ def _layerwise(kind: type[GaLoreAdamW]) -> type[GaLoreAdamW]:
 
         def _stepper(self, index: int) -> Any:
             def step_one(parameter: torch.Tensor) -> None:
+                assert parameter.grad is not None
+                # Zero times a sum is zero, or NaN where a number is not finite: nothing waits for the GPU.
+                self.worst = self.worst + parameter.grad.sum(dtype=torch.float32) * 0
                 groups = self.param_groups
                 self.param_groups = [{**groups[index], "params": [parameter]}]
                 try:

@@ -100,6 +100,10 @@ def _buckets(parameters: Sequence[Tensor], states: dict[Any, dict[str, Any]]) ->
     for parameter in parameters:
         if parameter.grad is None:
             continue
+        if not parameter.is_contiguous():
+            raise ValueError(
+                f"a weight of shape {tuple(parameter.shape)} is not contiguous, so it cannot be updated flat"
+            )
         state = states[parameter]
         if not state:
             state |= {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}

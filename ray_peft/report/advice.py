@@ -1,6 +1,6 @@
 """The recommendation in words: what to take for which memory and time, and what the rows cannot say."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ray_peft.report.costs import Costs, costs
 from ray_peft.report.digits import MISSING, duration, fixed, gib, listed
@@ -55,7 +55,7 @@ def _family(family: Family, needs: Costs) -> list[Block]:
         if problem is not None:
             blocks.append(Paragraph(f"{name}: which to take cannot be said, since {problem}."))
         elif choices := walk(values, others, family.better):
-            blocks.append(_budgets(name, family, choices, [text(value) for value in values]))
+            blocks.append(_budgets(name, family, choices, [text(value) for value in values], text))
     return blocks
 
 
@@ -119,13 +119,15 @@ def _against_base(family: Family) -> list[str]:
     return [f"Against the model without fine-tuning: {said}."]
 
 
-def _budgets(name: str, family: Family, choices: Sequence[Choice], needs: Sequence[str]) -> Block:
+def _budgets(
+    name: str, family: Family, choices: Sequence[Choice], needs: Sequence[str], text: Callable[[float], str]
+) -> Block:
     lines = []
     for choice, following in zip(choices, [*choices[1:], None], strict=True):
-        most = f" to under {needs[following.take]}" if following else " on"
+        most = f" to under {text(following.at_least)}" if following else " on"
         tied = ", ".join(f"{_name(family.units[place])}: {needs[place]}" for place in choice.tied)
-        lines.append((f"from {needs[choice.take]}{most}", _name(family.units[choice.take]), tied or MISSING))
-    header = (f"{name} at hand", "Take", "Tied with it, and needs more")
+        lines.append((f"from {text(choice.at_least)}{most}", _name(family.units[choice.take]), tied or MISSING))
+    header = (f"{name} at hand", "Take", "Tied with it, and needs as much or more")
     return Table(header=header, lines=tuple(lines), text_columns=3)
 
 

@@ -167,8 +167,8 @@ def _by_answers(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
 
 
 def _paired_seeds(first: Mapping[int, str], second: Mapping[int, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The trials of the seeds that both have, in the same order; all trials where they share none."""
+    """The trials of the seeds that both have, in the same order; all trials if they share none or one has a single."""
     shared = [seed for seed in first if seed in second]
-    if not shared:
+    if not shared or 1 in (len(first), len(second)):  # one seed beside several: the mean of all, not of a chance pair
         return tuple(first.values()), tuple(second.values())
     return tuple(first[seed] for seed in shared), tuple(second[seed] for seed in shared)

@@ -36,6 +36,8 @@ class Trained:
     """Real tokens (no padding) of all workers."""
     seconds: float = 0.0
     """Wall seconds of training, without evaluations in between."""
+    timed_steps: int = 0
+    """Optimizer steps within `seconds`: all but those that an interrupted run had done."""
     losses: list[float] = field(default_factory=list)
     eval_losses: list[float] = field(default_factory=list)
     resumed_from_step: int | None = None

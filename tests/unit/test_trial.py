@@ -68,6 +68,7 @@ def test_a_hybrid_that_is_stopped_in_its_second_stage_goes_on_from_the_end_of_it
     assert (again.steps, again.resumed_from_step, whole.resumed_from_step) == (8, 4, None)
     assert again.scores.eval_loss == pytest.approx(whole.scores.eval_loss, rel=1e-4)
     assert again.boundary_losses == pytest.approx(whole.boundary_losses, rel=1e-4)
+    assert 0.2 < again.usage.steps_per_s / whole.usage.steps_per_s < 5  # timed steps over their own seconds
     assert again.usage.train_tokens == whole.usage.train_tokens
     assert {"stage1_adapter", "adapter"} <= set(tracker.artifacts)
     lines = [json.loads(line) for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]

@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 6
+FORMAT = 7
 """Raised when the preparation changes its result, so that older prepared data is not used again."""
 
 IGNORED = -100
@@ -48,6 +48,8 @@ class SourceCounts:
     validation: int = 0
     validation_cut: int = 0
     """The same of validation rows."""
+    validation_dropped: int = 0
+    """Validation rows left out, without replacement: they repeat a test row of some source."""
     overlap_dropped: int = 0
     """Training rows left out and replaced by the next ones drawn: they repeat a held-out row of some source."""
 
@@ -149,20 +151,18 @@ def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
     """One sentence per source: rows kept, cut, dropped and unusable; and one on rows that repeat held-out ones."""
     found = []
     for each in prepared.counts:
+        limit = f"{data.max_length} tokens"
+        counted = (
+            (each.validation, "{} validation rows"),
+            (each.train_cut, f"{{}} training rows longer than {limit} cut"),
+            (each.train_dropped, f"{{}} rows longer than {limit} left out"),
+            (each.test_cut, f"the loss of {{}} longer held-out rows is that of their first {limit}"),
+            (each.validation_dropped, "{} validation rows left out that repeat test rows"),
+            (each.validation_cut, f"{{}} validation rows longer than {limit} cut"),
+            (each.overlap_dropped, "{} training rows left out that repeat held-out rows"),
+        )
         text = f"{each.source}: {each.train} training and {each.test} held-out rows of {each.read} read"
-        if each.validation:
-            text += f"; {each.validation} validation rows"
-        if each.train_cut:
-            text += f"; {each.train_cut} training rows longer than {data.max_length} tokens cut"
-        if each.train_dropped:
-            text += f"; {each.train_dropped} rows longer than {data.max_length} tokens left out"
-        if each.test_cut:
-            text += f"; the loss of {each.test_cut} longer held-out rows "
-            text += f"is that of their first {data.max_length} tokens"
-        if each.validation_cut:
-            text += f"; {each.validation_cut} validation rows longer than {data.max_length} tokens cut"
-        if each.overlap_dropped:
-            text += f"; {each.overlap_dropped} training rows left out that repeat held-out rows"
+        text += "".join(f"; {words.format(count)}" for count, words in counted if count)
         for reason, count in sorted(each.unusable.items()):
             text += f"; {count} unusable rows ({reason})"
         found.append(text)
@@ -201,6 +201,7 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
     disable_progress_bar()
     splits = {"train": _Rows(), "test": _Rows(), "validation": _Rows()}
     drawn = [draw(source, data.seed) for source in data.sources]
+    drawn = [_apart_from_test(each, drawn, data) for each in drawn]
     gate = _gate(drawn, data)
     counts = [_add_source(each, data, tokenizer, answers_only, splits, gate) for each in drawn]
     overlap = gate.overlap()
@@ -225,6 +226,21 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _apart_from_test(source: DrawnRows, drawn: Sequence[DrawnRows], data: DataSpec) -> DrawnRows:
+    """The source without validation rows that repeat a test row, which would tune on what is scored."""
+    if not source.validation or data.contamination.action == "allow":
+        return source
+    tested = [HeldOutRow(each.source, "test", row) for each in drawn for row in each.test]
+    gate = Gate(tested, source.validation, data.contamination)
+    kept = [row for row in source.validation if not gate.offends(source.source, row)]
+    if not kept:
+        raise DataError(
+            f"data: every validation row of source {source.source} repeats a test row; give other rows, or set "
+            "data.contamination: {action: allow} knowingly"
+        )
+    return replace(source, validation=kept, validation_dropped=len(source.validation) - len(kept))
 
 
 def _gate(drawn: Sequence[DrawnRows], data: DataSpec) -> Gate:
@@ -283,6 +299,7 @@ def _add_source(
         test_cut=test_cut,
         validation=len(drawn.validation),
         validation_cut=validation_cut,
+        validation_dropped=drawn.validation_dropped,
         overlap_dropped=overlap_dropped,
     )
 

@@ -53,6 +53,11 @@ def check_members(spec: TrialSpec) -> None:
                 f"{where}: its tokenizer has {len(other)} tokens, that of {spec.model.name} has {len(own[0])}, and "
                 "they are not the same; members of an ensemble choose one next token, so they must share a tokenizer"
             )
+        if other.chat_template != own[0].chat_template:
+            raise ModelError(
+                f"{where}: its chat template is not that of {spec.model.name}, so it would be asked in another "
+                "format than it was tuned for; name one .jinja file for all in data.chat_template"
+            )
         sizes = [each.get_text_config().vocab_size for each in (config, own[1])]
         if sizes[0] != sizes[1]:
             raise ModelError(

@@ -88,6 +88,8 @@ def answers(
                     temperature=None,
                     top_p=None,
                     top_k=None,
+                    repetition_penalty=1.0,  # some models ask for one, which would not be greedy decoding
+                    no_repeat_ngram_size=0,
                     pad_token_id=tokenizer.pad_token_id,
                     eos_token_id=stop,
                     use_cache=True,

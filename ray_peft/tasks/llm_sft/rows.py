@@ -50,6 +50,8 @@ class DrawnRows:
     """Rows read from the source's files."""
     unusable: Counter[str] = field(default_factory=Counter)
     """Rows left out, by reason."""
+    validation_dropped: int = 0
+    """Validation rows left out afterwards, since they repeat a test row."""
 
 
 def draw(source: SourceSpec, seed: int) -> DrawnRows:
@@ -210,6 +212,11 @@ def _count(asked: int | float, rows: int) -> int:
 def _check_enough(source: SourceSpec, split: str, asked: int, available: int, path: str) -> None:
     if asked and available >= asked:
         return
+    if not asked:
+        raise DataError(
+            f"{path}: source {source.label}: {split}: {getattr(source, split):g} of its rows is less than one; "
+            f"raise `{split}`, or write a count"
+        )
     raise DataError(
         f"{path}: source {source.label} has {available} usable rows for {split}, but {split}: {asked} are asked for; "
         f"{max(asked - available, 1)} short: lower `{split}`, or give a larger file"

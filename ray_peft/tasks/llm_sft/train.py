@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.errors import TrialFailed
 from ray_peft.methods.base import Stage
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import Report, Trained
+from ray_peft.tasks.llm_sft.data import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -46,7 +48,8 @@ def train_rows(spec: TrialSpec, rows: Dataset) -> Dataset:
 def row_order(spec: TrialSpec, rows: int, first_step: int, steps: int) -> list[int]:
     """The rows that a trial of one stage sees from `first_step` on, so that a later stage goes on where one ended.
 
-    The order of an epoch is that of accelerate's seeded sampler, which the Trainer uses.
+    The order of an epoch is that of accelerate's seeded sampler, which the Trainer uses. An epoch's last batch may hold
+    fewer rows: it is filled up with the row number `rows`, which stands for a row without loss.
 
     Args:
         spec: the trial.
@@ -58,14 +61,24 @@ def row_order(spec: TrialSpec, rows: int, first_step: int, steps: int) -> list[i
 
     batch = spec.train.batch_size
     sampler = SeedableRandomSampler(range(rows), data_seed=spec.seed)
-    epoch, batches = divmod(first_step, math.ceil(rows / batch))
-    skipped = batches * batch
+    per_epoch = math.ceil(rows / batch)
+    epoch, batches = divmod(first_step, per_epoch)
     found: list[int] = []
     while len(found) < steps * batch:
         sampler.set_epoch(epoch)
-        found += list(sampler)[skipped:]
-        epoch, skipped = epoch + 1, 0
+        order = list(sampler) + [rows] * (per_epoch * batch - rows)
+        found += order[batches * batch :]
+        epoch, batches = epoch + 1, 0
     return found[: steps * batch]
+
+
+def _rows_of_later_stage(spec: TrialSpec, rows: Dataset, job: StageJob, filler: int) -> tuple[Dataset, int]:
+    """The stage's rows in order, and how many of them are fillers of one token without loss."""
+    from datasets import Dataset, concatenate_datasets
+
+    order = row_order(spec, len(rows), job.first_step, job.steps)
+    empty = Dataset.from_dict({"input_ids": [[filler]], "labels": [[IGNORED]]}, features=rows.features)
+    return concatenate_datasets([rows, empty]).select(order), order.count(len(rows))
 
 
 def train_stage(spec: TrialSpec, job: StageJob, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Trained:
@@ -77,9 +90,10 @@ def train_stage(spec: TrialSpec, job: StageJob, model: PreTrainedModel, tokenize
     optimizer = job.stage.optimizer(model)
     guard = FiniteGuard(spec, job)
     rows = train_rows(spec, job.rows)
+    fillers = 0
     if job.first_step:
-        rows = rows.select(row_order(spec, len(rows), job.first_step, job.steps))
-    trainer = _guarded_trainer(guard)(
+        rows, fillers = _rows_of_later_stage(spec, rows, job, cast(int, tokenizer.pad_token_id))
+    trainer = _guarded_trainer(guard, optimizer)(
         model=model,
         args=_arguments(spec, job),
         train_dataset=rows,
@@ -97,7 +111,8 @@ def train_stage(spec: TrialSpec, job: StageJob, model: PreTrainedModel, tokenize
     guard.check()
     trained.seconds += time.perf_counter() - begin
     trained.steps = int(result.global_step)
-    trained.tokens = int(trainer._total_train_tokens)  # noqa: SLF001 - TRL logs it, but keeps no public name for it
+    trained.timed_steps = trained.steps - (int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
+    trained.tokens = int(trainer._total_train_tokens) - fillers  # noqa: SLF001 - TRL logs it, but keeps no public name for it
     trainer.accelerator.free_memory()
     return trained
 
@@ -193,7 +208,7 @@ class FiniteGuard:
                 )
 
 
-def _guarded_trainer(guard: FiniteGuard) -> Any:
+def _guarded_trainer(guard: FiniteGuard, optimizer: Optimizer) -> Any:
     """SFTTrainer that shows every step's loss and gradient norm to `guard`, before the optimizer uses them."""
     from trl import SFTTrainer  # type: ignore[attr-defined]  # not in __all__
 
@@ -201,7 +216,8 @@ def _guarded_trainer(guard: FiniteGuard) -> Any:
         # The one place of transformers 5.23 that has both numbers in every step; callbacks get them when logged.
         def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
             norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-            guard.see(self.state.global_step + 1, self._tr_loss, norm)
+            # A layer-wise optimizer has used and freed the gradients by now, and keeps their worst.
+            guard.see(self.state.global_step + 1, self._tr_loss, norm + getattr(optimizer, "worst", 0.0))
             return norm
 
     return GuardedTrainer

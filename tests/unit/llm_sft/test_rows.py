@@ -84,7 +84,7 @@ def test_validation_rows_come_from_the_training_file_where_the_test_has_its_own(
     [
         ({"validation": 5}, "has 4 usable rows for validation, but validation: 5 are asked for; 1 short"),
         ({"validation": 2, "train": 3}, "has 2 usable rows for train, but train: 3 are asked for; 1 short"),
-        ({"validation": 0.05}, "validation: 0 are asked for"),
+        ({"validation": 0.05}, "validation: .* of its rows is less than one; raise .validation."),
     ],
 )
 def test_too_few_rows_for_validation_are_an_error(tmp_path, changes, words):

@@ -83,13 +83,15 @@ def test_every_method_sees_the_same_rows_in_the_same_order(tiny_model, questions
     assert max(firsts.values()) == pytest.approx(min(firsts.values()), rel=1e-6)
 
 
-@pytest.mark.parametrize("steps", [10, 4])
-def test_a_hybrid_s_stages_go_through_the_rows_as_one_stage_does(tiny_model, questions, tmp_path, steps):
+@pytest.mark.parametrize(("steps", "rows_there"), [(10, 40), (14, 33)])
+def test_a_hybrid_s_stages_go_through_the_rows_as_one_stage_does(tiny_model, questions, tmp_path, steps, rows_there):
     stages = {"qlora": METHODS[2], "galore": METHODS[3]}
     seen = {}
     for method in (METHODS[0], {"name": "qlora_galore", "switch_at": 0.5, **stages}):
         train = {"train__steps": steps, "train__batch_size": 10, "train__micro_batch_size": 5}
-        spec = TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions, method, **train))
+        plain = tiny.plain_spec(tiny_model, questions, method, **train)
+        plain["data"]["sources"][0]["train"] = rows_there
+        spec = TrialSpec.from_plain(plain)
         bench, rows, done = LlmSft().load(spec, "cpu"), [], 0
         bench.model.register_forward_pre_hook(
             lambda module, args, kwargs, rows=rows: rows.extend(kwargs["input_ids"].tolist()), with_kwargs=True
@@ -101,8 +103,10 @@ def test_a_hybrid_s_stages_go_through_the_rows_as_one_stage_does(tiny_model, que
             ).steps
             if index == 0 and method["name"] == "qlora_galore":
                 bench.merge(stage)
-        seen[method["name"]] = [[token for token in row if token != 258] for row in rows]
-    assert len(seen["full"]) == 10 * steps  # ten steps of ten rows are two and a half passes over forty
+        real = [[token for token in row if token != 258] for row in rows]
+        seen[method["name"]] = [row for row in real if row]  # without the rows that fill an epoch's last batch
+    partial = steps // -(-rows_there // 10)  # epochs that end in a batch of fewer rows
+    assert len(seen["full"]) == 10 * steps - partial * (-rows_there % 10)
     assert seen["qlora_galore"] == seen["full"]
 
 
@@ -137,6 +141,20 @@ def test_an_infinite_gradient_ends_the_trial_and_no_checkpoint_keeps_it(tiny_mod
     with pytest.raises(TrialFailed, match=r"gradient's norm is (inf|nan) at step 3 \(lora, .*precision fp32\)"):
         bench.train(stage, steps, 0, tmp_path, lambda metrics, step: None)
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_an_infinite_gradient_of_layerwise_galore_ends_the_trial_too(tiny_model, questions, tmp_path):
+    method = {"name": "galore", "rank": 4, "layerwise": True, "max_grad_norm": None}
+    plain = tiny.plain_spec(
+        tiny_model, questions, method, train__steps=3, train__micro_batch_size=8, train__log_every=9
+    )
+    bench = LlmSft().load(TrialSpec.from_plain(plain), "cpu")
+    ((stage, steps),) = bench.spec.method.stages(3)
+    bench.attach(stage)
+    passes = iter(range(1, 100))
+    bench.model.model.norm.weight.register_hook(lambda g: g * (float("inf") if next(passes) == 3 else 1.0))
+    with pytest.raises(TrialFailed, match="gradient's norm is nan at step 3"):
+        bench.train(stage, steps, 0, tmp_path, lambda metrics, step: None)
 
 
 def test_evaluations_in_between_are_reported_and_not_timed(tiny_model, questions, tmp_path):

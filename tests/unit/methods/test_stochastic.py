@@ -85,6 +85,17 @@ def test_small_updates_move_bfloat16_weights_only_if_rounded_stochastically():
     assert moved[StochasticAdamW] == pytest.approx(0.01, rel=0.05)
 
 
+def test_trained_weights_are_rounded_but_not_the_rotary_frequencies(tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    from ray_peft.methods.full import FullFineTuning
+
+    model = FullFineTuning().attach(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 @pytest.mark.parametrize("galore", [False, True])
 def test_saved_and_loaded_it_goes_on_as_if_undisturbed(galore):
     def built(parameters):

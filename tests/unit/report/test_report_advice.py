@@ -42,6 +42,28 @@ def test_budgets_and_ties():
     assert tables["Training time at hand"][-1] == ("from 40.0 s on", "lora", "full: 90.0 s")
 
 
+def test_a_budget_begins_where_the_pick_changes_and_not_at_what_the_pick_needs():
+    """The dearest row is shown to be better than the cheapest, which leaves the one between them."""
+    middle = [*REFERENCES[:-3], *POOR[-3:]]
+    text, tables = said(
+        material(
+            [
+                (trial("qlora", memory=2.0), NEARLY),
+                (trial("lora", memory=4.0), middle),
+                (trial("full", memory=9.0), REFERENCES),
+            ]
+        )
+    )
+    needs = {"qlora": 2.0, "lora": 4.0, "full": 9.0}
+    for line in tables["Peak memory at hand"]:
+        begin = float(line[0].split()[1])
+        assert begin >= needs[line[1]]
+    ends = [line[0].split(" to under ")[1] for line in tables["Peak memory at hand"][:-1]]
+    assert ends == [
+        line[0].removeprefix("from ").split(" to ")[0].removesuffix(" on") for line in tables["Peak memory at hand"][1:]
+    ]
+
+
 def test_one_row():
     text, tables = said(material([(trial("lora", memory=1.0), POOR)]))
     assert text.startswith("Only one row is finished and scored, so there is nothing to compare it with.")
