@@ -244,9 +244,10 @@ def _unloadable(index: Mapping[str, Any], name: str, error: Exception) -> str:
     where = ", ".join(sorted(source for source in sources if isinstance(source, str)))
     offline = [flag for flag in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(flag, "0") not in ("", "0")]
     return (
-        f"{KEY}.tasks: {name} cannot be loaded: {type(error).__name__}: {first_line(error)}. Its data set"
-        f"{f' ({where})' if where else ''} must be in the cache of Hugging Face datasets, or its hub in reach"
-        f"{f' ({offline[0]} is set)' if offline else ''}; rows on this machine: a task with dataset_path: json in "
+        f"{KEY}.tasks: {name} cannot be loaded: {type(error).__name__}: {first_line(error).rstrip('.')}. Its data set"
+        f"{f' ({where})' if where else ''}, and its metric if that is of the hub, must be in the cache of Hugging Face "
+        f"or the hub in reach{f' ({offline[0]} is set)' if offline else ''}; rows on this machine: a task with "
+        f"dataset_path: json in "
         f"{KEY}.include_path"
     )
 
