@@ -58,7 +58,8 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Console) -> list[str]:
     notes: dict[str, None] = {}
     for trial in trials:
         models = [each.model.plain() for each in (trial, *trial.members())]
-        key = json.dumps([trial.task, models, trial.data.plain(), trial.train.loss], sort_keys=True)
+        asked = trial.evaluation.plain()["benchmarks"]
+        key = json.dumps([trial.task, models, trial.data.plain(), trial.train.loss, asked], sort_keys=True)
         task = TASKS[trial.task]
         if key not in seen:
             seen[key] = task.inspect(trial)

@@ -17,7 +17,7 @@ GIB = 2**30
 
 PACKAGES = (
     "ray-peft", "ray", "torch", "transformers", "peft", "trl", "bitsandbytes", "galore-torch", "accelerate",
-    "datasets", "mlflow",
+    "datasets", "mlflow", "lm-eval",
 )  # fmt: skip
 
 

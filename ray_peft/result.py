@@ -23,6 +23,12 @@ class Scores(Strict):
     """Held-out rows behind eval_loss."""
     generated_rows: int = 0
     """Held-out rows behind bleu4 and rouge_l."""
+    benchmarks: dict[str, float] = {}
+    """Scores of lm-eval's tasks by "task/metric", or "task/metric/filter" where a metric has several filters."""
+    benchmark_stderr: dict[str, float] = {}
+    """Their standard errors, of those that lm-eval gives one for."""
+    benchmark_rows: dict[str, int] = {}
+    """Questions behind each, by the same keys."""
 
 
 class Usage(Strict):

@@ -166,6 +166,33 @@ class TrainSpec(Strict):
         return self
 
 
+class BenchmarksSpec(Strict):
+    """Tasks of lm-eval (EleutherAI's Language Model Evaluation Harness) that every trial is scored on besides.
+
+    lm-eval is an extra: `pip install "ray-peft[benchmarks]"`.
+    """
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Names of lm-eval tasks, groups or tags, such as arc_easy or mmlu."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Solved examples before each question; null takes each task's own number, and a task that is fixed at 0 stays."""
+    limit: int | None = Field(default=None, ge=1)
+    """Questions of each task, the first of them; null asks all."""
+    include_path: str | None = Field(default=None, min_length=1)
+    """A folder with task files of your own (*.yaml). Relative paths in them, such as data_files, start there."""
+    batch_size: int = Field(default=8, ge=1)
+    """Requests answered at a time; their logits are held for the whole vocabulary."""
+    allow_code_execution: bool = False
+    """Run the code that the model writes, on the worker and without a sandbox; HumanEval and MBPP need it."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_differ(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(f"{_first_double(list(tasks))!r} is there twice; name each task once")
+        return tasks
+
+
 class EvaluationSpec(Strict):
     """How every trial is scored, on the same held-out rows."""
 
@@ -179,6 +206,8 @@ class EvaluationSpec(Strict):
     """Prompts answered at a time."""
     samples: int = Field(default=10, ge=0)
     """Rows of the sample table: prompt, reference and answer."""
+    benchmarks: BenchmarksSpec | None = None
+    """Tasks of lm-eval after that; null runs none."""
 
 
 class ResourcesSpec(Strict):
@@ -246,6 +275,9 @@ class TrialSpec(Strict):
         ]:
             if holder[key] is not None and is_local(holder[key]):
                 holder[key] = str(Path(holder[key]).expanduser().absolute())
+        benchmarks = plain["evaluation"]["benchmarks"]
+        if benchmarks is not None and benchmarks["include_path"] is not None:  # a folder, whether it exists or not
+            benchmarks["include_path"] = str(Path(benchmarks["include_path"]).expanduser().absolute())
         return type(self).from_plain(plain)
 
     def members(self) -> list[TrialSpec]:

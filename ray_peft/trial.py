@@ -14,7 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -432,6 +432,8 @@ def _evaluate(life: _Life, bench: Bench) -> None:
     if life.tracker is not None and samples:
         life.tracker.table(samples, "samples.json")
         life.tracker.artifact(folder / "answers.jsonl", "evaluation")
+    # Last, so that a benchmark that fails leaves a row with the scores above.
+    life.scored = replace(life.scored, scores=bench.benchmark(life.scored.scores))
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

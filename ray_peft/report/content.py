@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ray_peft.report import facts, plots, quality, training
+from ray_peft.report import benchmarks, facts, plots, quality, training
 from ray_peft.report.advice import advice
 from ray_peft.report.document import Block, Document, Figure, Prompt, Section
 from ray_peft.report.material import Material
@@ -20,6 +20,7 @@ def build(material: Material) -> Document:
         ("Scores", quality.scores(rows, material.intervals)),
         ("Which differences are shown", quality.differences(material.families, material.left_out)),
         ("Over seeds", quality.over_seeds(seed_groups(rows))),
+        ("Further benchmarks", benchmarks.further(rows)),
         ("Quality against cost", _figures(plots.quality_against_cost(material))),
         ("Training metrics", training.metrics(rows)),
         ("Loss over steps", [*training.dynamics(material), *_figures(plots.losses(material))]),

@@ -134,6 +134,10 @@ class Bench(ABC):
     def evaluate(self) -> Scored:
         """All scores on the held-out rows."""
 
+    def benchmark(self, scores: Scores) -> Scores:
+        """`scores` with those of the further benchmarks that the trial asks for."""
+        return scores
+
     @abstractmethod
     def save(self, folder: Path, dtype: Dtype | None = None) -> None:
         """Write what was trained, in `dtype`, or else in the trial's `train.save_dtype`."""

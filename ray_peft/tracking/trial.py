@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ FLUSH_AT_POINTS = 200
 BATCH_POINTS = 500
 BATCH_PARAMS = 100
 MAX_PARAM_CHARACTERS = 6000
+_REFUSED = re.compile(r"[^\w./ :-]")
+"""Characters that MLflow refuses in the name of a metric, such as that of pass@1."""
 _MAIN_VERSIONS = ("python", "torch", "transformers", "trl", "peft", "bitsandbytes", "ray", "mlflow")
 
 
@@ -209,7 +212,13 @@ def flatten(plain: object, key: str = "") -> dict[str, str]:
 def final_metrics(result: TrialResult) -> dict[str, float]:
     """The numbers of a result that were measured, by the names of their metrics."""
     plain = result.plain()
-    numbers = {f"{part}.{name}": value for part in ("scores", "usage") for name, value in plain[part].items()}
+    benchmarks = ("benchmarks", "benchmark_stderr", "benchmark_rows")
+    numbers = {
+        f"scores.{part}.{_REFUSED.sub('_', name)}": value
+        for part in benchmarks
+        for name, value in plain["scores"].pop(part).items()
+    }
+    numbers |= {f"{part}.{name}": value for part in ("scores", "usage") for name, value in plain[part].items()}
     names = ["train_loss_final", "eval_loss_best", "steps", "resumed_from_step"]
     names += ["trainable_parameters", "total_parameters", "adapter_bytes"]
     numbers |= {name: plain[name] for name in names}

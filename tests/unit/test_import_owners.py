@@ -13,6 +13,7 @@ OWNERS = {
     "ray.train": {"worker.py"},
     "ray.tune": {"sweeps.py"},
     "trl": {"tasks/llm_sft"},
+    "lm_eval": {"tasks/llm_sft/benchmarks.py"},
     "galore_torch": {"methods/galore_adamw.py"},
     "yaml": {"space.py"},
     "matplotlib": {"report/plots.py"},

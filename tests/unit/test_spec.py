@@ -97,6 +97,31 @@ def test_located_makes_local_paths_absolute_and_leaves_hub_ids(tmp_path, monkeyp
     assert found.data.sources[0].path == str(tmp_path / "rows.jsonl")
 
 
+def test_benchmarks_are_off_and_their_folder_is_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert spec().evaluation.benchmarks is None
+    assert spec().located().evaluation.benchmarks is None
+    found = spec(evaluation__benchmarks={"tasks": ["mmlu"], "include_path": "own_tasks"})
+    assert found.located().evaluation.benchmarks.include_path == str(tmp_path / "own_tasks")
+    assert found.evaluation.benchmarks.batch_size == 8
+    without = spec(evaluation__benchmarks={"tasks": ["mmlu"]})
+    assert without.located() == without
+
+
+@pytest.mark.parametrize(
+    ("benchmarks", "words"),
+    [
+        ({"tasks": []}, "at least 1 item"),
+        ({"tasks": ["mmlu", "mmlu"]}, "'mmlu' is there twice"),
+        ({"tasks": ["mmlu"], "limit": 0}, "greater than or equal to 1"),
+        ({"tasks": ["mmlu"], "shots": 5}, "Extra inputs"),
+    ],
+)
+def test_benchmarks_that_make_no_sense_are_refused(benchmarks, words):
+    with pytest.raises(ValidationError, match=words):
+        spec(evaluation__benchmarks=benchmarks)
+
+
 def test_a_validation_fraction_leaves_training_rows():
     source = {"recipe": "dolly", "path": "x.jsonl", "train": 1, "test": 1, "validation": 1.0}
     with pytest.raises(ValidationError, match=r"validation \(1.0\) is a fraction that leaves no training rows"):

@@ -265,7 +265,9 @@ def test_a_result_is_recorded_whole(store, tmp_path):
     run_id = tracker.start(spec)
     result = result_of(
         spec,
-        scores=Scores(bleu4=0.25, eval_rows=2),
+        scores=Scores(
+            bleu4=0.25, eval_rows=2, benchmarks={"humaneval/pass@1": 0.125}, benchmark_stderr={"humaneval/pass@1": 0.5}
+        ),
         usage=Usage(wall_time_s=12.5),
         train_loss_final=1.25,
         trainable_parameters=32768,
@@ -276,6 +278,8 @@ def test_a_result_is_recorded_whole(store, tmp_path):
     assert run.info.status == "FINISHED"
     assert run.data.metrics["scores.bleu4"] == 0.25
     assert "scores.rouge_l" not in run.data.metrics
+    assert run.data.metrics["scores.benchmarks.humaneval/pass_1"] == 0.125  # MLflow refuses "@" in a name
+    assert run.data.metrics["scores.benchmark_stderr.humaneval/pass_1"] == 0.5
     assert run.data.metrics["usage.wall_time_s"] == 12.5
     assert run.data.metrics["train_loss_final"] == 1.25
     assert run.data.metrics["trainable_parameters"] == 32768

@@ -6,11 +6,13 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.errors import ModelError, TrialFailed
 from ray_peft.methods.base import Dtype, Stage
+from ray_peft.result import Scores
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import EnsembleBench, MemberModel, Report, Trained
 from ray_peft.tasks.llm_sft.evaluate import answers, inference, token_log_probs
@@ -194,14 +196,34 @@ class LlmEnsemble(LlmBench, EnsembleBench):
 
     def answer(self, rows: Dataset) -> list[str]:
         """Greedy answers; members without weight are not asked."""
+        asked = self._asked()
+        with self._ready(asked[1:]), asked[0][0].at_work() as model:
+            return answers(self.spec, model, self.tokenizer, rows, _mixer(asked))
+
+    def benchmark(self, scores: Scores) -> Scores:
+        """`scores` with those of the lm-eval tasks, answered by the mixture; members without weight are not asked."""
+        if self.spec.evaluation.benchmarks is None:
+            return scores
+        from ray_peft.tasks.llm_sft.benchmarks import Mixture, measure
+
+        asked = self._asked()
+        mixture = Mixture(partial(_mixed_log_probs, asked), _mixer(asked))
+        with self._ready(asked), asked[0][0].at_work() as model:
+            return measure(self.spec, model, self.tokenizer, scores, mixture)
+
+    def _asked(self) -> list[tuple[LoadedMember, float]]:
+        """Members with their weights, less those without weight."""
         asked = [(member, weight) for member, weight in zip(self.members, self.weights, strict=True) if weight]
         asked.sort(key=lambda each: each[0].beneath)  # within its context the others' adapters would be off, too
-        (first, _), *others = asked
+        return asked
+
+    @contextlib.contextmanager
+    def _ready(self, asked: Sequence[tuple[LoadedMember, float]]) -> Iterator[None]:
+        """The members' models in evaluation mode."""
         with contextlib.ExitStack() as modes:
-            for member, _ in others:
+            for member, _ in asked:
                 modes.enter_context(inference(self.spec, member.model))
-            with first.at_work() as model:
-                return answers(self.spec, model, self.tokenizer, rows, _mixer(asked))
+            yield
 
     def _log_probs(self, rows: Dataset) -> Tensor:
         """(member, answer token) float64."""
@@ -227,6 +249,20 @@ class LlmEnsemble(LlmBench, EnsembleBench):
 
     def save(self, folder: Path, dtype: Dtype | None = None) -> None:
         """Nothing is saved: the members are."""
+
+
+def _mixed_log_probs(members: Sequence[tuple[LoadedMember, float]], ids: Tensor) -> Tensor:
+    """Log-probabilities of the mixture for every next token: (row, token) ids give (row, token, vocab) float32."""
+    import torch
+
+    mixed = []
+    for member, weight in members:
+        with member.at_work() as model:
+            mixed.append(torch.log_softmax(model(ids).logits.float(), dim=-1) + math.log(weight))
+    first = members[0][0]
+    if first.adapter is not None:
+        cast("PeftModel", first.model).set_adapter(first.adapter)
+    return torch.logsumexp(torch.stack(mixed), dim=0)
 
 
 def _mixer(members: list[tuple[LoadedMember, float]]) -> Callable[[Tensor], LogitsProcessor]:

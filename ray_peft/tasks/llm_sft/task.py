@@ -34,10 +34,11 @@ class LlmSft(TaskType):
     name: ClassVar[Task] = "llm_sft"
 
     def inspect(self, spec: TrialSpec) -> Inspection:
-        """Load config and tokenizer, and prepare the rows."""
-        from ray_peft.tasks.llm_sft import data, ensemble, model
+        """Load config and tokenizer, find the benchmarks and their data, and prepare the rows."""
+        from ray_peft.tasks.llm_sft import benchmarks, data, ensemble, model
 
         model.load_config(spec.model)
+        benchmarks.check(spec)
         ensemble.check_members(spec)
         prepared = data.prepare(spec, data.load_tokenizer(spec))
         return Inspection(data.notes(prepared, spec.data), prepared.key, len(prepared.train))
@@ -184,6 +185,16 @@ class LlmBench(Bench):
             generated_rows=len(rows),
         )
         return Scored(scores, samples, list(zip(predictions, references, strict=True)))
+
+    def benchmark(self, scores: Scores) -> Scores:
+        """`scores` with those of the lm-eval tasks in `evaluation.benchmarks`."""
+        if self.spec.evaluation.benchmarks is None:
+            return scores
+        from ray_peft.tasks.llm_sft.benchmarks import measure
+        from ray_peft.tasks.llm_sft.evaluate import inference
+
+        with inference(self.spec, self.model):
+            return measure(self.spec, self.model, self.tokenizer, scores)
 
     def save(self, folder: Path, dtype: Dtype | None = None) -> None:
         """Write the adapter, or the weights with the tokenizer, as transformers and PEFT read them."""

@@ -1,0 +1,312 @@
+"""Further benchmarks: tasks of EleutherAI's lm-eval, an optional dependency, asked of the trained model as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsFloat
+
+from ray_peft.errors import DataError, SpecError
+from ray_peft.result import Scores
+from ray_peft.spec import BenchmarksSpec, TrialSpec
+from ray_peft.tasks.llm_sft.data import first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+INSTALL = 'pip install "ray-peft[benchmarks]"'
+KEY = "evaluation.benchmarks"
+BOOTSTRAPS = 1000
+"""Resamples behind a standard error that has no formula, such as that of a perplexity."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How several models answer as one."""
+
+    log_probs: Callable[[Tensor], Tensor]
+    """From (row, token) ids to (row, token, vocab) log-probabilities of each next token."""
+    processor: Callable[[Tensor], LogitsProcessor]
+    """Given the attention mask of a batch of prompts, what turns the first model's scores into the mixture's."""
+
+
+def check(spec: TrialSpec) -> None:
+    """Find every benchmark and its data, before a GPU is taken.
+
+    Raises:
+        SpecError: lm-eval is not installed, a task is unknown, asked for twice, needs images or sound, or executes
+            code without leave; the folder of one's own tasks is missing.
+        DataError: a task's data set cannot be had here.
+    """
+    asked = spec.evaluation.benchmarks
+    if asked is not None:
+        with _ready(asked) as manager:
+            _load(asked, manager)
+
+
+def measure(
+    spec: TrialSpec,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    scores: Scores,
+    mixture: Mixture | None = None,
+) -> Scores:
+    """`scores` with those of the benchmarks.
+
+    Args:
+        spec: names the tasks and the precision.
+        model: in evaluation mode; of a mixture, the first member's, at work.
+        tokenizer: of the model; it is not changed.
+        scores: what is known already.
+        mixture: of an ensemble.
+
+    Raises:
+        SpecError, DataError: as `check` does, on a worker that lacks what the driver has.
+    """
+    asked = spec.evaluation.benchmarks
+    assert asked is not None
+    with _ready(asked) as manager:
+        from lm_eval import simple_evaluate
+
+        found = simple_evaluate(
+            model=_language_model(spec, model, tokenizer, mixture),
+            tasks=_load(asked, manager),
+            task_manager=manager,
+            num_fewshot=asked.num_fewshot,
+            batch_size=asked.batch_size,
+            limit=asked.limit,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=False,
+            confirm_run_unsafe_code=asked.allow_code_execution,
+        )
+    values, errors, rows = collect(found["results"])
+    return scores.model_copy(update={"benchmarks": values, "benchmark_stderr": errors, "benchmark_rows": rows})
+
+
+def collect(
+    results: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
+    """Values, standard errors and questions by "task/metric", from lm-eval's `results`.
+
+    lm-eval's keys are "metric,filter" and "metric_stderr,filter"; the filter is named where a metric has several.
+    What is no finite number is left out.
+    """
+    values: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    rows: dict[str, int] = {}
+    for task, entry in results.items():
+        measured = [key.partition(",")[::2] for key in entry if "," in key]
+        metrics = [(metric, chosen) for metric, chosen in measured if not metric.endswith("_stderr")]
+        names = [metric for metric, _ in metrics]
+        for metric, chosen in metrics:
+            key = f"{task}/{metric}" if names.count(metric) == 1 else f"{task}/{metric}/{chosen}"
+            value, error = _number(entry[f"{metric},{chosen}"]), _number(entry.get(f"{metric}_stderr,{chosen}"))
+            if value is None:
+                logger.warning("%s: %s is %r, no finite number: left out", KEY, key, entry[f"{metric},{chosen}"])
+                continue
+            values[key] = value
+            if error is not None:
+                errors[key] = error
+            counts = entry.get("sample_count", {})  # of a group, whose tasks need not all have the metric
+            asked = counts.get(f"{metric},{chosen}", entry.get("sample_len"))
+            if asked is not None:
+                rows[key] = int(asked)
+    return values, errors, rows
+
+
+def _number(value: Any) -> float | None:
+    """Null for what is no finite number, such as the "N/A" of a missing standard error."""
+    found = float(value) if isinstance(value, SupportsFloat) else math.nan
+    return found if math.isfinite(found) else None
+
+
+@contextlib.contextmanager
+def _ready(asked: BenchmarksSpec) -> Iterator[Any]:
+    """lm-eval's task manager, which knows all tasks that are asked for, in the surroundings that it needs."""
+    if asked.include_path is not None and not Path(asked.include_path).is_dir():
+        raise SpecError(f"{KEY}.include_path: {asked.include_path}: no such folder; give one with task files (*.yaml)")
+    _require()
+    manager = _manager(asked)
+    for name in asked.tasks:
+        if name not in manager.task_index:
+            raise SpecError(_unknown(name, manager.all_tasks))
+    with _surroundings(asked):
+        yield manager
+
+
+def _require() -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise SpecError(
+            f"{KEY}: needs lm-eval, which cannot be imported here ({first_line(error)}); install it with: {INSTALL}, "
+            f"or set {KEY}: null"
+        ) from None
+
+
+def _manager(asked: BenchmarksSpec) -> Any:
+    """lm-eval's index of task files, of its own and of the folder's."""
+    folder = asked.include_path
+    files = sorted(Path(folder).rglob("*.yaml")) if folder is not None else []
+    return _index(folder, tuple((str(file), file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=2)  # reading 15,000 files takes up to 11 s, and a process runs many trials
+def _index(folder: str | None, files: tuple[tuple[str, int], ...]) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        return TaskManager(include_path=folder)
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    # Most names of a family are longer than what people type, such as arc for arc_easy.
+    near += sorted((other for other in known if name and name in other and other not in near), key=len)[: 3 - len(near)]
+    meant = f"did you mean {', '.join(near)}?" if near else "no name is like it"
+    return (
+        f"{KEY}.tasks: {name}: lm-eval knows {len(known):,} tasks, groups and tags here, but not this one; {meant} "
+        f"Tasks of your own: a folder with their *.yaml files in {KEY}.include_path"
+    )
+
+
+def _load(asked: BenchmarksSpec, manager: Any) -> list[Any]:
+    """Every group and every task outside one, built, which reads its data set.
+
+    Raises:
+        SpecError, DataError: a task cannot be run.
+    """
+    owners: dict[str, str] = {}
+    found: list[Any] = []
+    for name in asked.tasks:
+        unsafe = _unsafe(manager.task_index, name)
+        if unsafe and not asked.allow_code_execution:
+            raise SpecError(_code(name, unsafe))
+        try:
+            with contextlib.chdir(asked.include_path or "."):  # where paths in one's own task files start
+                loaded = manager.load([name])
+        except Exception as error:  # data sets, hub clients and task files raise a dozen unrelated types
+            raise DataError(_unloadable(manager.task_index, name, error)) from None
+        group = loaded["groups"].get(name)
+        found += [group] if group is not None else loaded["tasks"].values()
+        for task, built in loaded["tasks"].items():
+            if task in owners:
+                raise SpecError(f"{KEY}.tasks: {owners[task]} and {name} both hold task {task}; ask for one of them")
+            owners[task] = name
+            if getattr(built, "MULTIMODAL", False):
+                raise SpecError(f"{KEY}.tasks: {task} shows images or plays sound, which a text model cannot take")
+            if getattr(built, "UNSAFE_CODE", False) and not asked.allow_code_execution:
+                raise SpecError(_code(name, task))
+    return found
+
+
+def _unsafe(index: Mapping[str, Any], name: str) -> str | None:
+    """The first task below `name` that says that it executes code; found without building it."""
+    return next((leaf for leaf in _leaves(index, name) if (index[leaf].cfg or {}).get("unsafe_code")), None)
+
+
+def _leaves(index: Mapping[str, Any], name: str) -> Iterator[str]:
+    """The tasks of the index that a task, group or tag stands for."""
+    entry = index.get(name)
+    if entry is None:
+        return
+    members = (entry.cfg or {}).get("task") if entry.cfg else sorted(entry.tags)
+    if not isinstance(members, list):
+        yield name
+        return
+    for member in members:
+        inner = member if isinstance(member, str) else member.get("task") or member.get("group")
+        if isinstance(inner, str) and inner != name:
+            yield from _leaves(index, inner)
+
+
+def _code(name: str, task: str) -> str:
+    which = name if name == task else f"{name} holds {task}, which"
+    return (
+        f"{KEY}.tasks: {which} executes the code that the model writes, on the worker and without a sandbox; "
+        f"set {KEY}.allow_code_execution: true (found false) if that is what you want, or leave it out"
+    )
+
+
+def _unloadable(index: Mapping[str, Any], name: str, error: Exception) -> str:
+    sources = {(index[leaf].cfg or {}).get("dataset_path") for leaf in _leaves(index, name)}
+    where = ", ".join(sorted(source for source in sources if isinstance(source, str)))
+    offline = [flag for flag in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(flag, "0") not in ("", "0")]
+    return (
+        f"{KEY}.tasks: {name} cannot be loaded: {type(error).__name__}: {first_line(error).rstrip('.')}. Its data set"
+        f"{f' ({where})' if where else ''}, and its metric if that is of the hub, must be in the cache of Hugging Face "
+        f"or the hub in reach{f' ({offline[0]} is set)' if offline else ''}; rows on this machine: a task with "
+        f"dataset_path: json in "
+        f"{KEY}.include_path"
+    )
+
+
+@contextlib.contextmanager
+def _surroundings(asked: BenchmarksSpec) -> Iterator[None]:
+    """How lm-eval works: quietly, in one process, with leave to execute code if given."""
+    # DISABLE_MULTIPROC: lm-eval would fork a process per core to bootstrap, from a process that holds a GPU.
+    wanted = {"DISABLE_MULTIPROC": "1"} | ({"HF_ALLOW_CODE_EVAL": "1"} if asked.allow_code_execution else {})
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        with _quiet():
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's warnings on its own task files."""
+    own = logging.getLogger("lm_eval")
+    level = own.level
+    own.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        own.setLevel(level)
+
+
+def _language_model(
+    spec: TrialSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mixture: Mixture | None
+) -> Any:
+    """The model as lm-eval asks it."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    class Mixed(HFLM):  # type: ignore[misc]  # lm-eval ships no types
+        """Several models behind one; both methods are where HFLM asks its model."""
+
+        def _model_call(self, inps: Tensor, *others: object, **more: object) -> Tensor:
+            assert mixture is not None
+            return mixture.log_probs(inps)
+
+        def _model_generate(self, *args: Any, **settings: Any) -> Any:
+            assert mixture is not None
+            processors = [mixture.processor(settings["attention_mask"])]
+            return super()._model_generate(*args, **settings, logits_processor=processors)
+
+    return (HFLM if mixture is None else Mixed)(
+        pretrained=model,
+        tokenizer=copy.deepcopy(tokenizer),  # lm-eval sets its padding
+        batch_size=spec.evaluation.benchmarks.batch_size if spec.evaluation.benchmarks else 1,
+        # HFLM opens an autocast of its own around the model, and null would switch ours off.
+        mixed_precision_dtype=torch.bfloat16 if spec.train.precision == "bf16" else None,
+        # Else the log-probabilities of bf16 logits are summed in bf16, which has three digits.
+        softmax_dtype=torch.float32,
+    )
