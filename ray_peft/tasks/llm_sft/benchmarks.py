@@ -14,10 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
-from ray_peft.errors import DataError, SpecError
+from ray_peft.errors import DataError, SpecError, first_line
 from ray_peft.result import Scores
 from ray_peft.spec import BenchmarksSpec, TrialSpec
-from ray_peft.tasks.llm_sft.data import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
