@@ -51,3 +51,18 @@ def test_records_of_sweeps_without_a_report_setting_can_be_read(tmp_path):
     assert record is not None
     assert record.report == {}
     assert Sweep.model_validate_json((tmp_path / "sweep.json").read_bytes()).report == ReportSpec()
+
+
+def test_another_sweep_in_the_same_folder_gets_a_run_of_its_own(tmp_path, empty_database):
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    store = open_store(default_uri(tmp_path), "one", tmp_path / "artifacts")
+    ledger = Ledger(tmp_path / "out")
+    ledger.folder.mkdir()
+
+    def parent(name):
+        quiet = Console(quiet=True)
+        return open_experiment(name, "", ledger, store=store, planned=[], notes=[], console=quiet).parent_run_id
+
+    first = parent("one")
+    assert parent("one") == first  # the same command again
+    assert parent("two") != first

@@ -84,3 +84,22 @@ def test_the_row_of_a_stopped_trial_is_kept_and_says_so(tiny_model, questions, t
         run(spec, tmp_path, stop_at=2)
     row = json.loads((tmp_path / trial.RESULT_FILE).read_text())
     assert (row["status"], row["error"]) == ("cancelled", "stopped before the end")
+
+
+def test_an_ensemble_refuses_members_that_were_trained_on_other_rows(tiny_model, questions, tmp_path):
+    members = [{"method": {"name": "lora", "rank": 4, "lr": lr}} for lr in (0.01, 0.02)]
+    plain = tiny.plain_spec(tiny_model, questions, {"name": "ensemble", "members": members})
+    plain["data"]["sources"][0] |= {"validation": 6}
+    spec = TrialSpec.from_plain(plain)
+    rows = [run(member, tmp_path / "trials" / member.trial_id)[0] for member in spec.members()]
+
+    def answered(given):
+        place = trial.Place(tmp_path / "trials" / spec.trial_id, "cpu", members=tuple(given))
+        return trial.run(spec, place, Notes(), lambda metrics, step: None)
+
+    assert answered(rows).status == "finished"
+    other = rows[1].model_copy(update={"provenance": rows[1].provenance.model_copy(update={"data_key": "other"})})
+    refused = answered([rows[0], other])
+    assert (refused.status, refused.scores.eval_loss) == ("failed", None)
+    assert f"member {other.trial_id} was trained on other rows (prepared data other)" in refused.error
+    assert "is cancelled" in answered([rows[0], rows[1].model_copy(update={"status": "cancelled"})]).error

@@ -81,6 +81,23 @@ def test_validation_rows_have_the_columns_of_test_rows_and_are_none_unless_asked
     assert "6 validation rows" in note
 
 
+def test_validation_rows_that_repeat_test_rows_are_left_out(spec, tokenizer, tmp_path):
+    rows = [{"prompt": f"Which number comes next in line after {n} and {n * n}, my friend?", "completion": f"{n + 1}."}
+            for n in range(40)]  # fmt: skip
+    tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    tiny.write_rows(tmp_path / "test.jsonl", rows[:20])
+    source = {"path": str(tmp_path / "rows.jsonl"), "test_path": str(tmp_path / "test.jsonl")}
+    source |= {"train": 5, "validation": 20, "test": 20}
+    plain = changed(spec, contamination={"action": "drop"}).plain()
+    plain["data"]["sources"][0] |= source
+    prepared = data.prepare(TrialSpec.from_plain(plain), tokenizer)
+    (counts,) = prepared.counts
+    assert counts.validation_dropped > 0
+    assert counts.validation == 20 - counts.validation_dropped == len(prepared.validation)
+    assert not set(prepared.validation["prompt"]) & set(prepared.test["prompt"])
+    assert f"{counts.validation_dropped} validation rows left out" in data.notes(prepared, spec.data)[0]
+
+
 def test_all_sources_are_mixed_by_the_seed(spec, tokenizer):
     parts = [resized(spec, name=name, train=20, test=4)[0] for name in ("first", "second")]
     orders = []
