@@ -1,0 +1,213 @@
+"""What is known of a trial while it runs: its place, its tracker, its measurements, and the row they make."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import shutil
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from ray_peft import measure
+from ray_peft.errors import RayPeftError, TrialFailed
+from ray_peft.methods.base import Dtype
+from ray_peft.result import Provenance, Scores, Status, TrialResult, Usage
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks.base import Bench, Report, Scored, Trained
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Where a trial's metrics and results go."""
+
+    def start(self, spec: TrialSpec) -> str:
+        """Open the trial's run and return its id. Raises: a configured tracker must work."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Keep metrics of one step. Never raises."""
+
+    def artifact(self, path: Path, folder: str) -> None:
+        """Keep a file, or all files of a folder."""
+
+    def table(self, rows: list[dict[str, object]], artifact_file: str) -> None:
+        """Keep a table that the tracker can show."""
+
+    def fetch(self, run_id: str, folder: str, to: Path) -> Path:
+        """Another run's artifacts in `folder`, brought below `to`. Raises if they are not there."""
+
+    def record(self, result: TrialResult) -> None:
+        """Keep the result and close the run. Raises: the result is the product."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a trial runs."""
+
+    folder: Path
+    """The trial's own folder: metrics.jsonl, samples.jsonl, answers.jsonl, checkpoints."""
+    device: str
+    """"cpu" or "cuda:N"."""
+    rank: int = 0
+    num_workers: int = 1
+    gpus_per_worker: float = 0.0
+    threads: int | None = None
+    """CPU threads of torch; null leaves them as they are."""
+    members: tuple[TrialResult, ...] = ()
+    """Of an ensemble, the rows of its members that have one; their folders are beside `folder`."""
+
+
+class Life:
+    """What is known of a trial so far, so that a failed one leaves a row with what it had."""
+
+    def __init__(self, spec: TrialSpec, place: Place, tracker: Tracker | None, progress: Report) -> None:
+        self.spec = spec
+        self.place = place
+        self.tracker = tracker
+        self.run_id: str | None = None
+        self.clock = measure.Clock()
+        self.memory = measure.MemoryWatch(place.device)
+        self.trained = Trained()
+        self.parameters = (0, 0)
+        self.scored = Scored(Scores())
+        self.adapter_bytes = 0
+        self.boundaries: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+        self.provenance = Provenance(
+            num_workers=place.num_workers,
+            gpus_per_worker=place.gpus_per_worker,
+            hostname=platform.node(),
+            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        self._progress = progress
+        self._log = place.folder / "metrics.jsonl"
+
+    def report(self, metrics: Mapping[str, float], step: int) -> None:
+        """Keep metrics in the trial's log and the tracker, and pass them on."""
+        if self.place.rank == 0:
+            line = {"step": step, "time_s": round(self.clock.total(), 3), **metrics}
+            with self._log.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+            text = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+            logger.info("%s: step %d: %s", self.spec.trial_id, step, text)
+        if self.tracker is not None:
+            self.tracker.log(metrics, step)
+        self._progress(metrics, step)
+
+    def failed(self, error: Exception) -> TrialResult:
+        """The row of a trial that raised."""
+        import torch
+
+        status: Status = "out_of_memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
+        text = str(error).strip() or type(error).__name__
+        if not isinstance(error, RayPeftError):
+            text = f"{type(error).__name__}: {text}\n\n{''.join(traceback.format_exception(error))}"
+        return self.result(status, error=text)
+
+    def result(self, status: Status, error: str | None = None) -> TrialResult:
+        """The trial's row, with what is known by now."""
+        self.memory.stop()
+        if self.memory.peaks.spilled_gib:
+            logger.warning(
+                "%s: %.2f GiB more than the GPU has were in use: they lie in the host's memory, and the trial is slow",
+                self.spec.trial_id,
+                self.memory.peaks.spilled_gib,
+            )
+        seconds, trained, peaks = self.clock.seconds, self.trained, self.memory.peaks
+        speed = 1 / trained.seconds if trained.seconds > 0 else None
+        known = [loss for loss in (*trained.eval_losses, self.scored.scores.eval_loss) if loss is not None]
+        return TrialResult(
+            trial_id=self.spec.trial_id,
+            status=status,
+            spec=self.spec,
+            scores=self.scored.scores,
+            usage=Usage(
+                peak_allocated_gib=peaks.allocated_gib,
+                peak_reserved_gib=peaks.reserved_gib,
+                device_used_gib=peaks.device_used_gib,
+                spilled_gib=peaks.spilled_gib,
+                peak_rss_gib=peaks.rss_gib,
+                wall_time_s=self.clock.total(),
+                load_s=seconds.get("load", 0.0),
+                train_s=seconds.get("train", 0.0),
+                evaluate_s=seconds.get("evaluate", 0.0),
+                save_s=seconds.get("save", 0.0),
+                tokens_per_s=trained.tokens * speed if speed else None,
+                steps_per_s=trained.timed_steps * speed if speed else None,
+                train_tokens=trained.tokens,
+            ),
+            train_loss_final=trained.losses[-1] if trained.losses else None,
+            eval_loss_best=min(known, default=None),
+            boundary_losses=self.boundaries,
+            steps=trained.steps,
+            resumed_from_step=trained.resumed_from_step,
+            members=self.weights,
+            arithmetic=self.spec.method.arithmetic(self.spec.model.dtype),
+            trainable_parameters=self.parameters[0],
+            total_parameters=self.parameters[1],
+            adapter_bytes=self.adapter_bytes,
+            mlflow_run_id=self.run_id,
+            error=error,
+            provenance=self.provenance,
+        )
+
+
+def keep(life: Life, bench: Bench, name: str, dtype: Dtype | None = None) -> int:
+    """Write what is trained so far into the trial's folder and the tracker; returns its bytes."""
+    folder = life.place.folder / name
+    bench.save(folder, dtype)
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    if life.tracker is not None:
+        life.tracker.artifact(folder, name)
+        if not (folder / "adapter_config.json").is_file():
+            shutil.rmtree(folder)  # full weights are large, and the tracker holds them now
+    return size
+
+
+def evaluate(life: Life, bench: Bench) -> None:
+    """Score the model; keep scores, samples and answers in the trial's folder and the tracker.
+
+    Raises:
+        TrialFailed: the held-out loss is not finite.
+    """
+    life.scored = bench.evaluate()
+    loss = life.scored.scores.eval_loss
+    if loss is not None and not math.isfinite(loss):
+        raise TrialFailed(f"the held-out loss is {loss} after {life.trained.steps} steps; lower method.lr")
+    folder = life.place.folder
+    samples = [sample.plain() for sample in life.scored.samples]
+    _write_lines(folder / "samples.jsonl", samples)
+    answers = [
+        {"row": row, "prediction": prediction, "reference": reference}
+        for row, (prediction, reference) in enumerate(life.scored.answers)
+    ]
+    _write_lines(folder / "answers.jsonl", answers)
+    scores = {name: value for name, value in life.scored.scores.plain().items() if isinstance(value, float)}
+    if scores:
+        life.report(scores, life.trained.steps)
+    if life.tracker is not None and samples:
+        life.tracker.table(samples, "samples.json")
+        life.tracker.artifact(folder / "answers.jsonl", "evaluation")
+    # Last, so that a benchmark that fails leaves a row with the scores above.
+    life.scored = replace(life.scored, scores=bench.benchmark(life.scored.scores))
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def provenance(bench: Bench, place: Place) -> dict[str, Any]:
+    """With what a result is made: the fields of `Provenance` that the bench and this machine know."""
+    return {
+        "versions": measure.versions(),
+        "device": measure.device_name(place.device),
+        "git_commit": measure.git_commit(),
+        "model_fingerprint": bench.model_fingerprint,
+        "data_key": bench.data_key,
+    }

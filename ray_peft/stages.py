@@ -1,0 +1,93 @@
+"""The stages of a trial in turn: train, keep, merge; and go on from the last one that an interrupted run kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from ray_peft import measure
+from ray_peft.life import Life, Place, keep
+from ray_peft.methods.base import Stage
+from ray_peft.tasks.base import Bench, Trained
+
+STAGE_FILE = "stage.json"
+"""In a stage's kept adapter: what the stages up to it took, for a trial that goes on from there."""
+
+
+def train_all(life: Life, bench: Bench, stages: list[tuple[Stage, int]]) -> None:
+    """Train every stage, and merge between two of them."""
+    for index, (stage, steps) in enumerate(stages):
+        life.memory.start()
+        if not _taken_up(life, bench, index, stage):
+            with life.clock.phase("train"):
+                _train(life, bench, index, stage, steps)
+        life.memory.stop()
+        if index + 1 < len(stages):
+            _cross(life, bench, index, stage)
+
+
+def _train(life: Life, bench: Bench, index: int, stage: Stage, steps: int) -> None:
+    bench.attach(stage)
+    life.parameters = bench.parameters()
+    done = life.trained
+    more = bench.train(stage, steps, done.steps, life.place.folder / f"stage{index + 1}", life.report)
+    life.trained = Trained(
+        steps=done.steps + more.steps,
+        tokens=done.tokens + more.tokens,
+        seconds=done.seconds + more.seconds,
+        timed_steps=done.timed_steps + more.timed_steps,
+        losses=done.losses + more.losses,
+        eval_losses=done.eval_losses + more.eval_losses,
+        resumed_from_step=more.resumed_from_step if more.resumed_from_step is not None else done.resumed_from_step,
+    )
+
+
+def stage_folder(place: Place, index: int) -> Path:
+    """Where a stage before the last keeps its adapter."""
+    return place.folder / f"stage{index + 1}_adapter"
+
+
+def _write_stage(life: Life, folder: Path) -> None:
+    """Note that all stages up to this one are done; written last, so that its file vouches for the adapter."""
+    done = {"trained": asdict(life.trained), "peaks": asdict(life.memory.peaks), "train_s": life.clock.seconds["train"]}
+    partial = folder / f"{STAGE_FILE}.partial"
+    partial.write_text(json.dumps(done), encoding="utf-8")
+    partial.replace(folder / STAGE_FILE)
+
+
+def _taken_up(life: Life, bench: Bench, index: int, stage: Stage) -> bool:
+    """Go on from the end of a stage that an interrupted run of the trial left; false if there is none."""
+    folder = stage_folder(life.place, index)
+    if not (folder / STAGE_FILE).is_file():
+        return False
+    done = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+    bench.attach(stage)
+    bench.restore(folder)
+    life.parameters = bench.parameters()
+    life.trained = Trained(**done["trained"])
+    life.trained.resumed_from_step = life.trained.steps
+    life.memory.peaks = measure.Peaks(**done["peaks"])
+    life.clock.seconds["train"] = done["train_s"]
+    return True
+
+
+def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
+    """From one stage to the next: keep what the stage trained, merge it, and measure the loss on both sides."""
+    first = life.place.rank == 0
+    folder = stage_folder(life.place, index)
+    if first:
+        with life.clock.phase("save"):
+            if not (folder / STAGE_FILE).is_file():
+                keep(life, bench, folder.name, "float32")  # as it is: the trial may go on from here
+                _write_stage(life, folder)
+            elif life.tracker is not None:  # taken up: other workers may still read it, and this run has none yet
+                life.tracker.artifact(folder, folder.name)
+    for moment in (f"after stage {index + 1}", f"after merge {index + 1}"):
+        if moment.startswith("after merge"):
+            with life.clock.phase("train"):
+                bench.merge(stage)
+        if first:
+            with life.clock.phase("evaluate"):
+                life.boundaries[moment] = bench.eval_loss()
+            life.report({f"boundary_loss.{moment.replace(' ', '_')}": life.boundaries[moment]}, life.trained.steps)
