@@ -21,7 +21,7 @@ from ray_peft.metrics.bootstrap import (
     score_interval,
 )
 from ray_peft.report.recommend import tiers
-from ray_peft.report.table import Row, SeedGroup
+from ray_peft.report.table import Row, SeedGroup, is_base
 from ray_peft.report.uncertainty import CONFIDENCE, Statistics
 
 LOSS_MARGIN = 0.01
@@ -150,7 +150,8 @@ def _by_answers(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
     pairs = {}
     for first in range(len(members)):
         for second in range(first + 1, len(members)):
-            a, b = _paired_seeds(by_seed[first], by_seed[second])
+            seedless = any(is_base(members[place].rows[0].result) for place in (first, second))
+            a, b = _paired_seeds(by_seed[first], by_seed[second], seedless=seedless)
             pairs[first, second] = Pair(
                 rouge_l=difference(rouge(a), rouge(b), confidence=CONFIDENCE),
                 bleu4=difference(bleu(a), bleu(b), confidence=CONFIDENCE),
@@ -166,9 +167,17 @@ def _by_answers(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
     )
 
 
-def _paired_seeds(first: Mapping[int, str], second: Mapping[int, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The trials of the seeds that both have, in the same order; all trials if they share none or one has a single."""
+def _paired_seeds(
+    first: Mapping[int, str], second: Mapping[int, str], *, seedless: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The trials of the seeds that both have, in the same order; all trials where they share none.
+
+    Args:
+        first: trial ids by seed.
+        second: the same of the other unit.
+        seedless: one of them is the untouched base, which no seed changes: all trials of both.
+    """
     shared = [seed for seed in first if seed in second]
-    if not shared or 1 in (len(first), len(second)):  # one seed beside several: the mean of all, not of a chance pair
+    if not shared or seedless:
         return tuple(first.values()), tuple(second.values())
     return tuple(first[seed] for seed in shared), tuple(second[seed] for seed in shared)

@@ -55,6 +55,12 @@ def test_seeds_are_paired_by_row_and_seed():
     assert pair("full", "lora").high - pair("full", "lora").low > 0.05
 
 
+def test_the_base_stands_beside_all_seeds_also_if_it_shares_one_of_them():
+    given = [(trial("none", seed=1), POOR), (trial("lora", seed=1), REFERENCES), (trial("lora", seed=2), POOR)]
+    (family,) = material(given).families
+    assert family.pairs[0, 1].rouge_l.difference == pytest.approx(-0.25)  # not -0.5, that of seed 1 alone
+
+
 def test_another_order_of_seeds_changes_nothing():
     given = [(trial("lora", seed=1), REFERENCES), (trial("lora", seed=2), POOR)]
     other = [(trial("full", seed=2), POOR), (trial("full", seed=1), REFERENCES)]
