@@ -11,14 +11,13 @@ from typing import Any
 from ray_peft.errors import DataError
 from ray_peft.report.atomic import write_text
 from ray_peft.report.digits import count
-from ray_peft.report.plain import ascii_line
+from ray_peft.report.plain import aligned_line, ascii_line
 from ray_peft.space import load
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import DataReport, SplitReport
 
 _HEADER = ("source", "split", "rows", "cut", "left out", "overlap", "tokens", "mean", "max", "trained on")
-_GAP = "  "
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,8 @@ def _one_table(data: SpaceData) -> str:
     lines = [f"data {report.key or '(refused)'}, {data.trials} trials: {settings}", ""]
     cells = [_HEADER, *(_cells(split) for split in report.splits)]
     widths = [max(len(line[index]) for line in cells) for index in range(len(_HEADER))]
-    body = [_line(line, widths) for line in cells]
-    lines += [body[0], _GAP.join("-" * width for width in widths), *body[1:], ""]
+    cells.insert(1, tuple("-" * width for width in widths))
+    lines += [*(aligned_line(line, widths) for line in cells), ""]
     for source, rows in report.read.items():
         reasons = "".join(f"; {n:,} unusable ({why})" for why, n in sorted(report.unusable[source].items()))
         lines.append(f"{source}: {rows:,} rows read{reasons}")
@@ -107,9 +106,3 @@ def _cells(split: SplitReport) -> tuple[str, ...]:
     replaced = (count(split.dropped), count(split.overlapping)) if split.split == "train" else ("-", "-")
     tokens = (count(split.tokens), count(mean), count(split.longest), count(split.trained_tokens))
     return ascii_line(split.source), split.split, count(split.rows), count(split.cut), *replaced, *tokens
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    left = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
-    right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
-    return _GAP.join([*left, *right])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ray_peft.errors import SearchSpaceError
+from ray_peft.report.atomic import write_text
 from ray_peft.report.files import read_results
 from ray_peft.result import TrialResult
 
@@ -98,9 +99,8 @@ class Ledger:
 
     def write_record(self, record: SweepRecord) -> None:
         """Write `sweep.json` in one step."""
-        partial = self.folder / "sweep.json.partial"
-        partial.write_text(json.dumps(asdict(record), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.folder / "sweep.json")
+        text = json.dumps(asdict(record), ensure_ascii=False, indent=2) + "\n"
+        write_text(self.folder / "sweep.json", text)
 
 
 def _whole_lines(file: IO[bytes]) -> int:

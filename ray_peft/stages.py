@@ -9,6 +9,7 @@ from pathlib import Path
 from ray_peft import measure
 from ray_peft.life import Life, Place, keep
 from ray_peft.methods.base import Stage
+from ray_peft.report.atomic import write_text
 from ray_peft.tasks.base import Bench, Trained
 
 STAGE_FILE = "stage.json"
@@ -51,9 +52,7 @@ def stage_folder(place: Place, index: int) -> Path:
 def _write_stage(life: Life, folder: Path) -> None:
     """Note that all stages up to this one are done; written last, so that its file vouches for the adapter."""
     done = {"trained": asdict(life.trained), "peaks": asdict(life.memory.peaks), "train_s": life.clock.seconds["train"]}
-    partial = folder / f"{STAGE_FILE}.partial"
-    partial.write_text(json.dumps(done), encoding="utf-8")
-    partial.replace(folder / STAGE_FILE)
+    write_text(folder / STAGE_FILE, json.dumps(done))
 
 
 def _taken_up(life: Life, bench: Bench, index: int, stage: Stage) -> bool:

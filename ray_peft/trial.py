@@ -12,6 +12,7 @@ import sys
 from ray_peft.ensembles import run_ensemble
 from ray_peft.errors import first_line
 from ray_peft.life import Life, Place, Tracker, evaluate, keep, provenance
+from ray_peft.report.atomic import write_text
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.stages import STAGE_FILE, stage_folder, train_all
@@ -65,9 +66,7 @@ def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> Tr
 def _record(result: TrialResult, place: Place, tracker: Tracker) -> None:
     """Keep the row in the trial's folder first: the tracker may be out of reach."""
     place.folder.mkdir(parents=True, exist_ok=True)
-    partial = place.folder / f"{RESULT_FILE}.partial"
-    partial.write_text(result.model_dump_json(indent=2), encoding="utf-8")
-    partial.replace(place.folder / RESULT_FILE)
+    write_text(place.folder / RESULT_FILE, result.model_dump_json(indent=2))
     tracker.record(result)
 
 

@@ -7,7 +7,7 @@ from ray_peft.report.digits import MISSING, duration, fixed, gib, listed
 from ray_peft.report.document import Block, Bullets, Heading, Paragraph, Table
 from ray_peft.report.material import Material
 from ray_peft.report.recommend import Choice, cheapest, walk
-from ray_peft.report.table import SeedGroup, is_base
+from ray_peft.report.table import SeedGroup
 from ray_peft.report.ties import FEWEST_ROWS, LOSS_MARGIN, Family
 
 _RULES = (
@@ -154,7 +154,7 @@ def _cannot_say(material: Material) -> list[str]:
     if few := sorted({family.rows for family in families if family.measure == "rouge_l" and family.rows < _FEW_ROWS}):
         found.append(f"Answered rows: {few[0]}. Intervals of so few rows are narrower than they should be.")
     if single := [unit.label for family in families for unit in family.units if _one_seed(unit)]:
-        trained = sum(not _is_base(unit) for family in families for unit in family.units)
+        trained = sum(not unit.is_base for family in families for unit in family.units)
         names = "Every trained row" if len(single) == trained else listed(single)
         found.append(f"{names}: one seed, so how much another seed would change it cannot be said.")
     memory = [
@@ -177,13 +177,9 @@ def _cannot_say(material: Material) -> list[str]:
 
 
 def _name(unit: SeedGroup) -> str:
-    return f"{unit.label} (no fine-tuning)" if _is_base(unit) else unit.label
+    return f"{unit.label} (no fine-tuning)" if unit.is_base else unit.label
 
 
 def _one_seed(unit: SeedGroup) -> bool:
     """Whether another seed would have trained another model, and there is none."""
-    return len(unit.finished) == 1 and not _is_base(unit)
-
-
-def _is_base(unit: SeedGroup) -> bool:
-    return is_base(unit.rows[0].result)
+    return len(unit.finished) == 1 and not unit.is_base

@@ -110,14 +110,15 @@ def _aligned(header: list[str], lines: list[list[str]]) -> str:
     widths = [max(len(line[index]) for line in [names, *body]) for index in range(len(kept))]
     room = WIDTH - sum(widths[1:]) - len(_GAP) * (len(widths) - 1)
     widths[0] = min(widths[0], max(room, _NARROWEST_LABEL))
-    printed = [_line(names, widths), _GAP.join("-" * width for width in widths)]
+    printed = [aligned_line(names, widths), aligned_line(["-" * width for width in widths], widths)]
     for line in body:
         first, *more = textwrap.wrap(line[0], widths[0], break_on_hyphens=False, subsequent_indent="  ")
-        printed += [_line([first, *line[1:]], widths), *more]
+        printed += [aligned_line([first, *line[1:]], widths), *more]
     return "\n".join(printed)
 
 
-def _line(cells: list[str], widths: list[int]) -> str:
+def aligned_line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """One line of a table: the first two cells to the left, numbers to the right."""
     left = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
     right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
     return _GAP.join([*left, *right]).rstrip()

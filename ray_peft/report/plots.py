@@ -16,7 +16,7 @@ from ray_peft.report.document import Figure
 from ray_peft.report.material import Material
 from ray_peft.report.palette import FAINT, GRID, INK, PAPER, SERIES, Style, styles
 from ray_peft.report.recommend import pareto
-from ray_peft.report.table import Phase, Row, SeedGroup, is_base
+from ray_peft.report.table import Phase, Row, SeedGroup
 from ray_peft.report.ties import Family
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def _seed_points(axes: Axes, unit: SeedGroup, family: Family, what: str, style: 
 
 
 def _styles(units: Sequence[SeedGroup]) -> list[Style]:
-    bases = [place for place, unit in enumerate(units) if is_base(unit.rows[0].result)]
+    bases = [place for place, unit in enumerate(units) if unit.is_base]
     return styles(len(units), base=bases[0] if len(bases) == 1 else None)
 
 

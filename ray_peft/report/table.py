@@ -120,6 +120,11 @@ class SeedGroup:
     rows: tuple[Row, ...]
 
     @property
+    def is_base(self) -> bool:
+        """Whether it is of the model without fine-tuning."""
+        return is_base(self.rows[0].result)
+
+    @property
     def finished(self) -> tuple[Row, ...]:
         """The rows that `spread` looks at."""
         return tuple(row for row in self.rows if row.status == "finished")

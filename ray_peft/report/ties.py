@@ -21,7 +21,7 @@ from ray_peft.metrics.bootstrap import (
     score_interval,
 )
 from ray_peft.report.recommend import tiers
-from ray_peft.report.table import Row, SeedGroup, is_base
+from ray_peft.report.table import Row, SeedGroup
 from ray_peft.report.uncertainty import CONFIDENCE, Statistics
 
 LOSS_MARGIN = 0.01
@@ -150,7 +150,7 @@ def _by_answers(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
     pairs = {}
     for first in range(len(members)):
         for second in range(first + 1, len(members)):
-            seedless = any(is_base(members[place].rows[0].result) for place in (first, second))
+            seedless = any(members[place].is_base for place in (first, second))
             a, b = _paired_seeds(by_seed[first], by_seed[second], seedless=seedless)
             pairs[first, second] = Pair(
                 rouge_l=difference(rouge(a), rouge(b), confidence=CONFIDENCE),

@@ -75,15 +75,18 @@ class LoadedMember:
     model: PreTrainedModel
     adapter: str | None
     """Its adapter in `model`; null if it has none."""
-    spec: TrialSpec
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[PreTrainedModel]:
-        """The model as this member knows it."""
+        """The model as this member knows it; afterwards as the member knew it that was at work around this one."""
         adapted = cast("PeftModel", self.model)
         if self.adapter is not None:
+            before = adapted.active_adapter
             adapted.set_adapter(self.adapter)
-            yield self.model
+            try:
+                yield self.model
+            finally:
+                adapted.set_adapter(before)
         elif self.beneath:
             with adapted.disable_adapter():
                 yield self.model
@@ -132,9 +135,7 @@ def load_members(members: Sequence[MemberModel], device: str) -> list[LoadedMemb
     for base in bases.values():
         base.requires_grad_(False)
         base.eval()
-    return [
-        LoadedMember(bases[key], adapter, member.spec) for (key, adapter), member in zip(keys, members, strict=True)
-    ]
+    return [LoadedMember(bases[key], adapter) for key, adapter in keys]
 
 
 def mixture_weights(log_probs: Tensor) -> list[float]:
@@ -259,9 +260,6 @@ def _mixed_log_probs(members: Sequence[tuple[LoadedMember, float]], ids: Tensor)
     for member, weight in members:
         with member.at_work() as model:
             mixed.append(torch.log_softmax(model(ids).logits.float(), dim=-1) + math.log(weight))
-    first = members[0][0]
-    if first.adapter is not None:
-        cast("PeftModel", first.model).set_adapter(first.adapter)
     return torch.logsumexp(torch.stack(mixed), dim=0)
 
 
@@ -270,7 +268,7 @@ def _mixer(members: list[tuple[LoadedMember, float]]) -> Callable[[Tensor], Logi
     import torch
     from transformers import LogitsProcessor
 
-    (first, _), *others = members
+    others = members[1:]
     logs = [math.log(weight) for _, weight in members]
 
     class Mixer(LogitsProcessor):
@@ -298,8 +296,6 @@ def _mixer(members: list[tuple[LoadedMember, float]]) -> Callable[[Tensor], Logi
                 self.caches[place] = output.past_key_values
                 mixed.append(torch.log_softmax(output.logits[:, -1].float(), dim=-1) + logs[place + 1])
             self.seen = length
-            if first.adapter is not None:
-                cast("PeftModel", first.model).set_adapter(first.adapter)
             return torch.logsumexp(torch.stack(mixed), dim=0)
 
     return Mixer

@@ -40,7 +40,7 @@ class LlmSft(TaskType):
         model.load_config(spec.model)
         benchmarks.check(spec)
         ensemble.check_members(spec)
-        prepared = data.prepare(spec, data.load_tokenizer(spec))
+        _, prepared = _rows(spec)
         return Inspection(data.notes(prepared, spec.data), prepared.key, len(prepared.train))
 
     def data_report(self, spec: TrialSpec) -> DataReport:
@@ -66,29 +66,34 @@ class LlmSft(TaskType):
         """Rows and model for one trial; random state is that of `spec.seed`."""
         from transformers import set_seed
 
-        from ray_peft.tasks.llm_sft import data, model
+        from ray_peft.tasks.llm_sft import model
 
-        tokenizer = data.load_tokenizer(spec)
-        prepared = data.prepare(spec, tokenizer)
+        tokenizer, prepared = _rows(spec)
         set_seed(spec.seed)
         return LlmBench(spec, device, tokenizer, prepared, model.load_model(spec, device))
 
     def load_trained(self, spec: TrialSpec, weights: Path, device: str) -> Bench:
         """The model with a trained adapter, or with trained weights."""
-        from ray_peft.tasks.llm_sft import data, ensemble
+        from ray_peft.tasks.llm_sft import ensemble
 
-        tokenizer = data.load_tokenizer(spec)
-        prepared = data.prepare(spec, tokenizer)
+        tokenizer, prepared = _rows(spec)
         (loaded,) = ensemble.load_members([MemberModel(spec, weights)], device)
         return LlmBench(spec, device, tokenizer, prepared, loaded.model)
 
     def load_ensemble(self, spec: TrialSpec, members: list[MemberModel], device: str) -> EnsembleBench:
         """The members' models, each base held once."""
-        from ray_peft.tasks.llm_sft import data, ensemble
+        from ray_peft.tasks.llm_sft import ensemble
 
-        tokenizer = data.load_tokenizer(spec)
-        prepared = data.prepare(spec, tokenizer)
+        tokenizer, prepared = _rows(spec)
         return ensemble.LlmEnsemble(spec, device, tokenizer, prepared, ensemble.load_members(members, device))
+
+
+def _rows(spec: TrialSpec) -> tuple[PreTrainedTokenizerBase, PreparedData]:
+    """A trial's tokenizer and prepared rows."""
+    from ray_peft.tasks.llm_sft.data import load_tokenizer, prepare
+
+    tokenizer = load_tokenizer(spec)
+    return tokenizer, prepare(spec, tokenizer)
 
 
 class LlmBench(Bench):

@@ -104,14 +104,15 @@ def train_stage(spec: TrialSpec, job: StageJob, model: PreTrainedModel, tokenize
     trainer.remove_callback(PrinterCallback)
     _keep_adapter_dtype(job.stage, model)
     checkpoint = get_last_checkpoint(str(job.folder)) if job.folder.is_dir() else None  # type: ignore[no-untyped-call]
+    done = int(checkpoint.rpartition("-")[2]) if checkpoint is not None else 0
     if checkpoint is not None:
-        trained.resumed_from_step = job.first_step + int(checkpoint.rpartition("-")[2])
+        trained.resumed_from_step = job.first_step + done
     begin = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     guard.check()
     trained.seconds += time.perf_counter() - begin
     trained.steps = int(result.global_step)
-    trained.timed_steps = trained.steps - (int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
+    trained.timed_steps = trained.steps - done
     trained.tokens = int(trainer._total_train_tokens) - fillers  # noqa: SLF001 - TRL logs it, but keeps no public name for it
     trainer.accelerator.free_memory()
     return trained
