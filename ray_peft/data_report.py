@@ -40,7 +40,7 @@ def report_data(space: str | Path, overrides: Sequence[str] = ()) -> list[SpaceD
     for trial in load(space, list(overrides)).trials:
         model = trial.model.plain()
         tokenizer = [model["tokenizer"] or model["name"], model["revision"]]
-        key = json.dumps([trial.task, tokenizer, trial.data.plain(), trial.train.loss], sort_keys=True)
+        key = json.dumps([trial.task, tokenizer, trial.data.plain(), trial.loss_line()], sort_keys=True)
         alike.setdefault(key, []).append(trial)
     return [SpaceData(same[0], len(same), TASKS[same[0].task].data_report(same[0])) for same in alike.values()]
 

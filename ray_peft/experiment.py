@@ -16,7 +16,7 @@ from ray_peft.report.files import write_report
 from ray_peft.report.plain import console_table
 from ray_peft.result import Status, TrialResult
 from ray_peft.space import ReportSpec, TrackingSpec
-from ray_peft.spec import TrialSpec, cautions
+from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Inspection
 from ray_peft.tracking import Store
@@ -58,13 +58,14 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Console) -> list[str]:
     notes: dict[str, None] = {}
     for trial in trials:
         models = [each.model.plain() for each in (trial, *trial.members())]
-        asked = trial.evaluation.plain()["benchmarks"]
-        key = json.dumps([trial.task, models, trial.data.plain(), trial.train.loss, asked], sort_keys=True)
+        asked = trial.evaluation.plain()
+        key = json.dumps([trial.task, models, trial.data.plain(), trial.loss_line(), asked], sort_keys=True)
         task = TASKS[trial.task]
         if key not in seen:
             seen[key] = task.inspect(trial)
         trial.method.stages(task.total_steps(trial, seen[key].train_rows))
-        for note in (*(f"data: {note}" for note in seen[key].notes), *(f"caution: {note}" for note in cautions(trial))):
+        found = [f"data: {note}" for note in seen[key].notes]
+        for note in found + [f"caution: {note}" for note in trial.cautions()]:
             if note not in notes:
                 console.say(note)
             notes[note] = None

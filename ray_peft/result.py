@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from ray_peft.spec import TrialSpec
+from ray_peft.spec import AnyTrialSpec
 from ray_peft.strict import Strict
 
 Status = Literal["finished", "failed", "out_of_memory", "cancelled"]
@@ -83,7 +83,7 @@ class TrialResult(Strict):
 
     trial_id: str
     status: Status
-    spec: TrialSpec
+    spec: AnyTrialSpec
     scores: Scores = Scores()
     usage: Usage = Usage()
     train_loss_final: float | None = None

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import Field, ValidationError
 
-from ray_peft.errors import SearchSpaceError
-from ray_peft.spec import TrialSpec
+from ray_peft.errors import SearchSpaceError, SpecError
+from ray_peft.spec import SPECS, TrialSpec
 from ray_peft.strict import Strict
 
 _PartT = TypeVar("_PartT", bound=Strict)
@@ -360,7 +360,7 @@ def _validate(drawn: list[dict[str, Any]], source: str) -> list[TrialSpec]:
         except ValidationError as error:
             for line in dict.fromkeys(explain(error, "")):
                 broken[line] = broken.get(line, 0) + 1
-        except TypeError as error:  # a date or another YAML type that JSON lacks
+        except (TypeError, SpecError) as error:  # a date or another YAML type that JSON lacks; a task that is not there
             broken[str(error)] = broken.get(str(error), 0) + 1
     if broken:
         total = len(drawn)
@@ -388,7 +388,7 @@ def explain(error: ValidationError, prefix: str = "") -> Iterator[str]:
 @cache
 def _field_names() -> list[str]:
     """Every key that a spec knows, for suggestions."""
-    schemas = TrialSpec.model_json_schema()["$defs"].values()
+    schemas = [part for spec in SPECS.values() for part in spec.model_json_schema()["$defs"].values()]
     names = {name for schema in schemas for name in schema.get("properties", {})}
     return sorted(names | set(TrialSpec.model_fields))
 

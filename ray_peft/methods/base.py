@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-Task = Literal["llm_sft"]
+Task = Literal["llm_sft", "text_to_image"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

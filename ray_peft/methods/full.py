@@ -19,7 +19,7 @@ class FullFineTuning(FullWeights):
     """Train every weight."""
 
     name: Literal["full"] = "full"
-    tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft"})
+    tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft", "text_to_image"})
     lr: float = Field(default=2.0e-5, gt=0)
     optim: OptimizerName = "adamw"
 

@@ -76,4 +76,4 @@ class LoRA(LowRankAdapter):
     """Train B A beside each target weight W: y = W x + (alpha / rank) B A x."""
 
     name: Literal["lora"] = "lora"
-    tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft"})
+    tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft", "text_to_image"})

@@ -9,7 +9,7 @@ class Untouched(Method):
     """Evaluate the base as it is."""
 
     name: Literal["none"] = "none"
-    tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft"})
+    tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft", "text_to_image"})
 
     def stages(self, steps: int) -> list[tuple[Stage, int]]:
         """No stages: nothing is trained."""

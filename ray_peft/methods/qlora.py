@@ -16,7 +16,7 @@ class QLoRA(LowRankAdapter):
     """LoRA beside weights kept in NF4 and dequantised for each matrix product."""
 
     name: Literal["qlora"] = "qlora"
-    tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft"})
+    tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft", "text_to_image"})
     quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True
     """Quantise the quantisation constants too: about 0.37 bits a parameter less."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from ray_peft.report.digits import MISSING, count, fixed
 from ray_peft.report.document import Block, Heading, Paragraph, Table
 from ray_peft.report.table import Row
+from ray_peft.result import TrialResult
+from ray_peft.spec import BenchmarksSpec, LlmTrialSpec
 
 STANDARD_ERRORS = 2
 """A difference to the base within this many standard errors counts as tied."""
@@ -38,8 +40,13 @@ def further(compared: Sequence[Row]) -> list[Block]:
 
 
 def _tasks(row: Row) -> tuple[str, ...]:
-    benchmarks = row.result.spec.evaluation.benchmarks
+    benchmarks = _asked(row.result)
     return benchmarks.tasks if benchmarks is not None else ()
+
+
+def _asked(result: TrialResult) -> BenchmarksSpec | None:
+    spec = result.spec
+    return spec.evaluation.benchmarks if isinstance(spec, LlmTrialSpec) else None
 
 
 def _table(scored: Sequence[Row], keys: Sequence[str], *, folded: bool = False) -> Table:
@@ -77,7 +84,7 @@ def _against_base(row: Row, key: str) -> str:
 
 def _same_questions(row: Row, key: str) -> bool:
     assert row.base is not None
-    own, base = row.result.spec.evaluation.benchmarks, row.base.spec.evaluation.benchmarks
+    own, base = _asked(row.result), _asked(row.base)
     return (
         own is not None
         and base is not None

@@ -99,15 +99,10 @@ def _facts(compared: Sequence[Row]) -> list[str]:
         "Trials": [f"{len(compared)} ({', '.join(f'{number} {status}' for status, number in ended.items())})"],
         "Methods": [spec.method.name for spec in specs],
         "Models": [_without_folders(spec.model.name) for spec in specs],
-        "Data": [
-            f"{source.label}: {setting_text(source.train)} for training, {setting_text(source.test)} held out"
-            + (f", {setting_text(source.validation)} for validation" if source.validation else "")
-            for spec in specs
-            for source in spec.data.sources
-        ],
+        "Data": [line for spec in specs for line in spec.data_lines()],
         "Training": [
             f"{_length(spec.train.steps, spec.train.epochs)} of {spec.train.batch_size} rows a step, "
-            f"loss on {'all tokens' if spec.train.loss == 'all' else 'answers'}, {spec.train.schedule} schedule"
+            f"{spec.loss_line()}, {spec.train.schedule} schedule"
             for spec in specs
         ],
         "Seeds": [str(spec.seed) for spec in specs],

@@ -207,5 +207,5 @@ def _comparable(first: TrialResult, second: TrialResult) -> bool:
         and a.data == b.data
         # The files behind equal settings may have changed between two runs of a sweep.
         and (None in keys or keys[0] == keys[1])
-        and (a.evaluation.rows, a.evaluation.max_new_tokens) == (b.evaluation.rows, b.evaluation.max_new_tokens)
+        and a.scored_as() == b.scored_as()
     )

@@ -118,7 +118,7 @@ def _scored_rows(unit: SeedGroup) -> tuple[str, ...] | None:
     spec = first.spec
     tokenizer = spec.model.tokenizer or spec.model.name
     data = json.dumps(spec.data.plain(), sort_keys=True)
-    return (tokenizer, data, first.provenance.data_key or "", spec.train.loss)
+    return (tokenizer, data, first.provenance.data_key or "", spec.loss_line())
 
 
 def _by_loss(members: Sequence[SeedGroup], _: Statistics) -> Family:

@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from ray_peft.errors import SpecError
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.result import Sample, Scores
 from ray_peft.spec import TrialSpec
+
+SpecT = TypeVar("SpecT", bound=TrialSpec)
 
 Report = Callable[[Mapping[str, float], int], None]
 """Takes metrics and the optimizer step of the trial that they belong to."""
@@ -144,10 +146,10 @@ class Bench(ABC):
 
 
 @dataclass(frozen=True)
-class MemberModel:
+class MemberModel(Generic[SpecT]):
     """A finished trial that an ensemble is made of."""
 
-    spec: TrialSpec
+    spec: SpecT
     weights: Path | None
     """The folder that its `save` wrote; null for the untouched base."""
 
@@ -160,20 +162,20 @@ class EnsembleBench(Bench):
         """Choose the members' weights on the validation rows; they are at least 0 and add up to one."""
 
 
-class TaskType(ABC):
+class TaskType(ABC, Generic[SpecT]):
     """One kind of training. Holds no state."""
 
     name: ClassVar[Task]
 
     @abstractmethod
-    def inspect(self, spec: TrialSpec) -> Inspection:
+    def inspect(self, spec: SpecT) -> Inspection:
         """Check model, tokenizer and data of a trial, and prepare the data, without weights or GPU.
 
         Raises:
             DataError, ModelError: the user's to mend.
         """
 
-    def data_report(self, spec: TrialSpec) -> DataReport:
+    def data_report(self, spec: SpecT) -> DataReport:
         """Prepare the data of a trial and say what became of its rows; a refusal over overlap is part of the report.
 
         Raises:
@@ -181,22 +183,22 @@ class TaskType(ABC):
         """
         raise SpecError(f"task {self.name} has no data report; use `ray-peft plan` to check its data")
 
-    def write_data(self, spec: TrialSpec, folder: Path) -> list[Path]:
+    def write_data(self, spec: SpecT, folder: Path) -> list[Path]:
         """Write the prepared rows of a trial for people to read; returns the files."""
         raise SpecError(f"task {self.name} cannot write its prepared data")
 
     @abstractmethod
-    def total_steps(self, spec: TrialSpec, train_rows: int) -> int:
+    def total_steps(self, spec: SpecT, train_rows: int) -> int:
         """Optimizer steps of a whole trial."""
 
     @abstractmethod
-    def load(self, spec: TrialSpec, device: str) -> Bench:
+    def load(self, spec: SpecT, device: str) -> Bench:
         """The trial's data and its model on `device`, seeded."""
 
     @abstractmethod
-    def load_trained(self, spec: TrialSpec, weights: Path, device: str) -> Bench:
+    def load_trained(self, spec: SpecT, weights: Path, device: str) -> Bench:
         """A finished trial's data and model, with the weights that its `save` wrote."""
 
-    @abstractmethod
-    def load_ensemble(self, spec: TrialSpec, members: list[MemberModel], device: str) -> EnsembleBench:
+    def load_ensemble(self, spec: SpecT, members: list[MemberModel[SpecT]], device: str) -> EnsembleBench:
         """The models of an ensemble's members on `device`, each base held once."""
+        raise SpecError(f"task {self.name} has no ensembles")

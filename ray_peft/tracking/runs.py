@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 import shutil
@@ -91,7 +92,7 @@ def load_spec(uri: str, run_id: str) -> TrialSpec:
     with tempfile.TemporaryDirectory() as folder:
         text = fetch(uri, run_id, "spec.json", Path(folder)).read_text(encoding="utf-8")
     try:
-        return TrialSpec.model_validate_json(text)
+        return TrialSpec.from_plain(json.loads(text))
     except ValueError as error:
         raise TrackingError(f"spec.json of run {run_id} is no trial of this version of ray_peft: {error}") from None
 

@@ -72,7 +72,7 @@ def test_each_problem_is_reported_once_with_its_trials():
         ("a: [1, 2", "line 1"),
         ("seed: 1\nseed: 2", "line 2, column 1: key 'seed' is given twice"),
         (changed(train={"steps": "five"}), "train.steps: Input should be a valid integer (found 'five')"),
-        (changed(task="sft"), "task: Input should be 'llm_sft'"),
+        (changed(task="sft"), "task: must be one of llm_sft, text_to_image"),
         ("task: llm_sft", "model: missing"),
         (changed(seed={"grid": []}), "seed.grid: must be a list with entries"),
         (changed(seed={"grid": [1], "also": 2}), "seed: grid stands alone"),

@@ -44,7 +44,7 @@ outputs, plain = Path(sys.argv[1]), sys.argv[2]
 
 def write(writer):
     store = open_store(default_uri(outputs), "comparison", outputs / "artifacts")
-    spec = TrialSpec.model_validate_json(plain).model_copy(update={"seed": writer})
+    spec = TrialSpec.from_plain(json.loads(plain)).model_copy(update={"seed": writer})
     tracker = TrialTracker(store, None, "small")
     tracker.start(spec)
     for step in range(50):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from ray_peft.errors import DataError, SpecError, first_line
 from ray_peft.result import Scores
-from ray_peft.spec import BenchmarksSpec, TrialSpec
+from ray_peft.spec import BenchmarksSpec, LlmTrialSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ class Mixture:
     """Given the attention mask of a batch of prompts, what turns the first model's scores into the mixture's."""
 
 
-def check(spec: TrialSpec) -> None:
+def check(spec: LlmTrialSpec) -> None:
     """Find every benchmark and its data, before a GPU is taken.
 
     Raises:
@@ -55,7 +55,7 @@ def check(spec: TrialSpec) -> None:
 
 
 def measure(
-    spec: TrialSpec,
+    spec: LlmTrialSpec,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     scores: Scores,
@@ -282,7 +282,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _language_model(
-    spec: TrialSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mixture: Mixture | None
+    spec: LlmTrialSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mixture: Mixture | None
 ) -> Any:
     """The model as lm-eval asks it."""
     import torch

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import DataError, ModelError, first_line
-from ray_peft.spec import DataSpec, TrialSpec, is_local
+from ray_peft.spec import DataSpec, LlmTrialSpec, is_local
 from ray_peft.tasks.llm_sft.overlap import Gate, HeldOutRow, Overlap, refusal
 from ray_peft.tasks.llm_sft.recipes import Conversation, Turn
 from ray_peft.tasks.llm_sft.rows import DrawnRows, Row, draw
@@ -91,7 +91,7 @@ class _Rows:
             self.columns.setdefault(name, []).append(value)
 
 
-def load_tokenizer(spec: TrialSpec) -> PreTrainedTokenizerBase:
+def load_tokenizer(spec: LlmTrialSpec) -> PreTrainedTokenizerBase:
     """The tokenizer, with the chat template of the spec and padding on the left.
 
     Raises:
@@ -126,7 +126,7 @@ def load_tokenizer(spec: TrialSpec) -> PreTrainedTokenizerBase:
     return loaded
 
 
-def prepare(spec: TrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+def prepare(spec: LlmTrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     """Tokenised rows from the cache, or made now and put there.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.report.atomic import write_text
-from ray_peft.spec import TrialSpec
+from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.base import DataReport, SplitReport
 from ray_peft.tasks.llm_sft.data import (
     IGNORED,
@@ -31,7 +31,7 @@ EXAMPLES = 3
 """Training rows of each source in its example file."""
 
 
-def report(spec: TrialSpec) -> DataReport:
+def report(spec: LlmTrialSpec) -> DataReport:
     """Prepare the rows of a trial and count them; an overlap that is refused is part of the report.
 
     Raises:
@@ -46,7 +46,7 @@ def report(spec: TrialSpec) -> DataReport:
     return _report(spec, prepared.counts, prepared.overlap, prepared, None)
 
 
-def write(spec: TrialSpec, folder: Path) -> list[Path]:
+def write(spec: LlmTrialSpec, folder: Path) -> list[Path]:
     """Write train.jsonl, test.jsonl, validation.jsonl if there is one, and examples/<source>_example.txt."""
     tokenizer = load_tokenizer(spec)
     prepared = prepare(spec, tokenizer)
@@ -73,7 +73,7 @@ def write(spec: TrialSpec, folder: Path) -> list[Path]:
 
 
 def _report(
-    spec: TrialSpec, counts: list[SourceCounts], overlap: Overlap, prepared: PreparedData | None, error: str | None
+    spec: LlmTrialSpec, counts: list[SourceCounts], overlap: Overlap, prepared: PreparedData | None, error: str | None
 ) -> DataReport:
     tokens = {} if prepared is None else {split: _tokens(rows, spec.train.loss) for split, rows in _splits(prepared)}
     splits = []

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ray_peft.errors import ModelError, TrialFailed
 from ray_peft.methods.base import Dtype, Stage
 from ray_peft.result import Scores
-from ray_peft.spec import TrialSpec
+from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.base import EnsembleBench, MemberModel, Report, Trained
 from ray_peft.tasks.llm_sft.evaluate import answers, inference, token_log_probs
 from ray_peft.tasks.llm_sft.task import LlmBench
@@ -34,7 +34,7 @@ LEAST = 1e-3
 """A member with less weight is left out: it would cost as much as the others and change no answer."""
 
 
-def check_members(spec: TrialSpec) -> None:
+def check_members(spec: LlmTrialSpec) -> None:
     """Check the models of an ensemble's members, without weights.
 
     Raises:
@@ -99,7 +99,7 @@ class LoadedMember:
         return self.adapter is None and hasattr(self.model, "peft_config")
 
 
-def load_members(members: Sequence[MemberModel], device: str) -> list[LoadedMember]:
+def load_members(members: Sequence[MemberModel[LlmTrialSpec]], device: str) -> list[LoadedMember]:
     """Load every member; those that hold the same base in the same storage share it.
 
     Raises:
@@ -165,7 +165,7 @@ class LlmEnsemble(LlmBench, EnsembleBench):
 
     def __init__(
         self,
-        spec: TrialSpec,
+        spec: LlmTrialSpec,
         device: str,
         tokenizer: PreTrainedTokenizerBase,
         data: PreparedData,
@@ -184,7 +184,7 @@ class LlmEnsemble(LlmBench, EnsembleBench):
 
     def tune(self) -> list[float]:
         """The weights under which the validation answers are most likely."""
-        assert self.data.validation is not None  # legality() asks for validation rows
+        assert self.data.validation is not None  # LlmTrialSpec.problems() asks for validation rows
         self.weights = mixture_weights(self._log_probs(self.data.validation))
         return self.weights
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.spec import TrialSpec
+from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.data import IGNORED
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ LOSS_TOKENS = 4096
 """Tokens, padding included, of one forward pass that measures the loss."""
 
 
-def answer_loss(spec: TrialSpec, model: PreTrainedModel, rows: Dataset, pad: int) -> float:
+def answer_loss(spec: LlmTrialSpec, model: PreTrainedModel, rows: Dataset, pad: int) -> float:
     """Mean negative log-likelihood of the answers' tokens over all rows [nats].
 
     Every token counts once: it is the loss of one batch that holds all rows.
@@ -26,7 +26,7 @@ def answer_loss(spec: TrialSpec, model: PreTrainedModel, rows: Dataset, pad: int
     return -float(token_log_probs(spec, model, rows, pad).mean())
 
 
-def token_log_probs(spec: TrialSpec, model: PreTrainedModel, rows: Dataset, pad: int) -> Tensor:
+def token_log_probs(spec: LlmTrialSpec, model: PreTrainedModel, rows: Dataset, pad: int) -> Tensor:
     """Log-probabilities of all answer tokens of all rows (answer tokens,) float64 on the CPU, the longest row first.
 
     Raises:
@@ -50,7 +50,7 @@ def token_log_probs(spec: TrialSpec, model: PreTrainedModel, rows: Dataset, pad:
 
 
 def answers(
-    spec: TrialSpec,
+    spec: LlmTrialSpec,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
@@ -101,7 +101,7 @@ def answers(
 
 
 @contextlib.contextmanager
-def inference(spec: TrialSpec, model: PreTrainedModel) -> Iterator[None]:
+def inference(spec: LlmTrialSpec, model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode in the spec's precision; training mode and checkpointing are restored after."""
     import torch
 

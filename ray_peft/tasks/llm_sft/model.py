@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import ModelError, TrialFailed, first_line
 from ray_peft.methods.base import Dtype, Quantization
-from ray_peft.spec import ModelSpec, TrialSpec, is_local
+from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
 from ray_peft.tasks.llm_sft.data import cache_folder
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def load_config(model: ModelSpec) -> PretrainedConfig:
     return config
 
 
-def load_model(spec: TrialSpec, device: str) -> PreTrainedModel:
+def load_model(spec: LlmTrialSpec, device: str) -> PreTrainedModel:
     """The base model on `device`, in the dtype and storage that the method's first stage needs.
 
     Raises:

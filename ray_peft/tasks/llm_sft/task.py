@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.result import Sample, Scores
-from ray_peft.spec import TrialSpec
+from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.base import (
     Bench,
     DataReport,
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from ray_peft.tasks.llm_sft.data import PreparedData
 
 
-class LlmSft(TaskType):
+class LlmSft(TaskType[LlmTrialSpec]):
     """Conversations in, a model that answers out."""
 
     name: ClassVar[Task] = "llm_sft"
 
-    def inspect(self, spec: TrialSpec) -> Inspection:
+    def inspect(self, spec: LlmTrialSpec) -> Inspection:
         """Load config and tokenizer, find the benchmarks and their data, and prepare the rows."""
         from ray_peft.tasks.llm_sft import benchmarks, data, ensemble, model
 
@@ -43,26 +43,26 @@ class LlmSft(TaskType):
         _, prepared = _rows(spec)
         return Inspection(data.notes(prepared, spec.data), prepared.key, len(prepared.train))
 
-    def data_report(self, spec: TrialSpec) -> DataReport:
+    def data_report(self, spec: LlmTrialSpec) -> DataReport:
         """Prepare the rows and count them and their tokens."""
         from ray_peft.tasks.llm_sft import describe
 
         return describe.report(spec)
 
-    def write_data(self, spec: TrialSpec, folder: Path) -> list[Path]:
+    def write_data(self, spec: LlmTrialSpec, folder: Path) -> list[Path]:
         """Write each split as JSON lines, and a few training rows of each source as the model sees them."""
         from ray_peft.tasks.llm_sft import describe
 
         return describe.write(spec, folder)
 
-    def total_steps(self, spec: TrialSpec, train_rows: int) -> int:
+    def total_steps(self, spec: LlmTrialSpec, train_rows: int) -> int:
         """Optimizer steps of a whole trial; the last one of an epoch may hold fewer rows."""
         if spec.train.steps is not None:
             return spec.train.steps
         assert spec.train.epochs is not None
         return max(1, math.ceil(spec.train.epochs * math.ceil(train_rows / spec.train.batch_size)))
 
-    def load(self, spec: TrialSpec, device: str) -> Bench:
+    def load(self, spec: LlmTrialSpec, device: str) -> Bench:
         """Rows and model for one trial; random state is that of `spec.seed`."""
         from transformers import set_seed
 
@@ -72,7 +72,7 @@ class LlmSft(TaskType):
         set_seed(spec.seed)
         return LlmBench(spec, device, tokenizer, prepared, model.load_model(spec, device))
 
-    def load_trained(self, spec: TrialSpec, weights: Path, device: str) -> Bench:
+    def load_trained(self, spec: LlmTrialSpec, weights: Path, device: str) -> Bench:
         """The model with a trained adapter, or with trained weights."""
         from ray_peft.tasks.llm_sft import ensemble
 
@@ -80,7 +80,7 @@ class LlmSft(TaskType):
         (loaded,) = ensemble.load_members([MemberModel(spec, weights)], device)
         return LlmBench(spec, device, tokenizer, prepared, loaded.model)
 
-    def load_ensemble(self, spec: TrialSpec, members: list[MemberModel], device: str) -> EnsembleBench:
+    def load_ensemble(self, spec: LlmTrialSpec, members: list[MemberModel[LlmTrialSpec]], device: str) -> EnsembleBench:
         """The members' models, each base held once."""
         from ray_peft.tasks.llm_sft import ensemble
 
@@ -88,7 +88,7 @@ class LlmSft(TaskType):
         return ensemble.LlmEnsemble(spec, device, tokenizer, prepared, ensemble.load_members(members, device))
 
 
-def _rows(spec: TrialSpec) -> tuple[PreTrainedTokenizerBase, PreparedData]:
+def _rows(spec: LlmTrialSpec) -> tuple[PreTrainedTokenizerBase, PreparedData]:
     """A trial's tokenizer and prepared rows."""
     from ray_peft.tasks.llm_sft.data import load_tokenizer, prepare
 
@@ -101,7 +101,7 @@ class LlmBench(Bench):
 
     def __init__(
         self,
-        spec: TrialSpec,
+        spec: LlmTrialSpec,
         device: str,
         tokenizer: PreTrainedTokenizerBase,
         data: PreparedData,

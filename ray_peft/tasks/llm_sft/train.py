@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.errors import TrialFailed
 from ray_peft.methods.base import Stage
-from ray_peft.spec import TrialSpec
+from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.base import Report, Trained
 from ray_peft.tasks.llm_sft.data import IGNORED
 
@@ -37,7 +37,7 @@ class StageJob:
     """The loss on the held-out rows, of the model as it is."""
 
 
-def train_rows(spec: TrialSpec, rows: Dataset) -> Dataset:
+def train_rows(spec: LlmTrialSpec, rows: Dataset) -> Dataset:
     """The training rows with the labels that the spec's loss asks for."""
     kept = rows.select_columns(["input_ids", "labels"])
     if spec.train.loss == "all":
@@ -45,7 +45,7 @@ def train_rows(spec: TrialSpec, rows: Dataset) -> Dataset:
     return kept
 
 
-def row_order(spec: TrialSpec, rows: int, first_step: int, steps: int) -> list[int]:
+def row_order(spec: LlmTrialSpec, rows: int, first_step: int, steps: int) -> list[int]:
     """The rows that a trial of one stage sees from `first_step` on, so that a later stage goes on where one ended.
 
     The order of an epoch is that of accelerate's seeded sampler, which the Trainer uses. An epoch's last batch may hold
@@ -72,7 +72,7 @@ def row_order(spec: TrialSpec, rows: int, first_step: int, steps: int) -> list[i
     return found[: steps * batch]
 
 
-def _rows_of_later_stage(spec: TrialSpec, rows: Dataset, job: StageJob, filler: int) -> tuple[Dataset, int]:
+def _rows_of_later_stage(spec: LlmTrialSpec, rows: Dataset, job: StageJob, filler: int) -> tuple[Dataset, int]:
     """The stage's rows in order, and how many of them are fillers of one token without loss."""
     from datasets import Dataset, concatenate_datasets
 
@@ -81,7 +81,9 @@ def _rows_of_later_stage(spec: TrialSpec, rows: Dataset, job: StageJob, filler: 
     return concatenate_datasets([rows, empty]).select(order), order.count(len(rows))
 
 
-def train_stage(spec: TrialSpec, job: StageJob, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Trained:
+def train_stage(
+    spec: LlmTrialSpec, job: StageJob, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Trained:
     """Train `model` in place for the stage's steps; goes on from the last checkpoint where there is one."""
     from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_utils import get_last_checkpoint
@@ -118,7 +120,7 @@ def train_stage(spec: TrialSpec, job: StageJob, model: PreTrainedModel, tokenize
     return trained
 
 
-def _arguments(spec: TrialSpec, job: StageJob) -> Any:
+def _arguments(spec: LlmTrialSpec, job: StageJob) -> Any:
     from trl import SFTConfig  # type: ignore[attr-defined]  # not in __all__
 
     train = spec.train
@@ -171,7 +173,7 @@ def _keep_adapter_dtype(stage: Stage, model: PreTrainedModel) -> None:
 class FiniteGuard:
     """Ends a trial whose loss or gradient is not finite, at that step or the next, before a checkpoint keeps it."""
 
-    def __init__(self, spec: TrialSpec, job: StageJob) -> None:
+    def __init__(self, spec: LlmTrialSpec, job: StageJob) -> None:
         self._spec, self._job = spec, job
         self._seen: tuple[int, Any] | None = None
 
@@ -224,7 +226,7 @@ def _guarded_trainer(guard: FiniteGuard, optimizer: Optimizer) -> Any:
     return GuardedTrainer
 
 
-def _watcher(spec: TrialSpec, job: StageJob, trained: Trained, guard: FiniteGuard) -> Any:
+def _watcher(spec: LlmTrialSpec, job: StageJob, trained: Trained, guard: FiniteGuard) -> Any:
     """A TrainerCallback that passes on logged metrics and measures the loss on held-out rows in between."""
     from transformers import TrainerCallback
 

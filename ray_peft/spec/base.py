@@ -1,0 +1,245 @@
+"""What the trials of all tasks share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+from pydantic import Field, field_validator, model_validator
+
+from ray_peft.methods import AnyMethod
+from ray_peft.methods.base import Dtype, Quantization, Stage, Task
+from ray_peft.strict import Strict
+
+
+class ModelSpec(Strict):
+    """The base model and its tokenizer."""
+
+    name: str = Field(min_length=1)
+    """Hugging Face repository id, or a local folder (`./name`, `/name` or any path that exists)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; null is the default branch."""
+    tokenizer: str | None = None
+    """Repository id or folder of the tokenizer; null takes the model's own."""
+    dtype: Dtype = "bfloat16"
+    """The dtype of frozen weights. Methods that train the base choose their own (`method.weights`)."""
+    quantization: Quantization | None = None
+    """Store a frozen base in 4 bits; method qlora does so by itself."""
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] | None = None
+    """The attention implementation; null takes the model's default."""
+    random_weights: bool = False
+    """Build the model from its config.json with random weights: true shapes, so true memory and speed, no quality."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model."""
+
+
+class TrainSpec(Strict):
+    """How long and in which portions to train; the same for every method of a comparison."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows; give this or `steps`."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; give this or `epochs`."""
+    batch_size: int = Field(default=16, ge=1)
+    """Rows per optimizer step, over all workers and accumulated passes."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Rows per worker per forward pass; lower it when memory runs out. It does not change what is computed."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """The learning rate after warm-up; cosine and linear end at zero."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Share of all steps for linear warm-up, in place of `warmup_steps`."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """The dtype of matrix products while training and evaluating; weights keep their own."""
+    log_every: int = Field(default=10, ge=1)
+    """Optimizer steps between two logged losses."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Optimizer steps between two evaluations of the loss on held-out rows; null evaluates at the end only."""
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    """Optimizer steps between two checkpoints; a trial that was interrupted goes on from the last one."""
+    save_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """The dtype of the saved adapter or weights."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_fp16(cls, value: object) -> object:
+        if value in ("fp16", "float16"):
+            raise ValueError(
+                f"{value} has no range for gradients, which become NaN or zero without loss scaling; "
+                "use bf16, which has the range of fp32, or fp32 on a GPU without bf16"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"give exactly one of epochs (found {self.epochs}) and steps (found {self.steps})")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"give one of warmup_steps (found {self.warmup_steps}) and warmup_ratio (found {self.warmup_ratio})"
+            )
+        return self
+
+
+class ResourcesSpec(Strict):
+    """What one trial holds while it runs."""
+
+    num_workers: int = Field(default=1, ge=1)
+    """Data-parallel workers; more than one trains through Ray Train with the same effective batch."""
+    gpus_per_worker: float | None = Field(default=None, ge=0)
+    """GPUs, or a share of one; null takes one GPU where the cluster has any, else the CPU. 0 is the CPU."""
+    cpus_per_worker: int | None = Field(default=None, ge=1)
+    """CPU cores, and the threads of torch; null takes a node's cores, shared fairly among its GPUs if it has any."""
+
+    @model_validator(mode="after")
+    def _whole_gpus_together(self) -> Self:
+        gpus = self.gpus_per_worker
+        if gpus is not None and gpus != int(gpus):
+            if gpus > 1:
+                raise ValueError(f"gpus_per_worker ({gpus}) above 1 must be a whole number")
+            if self.num_workers > 1:
+                raise ValueError(
+                    f"gpus_per_worker ({gpus}) is a share of a GPU, but num_workers ({self.num_workers}) workers "
+                    "that exchange gradients cannot sit on one GPU; use gpus_per_worker: 1 or num_workers: 1"
+                )
+        if gpus is not None and gpus > 1:
+            raise ValueError(f"gpus_per_worker ({gpus}): a worker uses one GPU; ask for more num_workers instead")
+        return self
+
+
+class TrialSpec(Strict):
+    """What the trials of all tasks share; each task has a class of its own. Equal specs are the same trial."""
+
+    task: Task
+    model: ModelSpec
+    data: Strict
+    """The rows that all methods see: the same rows in the same order."""
+    method: AnyMethod
+    train: TrainSpec
+    evaluation: Strict
+    """How every trial is scored, on the same held-out rows."""
+    resources: ResourcesSpec = ResourcesSpec()
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    """Draws initial adapters, dropout and the order of training rows."""
+
+    @classmethod
+    def from_plain(cls, plain: object) -> Self:
+        """Validate plain JSON-like data as a trial of the task that it names.
+
+        Raises:
+            pydantic.ValidationError: the data does not fit.
+        """
+        if cls is not TrialSpec:
+            return super().from_plain(plain)
+        from ray_peft.spec.union import spec_type
+
+        return cast(Self, spec_type(plain).from_plain(plain))
+
+    @model_validator(mode="after")
+    def _means_what_it_says(self) -> Self:
+        found = self.problems()
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+    @cached_property
+    def trial_id(self) -> str:
+        """The method's name and eight digits of the spec's content hash."""
+        canonical = json.dumps(self.plain(), sort_keys=True, separators=(",", ":"))
+        return f"{self.method.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
+
+    @abstractmethod
+    def data_lines(self) -> list[str]:
+        """What a report says of its data, one line each."""
+
+    @abstractmethod
+    def loss_line(self) -> str:
+        """What a report says of its loss."""
+
+    @abstractmethod
+    def scored_as(self) -> tuple[object, ...]:
+        """The settings of its evaluation that decide its scores; trials that differ in them have no common base."""
+
+    def located(self) -> Self:
+        """The same trial with every local path made absolute, so that it means the same on every worker."""
+        plain = self.plain()
+        self._absolute(plain)
+        return type(self).from_plain(plain)
+
+    def members(self) -> list[Self]:
+        """Of an ensemble, the trials that it is made of, in the order of its settings; else none."""
+        return []
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base is stored: by the method's need, else by the model's own setting."""
+        return self.method.quantization() or self.model.quantization
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes per worker and optimizer step."""
+        return self.train.batch_size // (self.train.micro_batch_size * self.resources.num_workers)
+
+    def problems(self) -> list[str]:
+        """The rules between its parts that it breaks, one sentence each with the way out."""
+        train, method, workers = self.train, self.method, self.resources.num_workers
+        found = []
+        if self.task not in method.tasks:
+            found.append(f"method {method.name} does not serve task {self.task}")
+        if train.batch_size % (train.micro_batch_size * workers):
+            found.append(
+                f"train.batch_size ({train.batch_size}) must be a multiple of train.micro_batch_size "
+                f"({train.micro_batch_size}) times resources.num_workers ({workers})"
+            )
+        quantization = self.model.quantization
+        if method.needs_full_weights and quantization is not None:
+            found.append(
+                f"model.quantization ({quantization.quant_type}) stores weights that cannot be trained without an "
+                f"adapter, but method {method.name} trains them; use method qlora, or model.quantization: null"
+            )
+        if isinstance(method, Stage) and method.name == "lora" and quantization is not None:
+            found.append("method lora on a quantised base is method qlora; use that, or model.quantization: null")
+        accumulates = train.batch_size > train.micro_batch_size * workers
+        return found + method.conflicts(accumulates=accumulates, num_workers=workers)
+
+    def cautions(self) -> list[str]:
+        """What is allowed and yet known to go wrong, one sentence each."""
+        found = []
+        used = {"model.dtype": self.model.dtype}
+        if self.quantization is not None:
+            used["the 4-bit base's compute_dtype"] = self.quantization.compute_dtype
+        for name, dtype in used.items():
+            if dtype == "float16":
+                found.append(
+                    f"{self.method.name}: {name} is float16, in which values above 65,504 overflow and make the loss "
+                    "NaN; bfloat16 has the range of float32 (NVIDIA GPUs from Ampere on)"
+                )
+        return found
+
+    def _local_paths(self, plain: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+        """Where the task's own part of the plain spec holds names that may be local paths."""
+        return []
+
+    def _absolute(self, plain: dict[str, Any]) -> None:
+        """Make the local paths of the plain spec absolute."""
+        model = plain["model"]
+        for holder, key in [(model, "name"), (model, "tokenizer"), *self._local_paths(plain)]:
+            if holder[key] is not None and is_local(holder[key]):
+                holder[key] = str(Path(holder[key]).expanduser().absolute())
+
+
+def is_local(name: str) -> bool:
+    """True if `name` means a path on this machine rather than a hub id."""
+    return name.startswith((".", "/", "~")) or Path(name).exists()
+
+
+def first_double(labels: list[str]) -> str:
+    """The first of `labels` that is there twice."""
+    return next(label for label in labels if labels.count(label) > 1)

@@ -1,0 +1,221 @@
+"""A trial of the task `llm_sft`: instruction tuning of a causal language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from ray_peft.methods.ensemble import Ensemble
+from ray_peft.spec.base import TrainSpec, TrialSpec, first_double
+from ray_peft.strict import Strict
+
+Recipe = Literal["alpaca", "dolly", "tulu", "ultrachat", "messages", "prompt_completion", "text"]
+
+
+class SourceSpec(Strict):
+    """One data set: where its rows are and how they become conversations."""
+
+    recipe: Recipe
+    path: str = Field(min_length=1)
+    """A .jsonl or .json file (also as .gz), a .parquet file, or a hub data set id."""
+    test_path: str | None = None
+    """A file with the held-out rows; null takes them from `path`, apart from the training rows."""
+    train: int | float = Field(gt=0)
+    """Training rows: a count (int), or a fraction of all rows (float up to 1.0, which means all others)."""
+    test: int | float = Field(gt=0)
+    """Held-out rows: a count (int), or a fraction of all rows (float below 1.0)."""
+    validation: int | float = Field(default=0, ge=0)
+    """Rows of `path` for choices made after training, apart from the others: a count, or a fraction; 0 takes none."""
+    name: str | None = None
+    """The `source_dataset` tag of its rows; null takes the recipe's name."""
+    split: str = "train"
+    """The split of a hub data set."""
+
+    @model_validator(mode="after")
+    def _fractions_are_parts(self) -> Self:
+        if isinstance(self.train, float) and self.train > 1:
+            raise ValueError(f"train ({self.train}) is a fraction above 1; write a count without a point")
+        if isinstance(self.test, float) and self.test >= 1:
+            raise ValueError(f"test ({self.test}) is a fraction that leaves no training rows; write a count or less")
+        if isinstance(self.validation, float) and self.validation >= 1:
+            raise ValueError(
+                f"validation ({self.validation}) is a fraction that leaves no training rows; write a count without a "
+                "point, or less"
+            )
+        return self
+
+    @property
+    def label(self) -> str:
+        """The tag of its rows."""
+        return self.name or self.recipe
+
+
+class ContaminationSpec(Strict):
+    """What happens to training rows that repeat test or validation rows (tasks/llm_sft/overlap.py says how)."""
+
+    action: Literal["fail", "drop", "allow"] = "fail"
+    """fail: nothing starts. drop: the next drawn rows take their place. allow: they are trained on, and it is said."""
+    ngram: int = Field(default=8, ge=2, le=100)
+    """Words of the n-grams that are compared, and of the shortest question that counts by itself."""
+    threshold: float = Field(default=0.7, gt=0, le=1)
+    """Share of a held-out row's n-grams that a training row may not reach."""
+    boilerplate: int = Field(default=10, ge=1)
+    """N-grams in more rows than this are templates and do not count."""
+
+
+class DataSpec(Strict):
+    """The rows that all methods see: the same rows in the same order."""
+
+    sources: tuple[SourceSpec, ...] = Field(min_length=1)
+    seed: int = Field(default=42, ge=0)
+    """Draws the rows and their split; apart from the trial's seed, so that seeds vary training and not the test."""
+    max_length: int = Field(default=512, ge=8)
+    """Tokens of a row, chat template included."""
+    too_long: Literal["cut", "drop"] = "cut"
+    """What happens to a longer training row: keep its first `max_length` tokens, or leave it out. Both are counted."""
+    chat_template: str | None = None
+    """A .jinja file that replaces the tokenizer's chat template; null keeps the model's own."""
+    contamination: ContaminationSpec = ContaminationSpec()
+    """The rule for training rows that repeat held-out rows of any source."""
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Self:
+        labels = [source.label for source in self.sources]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"two sources carry the tag {first_double(labels)!r}; give one of them a `name`")
+        return self
+
+
+class LlmTrainSpec(TrainSpec):
+    """Training, and which tokens carry loss."""
+
+    loss: Literal["answers", "all"] = "answers"
+    """The tokens that are trained: the assistant's turns with their end-of-turn token, or all tokens."""
+
+
+class BenchmarksSpec(Strict):
+    """Tasks of lm-eval (EleutherAI's Language Model Evaluation Harness) that every trial is scored on besides.
+
+    lm-eval is an extra: `pip install "ray-peft[benchmarks]"`.
+    """
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Names of lm-eval tasks, groups or tags, such as arc_easy or mmlu."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Solved examples before each question; null takes each task's own number, and a task that is fixed at 0 stays."""
+    limit: int | None = Field(default=None, ge=1)
+    """Questions of each task, the first of them; null asks all."""
+    include_path: str | None = Field(default=None, min_length=1)
+    """A folder with task files of your own (*.yaml). Relative paths in them, such as data_files, start there."""
+    batch_size: int = Field(default=8, ge=1)
+    """Requests answered at a time; their logits are held for the whole vocabulary."""
+    allow_code_execution: bool = False
+    """Run the code that the model writes, on the worker and without a sandbox; HumanEval and MBPP need it."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_differ(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(f"{first_double(list(tasks))!r} is there twice; name each task once")
+        return tasks
+
+
+class EvaluationSpec(Strict):
+    """How every trial is scored, on the same held-out rows."""
+
+    generate: bool = True
+    """Answer the held-out prompts and score BLEU-4 and ROUGE-L; false gives the loss alone."""
+    rows: int | None = Field(default=None, ge=1)
+    """Held-out rows to answer, the first of them; null answers all. The loss always uses all."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Tokens of an answer; decoding is greedy."""
+    batch_size: int = Field(default=32, ge=1)
+    """Prompts answered at a time."""
+    samples: int = Field(default=10, ge=0)
+    """Rows of the sample table: prompt, reference and answer."""
+    benchmarks: BenchmarksSpec | None = None
+    """Tasks of lm-eval after that; null runs none."""
+
+
+class LlmTrialSpec(TrialSpec):
+    """One trial of instruction tuning."""
+
+    task: Literal["llm_sft"] = "llm_sft"
+    data: DataSpec
+    train: LlmTrainSpec
+    evaluation: EvaluationSpec = EvaluationSpec()
+
+    def data_lines(self) -> list[str]:
+        """One line a source."""
+        return [
+            f"{source.label}: {source.train} for training, {source.test} held out"
+            + (f", {source.validation} for validation" if source.validation else "")
+            for source in self.data.sources
+        ]
+
+    def loss_line(self) -> str:
+        """Which tokens are trained."""
+        return f"loss on {'all tokens' if self.train.loss == 'all' else 'answers'}"
+
+    def scored_as(self) -> tuple[object, ...]:
+        """Which rows are answered, and at what length."""
+        return (self.evaluation.rows, self.evaluation.max_new_tokens)
+
+    def members(self) -> list[Self]:
+        """Of an ensemble, the trials that it is made of, in the order of its settings; else none."""
+        if not isinstance(self.method, Ensemble):
+            return []
+        found: list[Self] = []
+        for member in self.method.members:
+            other = {"name": member.model, "revision": None, "tokenizer": None}
+            model = self.model if member.model is None else self.model.model_copy(update=other)
+            seed = self.seed if member.seed is None else member.seed
+            own = {"method": member.method, "model": model, "seed": seed}
+            # Not model_copy, which would copy the cached trial_id; the parts are checked, problems() sees the whole.
+            found.append(type(self).model_construct(**{**dict(self), **own}))
+        return found
+
+    def problems(self) -> list[str]:
+        """Those of every task, of rows without turns, and of an ensemble's members."""
+        found = super().problems()
+        turnless = any(source.recipe == "text" for source in self.data.sources)
+        if self.train.loss == "answers" and turnless:
+            found.append(
+                "train.loss: answers needs turns, but recipe text has none; use train.loss: all, or a recipe with turns"
+            )
+        if self.evaluation.generate and turnless:
+            found.append(
+                "evaluation.generate: true needs prompts, but recipe text has none; set evaluation.generate: false"
+            )
+        return found + self._ensemble_problems()
+
+    def _ensemble_problems(self) -> list[str]:
+        members = self.members()
+        if not members:
+            return []
+        found = [f"method.members: {problem}" for member in members for problem in member.problems()]
+        ids = [member.trial_id for member in members]
+        if len(set(ids)) < len(ids):
+            found.append(f"method.members: {first_double(ids)} is there twice; give members that differ")
+        if not any(source.validation for source in self.data.sources):
+            found.append(
+                "method.members: an ensemble tunes its weights on validation rows, which are neither trained on nor "
+                "tested on, but no source has any; set `validation` of a source in data.sources"
+            )
+        return found
+
+    def _local_paths(self, plain: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+        sources, members = plain["data"]["sources"], plain["method"].get("members", [])
+        return [
+            (plain["data"], "chat_template"),
+            *((source, key) for source in sources for key in ("path", "test_path")),
+            *((member, "model") for member in members),
+        ]
+
+    def _absolute(self, plain: dict[str, Any]) -> None:
+        super()._absolute(plain)
+        benchmarks = plain["evaluation"]["benchmarks"]
+        if benchmarks is not None and benchmarks["include_path"] is not None:  # a folder, whether it exists or not
+            benchmarks["include_path"] = str(Path(benchmarks["include_path"]).expanduser().absolute())
