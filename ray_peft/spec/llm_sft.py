@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -174,7 +174,7 @@ class LlmTrialSpec(TrialSpec):
             seed = self.seed if member.seed is None else member.seed
             own = {"method": member.method, "model": model, "seed": seed}
             # Not model_copy, which would copy the cached trial_id; the parts are checked, problems() sees the whole.
-            found.append(type(self).model_construct(**{**dict(self), **own}))
+            found.append(cast(Self, LlmTrialSpec.model_construct(**{**dict(self), **own})))
         return found
 
     def problems(self) -> list[str]:

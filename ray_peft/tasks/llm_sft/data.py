@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import DataError, ModelError, first_line
 from ray_peft.spec import DataSpec, LlmTrialSpec, is_local
+from ray_peft.tasks.cache import cache_folder
 from ray_peft.tasks.llm_sft.overlap import Gate, HeldOutRow, Overlap, refusal
 from ray_peft.tasks.llm_sft.recipes import Conversation, Turn
 from ray_peft.tasks.llm_sft.rows import DrawnRows, Row, draw
@@ -172,12 +172,6 @@ def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
             "(data.contamination: allow): scores measure memory in part"
         )
     return found
-
-
-def cache_folder() -> Path:
-    """Where prepared data is kept: RAY_PEFT_CACHE, or `ray_peft` in the user's cache folder."""
-    set_by_user = os.environ.get("RAY_PEFT_CACHE")
-    return Path(set_by_user) if set_by_user else Path.home() / ".cache" / "ray_peft"
 
 
 def _content_key(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: bool) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ray_peft.errors import ModelError, TrialFailed, first_line
 from ray_peft.methods.base import Dtype, Quantization
 from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
-from ray_peft.tasks.llm_sft.data import cache_folder
+from ray_peft.tasks.cache import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

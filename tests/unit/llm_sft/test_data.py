@@ -6,6 +6,7 @@ from datasets import load_from_disk
 
 from ray_peft.errors import DataError, ModelError
 from ray_peft.spec import TrialSpec
+from ray_peft.tasks.cache import cache_folder
 from ray_peft.tasks.llm_sft import data
 from ray_peft.tasks.llm_sft.recipes import Conversation
 
@@ -102,7 +103,7 @@ def test_all_sources_are_mixed_by_the_seed(spec, tokenizer):
     parts = [resized(spec, name=name, train=20, test=4)[0] for name in ("first", "second")]
     orders = []
     for seed, cache in ((3, "a"), (3, "b"), (4, "c")):
-        folder = data.cache_folder() / cache
+        folder = cache_folder() / cache
         data._build(changed(spec, sources=parts, seed=seed).data, tokenizer, True, folder)
         orders.append(list(load_from_disk(folder / "train")["source_dataset"]))
     assert orders[0] == orders[1] != orders[2]

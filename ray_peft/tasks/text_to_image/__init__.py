@@ -1,0 +1,1 @@
+"""The task `text_to_image`: adapters for latent diffusion models."""
