@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("space", help="a YAML file, such as search_spaces/quickstart.yaml")
     _add_common(command, "folder for results; default: outputs/<name of the search space>")
     command.add_argument("--fresh", action="store_true", help="run finished trials again")
+    command.add_argument(
+        "--gpu-memory-gib", type=_positive, metavar="GIB", help="hold every trial to this much of its GPU's memory"
+    )
     command.set_defaults(act=_sweep)
 
     command = commands.add_parser("run", help="run one trial as a Ray Train job")
@@ -118,6 +121,14 @@ def _steps(text: str) -> tuple[int, ...]:
     return steps
 
 
+def _positive(text: str) -> float:
+    """A number above 0."""
+    number = float(text)
+    if not number > 0:
+        raise ValueError(f"must be above 0 (found {text})")
+    return number
+
+
 def _add_common(command: argparse.ArgumentParser, out: str) -> None:
     command.add_argument("--out", metavar="DIR", help=out)
     command.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else a local one is started")
@@ -138,6 +149,7 @@ def _sweep(options: argparse.Namespace) -> int:
         tracking_uri=options.tracking_uri,
         overrides=options.overrides,
         fresh=options.fresh,
+        gpu_memory_gib=options.gpu_memory_gib,
         console=Console(),
     )
     print(f"\nreport: {_short(outcome.folder / 'report.html')}, the same as text: report.md")

@@ -92,7 +92,10 @@ def _write(spec: TrialSpec, trained: Path, folder: Path, *, merge: bool, dtype: 
     if merge:
         stage, _ = spec.method.stages(bench.total_steps())[-1]
         bench.merge(stage)
-    bench.save(folder, dtype)
+    if merge or not (trained / "adapter_config.json").is_file():
+        bench.export(folder, dtype)
+    else:
+        bench.save(folder, dtype)
 
 
 def _with(spec: TrialSpec, *, save: SaveDtype | None = None, base: SaveDtype | None = None) -> TrialSpec:

@@ -49,6 +49,7 @@ def sweep(
     tracking_uri: str | None = None,
     overrides: list[str] | None = None,
     fresh: bool = False,
+    gpu_memory_gib: float | None = None,
     console: Console | None = None,
 ) -> SweepOutcome:
     """Run every trial of a search space that has no finished row in `out` yet.
@@ -60,6 +61,7 @@ def sweep(
         tracking_uri: MLflow store; null as in `experiment.tracking_uri`.
         overrides: `key.path=value` settings that replace those of the file.
         fresh: run finished trials again; their earlier rows are kept under another name.
+        gpu_memory_gib: what a trial may take of a GPU, to see whether it fits a smaller one; null is all of it.
         console: where progress is written; null is silent.
 
     Raises:
@@ -100,7 +102,7 @@ def sweep(
         interrupted = False
         try:
             if plan.missing:
-                interrupted = _Sweep(space, plan, opened).run(nodes, demands, ray.close)
+                interrupted = _Sweep(space, plan, opened, gpu_memory_gib).run(nodes, demands, ray.close)
         except BaseException:
             opened.finish(opened.record.planned, interrupted=True)
             raise
@@ -146,8 +148,9 @@ def _plan(space: Space, finished: dict[str, TrialResult]) -> _Plan:
 class _Sweep:
     """One call of Tune: hands specs out, takes rows in."""
 
-    def __init__(self, space: Space, plan: _Plan, opened: Experiment) -> None:
+    def __init__(self, space: Space, plan: _Plan, opened: Experiment, gpu_memory_gib: float | None) -> None:
         self.space = space
+        self.gpu_memory_gib = gpu_memory_gib
         self.plan = plan
         self.opened = opened
         self.console = opened.console
@@ -219,6 +222,7 @@ class _Sweep:
         """The function that Tune runs for each trial, in a process that it uses again for the next."""
         ledger, store, parent = self.opened.ledger, self.opened.store, self.opened.parent_run_id
         name, resolve = self.opened.name, _resolver(self.space)
+        memory = self.gpu_memory_gib
         wanted = {member.trial_id for trial in trials for member in trial.members()}
         rows = {trial_id: row for trial_id, row in self.rows.items() if trial_id in wanted}
 
@@ -234,6 +238,7 @@ class _Sweep:
                 sweep=name,
                 demand=demand(spec, nodes),
                 members=tuple(rows[each.trial_id] for each in spec.members() if each.trial_id in rows),
+                gpu_memory_gib=memory,
             )
 
             def report(metrics: Mapping[str, float], step: int) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_peft import trial
+from ray_peft import measure, trial
 from ray_peft.errors import TrialFailed, first_line
 from ray_peft.placement import Demand
 from ray_peft.result import TrialResult
@@ -37,6 +37,8 @@ class Assignment:
     demand: Demand
     members: tuple[TrialResult, ...] = ()
     """Of an ensemble, its members' rows."""
+    gpu_memory_gib: float | None = None
+    """What the trial may take of a GPU; null leaves it the whole."""
 
 
 def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResult | None:
@@ -53,7 +55,7 @@ def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResu
     )
     tracker = TrialTracker(assignment.store, assignment.parent_run_id, assignment.sweep)
     assignment.folder.mkdir(parents=True, exist_ok=True)
-    with _log_file(assignment.folder / "log.txt", rank):
+    with _log_file(assignment.folder / "log.txt", rank), _held_to(assignment.gpu_memory_gib, place.device):
         return trial.run(assignment.spec, place, tracker, report)
 
 
@@ -141,6 +143,26 @@ def _device(demand: Demand) -> str:
     if not torch.cuda.is_available():
         raise TrialFailed("Ray gave this trial a GPU, but torch sees none; run `ray-peft doctor` on this machine")
     return f"cuda:{torch.cuda.current_device()}"
+
+
+@contextlib.contextmanager
+def _held_to(gib: float | None, device: str) -> Iterator[None]:
+    """Let torch take no more than `gib` GiB of the GPU: a trial beyond it runs out of memory alone.
+
+    The CUDA context (some 0.5 GiB) comes on top: torch's allocator does not see it.
+    """
+    if gib is None or device == "cpu":
+        yield
+        return
+    import torch
+
+    index = torch.device(device)
+    share = min(1.0, gib * measure.GIB / torch.cuda.get_device_properties(index).total_memory)
+    torch.cuda.set_per_process_memory_fraction(share, index)
+    try:
+        yield
+    finally:  # the process may run other trials
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 @contextlib.contextmanager

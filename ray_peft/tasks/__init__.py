@@ -5,5 +5,6 @@ from typing import Any
 from ray_peft.methods.base import Task
 from ray_peft.tasks.base import TaskType
 from ray_peft.tasks.llm_sft.task import LlmSft
+from ray_peft.tasks.text_to_image.task import TextToImage
 
-TASKS: dict[Task, TaskType[Any]] = {"llm_sft": LlmSft()}
+TASKS: dict[Task, TaskType[Any]] = {"llm_sft": LlmSft(), "text_to_image": TextToImage()}

@@ -36,6 +36,8 @@ class Trained:
     steps: int = 0
     tokens: int = 0
     """Real tokens (no padding) of all workers."""
+    images: int = 0
+    """Images of all workers."""
     seconds: float = 0.0
     """Wall seconds of training, without evaluations in between."""
     timed_steps: int = 0
@@ -143,6 +145,10 @@ class Bench(ABC):
     @abstractmethod
     def save(self, folder: Path, dtype: Dtype | None = None) -> None:
         """Write what was trained, in `dtype`, or else in the trial's `train.save_dtype`."""
+
+    def export(self, folder: Path, dtype: Dtype) -> None:
+        """Write a model that needs no other files, in `dtype`, after `merge` or of trained full weights."""
+        self.save(folder, dtype)
 
 
 @dataclass(frozen=True)

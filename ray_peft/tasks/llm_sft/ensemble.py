@@ -177,7 +177,7 @@ class LlmEnsemble(LlmBench, EnsembleBench):
 
     def parameters(self) -> tuple[int, int]:
         """No parameter takes gradients; all that are held, a shared base once."""
-        from ray_peft.tasks.llm_sft.model import count_parameters
+        from ray_peft.tasks.parameters import count_parameters
 
         models = {id(member.model): member.model for member in self.members}
         return 0, sum(count_parameters(model)[1] for model in models.values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 import uuid
 from pathlib import Path
@@ -135,17 +134,6 @@ def fingerprint(model: ModelSpec) -> str:
 
 def _weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
-
-
-def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """Parameters that take gradients, and all parameters; each number of a 4-bit weight counts as one."""
-    trained = total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        count = math.prod(state.shape) if state is not None else parameter.numel()
-        total += count
-        trained += count if parameter.requires_grad else 0
-    return trained, total
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: Dtype) -> None:

@@ -123,7 +123,7 @@ class LlmBench(Bench):
 
     def parameters(self) -> tuple[int, int]:
         """Parameters that take gradients, and all parameters."""
-        from ray_peft.tasks.llm_sft.model import count_parameters
+        from ray_peft.tasks.parameters import count_parameters
 
         return count_parameters(self.model)
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ray_peft.errors import TrialFailed
 from ray_peft.methods.base import Stage
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.base import Report, Trained
+from ray_peft.tasks.finite import FiniteGuard
 from ray_peft.tasks.llm_sft.data import IGNORED
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def train_stage(
 
     trained = Trained()
     optimizer = job.stage.optimizer(model)
-    guard = FiniteGuard(spec, job)
+    guard = FiniteGuard(spec, job.stage, job.first_step)
     rows = train_rows(spec, job.rows)
     fillers = 0
     if job.first_step:
@@ -168,47 +168,6 @@ def _keep_adapter_dtype(stage: Stage, model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, asked))
-
-
-class FiniteGuard:
-    """Ends a trial whose loss or gradient is not finite, at that step or the next, before a checkpoint keeps it."""
-
-    def __init__(self, spec: LlmTrialSpec, job: StageJob) -> None:
-        self._spec, self._job = spec, job
-        self._seen: tuple[int, Any] | None = None
-
-    def see(self, step: int, loss: Any, grad_norm: Any) -> None:
-        """Take a step's values and check those of the step before: the GPU has them by now, so nothing waits.
-
-        Args:
-            step: of the stage, from 1.
-            loss: tensor (), the sum of losses since the last log.
-            grad_norm: tensor () or float.
-        """
-        import torch
-
-        self.check()
-        values = (loss.detach().float(), torch.as_tensor(grad_norm, dtype=torch.float32, device=loss.device))
-        self._seen = (step, torch.stack([value.reshape(()) for value in values]))
-
-    def check(self) -> None:
-        """Check what was seen last.
-
-        Raises:
-            TrialFailed: it is not finite.
-        """
-        if self._seen is None:
-            return
-        step, values = self._seen
-        self._seen = None
-        for name, value in zip(("the training loss", "the gradient's norm"), values.tolist(), strict=True):
-            if not math.isfinite(value):
-                stage, train = self._job.stage, self._spec.train
-                raise TrialFailed(
-                    f"{name} is {value} at step {self._job.first_step + step} ({stage.name}, lr {stage.lr:g}, "
-                    f"{stage.arithmetic(self._spec.model.dtype)}, precision {train.precision}); lower method.lr, add "
-                    "train.warmup_steps, or use train.precision: fp32"
-                )
 
 
 def _guarded_trainer(guard: FiniteGuard, optimizer: Optimizer) -> Any:

@@ -1,0 +1,51 @@
+"""A trial that diverges ends at that step, in every task."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ray_peft.errors import TrialFailed
+from ray_peft.methods.base import Stage
+from ray_peft.spec import TrialSpec
+
+
+class FiniteGuard:
+    """Ends a trial whose loss or gradient is not finite, at that step or the next, before a checkpoint keeps it."""
+
+    def __init__(self, spec: TrialSpec, stage: Stage, first_step: int) -> None:
+        self._spec, self._stage, self._first_step = spec, stage, first_step
+        self._seen: tuple[int, Any] | None = None
+
+    def see(self, step: int, loss: Any, grad_norm: Any) -> None:
+        """Take a step's values and check those of the step before: the GPU has them by now, so nothing waits.
+
+        Args:
+            step: of the stage, from 1.
+            loss: tensor (), the sum of losses since the last log.
+            grad_norm: tensor () or float.
+        """
+        import torch
+
+        self.check()
+        values = (loss.detach().float(), torch.as_tensor(grad_norm, dtype=torch.float32, device=loss.device))
+        self._seen = (step, torch.stack([value.reshape(()) for value in values]))
+
+    def check(self) -> None:
+        """Check what was seen last.
+
+        Raises:
+            TrialFailed: it is not finite.
+        """
+        if self._seen is None:
+            return
+        step, values = self._seen
+        self._seen = None
+        for name, value in zip(("the training loss", "the gradient's norm"), values.tolist(), strict=True):
+            if not math.isfinite(value):
+                stage, train = self._stage, self._spec.train
+                raise TrialFailed(
+                    f"{name} is {value} at step {self._first_step + step} ({stage.name}, lr {stage.lr:g}, "
+                    f"{stage.arithmetic(self._spec.model.dtype)}, precision {train.precision}); lower method.lr, add "
+                    "train.warmup_steps, or use train.precision: fp32"
+                )

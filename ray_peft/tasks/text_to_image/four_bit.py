@@ -1,0 +1,104 @@
+"""A UNet's linear layers in 4 bits, and back.
+
+diffusers quantises on a GPU alone and gives back weights without a way to merge into; these few lines do both anywhere.
+What is quantised is the same: every `nn.Linear`. Convolutions stay as they are: bitsandbytes has no 4-bit kernels for
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+from ray_peft.methods.base import Quantization
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def quantise(model: nn.Module, quantization: Quantization, device: str) -> None:
+    """Store every linear layer of `model` in 4 bits; one layer at a time, so that the GPU never holds them all whole.
+
+    Args:
+        model: on the CPU.
+        quantization: how.
+        device: where the layers go; the rest of `model` stays where it is.
+    """
+    import bitsandbytes
+    import torch
+
+    compute = getattr(torch, quantization.compute_dtype)
+    for parent, name, plain in list(_linears(model)):
+        layer = bitsandbytes.nn.Linear4bit(  # type: ignore[attr-defined, no-untyped-call]  # not in __all__
+            plain.in_features,
+            plain.out_features,
+            bias=plain.bias is not None,
+            compute_dtype=compute,
+            compress_statistics=quantization.double_quant,
+            quant_type=quantization.quant_type,
+            device="meta",
+        )
+        layer.weight = bitsandbytes.nn.Params4bit(  # type: ignore[attr-defined]  # not in __all__
+            plain.weight.data,
+            requires_grad=False,
+            compress_statistics=quantization.double_quant,
+            quant_type=quantization.quant_type,
+        )
+        layer.bias = plain.bias
+        setattr(parent, name, layer.to(device))
+    cast(Any, model).dequantize = lambda: dequantised(model)  # what methods/qlora.py calls before it merges
+
+
+def dequantised(model: nn.Module) -> nn.Module:
+    """`model` with plain linear layers that hold the numbers which its 4-bit layers compute with."""
+    import bitsandbytes
+    import torch
+
+    for parent, name, layer in list(_linears(model)):
+        if not isinstance(layer, bitsandbytes.nn.Linear4bit):  # type: ignore[attr-defined]
+            continue
+        held: Any = layer.weight
+        weight = bitsandbytes.functional.dequantize_4bit(held.data, held.quant_state)
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+        if layer.bias is not None:
+            plain.bias = torch.nn.Parameter(layer.bias.data.to(weight.dtype), requires_grad=False)
+        setattr(parent, name, plain)
+    return model
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Every linear layer with its parent and its name there."""
+    from torch import nn
+
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                yield parent, name, child
+
+
+def held(model: nn.Module) -> dict[str, int]:
+    """Bytes of the frozen and trained weights by how they are held, such as {"nf4": 1, "bfloat16": 2}."""
+    found: dict[str, int] = {}
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        size = parameter.numel() * parameter.element_size()
+        kind = str(parameter.dtype).removeprefix("torch.")
+        if state is not None:
+            kind = state.quant_type
+            size += sum(_bytes(value) for value in _constants(state))
+        found[kind] = found.get(kind, 0) + size
+    return found
+
+
+def _constants(state: Any) -> Iterator[torch.Tensor]:
+    """The scales of a 4-bit weight, and with double quantisation the scales of these."""
+    yield state.absmax
+    if state.nested:
+        yield state.state2.absmax
+        yield state.state2.code
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,279 @@
+"""The parts of a Stable Diffusion pipeline: checked, loaded one by one, with their own weights or random ones."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.errors import ModelError, first_line
+from ray_peft.methods.base import Dtype
+from ray_peft.spec import ImageTrialSpec, ModelSpec, is_local
+from ray_peft.tasks.cache import cache_folder
+from ray_peft.tasks.text_to_image.four_bit import quantise
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from torch import nn
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+PARTS = ("unet", "vae", "text_encoder", "scheduler")
+"""The folders of a pipeline that a trial needs, beside its tokenizer's."""
+
+
+@dataclass(frozen=True)
+class Configs:
+    """A pipeline's configurations, without weights."""
+
+    index: dict[str, Any]
+    """model_index.json: the classes of the parts."""
+    parts: dict[str, dict[str, Any]]
+
+    @property
+    def text(self) -> str:
+        """All of them as one text, for keys."""
+        return json.dumps([self.index, self.parts], sort_keys=True)
+
+
+def load_configs(model: ModelSpec) -> Configs:
+    """The pipeline's configurations.
+
+    Raises:
+        ModelError: the model is not there, is no Stable Diffusion pipeline, or has no weights.
+    """
+    index = _json(model, "model_index.json")
+    kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+    for part, kind in kinds.items():
+        found = (index.get(part) or [None, None])[1]
+        if found != kind:
+            raise ModelError(
+                f"model.name: {model.name} has {found or 'nothing'} as its {part}, but task text_to_image trains "
+                f"pipelines like Stable Diffusion 1.5, with {kind}; give one of those"
+            )
+    parts = {part: _json(model, f"{part}/{_config_name(part)}") for part in PARTS}
+    if parts["unet"].get("in_channels") != parts["vae"].get("latent_channels", 4):
+        raise ModelError(
+            f"model.name: {model.name}: its UNet takes {parts['unet'].get('in_channels')} channels, its VAE makes "
+            f"{parts['vae'].get('latent_channels', 4)}; inpainting and depth models are not served"
+        )
+    if is_local(model.name) and not model.random_weights:
+        for part in ("unet", "vae", "text_encoder"):
+            if not any((Path(model.name) / part).glob("*.safetensors")):
+                raise ModelError(
+                    f"model.name: {model.name}/{part} holds no *.safetensors weights; give a folder with weights, or "
+                    "set model.random_weights: true to measure memory and speed only"
+                )
+    return Configs(index, parts)
+
+
+def _config_name(part: str) -> str:
+    return "scheduler_config.json" if part == "scheduler" else "config.json"
+
+
+def _json(model: ModelSpec, file: str) -> dict[str, Any]:
+    if is_local(model.name):
+        path = Path(model.name) / file
+        if not Path(model.name).is_dir():
+            raise ModelError(f"model.name: {model.name}: no such folder")
+        if not path.is_file():
+            raise ModelError(
+                f"model.name: {model.name} has no {file}; give the folder of a diffusers pipeline (model_index.json, "
+                "unet/, vae/, text_encoder/, tokenizer/, scheduler/)"
+            )
+    else:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = Path(hf_hub_download(model.name, file, revision=model.revision))
+        except Exception as error:  # the hub client raises a dozen unrelated types
+            raise ModelError(f"model.name: {model.name} cannot be loaded: {first_line(error)}") from None
+    try:
+        plain: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"model.name: {path} is not JSON: {error}") from None
+    return plain
+
+
+def load_tokenizer(model: ModelSpec) -> CLIPTokenizer:
+    """The tokenizer of captions and prompts.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import CLIPTokenizer
+
+    name = model.tokenizer or model.name
+    where: dict[str, Any] = {} if model.tokenizer else {"subfolder": "tokenizer", "revision": model.revision}
+    if is_local(name) and not (Path(name) / where.get("subfolder", "")).is_dir():
+        raise ModelError(
+            f"model.{'tokenizer' if model.tokenizer else 'name'}: {name} has no tokenizer; set model.tokenizer to the "
+            "folder or hub id of one"
+        )
+    try:
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(name, **where)
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise ModelError(f"model.tokenizer: {name} cannot be loaded: {first_line(error)}") from None
+    return tokenizer
+
+
+def load_unet(spec: ImageTrialSpec, device: str) -> UNet2DConditionModel:
+    """The UNet on `device`, frozen, in the dtype and storage that the method needs.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    unet = _load(UNet2DConditionModel, spec.model, "unet", spec.method.weights_dtype(spec.model.dtype))
+    unet.requires_grad_(False)
+    if spec.quantization is not None:
+        quantise(unet, spec.quantization, device)
+    if device == "cpu" or spec.method.needs_full_weights:
+        return unet.to(device)
+    # The layout of the GPU's convolutions; trained weights keep the other, which optimizers read as one row of numbers.
+    return unet.to(device, memory_format=torch.channels_last)
+
+
+def load_trained_unet(spec: ImageTrialSpec, folder: Path, device: str) -> UNet2DConditionModel:
+    """The UNet whose weights lie in `folder`/unet, in the dtype that the method holds them in, frozen.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from diffusers import UNet2DConditionModel
+
+    own = spec.model.model_copy(update={"name": str(folder), "revision": None, "random_weights": False})
+    unet = _load(UNet2DConditionModel, own, "unet", spec.method.weights_dtype(spec.model.dtype))
+    return unet.requires_grad_(False).to(device)
+
+
+def load_vae(model: ModelSpec, device: str, dtype: Dtype) -> AutoencoderKL:
+    """The frozen VAE. Raises: ModelError."""
+    from diffusers import AutoencoderKL
+
+    return _load(AutoencoderKL, model, "vae", dtype).requires_grad_(False).to(device)
+
+
+def load_text_encoder(model: ModelSpec, device: str, dtype: Dtype) -> CLIPTextModel:
+    """The frozen text encoder. Raises: ModelError."""
+    from transformers import CLIPTextModel
+
+    encoder: Any = _load(CLIPTextModel, model, "text_encoder", dtype)
+    moved: CLIPTextModel = encoder.requires_grad_(False).to(device)
+    return moved
+
+
+def load_noise(spec: ImageTrialSpec) -> DDPMScheduler:
+    """The noise schedule of training: the pipeline's betas, and what the UNet predicts.
+
+    Raises:
+        ModelError: the scheduler predicts something else than the noise or v.
+    """
+    from diffusers import DDPMScheduler
+
+    config = load_configs(spec.model).parts["scheduler"]
+    given = {"prediction_type": spec.train.prediction} if spec.train.prediction else {}
+    schedule = DDPMScheduler.from_config({**config, **given})
+    kind = schedule.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise ModelError(f"model.name: {spec.model.name} predicts {kind}; task text_to_image trains epsilon and v")
+    return schedule
+
+
+def load_pipeline(spec: ImageTrialSpec, unet: nn.Module, device: str) -> StableDiffusionPipeline:
+    """The pipeline around a UNet that is already on `device`: VAE and text encoder beside it, without safety checker.
+
+    Raises:
+        ModelError: a part cannot be loaded.
+    """
+    import diffusers
+
+    dtype = spec.model.dtype
+    configs = load_configs(spec.model)
+    kind = getattr(diffusers, (configs.index.get("scheduler") or [None, "PNDMScheduler"])[1])
+    given = {"prediction_type": spec.train.prediction} if spec.train.prediction else {}
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=load_vae(spec.model, device, dtype),
+        text_encoder=load_text_encoder(spec.model, device, dtype),
+        tokenizer=load_tokenizer(spec.model),
+        unet=unet,
+        scheduler=kind.from_config({**configs.parts["scheduler"], **given}),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _load(kind: Any, model: ModelSpec, part: str, dtype: Dtype) -> Any:
+    import torch
+    from transformers import PreTrainedModel
+
+    folder = str(_random_part(model, part)) if model.random_weights else model.name
+    word = "dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype"
+    try:
+        return kind.from_pretrained(
+            folder, subfolder=part, revision=model.revision, use_safetensors=True, **{word: getattr(torch, dtype)}
+        ).eval()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise ModelError(f"model.name: {folder}/{part} cannot be loaded: {first_line(error)}") from error
+
+
+def _random_part(model: ModelSpec, part: str) -> Path:
+    """A folder with `part` in random bf16 weights of the model's shape, made once and kept in the cache."""
+    import torch
+
+    config = load_configs(model).parts[part]
+    key = hashlib.sha256(json.dumps([part, config], sort_keys=True).encode()).hexdigest()[:24]
+    folder = cache_folder() / "random" / key
+    if (folder / part / "config.json").is_file():
+        return folder
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.random.fork_rng(devices=[] if device == "cpu" else None), torch.device(device):
+        torch.manual_seed(0)
+        built = _built(part, config)
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    built.to(torch.bfloat16).save_pretrained(partial / part)
+    with contextlib.suppress(OSError):  # another process was first, with the same content
+        partial.rename(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _built(part: str, config: dict[str, Any]) -> Any:
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    if part == "text_encoder":
+        return CLIPTextModel(CLIPTextConfig.from_dict(config))
+    kind = diffusers.UNet2DConditionModel if part == "unet" else diffusers.AutoencoderKL
+    return kind.from_config(config)
+
+
+def fingerprint(model: ModelSpec) -> str:
+    """SHA-256 over a local pipeline's configs and the names and sizes of its weights, or the hub's file paths."""
+    digest = hashlib.sha256(load_configs(model).text.encode())
+    digest.update(b"random" if model.random_weights else b"")
+    if is_local(model.name):
+        for part in PARTS:
+            for file in sorted((Path(model.name) / part).glob("*.safetensors")):
+                digest.update(f"{part}/{file.name}:{file.stat().st_size}".encode())
+    else:
+        digest.update(f"{model.name}@{_commit(model)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _commit(model: ModelSpec) -> str:
+    """The hub commit that the model's files come from."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(model.name, "model_index.json", revision=model.revision)).parent.name

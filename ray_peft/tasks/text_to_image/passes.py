@@ -1,0 +1,154 @@
+"""Forward and backward passes of a UNet: in which dtype they run, and recorded once for the GPU to replay."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from ray_peft.spec import ImageTrialSpec
+from ray_peft.tasks.text_to_image.noise import Batch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+def autocasts(spec: ImageTrialSpec) -> bool:
+    """Whether matrix products run in another dtype than the weights: float32 weights, bf16 products."""
+    return spec.train.precision == "bf16" and spec.method.weights_dtype(spec.model.dtype) == "float32"
+
+
+def input_dtype(spec: ImageTrialSpec) -> torch.dtype:
+    """The dtype of what the UNet is given: that of its weights."""
+    import torch
+
+    return getattr(torch, spec.method.weights_dtype(spec.model.dtype))  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def computing(spec: ImageTrialSpec, device: str) -> Iterator[None]:
+    """The dtype of matrix products inside."""
+    import torch
+
+    kind = torch.device(device).type
+    with torch.autocast(kind, dtype=torch.bfloat16) if autocasts(spec) else contextlib.nullcontext():
+        yield
+
+
+def light_adapters(model: nn.Module) -> nn.Module:
+    """Let adapters take their input as it comes, and use their weights in its dtype.
+
+    PEFT would copy every input into the adapter's float32 for the backward pass, and multiply there. Here the float32
+    adapter is what the optimizer updates, and its bf16 copy is what is multiplied, as under autocast.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    class LightLinear(torch.nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+            return torch.nn.functional.linear(input, self.weight.to(input.dtype))
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
+            for thin in (*layer.lora_A.values(), *layer.lora_B.values()):
+                thin.__class__ = LightLinear
+    return model
+
+
+def unwrapped(model: Any) -> Any:
+    """The UNet with its adapter layers in place, but without PEFT's wrapper, which a pipeline does not take."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def checkpoint_activations(unet: Any, *, random: bool) -> None:
+    """Recompute activations in the backward pass.
+
+    Args:
+        unet: a UNet2DConditionModel.
+        random: keep the random state for it, which dropout needs; a recorded pass cannot do that.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=random))
+
+
+def recompute_feed_forward(unet: Any) -> None:
+    """Recompute what is inside the feed-forward layers in the backward pass: a third of all activations.
+
+    Their gates are four times as wide as the rest and cheap to make again, unlike attention and convolutions.
+    """
+    from diffusers.models.attention import FeedForward
+    from torch.utils.checkpoint import checkpoint
+
+    for layer in unet.modules():
+        if isinstance(layer, FeedForward) and "forward" not in vars(layer):  # else it does so already
+            cast(Any, layer).forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+class Pass:
+    """One micro-batch forward and backward; gradients and the loss add up until they are cleared."""
+
+    def __init__(self, spec: ImageTrialSpec, model: nn.Module, device: str) -> None:
+        import torch
+
+        self._spec, self._model, self._device = spec, model, device
+        self.loss = torch.zeros((), device=device)
+        """Sum of the passes' shares of their steps' mean losses since `loss.zero_()`."""
+
+    def __call__(self, batch: Batch) -> None:
+        """Add the gradients and the loss of `batch`, a part of one optimizer step."""
+        self._run(*self._moved(batch))
+
+    def _moved(self, batch: Batch) -> list[Tensor]:
+        dtype = input_dtype(self._spec)
+        samples, timesteps, texts, targets, weights = batch.tensors()
+        given = (samples.to(dtype), timesteps, texts.to(dtype), targets, weights)
+        if self._device == "cpu":
+            return list(given)
+        return [value.pin_memory().to(self._device, non_blocking=True) for value in given]
+
+    def _run(self, samples: Tensor, timesteps: Tensor, texts: Tensor, targets: Tensor, weights: Tensor) -> None:
+        with computing(self._spec, self._device):
+            predicted = self._model(samples, timesteps, encoder_hidden_states=texts).sample
+        errors = (predicted.float() - targets).square().mean(dim=(1, 2, 3))
+        loss = (errors * weights).sum() / self._spec.train.batch_size
+        loss.backward()
+        self.loss += loss.detach()
+
+
+class RecordedPass(Pass):
+    """The same on a GPU, recorded as a CUDA graph: at one image a step, the host would take most of the time.
+
+    The first call runs as usual, the second records; all calls have batches of one shape. Both run on one stream of
+    their own, as torch's documentation asks, so that there is one workspace of cuBLAS (32 MiB) and not three.
+    """
+
+    def __init__(self, spec: ImageTrialSpec, model: nn.Module, device: str) -> None:
+        super().__init__(spec, model, device)
+        self._inputs: list[Tensor] = []
+        self._replay: Callable[[], None] | None = None
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def __call__(self, batch: Batch) -> None:
+        """Add the gradients and the loss of `batch`."""
+        import torch
+
+        moved = self._moved(batch)
+        if not self._inputs:
+            self._inputs = moved
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._run(*self._inputs)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return
+        for kept, new in zip(self._inputs, moved, strict=True):
+            kept.copy_(new)
+        if self._replay is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._run(*self._inputs)
+            self._replay = graph.replay
+        self._replay()

@@ -1,0 +1,213 @@
+"""The task `text_to_image`: adapting a latent diffusion model to images with captions."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ray_peft.errors import ModelError
+from ray_peft.methods.base import Dtype, Stage, Task
+from ray_peft.methods.lora import LowRankAdapter
+from ray_peft.spec import ImageTrialSpec
+from ray_peft.tasks.base import Bench, DataReport, Inspection, Report, Scored, TaskType, Trained
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ray_peft.tasks.text_to_image.data import Pictures
+    from ray_peft.tasks.text_to_image.latents import EncodedData, Encoders
+
+
+class TextToImage(TaskType[ImageTrialSpec]):
+    """Captioned images in, a model that paints like them out."""
+
+    name: ClassVar[Task] = "text_to_image"
+
+    def inspect(self, spec: ImageTrialSpec) -> Inspection:
+        """Read the pipeline's configurations and tokenizer, and look at every image."""
+        from ray_peft.tasks.text_to_image import data, model
+
+        configs = model.load_configs(spec.model)
+        model.load_noise(spec)
+        _check_resolution(spec, configs.parts)
+        _check_targets(spec, configs.parts["unet"])
+        tokenizer = model.load_tokenizer(spec.model)
+        pictures = data.prepare(spec.data)
+        found = data.notes(pictures, spec.data)
+        longest = int(tokenizer.model_max_length)
+        cut = [p.name for p in pictures.train if len(tokenizer(p.caption)["input_ids"]) > longest]
+        if cut:
+            found.append(f"{len(cut)} training captions are cut to {longest} tokens, such as that of {cut[0]}")
+        return Inspection(found, pictures.key, len(pictures.train))
+
+    def data_report(self, spec: ImageTrialSpec) -> DataReport:
+        """Look at every image and count them."""
+        from ray_peft.tasks.text_to_image import describe
+
+        return describe.data_report(spec)
+
+    def write_data(self, spec: ImageTrialSpec, folder: Path) -> list[Path]:
+        """Write the lists of images, and a sheet of what the UNet sees of them."""
+        from ray_peft.tasks.text_to_image import describe
+
+        return describe.write_data(spec, folder)
+
+    def total_steps(self, spec: ImageTrialSpec, train_rows: int) -> int:
+        """Optimizer steps of a whole trial; a batch may span two epochs."""
+        if spec.train.steps is not None:
+            return spec.train.steps
+        assert spec.train.epochs is not None
+        return max(1, math.ceil(spec.train.epochs * train_rows / spec.train.batch_size))
+
+    def load(self, spec: ImageTrialSpec, device: str) -> Bench:
+        """Latents and UNet for one trial; random state is that of `spec.seed`."""
+        from transformers import set_seed
+
+        from ray_peft.tasks.text_to_image import model
+
+        pictures, encoded = _encoded(spec, device)
+        set_seed(spec.seed)
+        return ImageBench(spec, device, pictures, encoded, model.load_unet(spec, device))
+
+    def load_trained(self, spec: ImageTrialSpec, weights: Path, device: str) -> Bench:
+        """The UNet with a trained adapter, or with trained weights."""
+        from ray_peft.tasks.text_to_image import model, save
+
+        pictures, encoded = _encoded(spec, device)
+        if not (weights / save.PEFT_CONFIG).is_file():
+            return ImageBench(spec, device, pictures, encoded, model.load_trained_unet(spec, weights, device))
+        bench = ImageBench(spec, device, pictures, encoded, model.load_unet(spec, device))
+        (stage, _), *_ = spec.method.stages(1)
+        bench.attach(stage)
+        bench.restore(weights)
+        return bench
+
+
+def _check_resolution(spec: ImageTrialSpec, parts: dict[str, dict[str, Any]]) -> None:
+    factor = 2 ** (len(parts["vae"]["block_out_channels"]) - 1)
+    if spec.data.resolution % factor:
+        raise ModelError(
+            f"data.resolution: {spec.data.resolution} is no multiple of {factor}, the step of the VAE of "
+            f"{spec.model.name}; use {max(1, round(spec.data.resolution / factor)) * factor}"
+        )
+
+
+def _check_targets(spec: ImageTrialSpec, config: dict[str, Any]) -> None:
+    """An adapter's targets are layers of the UNet, which a typing error would only show after loading."""
+    if not isinstance(spec.method, LowRankAdapter):
+        return
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        names = [name for name, _ in UNet2DConditionModel.from_config(config).named_modules()]
+    for target in spec.method.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ModelError(
+                f"method.targets: {target} is no layer of the UNet of {spec.model.name}; the attention projections are "
+                "to_q, to_k, to_v and to_out.0"
+            )
+
+
+def _encoded(spec: ImageTrialSpec, device: str) -> tuple[Pictures, EncodedData]:
+    """A trial's images as latents and embeddings; VAE and text encoder are loaded on a cache miss alone."""
+    from ray_peft.tasks.text_to_image import data, latents, model
+
+    def load() -> Encoders:
+        return latents.Encoders(
+            vae=model.load_vae(spec.model, device, "float32"),
+            text_encoder=model.load_text_encoder(spec.model, device, "float32"),
+            tokenizer=model.load_tokenizer(spec.model),
+        )
+
+    pictures = data.prepare(spec.data)
+    return pictures, latents.encode(spec, pictures, device, load, fingerprint=model.fingerprint(spec.model))
+
+
+class ImageBench(Bench):
+    """A UNet with the latents it is trained and scored on."""
+
+    def __init__(
+        self, spec: ImageTrialSpec, device: str, pictures: Pictures, encoded: EncodedData, unet: nn.Module
+    ) -> None:
+        from ray_peft.tasks.text_to_image.four_bit import held
+        from ray_peft.tasks.text_to_image.model import fingerprint, load_noise
+
+        self.spec = spec
+        self.device = device
+        self.pictures = pictures
+        self.encoded = encoded
+        self.model = unet
+        self.storage = held(unet)
+        self.schedule = load_noise(spec)
+        self.data_key = pictures.key
+        self.model_fingerprint = fingerprint(spec.model)
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole trial."""
+        return TextToImage().total_steps(self.spec, len(self.pictures.train))
+
+    def parameters(self) -> tuple[int, int]:
+        """Parameters that take gradients, and all parameters of the UNet."""
+        from ray_peft.tasks.parameters import count_parameters
+
+        return count_parameters(self.model)
+
+    def attach(self, stage: Stage) -> None:
+        """Prepare the UNet for a stage, from the trial's seed."""
+        from transformers import set_seed
+
+        from ray_peft.tasks.text_to_image.passes import autocasts, light_adapters
+
+        set_seed(self.spec.seed)
+        self.model = stage.attach(self.model)
+        if not autocasts(self.spec):
+            light_adapters(self.model)
+
+    def train(self, stage: Stage, steps: int, first_step: int, folder: Path, report: Report) -> Trained:
+        """Train the attached stage on the cached latents."""
+        from ray_peft.tasks.text_to_image.noise import Draws
+        from ray_peft.tasks.text_to_image.train import StageJob, train_stage
+
+        draws = Draws(self.spec, self.encoded.train, self.encoded.scaling_factor, self.schedule)
+        job = StageJob(stage, steps, first_step, draws, folder, self.device, report, self.eval_loss)
+        return train_stage(self.spec, job, self.model)
+
+    def restore(self, folder: Path) -> None:
+        """Load a saved adapter into the attached one."""
+        from ray_peft.tasks.text_to_image.save import load_adapter
+
+        load_adapter(self.model, folder, self.device)
+
+    def merge(self, stage: Stage) -> None:
+        """Fold what the stage trained into plain weights."""
+        self.model = stage.merge(self.model)
+
+    def eval_loss(self) -> float:
+        """Mean squared error of the prediction on the held-out images."""
+        losses = self._losses()
+        return sum(losses) / len(losses)
+
+    def save(self, folder: Path, dtype: Dtype | None = None) -> None:
+        """Write the adapter for diffusers and for PEFT, or the UNet's weights."""
+        from ray_peft.tasks.text_to_image import save
+
+        save.save(self.model, folder, dtype or self.spec.train.save_dtype)
+
+    def export(self, folder: Path, dtype: Dtype) -> None:
+        """Write the whole pipeline around the UNet, as diffusers reads it."""
+        import torch
+
+        from ray_peft.tasks.text_to_image import model, save
+
+        pipeline = model.load_pipeline(self.spec, save.converted(self.model, dtype), "cpu")
+        pipeline.to(dtype=getattr(torch, dtype)).save_pretrained(str(folder), safe_serialization=True)
+
+    def _losses(self) -> list[float]:
+        """Of each held-out image."""
+        raise NotImplementedError
+
+    def evaluate(self) -> Scored:
+        """The loss on the held-out images, and images of the prompts."""
+        raise NotImplementedError
