@@ -20,6 +20,7 @@ from ray_peft.methods.base import Dtype
 from ray_peft.result import Provenance, Scores, Status, TrialResult, Usage
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import Bench, Report, Scored, Trained
+from ray_peft.tasks.images import IMAGES, write_images
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Place:
     """Where a trial runs."""
 
     folder: Path
-    """The trial's own folder: metrics.jsonl, samples.jsonl, answers.jsonl, checkpoints."""
+    """The trial's own folder: metrics.jsonl, samples.jsonl, answers.jsonl or losses.jsonl and images, checkpoints."""
     device: str
     """"cpu" or "cuda:N"."""
     rank: int = 0
@@ -77,6 +78,7 @@ class Life:
         self.parameters = (0, 0)
         self.scored = Scored(Scores())
         self.adapter_bytes = 0
+        self.storage: dict[str, int] = {}
         self.boundaries: dict[str, float] = {}
         self.weights: dict[str, float] = {}
         self.provenance = Provenance(
@@ -138,9 +140,11 @@ class Life:
                 train_s=seconds.get("train", 0.0),
                 evaluate_s=seconds.get("evaluate", 0.0),
                 save_s=seconds.get("save", 0.0),
-                tokens_per_s=trained.tokens * speed if speed else None,
+                tokens_per_s=trained.tokens * speed if speed and trained.tokens else None,
                 steps_per_s=trained.timed_steps * speed if speed else None,
+                images_per_s=trained.images * speed if speed and trained.images else None,
                 train_tokens=trained.tokens,
+                train_images=trained.images,
             ),
             train_loss_final=trained.losses[-1] if trained.losses else None,
             eval_loss_best=min(known, default=None),
@@ -152,6 +156,7 @@ class Life:
             trainable_parameters=self.parameters[0],
             total_parameters=self.parameters[1],
             adapter_bytes=self.adapter_bytes,
+            storage=self.storage,
             mlflow_run_id=self.run_id,
             error=error,
             provenance=self.provenance,
@@ -171,7 +176,7 @@ def keep(life: Life, bench: Bench, name: str, dtype: Dtype | None = None) -> int
 
 
 def evaluate(life: Life, bench: Bench) -> None:
-    """Score the model; keep scores, samples and answers in the trial's folder and the tracker.
+    """Score the model; keep scores and what is behind them in the trial's folder and the tracker.
 
     Raises:
         TrialFailed: the held-out loss is not finite.
@@ -188,12 +193,20 @@ def evaluate(life: Life, bench: Bench) -> None:
         for row, (prediction, reference) in enumerate(life.scored.answers)
     ]
     _write_lines(folder / "answers.jsonl", answers)
+    if losses := life.scored.losses:
+        _write_lines(folder / "losses.jsonl", [{"row": row, "loss": loss} for row, loss in enumerate(losses)])
+    if life.scored.images:
+        write_images(life.scored.images, folder / IMAGES)
     scores = {name: value for name, value in life.scored.scores.plain().items() if isinstance(value, float)}
     if scores:
         life.report(scores, life.trained.steps)
     if life.tracker is not None and samples:
         life.tracker.table(samples, "samples.json")
         life.tracker.artifact(folder / "answers.jsonl", "evaluation")
+    if life.tracker is not None and losses:
+        life.tracker.artifact(folder / "losses.jsonl", "evaluation")
+    if life.tracker is not None and life.scored.images:
+        life.tracker.artifact(folder / IMAGES, IMAGES)
     # Last, so that a benchmark that fails leaves a row with the scores above.
     life.scored = replace(life.scored, scores=bench.benchmark(life.scored.scores))
 

@@ -14,15 +14,24 @@ class Scores(Strict):
     """Quality on the held-out rows; null where it was not measured."""
 
     eval_loss: float | None = None
-    """Mean negative log-likelihood of the answers' tokens [nats]."""
+    """Text: mean negative log-likelihood of the answers' tokens [nats]. Images: mean squared error of what the UNet
+    predicts of held-out images, over evenly spread timesteps with fixed noise, all weighed alike."""
     bleu4: float | None = None
     """Corpus BLEU-4, 0 to 1."""
     rouge_l: float | None = None
     """Mean ROUGE-L F-measure, 0 to 1."""
+    style_heldout: float | None = None
+    """Mean cosine of the style vectors of made images with those of the held-out paintings, at most 1. A style vector
+    is the Gram matrices of the frozen VAE encoder's layers; it knows textures and colours, not what is depicted."""
+    style_train: float | None = None
+    """The same with the training paintings."""
+    nearest_train: float | None = None
+    """Likeness in content to the training painting that is nearest to a made image: the cosine of VAE latents less
+    their means, averaged over made images. A copy is 1.0."""
     eval_rows: int = 0
-    """Held-out rows behind eval_loss."""
+    """Held-out rows, or images, behind eval_loss."""
     generated_rows: int = 0
-    """Held-out rows behind bleu4 and rouge_l."""
+    """Held-out rows behind bleu4 and rouge_l; made images behind the style scores."""
     benchmarks: dict[str, float] = {}
     """Scores of lm-eval's tasks by "task/metric", or "task/metric/filter" where a metric has several filters."""
     benchmark_stderr: dict[str, float] = {}
@@ -54,8 +63,12 @@ class Usage(Strict):
     """Real tokens (no padding) through training forward passes, per second, over all workers."""
     steps_per_s: float | None = None
     """Optimizer steps per second of training."""
+    images_per_s: float | None = None
+    """Images through training forward passes, per second, over all workers."""
     train_tokens: int = 0
     """Real tokens seen in training."""
+    train_images: int = 0
+    """Images seen in training, each as often as it was seen."""
 
 
 class Provenance(Strict):
@@ -103,6 +116,8 @@ class TrialResult(Strict):
     total_parameters: int = 0
     adapter_bytes: int = 0
     """Bytes on disk of what was trained: the adapter, or the full weights."""
+    storage: dict[str, int] = {}
+    """Bytes of the base's weights in memory by how they are held, such as "nf4" and "bfloat16"."""
     mlflow_run_id: str | None = None
     error: str | None = None
     """Why a trial that is not finished ended; one line first, details below."""
@@ -122,3 +137,25 @@ class Sample(Strict):
     prompt: str
     reference: str
     answer: str
+
+
+class ImageFile(Strict):
+    """One made image in a trial's folder: an entry of `images/images.json`."""
+
+    prompt: str
+    seed: int
+    file: str
+    """Its name in the folder of images."""
+    before: str | None = None
+    """The name of what the untouched base makes of the same prompt and seed."""
+    nearest: str | None = None
+    """The training painting that is nearest to it in content."""
+    nearest_likeness: float | None = None
+    """How near: the cosine behind `Scores.nearest_train`; a copy is 1.0."""
+
+
+class RowLoss(Strict):
+    """The loss of one held-out row: a line of `losses.jsonl`."""
+
+    row: int
+    loss: float

@@ -36,6 +36,7 @@ def _train(life: Life, bench: Bench, index: int, stage: Stage, steps: int) -> No
     life.trained = Trained(
         steps=done.steps + more.steps,
         tokens=done.tokens + more.tokens,
+        images=done.images + more.images,
         seconds=done.seconds + more.seconds,
         timed_steps=done.timed_steps + more.timed_steps,
         losses=done.losses + more.losses,

@@ -85,6 +85,7 @@ def _run(life: Life) -> TrialResult:
         bench = TASKS[spec.task].load(spec, place.device)
     life.provenance = life.provenance.model_copy(update=provenance(bench, place))
     life.parameters = (0, bench.parameters()[1])
+    life.storage = bench.storage()
     stages = spec.method.stages(bench.total_steps())
     if not stages:  # the weights alone
         life.memory.start()

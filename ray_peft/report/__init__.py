@@ -7,7 +7,8 @@ Modules, each using only those before it:
   differences to the base), `recommend` (what to take for which budget), `ties` (differences between all rows), `costs`
   (what a row takes), `material` (all of these of one sweep);
 - words: `digits` (numbers as text), `document` (a report without a format), `columns`, `facts`, `quality`, `training`,
-  `advice` (its sections), `palette` and `plots` (its pictures), `content` (their order);
+  `advice` (its sections), `palette` and `plots` (its plots), `thumbnails` and `gallery` (made images), `content` (their
+  order);
 - formats: `atomic` (files that are whole or absent), `plain`, `csvfile`, `escape` and `markdown`, `stylesheet` and
   `webpage`, `files` (a sweep's folder).
 """

@@ -27,6 +27,16 @@ _RULES = (
     "An ensemble takes the training time of all its members, and the greatest of their peaks and its own.",
 )
 
+_ROW_LOSS_RULES = (
+    *_RULES[:1],
+    "Quality is the loss on the held-out images: the same images, timesteps and noise for all candidates.",
+    "One candidate is shown to be better than another if the 95 % paired bootstrap interval of their difference in "
+    "held-out loss lies below zero, and the ranges over seeds do not touch. Else they are tied, and on fewer than "
+    f"{FEWEST_ROWS} held-out images all are.",
+    *_RULES[4:],
+)
+"""Where the loss of every held-out row is known."""
+
 _FEW_ROWS = 30
 """Held-out rows below which percentile intervals are known to be too narrow."""
 
@@ -43,7 +53,8 @@ def advice(material: Material) -> list[Block]:
         blocks += _family(family, costs(family.units))
     if silence := _cannot_say(material):
         blocks.append(Bullets(tuple(silence)))
-    return [*blocks, Heading("Rules of the recommendation"), Bullets(_RULES)]
+    by_row_losses = any(family.paired and family.measure == "eval_loss" for family in material.families)
+    return [*blocks, Heading("Rules of the recommendation"), Bullets(_ROW_LOSS_RULES if by_row_losses else _RULES)]
 
 
 def _family(family: Family, needs: Costs) -> list[Block]:
@@ -61,10 +72,11 @@ def _family(family: Family, needs: Costs) -> list[Block]:
 
 def _best(family: Family, needs: Costs) -> str:
     best = family.tiers()[0]
-    by_score = family.measure == "rouge_l"
+    by_score = family.paired
+    measure = "ROUGE-L" if family.measure == "rouge_l" else "held-out loss"
     names = [_name(family.units[place]) for place in best]
     values = listed([fixed(family.values[place], 4) for place in best])
-    start = f"Best quality: {listed(names)} ({'ROUGE-L' if by_score else 'held-out loss'} {values})"
+    start = f"Best quality: {listed(names)} ({measure} {values})"
     if len(best) == 1:
         return f"{start}, {'shown to be better' if by_score else 'lower by more than the margin'} than every other row."
     text = (
@@ -102,7 +114,7 @@ def _against_base(family: Family) -> list[str]:
     }
     if not bases:
         return ["Whether fine-tuning helps cannot be said: there is no finished row of the model without it (none)."]
-    by_score = family.measure == "rouge_l"
+    by_score = family.paired
     better, worse = ("shown to be better", "shown to be worse") if by_score else ("lower loss", "higher loss")
     groups: dict[str, list[int]] = {
         better: [place for place, base in bases.items() if family.better(place, base)],
@@ -146,13 +158,14 @@ def _cannot_say(material: Material) -> list[str]:
             if len(families) == 1
             else "No two rows were scored on the same held-out rows, so nothing can be compared."
         )
-    if any(family.measure == "eval_loss" for family in families):
+    if any(not family.paired for family in families):
         found.append(
             "No answers are on file, so quality is the held-out loss, and whether a difference in it is more than the "
             "choice of held-out rows cannot be said."
         )
-    if few := sorted({family.rows for family in families if family.measure == "rouge_l" and family.rows < _FEW_ROWS}):
-        found.append(f"Answered rows: {few[0]}. Intervals of so few rows are narrower than they should be.")
+    if few := sorted((family.rows, family.measure) for family in families if family.paired and family.rows < _FEW_ROWS):
+        what = "Answered rows" if few[0][1] == "rouge_l" else "Held-out rows"
+        found.append(f"{what}: {few[0][0]}. Intervals of so few rows are narrower than they should be.")
     if single := [unit.label for family in families for unit in family.units if _one_seed(unit)]:
         trained = sum(not unit.is_base for family in families for unit in family.units)
         names = "Every trained row" if len(single) == trained else listed(single)

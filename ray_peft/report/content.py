@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ray_peft.report import benchmarks, facts, plots, quality, training
+from ray_peft.report import benchmarks, facts, gallery, plots, quality, training
 from ray_peft.report.advice import advice
 from ray_peft.report.document import Block, Document, Figure, Prompt, Section
 from ray_peft.report.material import Material
@@ -17,7 +17,7 @@ def build(material: Material) -> Document:
     rows = material.rows
     sections: list[tuple[str, Sequence[Block]]] = [
         ("Recommendation", advice(material)),
-        ("Scores", quality.scores(rows, material.intervals)),
+        ("Scores", quality.scores(rows, material.intervals, material.loss_intervals)),
         ("Which differences are shown", quality.differences(material.families, material.left_out)),
         ("Over seeds", quality.over_seeds(seed_groups(rows))),
         ("Further benchmarks", benchmarks.further(rows)),
@@ -27,10 +27,12 @@ def build(material: Material) -> Document:
         ("Between stages", training.boundaries(rows)),
         ("Ensembles", training.ensembles(rows)),
         ("Resources", [*training.resources(rows), *_figures(plots.resources(material))]),
+        ("How the base is held", training.base_held(rows)),
         ("Storage by dtype", training.storage(rows)),
         ("Settings that differ", facts.settings(rows)),
         ("Trials that did not finish", facts.unfinished(rows)),
         ("Trials that were not run", facts.not_run(material)),
+        ("Images", gallery.images(material)),
         ("Samples", _samples(rows, material.samples)),
         ("Machine and versions", facts.machine(rows)),
         ("How to run it again", facts.rerun(rows)),

@@ -1,4 +1,4 @@
-"""A report without a format: sections of paragraphs, lists, tables, figures and samples, all as plain text.
+"""A report without a format: sections of paragraphs, lists, tables, figures, samples and pictures, as plain values.
 
 What a section says is decided once; `markdown` and `webpage` only escape and lay out.
 """
@@ -71,7 +71,29 @@ class Prompt:
     """Label of a trial and its answer."""
 
 
-Block: TypeAlias = Heading | Paragraph | Bullets | Code | Table | Figure | Prompt
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image in a file, with a small copy for pages that must not need the file."""
+
+    file: str
+    """Its path from the report's folder, with forward slashes."""
+    alt: str
+    """What a reader is told who does not see it."""
+    jpeg: str | None
+    """The small copy as JPEG in base64; None if the file could not be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """Pictures side by side."""
+
+    header: tuple[str, ...]
+    """Of the column of names, then of each column of pictures."""
+    lines: tuple[tuple[str, tuple[Picture | None, ...]], ...]
+    """Name of a line and its pictures; None where there is none."""
+
+
+Block: TypeAlias = Heading | Paragraph | Bullets | Code | Table | Figure | Prompt | Gallery
 
 
 @dataclass(frozen=True)

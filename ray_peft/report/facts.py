@@ -101,7 +101,8 @@ def _facts(compared: Sequence[Row]) -> list[str]:
         "Models": [_without_folders(spec.model.name) for spec in specs],
         "Data": [line for spec in specs for line in spec.data_lines()],
         "Training": [
-            f"{_length(spec.train.steps, spec.train.epochs)} of {spec.train.batch_size} rows a step, "
+            f"{_length(spec.train.steps, spec.train.epochs)} of {spec.train.batch_size} "
+            f"{'images' if spec.task == 'text_to_image' else 'rows'} a step, "
             f"{spec.loss_line()}, {spec.train.schedule} schedule"
             for spec in specs
         ],

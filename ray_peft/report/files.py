@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from ray_peft.errors import DataError
 from ray_peft.report.atomic import write_text
@@ -18,7 +18,7 @@ from ray_peft.report.markdown import to_markdown
 from ray_peft.report.material import Material
 from ray_peft.report.table import latest
 from ray_peft.report.webpage import to_html
-from ray_peft.result import Sample, TrialResult
+from ray_peft.result import ImageFile, RowLoss, Sample, TrialResult
 from ray_peft.space import ReportSpec
 from ray_peft.strict import Strict
 
@@ -85,6 +85,15 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
             for trial_id, path in trials.items()
             if (found := _read_lines(path / "answers.jsonl", Answer))
         },
+        losses={
+            trial_id: [entry.loss for entry in sorted(losses, key=lambda entry: entry.row)]
+            for trial_id, path in trials.items()
+            if (losses := _read_lines(path / "losses.jsonl", RowLoss))
+        },
+        images={
+            trial_id: made for trial_id, path in trials.items() if (made := _read_images(path / "images/images.json"))
+        },
+        folder=folder,
         curves={trial_id: read_curve(path / "metrics.jsonl") for trial_id, path in trials.items()},
         loss_steps=sweep.report.loss_steps if loss_steps is None else loss_steps,
     )
@@ -138,6 +147,16 @@ def _columns(answers: list[Answer]) -> tuple[list[str], list[str]]:
     by_row = {answer.row: answer for answer in answers}
     ordered = [by_row[row] for row in sorted(by_row)]
     return [answer.prediction for answer in ordered], [answer.reference for answer in ordered]
+
+
+def _read_images(path: Path) -> list[ImageFile]:
+    """The list of a trial's made images; none if there is no file."""
+    if not path.exists():
+        return []
+    try:
+        return TypeAdapter(list[ImageFile]).validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise DataError(f"{path}: {_problem(error)}") from None
 
 
 def _read_lines(path: Path, kind: type[_ValueT]) -> list[_ValueT]:

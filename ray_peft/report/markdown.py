@@ -1,8 +1,22 @@
-"""report.md: a document as Markdown; plots are linked, everything else is in the file."""
+"""report.md: a document as Markdown; plots and pictures are linked, everything else is in the file."""
 
 from typing import assert_never
+from urllib.parse import quote
 
-from ray_peft.report.document import Block, Bullets, Code, Document, Figure, Heading, Paragraph, Prompt, Section, Table
+from ray_peft.report.document import (
+    Block,
+    Bullets,
+    Code,
+    Document,
+    Figure,
+    Gallery,
+    Heading,
+    Paragraph,
+    Picture,
+    Prompt,
+    Section,
+    Table,
+)
 from ray_peft.report.escape import entry, fenced, inline, paragraphs, table
 
 
@@ -34,8 +48,15 @@ def _block(block: Block) -> str:
             return f"![{inline(block.title)}](plots/{block.name}.svg)"
         case Prompt():
             return _prompt(block)
+        case Gallery():
+            lines = [[inline(name), *(_picture(one) for one in pictures)] for name, pictures in block.lines]
+            return table([inline(cell) for cell in block.header], lines, text_columns=len(block.header))
         case _:
             assert_never(block)
+
+
+def _picture(picture: Picture | None) -> str:
+    return "-" if picture is None else f"![{inline(picture.alt)}]({quote(picture.file)})"
 
 
 def _prompt(block: Prompt) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
+from ray_peft.metrics.bootstrap import DifferenceInterval
 from ray_peft.report.curves import Curve
 from ray_peft.report.table import Row, SeedGroup, rows, units
 from ray_peft.report.ties import Family, families
-from ray_peft.report.uncertainty import Answers, Intervals, Statistics, intervals
-from ray_peft.result import Sample, TrialResult
+from ray_peft.report.uncertainty import Answers, Intervals, Losses, Statistics, intervals, loss_intervals
+from ray_peft.result import ImageFile, Sample, TrialResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,12 @@ class Material:
     """By trial id, some held-out prompts with the trial's answers."""
     answers: Answers = field(default_factory=dict)
     """By trial id, predictions and references of every generated row."""
+    losses: Losses = field(default_factory=dict)
+    """By trial id, the loss of every held-out row."""
+    images: Mapping[str, Sequence[ImageFile]] = field(default_factory=dict)
+    """By trial id, the images that the trial made."""
+    folder: Path | None = None
+    """The sweep's folder, below which the images are; None if only their names are known."""
     curves: Mapping[str, Curve] = field(default_factory=dict)
     """By trial id, the losses over steps."""
     loss_steps: Sequence[int] = ()
@@ -49,6 +57,11 @@ class Material:
         """Differences to the base, by trial id."""
         return intervals(self.rows, self._statistics)
 
+    @cached_property
+    def loss_intervals(self) -> dict[str, DifferenceInterval]:
+        """Differences of the held-out loss to the base, by trial id."""
+        return loss_intervals(self.rows, self._statistics)
+
     @property
     def families(self) -> list[Family]:
         """The units that can be compared with each other."""
@@ -65,7 +78,7 @@ class Material:
 
     @cached_property
     def _statistics(self) -> Statistics:
-        return Statistics(self.answers)
+        return Statistics(self.answers, self.losses)
 
     @cached_property
     def _compared(self) -> tuple[list[Family], dict[str, str]]:

@@ -35,6 +35,7 @@ def trial_line(result: TrialResult, done: int, total: int) -> str:
         ("eval loss ", fixed(scores.eval_loss, 3), ""),
         ("BLEU-4 ", fixed(scores.bleu4, 4), ""),
         ("ROUGE-L ", fixed(scores.rouge_l, 4), ""),
+        ("style ", fixed(scores.style_heldout, 4), ""),
         ("peak ", fixed(row.peak_memory_gib, 2), " GiB"),
     ]
     measured = ", ".join(before + text + after for before, text, after in parts if text != MISSING)
@@ -55,11 +56,12 @@ def console_table(results: Sequence[TrialResult]) -> str:
     memory = {True: "GPU GiB", False: "RSS GiB"}
     kinds = {row.on_gpu for row in compared if row.peak_memory_gib is not None}
     header = ["trial", "status", "eval loss", "vs base", "BLEU-4", "vs base", "ROUGE-L", "vs base"]
-    header += [memory[kinds.pop()] if len(kinds) == 1 else "peak GiB", "train s", "tokens/s"]
+    header += ["style", "vs base", "nearest"]
+    header += [memory[kinds.pop()] if len(kinds) == 1 else "peak GiB", "train s", "tokens/s", "images/s", "it/s"]
     blocks = [_aligned(header, [_cells(row) for row in compared])]
     groups = seed_groups(compared)
     if groups:
-        header = ["mean (min to max)", "seeds", "eval loss", "BLEU-4", "ROUGE-L"]
+        header = ["mean (min to max)", "seeds", "eval loss", "BLEU-4", "ROUGE-L", "style"]
         blocks.append(_aligned(header, [_group_cells(group) for group in groups]))
     reasons = [_reason(row) for row in compared if row.status != "finished"]
     return "\n\n".join([*blocks, *(["\n".join(reasons)] if reasons else [])])
@@ -77,9 +79,13 @@ def _cells(row: Row) -> list[str]:
         *_score(row.eval_loss, 3),
         *_score(row.bleu4, 4),
         *_score(row.rouge_l, 4),
+        *_score(row.style_heldout, 4),
+        fixed(row.nearest_train.value, 4),
         fixed(row.peak_memory_gib, 2),
         fixed(row.seconds("train_s"), 1),
         speed(row.result.usage.tokens_per_s),
+        speed(row.result.usage.images_per_s),
+        fixed(row.result.usage.steps_per_s if row.of_images else None, 2),
     ]
 
 
@@ -94,6 +100,7 @@ def _group_cells(group: SeedGroup) -> list[str]:
         spread_text(group.spread(lambda row: row.eval_loss.value), 3),
         spread_text(group.spread(lambda row: row.bleu4.value), 4),
         spread_text(group.spread(lambda row: row.rouge_l.value), 4),
+        spread_text(group.spread(lambda row: row.style_heldout.value), 4),
     ]
 
 

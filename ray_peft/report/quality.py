@@ -10,46 +10,78 @@ from ray_peft.report.table import Row, Score, SeedGroup
 from ray_peft.report.ties import FEWEST_ROWS, Family
 from ray_peft.report.uncertainty import Intervals
 
+_NAMES = {"rouge_l": "ROUGE-L", "eval_loss": "Held-out loss"}
 _TIES = (
-    "Each pair of rows is compared on the held-out rows that both answered: 95 % paired bootstrap interval of the "
-    "difference in ROUGE-L over {rows} rows. An interval that contains zero means tied: no difference that these rows "
-    "can show. Tiers: first the rows that none is shown to be better than, then the rows that only those of the tiers "
-    "before are shown to be better than, and so on. Inside a tier nothing is ranked: the order is that of this report. "
-    "A row may be tied with rows of another tier, too; the second table says of each pair."
+    "Each pair of rows is compared on the held-out rows that both {did}: 95 % paired bootstrap interval of the "
+    "difference in {measure} over {rows} rows. An interval that contains zero means tied: no difference that these "
+    "rows can show. Tiers: first the rows that none is shown to be better than, then the rows that only those of the "
+    "tiers before are shown to be better than, and so on. Inside a tier nothing is ranked: the order is that of this "
+    "report. A row may be tied with rows of another tier, too; the second table says of each pair."
 )
 _SEEDS = (
     " A row with several seeds is the mean over them, seed by seed beside the seeds of the other row; the interval "
     "speaks of the choice of held-out rows, not of other seeds."
 )
+_RANGES = (
+    " Losses are of the same noise for all rows, so these intervals are narrow: a difference counts as shown only if "
+    "the ranges over seeds do not touch, either."
+)
+_FEW = " With fewer than {fewest} held-out rows no difference is shown."
+_STYLE = (
+    "Style: cosine of Gram matrices of the frozen VAE encoder's layers (Gatys et al. 2016) between made images and the "
+    "held-out, or the training, paintings; mean over all pairs, at most 1. It knows textures and colours, not what is "
+    "depicted, and random weights or a poor picture can score high: it orders rows, its size means little. Nearest "
+    "painting: for each made image the highest cosine of its VAE latents, less their means, with those of a training "
+    "painting, mean over images; a copy is 1, so a value near 1 means that paintings were learned by heart."
+)
 _CHANCE = " Of tied pairs about one in twenty is expected to look different by chance: here are {pairs} pairs."
 
 
-def scores(compared: Sequence[Row], found: Mapping[str, Intervals]) -> list[Block]:
-    """Every score with its difference to the base."""
+def scores(
+    compared: Sequence[Row], found: Mapping[str, Intervals], losses: Mapping[str, DifferenceInterval] | None = None
+) -> list[Block]:
+    """Every score with its difference to the base.
+
+    Args:
+        compared: the rows.
+        found: intervals of the text scores, by trial id.
+        losses: intervals of the held-out loss, by trial id.
+    """
+    losses = losses or {}
     bleu = {trial: one.bleu4 for trial, one in found.items()}
     rouge = {trial: one.rouge_l for trial, one in found.items()}
     columns: list[Column] = [
         ("Status", lambda row: row.status.replace("_", " ")),
         ("Eval loss", lambda row: fixed(row.eval_loss.value, 4)),
-        ("vs base", lambda row: _difference(row.eval_loss)),
+        ("vs base", lambda row: _difference(row.eval_loss, losses.get(row.trial_id))),
         ("BLEU-4", lambda row: fixed(row.bleu4.value, 4)),
         ("vs base", lambda row: _difference(row.bleu4, bleu.get(row.trial_id))),
         ("ROUGE-L", lambda row: fixed(row.rouge_l.value, 4)),
         ("vs base", lambda row: _difference(row.rouge_l, rouge.get(row.trial_id))),
+        ("Style, held out", lambda row: fixed(row.style_heldout.value, 4)),
+        ("vs base", lambda row: _difference(row.style_heldout)),
+        ("Style, training", lambda row: fixed(row.style_train.value, 4)),
+        ("vs base", lambda row: _difference(row.style_train)),
+        ("Nearest painting", lambda row: fixed(row.nearest_train.value, 4)),
+        ("vs base", lambda row: _difference(row.nearest_train)),
         ("Final train loss", lambda row: fixed(row.result.train_loss_final, 4)),
         ("Best eval loss", lambda row: fixed(row.result.eval_loss_best, 4)),
     ]
     blocks = row_table(compared, columns, text_columns=2)
     text = ""
     if any(row.base is not None for row in compared):
-        text = "Eval loss: lower is better; BLEU-4 and ROUGE-L (0 to 1): higher is better."
+        images = compared[0].of_images
+        text = "Eval loss: lower is better" + ("." if images else "; BLEU-4 and ROUGE-L (0 to 1): higher is better.")
         text += " The base is the model without fine-tuning, scored on the same rows."
-    if found:
+    if found or losses:
+        rows = "generated rows" if found else "held-out images" if compared[0].of_images else "held-out rows"
         text += (
-            " In brackets: 95 % paired bootstrap interval of the difference over the generated rows."
+            f" In brackets: 95 % paired bootstrap interval of the difference over the {rows}."
             ' "Tied with base": the interval contains zero, so the difference is none that these rows can show.'
         )
-    return [*blocks, Paragraph(text)] if text else blocks
+    paragraphs = [text] if text else []
+    paragraphs += [_STYLE] if any(row.style_heldout.value is not None for row in compared) else []
+    return [*blocks, *(Paragraph(one) for one in paragraphs)]
 
 
 def over_seeds(groups: Sequence[SeedGroup]) -> list[Block]:
@@ -63,18 +95,23 @@ def over_seeds(groups: Sequence[SeedGroup]) -> list[Block]:
         ("vs base", 4, True, lambda row: row.bleu4.difference),
         ("ROUGE-L", 4, False, lambda row: row.rouge_l.value),
         ("vs base", 4, True, lambda row: row.rouge_l.difference),
+        ("Style, held out", 4, False, lambda row: row.style_heldout.value),
+        ("vs base", 4, True, lambda row: row.style_heldout.difference),
+        ("Style, training", 4, False, lambda row: row.style_train.value),
+        ("Nearest painting", 4, False, lambda row: row.nearest_train.value),
         ("Peak memory [GiB]", 2, False, lambda row: row.peak_memory_gib),
         ("Training [s]", 1, False, lambda row: row.seconds("train_s")),
     ]
+    spreads = [
+        (name, [spread_text(group.spread(read), places, signed=signed) for group in groups])
+        for name, places, signed, read in reads
+    ]
+    kept = [(name, cells) for name, cells in spreads if set(cells) != {MISSING}]
     lines = tuple(
-        (
-            group.label,
-            f"{len(group.finished)} of {len(group.rows)}",
-            *(spread_text(group.spread(read), places, signed=signed) for _, places, signed, read in reads),
-        )
-        for group in groups
+        (group.label, f"{len(group.finished)} of {len(group.rows)}", *(cells[index] for _, cells in kept))
+        for index, group in enumerate(groups)
     )
-    header = ("Trials", "Seeds finished", *(name for name, *_ in reads))
+    header = ("Trials", "Seeds finished", *(name for name, _ in kept))
     return [Paragraph("Mean over the finished seeds (least to greatest)."), Table(header=header, lines=lines)]
 
 
@@ -92,18 +129,35 @@ def differences(families: Sequence[Family], left_out: Mapping[str, str]) -> list
 
 def _family(family: Family) -> list[Block]:
     seeds = max(len(unit.finished) for unit in family.units)
-    text = _TIES.format(rows=family.rows) + (_SEEDS if seeds > 1 else "") + _CHANCE.format(pairs=len(family.pairs))
+    by_score = family.measure == "rouge_l"
+    text = _TIES.format(
+        rows=family.rows, did="answered" if by_score else "were scored on", measure=_said(family.measure)
+    )
+    text += _SEEDS if seeds > 1 else ""
+    text += "" if by_score else _RANGES
+    text += _FEW.format(fewest=FEWEST_ROWS) if family.rows < FEWEST_ROWS and not by_score else ""
+    text += _CHANCE.format(pairs=len(family.pairs))
+    header = ("Trial", "Tier", _NAMES[family.measure], "95 % interval", *(["BLEU-4"] if by_score else []))
     tiers = Table(
-        header=("Trial", "Tier", "ROUGE-L", "95 % interval", "BLEU-4"),
+        header=header,
         lines=tuple(
-            (family.units[place].label, str(number), fixed(family.values[place], 4), _range(family, place), bleu)
+            (family.units[place].label, str(number), fixed(family.values[place], 4), _range(family, place), *bleu)
             for number, tier in enumerate(family.tiers(), 1)
             for place in tier
-            for bleu in [spread_text(family.units[place].spread(lambda row: row.bleu4.value), 4)]
+            for bleu in [_bleu(family.units[place]) if by_score else []]
         ),
         text_columns=2,
     )
     return [Paragraph(text), tiers, *_matrix(family), *_pairs(family)]
+
+
+def _said(measure: str) -> str:
+    """The measure inside a sentence."""
+    return "ROUGE-L" if measure == "rouge_l" else "held-out loss"
+
+
+def _bleu(unit: SeedGroup) -> list[str]:
+    return [spread_text(unit.spread(lambda row: row.bleu4.value), 4)]
 
 
 def _range(family: Family, place: int) -> str:
@@ -118,7 +172,8 @@ def _matrix(family: Family) -> list[Block]:
         (f"{letters[row]}: {family.units[row].label}", *(_cell(family, row, column) for column in order))
         for row in order
     )
-    said = "ROUGE-L of the row's trial less that of the column's where the difference is shown, else tied."
+    name = _NAMES[family.measure]
+    said = f"{name} of the row's trial less that of the column's where the difference is shown, else tied."
     return [Paragraph(said), Table(header=("Trial", *letters.values()), lines=lines)]
 
 
@@ -133,7 +188,7 @@ def _cell(family: Family, row: int, column: int) -> str:
         return MISSING
     if not (family.better(row, column) or family.better(column, row)):
         return "tied"
-    found = family.pairs[min(row, column), max(row, column)].rouge_l
+    found = family.pairs[min(row, column), max(row, column)].quality
     return fixed(found.difference if row < column else -found.difference, 4, signed=True)
 
 
@@ -142,12 +197,17 @@ def _pairs(family: Family) -> list[Block]:
         (
             family.units[first].label,
             family.units[second].label,
-            _interval(pair.rouge_l, shown=family.better(first, second) or family.better(second, first)),
-            _interval(pair.bleu4, shown=pair.bleu4.excludes_zero and family.rows >= FEWEST_ROWS),
+            _interval(pair.quality, shown=family.better(first, second) or family.better(second, first)),
+            *(
+                [_interval(pair.bleu4, shown=pair.bleu4.excludes_zero and family.rows >= FEWEST_ROWS)]
+                if pair.bleu4 is not None
+                else []
+            ),
         )
         for (first, second), pair in family.pairs.items()
     )
-    header = ("First", "Second", "ROUGE-L, first less second", "BLEU-4, first less second")
+    names = [_NAMES[family.measure], *(["BLEU-4"] if family.measure == "rouge_l" else [])]
+    header = ("First", "Second", *(f"{name}, first less second" for name in names))
     return [Heading("Every pair"), Table(header=header, lines=lines, text_columns=2, folded=True)]
 
 

@@ -36,6 +36,11 @@ tbody th div { width: max-content; max-width: 21rem; overflow-wrap: anywhere; }
 td.text { white-space: normal; min-width: 7rem; max-width: 34rem; overflow-wrap: break-word; }
 th:first-child { position: sticky; left: 0; background: var(--paper); }
 thead th:first-child { background: var(--panel); }
+.gallery table { width: auto; }
+.gallery img { display: block; max-width: 256px; height: auto; border-radius: 3px; }
+.gallery tbody th div { max-width: 12rem; }
+.gallery thead th { white-space: normal; overflow-wrap: anywhere; }
+.gallery thead th:not(:first-child) { max-width: 256px; }
 figure { margin: 1.1rem 0; max-width: 46rem; overflow-x: auto; }
 figcaption { font-size: 0.9rem; color: var(--faint); }
 figure svg { display: block; width: 100%; min-width: 30rem; height: auto; }
@@ -52,7 +57,8 @@ summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }
 .given .card { background: var(--panel); }
 .card h4 { margin: 0 0 0.3rem; font-size: 0.82rem; color: var(--faint); overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
-  tbody th div { max-width: 8.5rem; }
+  tbody th div, .gallery tbody th div { max-width: 8.5rem; }
+  .gallery img { max-width: 40vw; }
   thead th:first-child { white-space: normal; }
   th, td { padding: 0.35rem 0.5rem; }
 }

@@ -72,6 +72,26 @@ class Row:
         return self._score(lambda result: result.scores.rouge_l)
 
     @property
+    def style_heldout(self) -> Score:
+        """Likeness in style to the held-out paintings."""
+        return self._score(lambda result: result.scores.style_heldout)
+
+    @property
+    def style_train(self) -> Score:
+        """Likeness in style to the training paintings."""
+        return self._score(lambda result: result.scores.style_train)
+
+    @property
+    def nearest_train(self) -> Score:
+        """Likeness in content to the nearest training painting."""
+        return self._score(lambda result: result.scores.nearest_train)
+
+    @property
+    def of_images(self) -> bool:
+        """Whether the trial's rows are images."""
+        return self.result.spec.task == "text_to_image"
+
+    @property
     def on_gpu(self) -> bool:
         """Whether GPU memory was measured."""
         return self.result.usage.peak_allocated_gib is not None

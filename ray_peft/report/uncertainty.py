@@ -18,13 +18,18 @@ logger = logging.getLogger(__name__)
 Answers: TypeAlias = Mapping[str, tuple[list[str], list[str]]]
 """By trial id the predictions and the references, one each a held-out row."""
 
+Losses: TypeAlias = Mapping[str, Sequence[float]]
+"""By trial id the loss of every held-out row."""
+
 CONFIDENCE = 0.95
 
 
 class Statistics:
-    """What each answered row adds to the scores, computed once a trial."""
+    """What each answered or scored row adds to the scores, computed once a trial."""
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: Answers, losses: Losses | None = None) -> None:
+        self.losses = {trial_id: tuple(given) for trial_id, given in (losses or {}).items() if given}
+        """The losses of the trials that have one for every held-out row."""
         self.answers = {trial_id: given for trial_id, given in answers.items() if _whole(trial_id, given)}
         self.bleu = cache(self._bleu)
         self.rouge = cache(self._rouge)
@@ -69,6 +74,24 @@ def intervals(rows: Sequence[Row], statistics: Statistics) -> dict[str, Interval
             bleu4=bleu4_difference(statistics.bleu(own), statistics.bleu(base), confidence=CONFIDENCE),
             rouge_l=mean_difference(statistics.rouge(own), statistics.rouge(base), confidence=CONFIDENCE),
         )
+    return found
+
+
+def loss_intervals(rows: Sequence[Row], statistics: Statistics) -> dict[str, DifferenceInterval]:
+    """Paired bootstrap intervals of the held-out losses less those of the base, by trial id.
+
+    A row with another number of losses than its base is left out with a warning.
+    """
+    found = {}
+    for row in rows:
+        own = statistics.losses.get(row.trial_id)
+        base = statistics.losses.get(row.base.trial_id) if row.base is not None else None
+        if own is None or base is None:
+            continue
+        if len(own) != len(base):
+            logger.warning("%s: no interval: %d losses, and %d of the base row", row.trial_id, len(own), len(base))
+            continue
+        found[row.trial_id] = mean_difference(own, base, confidence=CONFIDENCE)
     return found
 
 

@@ -1,10 +1,23 @@
-"""report.html: a document as one file that needs no other; plots are in it, scripts are not."""
+"""report.html: a document as one file that needs no other; plots and small pictures are in it, scripts are not."""
 
 import re
 from html import escape
 from typing import assert_never
 
-from ray_peft.report.document import Block, Bullets, Code, Document, Figure, Heading, Paragraph, Prompt, Section, Table
+from ray_peft.report.document import (
+    Block,
+    Bullets,
+    Code,
+    Document,
+    Figure,
+    Gallery,
+    Heading,
+    Paragraph,
+    Picture,
+    Prompt,
+    Section,
+    Table,
+)
 from ray_peft.report.palette import VARIABLES
 from ray_peft.report.stylesheet import CSS
 
@@ -84,6 +97,8 @@ def _block(block: Block, *, unfolded: bool = True) -> str:
             return f"<figure>\n{inline_svg(block)}\n<figcaption>{_text(block.title)}</figcaption>\n</figure>"
         case Prompt():
             return _prompt(block, unfolded=unfolded)
+        case Gallery():
+            return _gallery(block)
         case _:
             assert_never(block)
 
@@ -104,6 +119,28 @@ def _table(block: Table) -> str:
         f"<tbody>\n{rows}\n</tbody>\n</table></div>"
     )
     return f"<details><summary>{len(lines)} lines</summary>\n{table}\n</details>" if block.folded else table
+
+
+def _gallery(block: Gallery) -> str:
+    header = "".join(f'<th scope="col" class="text">{_text(cell)}</th>' for cell in block.header)
+    lines = "\n".join(
+        f'<tr><th scope="row" class="text"><div>{_text(name)}</div></th>'
+        + "".join(f'<td class="text">{_picture(one)}</td>' for one in pictures)
+        + "</tr>"
+        for name, pictures in block.lines
+    )
+    return (
+        f'<div class="scroll gallery" tabindex="0"><table>\n<thead><tr>{header}</tr></thead>\n'
+        f"<tbody>\n{lines}\n</tbody>\n</table></div>"
+    )
+
+
+def _picture(picture: Picture | None) -> str:
+    if picture is None:
+        return "-"
+    if picture.jpeg is None:
+        return f"not found: {_text(picture.file)}"
+    return f'<img src="data:image/jpeg;base64,{picture.jpeg}" alt="{_text(picture.alt)}">'
 
 
 def _prompt(block: Prompt, *, unfolded: bool) -> str:

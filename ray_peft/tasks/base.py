@@ -6,17 +6,34 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ray_peft.errors import SpecError
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.result import Sample, Scores
 from ray_peft.spec import TrialSpec
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 SpecT = TypeVar("SpecT", bound=TrialSpec)
 
 Report = Callable[[Mapping[str, float], int], None]
 """Takes metrics and the optimizer step of the trial that they belong to."""
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """An image that the trained model made, and what the untouched base makes of the same prompt and seed."""
+
+    prompt: str
+    seed: int
+    after: Image
+    before: Image | None = None
+    nearest: str | None = None
+    """The training image that is nearest to it in content; null if that was not looked for."""
+    nearest_likeness: float | None = None
+    """How near: 1.0 is a copy."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,9 @@ class Scored:
     samples: list[Sample] = field(default_factory=list)
     answers: list[tuple[str, str]] = field(default_factory=list)
     """(prediction, reference) of every answered row, in row order."""
+    images: list[GeneratedImage] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """The loss of every held-out row, in row order; empty if only their mean is known."""
 
 
 @dataclass
@@ -37,7 +57,7 @@ class Trained:
     tokens: int = 0
     """Real tokens (no padding) of all workers."""
     images: int = 0
-    """Images of all workers."""
+    """Images of all workers, each as often as it was seen."""
     seconds: float = 0.0
     """Wall seconds of training, without evaluations in between."""
     timed_steps: int = 0
@@ -141,6 +161,10 @@ class Bench(ABC):
     def benchmark(self, scores: Scores) -> Scores:
         """`scores` with those of the further benchmarks that the trial asks for."""
         return scores
+
+    def storage(self) -> dict[str, int]:
+        """Bytes of the base's weights in memory by how they are held; empty if that is not told apart."""
+        return {}
 
     @abstractmethod
     def save(self, folder: Path, dtype: Dtype | None = None) -> None:

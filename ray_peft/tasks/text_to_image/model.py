@@ -194,7 +194,7 @@ def load_pipeline(spec: ImageTrialSpec, unet: nn.Module, device: str) -> StableD
     """
     import diffusers
 
-    dtype = spec.model.dtype
+    dtype = spec.method.weights_dtype(spec.model.dtype)  # a pipeline hands tensors on in one dtype
     configs = load_configs(spec.model)
     kind = getattr(diffusers, (configs.index.get("scheduler") or [None, "PNDMScheduler"])[1])
     given = {"prediction_type": spec.train.prediction} if spec.train.prediction else {}

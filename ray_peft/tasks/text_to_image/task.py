@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ray_peft.errors import ModelError
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.methods.lora import LowRankAdapter
+from ray_peft.result import Scores
 from ray_peft.spec import ImageTrialSpec
 from ray_peft.tasks.base import Bench, DataReport, Inspection, Report, Scored, TaskType, Trained
 
@@ -204,10 +205,32 @@ class ImageBench(Bench):
         pipeline = model.load_pipeline(self.spec, save.converted(self.model, dtype), "cpu")
         pipeline.to(dtype=getattr(torch, dtype)).save_pretrained(str(folder), safe_serialization=True)
 
+    def evaluate(self) -> Scored:
+        """The loss on the held-out images; images of the prompts, before and after, and what they are like."""
+        from ray_peft.tasks.text_to_image.images import generate
+
+        losses = self._losses()
+        scored = Scored(Scores(eval_loss=sum(losses) / len(losses), eval_rows=len(losses)), losses=losses)
+        if not self.spec.evaluation.prompts:
+            return scored
+        return generate(self.spec, self.device, self.model, self.pictures, self.model_fingerprint, scored)
+
     def _losses(self) -> list[float]:
         """Of each held-out image."""
-        raise NotImplementedError
+        from ray_peft.tasks.text_to_image.evaluate import held_out_losses
+        from ray_peft.tasks.text_to_image.passes import computing, input_dtype
 
-    def evaluate(self) -> Scored:
-        """The loss on the held-out images, and images of the prompts."""
-        raise NotImplementedError
+        test, evaluation = self.encoded.test, self.spec.evaluation
+        return held_out_losses(
+            self.model,
+            test.moments,
+            test.embeddings,
+            self.schedule,
+            timesteps=evaluation.timesteps,
+            prediction=self.schedule.config.prediction_type,
+            scaling_factor=self.encoded.scaling_factor,
+            batch_size=evaluation.batch_size,
+            device=self.device,
+            dtype=input_dtype(self.spec),
+            context=lambda: computing(self.spec, self.device),
+        )

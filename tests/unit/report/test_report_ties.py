@@ -22,7 +22,7 @@ def test_pairs_and_tiers_by_hand():
     none, qlora = places["none"], places["qlora"]
     assert not family.better(none, qlora)  # one row of forty differs: resamples without it are equal
     assert not family.better(qlora, none)
-    assert family.pairs[min(none, qlora), max(none, qlora)].rouge_l.low <= 0
+    assert family.pairs[min(none, qlora), max(none, qlora)].quality.low <= 0
     tiers = [[family.units[place].label for place in tier] for tier in family.tiers()]
     assert tiers == [["lora"], ["none", "qlora"], ["full"]]
     assert found.left_out == {}
@@ -43,7 +43,7 @@ def test_seeds_are_paired_by_row_and_seed():
     place = {unit.label: index for index, unit in enumerate(family.units)}
 
     def pair(first, second):
-        return family.pairs[place[first], place[second]].rouge_l
+        return family.pairs[place[first], place[second]].quality
 
     assert family.values[place["lora"]] == pytest.approx(0.75)  # the mean over its seeds
     assert pair("lora", "qlora").difference == 0
@@ -58,7 +58,7 @@ def test_seeds_are_paired_by_row_and_seed():
 def test_the_base_stands_beside_all_seeds_also_if_it_shares_one_of_them():
     given = [(trial("none", seed=1), POOR), (trial("lora", seed=1), REFERENCES), (trial("lora", seed=2), POOR)]
     (family,) = material(given).families
-    assert family.pairs[0, 1].rouge_l.difference == pytest.approx(-0.25)  # not -0.5, that of seed 1 alone
+    assert family.pairs[0, 1].quality.difference == pytest.approx(-0.25)  # not -0.5, that of seed 1 alone
 
 
 def test_another_order_of_seeds_changes_nothing():
@@ -66,7 +66,7 @@ def test_another_order_of_seeds_changes_nothing():
     other = [(trial("full", seed=2), POOR), (trial("full", seed=1), REFERENCES)]
     (family,) = material([*given, *other]).families
     (pair,) = family.pairs.values()
-    assert (pair.rouge_l.low, pair.rouge_l.high, pair.bleu4.low, pair.bleu4.high) == (0, 0, 0, 0)
+    assert (pair.quality.low, pair.quality.high, pair.bleu4.low, pair.bleu4.high) == (0, 0, 0, 0)
 
 
 def test_rows_that_answered_other_rows_are_another_family():

@@ -2,50 +2,13 @@
 
 import re
 import shutil
-from html.parser import HTMLParser
 
 import example_sweep
+from page import Page
 
 from ray_peft.report.document import Bullets, Document, Figure, Paragraph, Prompt, Section, Table
 from ray_peft.report.files import write_report
 from ray_peft.report.webpage import inline_svg, to_html
-
-VOID = {"meta", "br", "hr", "img", "link", "input"}
-
-
-class Page(HTMLParser):
-    """The elements, whether they are balanced, and the text of cells and cards."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.seen, self.ids, self.links, self.text, self.headings = [], set(), [], [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.note(tag, attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.note(tag, attrs)
-
-    def note(self, tag, attrs):
-        self.seen.add(tag)
-        given = dict(attrs)
-        assert len(given) == len(attrs), (tag, attrs)
-        assert not [name for name in given if name.startswith("on")]
-        self.ids += [given["id"]] if "id" in given else []
-        self.links += [given[name] for name in ("href", "src", "xlink:href", "action") if name in given]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, (tag, self.open)
-
-    def handle_data(self, data):
-        self.text.append(data)
-        if self.open and self.open[-1] == "h2":
-            self.headings.append(data)
 
 
 def test_the_whole_page(swept):

@@ -1,0 +1,190 @@
+"""Scores of a latent diffusion model: losses on held-out images, and the images that it makes of given prompts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.errors import TrialFailed
+from ray_peft.spec.text_to_image import ImageEvaluationSpec
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Context = Callable[[], AbstractContextManager[object]]
+"""Opens what a pass through the model runs in, such as autocast."""
+
+
+@dataclass(frozen=True)
+class MadeImage:
+    """What the model makes of a prompt and a seed."""
+
+    prompt: str
+    seed: int
+    image: Image
+
+
+def even_timesteps(number: int, of: int) -> list[int]:
+    """The middles of `number` equal parts of the timesteps 0 to `of` - 1.
+
+    Raises:
+        ValueError: there are not so many timesteps.
+    """
+    if number > of:
+        raise ValueError(f"timesteps ({number}) must be at most the {of} that the model was trained with")
+    return [(2 * part + 1) * of // (2 * number) for part in range(number)]
+
+
+def held_out_losses(
+    unet: torch.nn.Module,
+    moments: Tensor,
+    embeddings: Tensor,
+    scheduler: Any,
+    *,
+    timesteps: int,
+    prediction: str,
+    scaling_factor: float,
+    batch_size: int,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    context: Context = nullcontext,
+) -> list[float]:
+    """The loss of each held-out image: the squared error of the prediction, mean over latent numbers and timesteps.
+
+    The noise belongs to the image's place and the timestep alone, so it is equal for every trial, device and batch
+    size. The error is taken in float32, all timesteps weigh alike.
+
+    Args:
+        unet: called as a UNet2DConditionModel.
+        moments: (image, view, 2 * channel, height, width) float32; means before logarithms of variances. Of view 0
+            the means are taken, since a drawn latent would be another one for every trial.
+        embeddings: (image, token, number) of the captions.
+        scheduler: a DDPMScheduler, for its noise levels.
+        timesteps: how many, spread evenly.
+        prediction: "epsilon" (the noise) or "v_prediction".
+        scaling_factor: of the VAE.
+        batch_size: pairs of image and timestep that pass the UNet at a time.
+        device: where the UNet is.
+        dtype: of the UNet's inputs.
+        context: opened around each pass.
+    """
+    import torch
+
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"prediction ({prediction}) must be epsilon or v_prediction")
+    means = moments[:, 0].float().chunk(2, dim=1)[0] * scaling_factor
+    steps = even_timesteps(timesteps, int(scheduler.config.num_train_timesteps))
+    pairs = [(index, step) for index in range(len(means)) for step in steps]
+    errors = []
+    with torch.no_grad(), _evaluating(unet):
+        for start in range(0, len(pairs), batch_size):
+            part = pairs[start : start + batch_size]
+            places, times = [index for index, _ in part], torch.tensor([step for _, step in part])
+            latents = means[places]
+            noise = torch.stack([_noise(index, step, latents.shape[1:]) for index, step in part])
+            noisy = scheduler.add_noise(latents, noise, times)
+            wanted = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, times)
+            captions = embeddings[places].to(device, dtype)
+            with context():
+                found = unet(noisy.to(device, dtype), times.to(device), encoder_hidden_states=captions).sample
+            # Element by element before the mean: float32 keeps what a sum over the whole batch would round.
+            errors.append((found.float() - wanted.to(device)).square().mean(dim=(1, 2, 3)).cpu())
+    return [float(loss) for loss in torch.cat(errors).double().view(len(means), len(steps)).mean(dim=1)]
+
+
+def make_images(
+    pipeline: Any,
+    evaluation: ImageEvaluationSpec,
+    resolution: int,
+    *,
+    context: Context = nullcontext,
+) -> list[MadeImage]:
+    """What the pipeline makes of every prompt with every seed, prompt by prompt.
+
+    Each image has its own generator on the CPU, so it does not depend on the batch, nor on the device's random
+    numbers. A batch that does not fit into memory is halved for the rest of the images.
+
+    Args:
+        pipeline: a StableDiffusionPipeline on its device.
+        evaluation: prompts, seeds, steps, guidance and batch size.
+        resolution: pixels of both sides.
+        context: opened around each batch.
+
+    Raises:
+        TrialFailed: an image holds numbers that are not finite.
+        torch.OutOfMemoryError: a single image does not fit.
+    """
+    import torch
+
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.enable_slicing()
+    pairs = [(prompt, seed) for prompt in evaluation.prompts for seed in evaluation.seeds]
+    made: list[MadeImage] = []
+    size = evaluation.batch_size
+    with _evaluating(pipeline.unet):
+        while len(made) < len(pairs):
+            part = pairs[len(made) : len(made) + size]
+            try:
+                made += _batch(pipeline, part, evaluation, resolution, context)
+                continue
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+            # Outside of the handler, which keeps the failed batch's tensors alive.
+            size = len(part) // 2
+            logger.warning("making %d images at a time ran out of memory; going on with %d", len(part), size)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    return made
+
+
+def _batch(
+    pipeline: Any, pairs: Sequence[tuple[str, int]], evaluation: ImageEvaluationSpec, resolution: int, context: Context
+) -> list[MadeImage]:
+    import torch
+
+    with context():
+        images = pipeline(
+            prompt=[prompt for prompt, _ in pairs],
+            generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in pairs],
+            num_inference_steps=evaluation.inference_steps,
+            guidance_scale=evaluation.guidance_scale,
+            height=resolution,
+            width=resolution,
+            output_type="pt",
+        ).images.float()
+    for (prompt, seed), image in zip(pairs, images, strict=True):
+        # A picture would hold black in their place.
+        if not bool(torch.isfinite(image).all()):
+            raise TrialFailed(
+                f"the image of prompt {prompt!r} with seed {seed} is not finite: training made the weights too large "
+                "or NaN; lower method.lr"
+            )
+    processor = pipeline.image_processor
+    pictures = processor.numpy_to_pil(processor.pt_to_numpy(images))
+    return [MadeImage(prompt, seed, image) for (prompt, seed), image in zip(pairs, pictures, strict=True)]
+
+
+def _noise(index: int, step: int, shape: torch.Size) -> Tensor:
+    """The noise of one held-out image at one timestep; always drawn on the CPU."""
+    import torch
+
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed((index << 20) + step))
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout, and after it as before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

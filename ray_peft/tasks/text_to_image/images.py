@@ -1,0 +1,128 @@
+"""The images that a trial makes: of the trained model, of its base, and how near they are to the paintings."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import shutil
+import uuid
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.spec import ImageTrialSpec
+from ray_peft.tasks.base import GeneratedImage, Scored
+from ray_peft.tasks.cache import cache_folder
+from ray_peft.tasks.text_to_image.evaluate import make_images
+from ray_peft.tasks.text_to_image.passes import computing, unwrapped
+from ray_peft.tasks.text_to_image.style import Likeness, compare, study, with_style
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import nn
+
+    from ray_peft.tasks.text_to_image.data import Picture, Pictures
+
+
+def generate(
+    spec: ImageTrialSpec, device: str, model: nn.Module, pictures: Pictures, fingerprint: str, scored: Scored
+) -> Scored:
+    """`scored` with images of the prompts and their likeness to the paintings.
+
+    Nothing of the training is held any more when VAE and text encoder come to `device`.
+    """
+    from ray_peft.tasks.text_to_image.model import load_pipeline
+
+    _free(device)
+    pipeline = load_pipeline(spec, unwrapped(model), device)
+
+    def make() -> list[Image]:
+        made = make_images(pipeline, spec.evaluation, spec.data.resolution, context=lambda: computing(spec, device))
+        return [each.image for each in made]
+
+    after = make()
+    before = _before(spec, device, model, pipeline, fingerprint, make) if spec.method.name != "none" else None
+    likeness = _likeness(spec, pipeline.vae, after, pictures)
+    pairs = [(prompt, seed) for prompt in spec.evaluation.prompts for seed in spec.evaluation.seeds]
+    images = [
+        GeneratedImage(
+            prompt=prompt,
+            seed=seed,
+            after=after[place],
+            before=before[place] if before is not None else None,
+            nearest=likeness[place].nearest if likeness else None,
+            nearest_likeness=likeness[place].nearest_likeness if likeness else None,
+        )
+        for place, (prompt, seed) in enumerate(pairs)
+    ]
+    scores = scored.scores.model_copy(update={"generated_rows": len(images)})
+    return replace(scored, scores=with_style(scores, likeness), images=images)
+
+
+def _likeness(spec: ImageTrialSpec, vae: Any, made: list[Image], pictures: Pictures) -> list[Likeness]:
+    if spec.evaluation.style is None:
+        return []
+    from ray_peft.tasks.text_to_image.data import seen
+
+    def square(picture: Picture) -> tuple[str, Image]:
+        return picture.name, seen(picture.open(), picture, spec.data, None)
+
+    train, held_out = (study(vae, map(square, split)) for split in (pictures.train, pictures.test))
+    return compare(vae, made, train, held_out)
+
+
+def _before(
+    spec: ImageTrialSpec, device: str, model: Any, pipeline: Any, fingerprint: str, make: Any
+) -> list[Image]:
+    """What the base makes of the same prompts and seeds; made once for all trials on one base, and kept."""
+    from PIL import Image
+
+    evaluation = spec.evaluation.model_copy(update={"timesteps": 1, "batch_size": 1, "style": None})  # change no image
+    stored = spec.quantization.plain() if spec.quantization is not None else pipeline.unet.dtype
+    settings = [evaluation.plain(), str(stored), spec.data.resolution, spec.train.prediction, device.partition(":")[0]]
+    key = hashlib.sha256(json.dumps([fingerprint, spec.model.dtype, settings]).encode()).hexdigest()[:24]
+    folder = cache_folder() / "images" / key
+    count = len(evaluation.prompts) * len(evaluation.seeds)
+    if not folder.is_dir():
+        with _as_base(spec, device, model, pipeline):
+            made = make()
+        partial = folder.with_name(f"{key}.{uuid.uuid4().hex[:8]}.partial")
+        partial.mkdir(parents=True)
+        for place, image in enumerate(made):
+            image.save(partial / f"{place}.png")
+        with contextlib.suppress(OSError):  # another process was first, with the same content
+            partial.rename(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+    return [Image.open(folder / f"{place}.png").convert("RGB") for place in range(count)]
+
+
+@contextlib.contextmanager
+def _as_base(spec: ImageTrialSpec, device: str, model: Any, pipeline: Any) -> Any:
+    """The pipeline with the untouched base inside: adapters switched off, or the base's own weights loaded again."""
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+        return
+    from ray_peft.tasks.text_to_image.model import load_unet
+
+    trained = pipeline.unet
+    trained.to("cpu")  # a card that holds one UNet need not hold two
+    _free(device)
+    try:
+        pipeline.unet = load_unet(spec, device)
+        yield
+    finally:
+        pipeline.unet = None
+        _free(device)
+        pipeline.unet = trained.to(device)
+
+
+def _free(device: str) -> None:
+    """Give freed memory back to the device."""
+    gc.collect()
+    if device != "cpu":
+        import torch
+
+        torch.cuda.empty_cache()

@@ -1,0 +1,161 @@
+"""How near made images are to paintings: in style by the frozen VAE encoder's Gram matrices, in content by latents.
+
+A style vector holds, for each layer, which channels are active together, summed over all places: texture, strokes and
+colours, but not where anything is (Gatys et al. 2016, arXiv:1508.06576, there with a classifier's layers). The layers
+of a VAE were trained to rebuild images, not to name what they show, so high layers say less about objects than those
+of a classifier. The numbers order images by likeness; their absolute size means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.result import Scores
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Paintings:
+    """What some paintings are to the VAE."""
+
+    names: tuple[str, ...]
+    style: Tensor
+    """(number,) mean of their style vectors, float32 on the CPU: its product with a vector is the mean cosine."""
+    content: Tensor
+    """(painting, number) their content vectors, float32 on the CPU."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """One made image beside the paintings."""
+
+    style_heldout: float
+    style_train: float
+    nearest: str
+    """The training painting that is nearest to it in content."""
+    nearest_likeness: float
+    """Cosine of the two content vectors; a copy is 1.0."""
+
+
+def study(vae: Any, images: Iterable[tuple[str, Image]]) -> Paintings:
+    """Look at paintings, one at a time.
+
+    Args:
+        vae: a frozen AutoencoderKL, in float32 or bfloat16.
+        images: (name, image) of each painting; all of the size of the images to make, cropped as for training.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import torch
+
+    names, contents = [], []
+    total: Tensor | None = None
+    for name, image in images:
+        style, content = vectors(vae, image)
+        names.append(name)
+        contents.append(content)
+        total = style if total is None else total + style
+    if total is None:
+        raise ValueError("there is no painting to compare with")
+    return Paintings(tuple(names), total / len(names), torch.stack(contents))
+
+
+def compare(vae: Any, made: Iterable[Image], train: Paintings, held_out: Paintings) -> list[Likeness]:
+    """Each made image beside the training paintings and the held-out paintings."""
+    found = []
+    for image in made:
+        style, content = vectors(vae, image)
+        if content.shape != train.content.shape[1:]:
+            raise ValueError(f"{tuple(image.size)} is another size than that of the training paintings")
+        cosines = train.content @ content
+        nearest = int(cosines.argmax())
+        found.append(
+            Likeness(
+                style_heldout=float(held_out.style @ style),
+                style_train=float(train.style @ style),
+                nearest=train.names[nearest],
+                nearest_likeness=float(cosines[nearest]),
+            )
+        )
+    return found
+
+
+def with_style(scores: Scores, found: Sequence[Likeness]) -> Scores:
+    """`scores` with the means over the made images."""
+    if not found:
+        return scores
+    count = len(found)
+    return scores.model_copy(
+        update={
+            "style_heldout": sum(one.style_heldout for one in found) / count,
+            "style_train": sum(one.style_train for one in found) / count,
+            "nearest_train": sum(one.nearest_likeness for one in found) / count,
+            "generated_rows": count,
+        }
+    )
+
+
+def vectors(vae: Any, image: Image) -> tuple[Tensor, Tensor]:
+    """The style vector and the content vector of an image, both of length one, float32 on the CPU.
+
+    Returns:
+        (number,) the upper halves of the Gram matrices of conv_in and of each down block, each layer with equal
+        weight, so that a product of two is the mean over layers of the cosines of their Gram matrices; and (number,)
+        the mean latent less the mean of each of its channels.
+    """
+    import torch
+
+    pixels = _pixels(image).to(vae.device, vae.dtype)
+    with torch.no_grad(), _grams(vae.encoder) as found:
+        mean = vae.encode(pixels).latent_dist.mean[0].float().cpu()
+    style = torch.cat(found) / len(found) ** 0.5
+    content = mean - mean.mean(dim=(1, 2), keepdim=True)
+    return style, torch.nn.functional.normalize(content.flatten(), dim=0)
+
+
+def _pixels(image: Image) -> Tensor:
+    """(1, 3, height, width) from -1 to 1."""
+    import numpy as np
+    import torch
+
+    values = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32))
+    return values.permute(2, 0, 1)[None] / 127.5 - 1
+
+
+@contextmanager
+def _grams(encoder: Any) -> Iterator[list[Tensor]]:
+    """Collects the Gram matrix of each layer while an image passes; the activations themselves are not kept."""
+    found: list[Tensor] = []
+
+    def keep(layer: object, given: object, activation: Tensor) -> None:
+        found.append(_gram(activation))
+
+    hooks = [layer.register_forward_hook(keep) for layer in (encoder.conv_in, *encoder.down_blocks)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _gram(activation: Tensor) -> Tensor:
+    """(channel * (channel + 1) / 2,) the upper half of the Gram matrix, of Frobenius norm one, on the CPU.
+
+    Args:
+        activation: (1, channel, height, width).
+    """
+    import torch
+
+    flat = activation[0].float().flatten(1)
+    gram = flat @ flat.T / flat.shape[1]
+    # Each number off the diagonal stands for two, so that the halves' product is that of the whole matrices.
+    weight = torch.full_like(gram, 2**0.5).fill_diagonal_(1.0)
+    first, second = torch.triu_indices(*gram.shape, device=gram.device)
+    return torch.nn.functional.normalize((gram * weight)[first, second], dim=0).cpu()
