@@ -8,8 +8,8 @@ import hashlib
 import json
 import shutil
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.spec import ImageTrialSpec
@@ -74,7 +74,7 @@ def _likeness(spec: ImageTrialSpec, vae: Any, made: list[Image], pictures: Pictu
 
 
 def _before(
-    spec: ImageTrialSpec, device: str, model: Any, pipeline: Any, fingerprint: str, make: Any
+    spec: ImageTrialSpec, device: str, model: Any, pipeline: Any, fingerprint: str, make: Callable[[], list[Image]]
 ) -> list[Image]:
     """What the base makes of the same prompts and seeds; made once for all trials on one base, and kept."""
     from PIL import Image
@@ -99,7 +99,7 @@ def _before(
 
 
 @contextlib.contextmanager
-def _as_base(spec: ImageTrialSpec, device: str, model: Any, pipeline: Any) -> Any:
+def _as_base(spec: ImageTrialSpec, device: str, model: Any, pipeline: Any) -> Iterator[None]:
     """The pipeline with the untouched base inside: adapters switched off, or the base's own weights loaded again."""
     if hasattr(model, "disable_adapter"):
         with model.disable_adapter():
