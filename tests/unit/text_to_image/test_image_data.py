@@ -98,6 +98,15 @@ class TestFinding:
         assert {each.caption for each in prepare(spec(folder, caption="blurb")).train} == {"swirls, many"}
         assert {each.caption for each in prepare(spec(folder)).train} == {"t"}
 
+    def test_a_byte_order_mark_is_no_part_of_metadata_or_captions(self, folder: Path) -> None:
+        metadata = folder / "metadata.jsonl"
+        metadata.write_bytes(b"\xef\xbb\xbf" + metadata.read_bytes())
+        assert prepare(spec(folder)).read == 12
+        metadata.unlink()
+        for path in folder.iterdir():
+            path.with_suffix(".txt").write_bytes(b"\xef\xbb\xbfa caption")
+        assert {each.caption for each in prepare(spec(folder)).train} == {"a caption"}
+
     def test_metadata_of_a_folder_below_names_files_beside_it(self, folder: Path) -> None:
         below = prepare(spec(folder.parent))
         assert sorted(sum(names(below), [])) == sorted(
@@ -426,6 +435,12 @@ class TestSplit:
                     spec(folder, seed=seed, train=10)
                 )
         assert seen_apart
+
+    def test_a_copy_of_an_image_without_any_shapes_is_a_repeat(self, folder: Path) -> None:
+        for name in ("flat.png", "flat_again.png"):
+            add(folder, name, encoded(Image.new("RGB", (80, 80), (9, 99, 199))))
+        found = [prepare(spec(folder, seed=seed)).repeats for seed in range(8)]
+        assert {"flat.png": "flat_again.png"} in found or {"flat_again.png": "flat.png"} in found
 
     def test_equal_captions_do_not_make_a_repeat(self, folder: Path) -> None:
         lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
