@@ -1,0 +1,278 @@
+"""Images with captions -> usable pictures, split by content, and what the UNet sees of them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray_peft.errors import DataError, first_line
+from ray_peft.spec.base import is_local
+from ray_peft.spec.text_to_image import ImageDataSpec
+from ray_peft.tasks.text_to_image.repeats import look, repeated
+from ray_peft.tasks.text_to_image.sources import Found, find, named
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+FORMAT = 1
+"""Raised when the preparation changes its result, so that older encoded images are not used again."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One usable image with its caption."""
+
+    name: str
+    """Its path relative to the folder, or `row N` of a hub data set."""
+    caption: str
+    width: int
+    """Pixels, upright."""
+    height: int
+    content: str
+    """Hash of the file's bytes."""
+    read: Callable[[], bytes] = field(repr=False, compare=False)
+    """Gives the file's bytes."""
+
+    def open(self) -> Image:
+        """The whole image, upright, in RGB.
+
+        Raises:
+            DataError: the file is not the one that was prepared.
+        """
+        try:
+            content = self.read()
+            if hashlib.sha256(content).hexdigest() == self.content:
+                return decoded(content)
+            reason = "its content is another"
+        except (OSError, _Broken) as error:
+            reason = first_line(error)
+        raise DataError(f"data.path: {self.name} has changed while it was in use ({reason}); start again")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images of both splits; the same for every trial with the same `data`, wherever the folder is."""
+
+    key: str
+    """Content hash of the data settings, the images and their captions."""
+    train: tuple[Picture, ...]
+    """In the order of the draw, as `test`."""
+    test: tuple[Picture, ...]
+    read: int
+    """Images found, usable or not."""
+    unusable: dict[str, str]
+    """Why an image is left out, by its name."""
+    repeats: dict[str, str]
+    """Images left out of training since they show the same as a held-out one: its name, by theirs."""
+
+
+class _Broken(Exception):
+    """An image that cannot be decoded; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """An image that was decoded once."""
+
+    picture: Picture
+    look: bytes
+
+
+def prepare(data: ImageDataSpec) -> Pictures:
+    """Find the images, decode each once, and draw the splits.
+
+    Raises:
+        DataError: images or metadata are missing, malformed or too few, or unusable where they must not be.
+    """
+    found = find(data)
+    # Decoders release the interpreter's lock; more threads than cores would only hold more whole images in memory.
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        results = list(pool.map(lambda each: _look_at(each, data), found))
+    unusable = {each.name: result for each, result in zip(found, results, strict=True) if isinstance(result, str)}
+    usable = [result for result in results if isinstance(result, _Looked)]
+    if unusable and data.unusable == "fail":
+        raise DataError(
+            f"data.path: {data.path}: {len(unusable)} of {len(found)} images are unusable: "
+            f"{named([f'{name} ({reason})' for name, reason in unusable.items()])}; mend or remove them, "
+            "lower data.min_side, or leave them out with data.unusable: skip"
+        )
+    train, test, repeats = _split(usable, data, len(found))
+    key = _key(data, train, test)
+    return Pictures(key, tuple(train), tuple(test), len(found), unusable, repeats)
+
+
+def notes(pictures: Pictures, data: ImageDataSpec) -> list[str]:
+    """What a reader of the comparison must know: images used, left out, and blown up."""
+    name = Path(data.path).expanduser().absolute().name if is_local(data.path) else data.path
+    counted = f"{len(pictures.train)} training and {len(pictures.test)} held-out images of {pictures.read} read"
+    found = [f"{name}: {counted}"]
+    if pictures.unusable:
+        each = named([f"{image} ({reason})" for image, reason in pictures.unusable.items()])
+        found.append(f"{name}: left out {_images(len(pictures.unusable))} that cannot be used: {each}")
+    if pictures.repeats:
+        each = named([f"{image} (as {held_out})" for image, held_out in pictures.repeats.items()])
+        found.append(f"{name}: left out {_images(len(pictures.repeats), 'training ')} repeating held-out ones: {each}")
+    small = [each.name for each in (*pictures.train, *pictures.test) if min(each.width, each.height) < data.resolution]
+    if small:
+        found.append(f"{name}: {_images(len(small))} blown up to {data.resolution} px: {named(small)}")
+    return found
+
+
+def pixels(picture: Picture, data: ImageDataSpec, view: int | None) -> torch.Tensor:
+    """(3, resolution, resolution) float32 from -1 to 1: one view of a picture as the VAE takes it.
+
+    Views count from 0; null is the view of a held-out picture, which is its centre as it is.
+    """
+    return as_tensor(seen(picture.open(), picture, data, view))
+
+
+def seen(image: Image, picture: Picture, data: ImageDataSpec, view: int | None) -> Image:
+    """One view of an opened picture: its shorter side resized to the resolution, cropped, perhaps mirrored.
+
+    The views are those of `pixels`.
+    The draw depends on `data.seed`, the picture's content and the view alone, and not on the order of pictures.
+    """
+    from PIL.Image import Resampling, Transpose
+
+    side = data.resolution
+    scale = side / min(image.size)
+    width, height = (max(side, round(length * scale)) for length in image.size)
+    resized = image.resize((width, height), Resampling.LANCZOS)
+    share, mirrored = 0.5, False
+    if view is not None:
+        drawn = random.Random(f"{data.seed}:{picture.content}:{view}").random()
+        share = drawn if data.crop == "random" else 0.5
+        mirrored = data.flip and _is_mirrored(picture, data, view)
+    left, top = (min(int(share * (length - side + 1)), length - side) for length in (width, height))
+    square = resized.crop((left, top, left + side, top + side))
+    return square.transpose(Transpose.FLIP_LEFT_RIGHT) if mirrored else square
+
+
+def as_tensor(square: Image) -> torch.Tensor:
+    """(3, height, width) float32 from -1 to 1."""
+    import numpy as np
+    import torch
+
+    values = torch.from_numpy(np.array(square, dtype=np.float32))
+    return (values / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def decoded(content: bytes) -> Image:
+    """The image in a file's bytes, upright and in RGB, on white where it is transparent; the first of several frames.
+
+    Raises:
+        _Broken: the bytes are not a whole image.
+    """
+    import PIL.Image
+    from PIL import ImageOps
+
+    try:
+        with PIL.Image.open(io.BytesIO(content)) as image:
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image))
+    except _Broken:
+        raise
+    except Exception as error:  # the decoders of PIL raise a dozen unrelated types
+        # PIL names the buffer by its address in memory, which says nothing and changes each time.
+        unknown = isinstance(error, PIL.UnidentifiedImageError)
+        raise _Broken("not an image of a known kind" if unknown else first_line(error)) from None
+
+
+def _rgb(image: Image) -> Image:
+    import numpy as np
+    import PIL.Image
+
+    if image.mode.startswith("I;16"):  # PIL would cut values above 255 off
+        image = PIL.Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise _Broken("32-bit pixels, of which no file says what is white; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        with_alpha = image.convert("RGBA")
+        ground = PIL.Image.new("RGBA", image.size, "white")
+        return PIL.Image.alpha_composite(ground, with_alpha).convert("RGB")
+    return image.convert("RGB")
+
+
+def _look_at(found: Found, data: ImageDataSpec) -> _Looked | str:
+    """The usable picture, or why it is not usable."""
+    try:
+        content = found.read()
+        image = decoded(content)
+    except (OSError, _Broken) as error:
+        return f"broken: {first_line(error)}"
+    smallest = data.resolution if data.min_side is None else data.min_side
+    if min(image.size) < smallest:
+        return f"too small: {image.width} x {image.height} pixels, and the shorter side must have {smallest}"
+    if found.caption is None:
+        return found.why_no_caption
+    digest = hashlib.sha256(content).hexdigest()
+    picture = Picture(found.name, found.caption, image.width, image.height, digest, found.read)
+    return _Looked(picture, look(image))
+
+
+def _is_mirrored(picture: Picture, data: ImageDataSpec, view: int) -> bool:
+    """Of each two views one is mirrored; which one is drawn, but for a centre crop, whose view 0 stays as it is."""
+    pair = random.Random(f"{data.seed}:{picture.content}:flip:{view // 2}")
+    first = data.crop == "random" and pair.random() < 0.5
+    return bool(view % 2) != first
+
+
+def _split(
+    usable: Sequence[_Looked], data: ImageDataSpec, read: int
+) -> tuple[list[Picture], list[Picture], dict[str, str]]:
+    """Training and held-out pictures, and the names of those that are neither since they repeat a held-out one.
+
+    Raises:
+        DataError: fewer than asked for.
+    """
+    # Sorted by content, so that renaming or moving a file does not move the split.
+    drawn = sorted(usable, key=lambda each: (each.picture.content, each.picture.caption, each.picture.name))
+    random.Random(f"{data.seed}:split").shuffle(drawn)
+    have = f"{data.path} has {len(drawn)} usable images of {read} read"
+    test_count = data.test if isinstance(data.test, int) else math.ceil(round(data.test * len(drawn), 6))
+    if test_count > len(drawn):
+        raise DataError(f"data.test: {data.test}: {have}; lower data.test, or add images")
+    if not test_count:
+        raise DataError(f"data.test: {data.test}: {have}, none of which can be held out; add images")
+    test, rest = drawn[:test_count], drawn[test_count:]
+    matches = repeated([each.look for each in rest], [each.look for each in test])
+    by_content = {each.picture.content: each.picture.name for each in test}
+    repeats: dict[str, str] = {}
+    train = []
+    for each, match in zip(rest, matches, strict=True):
+        same = by_content.get(each.picture.content) or (None if match is None else test[match].picture.name)
+        if same is None:
+            train.append(each.picture)
+        else:
+            repeats[each.picture.name] = same
+    everything = isinstance(data.train, float) and data.train == 1.0
+    asked = data.train if isinstance(data.train, int) else math.floor(round(data.train * len(drawn), 6))
+    wanted = len(train) if everything else asked
+    if not wanted or wanted > len(train):
+        less = f" and {_images(len(repeats))} that repeat held-out ones ({named(list(repeats))})" if repeats else ""
+        raise DataError(
+            f"data.train: {data.train}: {have}; without {test_count} held-out ones{less}, {len(train)} remain for "
+            f"training, and {'at least 1 is' if everything else f'{asked} are'} asked for; lower data.train or "
+            "data.test, write train: 1.0 for all others, or add images"
+        )
+    return train[:wanted], [each.picture for each in test], dict(sorted(repeats.items()))
+
+
+def _key(data: ImageDataSpec, train: Sequence[Picture], test: Sequence[Picture]) -> str:
+    settings = {key: value for key, value in data.plain().items() if key != "path"}
+    contents = [[(each.content, each.caption) for each in split] for split in (train, test)]
+    return hashlib.sha256(json.dumps([FORMAT, settings, contents], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _images(count: int, kind: str = "") -> str:
+    return f"{count} {kind}image{'' if count == 1 else 's'}"
