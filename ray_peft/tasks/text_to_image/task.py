@@ -140,7 +140,7 @@ class ImageBench(Bench):
         self.pictures = pictures
         self.encoded = encoded
         self.model = unet
-        self.storage = held(unet)
+        self._storage = held(unet)
         self.schedule = load_noise(spec)
         self.data_key = pictures.key
         self.model_fingerprint = fingerprint(spec.model)
@@ -154,6 +154,10 @@ class ImageBench(Bench):
         from ray_peft.tasks.parameters import count_parameters
 
         return count_parameters(self.model)
+
+    def storage(self) -> dict[str, int]:
+        """Bytes of the UNet as it was loaded, by how they are held."""
+        return self._storage
 
     def attach(self, stage: Stage) -> None:
         """Prepare the UNet for a stage, from the trial's seed."""
