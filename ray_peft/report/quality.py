@@ -61,9 +61,7 @@ def scores(
         ("Style, held out", lambda row: fixed(row.style_heldout.value, 4)),
         ("vs base", lambda row: _difference(row.style_heldout)),
         ("Style, training", lambda row: fixed(row.style_train.value, 4)),
-        ("vs base", lambda row: _difference(row.style_train)),
         ("Nearest painting", lambda row: fixed(row.nearest_train.value, 4)),
-        ("vs base", lambda row: _difference(row.nearest_train)),
         ("Final train loss", lambda row: fixed(row.result.train_loss_final, 4)),
         ("Best eval loss", lambda row: fixed(row.result.eval_loss_best, 4)),
     ]
