@@ -26,8 +26,8 @@ class Scores(Strict):
     style_train: float | None = None
     """The same with the training paintings."""
     nearest_train: float | None = None
-    """Likeness in content to the training painting that is nearest to a made image: the cosine of VAE latents less
-    their means, averaged over made images. A copy is 1.0."""
+    """Likeness in content to the training painting that is nearest to a made image: the cosine of the two in squares
+    of 8 pixels, less their mean colours; averaged over made images. A copy is 1.0."""
     eval_rows: int = 0
     """Held-out rows, or images, behind eval_loss."""
     generated_rows: int = 0

@@ -29,7 +29,8 @@ _RULES = (
 
 _ROW_LOSS_RULES = (
     *_RULES[:1],
-    "Quality is the loss on the held-out images: the same images, timesteps and noise for all candidates.",
+    "Quality is the loss on the held-out images: the same images, timesteps and noise for all candidates. It says how "
+    "well the model removes noise from them, which is not how its own images look: see Images and the style scores.",
     "One candidate is shown to be better than another if the 95 % paired bootstrap interval of their difference in "
     "held-out loss lies below zero, and the ranges over seeds do not touch. Else they are tied, and on fewer than "
     f"{FEWEST_ROWS} held-out images all are.",

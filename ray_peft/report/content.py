@@ -18,6 +18,7 @@ def build(material: Material) -> Document:
     sections: list[tuple[str, Sequence[Block]]] = [
         ("Recommendation", advice(material)),
         ("Scores", quality.scores(rows, material.intervals, material.loss_intervals)),
+        ("Images", gallery.images(material)),
         ("Which differences are shown", quality.differences(material.families, material.left_out)),
         ("Over seeds", quality.over_seeds(seed_groups(rows))),
         ("Further benchmarks", benchmarks.further(rows)),
@@ -32,7 +33,6 @@ def build(material: Material) -> Document:
         ("Settings that differ", facts.settings(rows)),
         ("Trials that did not finish", facts.unfinished(rows)),
         ("Trials that were not run", facts.not_run(material)),
-        ("Images", gallery.images(material)),
         ("Samples", _samples(rows, material.samples)),
         ("Machine and versions", facts.machine(rows)),
         ("How to run it again", facts.rerun(rows)),

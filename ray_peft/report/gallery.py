@@ -21,8 +21,8 @@ _WHERE = (
     "that folder beside it."
 )
 _NEAREST = (
-    "The made image of each trial that is nearest to a training painting in content (cosine of VAE latents less their "
-    "means; 1 is a copy)."
+    "The made image of each trial that is nearest to a training painting in content (cosine of the two in squares of 8 "
+    "pixels, less their mean colours; 1 is a copy)."
 )
 
 

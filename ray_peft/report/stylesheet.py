@@ -37,10 +37,10 @@ td.text { white-space: normal; min-width: 7rem; max-width: 34rem; overflow-wrap:
 th:first-child { position: sticky; left: 0; background: var(--paper); }
 thead th:first-child { background: var(--panel); }
 .gallery table { width: auto; }
-.gallery img { display: block; max-width: 256px; height: auto; border-radius: 3px; }
+.gallery img { display: block; max-width: 12rem; height: auto; border-radius: 3px; }
 .gallery tbody th div { max-width: 12rem; }
 .gallery thead th { white-space: normal; overflow-wrap: anywhere; }
-.gallery thead th:not(:first-child) { max-width: 256px; }
+.gallery thead th:not(:first-child) { max-width: 12rem; }
 figure { margin: 1.1rem 0; max-width: 46rem; overflow-x: auto; }
 figcaption { font-size: 0.9rem; color: var(--faint); }
 figure svg { display: block; width: 100%; min-width: 30rem; height: auto; }

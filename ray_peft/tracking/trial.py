@@ -219,6 +219,7 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
         for name, value in plain["scores"].pop(part).items()
     }
     numbers |= {f"{part}.{name}": value for part in ("scores", "usage") for name, value in plain[part].items()}
+    numbers |= {f"storage.{_REFUSED.sub('_', kind)}": held for kind, held in plain["storage"].items()}
     names = ["train_loss_final", "eval_loss_best", "steps", "resumed_from_step"]
     names += ["trainable_parameters", "total_parameters", "adapter_bytes"]
     numbers |= {name: plain[name] for name in names}

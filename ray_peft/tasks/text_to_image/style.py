@@ -1,9 +1,13 @@
-"""How near made images are to paintings: in style by the frozen VAE encoder's Gram matrices, in content by latents.
+"""How near made images are to paintings: in style by the frozen VAE encoder's Gram matrices, in content by pixels.
 
-A style vector holds, for each layer, which channels are active together, summed over all places: texture, strokes and
-colours, but not where anything is (Gatys et al. 2016, arXiv:1508.06576, there with a classifier's layers). The layers
+A style vector holds, for each layer, which channels vary together over all places: texture, strokes and contrasts of
+colours, but not where anything is (Gatys et al. 2016, arXiv:1508.06576, there with a classifier's layers and without
+taking away each channel's mean). The layers
 of a VAE were trained to rebuild images, not to name what they show, so high layers say less about objects than those
 of a classifier. The numbers order images by likeness; their absolute size means nothing.
+
+A content vector is the image itself, averaged over squares of 8 pixels as coarse as a latent, less the mean colour. It
+finds copies whatever the VAE's weights are, also blurred and noisy ones; a mirrored copy it does not find.
 """
 
 from __future__ import annotations
@@ -14,6 +18,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.result import Scores
+
+SQUARE = 8
+"""Pixels of a side of the squares that content is averaged over."""
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,17 +113,18 @@ def vectors(vae: Any, image: Image) -> tuple[Tensor, Tensor]:
     """The style vector and the content vector of an image, both of length one, float32 on the CPU.
 
     Returns:
-        (number,) the upper halves of the Gram matrices of conv_in and of each down block, each layer with equal
+        (number,) the upper halves of the centred Gram matrices of conv_in and of each down block, each layer with equal
         weight, so that a product of two is the mean over layers of the cosines of their Gram matrices; and (number,)
-        the mean latent less the mean of each of its channels.
+        the coarse image, each colour less its mean.
     """
     import torch
 
-    pixels = _pixels(image).to(vae.device, vae.dtype)
+    pixels = _pixels(image)
     with torch.no_grad(), _grams(vae.encoder) as found:
-        mean = vae.encode(pixels).latent_dist.mean[0].float().cpu()
+        vae.encoder(pixels.to(vae.device, vae.dtype))
     style = torch.cat(found) / len(found) ** 0.5
-    content = mean - mean.mean(dim=(1, 2), keepdim=True)
+    coarse = torch.nn.functional.avg_pool2d(pixels[0], SQUARE)
+    content = coarse - coarse.mean(dim=(1, 2), keepdim=True)
     return style, torch.nn.functional.normalize(content.flatten(), dim=0)
 
 
@@ -146,7 +154,7 @@ def _grams(encoder: Any) -> Iterator[list[Tensor]]:
 
 
 def _gram(activation: Tensor) -> Tensor:
-    """(channel * (channel + 1) / 2,) the upper half of the Gram matrix, of Frobenius norm one, on the CPU.
+    """(channel * (channel + 1) / 2,) the upper half of the centred Gram matrix, of Frobenius norm one, on the CPU.
 
     Args:
         activation: (1, channel, height, width).
@@ -154,6 +162,8 @@ def _gram(activation: Tensor) -> Tensor:
     import torch
 
     flat = activation[0].float().flatten(1)
+    # Else the channels' means, which depend on colours alone, hide the texture: EXPERIMENTS.md has the numbers.
+    flat = flat - flat.mean(dim=1, keepdim=True)
     gram = flat @ flat.T / flat.shape[1]
     # Each number off the diagonal stands for two, so that the halves' product is that of the whole matrices.
     weight = torch.full_like(gram, 2**0.5).fill_diagonal_(1.0)
