@@ -3,8 +3,8 @@
 With RAY_PEFT_CLIP (a CLIP tokenizer's folder) and RAY_PEFT_VAN_GOGH set:
     python benchmarks/paintings.py FOLDER benchmarks/results/paintings_h200.json
 
-First a small VAE is trained as an autoencoder on the training paintings alone. Then method `full` trains a small UNet of
-random weights on forty paintings through search space sd15_van_gogh at 256 px, until it paints them from their titles.
+First a small VAE is trained as an autoencoder on the training paintings alone. Then method `full` trains a small UNet
+of random weights on forty paintings, through search space sd15_van_gogh at 256 px, until it paints them by title.
 Quality is none: the model knows forty pictures. What is shown is that losses fall, that images follow, and that copying
 shows in `nearest_train`.
 """
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SPACE = ROOT / "search_spaces" / "sd15_van_gogh.yaml"
 RESOLUTION = 256
 VAE_SECONDS = 90
-STEPS = 5000
+STEPS = 4000
 DATA = [f"data.resolution={RESOLUTION}", "data.train=40", "data.min_side=256"]
 
 
