@@ -127,6 +127,8 @@ class RecordedPass(Pass):
     """
 
     def __init__(self, spec: ImageTrialSpec, model: nn.Module, device: str) -> None:
+        import torch
+
         super().__init__(spec, model, device)
         self._inputs: list[Tensor] = []
         self._replay: Callable[[], None] | None = None
