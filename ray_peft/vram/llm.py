@@ -32,7 +32,7 @@ def components(
     with on_meta(autocast=autocast):
         model = _built(spec, stage, shape)
         model = cast("PreTrainedModel", stage.attach(model))
-        model.train()  # type: ignore[no-untyped-call]
+        model.train()
         if spec.train.gradient_checkpointing:
             dtype = torch.bfloat16 if autocast else None
             # A backward pass runs without the modes of the forward pass: the recomputation brings its own.

@@ -167,8 +167,9 @@ def quantized_linear(linear: nn.Linear, how: Quantization) -> nn.Module:
             nn.Module.__init__(self)
             count = linear.weight.numel()
             self.in_features, self.out_features = linear.in_features, linear.out_features
-            self.weight: Any = nn.Parameter(linear.weight.new_empty((count + 1) // 2, 1, dtype=torch.uint8), False)
-            self.weight.compress_statistics, self.weight.quant_type = how.double_quant, how.quant_type
+            packed: Any = nn.Parameter(linear.weight.new_empty((count + 1) // 2, 1, dtype=torch.uint8), False)
+            packed.compress_statistics, packed.quant_type = how.double_quant, how.quant_type  # PEFT reads them
+            self.weight = packed
             self.bias = linear.bias
             self.compute_dtype = getattr(torch, how.compute_dtype)
             self.quant_state = None
