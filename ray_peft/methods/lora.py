@@ -55,7 +55,7 @@ class LowRankAdapter(Stage):
             lora_dropout=self.dropout,
             target_modules=list(self.targets),
             bias="none",
-            task_type="CAUSAL_LM",
+            task_type="CAUSAL_LM" if hasattr(model, "generate") else None,
         )
         adapted = get_peft_model(model, config)
         for parameter in trainable(adapted):

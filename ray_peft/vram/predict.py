@@ -15,7 +15,7 @@ from pathlib import Path
 from ray_peft.gpus import ANY, Gpu
 from ray_peft.methods.base import Stage
 from ray_peft.report.atomic import write_text
-from ray_peft.spec import LlmTrialSpec, TrialSpec
+from ray_peft.spec import ImageTrialSpec, LlmTrialSpec, TrialSpec
 from ray_peft.tasks.cache import cache_folder
 from ray_peft.vram.shape import ModelShape
 
@@ -71,6 +71,8 @@ def predict(
         NotImplementedError: the task has no prediction.
         ValueError: the config is of no known architecture.
     """
+    if isinstance(spec, ImageTrialSpec):
+        return _image(spec, shape, gpu)
     if not isinstance(spec, LlmTrialSpec):
         raise NotImplementedError(f"task {spec.task} has no memory prediction")
     members = [predict(m, shape, longest_tokens=longest_tokens, padded=padded, gpu=gpu) for m in spec.members()]
@@ -95,7 +97,29 @@ def predict(
         components["buckets"] = components["adapters"] or components["weights"]
     peak = sum(components.values())
     slack = gpu.slack + (gpu.slack_uneven if uneven else 0.0)
+    components = Counter({kind: size for kind, size in components.items() if size})
     return Prediction(dict(components), peak, -(-int(peak * (1 + slack)) // SEGMENT) * SEGMENT, evaluation)
+
+
+def _image(spec: ImageTrialSpec, shape: ModelShape, gpu: Gpu) -> Prediction:
+    """Of a UNet's training; what its evaluation takes (VAE and text encoder beside the UNet) is not predicted yet."""
+    train, found = spec.train, Counter[str]()
+    for stage, _ in spec.method.stages(_ENOUGH_STEPS):
+        settings = [train.micro_batch_size, spec.accumulation > 1, train.gradient_checkpointing, train.precision]
+        common = _common(spec, stage, shape, spec.data.resolution)
+
+        def compute(stage: Stage = stage) -> Counter[str]:
+            from ray_peft.vram import unet
+
+            return unet.components(spec, stage, shape)
+
+        step = _kept([*common, "unet", train.ema_decay is not None, *settings], compute)
+        found = max(found, step, key=lambda kinds: sum(kinds.values()))
+    if found:
+        found["workspace"] = gpu.workspace
+    peak = sum(found.values())
+    reserved = -(-int(peak * (1 + gpu.slack)) // SEGMENT) * SEGMENT
+    return Prediction({kind: size for kind, size in found.items() if size}, peak, reserved, peak)
 
 
 def _evaluating(step: Counter[str], found: Counter[str]) -> Counter[str]:
@@ -130,7 +154,7 @@ def _evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, long
     return _kept([*_common(spec, stage, shape, longest), "evaluation", *settings], compute)
 
 
-def _common(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longest: int) -> list[object]:
+def _common(spec: TrialSpec, stage: Stage | None, shape: ModelShape, longest: int) -> list[object]:
     method = (stage or spec.method).plain()
     model = spec.model.plain()
     return [

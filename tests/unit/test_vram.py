@@ -83,8 +83,7 @@ def test_moments_in_8_bits_have_a_scale_for_256_numbers(shape):
 def test_paged_moments_of_large_weights_are_not_on_the_gpu(shape):
     paged = parts(shape, {"name": "full", "weights": "float32", "optim": "paged_adamw_32bit"})
     small = LAYERS * 2 * KEYS * HIDDEN + (2 * LAYERS + 1) * HIDDEN + LAYERS * 2 * HIDDEN * HIDDEN
-    assert paged["optimizer"] < 8 * small
-    assert "optimizer" in paged
+    assert close(paged["optimizer"], 8 * small, 0)
 
 
 def test_stochastic_rounding_keeps_moments_in_bfloat16(shape):
@@ -103,14 +102,16 @@ def test_galore_keeps_a_basis_and_low_rank_moments(shape, weights):
 def test_a_galore_basis_in_float32_holds_on_to_the_whole_decomposition(shape):
     """The reference keeps a view of U or V, and a view keeps its storage."""
     found = parts(shape, {"name": "galore", "rank": 8, "weights": "float32"})
-    assert found["projectors"] > 4 * LAYERS * sum(min(matrix) ** 2 for matrix in LINEARS)
+    assert close(found["projectors"], 4 * LAYERS * sum(min(matrix) ** 2 for matrix in LINEARS), 14)
 
 
 def test_layerwise_galore_never_holds_all_gradients(shape):
     method = {"name": "galore", "rank": 8, "max_grad_norm": None}
-    whole = predict(spec(method, train__micro_batch_size=8), shape, longest_tokens=32)
-    layerwise = predict(spec({**method, "layerwise": True}, train__micro_batch_size=8), shape, longest_tokens=32)
-    assert layerwise.peak_allocated < whole.peak_allocated
+    one = {"train__batch_size": 1, "train__micro_batch_size": 1}
+    whole = predict(spec(method, **one), shape, longest_tokens=8)
+    layerwise = predict(spec({**method, "layerwise": True}, **one), shape, longest_tokens=8)
+    assert whole.components["gradients"] > 2 * LINEAR
+    assert layerwise.components.get("gradients", 0) < whole.components["gradients"] / 2
     assert layerwise.components["optimizer"] == whole.components["optimizer"]
 
 
@@ -132,17 +133,15 @@ def test_components_add_up_and_memory_grows_with_rows_and_shrinks_with_checkpoin
     assert again.components["activations"] < large.components["activations"] / 2
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_activations_are_what_torch_keeps(shape, dropout):
+def test_activations_are_what_torch_keeps(shape):
     """The same model with real weights on the CPU in float32, and every tensor that autograd saves."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
     trial = spec(
-        {"name": "lora", "rank": 4, "dropout": dropout}, model__dtype="float32", train__precision="fp32",
-        train__micro_batch_size=4,
-    )  # fmt: skip
+        {"name": "lora", "rank": 4}, model__dtype="float32", train__precision="fp32", train__micro_batch_size=4
+    )
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape.plain()), dtype=torch.float32)
     add_fused_lm_head(model)
     model.requires_grad_(False)
@@ -162,11 +161,7 @@ def test_activations_are_what_torch_keeps(shape, dropout):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), use_cache=False, fused_lm_head=True)
     found = predict(trial, shape, longest_tokens=64, padded=False).components["activations"]
-    wanted = sum(saved.values())
-    if dropout:  # a CPU keeps dropout's mask in float32, a GPU in one byte
-        dropped = LAYERS * 4 * 64 * sum(columns for _, columns in LINEARS)
-        wanted -= 3 * dropped
-    assert found == pytest.approx(wanted, rel=0.05)
+    assert found == pytest.approx(sum(saved.values()), rel=0.05)
 
 
 def test_a_prediction_is_kept_on_disk(shape, tmp_path, monkeypatch):
