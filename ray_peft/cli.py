@@ -1,6 +1,7 @@
 """`ray-peft ...`: parse arguments, call one function, print.
 
-Exit codes: 0 all trials finished; 1 some trial failed; 2 bad input, nothing was started; 130 interrupted.
+Exit codes: 0 all trials finished; 1 some trial failed, or with `plan --strict` does not fit; 2 bad input, nothing was
+started; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -76,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("space")
     command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--gpu-memory-gib", type=float, metavar="GIB", help="memory of a GPU: say what fits, and how")
+    command.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of that memory; default: 1")
+    command.add_argument("--gpu", metavar="NAME", help="the GPU's name, such as 'NVIDIA H200', for its own overheads")
+    command.add_argument("--strict", action="store_true", help="exit code 1 if a trial does not fit")
     command.set_defaults(act=_plan)
 
     command = commands.add_parser("data", help="prepare the rows of a search space and say what became of them")
@@ -189,15 +194,22 @@ def _plan(options: argparse.Namespace) -> int:
     from ray_peft.sweeps import plan
 
     trials = plan(options.space, options.overrides)
-    if options.json:
-        print(json.dumps([{"trial_id": trial.trial_id, "spec": trial.plain()} for trial in trials], indent=2))
-        return 0
+    from ray_peft import forecast
+    from ray_peft.gpus import ANY, known
     from ray_peft.report.labels import labels
 
-    for trial_id, label in labels({trial.trial_id: trial for trial in trials}).items():
-        print(f"{trial_id}  {label}")
+    gpu = known(options.gpu) if options.gpu else ANY
+    memory = options.gpu_memory_gib or (gpu.memory_gib if options.gpu else None)
+    made, packing = forecast.forecast(trials, gpu_memory_gib=memory, gpus=options.gpus, gpu=gpu)
+    code = 1 if options.strict and any(each.fits is False for each in made) else 0
+    if options.json:
+        rows = [{"trial_id": each.trial.trial_id, **each.plain(), "spec": each.trial.plain()} for each in made]
+        print(json.dumps(rows, indent=2))
+        return code
+    named = labels({trial.trial_id: trial for trial in trials})
+    print("\n".join(forecast.lines(made, named, packing, memory or 0.0)))
     print(f"{len(trials)} trials, checked: no weights were loaded")
-    return 0
+    return code
 
 
 def _data(options: argparse.Namespace) -> int:

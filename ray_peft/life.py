@@ -81,6 +81,7 @@ class Life:
         self.storage: dict[str, int] = {}
         self.boundaries: dict[str, float] = {}
         self.weights: dict[str, float] = {}
+        self.predicted: dict[str, float] = {}
         self.provenance = Provenance(
             num_workers=place.num_workers,
             gpus_per_worker=place.gpus_per_worker,
@@ -153,6 +154,7 @@ class Life:
             resumed_from_step=trained.resumed_from_step,
             members=self.weights,
             arithmetic=self.spec.method.arithmetic(self.spec.model.dtype),
+            predicted=self.predicted,
             trainable_parameters=self.parameters[0],
             total_parameters=self.parameters[1],
             adapter_bytes=self.adapter_bytes,
@@ -161,6 +163,18 @@ class Life:
             error=error,
             provenance=self.provenance,
         )
+
+
+def predict(life: Life, bench: Bench) -> None:
+    """Keep what memory the trial is predicted to take; a prediction that fails is said and stops nothing."""
+    try:
+        prediction = bench.predicted()
+    except Exception as error:  # a trial does not depend on its prediction
+        logger.warning("%s: no memory prediction: %s: %s", life.spec.trial_id, type(error).__name__, error)
+        return
+    if prediction is not None:
+        life.predicted = prediction.gib()
+        logger.info("%s: predicted peak %.2f GiB", life.spec.trial_id, life.predicted["peak_allocated_gib"])
 
 
 def keep(life: Life, bench: Bench, name: str, dtype: Dtype | None = None) -> int:

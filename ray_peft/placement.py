@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ray_peft.errors import PlacementError
@@ -68,6 +70,83 @@ def concurrent_trials(demands: list[Demand], nodes: list[Node]) -> int:
     else:
         room = sum(node.cpus for node in nodes) // (largest.num_workers * largest.cpus_per_worker)
     return max(1, room)
+
+
+GIB = 2**30
+PARTS = 32
+"""A GPU is shared in parts of this many: multiples of a power of two add up without rounding."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a trial is predicted to take of each of its GPUs."""
+
+    trial_id: str
+    footprint: int
+    """Bytes of the card: tensors, the allocator's slack, the CUDA context and the margin."""
+    num_workers: int = 1
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a trial runs."""
+
+    trial_id: str
+    fits: bool
+    gpu_fraction: float
+    """Of a GPU, for each worker; 1 for what does not fit, which would run alone if it ran."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Trials on GPUs, by predicted bytes."""
+
+    seats: tuple[Seat, ...]
+    """In the order in which they start: the largest first, what does not fit last."""
+    packs: tuple[tuple[str, ...], ...]
+    """Trials that share a GPU, each pack at one time; the GPUs take the packs in turn."""
+    at_once: int
+    """Most trials that run at one time."""
+
+
+def fit(needs: Sequence[Need], gpu_memory_gib: float, gpus: int) -> Packing:
+    """Shares of GPUs for trials of known size, and how they pack: first fit, the largest first.
+
+    A trial of several workers never shares: its workers exchange gradients and wait for each other.
+    """
+    memory = gpu_memory_gib * GIB
+    ordered = sorted(needs, key=lambda need: (need.footprint > memory, -need.footprint, need.trial_id))
+    seats: list[Seat] = []
+    packs: list[list[str]] = []
+    room: list[int] = []
+    for need in ordered:
+        fits = need.footprint <= memory and need.num_workers <= gpus
+        alone = need.num_workers > 1 or not fits
+        parts = PARTS if alone else min(PARTS, math.ceil(need.footprint / memory * PARTS))
+        seats.append(Seat(need.trial_id, fits, parts / PARTS))
+        if not fits:
+            continue
+        open_pack = next((index for index, left in enumerate(room) if left >= parts), None)
+        if open_pack is None or alone:
+            packs.append([need.trial_id])
+            room.append(0 if alone else PARTS - parts)
+        else:
+            packs[open_pack].append(need.trial_id)
+            room[open_pack] -= parts
+    workers = {need.trial_id: need.num_workers for need in needs}
+    return Packing(tuple(seats), tuple(map(tuple, packs)), _most_at_once(packs, workers, gpus))
+
+
+def _most_at_once(packs: list[list[str]], workers: dict[str, int], gpus: int) -> int:
+    """Trials of the packs that the GPUs hold at the start."""
+    count = 0
+    for pack in packs:
+        taken = workers[pack[0]] if len(pack) == 1 else 1
+        if taken > gpus:
+            break
+        gpus -= taken
+        count += len(pack)
+    return count
 
 
 def _check_gpus(trial: str, asked: ResourcesSpec, gpus: float, cluster_gpus: int) -> None:

@@ -112,6 +112,8 @@ class TrialResult(Strict):
     """How the trained weights are held and updated, such as "bfloat16 weights, stochastic rounding"."""
     members: dict[str, float] = {}
     """Of an ensemble, the weight of each member by its trial id; they add up to one."""
+    predicted: dict[str, float] = {}
+    """Peak memory as predicted before it ran [GiB]: peak_allocated_gib, peak_reserved_gib, and its components."""
     trainable_parameters: int = 0
     total_parameters: int = 0
     adapter_bytes: int = 0

@@ -11,7 +11,7 @@ import sys
 
 from ray_peft.ensembles import run_ensemble
 from ray_peft.errors import first_line
-from ray_peft.life import Life, Place, Tracker, evaluate, keep, provenance
+from ray_peft.life import Life, Place, Tracker, evaluate, keep, predict, provenance
 from ray_peft.report.atomic import write_text
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
@@ -86,6 +86,8 @@ def _run(life: Life) -> TrialResult:
     life.provenance = life.provenance.model_copy(update=provenance(bench, place))
     life.parameters = (0, bench.parameters()[1])
     life.storage = bench.storage()
+    if place.rank == 0 and place.device != "cpu":
+        predict(life, bench)
     stages = spec.method.stages(bench.total_steps())
     if not stages:  # the weights alone
         life.memory.start()

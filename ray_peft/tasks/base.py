@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ray_peft.errors import SpecError
+from ray_peft.gpus import ANY, Gpu
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.result import Sample, Scores
 from ray_peft.spec import TrialSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from ray_peft.vram import Prediction
 
 SpecT = TypeVar("SpecT", bound=TrialSpec)
 
@@ -134,6 +137,10 @@ class Bench(ABC):
     def parameters(self) -> tuple[int, int]:
         """Parameters that take gradients, and all parameters (a 4-bit weight counts each of its numbers)."""
 
+    def predicted(self) -> Prediction | None:
+        """The trial's peak memory, predicted from its model's config and its longest row; null if nothing can say."""
+        return None
+
     @abstractmethod
     def attach(self, stage: Stage) -> None:
         """Prepare the model for a stage."""
@@ -216,6 +223,14 @@ class TaskType(ABC, Generic[SpecT]):
     def write_data(self, spec: SpecT, folder: Path) -> list[Path]:
         """Write the prepared rows of a trial for people to read; returns the files."""
         raise SpecError(f"task {self.name} cannot write its prepared data")
+
+    def predict(self, spec: SpecT, gpu: Gpu = ANY) -> Prediction | None:
+        """A trial's peak memory, from its model's config and its prepared data; null if nothing can say.
+
+        Raises:
+            DataError, ModelError: the user's to mend.
+        """
+        return None
 
     @abstractmethod
     def total_steps(self, spec: SpecT, train_rows: int) -> int:

@@ -187,3 +187,21 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(space, ray_c
 def test_doctor_prints_on_any_console(capsys):
     assert cli.main(["doctor"]) in (0, 1)
     capsys.readouterr().out.encode("gbk")
+
+
+def test_a_plan_predicts_memory_places_trials_and_says_what_fits_instead(space, capsys):
+    """0.9 GiB is less than the CUDA context and the margin leave this trial; 8 GiB hold several of it."""
+    name = space(train__batch_size=8, train__micro_batch_size=8, data__max_length=96)
+    assert cli.main(["plan", name, "--json", "--gpu-memory-gib", "8", "--gpus", "1"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["predicted_peak_gib"] == pytest.approx(sum(row["components"].values()), abs=1e-3)
+    assert row["fits"]
+    assert 0 < row["gpu_fraction"] < 0.5
+    assert row["order"] == 1
+    assert row["suggestions"] == []
+    assert cli.main(["plan", name, "--gpu-memory-gib", "0.9"]) == 0
+    text = capsys.readouterr().out
+    assert "DOES NOT FIT" in text
+    assert "train.micro_batch_size: 1" in text
+    assert "0 of 1 trials fit 0.9 GiB" in text
+    assert cli.main(["plan", name, "--gpu-memory-gib", "0.9", "--strict"]) == 1

@@ -12,7 +12,7 @@ OWNERS = {
     "mlflow": {"tracking"},
     "ray.train": {"worker.py"},
     "ray.tune": {"sweeps.py"},
-    "trl": {"tasks/llm_sft"},
+    "trl": {"tasks/llm_sft", "vram"},  # vram runs it on shapes
     "lm_eval": {"tasks/llm_sft/benchmarks.py"},
     "galore_torch": {"methods/galore_adamw.py"},
     "yaml": {"space.py"},

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
+from ray_peft.gpus import ANY, Gpu, known
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.result import Sample, Scores
 from ray_peft.spec import LlmTrialSpec
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ray_peft.tasks.llm_sft.data import PreparedData
+    from ray_peft.vram import Prediction
 
 
 class LlmSft(TaskType[LlmTrialSpec]):
@@ -54,6 +56,10 @@ class LlmSft(TaskType[LlmTrialSpec]):
         from ray_peft.tasks.llm_sft import describe
 
         return describe.write(spec, folder)
+
+    def predict(self, spec: LlmTrialSpec, gpu: Gpu = ANY) -> Prediction:
+        """The peak with passes as long as the longest training row."""
+        return _predicted(spec, _rows(spec)[1], gpu)
 
     def total_steps(self, spec: LlmTrialSpec, train_rows: int) -> int:
         """Optimizer steps of a whole trial; the last one of an epoch may hold fewer rows."""
@@ -96,6 +102,16 @@ def _rows(spec: LlmTrialSpec) -> tuple[PreTrainedTokenizerBase, PreparedData]:
     return tokenizer, prepare(spec, tokenizer)
 
 
+def _predicted(spec: LlmTrialSpec, rows: PreparedData, gpu: Gpu) -> Prediction:
+    """A trial's peak memory, with passes as long as the longest of its rows."""
+    from ray_peft.tasks.llm_sft.model import load_config
+    from ray_peft.vram import ModelShape, predict
+
+    shape = ModelShape.from_config(load_config(spec.model))
+    longest = min(max(map(len, rows.train["input_ids"])), spec.data.max_length)
+    return predict(spec, shape, longest_tokens=longest, gpu=gpu)
+
+
 class LlmBench(Bench):
     """A causal language model, its tokenizer and its rows."""
 
@@ -126,6 +142,12 @@ class LlmBench(Bench):
         from ray_peft.tasks.parameters import count_parameters
 
         return count_parameters(self.model)
+
+    def predicted(self) -> Prediction:
+        """The peak with passes as long as the longest training row, on the GPU that is here."""
+        from ray_peft.measure import device_name
+
+        return _predicted(self.spec, self.data, known(device_name(self.device)))
 
     def attach(self, stage: Stage) -> None:
         """Prepare the model for a stage, from the trial's seed."""

@@ -1,0 +1,66 @@
+"""The bytes that tensors on the meta device would take, moment by moment: an allocator without memory."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+BLOCK = 512
+"""CUDA's caching allocator rounds every allocation up to this many bytes."""
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts every storage from its first appearance until nothing holds it, by what it is for."""
+
+    def __init__(self, *, truth: bool) -> None:
+        """`truth` answers what the code asks of values, such as whether a mask is true everywhere."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kind = "buffers"
+        """What new storages are for."""
+        self.bytes: Counter[str] = Counter()
+        self.now = 0
+        self.peak = 0
+        self.at_peak: Counter[str] = Counter()
+        self._truth = truth
+        self._live: dict[int, tuple[str, int, Any]] = {}
+
+    def own(self, tensor: Tensor, kind: str) -> None:
+        """Count the tensor's storage as `kind`, also if it was counted as something else."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata  # noqa: SLF001 - the storage's address, its only identity on the meta device
+        if key in self._live:
+            old, size, watch = self._live[key]
+            self.bytes[old] -= size
+        else:
+            size = -(-storage.nbytes() // BLOCK) * BLOCK
+            watch = weakref.ref(storage, lambda _: self._freed(key))
+            self.now += size
+        self._live[key] = (kind, size, watch)
+        self.bytes[kind] += size
+        if self.now > self.peak:
+            self.peak = self.now
+            self.at_peak = self.bytes.copy()
+
+    def restart(self) -> None:
+        """Forget the peak."""
+        self.peak, self.at_peak = self.now, self.bytes.copy()
+
+    def _freed(self, key: int) -> None:
+        kind, size, _ = self._live.pop(key)
+        self.bytes[kind] -= size
+        self.now -= size
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation on shapes alone and count what it made."""
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return self._truth
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._live:  # noqa: SLF001
+                self.own(tensor, self.kind)
+        return made

@@ -1,0 +1,146 @@
+"""The settings nearest to a trial's that take less memory: computed, each with its own prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from ray_peft.errors import RayPeftError
+from ray_peft.methods.lora import LowRankAdapter
+from ray_peft.methods.qlora import QLoRA
+from ray_peft.spec import TrialSpec
+from ray_peft.vram.predict import GIB, Prediction
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One change to a trial."""
+
+    changes: dict[str, Any]
+    """Settings by their key in a search space; what a `--set` takes."""
+    spec: TrialSpec
+    predicted: Prediction
+    fits: bool
+    same_training: bool
+    """True if the mathematics stays: the same rows, the same effective batch, the same method."""
+
+    def line(self) -> str:
+        """For people."""
+        changed = ", ".join(f"{key}: {str(value).lower()}" for key, value in self.changes.items())
+        verdict = "fits" if self.fits else "does not fit"
+        return f"{changed} ({self.predicted.peak_allocated / GIB:.2f} GiB, {verdict})"
+
+
+def nearest(
+    spec: TrialSpec, predict: Callable[[TrialSpec], Prediction], fits: Callable[[Prediction], bool]
+) -> list[Suggestion]:
+    """Changes to a trial that does not fit, those that fit first, in order of how little they change.
+
+    Micro-batch and checkpointing come first since they change time alone; only if no combination of them fits, what
+    changes the training is tried with the least of both: the optimizer's storage, the method, the length of rows.
+
+    Args:
+        spec: the trial.
+        predict: the peak of a variant.
+        fits: whether a peak fits.
+    """
+    found: list[Suggestion] = []
+
+    def tried(changes: dict[str, Any], *, same: bool) -> bool:
+        """Whether these changes are allowed and fit."""
+        variant = _changed(spec, changes)
+        if variant is None:
+            return False
+        prediction = predict(variant)
+        found.append(Suggestion(changes, variant, prediction, fits(prediction), same))
+        return found[-1].fits
+
+    for also in _checkpointing(spec):
+        if also and tried(also, same=True):
+            break
+        if _largest(_smaller(spec), lambda size, also=also: tried({_MICRO: size, **also}, same=True)) is not None:  # type: ignore[misc]
+            break
+    if not any(each.fits for each in found):
+        for changes in _other_training(spec):
+            tried(changes, same=False)
+        for length in _shorter(spec):
+            if tried({"data.max_length": length, **_least(spec)}, same=False):
+                break
+    return sorted(found, key=lambda each: (not each.fits, not each.same_training, _rank(each)))
+
+
+_MICRO = "train.micro_batch_size"
+_CHECKPOINTING = "train.gradient_checkpointing"
+
+
+def _rank(suggestion: Suggestion) -> tuple[int, int]:
+    """Fewer changes first; of the same changes, the larger micro-batch."""
+    return len(suggestion.changes), -int(suggestion.changes.get(_MICRO, 0))
+
+
+def _largest(sizes: list[int], fits: Callable[[int], bool]) -> int | None:
+    """The largest of ascending `sizes` that fits, found by bisection: memory grows with the size."""
+    if not sizes or not fits(sizes[0]):
+        return None
+    low, high = 0, len(sizes)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
+    return sizes[low]
+
+
+def _smaller(spec: TrialSpec) -> list[int]:
+    """Smaller micro-batches with the same effective batch, ascending."""
+    train, workers = spec.train, spec.resources.num_workers
+    return [size for size in range(1, train.micro_batch_size) if train.batch_size % (size * workers) == 0]
+
+
+def _checkpointing(spec: TrialSpec) -> list[dict[str, Any]]:
+    return [{}] if spec.train.gradient_checkpointing else [{}, {_CHECKPOINTING: True}]
+
+
+def _least(spec: TrialSpec) -> dict[str, Any]:
+    """The least that a pass can take: micro-batch 1 and checkpointing, where they are allowed."""
+    least: dict[str, Any] = {} if spec.train.gradient_checkpointing else {_CHECKPOINTING: True}
+    return least | ({_MICRO: 1} if _changed(spec, {_MICRO: 1}) is not None else {})
+
+
+def _other_training(spec: TrialSpec) -> Iterator[dict[str, Any]]:
+    """Another storage of the moments, another method."""
+    least = _least(spec)
+    yield {"method.optim": "adamw_8bit", **least}
+    if spec.method.needs_full_weights:
+        yield {"method": {"name": "lora"}, **least}
+    if spec.quantization is None and spec.task in QLoRA.tasks:
+        own = spec.method.plain() if isinstance(spec.method, LowRankAdapter) else {}
+        shared = {key: value for key, value in own.items() if key in QLoRA.model_fields and key != "name"}
+        yield {"method": {"name": "qlora", **shared}, **least}
+
+
+def _shorter(spec: TrialSpec) -> Iterator[int]:
+    length = getattr(spec.data, "max_length", 0)
+    while length >= 256:
+        length //= 2
+        yield length
+
+
+def _changed(spec: TrialSpec, changes: dict[str, Any]) -> TrialSpec | None:
+    """The trial with other settings; null where its rules forbid them, or nothing would change."""
+    plain = spec.plain()
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        holder = plain
+        for parent in parents:
+            holder = holder[parent]
+        if parents and last not in holder:
+            return None
+        if holder[last] == value:
+            return None
+        holder[last] = value
+    try:
+        return TrialSpec.from_plain(plain)
+    except (ValidationError, RayPeftError, ValueError):
+        return None

@@ -1,0 +1,196 @@
+"""A trial's predicted peak: its stages, what they need besides, and a cache on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ray_peft.gpus import ANY, Gpu
+from ray_peft.methods.base import Stage
+from ray_peft.report.atomic import write_text
+from ray_peft.spec import ImageTrialSpec, LlmTrialSpec, TrialSpec
+from ray_peft.tasks.cache import cache_folder
+from ray_peft.vram.shape import ModelShape
+
+GIB = 2**30
+SEGMENT = 2 * 2**20
+"""The allocator's segments are multiples of this."""
+
+_ENOUGH_STEPS = 1000
+"""For a method of several stages to have a step in each."""
+_NO_MEMORY = {"lr", "weight_decay", "betas", "max_grad_norm", "alpha", "eps", "scale", "update_proj_gap", "switch_at"}
+"""Settings of methods that change numbers, but not how many there are."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes on one GPU."""
+
+    components: dict[str, int]
+    """By kind, at the peak; they add up to `peak_allocated`."""
+    peak_allocated: int
+    """Peak of tensors in training, as `torch.cuda.max_memory_allocated` counts; without training, the weights."""
+    peak_reserved: int
+    """Peak of the allocator's segments in training."""
+    evaluation: int
+    """Peak of tensors while the held-out rows are scored and answered, at most."""
+
+    @property
+    def needed(self) -> int:
+        """What the trial must find, in training or after, beside the CUDA context."""
+        return max(self.peak_reserved, self.evaluation)
+
+    def gib(self) -> dict[str, float]:
+        """All of it in GiB, flat, as it is stored beside what is measured."""
+        found = {"peak_allocated_gib": self.peak_allocated, "peak_reserved_gib": self.peak_reserved}
+        found |= {"evaluation_gib": self.evaluation}
+        found |= {f"{kind}_gib": size for kind, size in self.components.items()}
+        return {name: round(size / GIB, 4) for name, size in found.items()}
+
+
+def predict(
+    spec: TrialSpec, shape: ModelShape, *, longest_tokens: int, padded: bool | None = None, gpu: Gpu = ANY
+) -> Prediction:
+    """The peak of a trial: of its largest stage, or of an ensemble's largest member.
+
+    Args:
+        spec: the trial.
+        shape: its model's.
+        longest_tokens: of a training row, at most `data.max_length`.
+        padded: rows of a pass differ in length; null assumes it where a pass holds several.
+        gpu: decides the workspace of matrix products and the slack of the allocator.
+
+    Raises:
+        NotImplementedError: the task has no prediction.
+        ValueError: the config is of no known architecture.
+    """
+    if isinstance(spec, ImageTrialSpec):
+        return _image(spec, shape, gpu)
+    if not isinstance(spec, LlmTrialSpec):
+        raise NotImplementedError(f"task {spec.task} has no memory prediction")
+    members = [predict(m, shape, longest_tokens=longest_tokens, padded=padded, gpu=gpu) for m in spec.members()]
+    if members:
+        largest = max(members, key=lambda member: member.peak_allocated)
+        return Prediction(
+            largest.components, largest.peak_allocated, largest.peak_reserved, sum(m.evaluation for m in members)
+        )
+    uneven = spec.train.micro_batch_size > 1 if padded is None else padded
+    stages = [stage for stage, _ in spec.method.stages(_ENOUGH_STEPS)]
+    held_for: list[Stage | None] = [*stages] or [None]
+    scored = [_evaluation(spec, stage, shape, longest_tokens) for stage in held_for]
+    evaluation = max(found["model"] + max(found["scoring"], found["answering"]) for found in scored) + gpu.workspace
+    if not stages:
+        held = scored[0]["model"]
+        return Prediction({"weights": held}, held, -(-held // SEGMENT) * SEGMENT, evaluation)
+    steps = [_step(spec, stage, shape, longest_tokens, uneven) for stage in stages]
+    if spec.train.eval_every:
+        steps += [_evaluating(step, found) for step, found in zip(steps, scored, strict=True)]
+    components = max(steps, key=lambda step: sum(step.values())) + Counter(workspace=gpu.workspace)
+    if spec.resources.num_workers > 1:  # DistributedDataParallel holds the gradients twice
+        components["buckets"] = components["adapters"] or components["weights"]
+    peak = sum(components.values())
+    slack = gpu.slack + (gpu.slack_uneven if uneven else 0.0)
+    components = Counter({kind: size for kind, size in components.items() if size})
+    return Prediction(dict(components), peak, -(-int(peak * (1 + slack)) // SEGMENT) * SEGMENT, evaluation)
+
+
+def _image(spec: ImageTrialSpec, shape: ModelShape, gpu: Gpu) -> Prediction:
+    """Of a UNet's training; what its evaluation takes (VAE and text encoder beside the UNet) is not predicted yet."""
+    train, found = spec.train, Counter[str]()
+    for stage, _ in spec.method.stages(_ENOUGH_STEPS):
+        settings = [train.micro_batch_size, spec.accumulation > 1, train.gradient_checkpointing, train.precision]
+        common = _common(spec, stage, shape, spec.data.resolution)
+
+        def compute(stage: Stage = stage) -> Counter[str]:
+            from ray_peft.vram import unet
+
+            return unet.components(spec, stage, shape)
+
+        step = _kept([*common, "unet", train.ema_decay is not None, *settings], compute)
+        found = max(found, step, key=lambda kinds: sum(kinds.values()))
+    if found:
+        found["workspace"] = gpu.workspace
+    peak = sum(found.values())
+    reserved = -(-int(peak * (1 + gpu.slack)) // SEGMENT) * SEGMENT
+    return Prediction({kind: size for kind, size in found.items() if size}, peak, reserved, peak)
+
+
+def _evaluating(step: Counter[str], found: Counter[str]) -> Counter[str]:
+    """Components while the held-out loss is measured between two steps: the optimizer keeps its state."""
+    held = ("weights", "quantization", "adapters", "optimizer", "projectors")
+    return Counter({kind: step[kind] for kind in held}) + Counter(buffers=found["scoring"])
+
+
+def _step(spec: LlmTrialSpec, stage: Stage, shape: ModelShape, longest: int, padded: bool) -> Counter[str]:
+    """Components at the peak of a step of one stage."""
+    train = spec.train
+    settings = [train.micro_batch_size, spec.accumulation > 1, train.gradient_checkpointing, train.precision, padded]
+
+    def compute() -> Counter[str]:
+        from ray_peft.vram import llm
+
+        return llm.components(spec, stage, shape, longest_tokens=longest, padded=padded)
+
+    return _kept([*_common(spec, stage, shape, longest), *settings], compute)
+
+
+def _evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longest: int) -> Counter[str]:
+    """The model, and what scoring and answering take beside it."""
+    asked = spec.evaluation
+    settings = [asked.generate, asked.batch_size, asked.max_new_tokens, spec.train.precision]
+
+    def compute() -> Counter[str]:
+        from ray_peft.vram import llm
+
+        return llm.evaluation(spec, stage, shape, longest)
+
+    return _kept([*_common(spec, stage, shape, longest), "evaluation", *settings], compute)
+
+
+def _common(spec: TrialSpec, stage: Stage | None, shape: ModelShape, longest: int) -> list[object]:
+    method = (stage or spec.method).plain()
+    model = spec.model.plain()
+    return [
+        shape.config,
+        {key: value for key, value in method.items() if key not in _NO_MEMORY},
+        [model[key] for key in ("dtype", "quantization", "attention")],
+        longest,
+    ]
+
+
+_lock = threading.RLock()
+_known: dict[str, Counter[str]] = {}
+
+
+def _kept(decides: list[object], compute: Callable[[], Counter[str]]) -> Counter[str]:
+    """What `compute` finds, from memory or disk if it was found before."""
+    key = hashlib.sha256(json.dumps([*decides, _code()], sort_keys=True).encode()).hexdigest()[:24]
+    file = cache_folder() / "predicted" / f"{key}.json"
+    with _lock:
+        if key not in _known:
+            if file.is_file():
+                _known[key] = Counter(json.loads(file.read_text(encoding="utf-8")))
+            else:
+                _known[key] = compute()
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_text(file, json.dumps(_known[key]))
+        return _known[key].copy()
+
+
+@cache
+def _code() -> str:
+    """A digest of all that computes a prediction: this package, the methods, the libraries."""
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent, Path(__file__).parent.parent / "methods"):
+        for file in sorted(folder.glob("*.py")):
+            digest.update(file.read_bytes())
+    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "galore-torch"):
+        digest.update(importlib.metadata.version(name).encode())
+    return digest.hexdigest()

@@ -1,0 +1,267 @@
+"""What has no kernel on the meta device, with the allocations of its CUDA kernel: each names its source."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+from ray_peft.methods.base import Quantization
+
+FLOAT = torch.float32
+_IN_LOW = {
+    F.linear, F.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm, torch.baddbmm,
+    torch.addmm, torch.einsum,
+}  # fmt: skip
+_IN_FLOAT = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax}
+
+
+class Autocast(TorchFunctionMode):
+    """CUDA's autocast, scaled dot product attention and dropout, which the meta device does not have."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        """`dtype` is that of matrix products; null casts nothing."""
+        super().__init__()
+        self._dtype = dtype
+        self._cast_once: dict[Tensor, Tensor] | None = {}
+
+    def forget(self) -> None:
+        """The end of the autocast region: copies of weights made in it are let go, and no more are kept."""
+        self._cast_once = None
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `function` as CUDA would."""
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        if function is F.dropout:
+            return _dropout(*args, **kwargs)
+        if self._dtype is not None and function in _IN_LOW:
+            args = [self._cast(value) for value in args]
+            kwargs = {name: self._cast(value) for name, value in kwargs.items()}
+        elif self._dtype is not None and function in _IN_FLOAT:
+            args = [value.float() if _floating(value) else value for value in args]
+        return function(*args, **kwargs)
+
+    def _cast(self, value: Any) -> Any:
+        if not _floating(value) or value.dtype == self._dtype or self._dtype is None:
+            return value
+        if self._cast_once is None or not (value.is_leaf and value.requires_grad and value.dtype == FLOAT):
+            return value.to(self._dtype)
+        if value not in self._cast_once:
+            self._cast_once[value] = value.to(self._dtype)
+        return self._cast_once[value]
+
+    def _attention(self, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any) -> Any:
+        query, key, value = self._cast(query), self._cast(key), self._cast(value)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # the kernels add a bias
+        return _Attention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """CUDA's fused dropout keeps one byte a number for the backward pass."""
+    return torch.native_dropout(x, p, True)[0] if training and p else x
+
+
+class _Attention(Function):
+    """Flash and memory-efficient attention: keep q, k, v, bias, output and a log-sum-exp per query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        out = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, bias, out, query.new_empty(query.shape[:3], dtype=FLOAT))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        query, key, value, *_ = ctx.saved_tensors
+        sums = query.new_empty(query.shape, dtype=FLOAT)  # the gradient of the queries is added up in float32
+        of_query = torch.empty_like(query)
+        of_key, of_value = (x.new_empty(x.shape[0], query.shape[1], *x.shape[2:]) for x in (key, value))
+        if key.shape[1] != query.shape[1]:  # grouped queries: each head its own, then summed
+            of_key, of_value = torch.empty_like(key), torch.empty_like(value)
+        del sums
+        return of_query, of_key, of_value, None
+
+
+class ChunkedLogProbs(Function):
+    """TRL 1.16's trl/kernels/chunked_logprob.py with its buffers on CUDA: logits in tiles, gradients in float32."""
+
+    TOKENS = 4096
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, _: float, chunk: int, *__: Any
+    ) -> Any:
+        """Log-probabilities, entropy, nothing, nothing, and whether the target is the likeliest, (token,) each."""
+        ctx.dtype, ctx.chunk = _compute_dtype(hidden), chunk
+        rows = [hidden.new_empty(len(hidden), dtype=FLOAT) for _ in range(7)]
+        tile = hidden.new_empty(min(len(hidden), ChunkedLogProbs.TOKENS), chunk, dtype=ctx.dtype)
+        part = weight[:chunk].to(ctx.dtype)
+        log_probs, entropy, log_z = (torch.empty_like(rows[0]) for _ in range(3))
+        del tile, part
+        ctx.save_for_backward(hidden, weight, targets, log_z)
+        return log_probs, entropy, None, None, torch.empty_like(log_probs, dtype=torch.bool)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Gradients of the hidden states, and of the weight if it is trained."""
+        hidden, weight, _, _ = ctx.saved_tensors
+        of_hidden = hidden.new_empty(hidden.shape, dtype=FLOAT)
+        of_weight = weight.new_empty(weight.shape, dtype=FLOAT) if ctx.needs_input_grad[1] else None
+        tile = hidden.new_empty(min(len(hidden), ChunkedLogProbs.TOKENS), ctx.chunk, dtype=ctx.dtype)
+        part = weight[: ctx.chunk].to(ctx.dtype)
+        rounded = of_weight.to(weight.dtype) if of_weight is not None else None
+        del tile, part
+        return of_hidden.to(hidden.dtype), rounded, *([None] * 7)
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.bfloat16 if torch.is_autocast_enabled() else hidden.dtype
+
+
+class _MatMul4Bit(Function):
+    """bitsandbytes 0.50's MatMul4Bit: dequantise for each product, keep nothing of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        ctx.packed, ctx.shape, ctx.dtype = packed, shape, dtype
+        constants = x.new_empty(math.prod(shape) // 64, dtype=FLOAT)
+        made: Tensor = F.linear(x, x.new_empty(shape))
+        del constants
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        constants = grad.new_empty(math.prod(ctx.shape) // 64, dtype=FLOAT)
+        made = torch.matmul(grad, grad.new_empty(ctx.shape, dtype=ctx.dtype).to(grad.dtype))
+        del constants
+        return made, None, None, None
+
+
+def quantized_linear(linear: nn.Linear, how: Quantization) -> nn.Module:
+    """`linear` as bitsandbytes stores it on a GPU, on the meta device.
+
+    Two numbers a byte; for each 64 numbers a scale, in float32, or with double quantisation in 8 bits and for each 256
+    scales one in float32 (Dettmers et al. 2023, arXiv:2305.14314, section 3).
+    """
+    import bitsandbytes
+
+    class MetaLinear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[name-defined, misc]  # the class that PEFT knows
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            count = linear.weight.numel()
+            self.in_features, self.out_features = linear.in_features, linear.out_features
+            packed: Any = nn.Parameter(linear.weight.new_empty((count + 1) // 2, 1, dtype=torch.uint8), False)
+            packed.compress_statistics, packed.quant_type = how.double_quant, how.quant_type  # PEFT reads them
+            self.weight = packed
+            self.bias = linear.bias
+            self.compute_dtype = getattr(torch, how.compute_dtype)
+            self.quant_state = None
+            self._held = linear.weight.dtype
+            scales = -(-count // 64)
+            kept = {"scales": linear.weight.new_empty(scales, dtype=torch.uint8 if how.double_quant else FLOAT)}
+            if how.double_quant:
+                kept["scales_of_scales"] = linear.weight.new_empty(-(-scales // 256), dtype=FLOAT)
+            for name, tensor in kept.items():
+                self.register_buffer(name, tensor, persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            shape = (self.out_features, self.in_features)
+            made: Tensor = _MatMul4Bit.apply(x.to(self.compute_dtype), self.weight, shape, self._held)  # type: ignore[no-untyped-call]
+            return made.to(x.dtype)
+
+    return MetaLinear4bit()
+
+
+class FusedAdamW(Optimizer):
+    """torch's fused AdamW: two moments in the weight's dtype and a step counter; no buffers."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], **_: Any) -> None:
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is used here
+        """Make the state of the parameters that have none."""
+        for parameter, state in _stateless(self):
+            state |= {"step": parameter.new_empty((), dtype=FLOAT)}
+            state |= {name: torch.empty_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+
+
+def blockwise_adamw(bits: int, *, paged: bool) -> type[Optimizer]:
+    """AdamW of bitsandbytes 0.50 (optim/optimizer.py).
+
+    Moments of at least 4,096 numbers in 8 bits with a float32 scale for each 256, smaller ones in float32. Paged
+    moments of at least 100,000 numbers lie in unified memory, which torch does not count and the driver can move out.
+    """
+
+    class Blockwise(Optimizer):
+        def __init__(self, groups: Iterable[dict[str, Any]], **_: Any) -> None:
+            super().__init__(groups, {})
+
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            for parameter, state in _stateless(self):
+                count = parameter.numel()
+                small = bits == 32 or count < 4096
+                for moment in ("state1", "state2"):
+                    state[moment] = None
+                    if not paged or count < 1e5:
+                        state[moment] = torch.empty_like(parameter, dtype=FLOAT if small else torch.uint8)
+                    if not small:
+                        state[f"absmax_{moment}"] = parameter.new_empty(-(-count // 256), dtype=FLOAT)
+
+    return Blockwise
+
+
+def _stateless(optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Parameters with a gradient and without a state yet."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and not optimizer.state[parameter]:
+                yield parameter, optimizer.state[parameter]
+
+
+@contextlib.contextmanager
+def on_meta(*, autocast: bool) -> Iterator[None]:
+    """Put the stand-ins in place of what they stand for; nothing else of the process may train meanwhile."""
+    import bitsandbytes
+    import trl.trainer.utils
+
+    from ray_peft.methods.stochastic import Dice
+
+    bits = bitsandbytes.optim
+    places: list[tuple[Any, str, Any]] = [
+        (trl.trainer.utils, "_ChunkedLogProbFunction", ChunkedLogProbs),
+        (torch, "is_autocast_enabled", lambda *_: autocast),
+        (torch.optim, "AdamW", FusedAdamW),
+        (bits, "AdamW8bit", blockwise_adamw(8, paged=False)),
+        (bits, "PagedAdamW8bit", blockwise_adamw(8, paged=True)),
+        (bits, "PagedAdamW32bit", blockwise_adamw(32, paged=True)),
+        (Dice, "thrown", lambda *_: None),
+    ]
+    kept = [getattr(owner, name) for owner, name, _ in places]
+    try:
+        for owner, name, stand_in in places:
+            setattr(owner, name, stand_in)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for (owner, name, _), original in zip(places, kept, strict=True):
+            setattr(owner, name, original)

@@ -1,0 +1,124 @@
+"""One optimizer step on the meta device: the real model, method and optimizer, on shapes alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ray_peft.methods.base import Stage
+from ray_peft.vram.ledger import Ledger
+from ray_peft.vram.stand_ins import Autocast
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What of a trial decides its memory beside model, method and rows."""
+
+    autocast: bool
+    """Matrix products are in bfloat16."""
+    accumulates: bool
+    """A step takes several passes, so that gradients are there while activations are."""
+    padded: bool
+    """Rows of a pass differ in length, so that attention needs a mask."""
+
+
+def components(model: nn.Module, stage: Stage, loss: Callable[[], Tensor], given: Conditions) -> Counter[str]:
+    """Bytes by kind at the peak of a step in the steady state.
+
+    Args:
+        model: on the meta device, attached to `stage`, in training mode.
+        stage: makes the optimizer.
+        loss: the forward pass; called twice, and its tensors must be on the meta device.
+        given: the conditions.
+
+    Returns:
+        weights, quantization, adapters, gradients, optimizer, projectors, activations (what the forward pass keeps for
+        the backward pass), buffers (all else at the peak: logits tiles, recomputed layers, dequantised weights).
+    """
+    ledger = Ledger(truth=not given.padded)
+    own_model(ledger, model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        if given.accumulates:
+            parameter.grad = torch.empty_like(parameter)
+            ledger.own(parameter.grad, "gradients")
+        parameter.register_post_accumulate_grad_hook(_own_gradient(ledger))  # type: ignore[no-untyped-call]
+    optimizer = stage.optimizer(model)  # a layer-wise one frees each gradient in a hook of its own
+    with ledger:
+        kept = _pass(ledger, loss, given)
+        if _state(optimizer):  # made in the backward pass, so only a second pass has all of it
+            _own_state(ledger, optimizer)
+            kept = _pass(ledger, loss, given)
+        passes = ledger.at_peak
+        ledger.kind = "update"
+        ledger.restart()
+        for _ in range(2):  # the first step makes the state
+            optimizer.step()
+    update = ledger.at_peak
+    early = {kind: ledger.bytes[kind] for kind in _STATE}
+    _own_state(ledger, optimizer)
+    state = {kind: ledger.bytes[kind] for kind in _STATE}
+    activations = min(kept, passes["buffers"])
+    passes = passes + Counter({"activations": activations, "buffers": -activations})
+    for kind, size in state.items():
+        passes[kind] += size - early[kind]
+        part = min(size - early[kind], update["update"])
+        update += Counter({kind: part, "update": -part})
+    update["buffers"] += update.pop("update", 0)
+    return max(passes, update, key=lambda found: sum(found.values()))
+
+
+_STATE = ("optimizer", "projectors")
+
+
+def own_model(ledger: Ledger, model: nn.Module) -> None:
+    """Count what a model holds."""
+    adapted = any(not parameter.requires_grad for parameter in model.parameters())
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            ledger.own(parameter, "adapters" if adapted and parameter.requires_grad else "weights")
+        for name, buffer in module.named_buffers(recurse=False):
+            ledger.own(buffer, "quantization" if name.startswith("scales") else "weights")
+
+
+def _own_gradient(ledger: Ledger) -> Callable[[Tensor], None]:
+    def own(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            ledger.own(parameter.grad, "gradients")
+
+    return own
+
+
+def _pass(ledger: Ledger, loss: Callable[[], Tensor], given: Conditions) -> int:
+    """Forward and backward; returns the bytes that lie between the two."""
+    ledger.restart()
+    autocast = Autocast(torch.bfloat16 if given.autocast else None)
+    with autocast:
+        value = loss()
+    autocast.forget()
+    kept = ledger.bytes["buffers"]
+    torch.autograd.backward(value)
+    return kept
+
+
+def _own_state(ledger: Ledger, optimizer: Optimizer) -> None:
+    for kind, tensor in _state(optimizer):
+        ledger.own(tensor, kind)
+
+
+def _state(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
+    """The tensors that an optimizer keeps, by kind."""
+    found: list[tuple[str, Tensor]] = []
+    for state in optimizer.state.values():
+        for value in state.values():
+            basis = getattr(value, "ortho_matrix", None)  # galore-torch's projector
+            parts = basis if isinstance(basis, list) else [basis]
+            found += [("projectors", part) for part in parts if isinstance(part, Tensor)]
+            if isinstance(value, Tensor):
+                found.append(("optimizer", value))
+    return found

@@ -1,0 +1,231 @@
+"""Predicted bytes against bytes worked out by hand, and against what torch really keeps on a CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from ray_peft.gpus import ANY, GIB, known
+from ray_peft.spec import TrialSpec
+from ray_peft.vram import ModelShape, nearest, predict
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS, HIDDEN, INNER, VOCABULARY, KEYS = 2, 256, 512, 1024, 128
+LINEARS = [(HIDDEN, HIDDEN), (KEYS, HIDDEN), (KEYS, HIDDEN), (HIDDEN, HIDDEN), (INNER, HIDDEN), (INNER, HIDDEN),
+           (HIDDEN, INNER)]  # fmt: skip
+LINEAR = LAYERS * sum(rows * columns for rows, columns in LINEARS)
+REST = VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
+"""The tied embedding and the norms."""
+
+
+@pytest.fixture(scope="module")
+def shape(shared):
+    from transformers import LlamaConfig
+
+    return ModelShape.from_config(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
+def spec(method, **changes) -> TrialSpec:
+    changes = {"train__precision": "bf16", "model__dtype": "bfloat16", **changes}
+    return TrialSpec.from_plain(tiny.plain_spec("m/m", "d/d", method=method, **changes))
+
+
+def parts(shape, method, tokens=32, **changes):
+    return predict(spec(method, **changes), shape, longest_tokens=tokens).components
+
+
+def close(found: int, wanted: int, tensors: int) -> bool:
+    """Equal, but for the allocator's rounding of each tensor up to 512 bytes, and the rotary frequencies."""
+    return wanted <= found <= wanted + 512 * (tensors + 4)
+
+
+def test_plain_weights_take_their_numbers_times_their_bytes(shape):
+    prediction = predict(spec({"name": "none"}), shape, longest_tokens=32)
+    assert close(prediction.peak_allocated, 2 * (LINEAR + REST), 20)
+    assert prediction.components == {"weights": prediction.peak_allocated}
+    assert prediction.evaluation > prediction.peak_allocated
+
+
+def test_nf4_takes_half_a_byte_and_a_double_quantised_scale_for_64(shape):
+    found = parts(shape, {"name": "qlora", "rank": 4})
+    assert close(found["weights"], LINEAR // 2 + 2 * REST, 40)
+    assert close(found["quantization"], LINEAR // 64 + LINEAR // 64 // 256 * 4, 2 * 14)
+    single = parts(shape, {"name": "qlora", "rank": 4, "double_quant": False})
+    assert close(single["quantization"], LINEAR // 64 * 4, 14)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_adapters_and_their_moments(shape, dtype, size):
+    numbers = LAYERS * sum(4 * (rows + columns) for rows, columns in LINEARS)
+    found = parts(shape, {"name": "lora", "rank": 4, "adapter_dtype": dtype})
+    assert close(found["adapters"], size * numbers, 28)
+    assert close(found["gradients"], size * numbers, 28), "two passes a step: gradients are there with activations"
+    assert close(found["optimizer"], 2 * size * numbers, 3 * 28)
+
+
+def test_moments_in_8_bits_have_a_scale_for_256_numbers(shape):
+    full = {"name": "full", "weights": "float32"}
+    assert close(parts(shape, full)["optimizer"], 8 * (LINEAR + REST), 3 * 20)
+    large, norms = LINEAR + VOCABULARY * HIDDEN, (2 * LAYERS + 1) * HIDDEN
+    wanted = 2 * (large + large // 256 * 4) + 8 * norms
+    assert close(parts(shape, {**full, "optim": "adamw_8bit"})["optimizer"], wanted, 4 * 20)
+
+
+def test_paged_moments_of_large_weights_are_not_on_the_gpu(shape):
+    paged = parts(shape, {"name": "full", "weights": "float32", "optim": "paged_adamw_32bit"})
+    small = LAYERS * 2 * KEYS * HIDDEN + (2 * LAYERS + 1) * HIDDEN + LAYERS * 2 * HIDDEN * HIDDEN
+    assert close(paged["optimizer"], 8 * small, 0)
+
+
+def test_stochastic_rounding_keeps_moments_in_bfloat16(shape):
+    assert close(parts(shape, {"name": "full"})["optimizer"], 4 * (LINEAR + REST), 2 * 20)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "bfloat16_stochastic"])
+def test_galore_keeps_a_basis_and_low_rank_moments(shape, weights):
+    found = parts(shape, {"name": "galore", "rank": 8, "weights": weights})
+    basis = LAYERS * sum(8 * min(matrix) for matrix in LINEARS)
+    moments = LAYERS * sum(8 * max(matrix) for matrix in LINEARS) + REST
+    assert close(found["projectors"], 2 * basis, 14)
+    assert close(found["optimizer"], 2 * 2 * moments, 2 * 20)
+
+
+def test_a_galore_basis_in_float32_holds_on_to_the_whole_decomposition(shape):
+    """The reference keeps a view of U or V, and a view keeps its storage."""
+    found = parts(shape, {"name": "galore", "rank": 8, "weights": "float32"})
+    assert close(found["projectors"], 4 * LAYERS * sum(min(matrix) ** 2 for matrix in LINEARS), 14)
+
+
+def test_layerwise_galore_never_holds_all_gradients(shape):
+    method = {"name": "galore", "rank": 8, "max_grad_norm": None}
+    one = {"train__batch_size": 1, "train__micro_batch_size": 1}
+    whole = predict(spec(method, **one), shape, longest_tokens=8)
+    layerwise = predict(spec({**method, "layerwise": True}, **one), shape, longest_tokens=8)
+    assert whole.components["gradients"] > 2 * LINEAR
+    assert layerwise.components.get("gradients", 0) < whole.components["gradients"] / 2
+    assert layerwise.components["optimizer"] == whole.components["optimizer"]
+
+
+def test_the_hybrid_takes_what_its_larger_stage_takes(shape):
+    qlora, galore = {"name": "qlora", "rank": 4}, {"name": "galore", "rank": 8}
+    hybrid = predict(spec({"name": "qlora_galore", "qlora": qlora, "galore": galore}), shape, longest_tokens=32)
+    stages = [predict(spec(method), shape, longest_tokens=32) for method in (qlora, galore)]
+    assert hybrid.peak_allocated == max(stage.peak_allocated for stage in stages)
+
+
+def test_components_add_up_and_memory_grows_with_rows_and_shrinks_with_checkpointing(shape):
+    lora = {"name": "lora", "rank": 4}
+    small = predict(spec(lora, train__micro_batch_size=2), shape, longest_tokens=64)
+    large = predict(spec(lora, train__micro_batch_size=8), shape, longest_tokens=64)
+    again = predict(spec(lora, train__micro_batch_size=8, train__gradient_checkpointing=True), shape, longest_tokens=64)
+    for each in (small, large, again):
+        assert sum(each.components.values()) == each.peak_allocated < each.peak_reserved
+    assert small.peak_allocated < large.peak_allocated
+    assert again.components["activations"] < large.components["activations"] / 2
+
+
+def test_activations_are_what_torch_keeps(shape):
+    """The same model with real weights on the CPU in float32, and every tensor that autograd saves."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
+
+    trial = spec(
+        {"name": "lora", "rank": 4}, model__dtype="float32", train__precision="fp32", train__micro_batch_size=4
+    )
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape.plain()), dtype=torch.float32)
+    add_fused_lm_head(model)
+    model.requires_grad_(False)
+    model = trial.method.attach(model).train()
+    held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            saved[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    kept: list[object] = []
+    ids = torch.ones(4, 64, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), use_cache=False, fused_lm_head=True)
+    found = predict(trial, shape, longest_tokens=64, padded=False).components["activations"]
+    assert found == pytest.approx(sum(saved.values()), rel=0.05)
+
+
+def test_a_prediction_is_kept_on_disk(shape, tmp_path, monkeypatch):
+    from ray_peft.vram import llm
+    from ray_peft.vram import predict as module
+
+    monkeypatch.setenv("RAY_PEFT_CACHE", str(tmp_path))
+    trial = spec({"name": "lora", "rank": 2})
+    monkeypatch.setattr(sys.modules["ray_peft.vram.predict"], "_known", {})
+    first = module(trial, shape, longest_tokens=16)
+    monkeypatch.setattr(sys.modules["ray_peft.vram.predict"], "_known", {})
+    monkeypatch.setattr(llm, "components", lambda *_, **__: pytest.fail("computed again"))
+    other = trial.model_copy(update={"method": trial.method.model_copy(update={"lr": 0.5})})
+    assert module(other, shape, longest_tokens=16) == first
+
+
+def test_nothing_of_torch_stays_replaced(shape):
+    import torch
+
+    before = torch.optim.AdamW, torch.is_autocast_enabled
+    predict(spec({"name": "lora", "rank": 3}), shape, longest_tokens=16)
+    assert (torch.optim.AdamW, torch.is_autocast_enabled) == before
+    assert not torch.is_autocast_enabled()
+
+
+def test_gpus_are_known_by_name_and_others_get_the_safest_numbers():
+    assert known("NVIDIA GeForce RTX 3060").memory_gib == 12
+    assert known("NVIDIA GeForce RTX 3060 Laptop GPU").name == "NVIDIA GeForce RTX 3060"
+    assert known("Unheard of") is ANY
+    assert not ANY.holds(12 * GIB)
+
+
+def test_suggestions_keep_the_training_where_that_is_enough(shape):
+    trial = spec({"name": "lora", "rank": 4}, train__batch_size=16, train__micro_batch_size=16)
+
+    def of(variant):
+        return predict(variant, shape, longest_tokens=256)
+
+    limit = of(trial.model_copy(update={"train": trial.train.model_copy(update={"micro_batch_size": 8})}))
+    found = nearest(trial, of, lambda prediction: prediction.peak_allocated <= limit.peak_allocated)
+    assert found[0].fits
+    assert found[0].changes == {"train.micro_batch_size": 8}
+    assert all(each.same_training for each in found)
+    assert all(each.spec.train.batch_size == 16 for each in found)
+
+
+def test_suggestions_change_the_training_only_where_nothing_else_fits(shape):
+    trial = spec({"name": "full", "weights": "float32"}, train__batch_size=4, train__micro_batch_size=4)
+    found = nearest(
+        trial, lambda variant: predict(variant, shape, longest_tokens=64), lambda p: "adapters" in p.components
+    )
+    assert [each.changes["method"]["name"] for each in found if each.fits] == ["lora", "qlora"]
+    assert found[0].fits
+    assert any("method.optim" in each.changes for each in found)
+    assert found[-1].line().endswith("does not fit)")
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "qwen2"])
+def test_other_families_need_no_code_of_their_own(shared, family):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        family, vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    found = parts(ModelShape.from_config(json.loads(config.to_json_string())), {"name": "qlora", "rank": 2})
+    assert {"weights", "quantization", "adapters", "activations"} <= set(found)
