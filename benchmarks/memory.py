@@ -1,6 +1,6 @@
 """Peak memory as predicted and as measured: our own training path on rows that all have the same number of tokens.
 
-With RAY_PEFT_GEMMA2, RAY_PEFT_GEMMA3 and RAY_PEFT_SMOLLM2 set (those that are):
+With RAY_PEFT_GEMMA2, RAY_PEFT_GEMMA3, RAY_PEFT_SMOLLM2 and RAY_PEFT_SD15 set (those that are):
     python benchmarks/memory.py benchmarks/results/memory_h200.json            # all cells
     python benchmarks/memory.py OUT.json --part 0/2                            # every second cell; parts merge in OUT
     python benchmarks/memory.py OUT.json --analyse                             # predict again, no GPU, no models
@@ -27,10 +27,11 @@ from provenance import write
 
 from ray_peft import measure
 from ray_peft.gpus import known
-from ray_peft.spec import LlmTrialSpec
+from ray_peft.spec import ImageTrialSpec, LlmTrialSpec
 from ray_peft.vram import ModelShape, predict
 
-MODELS = {"gemma-2-2b": "RAY_PEFT_GEMMA2", "gemma-3-1b": "RAY_PEFT_GEMMA3", "SmolLM2-135M": "RAY_PEFT_SMOLLM2"}
+MODELS = {"gemma-2-2b": "RAY_PEFT_GEMMA2", "gemma-3-1b": "RAY_PEFT_GEMMA3", "SmolLM2-135M": "RAY_PEFT_SMOLLM2",
+          "SD 1.5": "RAY_PEFT_SD15"}  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora"},
     "lora dropout": {"name": "lora", "dropout": 0.05},
@@ -71,6 +72,13 @@ UNEVEN: list[tuple[str, str, list[tuple[int, int, bool]]]] = [
     ("gemma-3-1b", "lora", [(512, 8, False)]),
     ("gemma-2-2b", "qlora", [(512, 4, False)]),
 ]
+# (resolution, micro-batch, checkpointing)
+UNETS: list[tuple[str, list[tuple[int, int, bool]]]] = [
+    ("lora", [(512, 1, False), (512, 4, False), (512, 1, True), (512, 4, True), (256, 1, False)]),
+    ("qlora", [(512, 1, False), (512, 4, False), (512, 1, True)]),
+    ("full", [(512, 1, False), (512, 2, True)]),
+    ("full fp32", [(256, 1, False)]),
+]
 CARDS_GIB = (4, 6, 8, 10, 12, 16, 24, 40, 48, 80)
 STEPS = 3
 
@@ -83,11 +91,32 @@ def cells() -> list[dict[str, Any]]:
         for uneven, grid in ((False, GRID), (True, UNEVEN))
         for model, method, sizes in grid
         for tokens, rows, checkpointing in sizes
+    ] + [
+        {"model": "SD 1.5", "method": method, "pixels": pixels, "tokens": 0, "micro_batch_size": rows,
+         "checkpointing": checkpointing, "uneven": False}
+        for method, sizes in UNETS
+        for pixels, rows, checkpointing in sizes
     ]  # fmt: skip
 
 
-def spec_of(cell: dict[str, Any], folder: str) -> LlmTrialSpec:
+def spec_of(cell: dict[str, Any], folder: str) -> Any:
     """The trial of a cell; two passes a step, but one where the method allows no more."""
+    if "pixels" in cell:
+        return ImageTrialSpec.from_plain(
+            {
+                "task": "text_to_image",
+                "model": {"name": folder, "random_weights": True},
+                "data": {"path": "none", "test": 1, "resolution": cell["pixels"]},
+                "method": METHODS[cell["method"]],
+                "train": {
+                    "steps": STEPS,
+                    "batch_size": cell["micro_batch_size"],
+                    "micro_batch_size": cell["micro_batch_size"],
+                    "gradient_checkpointing": cell["checkpointing"],
+                    "log_every": 1,
+                },
+            }
+        )
     method = METHODS[cell["method"]]
     passes = 1 if method.get("layerwise") else 2
     return LlmTrialSpec.from_plain(
@@ -152,6 +181,44 @@ def measured(cell: dict[str, Any], folder: str, device: str) -> dict[str, Any]:
     }
 
 
+def measured_unet(cell: dict[str, Any], folder: str, device: str) -> dict[str, Any]:
+    """The same for a UNet, on random latents."""
+    import torch
+    from diffusers import DDPMScheduler
+    from transformers import set_seed
+
+    from ray_peft.tasks.text_to_image import latents, model, noise, passes, train
+
+    spec = spec_of(cell, folder)
+    set_seed(spec.seed)
+    side = cell["pixels"] // 8
+    images = latents.Encoded(torch.randn(8, 1, 8, side, side), torch.randn(8, 77, 768), 0)
+    work = Path(tempfile.mkdtemp())
+    watch = measure.MemoryWatch(device)
+    ((stage, steps),) = spec.method.stages(STEPS)
+    unet = model.load_unet(spec, device)
+    begin = time.perf_counter()
+    watch.start()
+    try:
+        attached = stage.attach(unet)
+        if not passes.autocasts(spec):
+            passes.light_adapters(attached)
+        draws = noise.Draws(spec, images, 0.18215, DDPMScheduler())
+        job = train.StageJob(stage, steps, 0, draws, work, device, lambda *_: None, lambda: 0.0)
+        train.train_stage(spec, job, attached)
+    finally:
+        watch.stop()
+        shutil.rmtree(work, ignore_errors=True)
+    peaks = watch.peaks
+    return {
+        "status": "measured",
+        "peak_allocated_gib": peaks.allocated_gib,
+        "peak_reserved_gib": peaks.reserved_gib,
+        "device_used_gib": peaks.device_used_gib,
+        "train_s": round(time.perf_counter() - begin, 1),
+    }
+
+
 def spec_vocabulary(model: Any) -> int:
     """Tokens that the model knows."""
     return int(model.config.get_text_config().vocab_size)
@@ -182,10 +249,11 @@ def run(target: Path, part: tuple[int, int], models: dict[str, str], chosen: lis
         folder = models.get(cell["model"])
         if folder is None or number % part[1] != part[0] or known_cells.get(key(cell), {}).get("status") == "measured":
             continue
-        shapes[cell["model"]] = json.loads(ModelShape.from_config(Path(folder) / "config.json").config)
+        config = Path(folder) / ("unet/config.json" if "pixels" in cell else "config.json")
+        shapes[cell["model"]] = json.loads(ModelShape.from_config(config).config)
         before = released()
         try:
-            result = measured(cell, folder, device)
+            result = (measured_unet if "pixels" in cell else measured)(cell, folder, device)
         except torch.OutOfMemoryError as error:
             result = {"status": "out_of_memory", "error": str(error).splitlines()[0]}
         except Exception as error:  # a benchmark reports what failed and goes on
@@ -201,7 +269,8 @@ def run(target: Path, part: tuple[int, int], models: dict[str, str], chosen: lis
 def key(cell: dict[str, Any]) -> str:
     """A cell's name."""
     marks = [" checkpointing" if cell["checkpointing"] else "", " uneven" if cell["uneven"] else ""]
-    return f"{cell['model']} {cell['method']} {cell['micro_batch_size']}x{cell['tokens']}{''.join(marks)}"
+    size = f"{cell['pixels']}px" if "pixels" in cell else cell["tokens"]
+    return f"{cell['model']} {cell['method']} {cell['micro_batch_size']}x{size}{''.join(marks)}"
 
 
 def save(target: Path, found: dict[str, Any]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ray_peft.methods.base import Stage
 from ray_peft.spec import ImageTrialSpec
 from ray_peft.vram.shape import ModelShape
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 TEXT_TOKENS = 77
 """Length of a caption for CLIP's text encoder."""
@@ -27,6 +27,7 @@ def components(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Counter
     """
     import torch
 
+    from ray_peft.tasks.text_to_image.passes import light_adapters, recompute_feed_forward, unwrapped
     from ray_peft.vram.stand_ins import Autocast, on_meta
     from ray_peft.vram.step import Conditions
     from ray_peft.vram.step import components as of_step
@@ -37,13 +38,15 @@ def components(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Counter
     with on_meta(autocast=autocast):
         unet = _built(spec, stage, shape)
         channels, width = unet.config.in_channels, unet.config.cross_attention_dim
-        model: Any = _light(stage.attach(unet)).train()
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        model: Any = stage.attach(unet).train()
+        if not autocast:
+            light_adapters(model)
+        inner = unwrapped(model)
         if spec.train.gradient_checkpointing:
             low = torch.bfloat16 if autocast else None
             inner.enable_gradient_checkpointing(_checkpoint(Autocast, low))
         elif not getattr(stage, "dropout", 0.0):
-            _recompute_feed_forward(inner, _checkpoint(Autocast, torch.bfloat16 if autocast else None))
+            recompute_feed_forward(inner, _checkpoint(Autocast, torch.bfloat16 if autocast else None))
 
         def loss() -> Tensor:
             latents = torch.empty(rows, channels, side, side, dtype=dtype, device="meta")
@@ -80,23 +83,6 @@ def _built(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Any:
     return unet
 
 
-def _light(model: nn.Module) -> nn.Module:
-    """Adapters take their input as it comes, and are multiplied in its dtype."""
-    import torch
-    from peft.tuners.lora import LoraLayer
-
-    class Light(torch.nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-            return torch.nn.functional.linear(input, self.weight.to(input.dtype))
-
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer.cast_input_dtype_enabled = False
-            for thin in (*layer.lora_A.values(), *layer.lora_B.values()):
-                thin.__class__ = Light
-    return model
-
-
 def _checkpoint(autocast: Any, dtype: Any) -> Any:
     import contextlib
 
@@ -104,11 +90,3 @@ def _checkpoint(autocast: Any, dtype: Any) -> Any:
 
     again = lambda: (contextlib.nullcontext(), autocast(dtype))  # noqa: E731 - a factory for each recomputation
     return partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=again)
-
-
-def _recompute_feed_forward(unet: Any, checkpoint: Any) -> None:
-    from diffusers.models.attention import FeedForward
-
-    for layer in unet.modules():
-        if isinstance(layer, FeedForward):
-            cast(Any, layer).forward = partial(checkpoint, layer.forward)

@@ -75,17 +75,19 @@ def checkpoint_activations(unet: Any, *, random: bool) -> None:
     unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=random))
 
 
-def recompute_feed_forward(unet: Any) -> None:
+def recompute_feed_forward(unet: Any, run_again: Callable[..., Any] | None = None) -> None:
     """Recompute what is inside the feed-forward layers in the backward pass: a third of all activations.
 
     Their gates are four times as wide as the rest and cheap to make again, unlike attention and convolutions.
+    `run_again` replaces torch's checkpoint function.
     """
     from diffusers.models.attention import FeedForward
     from torch.utils.checkpoint import checkpoint
 
+    again = run_again or partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for layer in unet.modules():
         if isinstance(layer, FeedForward) and "forward" not in vars(layer):  # else it does so already
-            cast(Any, layer).forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            cast(Any, layer).forward = partial(again, layer.forward)
 
 
 class Pass:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ray_peft.errors import ModelError
+from ray_peft.gpus import ANY, Gpu, known
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.methods.lora import LowRankAdapter
 from ray_peft.result import Scores
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from ray_peft.tasks.text_to_image.data import Pictures
     from ray_peft.tasks.text_to_image.latents import EncodedData, Encoders
+    from ray_peft.vram import Prediction
 
 
 class TextToImage(TaskType[ImageTrialSpec]):
@@ -54,6 +56,10 @@ class TextToImage(TaskType[ImageTrialSpec]):
 
         return describe.write_data(spec, folder)
 
+    def predict(self, spec: ImageTrialSpec, gpu: Gpu = ANY) -> Prediction:
+        """The peak of the UNet's training."""
+        return _predicted(spec, gpu)
+
     def total_steps(self, spec: ImageTrialSpec, train_rows: int) -> int:
         """Optimizer steps of a whole trial; a batch may span two epochs."""
         if spec.train.steps is not None:
@@ -83,6 +89,14 @@ class TextToImage(TaskType[ImageTrialSpec]):
         bench.attach(stage)
         bench.restore(weights)
         return bench
+
+
+def _predicted(spec: ImageTrialSpec, gpu: Gpu) -> Prediction:
+    from ray_peft import vram
+    from ray_peft.tasks.text_to_image.model import load_configs
+
+    shape = vram.ModelShape.from_config(load_configs(spec.model).parts["unet"])
+    return vram.predict(spec, shape, longest_tokens=0, gpu=gpu)
 
 
 def _check_resolution(spec: ImageTrialSpec, parts: dict[str, dict[str, Any]]) -> None:
@@ -158,6 +172,12 @@ class ImageBench(Bench):
     def storage(self) -> dict[str, int]:
         """Bytes of the UNet as it was loaded, by how they are held."""
         return self._storage
+
+    def predicted(self) -> Prediction:
+        """The peak of the UNet's training, on the GPU that is here."""
+        from ray_peft.measure import device_name
+
+        return _predicted(self.spec, known(device_name(self.device)))
 
     def attach(self, stage: Stage) -> None:
         """Prepare the UNet for a stage, from the trial's seed."""
