@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import os
 import platform
 import subprocess
@@ -105,6 +106,8 @@ class _Sampler(threading.Thread):
     """Samples what no library keeps a peak of: the process's resident memory, and the whole GPU through NVML."""
 
     INTERVAL_S = 0.1
+    GPU_EVERY = 10
+    """Samples between two of the GPU: the driver serves no launches while it answers."""
 
     def __init__(self, device: str) -> None:
         super().__init__(daemon=True, name="memory-sampler")
@@ -117,9 +120,9 @@ class _Sampler(threading.Thread):
         import psutil
 
         process = psutil.Process()
-        while True:
+        for sample in itertools.count():
             self._rss = max(self._rss, process.memory_info().rss)
-            if self._gpu is not None:
+            if self._gpu is not None and sample % self.GPU_EVERY == 0:
                 import pynvml
 
                 self._used = max(self._used, int(pynvml.nvmlDeviceGetMemoryInfo(self._gpu).used))

@@ -86,6 +86,8 @@ def sweep(
             _quiet_tune()
             nodes = ray.enter_context(cluster.connect(address))
             demands = {trial.trial_id: demand(trial, nodes) for trial in plan.trials}
+            if any(each.gpus_per_worker for each in demands.values()):
+                experiment.predict_trials(plan.todo, gpu_memory_gib, console)
         if fresh:
             ledger.set_aside()
         opened = experiment.open_experiment(

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 RESULT_FILE = "result.json"
 """The trial's row, in its own folder."""
 
+GPU_TRIAL_THREADS = 4
+"""CPU threads of torch in a trial on a GPU: its work on the CPU is small, and more threads wait for each other."""
+
 
 def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> TrialResult | None:
     """Run a trial and record its result, whatever happens.
@@ -78,7 +81,7 @@ def _run(life: Life) -> TrialResult:
     if place.threads is not None:
         import torch
 
-        torch.set_num_threads(place.threads)
+        torch.set_num_threads(place.threads if place.device == "cpu" else min(place.threads, GPU_TRIAL_THREADS))
     if spec.members():
         return run_ensemble(life)
     with life.clock.phase("load"):

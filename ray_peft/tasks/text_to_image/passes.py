@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -105,12 +105,13 @@ class Pass:
         self._run(*self._moved(batch))
 
     def _moved(self, batch: Batch) -> list[Tensor]:
+        return [value.to(self._device) for value in self._given(batch)]
+
+    def _given(self, batch: Batch) -> list[Tensor]:
+        """The batch in the UNet's dtype, on the CPU."""
         dtype = input_dtype(self._spec)
         samples, timesteps, texts, targets, weights = batch.tensors()
-        given = (samples.to(dtype), timesteps, texts.to(dtype), targets, weights)
-        if self._device == "cpu":
-            return list(given)
-        return [value.pin_memory().to(self._device, non_blocking=True) for value in given]
+        return [samples.to(dtype), timesteps, texts.to(dtype), targets, weights]
 
     def _run(self, samples: Tensor, timesteps: Tensor, texts: Tensor, targets: Tensor, weights: Tensor) -> None:
         with computing(self._spec, self._device):
@@ -119,6 +120,25 @@ class Pass:
         loss = (errors * weights).sum() / self._spec.train.batch_size
         loss.backward()
         self.loss += loss.detach()
+
+
+class _Staging:
+    """Page-locked memory that a batch is sent from while the GPU works on the one before."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._pages: list[Tensor] = []
+        self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def send(self, values: Sequence[Tensor], to: Sequence[Tensor]) -> None:
+        """Copy `values` to the GPU's tensors `to`, once the GPU has read what was sent from here before."""
+        self._sent.synchronize()
+        self._pages = self._pages or [value.pin_memory() for value in values]
+        for page, value, target in zip(self._pages, values, to, strict=True):
+            page.copy_(value)
+            target.copy_(page, non_blocking=True)
+        self._sent.record()
 
 
 class RecordedPass(Pass):
@@ -133,6 +153,7 @@ class RecordedPass(Pass):
 
         super().__init__(spec, model, device)
         self._inputs: list[Tensor] = []
+        self._staging = [_Staging(), _Staging()]
         self._replay: Callable[[], None] | None = None
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
@@ -140,16 +161,15 @@ class RecordedPass(Pass):
         """Add the gradients and the loss of `batch`."""
         import torch
 
-        moved = self._moved(batch)
         if not self._inputs:
-            self._inputs = moved
+            self._inputs = self._moved(batch)
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 self._run(*self._inputs)
             torch.cuda.current_stream().wait_stream(self._stream)
             return
-        for kept, new in zip(self._inputs, moved, strict=True):
-            kept.copy_(new)
+        self._staging.reverse()
+        self._staging[0].send(self._given(batch), self._inputs)
         if self._replay is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self._stream):
