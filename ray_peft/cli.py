@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("space")
     command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument("--gpu-memory-gib", type=float, metavar="GIB", help="memory of a GPU: say what fits, and how")
+    command.add_argument(
+        "--gpu-memory-gib", type=_positive, metavar="GIB", help="memory of a GPU: say what fits, and how"
+    )
     command.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of that memory; default: 1")
     command.add_argument("--gpu", metavar="NAME", help="the GPU's name, such as 'NVIDIA H200', for its own overheads")
     command.add_argument("--strict", action="store_true", help="exit code 1 if a trial does not fit")
@@ -200,7 +202,10 @@ def _plan(options: argparse.Namespace) -> int:
 
     gpu = known(options.gpu) if options.gpu else ANY
     memory = options.gpu_memory_gib or (gpu.memory_gib if options.gpu else None)
-    made, packing = forecast.forecast(trials, gpu_memory_gib=memory, gpus=options.gpus, gpu=gpu)
+    if memory is None:  # a prediction takes seconds where it was not made before
+        made, packing = [forecast.Forecast(trial, None) for trial in trials], None
+    else:
+        made, packing = forecast.forecast(trials, gpu_memory_gib=memory, gpus=options.gpus, gpu=gpu)
     code = 1 if options.strict and any(each.fits is False for each in made) else 0
     if options.json:
         rows = [{"trial_id": each.trial.trial_id, **each.plain(), "spec": each.trial.plain()} for each in made]

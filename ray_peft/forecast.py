@@ -85,7 +85,11 @@ def forecast(
             made.append(Forecast(trial, None))
             continue
         place, seat = seats[trial.trial_id]
-        ways = () if holds(found) or trial.members() else tuple(nearest(trial, lambda v: _sure(v, gpu), holds))
+        ways = (
+            ()
+            if holds(found) or not trial.method.stages(1000)
+            else tuple(nearest(trial, lambda v: _sure(v, gpu), holds))
+        )
         made.append(Forecast(trial, found, seat.fits, seat.gpu_fraction, place if seat.fits else None, ways))
     return made, packing
 

@@ -181,7 +181,7 @@ def keep(life: Life, bench: Bench, name: str, dtype: Dtype | None = None) -> int
     """Write what is trained so far into the trial's folder and the tracker; returns its bytes."""
     folder = life.place.folder / name
     bench.save(folder, dtype)
-    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    size = bench.stored_bytes(folder)
     if life.tracker is not None:
         life.tracker.artifact(folder, name)
         if not (folder / "adapter_config.json").is_file():

@@ -18,7 +18,7 @@ GIB = 2**30
 
 PACKAGES = (
     "ray-peft", "ray", "torch", "transformers", "peft", "trl", "bitsandbytes", "galore-torch", "accelerate",
-    "datasets", "mlflow", "lm-eval",
+    "diffusers", "datasets", "mlflow", "lm-eval",
 )  # fmt: skip
 
 

@@ -177,6 +177,10 @@ class Bench(ABC):
     def save(self, folder: Path, dtype: Dtype | None = None) -> None:
         """Write what was trained, in `dtype`, or else in the trial's `train.save_dtype`."""
 
+    def stored_bytes(self, folder: Path) -> int:
+        """Bytes of the weights that `save` wrote into `folder`, each counted once."""
+        return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
     def export(self, folder: Path, dtype: Dtype) -> None:
         """Write a model that needs no other files, in `dtype`, after `merge` or of trained full weights."""
         self.save(folder, dtype)

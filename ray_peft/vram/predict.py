@@ -117,6 +117,10 @@ def _image(spec: ImageTrialSpec, shape: ModelShape, gpu: Gpu) -> Prediction:
         found = max(found, step, key=lambda kinds: sum(kinds.values()))
     if found:
         found["workspace"] = gpu.workspace
+    else:
+        from ray_peft.vram import unet
+
+        found = unet.weights(spec, shape)
     peak = sum(found.values())
     reserved = -(-int(peak * (1 + gpu.slack)) // SEGMENT) * SEGMENT
     return Prediction({kind: size for kind, size in found.items() if size}, peak, reserved, peak)

@@ -64,6 +64,16 @@ def components(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Counter
     return found
 
 
+def weights(spec: ImageTrialSpec, shape: ModelShape) -> Counter[str]:
+    """Bytes of the untouched UNet."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(shape.plain())
+    return Counter(weights=sum(p.numel() for p in unet.parameters()) * getattr(torch, spec.model.dtype).itemsize)
+
+
 def _built(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Any:
     import torch
     from diffusers import UNet2DConditionModel

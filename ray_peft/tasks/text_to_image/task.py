@@ -220,6 +220,12 @@ class ImageBench(Bench):
 
         save.save(self.model, folder, dtype or self.spec.train.save_dtype)
 
+    def stored_bytes(self, folder: Path) -> int:
+        """Bytes of the weights, the adapter counted once."""
+        from ray_peft.tasks.text_to_image import save
+
+        return save.adapter_bytes(folder)
+
     def export(self, folder: Path, dtype: Dtype) -> None:
         """Write the whole pipeline around the UNet, as diffusers reads it."""
         import torch
