@@ -2,9 +2,10 @@
 
 With RAY_PEFT_CLIP (a CLIP tokenizer's folder) and RAY_PEFT_VAN_GOGH set:
     python benchmarks/paintings.py FOLDER benchmarks/results/paintings_h200.json
+    python benchmarks/paintings.py FOLDER benchmarks/results/paintings_cpu.json small     # 128 px, minutes on a CPU
 
 First a small VAE is trained as an autoencoder on the training paintings alone. Then method `full` trains a small UNet
-of random weights on forty paintings, through search space sd15_van_gogh at 256 px, until it paints them by title.
+of random weights on forty paintings, through search space sd15_van_gogh, until it paints them by title.
 Quality is none: the model knows forty pictures. What is shown is that losses fall, that images follow, and that copying
 shows in `nearest_train`.
 """
@@ -15,6 +16,7 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +24,37 @@ from provenance import write
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = ROOT / "search_spaces" / "sd15_van_gogh.yaml"
-RESOLUTION = 256
-VAE_SECONDS = 90
-STEPS = 4000
-DATA = [f"data.resolution={RESOLUTION}", "data.train=40", "data.min_side=256"]
 
 
-def main(folder: Path, target: Path) -> None:
+@dataclass(frozen=True)
+class Size:
+    """How large everything is."""
+
+    resolution: int
+    vae: tuple[int, ...]
+    unet: tuple[int, ...]
+    vae_seconds: int
+    steps: int
+    batch: int
+
+
+SIZES = {
+    "full": Size(256, (64, 128, 256, 256), (128, 256, 384, 384), 90, 4000, 16),
+    "small": Size(128, (32, 64, 128, 128), (64, 128, 128), 120, 700, 8),
+}
+
+
+def main(folder: Path, target: Path, size: Size) -> None:
     """Train the VAE, then the UNet; keep the grid of images beside the numbers."""
     import ray_peft
     from ray_peft.console import Console
     from ray_peft.space import load
     from ray_peft.tasks.text_to_image import data
 
-    spec = load(SPACE, [*DATA, "method={name: none}"]).trials[0]
+    chosen = [f"data.resolution={size.resolution}", "data.train=40", f"data.min_side={size.resolution}"]
+    spec = load(SPACE, [*chosen, "method={name: none}"]).trials[0]
     pictures = data.prepare(spec.data)
-    pipeline, errors = build(folder / "pipeline", pictures, spec.data)
+    pipeline, errors = build(folder / "pipeline", pictures, spec.data, size)
     prompts = [
         pictures.train[0].caption,
         pictures.train[1].caption,
@@ -45,9 +62,10 @@ def main(folder: Path, target: Path) -> None:
         pictures.test[0].caption,
     ]
     overrides = [
-        *DATA, f"model.name={pipeline}", f"train.steps={STEPS}", "train.batch_size=16", "train.micro_batch_size=16",
-        "train.eval_every=500", "train.log_every=100", "data.crop=center", "data.flip=false", "data.views=1",
-        f"evaluation.prompts={json.dumps(prompts)}", "evaluation.guidance_scale=2.0", "evaluation.inference_steps=50",
+        *chosen, f"model.name={pipeline}", f"train.steps={size.steps}", f"train.batch_size={size.batch}",
+        f"train.micro_batch_size={size.batch}", "model.dtype=float32",
+        "train.eval_every=200", "train.log_every=50", "data.crop=center", "data.flip=false", "data.views=1",
+        f"evaluation.prompts={json.dumps(prompts)}", "evaluation.guidance_scale=2.0", "evaluation.inference_steps=30", "evaluation.seeds=[0]",
         "method={grid: [{name: none}, {name: full, lr: 2.0e-4, weights: float32}]}",
     ]  # fmt: skip
     outcome = ray_peft.sweep(SPACE, out=folder / "sweep", overrides=overrides, console=Console())
@@ -63,10 +81,10 @@ def main(folder: Path, target: Path) -> None:
         grid = outcome.folder / "trials" / result.trial_id / "images" / "grid.png"
         if grid.is_file():
             shutil.copy(grid, target.with_name(f"{target.stem}_{result.spec.method.name}.png"))
-    write(target, {"paintings": 40, "vae_error": errors, "prompts": prompts, "trials": rows})
+    write(target, {"paintings": 40, "size": asdict(size), "vae_error": errors, "prompts": prompts, "trials": rows})
 
 
-def build(folder: Path, pictures: Any, settings: Any) -> tuple[Path, dict[str, float]]:
+def build(folder: Path, pictures: Any, settings: Any, size: Size) -> tuple[Path, dict[str, float]]:
     """A small pipeline of the true classes: VAE trained here, UNet and text encoder random."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -79,13 +97,13 @@ def build(folder: Path, pictures: Any, settings: Any) -> tuple[Path, dict[str, f
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        block_out_channels=(64, 128, 256, 256), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, sample_size=RESOLUTION,
+        block_out_channels=size.vae, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, sample_size=size.resolution,
     ).to(device)  # fmt: skip
     images = torch.stack([data.pixels(picture, settings, None) for picture in pictures.train]).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-4)
     began, step, error = time.perf_counter(), 0, torch.zeros(())
-    while time.perf_counter() - began < VAE_SECONDS:
+    while time.perf_counter() - began < size.vae_seconds:
         batch = images[torch.randint(len(images), (8,), device=device)]
         batch = torch.where(torch.rand(8, 1, 1, 1, device=device) < 0.5, batch.flip(-1), batch)
         with torch.autocast(device, dtype=torch.bfloat16):
@@ -101,8 +119,10 @@ def build(folder: Path, pictures: Any, settings: Any) -> tuple[Path, dict[str, f
         spread = float(torch.cat([vae.encode(image[None]).latent_dist.mean for image in images]).std())
     vae.register_to_config(scaling_factor=1 / spread)
     unet = UNet2DConditionModel(
-        sample_size=RESOLUTION // 8, block_out_channels=(128, 256, 384, 384), cross_attention_dim=256,
+        sample_size=size.resolution // 8, block_out_channels=size.unet, cross_attention_dim=256,
         attention_head_dim=8, layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D",) * (len(size.unet) - 1) + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (len(size.unet) - 1),
     )  # fmt: skip
     text = CLIPTextConfig(
         hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, vocab_size=49408,
@@ -121,4 +141,4 @@ def build(folder: Path, pictures: Any, settings: Any) -> tuple[Path, dict[str, f
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), SIZES[sys.argv[3] if len(sys.argv) > 3 else "full"])
