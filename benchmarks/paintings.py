@@ -65,7 +65,8 @@ def main(folder: Path, target: Path, size: Size) -> None:
         *chosen, f"model.name={pipeline}", f"train.steps={size.steps}", f"train.batch_size={size.batch}",
         f"train.micro_batch_size={size.batch}", "model.dtype=float32",
         "train.eval_every=200", "train.log_every=50", "data.crop=center", "data.flip=false", "data.views=1",
-        f"evaluation.prompts={json.dumps(prompts)}", "evaluation.guidance_scale=2.0", "evaluation.inference_steps=30", "evaluation.seeds=[0]",
+        f"evaluation.prompts={json.dumps(prompts)}", "evaluation.guidance_scale=2.0",
+        "evaluation.inference_steps=30", "evaluation.seeds=[0]",
         "method={grid: [{name: none}, {name: full, lr: 2.0e-4, weights: float32}]}",
     ]  # fmt: skip
     outcome = ray_peft.sweep(SPACE, out=folder / "sweep", overrides=overrides, console=Console())
