@@ -297,11 +297,12 @@ def predicted(found: dict[str, Any], card: str) -> None:
         cell["predict_s"] = round(time.perf_counter() - begin, 2)
         if cell["peak_allocated_gib"] is None:
             continue
-        cell["error"] = cell["predicted"]["peak_allocated_gib"] / cell["peak_allocated_gib"] - 1
-        cell["error_reserved"] = cell["predicted"]["peak_reserved_gib"] / cell["peak_reserved_gib"] - 1
+        allocated, reserved = cell["peak_allocated_gib"] - left(cell), cell["peak_reserved_gib"] - left(cell)
+        cell["error"] = cell["predicted"]["peak_allocated_gib"] / allocated - 1
+        cell["error_reserved"] = cell["predicted"]["peak_reserved_gib"] / reserved - 1
         errors.append(cell["error"])
         reserved_errors.append(cell["error_reserved"])
-        taken = cell["peak_allocated_gib"] + gpu.context / measure.GIB
+        taken = allocated + gpu.context / measure.GIB
         for size in CARDS_GIB:
             says, true = gpu.holds(prediction.peak_reserved, memory_gib=size), taken <= size
             if says and not true:
@@ -320,6 +321,11 @@ def predicted(found: dict[str, Any], card: str) -> None:
         }
 
 
+def left(cell: dict[str, Any]) -> float:
+    """GiB that cells before it left in its process; they count for none."""
+    return float(cell.get("allocated_before_gib") or 0.0)
+
+
 def table(found: dict[str, Any]) -> str:
     """The accuracy table, worst first."""
     rows = ["| cell | predicted [GiB] | measured [GiB] | error | reserved: predicted | measured |",
@@ -328,8 +334,8 @@ def table(found: dict[str, Any]) -> str:
     for cell in sorted(every, key=lambda cell: -abs(cell["error"])):
         said = cell["predicted"]
         rows.append(
-            f"| {key(cell)} | {said['peak_allocated_gib']:.2f} | {cell['peak_allocated_gib']:.2f} | "
-            f"{cell['error']:+.1%} | {said['peak_reserved_gib']:.2f} | {cell['peak_reserved_gib']:.2f} |"
+            f"| {key(cell)} | {said['peak_allocated_gib']:.2f} | {cell['peak_allocated_gib'] - left(cell):.2f} | "
+            f"{cell['error']:+.1%} | {said['peak_reserved_gib']:.2f} | {cell['peak_reserved_gib'] - left(cell):.2f} |"
         )
     return "\n".join([*rows, "", json.dumps(found.get("summary", {}), indent=1)])
 

@@ -7,6 +7,7 @@ foreign classes, and the projection matrix stays on the device where it was load
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -121,7 +122,14 @@ def _layerwise(kind: type[GaLoreAdamW]) -> type[GaLoreAdamW]:
                     parameter.register_post_accumulate_grad_hook(self._stepper(index))
 
         def _stepper(self, index: int) -> Any:
+            # The collector cannot see through a tensor's hooks: one that held the optimizer, and with it the weights,
+            # would keep all of them for the life of the process.
+            found = weakref.ref(self)
+
             def step_one(parameter: torch.Tensor) -> None:
+                self = found()
+                if self is None:  # a later stage trains with another optimizer
+                    return
                 assert parameter.grad is not None
                 # Zero times a sum is zero, or NaN where a number is not finite: nothing waits for the GPU.
                 self.worst = self.worst + parameter.grad.sum(dtype=torch.float32) * 0
