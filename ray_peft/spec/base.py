@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from ray_peft.methods import AnyMethod
+from ray_peft.methods import METHODS, AnyMethod
 from ray_peft.methods.base import Dtype, Quantization, Stage, Task
 from ray_peft.strict import Strict
 
@@ -192,7 +192,8 @@ class TrialSpec(Strict):
         train, method, workers = self.train, self.method, self.resources.num_workers
         found = []
         if self.task not in method.tasks:
-            found.append(f"method {method.name} does not serve task {self.task}")
+            serving = ", ".join(each.model_fields["name"].default for each in METHODS if self.task in each.tasks)
+            found.append(f"method {method.name} does not serve task {self.task}; use one of {serving}")
         if train.batch_size % (train.micro_batch_size * workers):
             found.append(
                 f"train.batch_size ({train.batch_size}) must be a multiple of train.micro_batch_size "

@@ -83,7 +83,8 @@ def _built(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Any:
 
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(shape.plain())
-    unet.to(getattr(torch, stage.weights_dtype(spec.model.dtype))).requires_grad_(False)
+    nn.Module.to(unet, getattr(torch, stage.weights_dtype(spec.model.dtype)))  # diffusers' own `to` warns of nothing
+    unet.requires_grad_(False)
     quantization = stage.quantization()
     if quantization is not None:
         for name, module in list(unet.named_modules()):

@@ -242,7 +242,8 @@ def _random_part(model: ModelSpec, part: str) -> Path:
         torch.manual_seed(0)
         built = _built(part, config)
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    built.to(torch.bfloat16).save_pretrained(partial / part)
+    torch.nn.Module.to(built, torch.bfloat16)  # diffusers' own `to` warns of nothing
+    built.save_pretrained(partial / part)
     with contextlib.suppress(OSError):  # another process was first, with the same content
         partial.rename(folder)
     shutil.rmtree(partial, ignore_errors=True)
