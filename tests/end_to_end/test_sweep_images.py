@@ -25,6 +25,7 @@ def swept(ray_cluster, tiny_painter, paintings, tmp_path_factory):
     """One sweep over the methods that the task has."""
     folder = tmp_path_factory.mktemp("swept_images")
     plain = tiny_diffusion.plain_spec(tiny_painter, paintings, train__steps=3, train__save_dtype="float32")
+    plain["resources"]["cpus_per_worker"] = 1
     plain |= {"name": "images", "description": "A test.", "method": {"grid": METHODS}}
     (folder / "images.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
     return folder / "images.yaml", ray_peft.sweep(folder / "images.yaml", out=folder / "out", console=Console())
@@ -57,7 +58,9 @@ def test_every_trial_finishes_with_scores_speed_and_storage(swept):
             assert row["adapter_bytes"] > 0
             assert row["usage"]["images_per_s"] > 0
             assert row["usage"]["train_images"] == 12
-    small, large = sorted(result.trainable_parameters for result in outcome.results if result.spec.method.name == "lora")
+    small, large = sorted(
+        result.trainable_parameters for result in outcome.results if result.spec.method.name == "lora"
+    )
     assert large == 2 * small
 
 
