@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny  # noqa: E402
+import tiny_diffusion  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -39,6 +40,18 @@ def tiny_model(shared: Path) -> Path:
 def questions(shared: Path) -> Path:
     """Sixty prompt and completion rows."""
     return tiny.write_rows(shared / "questions.jsonl", tiny.QUESTIONS)
+
+
+@pytest.fixture(scope="session")
+def tiny_painter(shared: Path) -> Path:
+    """The folder of the tiny Stable Diffusion pipeline."""
+    return tiny_diffusion.build_pipeline(shared / "tiny-painter")
+
+
+@pytest.fixture(scope="session")
+def paintings(shared: Path) -> Path:
+    """Eight paintings with captions."""
+    return tiny_diffusion.write_images(shared / "paintings", 8)
 
 
 @pytest.fixture(scope="session")

@@ -157,12 +157,22 @@ class ImageTrialSpec(TrialSpec):
             found.append(f"train.precision: fp32 needs {key}: float32 here; set that, or train.precision: bf16")
         if self.model.dtype == "float16":
             found.append("model.dtype: float16 overflows in training; use bfloat16, or float32")
-        if self.train.ema_decay is not None and isinstance(self.method, FullWeights) and self.method.dtype != "float32":
+        narrow = self._narrow()
+        if self.train.ema_decay is not None and narrow is not None:
             found.append(
-                f"train.ema_decay ({self.train.ema_decay}) needs method.weights: float32, since an average in bfloat16 "
+                f"train.ema_decay ({self.train.ema_decay}) needs {narrow}: float32, since an average in bfloat16 "
                 "stands still; set that, or leave ema_decay out"
             )
         return found
+
+    def _narrow(self) -> str | None:
+        """The setting that holds what is trained in bfloat16; null if it is held in float32."""
+        method = self.method
+        if isinstance(method, FullWeights) and method.dtype != "float32":
+            return "method.weights"
+        if isinstance(method, LowRankAdapter) and method.adapter_dtype != "float32":
+            return "method.adapter_dtype"
+        return None
 
     def _local_paths(self, plain: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
         return [(plain["data"], "path")]
