@@ -143,7 +143,10 @@ class Life:
                 save_s=seconds.get("save", 0.0),
                 tokens_per_s=trained.tokens * speed if speed and trained.tokens else None,
                 steps_per_s=trained.timed_steps * speed if speed else None,
-                images_per_s=trained.images * speed if speed and trained.images else None,
+                # Of all steps, those of this run were timed.
+                images_per_s=trained.images * trained.timed_steps / trained.steps * speed
+                if speed and trained.images
+                else None,
                 train_tokens=trained.tokens,
                 train_images=trained.images,
             ),

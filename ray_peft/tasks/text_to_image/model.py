@@ -186,15 +186,19 @@ def load_noise(spec: ImageTrialSpec) -> DDPMScheduler:
     return schedule
 
 
-def load_pipeline(spec: ImageTrialSpec, unet: nn.Module, device: str) -> StableDiffusionPipeline:
+def load_pipeline(
+    spec: ImageTrialSpec, unet: nn.Module, device: str, dtype: Dtype | None = None
+) -> StableDiffusionPipeline:
     """The pipeline around a UNet that is already on `device`: VAE and text encoder beside it, without safety checker.
+
+    `dtype` is theirs; null takes the UNet's.
 
     Raises:
         ModelError: a part cannot be loaded.
     """
     import diffusers
 
-    dtype = spec.method.weights_dtype(spec.model.dtype)  # a pipeline hands tensors on in one dtype
+    dtype = dtype or spec.method.weights_dtype(spec.model.dtype)  # a pipeline hands tensors on in one dtype
     configs = load_configs(spec.model)
     kind = getattr(diffusers, (configs.index.get("scheduler") or [None, "PNDMScheduler"])[1])
     given = {"prediction_type": spec.train.prediction} if spec.train.prediction else {}

@@ -228,12 +228,10 @@ class ImageBench(Bench):
 
     def export(self, folder: Path, dtype: Dtype) -> None:
         """Write the whole pipeline around the UNet, as diffusers reads it."""
-        import torch
-
         from ray_peft.tasks.text_to_image import model, save
 
-        pipeline = model.load_pipeline(self.spec, save.converted(self.model, dtype), "cpu")
-        pipeline.to(dtype=getattr(torch, dtype)).save_pretrained(str(folder), safe_serialization=True)
+        pipeline = model.load_pipeline(self.spec, save.converted(self.model, dtype), "cpu", dtype)
+        pipeline.save_pretrained(str(folder), safe_serialization=True)
 
     def evaluate(self) -> Scored:
         """The loss on the held-out images; images of the prompts, before and after, and what they are like."""
