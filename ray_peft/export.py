@@ -32,7 +32,7 @@ class Exported:
     num_bytes: int
     """Of the weights."""
     eval_loss_before: float
-    """On the held-out rows, of the model as the trial saved it [nats]."""
+    """On the held-out rows, of the model as the trial saved it."""
     eval_loss_after: float
     """The same of what was exported, loaded again."""
 
@@ -76,8 +76,8 @@ def export(
         partial.parent.mkdir(parents=True, exist_ok=True)
         try:
             _write(spec, trained, partial, merge=form == "merged" and adapted, dtype=dtype, device=device)
-            after = task.load_trained(_with(spec, save=dtype), partial, device).eval_loss()
-            size = sum(file.stat().st_size for file in partial.rglob("*.safetensors"))
+            exported = task.load_trained(_with(spec, save=dtype), partial, device)
+            after, size = exported.eval_loss(), exported.stored_bytes(partial)
             made = Exported(str(folder), run_id, spec.trial_id, form, dtype, size, before, after)
             (partial / "export.json").write_text(json.dumps(asdict(made), indent=2) + "\n", encoding="utf-8")
             os.replace(partial, folder)

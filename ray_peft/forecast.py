@@ -32,11 +32,12 @@ class Forecast:
         """As JSON."""
         said: dict[str, Any] = {"predicted_peak_gib": None}
         if self.prediction is not None:
+            evaluation = self.prediction.evaluation
             parts = {kind: round(size / GIB, 4) for kind, size in self.prediction.components.items()}
             said = {
                 "predicted_peak_gib": round(self.prediction.peak_allocated / GIB, 4),
                 "predicted_reserved_gib": round(self.prediction.peak_reserved / GIB, 4),
-                "predicted_evaluation_gib": round(self.prediction.evaluation / GIB, 4),
+                "predicted_evaluation_gib": None if evaluation is None else round(evaluation / GIB, 4),
                 "components": parts,
             }
         if self.fits is not None:
@@ -117,13 +118,16 @@ def lines(
         if each.prediction is not None:
             line += f"  peak {each.prediction.peak_allocated / GIB:.2f} GiB"
         if each.fits is not None:
-            line += f", {each.gpu_fraction:g} of a GPU" if each.fits else ", DOES NOT FIT; what takes less:"
+            line += f", {each.gpu_fraction:g} of a GPU" if each.fits else ", DOES NOT FIT"
+            line += "; what takes less:" if each.suggestions else ""
         said.append(line)
         said += [f"    {suggestion.line()}" for suggestion in each.suggestions]
     if packing is not None:
-        missing = sum(1 for each in made if each.fits is False)
+        fitting = sum(each.fits is True for each in made)
+        unknown = sum(each.prediction is None for each in made)
         said.append(
-            f"{len(made) - missing} of {len(made)} trials fit {gpu_memory_gib:g} GiB; at most {packing.at_once} at "
+            f"{fitting} of {len(made)} trials fit {gpu_memory_gib:g} GiB"
+            f"{f', {unknown} cannot be predicted' if unknown else ''}; at most {packing.at_once} at "
             f"once, in {len(packing.packs)} packs, the largest first"
         )
     return said

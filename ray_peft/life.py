@@ -212,20 +212,28 @@ def evaluate(life: Life, bench: Bench) -> None:
     _write_lines(folder / "answers.jsonl", answers)
     if losses := life.scored.losses:
         _write_lines(folder / "losses.jsonl", [{"row": row, "loss": loss} for row, loss in enumerate(losses)])
-    if life.scored.images:
-        write_images(life.scored.images, folder / IMAGES)
-    scores = {name: value for name, value in life.scored.scores.plain().items() if isinstance(value, float)}
-    if scores:
-        life.report(scores, life.trained.steps)
+    reported = _report_scores(life, {})
     if life.tracker is not None and samples:
         life.tracker.table(samples, "samples.json")
         life.tracker.artifact(folder / "answers.jsonl", "evaluation")
     if life.tracker is not None and losses:
         life.tracker.artifact(folder / "losses.jsonl", "evaluation")
-    if life.tracker is not None and life.scored.images:
-        life.tracker.artifact(folder / IMAGES, IMAGES)
-    # Last, so that a benchmark that fails leaves a row with the scores above.
+    # What follows comes last, so that images or a benchmark that fail leave a row with the scores above.
+    life.scored = bench.illustrate(life.scored)
+    if life.scored.images:
+        write_images(life.scored.images, folder / IMAGES)
+        _report_scores(life, reported)
+        if life.tracker is not None:
+            life.tracker.artifact(folder / IMAGES, IMAGES)
     life.scored = replace(life.scored, scores=bench.benchmark(life.scored.scores))
+
+
+def _report_scores(life: Life, known: Mapping[str, float]) -> dict[str, float]:
+    """Report the scores that are not `known`; returns them all."""
+    scores = {name: value for name, value in life.scored.scores.plain().items() if isinstance(value, float)}
+    if new := {name: value for name, value in scores.items() if name not in known}:
+        life.report(new, life.trained.steps)
+    return scores
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

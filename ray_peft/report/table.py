@@ -74,12 +74,12 @@ class Row:
     @property
     def style_heldout(self) -> Score:
         """Likeness in style to the held-out paintings."""
-        return self._score(lambda result: result.scores.style_heldout)
+        return self._style(lambda result: result.scores.style_heldout)
 
     @property
     def style_train(self) -> Score:
         """Likeness in style to the training paintings."""
-        return self._score(lambda result: result.scores.style_train)
+        return self._style(lambda result: result.scores.style_train)
 
     @property
     def nearest_train(self) -> Score:
@@ -116,6 +116,11 @@ class Row:
     def error_line(self) -> str | None:
         """Why the trial did not finish, in one line; None if it finished."""
         return None if self.status == "finished" else error_line(self.result)
+
+    def _style(self, read: Callable[[TrialResult], float | None]) -> Score:
+        """Of images; those of a base with other prompts or steps are no base."""
+        alike = self.base is not None and self.base.spec.evaluation == self.result.spec.evaluation
+        return self._score(read) if alike else Score(value=read(self.result))
 
     def _score(self, read: Callable[[TrialResult], float | None]) -> Score:
         return Score(value=read(self.result), base=None if self.base is None else read(self.base))

@@ -152,9 +152,15 @@ class ImageTrialSpec(TrialSpec):
         if self.model.quantization is not None and self.method.name != "qlora":
             found.append("model.quantization: a UNet in 4 bits is method qlora; use that, or model.quantization: null")
         low = self.method.weights_dtype(self.model.dtype) != "float32"
-        if self.train.precision == "fp32" and low and self.method.quantization() is None:
+        if self.train.precision == "fp32" and low:
             key = "method.weights" if isinstance(self.method, FullWeights) else "model.dtype"
             found.append(f"train.precision: fp32 needs {key}: float32 here; set that, or train.precision: bf16")
+        quantization = self.method.quantization()
+        if self.train.precision == "fp32" and quantization is not None and quantization.compute_dtype != "float32":
+            found.append(
+                f"train.precision: fp32 needs method.compute_dtype: float32 (found {quantization.compute_dtype}); set "
+                "that, or train.precision: bf16"
+            )
         if self.model.dtype == "float16":
             found.append("model.dtype: float16 overflows in training; use bfloat16, or float32")
         narrow = self._narrow()

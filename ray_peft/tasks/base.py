@@ -165,6 +165,10 @@ class Bench(ABC):
     def evaluate(self) -> Scored:
         """All scores on the held-out rows."""
 
+    def illustrate(self, scored: Scored) -> Scored:
+        """`scored` with what the model makes, for tasks that make things to look at."""
+        return scored
+
     def benchmark(self, scores: Scores) -> Scores:
         """`scores` with those of the further benchmarks that the trial asks for."""
         return scores

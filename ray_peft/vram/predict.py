@@ -39,18 +39,18 @@ class Prediction:
     """Peak of tensors in training, as `torch.cuda.max_memory_allocated` counts; without training, the weights."""
     peak_reserved: int
     """Peak of the allocator's segments in training."""
-    evaluation: int
-    """Peak of tensors while the held-out rows are scored and answered, at most."""
+    evaluation: int | None
+    """Peak of tensors while the held-out rows are scored and answered, at most; null where nothing can say."""
 
     @property
     def needed(self) -> int:
         """What the trial must find, in training or after, beside the CUDA context."""
-        return max(self.peak_reserved, self.evaluation)
+        return max(self.peak_reserved, self.evaluation or 0)
 
     def gib(self) -> dict[str, float]:
         """All of it in GiB, flat, as it is stored beside what is measured."""
         found = {"peak_allocated_gib": self.peak_allocated, "peak_reserved_gib": self.peak_reserved}
-        found |= {"evaluation_gib": self.evaluation}
+        found |= {"evaluation_gib": self.evaluation} if self.evaluation is not None else {}
         found |= {f"{kind}_gib": size for kind, size in self.components.items()}
         return {name: round(size / GIB, 4) for name, size in found.items()}
 
@@ -79,7 +79,7 @@ def predict(
     if members:
         largest = max(members, key=lambda member: member.peak_allocated)
         return Prediction(
-            largest.components, largest.peak_allocated, largest.peak_reserved, sum(m.evaluation for m in members)
+            largest.components, largest.peak_allocated, largest.peak_reserved, sum(m.evaluation or 0 for m in members)
         )
     uneven = spec.train.micro_batch_size > 1 if padded is None else padded
     stages = [stage for stage, _ in spec.method.stages(_ENOUGH_STEPS)]
@@ -117,13 +117,15 @@ def _image(spec: ImageTrialSpec, shape: ModelShape, gpu: Gpu) -> Prediction:
         found = max(found, step, key=lambda kinds: sum(kinds.values()))
     if found:
         found["workspace"] = gpu.workspace
+        if spec.resources.num_workers > 1:  # gradients are summed over the workers in a copy of all
+            found["buckets"] = found["adapters"] or found["weights"]
     else:
         from ray_peft.vram import unet
 
         found = unet.weights(spec, shape)
     peak = sum(found.values())
     reserved = -(-int(peak * (1 + gpu.slack)) // SEGMENT) * SEGMENT
-    return Prediction({kind: size for kind, size in found.items() if size}, peak, reserved, peak)
+    return Prediction({kind: size for kind, size in found.items() if size}, peak, reserved, None)
 
 
 def _evaluating(step: Counter[str], found: Counter[str]) -> Counter[str]:
@@ -192,9 +194,10 @@ def _kept(decides: list[object], compute: Callable[[], Counter[str]]) -> Counter
 def _code() -> str:
     """A digest of all that computes a prediction: this package, the methods, the libraries."""
     digest = hashlib.sha256()
-    for folder in (Path(__file__).parent, Path(__file__).parent.parent / "methods"):
-        for file in sorted(folder.glob("*.py")):
-            digest.update(file.read_bytes())
-    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "galore-torch"):
+    package = Path(__file__).parent.parent
+    used = [*(package / "vram").glob("*.py"), *(package / "methods").glob("*.py")]
+    for file in [*sorted(used), package / "tasks" / "text_to_image" / "passes.py"]:
+        digest.update(file.read_bytes())
+    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "galore-torch", "diffusers"):
         digest.update(importlib.metadata.version(name).encode())
     return digest.hexdigest()

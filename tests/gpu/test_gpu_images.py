@@ -63,7 +63,7 @@ def test_four_bits_train_and_paint(tiny_painter, paintings, tmp_path):
     )
     assert len(losses) == 10
     assert set(bench.storage()) == {"nf4", "bfloat16"}
-    (image,) = bench.evaluate().images
+    (image,) = bench.illustrate(bench.evaluate()).images
     assert image.before is not None
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import tiny
+from untracked import Notes, run
 
 from ray_peft import trial
 from ray_peft.spec import TrialSpec
@@ -16,42 +17,6 @@ HYBRID = {
     "qlora": {"rank": 4, "lr": 0.01, "compute_dtype": "float32"},
     "galore": {"rank": 8, "lr": 0.01, "weights": "float32"},
 }
-
-
-class Notes:
-    """A tracker that keeps the rows it is given, and the names of artifacts."""
-
-    def __init__(self):
-        self.rows, self.artifacts = [], []
-
-    def start(self, spec):
-        return "run"
-
-    def log(self, metrics, step):
-        pass
-
-    def artifact(self, path, folder):
-        assert path.exists()
-        self.artifacts.append(folder)
-
-    def table(self, rows, artifact_file):
-        pass
-
-    def fetch(self, run_id, folder, to):
-        raise AssertionError("nothing to fetch here")
-
-    def record(self, result):
-        self.rows.append(result)
-
-
-def run(spec, folder, stop_at=None):
-    tracker = Notes()
-
-    def progress(metrics, step):
-        if step == stop_at and "train_loss" in metrics:
-            raise KeyboardInterrupt
-
-    return trial.run(spec, trial.Place(folder, "cpu"), tracker, progress), tracker
 
 
 def test_a_hybrid_that_is_stopped_in_its_second_stage_goes_on_from_the_end_of_its_first(

@@ -164,8 +164,8 @@ def _batch(
         # A picture would hold black in their place.
         if not bool(torch.isfinite(image).all()):
             raise TrialFailed(
-                f"the image of prompt {prompt!r} with seed {seed} is not finite: training made the weights too large "
-                "or NaN; lower method.lr"
+                f"the image of prompt {prompt!r} with seed {seed} is not finite: the weights are too large or NaN; "
+                "where training made them so, lower method.lr"
             )
     processor = pipeline.image_processor
     pictures = processor.numpy_to_pil(processor.pt_to_numpy(images))

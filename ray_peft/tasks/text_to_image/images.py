@@ -81,7 +81,8 @@ def _before(
 
     evaluation = spec.evaluation.model_copy(update={"timesteps": 1, "batch_size": 1, "style": None})  # change no image
     stored = spec.quantization.plain() if spec.quantization is not None else pipeline.unet.dtype
-    settings = [evaluation.plain(), str(stored), spec.data.resolution, spec.train.prediction, device.partition(":")[0]]
+    train, kind = [spec.train.prediction, spec.train.precision], device.partition(":")[0]
+    settings = [evaluation.plain(), str(stored), spec.data.resolution, train, kind]
     key = hashlib.sha256(json.dumps([fingerprint, spec.model.dtype, settings]).encode()).hexdigest()[:24]
     folder = cache_folder() / "images" / key
     count = len(evaluation.prompts) * len(evaluation.seeds)

@@ -8,6 +8,7 @@ import json
 import shutil
 import uuid
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,16 +266,28 @@ def _built(part: str, config: dict[str, Any]) -> Any:
 
 
 def fingerprint(model: ModelSpec) -> str:
-    """SHA-256 over a local pipeline's configs and the names and sizes of its weights, or the hub's file paths."""
+    """SHA-256 over a pipeline's configs, weights and tokenizer: content of local files, commit of a hub model."""
     digest = hashlib.sha256(load_configs(model).text.encode())
     digest.update(b"random" if model.random_weights else b"")
-    if is_local(model.name):
-        for part in PARTS:
-            for file in sorted((Path(model.name) / part).glob("*.safetensors")):
-                digest.update(f"{part}/{file.name}:{file.stat().st_size}".encode())
-    else:
-        digest.update(f"{model.name}@{_commit(model)}".encode())
+    parts: list[tuple[str, tuple[str, ...]]] = [(model.name, ("unet", "vae", "text_encoder", "tokenizer"))]
+    parts += [(model.tokenizer, ("",))] if model.tokenizer else []
+    for name, folders in parts:
+        if not is_local(name):
+            digest.update(f"{name}@{_commit(model) if name == model.name else ''}".encode())
+            continue
+        for folder in folders:
+            files = (Path(name) / folder).glob("*")
+            for file in sorted(file for file in files if file.suffix in (".safetensors", ".json", ".txt")):
+                stat = file.stat()
+                digest.update(f"{folder}/{file.name}:{_content(file, stat.st_size, stat.st_mtime_ns)}".encode())
     return digest.hexdigest()[:16]
+
+
+@cache
+def _content(file: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file that has this size and was last changed then [ns]."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _commit(model: ModelSpec) -> str:

@@ -234,11 +234,14 @@ class ImageBench(Bench):
         pipeline.save_pretrained(str(folder), safe_serialization=True)
 
     def evaluate(self) -> Scored:
-        """The loss on the held-out images; images of the prompts, before and after, and what they are like."""
+        """The loss on the held-out images."""
+        losses = self._losses()
+        return Scored(Scores(eval_loss=sum(losses) / len(losses), eval_rows=len(losses)), losses=losses)
+
+    def illustrate(self, scored: Scored) -> Scored:
+        """`scored` with images of the prompts, before and after, and what they are like."""
         from ray_peft.tasks.text_to_image.images import generate
 
-        losses = self._losses()
-        scored = Scored(Scores(eval_loss=sum(losses) / len(losses), eval_rows=len(losses)), losses=losses)
         if not self.spec.evaluation.prompts:
             return scored
         return generate(self.spec, self.device, self.model, self.pictures, self.model_fingerprint, scored)

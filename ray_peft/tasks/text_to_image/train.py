@@ -123,10 +123,10 @@ class _Loop:
         self.trained.images += train.batch_size
         if step == 0 or self.done % train.log_every == 0 or self.done == job.steps:
             self._log(norm, rate)
-        if train.checkpoint_every and self.done % train.checkpoint_every == 0 and self.done < job.steps:
-            self._save()
         if train.eval_every and self.done % train.eval_every == 0 and self.done < job.steps:
             self._evaluate()
+        if train.checkpoint_every and self.done % train.checkpoint_every == 0 and self.done < job.steps:
+            self._save()
 
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""
@@ -145,6 +145,7 @@ class _Loop:
             self._average.load_state_dict(state["average"])
         self.done = int(state["step"])
         self.trained.steps = self.done
+        self.trained.eval_losses = list(state["eval_losses"])
         self.trained.images = self.done * self._spec.train.batch_size
         self.trained.resumed_from_step = self._job.first_step + self.done
 
@@ -207,6 +208,7 @@ class _Loop:
         partial.mkdir(parents=True)
         state = {
             "step": self.done,
+            "eval_losses": self.trained.eval_losses,
             "parameters": [parameter.detach() for parameter in self._parameters],
             "optimizer": self._optimizer.state_dict(),
             "rates": self._rates.state_dict(),

@@ -8,10 +8,14 @@ import shutil
 import numpy as np
 import pytest
 import tiny_diffusion
+from untracked import run
 
+from ray_peft.console import Console
 from ray_peft.errors import ModelError
-from ray_peft.spec import TrialSpec
+from ray_peft.experiment import inspect_trials
+from ray_peft.spec import ModelSpec, TrialSpec
 from ray_peft.tasks.text_to_image import images
+from ray_peft.tasks.text_to_image.model import fingerprint
 from ray_peft.tasks.text_to_image.task import TextToImage
 
 LORA = {"name": "lora", "rank": 4, "alpha": 12.0, "lr": 0.05}
@@ -119,7 +123,7 @@ def test_an_adapter_that_is_not_trained_paints_as_the_base_does(tiny_painter, pa
     bench.attach(stage)
     assert bench.parameters()[0] > 0
     assert bench.eval_loss() == pytest.approx(base, rel=1e-6)
-    (image,) = bench.evaluate().images
+    (image,) = bench.illustrate(bench.evaluate()).images
     assert np.array_equal(numbers(image.before), numbers(image.after))
 
 
@@ -135,7 +139,7 @@ def test_a_trained_model_paints_otherwise_than_its_base_which_is_painted_once(tr
         return make(*given, **named)
 
     monkeypatch.setattr(images, "make_images", counted)
-    first, second = bench.evaluate(), bench.evaluate()
+    first, second = bench.illustrate(bench.evaluate()), bench.illustrate(bench.evaluate())
     assert len(calls) == 3  # after and before, then after alone
     assert [(image.prompt, image.seed) for image in first.images] == [(tiny_diffusion.CAPTIONS[0], n) for n in (0, 1)]
     for image, again in zip(first.images, second.images, strict=True):
@@ -152,13 +156,58 @@ def test_a_trained_model_paints_otherwise_than_its_base_which_is_painted_once(tr
 
 def test_the_untouched_base_has_images_after_and_none_before(tiny_painter, paintings):
     plain = tiny_diffusion.plain_spec(tiny_painter, paintings, {"name": "none"})
-    (image,) = TextToImage().load(TrialSpec.from_plain(plain), "cpu").evaluate().images
+    bench = TextToImage().load(TrialSpec.from_plain(plain), "cpu")
+    (image,) = bench.illustrate(bench.evaluate()).images
     assert image.before is None
 
 
 def test_no_prompts_make_no_images(tiny_painter, paintings):
     plain = tiny_diffusion.plain_spec(tiny_painter, paintings, {"name": "none"}, evaluation__prompts=[])
-    scored = TextToImage().load(TrialSpec.from_plain(plain), "cpu").evaluate()
+    bench = TextToImage().load(TrialSpec.from_plain(plain), "cpu")
+    scored = bench.illustrate(bench.evaluate())
     assert scored.images == []
     assert scored.scores.eval_loss > 0
     assert scored.scores.style_heldout is None
+
+
+def test_images_that_fail_leave_a_row_with_the_loss(tiny_painter, paintings, tmp_path, monkeypatch):
+    def fail(*given, **named):
+        raise RuntimeError("no room for the VAE")
+
+    monkeypatch.setattr(images, "make_images", fail)
+    spec = TrialSpec.from_plain(tiny_diffusion.plain_spec(tiny_painter, paintings, {"name": "none"}))
+    row, _ = run(spec, tmp_path)
+    assert row.status == "failed"
+    assert "no room for the VAE" in row.error
+    assert row.scores.eval_loss > 0
+    assert len((tmp_path / "losses.jsonl").read_text().splitlines()) == 2
+
+
+def test_other_weights_or_another_tokenizer_are_another_model(tiny_painter, tmp_path):
+    def same(**settings):
+        return fingerprint(ModelSpec(name=str(tmp_path / "copy"), **settings))
+
+    shutil.copytree(tiny_painter, tmp_path / "copy")
+    first = fingerprint(ModelSpec(name=str(tiny_painter)))
+    assert same() == first  # wherever the folder is
+    weights = next((tmp_path / "copy" / "vae").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)  # of the same size
+    second = same()
+    assert second != first
+    merges = tmp_path / "copy" / "tokenizer" / "merges.txt"
+    merges.write_text(merges.read_text() + "\n")
+    assert same() not in (first, second)
+    assert same(tokenizer=str(tiny_painter / "tokenizer")) != same()
+
+
+def test_the_targets_of_every_trial_are_checked(tiny_painter, paintings):
+    plains = [
+        tiny_diffusion.plain_spec(tiny_painter, paintings, method)
+        for method in ({"name": "none"}, LORA, LORA | {"targets": ["to_q", "to_kk"]})
+    ]
+    trials = [TrialSpec.from_plain(plain) for plain in plains]
+    inspect_trials(trials[:2], Console(quiet=True))
+    with pytest.raises(ModelError, match="method.targets: to_kk is no layer"):
+        inspect_trials(trials, Console(quiet=True))
