@@ -115,4 +115,6 @@ def plain_spec(
         for parent in parents:
             target = target[parent]
         target[last] = value
+    if spec["train"]["precision"] == "fp32" and spec["method"].get("name") == "qlora":
+        spec["method"] = {"compute_dtype": "float32", **spec["method"]}
     return spec

@@ -141,6 +141,7 @@ def test_overrides_replace_settings_and_numbers_may_lack_a_point():
 def test_every_search_space_loads(path, monkeypatch):
     monkeypatch.setenv("RAY_PEFT_DATA", "/data")
     monkeypatch.setenv("RAY_PEFT_MODEL", "some/model")
+    monkeypatch.setenv("RAY_PEFT_VAN_GOGH", "/paintings")
     assert space.load(path).trials
 
 

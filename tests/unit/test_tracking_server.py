@@ -33,7 +33,7 @@ from ray_peft.tracking import (
 ROOT = Path(__file__).parents[2]
 
 WRITERS = """
-import os, sys, traceback
+import json, os, sys, traceback
 from pathlib import Path
 import mlflow.store.tracking.sqlalchemy_store
 from ray_peft.result import TrialResult

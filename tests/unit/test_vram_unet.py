@@ -35,10 +35,10 @@ def numbers():
 
 
 def predicted(shared, method, **train):
-    plain = tiny_diffusion.plain_spec("model", "images", method)
-    plain["model"]["dtype"] = "bfloat16"
-    plain["train"] |= {"precision": "bf16", "batch_size": 1, "micro_batch_size": 1, **train}
-    plain["data"]["resolution"] = SIDE
+    plain = tiny_diffusion.plain_spec(
+        "model", "images", method, model__dtype="bfloat16", train__precision="bf16", data__resolution=SIDE
+    )
+    plain["train"] |= {"batch_size": 1, "micro_batch_size": 1, **train}
     return predict(TrialSpec.from_plain(plain), ModelShape(json.dumps(CONFIG)), longest_tokens=0, gpu=ANY)
 
 
