@@ -23,6 +23,7 @@ def run_ensemble(life: Life) -> TrialResult:
             models = [MemberModel(row.spec, _weights(life, row, Path(scratch) / row.trial_id)) for row in rows]
             bench = TASKS[spec.task].load_ensemble(spec, models, place.device)
         life.provenance = life.provenance.model_copy(update=provenance(bench, place))
+        life.lowered = bench.lowered
         _check_same_rows(rows, bench)
         life.parameters = (sum(row.trainable_parameters for row in rows), bench.parameters()[1])
         life.adapter_bytes = sum(row.adapter_bytes for row in rows)

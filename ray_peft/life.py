@@ -21,6 +21,7 @@ from ray_peft.result import Provenance, Scores, Status, TrialResult, Usage
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import Bench, Report, Scored, Trained
 from ray_peft.tasks.images import IMAGES, write_images
+from ray_peft.tasks.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class Life:
         self.boundaries: dict[str, float] = {}
         self.weights: dict[str, float] = {}
         self.predicted: dict[str, float] = {}
+        self.lowered: dict[str, int] = {}
         self.provenance = Provenance(
             num_workers=place.num_workers,
             gpus_per_worker=place.gpus_per_worker,
@@ -105,9 +107,7 @@ class Life:
 
     def failed(self, error: Exception) -> TrialResult:
         """The row of a trial that raised."""
-        import torch
-
-        status: Status = "out_of_memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
+        status: Status = "out_of_memory" if is_out_of_memory(error) else "failed"
         text = str(error).strip() or type(error).__name__
         if not isinstance(error, RayPeftError):
             text = f"{type(error).__name__}: {text}\n\n{''.join(traceback.format_exception(error))}"
@@ -157,6 +157,7 @@ class Life:
             resumed_from_step=trained.resumed_from_step,
             members=self.weights,
             arithmetic=self.spec.method.arithmetic(self.spec.model.dtype),
+            lowered=dict(self.lowered),
             predicted=self.predicted,
             trainable_parameters=self.parameters[0],
             total_parameters=self.parameters[1],

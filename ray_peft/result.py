@@ -112,6 +112,10 @@ class TrialResult(Strict):
     """How the trained weights are held and updated, such as "bfloat16 weights, stochastic rounding"."""
     members: dict[str, float] = {}
     """Of an ensemble, the weight of each member by its trial id; they add up to one."""
+    chosen: dict[str, int | bool] = {}
+    """Settings that `train.fit: auto` chose for the GPU at hand, by key; no number of the trial depends on them."""
+    lowered: dict[str, int] = {}
+    """Settings that memory forced down while it ran, by key; no number of the trial depends on them."""
     predicted: dict[str, float] = {}
     """Peak memory as predicted before it ran [GiB]: peak_allocated_gib, peak_reserved_gib, and its components."""
     trainable_parameters: int = 0

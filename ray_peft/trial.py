@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import logging
 import shutil
 import sys
@@ -18,6 +17,7 @@ from ray_peft.spec import TrialSpec
 from ray_peft.stages import STAGE_FILE, stage_folder, train_all
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Bench, Report
+from ray_peft.tasks.memory import free_memory
 
 __all__ = ["RESULT_FILE", "STAGE_FILE", "Place", "Tracker", "run"]
 
@@ -89,6 +89,7 @@ def _run(life: Life) -> TrialResult:
     life.provenance = life.provenance.model_copy(update=provenance(bench, place))
     life.parameters = (0, bench.parameters()[1])
     life.storage = bench.storage()
+    life.lowered = bench.lowered
     if place.rank == 0 and place.device != "cpu":
         predict(life, bench)
     stages = spec.method.stages(bench.total_steps())
@@ -116,11 +117,7 @@ def _save(life: Life, bench: Bench) -> None:
 
 def _release(place: Place) -> None:
     """Give memory back, so that the next trial in this process starts from nothing."""
-    gc.collect()
-    if place.device.startswith("cuda"):
-        import torch
-
-        torch.cuda.empty_cache()
-    elif sys.platform == "linux":
+    free_memory(place.device)
+    if place.device == "cpu" and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # only glibc has it
             ctypes.CDLL(None).malloc_trim(0)  # else the next trial's peak would hold this one's freed memory

@@ -47,7 +47,7 @@ class TrainSpec(Strict):
     batch_size: int = Field(default=16, ge=1)
     """Rows per optimizer step, over all workers and accumulated passes."""
     micro_batch_size: int = Field(default=1, ge=1)
-    """Rows per worker per forward pass; lower it when memory runs out. It does not change what is computed."""
+    """Rows per worker per forward pass. It does not change what is computed; where memory runs out, it is halved."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """The learning rate after warm-up; cosine and linear end at zero."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -56,6 +56,9 @@ class TrainSpec(Strict):
     """Share of all steps for linear warm-up, in place of `warmup_steps`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    fit: Literal["auto"] | None = None
+    """auto: on a GPU, the largest `micro_batch_size` that is predicted to fit, and `gradient_checkpointing` only where
+    nothing fits without, take the place of those two; `batch_size` stays. null leaves both as they are written."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """The dtype of matrix products while training and evaluating; weights keep their own."""
     log_every: int = Field(default=10, ge=1)
@@ -152,7 +155,10 @@ class TrialSpec(Strict):
     @cached_property
     def trial_id(self) -> str:
         """The method's name and eight digits of the spec's content hash."""
-        canonical = json.dumps(self.plain(), sort_keys=True, separators=(",", ":"))
+        plain = self.plain()
+        if plain["train"]["fit"] is None:  # came later: the rows of earlier sweeps keep their trials
+            del plain["train"]["fit"]
+        canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
         return f"{self.method.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
 
     @abstractmethod

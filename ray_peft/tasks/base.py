@@ -128,6 +128,8 @@ class Bench(ABC):
 
     data_key: str
     model_fingerprint: str
+    lowered: dict[str, int]
+    """Settings that memory forced down so far, by key (tasks/memory.py); no number of the trial depends on them."""
 
     @abstractmethod
     def total_steps(self) -> int:

@@ -130,6 +130,7 @@ class LlmBench(Bench):
         self.tokenizer = tokenizer
         self.data = data
         self.model = model
+        self.lowered = {}
         self.data_key = data.key
         self.model_fingerprint = fingerprint(spec.model)
 

@@ -154,6 +154,7 @@ class ImageBench(Bench):
         self.pictures = pictures
         self.encoded = encoded
         self.model = unet
+        self.lowered = {}
         self._storage = held(unet)
         self.schedule = load_noise(spec)
         self.data_key = pictures.key

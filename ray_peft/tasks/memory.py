@@ -1,0 +1,67 @@
+"""What training and evaluation do when a GPU's memory runs out: tell it, free it, go on with half."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+logger = logging.getLogger(__name__)
+
+ItemT = TypeVar("ItemT")
+MadeT = TypeVar("MadeT")
+
+MICRO_BATCH, EVALUATION_BATCH = "train.micro_batch_size", "evaluation.batch_size"
+"""The settings that memory may force down while a trial runs: keys of `Bench.lowered`."""
+
+_LIBRARIES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "Cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch says so with a class of its own, the libraries below it with a message."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    return should_reduce_batch_size(error) or any(name in str(error) for name in _LIBRARIES)
+
+
+def free_memory(device: str) -> None:
+    """Give freed memory back to the device; call it outside of the handler, whose error keeps tensors alive."""
+    gc.collect()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def in_parts(
+    items: Sequence[ItemT], size: int, device: str, work: Callable[[Sequence[ItemT]], list[MadeT]]
+) -> tuple[list[MadeT], int]:
+    """What `work` makes of at most `size` items at a time, in order; where memory runs out, of half as many from there.
+
+    Returns:
+        What was made, and the size at the end.
+
+    Raises:
+        torch.OutOfMemoryError: a single item does not fit.
+    """
+    made: list[MadeT] = []
+    done = 0
+    while done < len(items):
+        part = items[done : done + size]
+        try:
+            made += work(part)
+            done += len(part)
+            continue
+        except RuntimeError as error:
+            if len(part) == 1 or not is_out_of_memory(error):
+                raise
+        free_memory(device)
+        size = len(part) // 2
+        logger.warning("%d at a time ran out of memory; going on with %d", len(part), size)
+    return made, size
