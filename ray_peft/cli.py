@@ -62,9 +62,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("space", help="a YAML file, such as search_spaces/quickstart.yaml")
     _add_common(command, "folder for results; default: outputs/<name of the search space>")
     command.add_argument("--fresh", action="store_true", help="run finished trials again")
-    command.add_argument(
-        "--gpu-memory-gib", type=_positive, metavar="GIB", help="hold every trial to this much of its GPU's memory"
-    )
     command.set_defaults(act=_sweep)
 
     command = commands.add_parser("run", help="run one trial as a Ray Train job")
@@ -75,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("plan", help="list and check the trials of a search space, without running them")
     command.add_argument("space")
-    command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    _add_settings(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument(
         "--gpu-memory-gib", type=_positive, metavar="GIB", help="memory of a GPU: say what fits, and how"
@@ -87,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("data", help="prepare the rows of a search space and say what became of them")
     command.add_argument("space")
-    command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    _add_settings(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--out", metavar="DIR", help="write the prepared rows, examples and the report there")
     command.set_defaults(act=_data)
@@ -141,6 +138,15 @@ def _add_common(command: argparse.ArgumentParser, out: str) -> None:
     command.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else a local one is started")
     command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
     command.add_argument(
+        "--gpu-memory-gib", type=_positive, metavar="GIB",
+        help="go on as if every GPU had this much memory: trials are placed for it and held to it",
+    )  # fmt: skip
+    _add_settings(command)
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--profile", metavar="NAME", help="a profile of the file, such as 12gib")
+    command.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
         help="replace a setting of the file, such as --set train.steps=20; may be repeated",
     )  # fmt: skip
@@ -155,6 +161,7 @@ def _sweep(options: argparse.Namespace) -> int:
         address=options.address,
         tracking_uri=options.tracking_uri,
         overrides=options.overrides,
+        profile=options.profile,
         fresh=options.fresh,
         gpu_memory_gib=options.gpu_memory_gib,
         console=Console(),
@@ -178,8 +185,8 @@ def _run(options: argparse.Namespace) -> int:
         raise SpecError("run: give a YAML file, or --mlflow-run RUN_ID")
     spec = options.spec
     if options.mlflow_run is not None:
-        if options.overrides:
-            raise SpecError("run: --set changes a YAML file, but --mlflow-run takes the trial as it was")
+        if options.overrides or options.profile:
+            raise SpecError("run: --set and --profile change a YAML file, but --mlflow-run takes the trial as it was")
         spec = tracking.load_spec(tracking_uri(options.tracking_uri, TrackingSpec()), options.mlflow_run)
     result = run(
         spec,
@@ -187,6 +194,8 @@ def _run(options: argparse.Namespace) -> int:
         address=options.address,
         tracking_uri=options.tracking_uri,
         overrides=options.overrides,
+        profile=options.profile,
+        gpu_memory_gib=options.gpu_memory_gib,
         console=Console(),
     )
     return 0 if result.status == "finished" else 1
@@ -195,7 +204,7 @@ def _run(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from ray_peft.sweeps import plan
 
-    trials = plan(options.space, options.overrides)
+    trials = plan(options.space, options.overrides, options.profile)
     from ray_peft import forecast
     from ray_peft.gpus import ANY, known
     from ray_peft.report.labels import labels
@@ -220,7 +229,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _data(options: argparse.Namespace) -> int:
     from ray_peft import data_report
 
-    reports = data_report.report_data(options.space, options.overrides)
+    reports = data_report.report_data(options.space, options.overrides, options.profile)
     print(json.dumps(data_report.plain(reports), indent=2) if options.json else data_report.table(reports))
     if options.out is not None:
         written = data_report.write(reports, Path(options.out))

@@ -12,9 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from ray_peft.errors import PlacementError
+from ray_peft.measure import GpuMemory
 from ray_peft.placement import Node
 
 logger = logging.getLogger(__name__)
+
+GPU_LOOK_S = 20.0
+"""Longest wait for what the GPUs of a cluster say of themselves."""
 
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # forked tokenizers warn and may hang
@@ -109,8 +113,54 @@ def _own_sigterm() -> Iterator[None]:
 def _nodes() -> list[Node]:
     import ray
 
-    return [
-        Node(cpus=int(node["Resources"].get("CPU", 0)), gpus=int(node["Resources"].get("GPU", 0)))
+    alive = [
+        node
         for node in ray.nodes()  # type: ignore[no-untyped-call]
         if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
     ]
+    gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in alive}
+    memory = _gpu_memory(gpus)
+    return [
+        Node(
+            cpus=int(node["Resources"].get("CPU", 0)),
+            gpus=gpus[node["NodeID"]],
+            gpu_name=min(found, key=lambda each: each.free_gib).name if found else None,
+            gpu_memory_gib=min(each.free_gib for each in found) if found else None,
+        )
+        for node in alive
+        for found in [memory.get(node["NodeID"], [])]
+    ]
+
+
+def _gpu_memory(gpus: dict[str, int]) -> dict[str, list[GpuMemory]]:
+    """What NVML says of the GPUs that are free on each node, by node id: a task holds one GPU while it looks.
+
+    Args:
+        gpus: how many each node has.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    @ray.remote(num_cpus=0, num_gpus=0.51, max_retries=0)  # more than half, so that no two look at the same
+    def look() -> GpuMemory | None:
+        from ray_peft.measure import gpu_memory
+
+        visible = [str(each) for each in ray.get_gpu_ids()]
+        return gpu_memory(visible[0]) if visible else None
+
+    asked = {
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): node
+        for node, count in gpus.items()
+        for _ in range(count)
+    }
+    if not asked:
+        return {}
+    done, late = ray.wait(list(asked), num_returns=len(asked), timeout=GPU_LOOK_S)
+    for each in late:  # somebody else holds that GPU
+        ray.cancel(each, force=True)
+    found: dict[str, list[GpuMemory]] = {}
+    for each in done:
+        with contextlib.suppress(ray.exceptions.RayError):
+            if (memory := ray.get(each)) is not None:
+                found.setdefault(asked[each], []).append(memory)
+    return found

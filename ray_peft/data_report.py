@@ -30,14 +30,14 @@ class SpaceData:
     report: DataReport
 
 
-def report_data(space: str | Path, overrides: Sequence[str] = ()) -> list[SpaceData]:
+def report_data(space: str | Path, overrides: Sequence[str] = (), profile: str | None = None) -> list[SpaceData]:
     """Prepare every distinct combination of data and tokenizer in a search space.
 
     Raises:
         RayPeftError: a wrong search space, or missing or malformed data or tokenizer.
     """
     alike: dict[str, list[TrialSpec]] = {}
-    for trial in load(space, list(overrides)).trials:
+    for trial in load(space, list(overrides), profile).trials:
         model = trial.model.plain()
         tokenizer = [model["tokenizer"] or model["name"], model["revision"]]
         key = json.dumps([trial.task, tokenizer, trial.data.plain(), trial.loss_line()], sort_keys=True)

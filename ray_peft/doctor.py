@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from ray_peft.measure import GIB
+
 if TYPE_CHECKING:
     import torch
 
 Level = Literal["ok", "note", "problem"]
 T = TypeVar("T")
 
-GIB = 2**30
 NETWORK_TIMEOUT_S = 3.0
 OFFLINE_FLAGS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 LINE_WIDTH = 110

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ray_peft import measure, tracking
+from ray_peft import tracking
 from ray_peft.console import Console
-from ray_peft.errors import first_line
 from ray_peft.ledger import Ledger, SweepRecord
 from ray_peft.report.files import write_report
 from ray_peft.report.plain import console_table
@@ -72,25 +71,6 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Console) -> list[str]:
                 console.say(note)
             notes[note] = None
     return list(notes)
-
-
-def predict_trials(trials: Sequence[TrialSpec], gpu_memory_gib: float | None, console: Console) -> None:
-    """Predict the memory of trials before they hold a GPU: workers on the same cache find it there.
-
-    Says which trials are predicted to need more than `gpu_memory_gib`; they run all the same, and the row tells.
-    """
-    for trial in trials:
-        try:
-            found = TASKS[trial.task].predict(trial)
-        except Exception as error:  # no trial depends on its prediction
-            console.say(f"no memory prediction of {trial.trial_id}: {type(error).__name__}: {first_line(error)}")
-            continue
-        if found is not None and gpu_memory_gib is not None and found.peak_reserved > gpu_memory_gib * measure.GIB:
-            console.say(
-                f"caution: {trial.trial_id} is predicted to take {found.peak_reserved / measure.GIB:.1f} GiB of the "
-                f"{gpu_memory_gib:g} GiB that it may; `ray-peft plan --gpu-memory-gib {gpu_memory_gib:g}` says what "
-                "takes less"
-            )
 
 
 @dataclass

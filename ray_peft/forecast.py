@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray_peft.gpus import ANY, Gpu
-from ray_peft.placement import GIB, Need, Packing, fit
+from ray_peft.measure import GIB
+from ray_peft.placement import Need, Packing, fit
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
-from ray_peft.vram import Prediction, Suggestion, nearest
+from ray_peft.vram import Prediction, Suggestion, choose, nearest, settings_text
+from ray_peft.vram.predict import ENOUGH_STEPS
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a trial takes of a GPU."""
+
+    runs: TrialSpec
+    """The trial, with what `train.fit: auto` chose in place."""
+    prediction: Prediction | None
+    """Null where nothing can predict it."""
+    chosen: dict[str, int | bool] = field(default_factory=dict)
+    """What `train.fit: auto` chose for it, by key."""
+
+    def need(self, trial_id: str, gpu: Gpu) -> Need | None:
+        """For its placement; null where nothing predicts it."""
+        if self.prediction is None:
+            return None
+        most, least = gpu.footprint(self.prediction.needed), gpu.footprint(self.prediction.peak_reserved)
+        asked = self.runs.resources
+        return Need(trial_id, most, asked.num_workers, least, asked.gpus_per_worker or None)
 
 
 @dataclass(frozen=True)
@@ -20,6 +42,8 @@ class Forecast:
     trial: TrialSpec
     prediction: Prediction | None
     """Null where nothing can predict it."""
+    chosen: dict[str, int | bool] = field(default_factory=dict)
+    """What `train.fit: auto` chooses for it, by key."""
     fits: bool | None = None
     """Null where no GPU was named."""
     gpu_fraction: float | None = None
@@ -41,7 +65,7 @@ class Forecast:
                 "components": parts,
             }
         if self.fits is not None:
-            said |= {"fits": self.fits, "gpu_fraction": self.gpu_fraction, "order": self.order}
+            said |= {"fits": self.fits, "gpu_fraction": self.gpu_fraction, "order": self.order, "chosen": self.chosen}
             said["suggestions"] = [
                 {
                     "changes": each.changes,
@@ -54,45 +78,78 @@ class Forecast:
         return said
 
 
+def size(trial: TrialSpec, gpu: Gpu, gpu_memory_gib: float | None) -> Size:
+    """A trial's memory; with `train.fit: auto`, as it runs on `gpu_memory_gib` of a GPU.
+
+    Raises:
+        DataError, ModelError: the user's to mend.
+    """
+    chosen: dict[str, int | bool] = {}
+    found = _predict(trial, gpu)
+    if found is None or gpu_memory_gib is None or trial.train.fit != "auto" or not _trains(trial):
+        return Size(trial, found)
+    share = trial.resources.gpus_per_worker or 1.0
+    chosen = choose(trial, lambda variant: _sure(variant, gpu), lambda each: _fits(each, gpu, gpu_memory_gib * share))
+    runs = trial.changed(chosen)
+    return Size(runs, _predict(runs, gpu), chosen)
+
+
+def ways(trial: TrialSpec, gpu: Gpu, gpu_memory_gib: float, below: int | None = None) -> tuple[Suggestion, ...]:
+    """The settings nearest to a trial's that take less, computed; none for a trial that trains nothing.
+
+    Args:
+        trial: as it runs.
+        gpu: the card.
+        gpu_memory_gib: what the trial may take of it.
+        below: bytes of segments that were too much, whatever the prediction said.
+    """
+    if not _trains(trial):
+        return ()
+
+    def fits(found: Prediction) -> bool:
+        return _fits(found, gpu, gpu_memory_gib) and (below is None or found.peak_reserved < below)
+
+    return tuple(nearest(trial, lambda variant: _sure(variant, gpu), fits))
+
+
 def forecast(
     trials: Sequence[TrialSpec], *, gpu_memory_gib: float | None = None, gpus: int = 1, gpu: Gpu = ANY
 ) -> tuple[list[Forecast], Packing | None]:
     """Every trial's memory, in the order given; with a GPU's memory, also how they pack.
 
     A trial fits if the peak of its training, with the allocator's slack, the CUDA context and a margin, is at most the
-    GPU's memory. An evaluation that takes more is not counted: its batch can be lowered without changing a score.
+    GPU's memory. An evaluation that takes more decides its share alone: its batch can be lowered without changing a
+    score.
 
     Raises:
         DataError, ModelError: the user's to mend.
     """
-    predictions = {trial.trial_id: _predict(trial, gpu) for trial in trials}
+    sizes = {trial.trial_id: size(trial, gpu, gpu_memory_gib) for trial in trials}
     if gpu_memory_gib is None:
-        return [Forecast(trial, predictions[trial.trial_id]) for trial in trials], None
-    needs = [
-        Need(trial.trial_id, gpu.footprint(found.peak_reserved), trial.resources.num_workers)
-        for trial in trials
-        if (found := predictions[trial.trial_id]) is not None
-    ]
+        return [Forecast(trial, sizes[trial.trial_id].prediction) for trial in trials], None
+    needs = [need for trial_id, found in sizes.items() if (need := found.need(trial_id, gpu)) is not None]
     packing = fit(needs, gpu_memory_gib, gpus)
     seats = {seat.trial_id: (place, seat) for place, seat in enumerate(packing.seats, start=1)}
-
-    def holds(found: Prediction) -> bool:
-        return gpu.holds(found.peak_reserved, memory_gib=gpu_memory_gib)
-
     made = []
     for trial in trials:
-        found = predictions[trial.trial_id]
-        if found is None:
+        found = sizes[trial.trial_id]
+        if found.prediction is None:
             made.append(Forecast(trial, None))
             continue
         place, seat = seats[trial.trial_id]
-        ways = (
-            ()
-            if holds(found) or not trial.method.stages(1000)
-            else tuple(nearest(trial, lambda v: _sure(v, gpu), holds))
-        )
-        made.append(Forecast(trial, found, seat.fits, seat.gpu_fraction, place if seat.fits else None, ways))
+        share = gpu_memory_gib * (trial.resources.gpus_per_worker or 1.0)
+        less = () if _fits(found.prediction, gpu, share) else ways(found.runs, gpu, share)
+        order = place if seat.fits else None
+        made.append(Forecast(trial, found.prediction, found.chosen, seat.fits, seat.gpu_fraction, order, less))
     return made, packing
+
+
+def _trains(trial: TrialSpec) -> bool:
+    return bool(trial.method.stages(ENOUGH_STEPS))
+
+
+def _fits(found: Prediction, gpu: Gpu, gpu_memory_gib: float) -> bool:
+    return gpu.holds(found.peak_reserved, memory_gib=gpu_memory_gib)
 
 
 def _predict(trial: TrialSpec, gpu: Gpu) -> Prediction | None:
@@ -119,6 +176,7 @@ def lines(
             line += f"  peak {each.prediction.peak_allocated / GIB:.2f} GiB"
         if each.fits is not None:
             line += f", {each.gpu_fraction:g} of a GPU" if each.fits else ", DOES NOT FIT"
+            line += f", with {settings_text(each.chosen)}" if each.chosen else ""
             line += "; what takes less:" if each.suggestions else ""
         said.append(line)
         said += [f"    {suggestion.line()}" for suggestion in each.suggestions]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GIB = 2**30
+from ray_peft.measure import GIB
+
 MIB = 2**20
 
 

@@ -9,7 +9,7 @@ import platform
 import shutil
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,6 +63,12 @@ class Place:
     """CPU threads of torch; null leaves them as they are."""
     members: tuple[TrialResult, ...] = ()
     """Of an ensemble, the rows of its members that have one; their folders are beside `folder`."""
+    chosen: Mapping[str, int | bool] = field(default_factory=dict)
+    """What `train.fit: auto` chose for the trial, by key."""
+    gpu_memory_gib: float | None = None
+    """What the trial may take of its GPU, the CUDA context included; null is all of it."""
+    needed_gib: float | None = None
+    """What of the GPU must be free before it starts; null where nothing predicts it."""
 
 
 class Life:
@@ -70,6 +76,8 @@ class Life:
 
     def __init__(self, spec: TrialSpec, place: Place, tracker: Tracker | None, progress: Report) -> None:
         self.spec = spec
+        self.runs = spec.changed(place.chosen) if place.chosen else spec
+        """The trial with what was chosen for it; its row and its id are those of `spec`."""
         self.place = place
         self.tracker = tracker
         self.run_id: str | None = None
@@ -157,6 +165,7 @@ class Life:
             resumed_from_step=trained.resumed_from_step,
             members=self.weights,
             arithmetic=self.spec.method.arithmetic(self.spec.model.dtype),
+            chosen=dict(self.place.chosen),
             lowered=dict(self.lowered),
             predicted=self.predicted,
             trainable_parameters=self.parameters[0],

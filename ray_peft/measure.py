@@ -14,7 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ray_peft.errors import TrialFailed
+
 GIB = 2**30
+FREE_WITHIN_S = 60.0
+"""Longest wait for memory of a GPU that a trial before should have given back."""
 
 PACKAGES = (
     "ray-peft", "ray", "torch", "transformers", "peft", "trl", "bitsandbytes", "galore-torch", "accelerate",
@@ -28,11 +32,14 @@ class Clock:
     def __init__(self) -> None:
         self._begin = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        self.last = ""
+        """The phase that is on, or that was the last."""
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the seconds spent inside to phase `name`, also when it raises."""
         begin = time.perf_counter()
+        self.last = name
         try:
             yield
         finally:
@@ -134,6 +141,77 @@ class _Sampler(threading.Thread):
         self._done.set()
         self.join()
         return (self._used / GIB if self._gpu is not None else None), self._rss / GIB
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """A GPU as NVML sees it."""
+
+    name: str
+    total_gib: float
+    free_gib: float
+
+
+def gpu_memory(identity: str) -> GpuMemory | None:
+    """Name and memory of a GPU without a CUDA context on it; null where NVML does not answer.
+
+    Args:
+        identity: an entry of CUDA_VISIBLE_DEVICES: an index, or a UUID.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        by = pynvml.nvmlDeviceGetHandleByIndex if identity.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID
+        handle = by(int(identity) if identity.isdecimal() else identity)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        name = pynvml.nvmlDeviceGetName(handle)
+    except Exception:  # NVML raises its own family of errors
+        return None
+    return GpuMemory(name if isinstance(name, str) else name.decode(), memory.total / GIB, memory.free / GIB)
+
+
+def wait_for_memory(device: str, needed_gib: float, context_gib: float) -> None:
+    """Wait until `needed_gib` of the GPU are free, or this process's own: a trial that has ended may still hold some.
+
+    Args:
+        device: "cuda:N".
+        needed_gib: what the trial takes, its CUDA context included.
+        context_gib: what of it is the CUDA context, which this process has by now.
+
+    Raises:
+        TrialFailed: somebody holds it for longer than `FREE_WITHIN_S`.
+    """
+    import torch
+
+    until = time.monotonic() + FREE_WITHIN_S
+    while True:
+        free, _ = torch.cuda.mem_get_info(device)
+        found = (free + torch.cuda.memory_reserved(device)) / GIB + context_gib
+        if found >= needed_gib:
+            return
+        if time.monotonic() > until:
+            others = ", ".join(f"{pid} ({held:.1f} GiB)" for pid, held in gpu_holders())
+            raise TrialFailed(
+                f"needs {needed_gib:.1f} GiB of the GPU, but {found:.1f} GiB are free after {FREE_WITHIN_S:g} s"
+                f"{f'; processes that hold memory: {others}' if others else ''}; end them, or set "
+                f"train.fit: auto or a smaller train.micro_batch_size"
+            )
+        time.sleep(0.25)
+
+
+def gpu_holders() -> list[tuple[int, float]]:
+    """Processes that hold memory of the current GPU: (pid, GiB), the largest first; empty where NVML does not say."""
+    handle = _nvml_handle()
+    if handle is None:
+        return []
+    import pynvml
+
+    with contextlib.suppress(pynvml.NVMLError):
+        found = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        held = [(int(each.pid), (each.usedGpuMemory or 0) / GIB) for each in found]
+        return sorted((each for each in held if each[0] != os.getpid()), key=lambda each: -each[1])
+    return []
 
 
 def _nvml_handle() -> object | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ray_peft.errors import PlacementError
+from ray_peft.measure import GIB
 from ray_peft.spec import ResourcesSpec, TrialSpec
 
 
@@ -16,6 +17,10 @@ class Node:
 
     cpus: int
     gpus: int
+    gpu_name: str | None = None
+    """As the driver writes it; null where it was not asked or does not answer."""
+    gpu_memory_gib: float | None = None
+    """What is free on the smallest of its GPUs before the first trial; null where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +30,19 @@ class Demand:
     num_workers: int
     cpus_per_worker: int
     gpus_per_worker: float
+    gpu_memory_gib: float | None = None
+    """What it may take of each of its GPUs, the CUDA context included; null: its share of the GPU."""
+    needed_gib: float | None = None
+    """What of each GPU must be free before it starts; null where nothing predicts it."""
+    chosen: Mapping[str, int | bool] = field(default_factory=dict)
+    """What `train.fit: auto` chose for it, by key."""
 
 
-def demand(spec: TrialSpec, nodes: list[Node]) -> Demand:
+def demand(spec: TrialSpec, nodes: list[Node], share: float | None = None) -> Demand:
     """What a trial holds here, with what its spec leaves open filled in.
 
-    An open `gpus_per_worker` is one GPU where the cluster has any, else none. An open `cpus_per_worker` is all cores
-    of a node for a CPU trial, and a GPU's share of its node's cores for a GPU trial.
+    An open `gpus_per_worker` is `share`, else one GPU where the cluster has any, else none. An open `cpus_per_worker`
+    is all cores of a node for a CPU trial, and a GPU's share of its node's cores for a GPU trial.
 
     Raises:
         PlacementError: the cluster can never hold it.
@@ -40,7 +51,9 @@ def demand(spec: TrialSpec, nodes: list[Node]) -> Demand:
         raise PlacementError("the cluster has no node with a CPU core; check `ray status`")
     asked = spec.resources
     cluster_gpus = sum(node.gpus for node in nodes)
-    gpus = asked.gpus_per_worker if asked.gpus_per_worker is not None else float(cluster_gpus > 0)
+    gpus = asked.gpus_per_worker
+    if gpus is None:
+        gpus = share if share is not None else float(cluster_gpus > 0)
     _check_gpus(spec.trial_id, asked, gpus, cluster_gpus)
     eligible = [node for node in nodes if node.gpus > 0] if gpus else nodes
     cpus = asked.cpus_per_worker or _fair_cpus(eligible, gpus, asked.num_workers)
@@ -72,7 +85,6 @@ def concurrent_trials(demands: list[Demand], nodes: list[Node]) -> int:
     return max(1, room)
 
 
-GIB = 2**30
 PARTS = 32
 """A GPU is shared in parts of this many: multiples of a power of two add up without rounding."""
 
@@ -83,8 +95,12 @@ class Need:
 
     trial_id: str
     footprint: int
-    """Bytes of the card: tensors, the allocator's slack, the CUDA context and the margin."""
+    """Bytes of the card that it takes if it may: tensors, the allocator's slack, the CUDA context and the margin."""
     num_workers: int = 1
+    least: int | None = None
+    """Bytes without which it cannot run, if fewer: an evaluation can go on with less than it would take."""
+    share: float | None = None
+    """Of a GPU, where its spec asks for one."""
 
 
 @dataclass(frozen=True)
@@ -109,22 +125,32 @@ class Packing:
     """Most trials that run at one time."""
 
 
+def share_of(footprint: int, gpu_memory_gib: float) -> float:
+    """The share of a GPU that holds `footprint` bytes, rounded up to a part; at most 1."""
+    return min(PARTS, math.ceil(footprint / (gpu_memory_gib * GIB) * PARTS)) / PARTS
+
+
 def fit(needs: Sequence[Need], gpu_memory_gib: float, gpus: int) -> Packing:
     """Shares of GPUs for trials of known size, and how they pack: first fit, the largest first.
 
     A trial of several workers never shares: its workers exchange gradients and wait for each other.
     """
     memory = gpu_memory_gib * GIB
-    ordered = sorted(needs, key=lambda need: (need.footprint > memory, -need.footprint, need.trial_id))
+
+    def fits(need: Need) -> bool:
+        least = need.footprint if need.least is None else need.least
+        return least <= memory * (need.share or 1.0) and need.num_workers <= gpus
+
+    ordered = sorted(needs, key=lambda need: (not fits(need), -need.footprint, need.trial_id))
     seats: list[Seat] = []
     packs: list[list[str]] = []
     room: list[int] = []
     for need in ordered:
-        fits = need.footprint <= memory and need.num_workers <= gpus
-        alone = need.num_workers > 1 or not fits
-        parts = PARTS if alone else min(PARTS, math.ceil(need.footprint / memory * PARTS))
-        seats.append(Seat(need.trial_id, fits, parts / PARTS))
-        if not fits:
+        alone = need.num_workers > 1 or not fits(need)
+        asked = math.ceil(need.share * PARTS) if need.share is not None else None
+        parts = PARTS if alone else asked or int(share_of(need.footprint, gpu_memory_gib) * PARTS)
+        seats.append(Seat(need.trial_id, fits(need), need.share or parts / PARTS))
+        if not fits(need):
             continue
         open_pack = next((index for index, left in enumerate(room) if left >= parts), None)
         if open_pack is None or alone:

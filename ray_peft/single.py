@@ -10,10 +10,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from ray_peft import cluster, experiment, worker
+from ray_peft.allotment import Allotment
 from ray_peft.console import Console
 from ray_peft.errors import SearchSpaceError, SpecError, TrialFailed
 from ray_peft.ledger import Ledger
-from ray_peft.placement import Demand, demand
+from ray_peft.placement import Demand
 from ray_peft.result import TrialResult
 from ray_peft.space import ReportSpec, TrackingSpec, explain, load
 from ray_peft.spec import TrialSpec
@@ -26,6 +27,8 @@ def run(
     address: str | None = None,
     tracking_uri: str | None = None,
     overrides: list[str] | None = None,
+    profile: str | None = None,
+    gpu_memory_gib: float | None = None,
     console: Console | None = None,
 ) -> TrialResult:
     """Run one trial and return its row; a failed trial is a row too.
@@ -36,13 +39,15 @@ def run(
         address: Ray cluster to join; null starts a local one.
         tracking_uri: MLflow store; null as in `experiment.tracking_uri`.
         overrides: `key.path=value` settings that replace those of a YAML file.
+        profile: a profile of the YAML file.
+        gpu_memory_gib: what the trial may take of a GPU, to see whether it fits a smaller one; null is all of it.
         console: where progress is written; null is silent.
 
     Raises:
         RayPeftError: a wrong spec, missing data or model, a store or cluster out of reach.
     """
     console = console or Console(quiet=True)
-    trial, tracking_spec, report = _trial(spec, overrides)
+    trial, tracking_spec, report = _trial(spec, overrides, profile)
     if trial.members():
         raise SpecError("method ensemble: a run makes one trial, but an ensemble needs its members; use a sweep")
     ledger = Ledger(Path(out) if out else experiment.outputs_folder() / trial.trial_id)
@@ -51,7 +56,9 @@ def run(
         experiment.tracking_uri(tracking_uri, tracking_spec), tracking_spec.experiment or "single runs"
     )
     with ledger.locked(), contextlib.ExitStack() as ray:
-        held = demand(trial, ray.enter_context(cluster.connect(address)))
+        allotment = Allotment(ray.enter_context(cluster.connect(address)), gpu_memory_gib)
+        allotment.prepare([trial], console)
+        held = allotment.demand(trial, alone=True)
         opened = experiment.open_experiment(
             trial.trial_id,
             "",
@@ -91,7 +98,7 @@ def _run(trial: TrialSpec, opened: experiment.Experiment, held: Demand) -> Trial
 
 
 def _trial(
-    spec: TrialSpec | Mapping[str, Any] | str | Path, overrides: list[str] | None
+    spec: TrialSpec | Mapping[str, Any] | str | Path, overrides: list[str] | None, profile: str | None
 ) -> tuple[TrialSpec, TrackingSpec, ReportSpec]:
     if isinstance(spec, TrialSpec):
         return spec.located(), TrackingSpec(), ReportSpec()
@@ -100,7 +107,7 @@ def _trial(
             return TrialSpec.from_plain(dict(spec)).located(), TrackingSpec(), ReportSpec()
         except ValidationError as error:
             raise SpecError("\n".join(explain(error))) from None
-    space = load(spec, overrides)
+    space = load(spec, overrides, profile)
     if len(space.trials) != 1:
         raise SearchSpaceError(
             f"{spec}: holds {len(space.trials)} trials, but a run takes one; use `ray-peft sweep` for a grid"

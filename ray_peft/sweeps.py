@@ -6,11 +6,12 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ray_peft import cluster, experiment, worker
+from ray_peft.allotment import Allotment
 from ray_peft.console import Console, bar
 from ray_peft.errors import SearchSpaceError
 from ray_peft.experiment import Experiment
@@ -48,6 +49,7 @@ def sweep(
     address: str | None = None,
     tracking_uri: str | None = None,
     overrides: list[str] | None = None,
+    profile: str | None = None,
     fresh: bool = False,
     gpu_memory_gib: float | None = None,
     console: Console | None = None,
@@ -60,6 +62,7 @@ def sweep(
         address: Ray cluster to join; null starts a local one.
         tracking_uri: MLflow store; null as in `experiment.tracking_uri`.
         overrides: `key.path=value` settings that replace those of the file.
+        profile: a profile of the search space, whose settings come before `overrides`.
         fresh: run finished trials again; their earlier rows are kept under another name.
         gpu_memory_gib: what a trial may take of a GPU, to see whether it fits a smaller one; null is all of it.
         console: where progress is written; null is silent.
@@ -72,7 +75,7 @@ def sweep(
         source = None
     else:
         source = Path(space)
-        space = load(space, overrides)
+        space = load(space, overrides, profile)
     ledger = Ledger(Path(out) if out else experiment.outputs_folder() / space.name)
     notes = experiment.inspect_trials(space.trials, console)
     uri = experiment.tracking_uri(tracking_uri, space.tracking)
@@ -80,14 +83,15 @@ def sweep(
     with ledger.locked(), contextlib.ExitStack() as ray:
         plan = _plan(space, {} if fresh else ledger.finished())
         console.say(f"{space.name}: {plan.total} trials, {plan.total - plan.missing} finished before")
-        demands: dict[str, Demand] = {}
         nodes: list[Node] = []
+        allotment = Allotment(nodes, gpu_memory_gib)
         if plan.missing:
             _quiet_tune()
             nodes = ray.enter_context(cluster.connect(address))
-            demands = {trial.trial_id: demand(trial, nodes) for trial in plan.trials}
-            if any(each.gpus_per_worker for each in demands.values()):
-                experiment.predict_trials(plan.todo, gpu_memory_gib, console)
+            allotment = Allotment(nodes, gpu_memory_gib)
+            for trial in plan.trials:
+                demand(trial, nodes)  # a trial that can never run here, before the others start
+            plan = replace(plan, todo=allotment.prepare(plan.todo, console))
         if fresh:
             ledger.set_aside()
         opened = experiment.open_experiment(
@@ -104,7 +108,7 @@ def sweep(
         interrupted = False
         try:
             if plan.missing:
-                interrupted = _Sweep(space, plan, opened, gpu_memory_gib).run(nodes, demands, ray.close)
+                interrupted = _Sweep(space, plan, opened, allotment).run(nodes, ray.close)
         except BaseException:
             opened.finish(opened.record.planned, interrupted=True)
             raise
@@ -150,9 +154,9 @@ def _plan(space: Space, finished: dict[str, TrialResult]) -> _Plan:
 class _Sweep:
     """One call of Tune: hands specs out, takes rows in."""
 
-    def __init__(self, space: Space, plan: _Plan, opened: Experiment, gpu_memory_gib: float | None) -> None:
+    def __init__(self, space: Space, plan: _Plan, opened: Experiment, allotment: Allotment) -> None:
         self.space = space
-        self.gpu_memory_gib = gpu_memory_gib
+        self.allotment = allotment
         self.plan = plan
         self.opened = opened
         self.console = opened.console
@@ -162,12 +166,17 @@ class _Sweep:
         self.handed_out = 0
         """The same with repeats: a search may propose a trial twice."""
 
-    def run(self, nodes: list[Node], demands: dict[str, Demand], leave: Callable[[], None]) -> bool:
+    def run(self, nodes: list[Node], leave: Callable[[], None]) -> bool:
         """Run the missing trials and `leave` the cluster; true if the user interrupted them."""
         try:
+            known = self.plan.todo or self.plan.trials
+            demands = [self.allotment.demand(trial) for trial in known]
             self.console.say(_placement_line(nodes, demands, self.plan.missing))
             for trials in self._phases():
-                self._fit(trials, nodes, demands)
+                self._fit(trials, nodes)
+                again = [] if self._interrupted(trials) else self._too_small(trials)
+                if again:
+                    self._fit(again, nodes)
                 if self._interrupted(trials):
                     break
         finally:
@@ -180,22 +189,37 @@ class _Sweep:
         return bool(lost) or self.handed_out < self.plan.missing
 
     def _phases(self) -> list[list[TrialSpec]]:
-        """The missing trials; ensembles after those that they are made of."""
+        """The missing trials: those of several workers, the others, and ensembles after what they are made of."""
         if self.plan.searched:
             return [[]]
-        single = [trial for trial in self.plan.todo if not trial.members()]
+        several = [trial for trial in self.plan.todo if trial.resources.num_workers > 1]
         ensembles = [trial for trial in self.plan.todo if trial.members()]
-        return [trials for trials in (single, ensembles) if trials]
+        others = [trial for trial in self.plan.todo if trial not in several and trial not in ensembles]
+        return [trials for trials in (several, others, ensembles) if trials]
+
+    def _too_small(self, trials: list[TrialSpec]) -> list[TrialSpec]:
+        """Trials that ran out of the share of a GPU that was predicted for them: they run once more, alone."""
+        found = []
+        for trial in trials:
+            row, held = self.rows.get(trial.trial_id), self.allotment.demand(trial)
+            shared = trial.resources.gpus_per_worker is None and 0 < held.gpus_per_worker < 1
+            if row is not None and row.status == "out_of_memory" and shared:
+                self.console.say(f"{trial.trial_id} ran out of its share of a GPU; once more, alone")
+                self.allotment.demand(trial, alone=True)
+                del self.rows[trial.trial_id]
+                found.append(trial)
+        return found
 
     def _interrupted(self, trials: list[TrialSpec]) -> bool:
         """True if Tune came back before all of them had a row: the user stopped it."""
         return any(trial.trial_id not in self.rows for trial in trials)
 
-    def _fit(self, trials: list[TrialSpec], nodes: list[Node], demands: dict[str, Demand]) -> None:
+    def _fit(self, trials: list[TrialSpec], nodes: list[Node]) -> None:
         """Run trials at once; what a search proposes, if there are none."""
         from ray import tune
 
-        several = [each for each in demands.values() if each.num_workers > 1]
+        held = [self.allotment.demand(trial) for trial in trials or self.plan.trials]
+        several = [each for each in held if each.num_workers > 1]
         settings: dict[str, Any] = {"reuse_actors": True}
         if several:
             settings["max_concurrent_trials"] = concurrent_trials(several, nodes)
@@ -205,7 +229,7 @@ class _Sweep:
         else:
             space = {"spec": tune.grid_search([trial.plain() for trial in trials])}
         tuner = tune.Tuner(
-            tune.with_resources(self._trainable(trials, nodes), _resources(self.space, nodes)),
+            tune.with_resources(self._trainable(trials), _resources(self.space, self.allotment)),
             param_space=space,
             tune_config=tune.TuneConfig(**settings),
             run_config=tune.RunConfig(
@@ -220,11 +244,11 @@ class _Sweep:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tuner.fit()
 
-    def _trainable(self, trials: list[TrialSpec], nodes: list[Node]) -> Callable[[dict[str, Any]], None]:
+    def _trainable(self, trials: list[TrialSpec]) -> Callable[[dict[str, Any]], None]:
         """The function that Tune runs for each trial, in a process that it uses again for the next."""
         ledger, store, parent = self.opened.ledger, self.opened.store, self.opened.parent_run_id
         name, resolve = self.opened.name, _resolver(self.space)
-        memory = self.gpu_memory_gib
+        allotment = self.allotment
         wanted = {member.trial_id for trial in trials for member in trial.members()}
         rows = {trial_id: row for trial_id, row in self.rows.items() if trial_id in wanted}
 
@@ -238,9 +262,8 @@ class _Sweep:
                 store=store,
                 parent_run_id=parent,
                 sweep=name,
-                demand=demand(spec, nodes),
+                demand=allotment.demand(spec),
                 members=tuple(rows[each.trial_id] for each in spec.members() if each.trial_id in rows),
-                gpu_memory_gib=memory,
             )
 
             def report(metrics: Mapping[str, float], step: int) -> None:
@@ -345,14 +368,14 @@ def _resolver(space: Space) -> Callable[[Mapping[str, Any]], TrialSpec]:
     return resolve
 
 
-def _resources(space: Space, nodes: list[Node]) -> Callable[[dict[str, Any]], Any]:
+def _resources(space: Space, allotment: Allotment) -> Callable[[dict[str, Any]], Any]:
     """What Tune holds for a trial; the workers of a multi-worker trial are held by Ray Train."""
     resolve = _resolver(space)
 
     def resources(config: dict[str, Any]) -> Any:
         from ray import tune
 
-        needed = demand(resolve(config), nodes)
+        needed = allotment.demand(resolve(config))
         if needed.num_workers > 1:
             # The driver that waits for the workers must not hold what they need: not even a hundredth of a core.
             return tune.PlacementGroupFactory([{"memory": 1}])
@@ -378,20 +401,21 @@ def _values(plain: Any, keys: list[str]) -> dict[str, Any]:
     return found
 
 
-def _placement_line(nodes: list[Node], demands: dict[str, Demand], missing: int) -> str:
+def _placement_line(nodes: list[Node], demands: list[Demand], missing: int) -> str:
     gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
-    kinds = sorted({(each.num_workers, each.gpus_per_worker, each.cpus_per_worker) for each in demands.values()})
-    needs = "; ".join(f"{workers} x ({gpu:g} GPU, {cpu} CPU)" for workers, gpu, cpu in kinds)
-    return f"{gpus} GPUs and {cpus} CPU cores on {len(nodes)} nodes; {missing} trials to run, each {needs}"
+    kinds = sorted({(each.num_workers, each.gpus_per_worker, each.cpus_per_worker) for each in demands}, reverse=True)
+    needs = [f"{workers} x ({gpu:g} GPU, {cpu} CPU)" for workers, gpu, cpu in kinds]
+    each = "; ".join(needs) if len(needs) < 4 else f"between {needs[0]} and {needs[-1]}"
+    return f"{gpus} GPUs and {cpus} CPU cores on {len(nodes)} nodes; {missing} trials to run, each {each}"
 
 
-def plan(space: str | Path, overrides: list[str] | None = None) -> list[TrialSpec]:
+def plan(space: str | Path, overrides: list[str] | None = None, profile: str | None = None) -> list[TrialSpec]:
     """The trials of a search space, checked, without loading weights or starting Ray.
 
     Raises:
         RayPeftError: a wrong search space, or missing or malformed data or model.
     """
-    loaded = load(space, overrides)
+    loaded = load(space, overrides, profile)
     experiment.inspect_trials(loaded.trials, Console(quiet=True))
     if not loaded.trials:
         raise SearchSpaceError(f"{space}: has no trials")

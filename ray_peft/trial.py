@@ -8,8 +8,11 @@ import logging
 import shutil
 import sys
 
+from ray_peft import measure
 from ray_peft.ensembles import run_ensemble
 from ray_peft.errors import first_line
+from ray_peft.forecast import ways
+from ray_peft.gpus import known
 from ray_peft.life import Life, Place, Tracker, evaluate, keep, predict, provenance
 from ray_peft.report.atomic import write_text
 from ray_peft.result import TrialResult
@@ -17,7 +20,7 @@ from ray_peft.spec import TrialSpec
 from ray_peft.stages import STAGE_FILE, stage_folder, train_all
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Bench, Report
-from ray_peft.tasks.memory import free_memory
+from ray_peft.tasks.memory import MICRO_BATCH, free_memory
 
 __all__ = ["RESULT_FILE", "STAGE_FILE", "Place", "Tracker", "run"]
 
@@ -62,8 +65,34 @@ def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> Tr
         raise
     finally:
         _release(place)
+    if result.status == "out_of_memory":
+        result = result.model_copy(update={"error": _with_advice(life, result.error or "")})
     _record(result, place, tracker)
     return result
+
+
+def _with_advice(life: Life, error: str) -> str:
+    """Why a trial ran out of memory, and the nearest settings that take less."""
+    spec, place = life.runs, life.place
+    if place.device == "cpu":
+        return error
+    import torch
+
+    gpu = known(measure.device_name(place.device))
+    room = place.gpu_memory_gib or torch.cuda.get_device_properties(place.device).total_memory / measure.GIB
+    said = f"ran out of {room:.1f} GiB of GPU memory"
+    if life.clock.last == "evaluate":
+        return f"{said} in the evaluation, one row at a time\n\n{error}"
+    rows = life.lowered.get(MICRO_BATCH)
+    try:
+        lowest = spec.changed({MICRO_BATCH: rows}) if rows is not None else spec
+        too_much = TASKS[spec.task].predict(lowest, gpu)
+        found = ways(lowest, gpu, room, below=too_much.peak_reserved if too_much is not None else None)
+    except Exception as failure:  # the row does not depend on the advice
+        logger.warning("%s: no advice: %s: %s", spec.trial_id, type(failure).__name__, failure)
+        found = ()
+    advice = "; ".join(way.line() for way in found) or "a smaller model or a larger GPU"
+    return f"{said}{f' with {rows} rows a pass' if rows is not None else ''}; what takes less: {advice}\n\n{error}"
 
 
 def _record(result: TrialResult, place: Place, tracker: Tracker) -> None:
@@ -82,10 +111,13 @@ def _run(life: Life) -> TrialResult:
         import torch
 
         torch.set_num_threads(place.threads if place.device == "cpu" else min(place.threads, GPU_TRIAL_THREADS))
+    if place.needed_gib is not None and place.device != "cpu":
+        context = known(measure.device_name(place.device)).context / measure.GIB
+        measure.wait_for_memory(place.device, place.needed_gib, context)
     if spec.members():
         return run_ensemble(life)
     with life.clock.phase("load"):
-        bench = TASKS[spec.task].load(spec, place.device)
+        bench = TASKS[spec.task].load(life.runs, place.device)
     life.provenance = life.provenance.model_copy(update=provenance(bench, place))
     life.parameters = (0, bench.parameters()[1])
     life.storage = bench.storage()

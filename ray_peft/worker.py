@@ -12,6 +12,7 @@ from typing import Any
 
 from ray_peft import measure, trial
 from ray_peft.errors import TrialFailed, first_line
+from ray_peft.gpus import known
 from ray_peft.placement import Demand
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
@@ -37,25 +38,28 @@ class Assignment:
     demand: Demand
     members: tuple[TrialResult, ...] = ()
     """Of an ensemble, its members' rows."""
-    gpu_memory_gib: float | None = None
-    """What the trial may take of a GPU; null leaves it the whole."""
 
 
 def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResult | None:
     """Run a trial in this process; returns its row, or null on ranks above 0."""
     demand = assignment.demand
+    device = _device(demand)
+    room = _room(demand, device)
     place = trial.Place(
         folder=assignment.folder,
-        device=_device(demand),
+        device=device,
         rank=rank,
         num_workers=demand.num_workers,
         gpus_per_worker=demand.gpus_per_worker,
         threads=demand.cpus_per_worker,
         members=assignment.members,
+        chosen=demand.chosen,
+        gpu_memory_gib=room,
+        needed_gib=demand.needed_gib,
     )
     tracker = TrialTracker(assignment.store, assignment.parent_run_id, assignment.sweep)
     assignment.folder.mkdir(parents=True, exist_ok=True)
-    with _log_file(assignment.folder / "log.txt", rank), _held_to(assignment.gpu_memory_gib, place.device):
+    with _log_file(assignment.folder / "log.txt", rank), _held_to(room, device):
         return trial.run(assignment.spec, place, tracker, report)
 
 
@@ -145,24 +149,33 @@ def _device(demand: Demand) -> str:
     return f"cuda:{torch.cuda.current_device()}"
 
 
-@contextlib.contextmanager
-def _held_to(gib: float | None, device: str) -> Iterator[None]:
-    """Let torch take no more than `gib` GiB of the GPU: a trial beyond it runs out of memory alone.
+def _room(demand: Demand, device: str) -> float | None:
+    """GiB of the GPU that the trial may take; null if it has the GPU to itself."""
+    if device == "cpu" or demand.gpu_memory_gib is not None or demand.gpus_per_worker >= 1:
+        return demand.gpu_memory_gib
+    import torch
 
-    The CUDA context (some 0.5 GiB) comes on top: torch's allocator does not see it.
+    return demand.gpus_per_worker * torch.cuda.get_device_properties(device).total_memory / measure.GIB
+
+
+@contextlib.contextmanager
+def _held_to(room_gib: float | None, device: str) -> Iterator[None]:
+    """Let the process take no more than `room_gib` GiB of the GPU: a trial beyond it runs out of memory alone.
+
+    torch's allocator gets what the CUDA context leaves of it, which it does not see.
     """
-    if gib is None or device == "cpu":
+    if room_gib is None or device == "cpu":
         yield
         return
     import torch
 
-    index = torch.device(device)
-    share = min(1.0, gib * measure.GIB / torch.cuda.get_device_properties(index).total_memory)
-    torch.cuda.set_per_process_memory_fraction(share, index)
+    gpu = torch.cuda.get_device_properties(device)
+    share = (room_gib * measure.GIB - known(gpu.name).context) / gpu.total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.0)), device)
     try:
         yield
     finally:  # the process may run other trials
-        torch.cuda.set_per_process_memory_fraction(1.0, index)
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 @contextlib.contextmanager

@@ -27,17 +27,30 @@ def costs(units: Sequence[SeedGroup]) -> Costs:
     """The costs of the finished trials of each unit."""
     finished = [row for unit in units for row in unit.finished]
     kinds = {row.on_gpu for row in finished if row.peak_memory_gib is not None}
-    places = {
-        (row.result.provenance.device, row.result.provenance.num_workers, row.result.provenance.gpus_per_worker)
-        for row in finished
-        if row.result.usage.train_s
-    }
+    timed = [row.result.provenance for row in finished if row.result.usage.train_s]
+    places = {(made.device, made.num_workers) for made in timed}
+    shared = any(0 < made.gpus_per_worker < 1 for made in timed)
+    passes = {_passes(row) for row in finished if row.on_gpu and row.result.trainable_parameters}
     return Costs(
         memory_gib=tuple(_over_seeds(unit, lambda row: row.peak_memory_gib, max) for unit in units),
         time_s=tuple(_over_seeds(unit, lambda row: row.seconds("train_s"), fmean) for unit in units),
-        memory_problem="some peaks are of a GPU and some of a process" if len(kinds) > 1 else None,
-        time_problem="the trials ran on different devices or numbers of workers" if len(places) > 1 else None,
+        memory_problem="some peaks are of a GPU and some of a process"
+        if len(kinds) > 1
+        else "memory decided the rows per pass, and they differ"
+        if len(passes) > 1
+        else None,
+        time_problem="the trials ran on different devices or numbers of workers"
+        if len(places) > 1
+        else "trials shared a GPU; resources.gpus_per_worker: 1 gives each its own"
+        if shared
+        else None,
     )
+
+
+def _passes(row: Row) -> tuple[object, ...]:
+    """What memory decided of a trial's passes: by `fit: auto`, or by running out of it."""
+    found = row.result.chosen | row.result.lowered
+    return tuple(sorted((key, value) for key, value in found.items() if key.startswith("train.")))
 
 
 def _over_seeds(

@@ -7,6 +7,7 @@ from ray_peft.report.curves import Points
 from ray_peft.report.digits import MISSING, count, duration, fixed, percent, size, speed
 from ray_peft.report.document import Block, Paragraph, Table
 from ray_peft.report.dynamics import default_steps, losses_at
+from ray_peft.report.labels import setting_text
 from ray_peft.report.material import Material
 from ray_peft.report.storage import BYTES_PER_PARAMETER, saved_bytes
 from ray_peft.report.table import Row
@@ -16,6 +17,12 @@ _FOUR_BIT = (
     "convolutions, norms and biases stay in bfloat16, because bitsandbytes has 4-bit kernels for matrix products only."
     " In SD 1.5 the linear layers hold 270.0 of the UNet's 859.5 million parameters (31 %), so 1.60 GiB in bfloat16 "
     "become 1.23 GiB."
+)
+
+
+_SHARED = (
+    "Trials shared a GPU, each held to its predicted share: times and tokens per second are those of a busy GPU. With "
+    "resources.gpus_per_worker: 1 each trial has a GPU to itself."
 )
 
 
@@ -88,6 +95,8 @@ def resources(compared: Sequence[Row]) -> list[Block]:
     """What every trial took."""
     columns: list[Column] = [
         ("Peak memory [GiB]", _memory),
+        ("Predicted [GiB]", _predicted),
+        ("Memory decided", _decided),
         ("Beyond the GPU's memory [GiB]", lambda row: fixed(row.result.usage.spilled_gib or None, 2)),
         ("Training [s]", lambda row: fixed(row.seconds("train_s"), 1)),
         ("Load [s]", lambda row: fixed(row.seconds("load_s"), 1)),
@@ -103,7 +112,9 @@ def resources(compared: Sequence[Row]) -> list[Block]:
     kinds = {row.on_gpu for row in compared if row.peak_memory_gib is not None}
     meaning = ["GPU: allocated / reserved on one GPU while training"] * (True in kinds)
     meaning += ["CPU: resident memory of the worker process"] * (False in kinds)
+    shared = any(0 < row.result.provenance.gpus_per_worker < 1 for row in compared)
     note = [Paragraph(f"Peak memory on a {'; on a '.join(meaning)}. 1 GiB = 2**30 bytes.")] if meaning else []
+    note += [Paragraph(_SHARED)] if shared else []
     return [*row_table(compared, columns), *note]
 
 
@@ -185,6 +196,20 @@ def _memory(row: Row) -> str:
     if not row.on_gpu:
         return fixed(usage.peak_rss_gib, 2)
     return f"{fixed(usage.peak_allocated_gib, 2)} / {fixed(usage.peak_reserved_gib, 2)}"
+
+
+def _predicted(row: Row) -> str:
+    found = row.result.predicted
+    if not found:
+        return MISSING
+    return f"{fixed(found['peak_allocated_gib'], 2)} / {fixed(found['peak_reserved_gib'], 2)}"
+
+
+def _decided(row: Row) -> str:
+    """Settings that were chosen for the memory at hand, or lowered when it ran out."""
+    chosen = [f"{key}: {setting_text(value)}" for key, value in row.result.chosen.items()]
+    lowered = [f"{key}: {value} after running out" for key, value in row.result.lowered.items()]
+    return ", ".join(chosen + lowered) or MISSING
 
 
 def _trainable(row: Row) -> str:

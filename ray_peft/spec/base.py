@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -177,6 +178,23 @@ class TrialSpec(Strict):
         """The same trial with every local path made absolute, so that it means the same on every worker."""
         plain = self.plain()
         self._absolute(plain)
+        return type(self).from_plain(plain)
+
+    def changed(self, settings: Mapping[str, Any]) -> Self:
+        """The same trial with other settings, given by their dotted keys.
+
+        Raises:
+            ValueError: there is no such setting, or the trial's rules forbid it.
+        """
+        plain = self.plain()
+        for key, value in settings.items():
+            *parents, last = key.split(".")
+            holder = plain
+            for parent in parents:
+                holder = holder[parent]
+            if last not in holder:
+                raise ValueError(f"{key}: no such setting")
+            holder[last] = value
         return type(self).from_plain(plain)
 
     def members(self) -> list[Self]:

@@ -220,6 +220,7 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
     }
     numbers |= {f"{part}.{name}": value for part in ("scores", "usage") for name, value in plain[part].items()}
     numbers |= {f"storage.{_REFUSED.sub('_', kind)}": held for kind, held in plain["storage"].items()}
+    numbers |= {f"predicted.{name}": gib for name, gib in plain["predicted"].items()}
     names = ["train_loss_final", "eval_loss_best", "steps", "resumed_from_step"]
     names += ["trainable_parameters", "total_parameters", "adapter_bytes"]
     numbers |= {name: plain[name] for name in names}
@@ -234,6 +235,9 @@ def final_tags(result: TrialResult) -> dict[str, str]:
     tags |= {"gpus_per_worker": str(made.gpus_per_worker), "git_commit": made.git_commit or ""}
     tags |= {"model_fingerprint": made.model_fingerprint or "", "data_key": made.data_key or ""}
     tags |= {"started_at": made.started_at}
+    for name, settings in (("chosen", result.chosen), ("lowered_out_of_memory", result.lowered)):
+        if settings:
+            tags[name] = ", ".join(f"{key}: {str(value).lower()}" for key, value in settings.items())
     tags |= {f"version.{name}": made.versions.get(name, "") for name in _MAIN_VERSIONS}
     return {f"ray_peft.{name}": value for name, value in tags.items()}
 

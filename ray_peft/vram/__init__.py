@@ -4,8 +4,8 @@ Neither weights nor GPU are needed. A first prediction takes seconds, since it r
 on shapes; it is then kept on disk for every trial that takes the same memory.
 """
 
-from ray_peft.vram.nearest import Suggestion, nearest
+from ray_peft.vram.nearest import Suggestion, choose, nearest, settings_text
 from ray_peft.vram.predict import Prediction, predict
 from ray_peft.vram.shape import ModelShape
 
-__all__ = ["ModelShape", "Prediction", "Suggestion", "nearest", "predict"]
+__all__ = ["ModelShape", "Prediction", "Suggestion", "choose", "nearest", "predict", "settings_text"]

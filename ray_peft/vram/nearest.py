@@ -1,18 +1,18 @@
-"""The settings nearest to a trial's that take less memory: computed, each with its own prediction."""
+"""Settings for the memory at hand: what to change where a trial does not fit, and what `train.fit: auto` chooses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 from ray_peft.errors import RayPeftError
+from ray_peft.measure import GIB
 from ray_peft.methods.lora import LowRankAdapter
 from ray_peft.methods.qlora import QLoRA
 from ray_peft.spec import TrialSpec
-from ray_peft.vram.predict import GIB, Prediction
+from ray_peft.tasks.memory import MICRO_BATCH
+from ray_peft.vram.predict import Prediction
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,13 @@ class Suggestion:
 
     def line(self) -> str:
         """For people."""
-        changed = ", ".join(f"{key}: {str(value).lower()}" for key, value in self.changes.items())
         verdict = "fits" if self.fits else "does not fit"
-        return f"{changed} ({self.predicted.peak_allocated / GIB:.2f} GiB, {verdict})"
+        return f"{settings_text(self.changes)} ({self.predicted.peak_allocated / GIB:.2f} GiB, {verdict})"
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Settings by key, for people."""
+    return ", ".join(f"{key}: {str(value).lower()}" for key, value in settings.items())
 
 
 def nearest(
@@ -61,7 +65,7 @@ def nearest(
     for also in _checkpointing(spec):
         if also and tried(also, same=True):
             break
-        if _largest(_smaller(spec), lambda size, also=also: tried({_MICRO: size, **also}, same=True)) is not None:  # type: ignore[misc]
+        if _largest(_smaller(spec), lambda size, also=also: tried({MICRO_BATCH: size, **also}, same=True)) is not None:  # type: ignore[misc]
             break
     if not any(each.fits for each in found):
         for changes in _other_training(spec):
@@ -72,13 +76,47 @@ def nearest(
     return sorted(found, key=lambda each: (not each.fits, not each.same_training, _rank(each)))
 
 
-_MICRO = "train.micro_batch_size"
+def choose(
+    spec: TrialSpec, predict: Callable[[TrialSpec], Prediction], fits: Callable[[Prediction], bool]
+) -> dict[str, int | bool]:
+    """What `train.fit: auto` means for a memory: rows per pass and checkpointing, by their keys.
+
+    The largest pass that fits without checkpointing; where none does, the largest with it; else the least.
+
+    Args:
+        spec: the trial.
+        predict: the peak of a variant.
+        fits: whether a peak fits.
+    """
+
+    def variant(size: int, checkpointing: bool) -> TrialSpec | None:
+        try:
+            return spec.changed({MICRO_BATCH: size, _CHECKPOINTING: checkpointing})
+        except (RayPeftError, ValueError):  # a method's rule
+            return None
+
+    share = spec.train.batch_size // spec.resources.num_workers
+    sizes = [size for size in range(1, share + 1) if share % size == 0 and variant(size, False) is not None]
+    if not sizes:
+        return {}
+
+    def holds(size: int, checkpointing: bool) -> bool:
+        made = variant(size, checkpointing)
+        return made is not None and fits(predict(made))
+
+    for checkpointing in (False, True):
+        size = _largest(sizes, lambda size, on=checkpointing: holds(size, on))  # type: ignore[misc]
+        if size is not None:
+            return {MICRO_BATCH: size, _CHECKPOINTING: checkpointing}
+    return {MICRO_BATCH: sizes[0], _CHECKPOINTING: True}
+
+
 _CHECKPOINTING = "train.gradient_checkpointing"
 
 
 def _rank(suggestion: Suggestion) -> tuple[int, int]:
     """Fewer changes first; of the same changes, the larger micro-batch."""
-    return len(suggestion.changes), -int(suggestion.changes.get(_MICRO, 0))
+    return len(suggestion.changes), -int(suggestion.changes.get(MICRO_BATCH, 0))
 
 
 def _largest(sizes: list[int], fits: Callable[[int], bool]) -> int | None:
@@ -105,7 +143,7 @@ def _checkpointing(spec: TrialSpec) -> list[dict[str, Any]]:
 def _least(spec: TrialSpec) -> dict[str, Any]:
     """The least that a pass can take: micro-batch 1 and checkpointing, where they are allowed."""
     least: dict[str, Any] = {} if spec.train.gradient_checkpointing else {_CHECKPOINTING: True}
-    return least | ({_MICRO: 1} if _changed(spec, {_MICRO: 1}) is not None else {})
+    return least | ({MICRO_BATCH: 1} if _changed(spec, {MICRO_BATCH: 1}) is not None else {})
 
 
 def _other_training(spec: TrialSpec) -> Iterator[dict[str, Any]]:
@@ -127,20 +165,17 @@ def _shorter(spec: TrialSpec) -> Iterator[int]:
         yield length
 
 
-def _changed(spec: TrialSpec, changes: dict[str, Any]) -> TrialSpec | None:
-    """The trial with other settings; null where its rules forbid them, or nothing would change."""
-    plain = spec.plain()
-    for key, value in changes.items():
-        *parents, last = key.split(".")
-        holder = plain
-        for parent in parents:
-            holder = holder[parent]
-        if parents and last not in holder:
-            return None
-        if holder[last] == value:
-            return None
-        holder[last] = value
+def _changed(spec: TrialSpec, changes: Mapping[str, Any]) -> TrialSpec | None:
+    """The trial with other settings; null where its rules forbid them, or one of them changes nothing."""
     try:
-        return TrialSpec.from_plain(plain)
-    except (ValidationError, RayPeftError, ValueError):
+        made = spec.changed(changes)
+    except (RayPeftError, ValueError):
         return None
+    before, after = spec.plain(), made.plain()
+    return None if any(_at(before, key) == _at(after, key) for key in changes) else made
+
+
+def _at(plain: Any, key: str) -> Any:
+    for part in key.split("."):
+        plain = plain[part]
+    return plain

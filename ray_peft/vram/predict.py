@@ -8,22 +8,22 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from ray_peft.gpus import ANY, Gpu
+from ray_peft.measure import GIB
 from ray_peft.methods.base import Stage
 from ray_peft.report.atomic import write_text
 from ray_peft.spec import ImageTrialSpec, LlmTrialSpec, TrialSpec
 from ray_peft.tasks.cache import cache_folder
 from ray_peft.vram.shape import ModelShape
 
-GIB = 2**30
 SEGMENT = 2 * 2**20
 """The allocator's segments are multiples of this."""
 
-_ENOUGH_STEPS = 1000
+ENOUGH_STEPS = 1000
 """For a method of several stages to have a step in each."""
 _NO_MEMORY = {"lr", "weight_decay", "betas", "max_grad_norm", "alpha", "eps", "scale", "update_proj_gap", "switch_at"}
 """Settings of methods that change numbers, but not how many there are."""
@@ -58,7 +58,7 @@ class Prediction:
 def predict(
     spec: TrialSpec, shape: ModelShape, *, longest_tokens: int, padded: bool | None = None, gpu: Gpu = ANY
 ) -> Prediction:
-    """The peak of a trial: of its largest stage, or of an ensemble's largest member.
+    """The peak of a trial: of its largest stage; of an ensemble, its largest member's or that of all asked together.
 
     Args:
         spec: the trial.
@@ -77,18 +77,19 @@ def predict(
         raise NotImplementedError(f"task {spec.task} has no memory prediction")
     members = [predict(m, shape, longest_tokens=longest_tokens, padded=padded, gpu=gpu) for m in spec.members()]
     if members:
+        together = sum(member.evaluation or 0 for member in members)
         largest = max(members, key=lambda member: member.peak_allocated)
-        return Prediction(
-            largest.components, largest.peak_allocated, largest.peak_reserved, sum(m.evaluation or 0 for m in members)
-        )
+        if together > largest.peak_allocated:
+            return Prediction({"evaluation": together}, together, _segments(together, gpu.slack), together)
+        return replace(largest, evaluation=together)
     uneven = spec.train.micro_batch_size > 1 if padded is None else padded
-    stages = [stage for stage, _ in spec.method.stages(_ENOUGH_STEPS)]
+    stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
     held_for: list[Stage | None] = [*stages] or [None]
     scored = [_evaluation(spec, stage, shape, longest_tokens) for stage in held_for]
     evaluation = max(found["model"] + max(found["scoring"], found["answering"]) for found in scored) + gpu.workspace
     if not stages:
         held = scored[0]["model"]
-        return Prediction({"weights": held}, held, -(-held // SEGMENT) * SEGMENT, evaluation)
+        return Prediction({"weights": held}, held, _segments(held, 0.0), evaluation)
     steps = [_step(spec, stage, shape, longest_tokens, uneven) for stage in stages]
     if spec.train.eval_every:
         steps += [_evaluating(step, found) for step, found in zip(steps, scored, strict=True)]
@@ -98,13 +99,18 @@ def predict(
     peak = sum(components.values())
     slack = gpu.slack + (gpu.slack_uneven if uneven else 0.0)
     components = Counter({kind: size for kind, size in components.items() if size})
-    return Prediction(dict(components), peak, -(-int(peak * (1 + slack)) // SEGMENT) * SEGMENT, evaluation)
+    return Prediction(dict(components), peak, _segments(peak, slack), evaluation)
+
+
+def _segments(size: int, slack: float) -> int:
+    """Bytes of the allocator's segments that hold `size` bytes of tensors, and a share of them besides."""
+    return -(-int(size * (1 + slack)) // SEGMENT) * SEGMENT
 
 
 def _image(spec: ImageTrialSpec, shape: ModelShape, gpu: Gpu) -> Prediction:
     """Of a UNet's training; what its evaluation takes (VAE and text encoder beside the UNet) is not predicted yet."""
     train, found = spec.train, Counter[str]()
-    for stage, _ in spec.method.stages(_ENOUGH_STEPS):
+    for stage, _ in spec.method.stages(ENOUGH_STEPS):
         settings = [train.micro_batch_size, spec.accumulation > 1, train.gradient_checkpointing, train.precision]
         common = _common(spec, stage, shape, spec.data.resolution)
 
@@ -124,8 +130,7 @@ def _image(spec: ImageTrialSpec, shape: ModelShape, gpu: Gpu) -> Prediction:
 
         found = unet.weights(spec, shape)
     peak = sum(found.values())
-    reserved = -(-int(peak * (1 + gpu.slack)) // SEGMENT) * SEGMENT
-    return Prediction({kind: size for kind, size in found.items() if size}, peak, reserved, None)
+    return Prediction({kind: size for kind, size in found.items() if size}, peak, _segments(peak, gpu.slack), None)
 
 
 def _evaluating(step: Counter[str], found: Counter[str]) -> Counter[str]:
