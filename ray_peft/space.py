@@ -8,7 +8,7 @@ import os
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import exp, log
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import Field, ValidationError
 
+from ray_peft import profiles
 from ray_peft.errors import SearchSpaceError, SpecError
 from ray_peft.spec import SPECS, TrialSpec
 from ray_peft.strict import Strict
@@ -71,6 +72,8 @@ class Space:
     templates: list[dict[str, Any]]
     """The grid's cells with their distributions still in place."""
     report: ReportSpec = ReportSpec()
+    profile: str | None = None
+    """The profile whose settings took the place of the file's; null leaves them as they are written."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -97,12 +100,13 @@ def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[An
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Space:
+def load(path: str | Path, overrides: list[str] | None = None, profile: str | None = None) -> Space:
     """Read, expand and check a search space.
 
     Args:
         path: a YAML file.
         overrides: `key.path=value` settings that replace those of the file; values are YAML.
+        profile: one of the file's `profiles`, whose settings come before `overrides`.
 
     Raises:
         SearchSpaceError: anything wrong with the file, all problems at once.
@@ -114,10 +118,10 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Space:
         raise SearchSpaceError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SearchSpaceError(f"{path}: cannot be read: {error}") from None
-    return parse(text, str(path), overrides)
+    return parse(text, str(path), overrides, profile)
 
 
-def parse(text: str, source: str, overrides: list[str] | None = None) -> Space:
+def parse(text: str, source: str, overrides: list[str] | None = None, profile: str | None = None) -> Space:
     """Expand and check the text of a search space; `source` names it in errors.
 
     Raises:
@@ -126,8 +130,16 @@ def parse(text: str, source: str, overrides: list[str] | None = None) -> Space:
     plain = _yaml(text, source)
     if not isinstance(plain, dict):
         raise SearchSpaceError(f"{source}: must be a mapping of keys to values (found {_short(plain)})")
-    for override in overrides or []:
-        _apply_override(plain, override)
+    keys = profiles.settle(plain, profile, source)
+    keys -= {_apply_override(plain, override) for override in overrides or []}
+    try:
+        return replace(_checked(plain, source), profile=profile)
+    except SearchSpaceError as error:
+        raise SearchSpaceError(profiles.blamed(str(error), keys, source, profile)) from None
+
+
+def _checked(plain: dict[str, Any], source: str) -> Space:
+    """The space that a file says, with its profile and overrides in place."""
     problems: list[str] = []
     plain = _expand_variables(plain, source, "", problems)
     if problems:
@@ -179,18 +191,13 @@ def _yaml(text: str, source: str) -> Any:
         raise SearchSpaceError(f"{source}: not valid YAML: {error}") from None
 
 
-def _apply_override(plain: dict[str, Any], override: str) -> None:
+def _apply_override(plain: dict[str, Any], override: str) -> str:
+    """Put a `key.path=value` setting into `plain`; returns its key."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise SearchSpaceError(f"--set {override}: must be key.path=value")
-    *parents, last = key.split(".")
-    target = plain
-    for parent in parents:
-        inner = target.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise SearchSpaceError(f"--set {override}: {parent} is not a mapping in the search space")
-        target = inner
-    target[last] = _yaml(value, f"--set {override}")
+    profiles.put(plain, key, _yaml(value, f"--set {override}"), f"--set {override}")
+    return key
 
 
 def _expand_variables(value: Any, source: str, key: str, problems: list[str]) -> Any:

@@ -18,13 +18,13 @@ train: {steps: 5, batch_size: 8, micro_batch_size: 4}
 """
 
 
-def parsed(text: str, overrides=None):
-    return space.parse(text, "space.yaml", overrides)
+def parsed(text: str, overrides=None, profile=None):
+    return space.parse(text, "space.yaml", overrides, profile)
 
 
-def refused(text: str, overrides=None) -> list[str]:
+def refused(text: str, overrides=None, profile=None) -> list[str]:
     with pytest.raises(SearchSpaceError) as caught:
-        parsed(text, overrides)
+        parsed(text, overrides, profile)
     return str(caught.value).splitlines()
 
 
@@ -137,12 +137,51 @@ def test_overrides_replace_settings_and_numbers_may_lack_a_point():
     assert "must be key.path=value" in refused(BASE, ["train.steps"])[0]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "search_spaces").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_search_space_loads(path, monkeypatch):
-    monkeypatch.setenv("RAY_PEFT_DATA", "/data")
-    monkeypatch.setenv("RAY_PEFT_MODEL", "some/model")
-    monkeypatch.setenv("RAY_PEFT_VAN_GOGH", "/paintings")
+@pytest.fixture
+def named(monkeypatch):
+    """The variables that some files need."""
+    for name, value in {"DATA": "/data", "MODEL": "some/model", "VAN_GOGH": "/paintings"}.items():
+        monkeypatch.setenv(f"RAY_PEFT_{name}", value)
+
+
+FILES = sorted((ROOT / "search_spaces").glob("*.yaml"))
+PROFILES = [
+    (path, name)
+    for path in FILES
+    for name in yaml.safe_load(path.read_text(encoding="utf-8")).get("profiles", {})
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_search_space_loads(path, named):
     assert space.load(path).trials
+
+
+@pytest.mark.parametrize(("path", "name"), PROFILES, ids=[f"{path.stem} {name}" for path, name in PROFILES])
+def test_a_profile_leaves_the_rows_comparable(path, name, named):
+    plain, chosen = space.load(path), space.load(path, profile=name)
+    assert chosen.profile == name
+    assert len(chosen.trials) == len(plain.trials)
+    for before, after in zip(plain.trials, chosen.trials, strict=True):
+        assert (after.data, after.model, after.seed) == (before.data, before.model, before.seed)
+        assert after.train.batch_size == before.train.batch_size
+        assert (after.train.steps, after.train.epochs) == (before.train.steps, before.train.epochs)
+        assert after.scored_as() == before.scored_as()
+        assert after.method == before.method
+        assert after.trial_id != before.trial_id
+
+
+def test_a_12_gib_card_has_a_profile_in_every_study():
+    studies = {"gemma2_dolly_lora_qlora", "gemma3_qlora_galore", "gemma3_hybrid", "gemma3_ensemble", "sd15_van_gogh"}
+    assert {path.stem for path, name in PROFILES if name == "12gib"} == studies | {"quickstart", "smollm2_alpaca"}
+
+
+def test_the_spaces_that_share_an_output_folder_share_a_profile(named):
+    found = [space.load(path, profile="12gib").trials for path in FILES if path.stem.startswith("gemma3_")]
+    ids = [{trial.trial_id for trial in trials if not trial.members()} for trials in found]
+    assert len(ids) == 3
+    base = {trial.trial_id for trials in found for trial in trials if trial.method.name == "none"}
+    assert len(base) == 1
 
 
 def test_a_missing_file_is_named():
@@ -160,3 +199,56 @@ def test_the_report_setting_is_checked_and_is_no_part_of_a_trial():
     assert problem.startswith("space.yaml: report.loss_steps.0: Input should be greater than or equal to 1 (found 0)")
     (problem,) = refused(changed(report={"loss_step": [5]}))
     assert problem.startswith("space.yaml: report.loss_step: unknown key")
+
+
+SMALL = {"12gib": {"train.fit": "auto", "evaluation.batch_size": 8}, "long": {"train.steps": 50}}
+
+
+def test_a_profile_takes_the_place_of_settings_and_set_comes_after_it():
+    text = changed(profiles=SMALL)
+    plain, chosen = parsed(text), parsed(text, profile="12gib")
+    assert plain == parsed(BASE)
+    assert (plain.profile, chosen.profile) == (None, "12gib")
+    assert (chosen.trials[0].train.fit, chosen.trials[0].evaluation.batch_size) == ("auto", 8)
+    last = parsed(text, ["evaluation.batch_size=2"], "12gib").trials[0]
+    assert (last.train.fit, last.evaluation.batch_size) == ("auto", 2)
+    assert parsed(text, profile="long").trials[0].train.steps == 50
+
+
+def test_a_profile_may_hold_a_grid_and_variables(monkeypatch):
+    profiles = {"wide": {"seed": {"grid": [0, 1]}, "model.name": "${ELSEWHERE}/m"}}
+    assert parsed(changed(profiles=profiles)).trials == parsed(BASE).trials  # its variable is not asked for
+    monkeypatch.setenv("ELSEWHERE", "hub")
+    trials = parsed(changed(profiles=profiles), profile="wide").trials
+    assert [(trial.seed, trial.model.name) for trial in trials] == [(0, "hub/m"), (1, "hub/m")]
+
+
+@pytest.mark.parametrize(
+    ("profiles", "profile", "words"),
+    [
+        (SMALL, "12gb", "space.yaml: profile '12gb' is not in this search space; choose one of 12gib, long"),
+        (None, "12gib", "space.yaml: profile '12gib' is not in this search space; it has none"),
+        ([1], None, "space.yaml: profiles: must map names to settings (found [1])"),
+        ({"a": "auto"}, None, "space.yaml: profiles.a: must map dotted keys to values"),
+        ({"a": None}, None, "space.yaml: profiles.a: must map dotted keys to values"),
+        ({"a": {"data.sources.0.train": 5}}, None, "space.yaml: profiles.a: data.sources.0.train: sources is not a ma"),
+        ({"a": {"train.ft": "auto"}}, "a", "space.yaml: profiles.a: train.ft: unknown key, did you mean fit? (found "),
+        ({"a": {"train": {"ft": 1}}}, "a", "space.yaml: profiles.a: train.ft: unknown key, did you mean fit? (found "),
+        ({"a": {"traim.fit": "auto"}}, "a", "space.yaml: profiles.a: traim: unknown key"),
+        ({"a": {"method.rnak": 8}}, "a", "space.yaml: profiles.a: method.lora.rnak: unknown key, did you mean rank?"),
+        ({"a": {"train.micro_batch_size": 3}}, "a", "space.yaml: profiles.a: train.batch_size (8) must be a multiple"),
+        ({"a": {"train.epochs": 2.0}}, "a", "space.yaml: profiles.a: train: give exactly one of epochs (found 2.0)"),
+        ({"a": {"report.loss_steps": [0]}}, "a", "space.yaml: profiles.a: report.loss_steps.0: Input should be"),
+    ],
+)
+def test_a_wrong_profile_is_one_line_that_names_it(profiles, profile, words):
+    lines = refused(changed(profiles=profiles), profile=profile)
+    assert len(lines) == 1
+    assert lines[0].startswith(words)
+
+
+def test_an_error_that_a_profile_did_not_make_does_not_name_it():
+    text = changed(profiles={"a": {"train.steps": 7}}, seed=-1)
+    assert refused(text, profile="a")[0].startswith("space.yaml: seed: Input should be")
+    text = changed(profiles={"a": {"train.steps": 7}})
+    assert refused(text, ["train.steps=0"], "a")[0].startswith("space.yaml: train.steps: Input should be")
