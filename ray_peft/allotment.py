@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from ray_peft import cluster
 from ray_peft.console import Console
 from ray_peft.errors import first_line
-from ray_peft.forecast import Size, size, ways
+from ray_peft.forecast import Size, size
 from ray_peft.gpus import ANY, Gpu, known
 from ray_peft.measure import GIB
 from ray_peft.placement import Demand, Node, demand, share_of
 from ray_peft.spec import TrialSpec
+
+PATIENCE_S = 1.0
+"""Predictions that are on disk take milliseconds; after this long, the others are made elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Allotment:
             PlacementError: the cluster can never hold it.
         """
         if alone or spec.trial_id not in self._demands:
-            self._demands[spec.trial_id], _ = self._made(spec, alone=alone)
+            self._demands[spec.trial_id] = self._made(spec, self._size(spec), alone=alone)
         return self._demands[spec.trial_id]
 
     def prepare(self, specs: Sequence[TrialSpec], console: Console) -> list[TrialSpec]:
@@ -70,25 +75,38 @@ class Allotment:
         Raises:
             PlacementError: the cluster can never hold one of them.
         """
-        sizes = {}
-        for spec in specs:
-            self._demands[spec.trial_id], found = self._made(spec, say=console.say)
-            predicted = found.prediction if found is not None else None
-            sizes[spec.trial_id] = (predicted.needed, predicted.peak_reserved) if predicted is not None else (0, 0)
-        return sorted(specs, key=lambda spec: sizes[spec.trial_id], reverse=True)
+        sizes = self._sizes(specs)
+        for spec, found in zip(specs, sizes, strict=True):
+            self._demands[spec.trial_id] = self._made(spec, found, say=console.say)
+        order = {spec.trial_id: found.bytes() for spec, found in zip(specs, sizes, strict=True)}
+        return sorted(specs, key=lambda spec: order[spec.trial_id], reverse=True)
+
+    def _sizes(self, specs: Sequence[TrialSpec]) -> list[Size]:
+        """Of every trial; new predictions take seconds each, so they are made at once on the cluster's cores."""
+        found: list[Size] = []
+        begin = time.perf_counter()
+        while len(found) < len(specs) and time.perf_counter() - begin < PATIENCE_S:
+            found.append(self._size(specs[len(found)]))
+        rest = specs[len(found) :]
+        return found + (cluster.each(self._size, rest) if rest else [])
+
+    def _size(self, spec: TrialSpec) -> Size:
+        if self._card is None or not demand(spec, self._nodes).gpus_per_worker:
+            return Size(spec, None)
+        try:
+            return size(spec, self._card.gpu, self._card.memory_gib)
+        except Exception as error:  # no trial depends on its prediction
+            return Size(spec, None, problem=f"{type(error).__name__}: {first_line(error)}")
 
     def _made(
-        self, spec: TrialSpec, *, alone: bool = False, say: Callable[[str], None] = lambda _: None
-    ) -> tuple[Demand, Size | None]:
+        self, spec: TrialSpec, found: Size, *, alone: bool = False, say: Callable[[str], None] = lambda _: None
+    ) -> Demand:
         plain = demand(spec, self._nodes)
+        if found.problem:
+            say(f"no memory prediction of {spec.trial_id}: {found.problem}")
         if not plain.gpus_per_worker or self._card is None:
-            return plain, None
+            return plain
         gpu, memory = self._card.gpu, self._card.memory_gib
-        try:
-            found = size(spec, gpu, memory)
-        except Exception as error:  # no trial depends on its prediction
-            say(f"no memory prediction of {spec.trial_id}: {type(error).__name__}: {first_line(error)}")
-            found = Size(spec, None)
         need = found.need(spec.trial_id, gpu)
         share = None
         if need is not None and plain.num_workers == 1 and not alone:
@@ -102,11 +120,11 @@ class Allotment:
                 f"caution: {spec.trial_id} is predicted to need {need.least / GIB:.1f} GiB of a GPU and may take "
                 f"{room:.1f}; it runs all the same"
             )
-            for way in ways(found.runs, gpu, room):
+            for way in found.less:
                 say(f"    what takes less: {way.line()}")
         return replace(
             made,
             gpu_memory_gib=room if made.gpus_per_worker < 1 or self._limit is not None else None,
             needed_gib=free,
             chosen=found.chosen,
-        ), found
+        )

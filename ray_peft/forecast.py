@@ -25,6 +25,15 @@ class Size:
     """Null where nothing can predict it."""
     chosen: dict[str, int | bool] = field(default_factory=dict)
     """What `train.fit: auto` chose for it, by key."""
+    less: tuple[Suggestion, ...] = ()
+    """What takes less, where it does not fit."""
+    problem: str = ""
+    """Why nothing predicts it, if that is an error."""
+
+    def bytes(self) -> tuple[int, int]:
+        """By which trials are ordered; zeros where nothing predicts it."""
+        found = self.prediction
+        return (found.needed, found.peak_reserved) if found is not None else (0, 0)
 
     def need(self, trial_id: str, gpu: Gpu) -> Need | None:
         """For its placement; null where nothing predicts it."""
@@ -79,19 +88,21 @@ class Forecast:
 
 
 def size(trial: TrialSpec, gpu: Gpu, gpu_memory_gib: float | None) -> Size:
-    """A trial's memory; with `train.fit: auto`, as it runs on `gpu_memory_gib` of a GPU.
+    """A trial's memory; on `gpu_memory_gib` of a GPU, with what `train.fit: auto` chooses, or what takes less.
 
     Raises:
         DataError, ModelError: the user's to mend.
     """
-    chosen: dict[str, int | bool] = {}
     found = _predict(trial, gpu)
-    if found is None or gpu_memory_gib is None or trial.train.fit != "auto" or not _trains(trial):
+    if found is None or gpu_memory_gib is None:
         return Size(trial, found)
-    share = trial.resources.gpus_per_worker or 1.0
-    chosen = choose(trial, lambda variant: _sure(variant, gpu), lambda each: _fits(each, gpu, gpu_memory_gib * share))
-    runs = trial.changed(chosen)
-    return Size(runs, _predict(runs, gpu), chosen)
+    room = gpu_memory_gib * (trial.resources.gpus_per_worker or 1.0)
+    chosen: dict[str, int | bool] = {}
+    if trial.train.fit == "auto" and _trains(trial):
+        chosen = choose(trial, lambda variant: _sure(variant, gpu), lambda each: _fits(each, gpu, room))
+    runs = trial.changed(chosen) if chosen else trial
+    found = _sure(runs, gpu)
+    return Size(runs, found, chosen, () if _fits(found, gpu, room) else ways(runs, gpu, room))
 
 
 def ways(trial: TrialSpec, gpu: Gpu, gpu_memory_gib: float, below: int | None = None) -> tuple[Suggestion, ...]:
@@ -137,10 +148,8 @@ def forecast(
             made.append(Forecast(trial, None))
             continue
         place, seat = seats[trial.trial_id]
-        share = gpu_memory_gib * (trial.resources.gpus_per_worker or 1.0)
-        less = () if _fits(found.prediction, gpu, share) else ways(found.runs, gpu, share)
         order = place if seat.fits else None
-        made.append(Forecast(trial, found.prediction, found.chosen, seat.fits, seat.gpu_fraction, order, less))
+        made.append(Forecast(trial, found.prediction, found.chosen, seat.fits, seat.gpu_fraction, order, found.less))
     return made, packing
 
 

@@ -77,7 +77,9 @@ def sweep(
         source = Path(space)
         space = load(space, overrides, profile)
     ledger = Ledger(Path(out) if out else experiment.outputs_folder() / space.name)
-    notes = experiment.inspect_trials(space.trials, console)
+    notes = [f"profile: {space.profile}"] if space.profile is not None else []
+    notes += [f"limit: every trial was held to {gpu_memory_gib:g} GiB of a GPU"] if gpu_memory_gib is not None else []
+    notes += experiment.inspect_trials(space.trials, console)
     uri = experiment.tracking_uri(tracking_uri, space.tracking)
     store = experiment.open_store(uri, space.tracking.experiment or space.name)
     with ledger.locked(), contextlib.ExitStack() as ray:

@@ -104,7 +104,7 @@ def test_a_trial_that_nothing_predicts_is_not_shared(trial, monkeypatch):
     assert console.said == [f"no memory prediction of {spec.trial_id}: RuntimeError: no such kernel"]
 
 
-def test_the_largest_starts_first(trial):
+def test_the_largest_starts_first(trial, ray_cluster):
     small, large = trial(), trial(train__batch_size=512, train__micro_batch_size=512)
     assert Allotment(SERVER).prepare([small, large], Console(quiet=True)) == [large, small]
 
