@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from ray_peft.methods.base import Stage
 from ray_peft.spec import ImageTrialSpec
 from ray_peft.tasks.text_to_image.noise import Batch
 
@@ -58,21 +59,52 @@ def light_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
+def attached(spec: ImageTrialSpec, stage: Stage, model: nn.Module) -> nn.Module:
+    """The UNet prepared for a stage, with adapters that multiply in the dtype of their input."""
+    model = stage.attach(model)
+    return model if autocasts(spec) else light_adapters(model)
+
+
 def unwrapped(model: Any) -> Any:
     """The UNet with its adapter layers in place, but without PEFT's wrapper, which a pipeline does not take."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def checkpoint_activations(unet: Any, *, random: bool) -> None:
+def draws_in_passes(stage: Stage) -> bool:
+    """Whether a pass draws random numbers: dropout."""
+    return bool(getattr(stage, "dropout", 0.0) > 0)
+
+
+def spare_activations(
+    spec: ImageTrialSpec, stage: Stage, unet: Any, run_again: Callable[..., Any] | None = None
+) -> None:
+    """Keep fewer activations for the backward pass: those of block borders alone, or all but the feed-forward layers'.
+
+    Args:
+        spec: says whether gradients are checkpointed.
+        stage: with dropout, the feed-forward layers keep their activations.
+        unet: a UNet2DConditionModel, without PEFT's wrapper.
+        run_again: replaces torch's checkpoint function.
+    """
+    random = draws_in_passes(stage)
+    if spec.train.gradient_checkpointing:
+        checkpoint_activations(unet, random=random, run_again=run_again)
+    elif not random:
+        recompute_feed_forward(unet, run_again)
+
+
+def checkpoint_activations(unet: Any, *, random: bool, run_again: Callable[..., Any] | None = None) -> None:
     """Recompute activations in the backward pass.
 
     Args:
         unet: a UNet2DConditionModel.
         random: keep the random state for it, which dropout needs; a recorded pass cannot do that.
+        run_again: replaces torch's checkpoint function.
     """
     from torch.utils.checkpoint import checkpoint
 
-    unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=random))
+    again = run_again or partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
+    unet.enable_gradient_checkpointing(again)
 
 
 def recompute_feed_forward(unet: Any, run_again: Callable[..., Any] | None = None) -> None:

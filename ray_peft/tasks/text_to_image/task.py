@@ -184,12 +184,10 @@ class ImageBench(Bench):
         """Prepare the UNet for a stage, from the trial's seed."""
         from transformers import set_seed
 
-        from ray_peft.tasks.text_to_image.passes import autocasts, light_adapters
+        from ray_peft.tasks.text_to_image.passes import attached
 
         set_seed(self.spec.seed)
-        self.model = stage.attach(self.model)
-        if not autocasts(self.spec):
-            light_adapters(self.model)
+        self.model = attached(self.spec, stage, self.model)
 
     def train(self, stage: Stage, steps: int, first_step: int, folder: Path, report: Report) -> Trained:
         """Train the attached stage on the cached latents."""

@@ -17,13 +17,7 @@ from ray_peft.spec import ImageTrialSpec
 from ray_peft.tasks.base import Report, Trained
 from ray_peft.tasks.finite import FiniteGuard
 from ray_peft.tasks.text_to_image.noise import Draws
-from ray_peft.tasks.text_to_image.passes import (
-    Pass,
-    RecordedPass,
-    checkpoint_activations,
-    recompute_feed_forward,
-    unwrapped,
-)
+from ray_peft.tasks.text_to_image.passes import Pass, RecordedPass, draws_in_passes, spare_activations, unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -183,14 +177,12 @@ class _Loop:
 
     def _evaluate(self) -> None:
         begin = time.perf_counter()
-        self._model.eval()
         if self._average is not None:
             self._average.store(self._parameters)
             self._average.copy_to(self._parameters)
         loss = self._job.evaluate()
         if self._average is not None:
             self._average.restore(self._parameters)
-        self._model.train()
         self.trained.eval_losses.append(loss)
         self._job.report({"eval_loss": loss}, self._job.first_step + self.done)
         self.trained.seconds -= time.perf_counter() - begin
@@ -224,12 +216,8 @@ class _Loop:
 
 def _pass(spec: ImageTrialSpec, job: StageJob, model: nn.Module) -> Pass:
     train = spec.train
-    random = getattr(job.stage, "dropout", 0.0) > 0
-    unet = unwrapped(model)
-    if train.gradient_checkpointing:
-        checkpoint_activations(unet, random=random)
-    elif not random:
-        recompute_feed_forward(unet)
+    spare_activations(spec, job.stage, unwrapped(model))
+    random = draws_in_passes(job.stage)
     recorded = job.device != "cpu" and train.cuda_graphs and not (train.gradient_checkpointing and random)
     return (RecordedPass if recorded else Pass)(spec, model, job.device)
 
