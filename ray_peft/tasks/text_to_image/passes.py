@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.methods.base import Stage
 from ray_peft.spec import ImageTrialSpec
+from ray_peft.tasks.memory import free_memory, is_out_of_memory
 from ray_peft.tasks.text_to_image.noise import Batch
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+
+logger = logging.getLogger(__name__)
 
 
 def autocasts(spec: ImageTrialSpec) -> bool:
@@ -177,7 +182,8 @@ class RecordedPass(Pass):
     """The same on a GPU, recorded as a CUDA graph: at one image a step, the host would take most of the time.
 
     The first call runs as usual, the second records; all calls have batches of one shape. Both run on one stream of
-    their own, as torch's documentation asks, so that there is one workspace of cuBLAS (32 MiB) and not three.
+    their own, as torch's documentation asks, so that there is one workspace of cuBLAS (32 MiB) and not three. Where
+    memory does not suffice for a recording, which has its own beside that of other work, all calls run as usual.
     """
 
     def __init__(self, spec: ImageTrialSpec, model: nn.Module, device: str) -> None:
@@ -191,20 +197,41 @@ class RecordedPass(Pass):
 
     def __call__(self, batch: Batch) -> None:
         """Add the gradients and the loss of `batch`."""
-        import torch
-
         if not self._inputs:
             self._inputs = self._moved(batch)
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                self._run(*self._inputs)
-            torch.cuda.current_stream().wait_stream(self._stream)
+            self._aside()
             return
         self._staging.reverse()
         self._staging[0].send(self._given(batch), self._inputs)
         if self._replay is None:
-            graph = torch.cuda.CUDAGraph()
+            self._replay = self._recorded() or self._aside
+        self._replay()
+
+    def _aside(self) -> None:
+        """Run as usual."""
+        import torch
+
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._run(*self._inputs)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _recorded(self) -> Callable[[], None] | None:
+        """Replays what `_run` does to the inputs; null if memory ran out."""
+        import torch
+
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
             with torch.cuda.graph(graph, stream=self._stream):
                 self._run(*self._inputs)
-            self._replay = graph.replay
-        self._replay()
+            return graph.replay
+        except RuntimeError as error:
+            # The end of a recording that failed may fail as well; the first error is the context of that.
+            if not any(is_out_of_memory(each) for each in (error, error.__context__) if each is not None):
+                raise
+        # torch.cuda.graph has not gone back to it where its end failed (torch 2.13).
+        torch.cuda.set_stream(stream)
+        del graph
+        free_memory(self._device)
+        logger.warning("there is no memory to record a pass; passes run unrecorded, which is slower")
+        return None

@@ -195,7 +195,9 @@ class ImageBench(Bench):
         from ray_peft.tasks.text_to_image.train import StageJob, train_stage
 
         draws = Draws(self.spec, self.encoded.train, self.encoded.scaling_factor, self.schedule)
-        job = StageJob(stage, steps, first_step, draws, folder, self.device, report, self.eval_loss)
+        job = StageJob(
+            stage, steps, first_step, draws, folder, self.device, report, self.eval_loss, lowered=self.lowered
+        )
         return train_stage(self.spec, job, self.model)
 
     def restore(self, folder: Path) -> None:
