@@ -161,7 +161,10 @@ class LlmBench(Bench):
         """Train the attached stage with TRL's SFTTrainer."""
         from ray_peft.tasks.llm_sft.train import StageJob, train_stage
 
-        job = StageJob(stage, steps, first_step, self.data.train, folder, self.device, report, self.eval_loss)
+        job = StageJob(
+            stage, steps, first_step, self.data.train, folder, self.device, report, self.eval_loss,
+            lowered=self.lowered, rehearse=self.device != "cpu",
+        )  # fmt: skip
         return train_stage(self.spec, job, self.model, self.tokenizer)
 
     def restore(self, folder: Path) -> None:

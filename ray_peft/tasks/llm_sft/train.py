@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,6 +36,10 @@ class StageJob:
     report: Report
     evaluate: Callable[[], float]
     """The loss on the held-out rows, of the model as it is."""
+    lowered: dict[str, int] = field(default_factory=dict)
+    """What memory forced down in earlier stages; this stage starts with it, and adds to it (`Bench.lowered`)."""
+    rehearse: bool = False
+    """Try the pass that needs the most memory before the first steps."""
 
 
 def train_rows(spec: LlmTrialSpec, rows: Dataset) -> Dataset:
@@ -72,6 +77,24 @@ def row_order(spec: LlmTrialSpec, rows: int, first_step: int, steps: int) -> lis
     return found[: steps * batch]
 
 
+def _micro_batches(spec: LlmTrialSpec, job: StageJob, rows: int, done: int) -> list[list[int]]:
+    """The rows of each micro-batch of a stage on one worker, by their place among its `rows` rows.
+
+    Args:
+        spec: the trial.
+        job: the stage.
+        rows: of the stage's dataset, which a later stage has in order.
+        done: steps of the stage that a checkpoint holds.
+    """
+    if job.first_step:
+        order = list(range(done * spec.train.batch_size, rows))
+    else:
+        order = row_order(spec, rows, done, job.steps - done)
+    size = spec.train.micro_batch_size
+    batches = [[row for row in order[first : first + size] if row < rows] for first in range(0, len(order), size)]
+    return [batch for batch in batches if batch]
+
+
 def _rows_of_later_stage(spec: LlmTrialSpec, rows: Dataset, job: StageJob, filler: int) -> tuple[Dataset, int]:
     """The stage's rows in order, and how many of them are fillers of one token without loss."""
     from datasets import Dataset, concatenate_datasets
@@ -96,6 +119,10 @@ def train_stage(
     if job.first_step:
         rows, fillers = _rows_of_later_stage(spec, rows, job, cast(int, tokenizer.pad_token_id))
     trainer = _guarded_trainer(guard, optimizer)(
+        spec=spec,
+        job=job,
+        trained=trained,
+        micro_batches=partial(_micro_batches, spec, job, len(rows)),
         model=model,
         args=_arguments(spec, job),
         train_dataset=rows,
@@ -171,10 +198,10 @@ def _keep_adapter_dtype(stage: Stage, model: PreTrainedModel) -> None:
 
 
 def _guarded_trainer(guard: FiniteGuard, optimizer: Optimizer) -> Any:
-    """SFTTrainer that shows every step's loss and gradient norm to `guard`, before the optimizer uses them."""
-    from trl import SFTTrainer  # type: ignore[attr-defined]  # not in __all__
+    """A trainer that shows every step's loss and gradient norm to `guard`, before the optimizer uses them."""
+    from ray_peft.tasks.llm_sft.recovery import RecoveringTrainer
 
-    class GuardedTrainer(SFTTrainer):
+    class GuardedTrainer(RecoveringTrainer):
         # The one place of transformers 5.23 that has both numbers in every step; callbacks get them when logged.
         def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
             norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from ray_peft.methods.base import Stage
 from ray_peft.spec import ImageTrialSpec
+from ray_peft.tasks.memory import free_memory, is_out_of_memory
 from ray_peft.tasks.text_to_image.noise import Batch
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+
+logger = logging.getLogger(__name__)
 
 
 def autocasts(spec: ImageTrialSpec) -> bool:
@@ -58,21 +64,52 @@ def light_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
+def attached(spec: ImageTrialSpec, stage: Stage, model: nn.Module) -> nn.Module:
+    """The UNet prepared for a stage, with adapters that multiply in the dtype of their input."""
+    model = stage.attach(model)
+    return model if autocasts(spec) else light_adapters(model)
+
+
 def unwrapped(model: Any) -> Any:
     """The UNet with its adapter layers in place, but without PEFT's wrapper, which a pipeline does not take."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def checkpoint_activations(unet: Any, *, random: bool) -> None:
+def draws_in_passes(stage: Stage) -> bool:
+    """Whether a pass draws random numbers: dropout."""
+    return bool(getattr(stage, "dropout", 0.0) > 0)
+
+
+def spare_activations(
+    spec: ImageTrialSpec, stage: Stage, unet: Any, run_again: Callable[..., Any] | None = None
+) -> None:
+    """Keep fewer activations for the backward pass: those of block borders alone, or all but the feed-forward layers'.
+
+    Args:
+        spec: says whether gradients are checkpointed.
+        stage: with dropout, the feed-forward layers keep their activations.
+        unet: a UNet2DConditionModel, without PEFT's wrapper.
+        run_again: replaces torch's checkpoint function.
+    """
+    random = draws_in_passes(stage)
+    if spec.train.gradient_checkpointing:
+        checkpoint_activations(unet, random=random, run_again=run_again)
+    elif not random:
+        recompute_feed_forward(unet, run_again)
+
+
+def checkpoint_activations(unet: Any, *, random: bool, run_again: Callable[..., Any] | None = None) -> None:
     """Recompute activations in the backward pass.
 
     Args:
         unet: a UNet2DConditionModel.
         random: keep the random state for it, which dropout needs; a recorded pass cannot do that.
+        run_again: replaces torch's checkpoint function.
     """
     from torch.utils.checkpoint import checkpoint
 
-    unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=random))
+    again = run_again or partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
+    unet.enable_gradient_checkpointing(again)
 
 
 def recompute_feed_forward(unet: Any, run_again: Callable[..., Any] | None = None) -> None:
@@ -145,7 +182,8 @@ class RecordedPass(Pass):
     """The same on a GPU, recorded as a CUDA graph: at one image a step, the host would take most of the time.
 
     The first call runs as usual, the second records; all calls have batches of one shape. Both run on one stream of
-    their own, as torch's documentation asks, so that there is one workspace of cuBLAS (32 MiB) and not three.
+    their own, as torch's documentation asks, so that there is one workspace of cuBLAS (32 MiB) and not three. Where
+    memory does not suffice for a recording, which has its own beside that of other work, all calls run as usual.
     """
 
     def __init__(self, spec: ImageTrialSpec, model: nn.Module, device: str) -> None:
@@ -159,20 +197,41 @@ class RecordedPass(Pass):
 
     def __call__(self, batch: Batch) -> None:
         """Add the gradients and the loss of `batch`."""
-        import torch
-
         if not self._inputs:
             self._inputs = self._moved(batch)
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                self._run(*self._inputs)
-            torch.cuda.current_stream().wait_stream(self._stream)
+            self._aside()
             return
         self._staging.reverse()
         self._staging[0].send(self._given(batch), self._inputs)
         if self._replay is None:
-            graph = torch.cuda.CUDAGraph()
+            self._replay = self._recorded() or self._aside
+        self._replay()
+
+    def _aside(self) -> None:
+        """Run as usual."""
+        import torch
+
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._run(*self._inputs)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _recorded(self) -> Callable[[], None] | None:
+        """Replays what `_run` does to the inputs; null if memory ran out."""
+        import torch
+
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
             with torch.cuda.graph(graph, stream=self._stream):
                 self._run(*self._inputs)
-            self._replay = graph.replay
-        self._replay()
+            return graph.replay
+        except RuntimeError as error:
+            # The end of a recording that failed may fail as well; the first error is the context of that.
+            if not any(is_out_of_memory(each) for each in (error, error.__context__) if each is not None):
+                raise
+        # torch.cuda.graph has not gone back to it where its end failed (torch 2.13).
+        torch.cuda.set_stream(stream)
+        del graph
+        free_memory(self._device)
+        logger.warning("there is no memory to record a pass; passes run unrecorded, which is slower")
+        return None

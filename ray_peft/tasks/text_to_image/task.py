@@ -184,12 +184,10 @@ class ImageBench(Bench):
         """Prepare the UNet for a stage, from the trial's seed."""
         from transformers import set_seed
 
-        from ray_peft.tasks.text_to_image.passes import autocasts, light_adapters
+        from ray_peft.tasks.text_to_image.passes import attached
 
         set_seed(self.spec.seed)
-        self.model = stage.attach(self.model)
-        if not autocasts(self.spec):
-            light_adapters(self.model)
+        self.model = attached(self.spec, stage, self.model)
 
     def train(self, stage: Stage, steps: int, first_step: int, folder: Path, report: Report) -> Trained:
         """Train the attached stage on the cached latents."""
@@ -197,7 +195,9 @@ class ImageBench(Bench):
         from ray_peft.tasks.text_to_image.train import StageJob, train_stage
 
         draws = Draws(self.spec, self.encoded.train, self.encoded.scaling_factor, self.schedule)
-        job = StageJob(stage, steps, first_step, draws, folder, self.device, report, self.eval_loss)
+        job = StageJob(
+            stage, steps, first_step, draws, folder, self.device, report, self.eval_loss, lowered=self.lowered
+        )
         return train_stage(self.spec, job, self.model)
 
     def restore(self, folder: Path) -> None:

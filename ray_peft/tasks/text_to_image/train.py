@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +17,16 @@ from ray_peft.methods.optimizers import trainable
 from ray_peft.spec import ImageTrialSpec
 from ray_peft.tasks.base import Report, Trained
 from ray_peft.tasks.finite import FiniteGuard
-from ray_peft.tasks.text_to_image.noise import Draws
-from ray_peft.tasks.text_to_image.passes import (
-    Pass,
-    RecordedPass,
-    checkpoint_activations,
-    recompute_feed_forward,
-    unwrapped,
-)
+from ray_peft.tasks.memory import MICRO_BATCH, free_memory, is_out_of_memory
+from ray_peft.tasks.text_to_image.noise import Batch, Draws
+from ray_peft.tasks.text_to_image.passes import Pass, RecordedPass, draws_in_passes, spare_activations, unwrapped
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.optim import Optimizer
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
 
@@ -47,6 +45,8 @@ class StageJob:
     report: Report
     evaluate: Callable[[], float]
     """The loss on the held-out images, of the model as it is."""
+    lowered: dict[str, int] = field(default_factory=dict)
+    """What memory forced down in earlier stages; this stage starts with it, and adds to it (`Bench.lowered`)."""
 
 
 def train_stage(spec: ImageTrialSpec, job: StageJob, model: nn.Module) -> Trained:
@@ -89,6 +89,11 @@ class _Loop:
             num_warmup_steps=train.warmup_steps or math.ceil(train.warmup_ratio * job.steps),
             num_training_steps=job.steps,
         )
+        self._share = train.batch_size // self._workers
+        self._rows = train.micro_batch_size
+        if self._workers == 1:
+            self._rows = _divisor(self._share, min(self._rows, job.lowered.get(MICRO_BATCH, self._rows)))
+        spare_activations(spec, job.stage, unwrapped(model))
         self._pass = _pass(spec, job, model)
         self._average = _average(spec, self._parameters)
         self.guard = FiniteGuard(spec, job.stage, job.first_step)
@@ -101,10 +106,7 @@ class _Loop:
         import torch
 
         train, job = self._spec.train, self._job
-        batch = job.draws.batch(job.first_step + step)
-        share = train.batch_size // self._workers
-        for first in range(0, share, train.micro_batch_size):
-            self._pass(batch.part(self._rank * share + first, train.micro_batch_size))
+        self._pass_all(job.draws.batch(job.first_step + step), step)
         if self._workers > 1:
             self._add_up()
         limit = job.stage.max_grad_norm
@@ -155,6 +157,41 @@ class _Loop:
         if self._average is not None:
             self._average.copy_to(self._parameters)
 
+    def _pass_all(self, batch: Batch, step: int) -> None:
+        """Add the gradients and the loss of this worker's rows of a step, with fewer a pass where memory runs out.
+
+        With dropout, the draws from there on are others.
+        """
+        before, start = self._pass.loss.clone(), self._rank * self._share
+        while True:
+            try:
+                for first in range(start, start + self._share, self._rows):
+                    self._pass(batch.part(first, self._rows))
+                return
+            except RuntimeError as error:
+                # A worker that repeated a pass alone would keep the others waiting.
+                if self._workers > 1 or self._rows == 1 or not is_out_of_memory(error):
+                    raise
+            self._lower(before, step)
+
+    def _lower(self, loss: torch.Tensor, step: int) -> None:
+        """Make the step start anew from `loss`, with at most half as many rows a pass, and as many in each."""
+        import torch
+
+        device, rows = self._job.device, self._rows
+        if device != "cpu":
+            torch.cuda.synchronize()  # what is replayed belongs to a recorded pass
+        self._optimizer.zero_grad(set_to_none=True)
+        del self._pass
+        free_memory(device)
+        self._rows = self._job.lowered[MICRO_BATCH] = _divisor(self._share, rows // 2)
+        self._pass = _pass(self._spec, self._job, self._model)
+        self._pass.loss.copy_(loss)
+        logger.warning(
+            "%s: a pass of %d rows ran out of memory at step %d; going on with %d rows a pass",
+            self._spec.trial_id, rows, self._job.first_step + step + 1, self._rows,
+        )  # fmt: skip
+
     def _add_up(self) -> None:
         """Sum the gradients over the workers, each of which divided by the whole batch."""
         import torch
@@ -183,14 +220,12 @@ class _Loop:
 
     def _evaluate(self) -> None:
         begin = time.perf_counter()
-        self._model.eval()
         if self._average is not None:
             self._average.store(self._parameters)
             self._average.copy_to(self._parameters)
         loss = self._job.evaluate()
         if self._average is not None:
             self._average.restore(self._parameters)
-        self._model.train()
         self.trained.eval_losses.append(loss)
         self._job.report({"eval_loss": loss}, self._job.first_step + self.done)
         self.trained.seconds -= time.perf_counter() - begin
@@ -224,14 +259,14 @@ class _Loop:
 
 def _pass(spec: ImageTrialSpec, job: StageJob, model: nn.Module) -> Pass:
     train = spec.train
-    random = getattr(job.stage, "dropout", 0.0) > 0
-    unet = unwrapped(model)
-    if train.gradient_checkpointing:
-        checkpoint_activations(unet, random=random)
-    elif not random:
-        recompute_feed_forward(unet)
-    recorded = job.device != "cpu" and train.cuda_graphs and not (train.gradient_checkpointing and random)
+    restores_draws = train.gradient_checkpointing and draws_in_passes(job.stage)
+    recorded = job.device != "cpu" and train.cuda_graphs and not restores_draws
     return (RecordedPass if recorded else Pass)(spec, model, job.device)
+
+
+def _divisor(number: int, most: int) -> int:
+    """The greatest divisor of `number` up to `most`."""
+    return next(rows for rows in range(most, 0, -1) if number % rows == 0)
 
 
 def _average(spec: ImageTrialSpec, parameters: list[Any]) -> Any:

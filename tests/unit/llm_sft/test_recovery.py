@@ -1,0 +1,323 @@
+"""Where memory runs out, training goes on with fewer rows a pass, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks.llm_sft import train as training
+from ray_peft.tasks.llm_sft.recovery import heaviest, parts
+from ray_peft.tasks.llm_sft.task import LlmSft
+from ray_peft.tasks.llm_sft.train import StageJob
+
+LORA = {"name": "lora", "rank": 4, "lr": 0.01}
+FULL = {"name": "full", "lr": 0.003, "weights": "float32"}
+GALORE = {"name": "galore", "rank": 4, "lr": 0.01, "weights": "float32", "layerwise": True, "max_grad_norm": None}
+ROWS = "train.micro_batch_size"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Passes this small are faster without waiting for each other, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Rows of many lengths, of which one is by far the longest."""
+    rows = [
+        {"prompt": "Say it." + " Please." * (index % 5), "completion": "word " * (10 if index == 17 else index % 4 + 1)}
+        for index in range(48)
+    ]
+    return tiny.write_rows(tmp_path_factory.mktemp("uneven") / "rows.jsonl", rows)
+
+
+class Run:
+    """A trained trial, and what its model saw meanwhile."""
+
+    def __init__(self, spec, folder, *, prepare=None, rehearse=False, first_step=0):
+        self.spec, self.log, self.shapes, self.updates = spec, [], [], 0
+        self.bench = LlmSft().load(spec, "cpu")
+        self.stages = spec.method.stages(self.bench.total_steps())
+        self.folder, self.rehearse = folder, rehearse
+        self.bench.model.register_forward_pre_hook(self._see, with_kwargs=True)
+        if prepare is not None:
+            prepare(self)
+        self.outcomes, done = [], first_step
+        counter = register_optimizer_step_post_hook(self._count)
+        for index, (stage, steps) in enumerate(self.stages):
+            self.bench.attach(stage)
+            self.outcomes.append(self.train(stage, steps, done, folder / str(index)))
+            done += steps
+            if index < len(self.stages) - 1:
+                self.bench.merge(stage)
+        counter.remove()
+
+    def _count(self, optimizer, args, kwargs):
+        self.updates += 1
+
+    def train(self, stage, steps, first_step, folder):
+        bench = self.bench
+        job = StageJob(
+            stage, steps, first_step, bench.data.train, folder, "cpu", self.report, bench.eval_loss,
+            lowered=bench.lowered, rehearse=self.rehearse,
+        )  # fmt: skip
+        return training.train_stage(self.spec, job, bench.model, bench.tokenizer)
+
+    def report(self, metrics, step):
+        self.log.append({"step": step, **metrics})
+
+    def _see(self, module, args, kwargs):
+        self.shapes.append((len(self.log) + 1, *kwargs["input_ids"].shape))
+
+    @property
+    def losses(self):
+        return [line["train_loss"] for line in self.log]
+
+    @property
+    def weights(self):
+        return [p.detach() for p in self.bench.model.parameters() if p.requires_grad]
+
+
+def no_more_than(rows):
+    """Memory for so many rows in a pass."""
+
+    def prepare(run):
+        def check(module, args, kwargs):
+            if len(kwargs["input_ids"]) > rows:
+                raise torch.OutOfMemoryError(f"no room for {len(kwargs['input_ids'])} rows")
+
+        run.bench.model.register_forward_pre_hook(check, with_kwargs=True)
+
+    return prepare
+
+
+def backward_no_more_than(rows, first_step, length=0):
+    """Memory for so many rows in the backward pass, from a step on, half of the way down."""
+
+    def prepare(run):
+        def check(gradient):
+            if len(run.log) + 1 >= first_step and len(gradient) > rows and gradient.shape[1] >= length:
+                raise torch.OutOfMemoryError(f"no room for {len(gradient)} rows")
+
+        def watch(module, args, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(check)
+
+        run.bench.model.model.layers[0].register_forward_hook(watch)
+
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def train(tiny_model, uneven, tmp_path_factory):
+    """Trains one trial of the tiny model on the uneven rows."""
+
+    def run(method=LORA, *, prepare=None, rehearse=False, **changes):
+        plain = tiny.plain_spec(tiny_model, uneven, dict(method), **changes)
+        folder = tmp_path_factory.mktemp("run")
+        return Run(TrialSpec.from_plain(plain), folder, prepare=prepare, rehearse=rehearse)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train):
+    """Four steps of two passes of four rows each."""
+    return {method["name"]: train(method) for method in (LORA, FULL)}
+
+
+def same_training(found, wanted):
+    assert [line["step"] for line in found.log] == [line["step"] for line in wanted.log]
+    for key in ("train_loss", "grad_norm", "lr", "epoch"):
+        ours, theirs = ([line[key] for line in run.log] for run in (found, wanted))
+        assert ours == pytest.approx(theirs, rel=1e-5), key
+    assert [outcome.tokens for outcome in found.outcomes] == [outcome.tokens for outcome in wanted.outcomes]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found.weights, wanted.weights, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "prepare", "rows"),
+    [
+        (LORA, no_more_than(3), 2),
+        (LORA, backward_no_more_than(1, 2, length=60), 1),
+        (FULL, no_more_than(1), 1),
+        (FULL, backward_no_more_than(2, 3), 2),
+    ],
+    ids=["lora", "lora-in-backward-of-long-rows", "full-to-one-row", "full-in-backward-of-the-third-step"],
+)
+def test_a_pass_that_runs_out_of_memory_is_done_again_in_parts_and_changes_nothing(
+    train, undisturbed, method, prepare, rows
+):
+    wanted = undisturbed[method["name"]]
+    found = train(method, prepare=prepare)
+    assert found.bench.lowered == {ROWS: rows}
+    assert wanted.bench.lowered == {}
+    same_training(found, wanted)
+    assert max(rows_passed for _, rows_passed, _ in found.shapes[-4:]) == rows
+
+
+def test_the_step_is_done_again_from_its_first_row_without_half_made_gradients(train, undisturbed):
+    """Memory runs out in the backward pass of the second pass of the second step."""
+    passes, left = [], []
+
+    def prepare(run):
+        def check(gradient):
+            passes.append(len(gradient))
+            if len(passes) == 4:
+                left.append(run.bench.model.model.layers[1].mlp.up_proj.weight.grad)
+                raise torch.OutOfMemoryError("no room")
+
+        def watch(module, args, output):
+            if output.requires_grad:
+                output.register_hook(check)
+
+        run.bench.model.model.layers[0].mlp.register_forward_hook(watch)
+
+    found = train(FULL, prepare=prepare)
+    assert left[0] is not None
+    assert passes == [4, 4, 4, 4, *[2] * 4, *[2] * 8]
+    assert found.updates == 4
+    same_training(found, undisturbed["full"])
+
+
+def test_each_part_is_as_long_as_its_own_longest_row():
+    batch = {
+        "input_ids": torch.tensor([[1, 2, 9, 9], [3, 9, 9, 9], [4, 5, 6, 7]]),
+        "attention_mask": torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]),
+    }
+    first, second = parts(batch, 2)
+    assert first["input_ids"].tolist() == [[1, 2], [3, 9]]
+    assert second["input_ids"].tolist() == [[4, 5, 6, 7]]
+    assert second["attention_mask"].tolist() == [[1, 1, 1, 1]]
+
+
+def test_metrics_of_parts_count_once_a_pass(train):
+    """TRL's own metrics, of which a checkpoint keeps the log."""
+
+    def logged(run):
+        (state,) = run.folder.glob("0/checkpoint-*/trainer_state.json")
+        names = ("entropy", "mean_token_accuracy", "num_tokens")
+        return [line[name] for line in json.loads(state.read_text())["log_history"] for name in names]
+
+    changes = {"train__checkpoint_every": 4, "train__log_every": 2}
+    assert logged(train(prepare=no_more_than(2), **changes)) == pytest.approx(logged(train(**changes)), rel=1e-5)
+
+
+def test_layerwise_galore_has_updated_weights_by_then_and_ends(train):
+    with pytest.raises(torch.OutOfMemoryError):
+        train(GALORE, train__micro_batch_size=8, prepare=no_more_than(4))
+
+
+def test_a_single_row_that_does_not_fit_ends_the_trial(train):
+    runs = []
+
+    def prepare(run):
+        runs.append(run)
+        no_more_than(0)(run)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        train(prepare=prepare)
+    (run,) = runs
+    assert [rows for _, rows, _ in run.shapes] == [4, 2, 1]
+
+
+def test_other_errors_end_the_trial(train):
+    def prepare(run):
+        def check(module, args, kwargs):
+            raise RuntimeError("shapes do not match")
+
+        run.bench.model.register_forward_pre_hook(check, with_kwargs=True)
+
+    with pytest.raises(RuntimeError, match="do not match"):
+        train(prepare=prepare)
+
+
+def test_later_stages_start_with_the_rows_that_fit(train):
+    qlora = {"name": "qlora", "rank": 4, "lr": 0.01, "compute_dtype": "float32"}
+    galore = {"name": "galore", "rank": 4, "lr": 0.001, "weights": "float32"}
+    method = {"name": "qlora_galore", "switch_at": 0.5, "qlora": qlora, "galore": galore}
+    # In the same parts: the second stage makes much of the rounding of the first.
+    wanted, found = train(method, train__micro_batch_size=2), train(method, prepare=no_more_than(2))
+    assert found.bench.lowered == {ROWS: 2}
+    assert [rows for _, rows, _ in found.shapes].count(4) == 1
+    assert found.losses == pytest.approx(wanted.losses, rel=1e-5)
+    assert found.outcomes[1].tokens == wanted.outcomes[1].tokens
+
+
+@pytest.mark.parametrize("method", [LORA | {"dropout": 0.1}, FULL], ids=["lora-with-dropout", "full"])
+def test_a_rehearsal_runs_the_heaviest_pass_and_changes_nothing(train, method):
+    wanted, found = (train(method, rehearse=rehearse, train__steps=6) for rehearse in (False, True))
+    assert found.losses == wanted.losses
+    assert found.log == wanted.log
+    assert found.outcomes[0].tokens == wanted.outcomes[0].tokens
+    assert all(torch.equal(a, b) for a, b in zip(found.weights, wanted.weights, strict=True))
+    longest = max((rows * tokens, rows, tokens) for _, rows, tokens in wanted.shapes)[1:]
+    assert [step for step, *shape in wanted.shapes if tuple(shape) == longest] not in ([1], [2])
+    first, second = wanted.shapes[:2], wanted.shapes[2:]
+    assert found.shapes == [(1, *longest), *first, (2, *longest), (2, *longest), *second]
+    assert found.bench.lowered == {}
+
+
+def test_memory_that_runs_out_in_the_rehearsal_lowers_the_rows_before_the_step(train, undisturbed):
+    asked = []
+
+    def prepare(run):
+        def check(module, args, kwargs):
+            rows, tokens = kwargs["input_ids"].shape
+            asked.append((len(run.log) + 1, rows))
+            if rows * tokens > 200:
+                raise torch.OutOfMemoryError("no room")
+
+        run.bench.model.register_forward_pre_hook(check, with_kwargs=True)
+
+    found = train(prepare=prepare, rehearse=True)
+    assert max(rows * tokens for _, rows, tokens in undisturbed["lora"].shapes) > 200
+    assert asked[:3] == [(1, 4), (1, 2), (1, 2)]
+    assert found.bench.lowered == {ROWS: 2}
+    assert max(rows for _, rows in asked[1:]) == 2
+    same_training(found, undisturbed["lora"])
+
+
+def test_a_rehearsal_of_layerwise_galore_updates_nothing(train):
+    wanted, found = (train(GALORE, rehearse=rehearse, train__micro_batch_size=8) for rehearse in (False, True))
+    assert found.log == wanted.log
+    assert len(found.shapes) == len(wanted.shapes) + 2
+
+
+def test_a_single_step_needs_no_rehearsal(train):
+    assert len(train(rehearse=True, train__steps=1).shapes) == 2
+
+
+def test_the_heaviest_pass_is_that_of_the_parts_that_pass():
+    lengths = dict(enumerate([10, 4, 5, 5, 6, 6, 6, 6, 20]))
+    batches = [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert heaviest(batches, lengths, 4) == [0, 1, 2, 3]
+    assert heaviest(batches, lengths, 1) == [8]
+    assert heaviest([[0, 1], [2, 3]], {0: 1, 1: 1, 2: 3, 3: 1}, 2) == [2, 3]
+
+
+@pytest.mark.parametrize(("rows", "first_step"), [(40, 0), (33, 0), (33, 3)])
+def test_a_rehearsal_is_chosen_from_the_passes_that_come(tiny_model, uneven, tmp_path, rows, first_step):
+    """Through the short last batches of epochs too, and after a resume."""
+    plain = tiny.plain_spec(tiny_model, uneven, dict(LORA), train__steps=7)
+    plain["data"]["sources"][0]["train"] = rows
+    spec = TrialSpec.from_plain(plain)
+    found = Run(spec, tmp_path, first_step=first_step)
+    dataset = training.train_rows(spec, found.bench.data.train)
+    job = StageJob(spec.method, 7, first_step, dataset, tmp_path, "cpu", found.report, found.bench.eval_loss)
+    if first_step:
+        dataset, _ = training._rows_of_later_stage(spec, dataset, job, 258)
+    for done in (0, 2):
+        batches = training._micro_batches(spec, job, len(dataset), done)
+        planned = [(len(batch), max(len(dataset[row]["input_ids"]) for row in batch)) for batch in batches]
+        assert planned == [(rows, tokens) for step, rows, tokens in found.shapes if step > done]
