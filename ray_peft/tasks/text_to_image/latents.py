@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import json
 import logging
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ray_peft.errors import ModelError
 from ray_peft.spec.text_to_image import ImageDataSpec, ImageTrialSpec
 from ray_peft.tasks.cache import cache_folder
+from ray_peft.tasks.memory import free_memory
 from ray_peft.tasks.text_to_image.data import Picture, Pictures, as_tensor, seen
 
 if TYPE_CHECKING:
@@ -190,15 +190,11 @@ def _build(
 @contextmanager
 def _on(model: Any, device: str) -> Iterator[Any]:
     """The model on `device`, without dropout; on the CPU afterwards, with its memory on the device free."""
-    import torch
-
     try:
         yield model.to(device).eval()
     finally:
         model.to("cpu")
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory(device)
 
 
 def _moments(

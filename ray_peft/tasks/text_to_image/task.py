@@ -245,7 +245,8 @@ class ImageBench(Bench):
 
         if not self.spec.evaluation.prompts:
             return scored
-        return generate(self.spec, self.device, self.model, self.pictures, self.model_fingerprint, scored)
+        fingerprint, lowered = self.model_fingerprint, self.lowered
+        return generate(self.spec, self.device, self.model, self.pictures, fingerprint, scored, lowered)
 
     def _losses(self) -> list[float]:
         """Of each held-out image."""
@@ -265,4 +266,5 @@ class ImageBench(Bench):
             device=self.device,
             dtype=input_dtype(self.spec),
             context=lambda: computing(self.spec, self.device),
+            lowered=self.lowered,
         )
