@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.spec import ImageTrialSpec
 from ray_peft.tasks.base import GeneratedImage, Scored
-from ray_peft.tasks.cache import cache_folder
+from ray_peft.tasks.cache import cache_folder, made_whole
 from ray_peft.tasks.memory import free_memory
 from ray_peft.tasks.text_to_image.evaluate import make_images
 from ray_peft.tasks.text_to_image.passes import computing, unwrapped
@@ -98,13 +96,9 @@ def _before(
     if not folder.is_dir():
         with _as_base(spec, device, model, pipeline):
             made = make()
-        beside = folder.with_name(f"{key}.{uuid.uuid4().hex[:8]}.partial")
-        beside.mkdir(parents=True)
-        for place, image in enumerate(made):
-            image.save(beside / f"{place}.png")
-        with contextlib.suppress(OSError):  # another process was first, with the same content
-            beside.rename(folder)
-        shutil.rmtree(beside, ignore_errors=True)
+        with made_whole(folder, f"{count - 1}.png") as beside:
+            for place, image in enumerate(made):
+                image.save(beside / f"{place}.png")
     return [Image.open(folder / f"{place}.png").convert("RGB") for place in range(count)]
 
 
