@@ -1,8 +1,12 @@
-"""Where prepared data is kept."""
+"""Where prepared data is kept, and how a folder comes there whole."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -10,3 +14,30 @@ def cache_folder() -> Path:
     """Where prepared data is kept: RAY_PEFT_CACHE, or `ray_peft` in the user's cache folder."""
     set_by_user = os.environ.get("RAY_PEFT_CACHE")
     return Path(set_by_user) if set_by_user else Path.home() / ".cache" / "ray_peft"
+
+
+@contextmanager
+def made_whole(folder: Path, last: str) -> Iterator[Path]:
+    """An empty folder to fill, beside `folder` and moved there in one step afterwards, so that no reader sees a half.
+
+    Where another process was first, what it made is kept: names are content hashes, so it is the same. What was filled
+    before an error is removed.
+
+    Args:
+        folder: where it belongs; it may not be there yet.
+        last: a file that every whole `folder` holds.
+
+    Raises:
+        OSError: it cannot be moved, and `folder` is not whole either.
+    """
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / last).is_file():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -40,7 +40,8 @@ class Prediction:
     peak_reserved: int
     """Peak of the allocator's segments in training."""
     evaluation: int | None
-    """Peak of tensors while the held-out rows are scored and answered, at most; null where nothing can say."""
+    """Peak of tensors outside of training, at most: while held-out rows are scored and answered, or images encoded,
+    scored and made; null where nothing can say."""
 
     @property
     def needed(self) -> int:
@@ -56,7 +57,13 @@ class Prediction:
 
 
 def predict(
-    spec: TrialSpec, shape: ModelShape, *, longest_tokens: int, padded: bool | None = None, gpu: Gpu = ANY
+    spec: TrialSpec,
+    shape: ModelShape,
+    *,
+    longest_tokens: int,
+    padded: bool | None = None,
+    gpu: Gpu = ANY,
+    others: Mapping[str, ModelShape] | None = None,
 ) -> Prediction:
     """The peak of a trial: of its largest stage; of an ensemble, its largest member's or that of all asked together.
 
@@ -66,13 +73,14 @@ def predict(
         longest_tokens: of a training row, at most `data.max_length`.
         padded: rows of a pass differ in length; null assumes it where a pass holds several.
         gpu: decides the workspace of matrix products and the slack of the allocator.
+        others: the shapes of `vae` and `text_encoder` beside a UNet; null predicts nothing of what they take.
 
     Raises:
         NotImplementedError: the task has no prediction.
         ValueError: the config is of no known architecture.
     """
     if isinstance(spec, ImageTrialSpec):
-        return _image(spec, shape, gpu)
+        return _image(spec, shape, gpu, others or {})
     if not isinstance(spec, LlmTrialSpec):
         raise NotImplementedError(f"task {spec.task} has no memory prediction")
     members = [predict(m, shape, longest_tokens=longest_tokens, padded=padded, gpu=gpu) for m in spec.members()]
@@ -107,10 +115,15 @@ def _segments(size: int, slack: float) -> int:
     return -(-int(size * (1 + slack)) // SEGMENT) * SEGMENT
 
 
-def _image(spec: ImageTrialSpec, shape: ModelShape, gpu: Gpu) -> Prediction:
-    """Of a UNet's training; what its evaluation takes (VAE and text encoder beside the UNet) is not predicted yet."""
+def _image(spec: ImageTrialSpec, shape: ModelShape, gpu: Gpu, others: Mapping[str, ModelShape]) -> Prediction:
+    """Of a UNet's training, and of all that is scored and made around it."""
     train, found = spec.train, Counter[str]()
-    for stage, _ in spec.method.stages(ENOUGH_STEPS):
+    stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
+    held_for: list[Stage | None] = [*stages] or [None]
+    scored = [_painting(spec, stage, shape, others) for stage in held_for]
+    last = scored[-1]
+    evaluation = max(last["model"] + max(last["scoring"], last["painting"]), last["encoding"]) + gpu.workspace
+    for stage, beside in zip(stages, scored, strict=False):
         settings = [train.micro_batch_size, spec.accumulation > 1, train.gradient_checkpointing, train.precision]
         common = _common(spec, stage, shape, spec.data.resolution)
 
@@ -120,7 +133,12 @@ def _image(spec: ImageTrialSpec, shape: ModelShape, gpu: Gpu) -> Prediction:
             return unet.components(spec, stage, shape)
 
         step = _kept([*common, "unet", train.ema_decay is not None, *settings], compute)
-        found = max(found, step, key=lambda kinds: sum(kinds.values()))
+        steps = [found, step]
+        if train.eval_every:
+            between = _evaluating(step, beside) + Counter(average=step["average"])
+            between["gradients"] = step["adapters"] or step["weights"]  # they stay: a recorded pass adds to the same
+            steps.append(between)
+        found = max(steps, key=lambda kinds: sum(kinds.values()))
     if found:
         found["workspace"] = gpu.workspace
         if spec.resources.num_workers > 1:  # gradients are summed over the workers in a copy of all
@@ -130,7 +148,26 @@ def _image(spec: ImageTrialSpec, shape: ModelShape, gpu: Gpu) -> Prediction:
 
         found = unet.weights(spec, shape)
     peak = sum(found.values())
-    return Prediction({kind: size for kind, size in found.items() if size}, peak, _segments(peak, gpu.slack), None)
+    return Prediction(
+        {kind: size for kind, size in found.items() if size}, peak, _segments(peak, gpu.slack), evaluation
+    )
+
+
+def _painting(
+    spec: ImageTrialSpec, stage: Stage | None, shape: ModelShape, others: Mapping[str, ModelShape]
+) -> Counter[str]:
+    """The UNet, what scoring and making images takes beside it, and what encoding images takes before it is there."""
+    asked = spec.evaluation
+    images = len(asked.prompts) * len(asked.seeds)
+    settings = [asked.batch_size, images, asked.guidance_scale > 1, asked.style, spec.train.precision]
+    shapes = [others[part].config for part in sorted(others)]
+
+    def compute() -> Counter[str]:
+        from ray_peft.vram import unet
+
+        return unet.evaluation(spec, stage, shape, others)
+
+    return _kept([*_common(spec, stage, shape, spec.data.resolution), "painting", *settings, *shapes], compute)
 
 
 def _evaluating(step: Counter[str], found: Counter[str]) -> Counter[str]:
@@ -201,7 +238,8 @@ def _code() -> str:
     digest = hashlib.sha256()
     package = Path(__file__).parent.parent
     used = [*(package / "vram").glob("*.py"), *(package / "methods").glob("*.py")]
-    for file in [*sorted(used), package / "tasks" / "text_to_image" / "passes.py"]:
+    images = package / "tasks" / "text_to_image"
+    for file in [*sorted(used), images / "passes.py", images / "style.py"]:
         digest.update(file.read_bytes())
     for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "galore-torch", "diffusers"):
         digest.update(importlib.metadata.version(name).encode())

@@ -1,8 +1,9 @@
-"""A diffusion UNet on the meta device, adapted as a trial does it: pure bf16, and adapters multiplied in bf16."""
+"""A diffusion UNet on the meta device, adapted as a trial does it, and the VAE and text encoder beside it."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from ray_peft.spec import ImageTrialSpec
 from ray_peft.vram.shape import ModelShape
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 TEXT_TOKENS = 77
@@ -64,6 +66,67 @@ def components(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Counter
     return found
 
 
+def evaluation(
+    spec: ImageTrialSpec, stage: Stage | None, shape: ModelShape, others: Mapping[str, ModelShape]
+) -> Counter[str]:
+    """Bytes of the UNet as it is scored, and beside it while losses are measured and while images are made.
+
+    Args:
+        spec: the trial.
+        stage: the one that was trained; null for the untouched UNet.
+        shape: of unet/config.json.
+        others: of `vae` and `text_encoder`; without both, of the losses alone.
+
+    Returns:
+        model, scoring (one pass of held-out latents), painting (VAE and text encoder with the largest of: a pass of the
+        prompts' latents, the decoding of one image, the style of one image), encoding (before the UNet is there: both
+        encoders in float32 and the encoding of one image). The text encoder's own passes are smaller and not looked at.
+    """
+    import torch
+
+    from ray_peft.vram.ledger import Ledger
+    from ray_peft.vram.stand_ins import Autocast, on_meta
+    from ray_peft.vram.step import own_model
+
+    dtype = getattr(torch, (stage or spec.method).weights_dtype(spec.model.dtype))
+    autocast = spec.train.precision == "bf16" and dtype == torch.float32
+    low = torch.bfloat16 if autocast else None
+    asked, side = spec.evaluation, spec.data.resolution // 8
+    found: Counter[str] = Counter()
+    with on_meta(autocast=autocast), torch.no_grad():
+        model = _scored(spec, stage, shape, autocast=autocast)
+        ledger = Ledger(truth=True)
+        own_model(ledger, model)
+        found["model"] = ledger.now
+        with Autocast(low), ledger:
+            _denoise(model, asked.batch_size, side, dtype)
+        found["scoring"] = ledger.peak - found["model"]
+        if not {"vae", "text_encoder"} <= others.keys():
+            return found
+        if asked.prompts:
+            vae, text_encoder = _encoders(others, dtype)
+            own_model(ledger, vae)
+            own_model(ledger, text_encoder)
+            ledger.restart()
+            rows = min(asked.batch_size, len(asked.prompts) * len(asked.seeds))
+            with Autocast(low), ledger:
+                _denoise(model, rows * (2 if asked.guidance_scale > 1 else 1), side, dtype)
+                _decode(vae, rows, side, dtype)
+            if asked.style is not None:
+                with Autocast(None), ledger:
+                    _look(vae, spec.data.resolution, dtype)
+            found["painting"] = ledger.peak - found["model"]
+    with on_meta(autocast=False), torch.no_grad():
+        ledger = Ledger(truth=True)
+        vae, text_encoder = _encoders(others, torch.float32)
+        own_model(ledger, vae)
+        own_model(ledger, text_encoder)
+        with Autocast(None), ledger:
+            vae.encode(_empty(1, 3, spec.data.resolution, torch.float32))
+        found["encoding"] = ledger.peak
+    return found
+
+
 def weights(spec: ImageTrialSpec, shape: ModelShape) -> Counter[str]:
     """Bytes of the untouched UNet."""
     import torch
@@ -74,7 +137,72 @@ def weights(spec: ImageTrialSpec, shape: ModelShape) -> Counter[str]:
     return Counter(weights=sum(p.numel() for p in unet.parameters()) * getattr(torch, spec.model.dtype).itemsize)
 
 
-def _built(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Any:
+def _scored(spec: ImageTrialSpec, stage: Stage | None, shape: ModelShape, *, autocast: bool) -> Any:
+    """The UNet as it is after a stage's training."""
+    from ray_peft.tasks.text_to_image.passes import light_adapters
+
+    model: Any = _built(spec, stage, shape)
+    if stage is not None:
+        model = stage.attach(model)
+        if not autocast:
+            light_adapters(model)
+    return model.eval()
+
+
+def _encoders(others: Mapping[str, ModelShape], dtype: torch.dtype) -> tuple[Any, Any]:
+    """VAE and text encoder, frozen."""
+    import torch
+    from diffusers import AutoencoderKL
+    from torch import nn
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        vae: Any = AutoencoderKL.from_config(others["vae"].plain())
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(others["text_encoder"].plain()))
+    for encoder in (vae, text_encoder):
+        nn.Module.to(encoder, dtype).requires_grad_(False).eval()
+    vae.enable_slicing()  # as make_images does
+    return vae, text_encoder
+
+
+def _denoise(model: Any, rows: int, side: int, dtype: torch.dtype) -> None:
+    """One pass of the UNet."""
+    import torch
+
+    from ray_peft.tasks.text_to_image.passes import unwrapped
+
+    config = unwrapped(model).config
+    texts = torch.empty(rows, TEXT_TOKENS, config.cross_attention_dim, dtype=dtype, device="meta")
+    times = torch.empty(rows, dtype=torch.long, device="meta")
+    model(_empty(rows, config.in_channels, side, dtype), times, encoder_hidden_states=texts)
+
+
+def _decode(vae: Any, rows: int, side: int, dtype: torch.dtype) -> None:
+    vae.decode(_empty(rows, vae.config.latent_channels, side, dtype))
+
+
+def _look(vae: Any, resolution: int, dtype: torch.dtype) -> None:
+    """The style of one image."""
+    from ray_peft.tasks.text_to_image.style import gram
+
+    layers = (vae.encoder.conv_in, *vae.encoder.down_blocks)
+
+    def look(layer: object, given: object, made: Tensor) -> None:
+        gram(made)
+
+    hooks = [layer.register_forward_hook(look) for layer in layers]
+    vae.encoder(_empty(1, 3, resolution, dtype))
+    for hook in hooks:
+        hook.remove()
+
+
+def _empty(rows: int, channels: int, side: int, dtype: torch.dtype) -> Tensor:
+    import torch
+
+    return torch.empty(rows, channels, side, side, dtype=dtype, device="meta")
+
+
+def _built(spec: ImageTrialSpec, stage: Stage | None, shape: ModelShape) -> Any:
     import torch
     from diffusers import UNet2DConditionModel
     from torch import nn
@@ -83,9 +211,10 @@ def _built(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Any:
 
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(shape.plain())
-    nn.Module.to(unet, getattr(torch, stage.weights_dtype(spec.model.dtype)))  # diffusers' own `to` warns of nothing
+    method = stage or spec.method
+    nn.Module.to(unet, getattr(torch, method.weights_dtype(spec.model.dtype)))  # diffusers' own `to` warns of nothing
     unet.requires_grad_(False)
-    quantization = stage.quantization()
+    quantization = method.quantization() or (None if method.needs_full_weights else spec.model.quantization)
     if quantization is not None:
         for name, module in list(unet.named_modules()):
             if isinstance(module, nn.Linear):

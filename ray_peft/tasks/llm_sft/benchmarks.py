@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 from ray_peft.errors import DataError, SpecError, first_line
 from ray_peft.result import Scores
 from ray_peft.spec import BenchmarksSpec, LlmTrialSpec
+from ray_peft.tasks.memory import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 INSTALL = 'pip install "ray-peft[benchmarks]"'
 KEY = "evaluation.benchmarks"
+BATCH = f"{KEY}.batch_size"
+"""A key of `Bench.lowered`."""
 BOOTSTRAPS = 1000
 """Resamples behind a standard error that has no formula, such as that of a perplexity."""
 
@@ -60,8 +63,12 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     scores: Scores,
     mixture: Mixture | None = None,
+    *,
+    lowered: dict[str, int] | None = None,
 ) -> Scores:
     """`scores` with those of the benchmarks.
+
+    Where memory runs out, the questions of one kind of one task are asked again, half as many at a time.
 
     Args:
         spec: names the tasks and the precision.
@@ -69,8 +76,10 @@ def measure(
         tokenizer: of the model; it is not changed.
         scores: what is known already.
         mixture: of an ensemble.
+        lowered: `Bench.lowered`, read and written at `BATCH`; null remembers nothing.
 
     Raises:
+        torch.OutOfMemoryError: a single question does not fit.
         SpecError, DataError: as `check` does, on a worker that lacks what the driver has.
     """
     asked = spec.evaluation.benchmarks
@@ -79,11 +88,10 @@ def measure(
         from lm_eval import simple_evaluate
 
         found = simple_evaluate(
-            model=_language_model(spec, model, tokenizer, mixture),
+            model=_language_model(spec, model, tokenizer, mixture, {} if lowered is None else lowered),
             tasks=_load(asked, manager),
             task_manager=manager,
             num_fewshot=asked.num_fewshot,
-            batch_size=asked.batch_size,
             limit=asked.limit,
             bootstrap_iters=BOOTSTRAPS,
             log_samples=False,
@@ -282,13 +290,43 @@ def _quiet() -> Iterator[None]:
 
 
 def _language_model(
-    spec: LlmTrialSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mixture: Mixture | None
+    spec: LlmTrialSpec,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    mixture: Mixture | None,
+    lowered: dict[str, int],
 ) -> Any:
     """The model as lm-eval asks it."""
     import torch
     from lm_eval.models.huggingface import HFLM
 
-    class Mixed(HFLM):  # type: ignore[misc]  # lm-eval ships no types
+    class Fitting(HFLM):  # type: ignore[misc]  # lm-eval ships no types
+        """HFLM looks for a batch that fits only if asked for "auto"; both methods are where it makes batches."""
+
+        batch_size_per_gpu: int
+
+        def _loglikelihood_tokens(self, *args: Any, **more: Any) -> Any:
+            ask = super()._loglikelihood_tokens
+            return self._fitting(lambda: ask(*args, **more))
+
+        def generate_until(self, *args: Any, **more: Any) -> Any:
+            ask = super().generate_until
+            return self._fitting(lambda: ask(*args, **more))
+
+        def _fitting(self, ask: Callable[[], Any]) -> Any:
+            """The longest questions come first, so little is asked twice."""
+            while True:
+                size = self.batch_size_per_gpu
+                try:
+                    return ask()
+                except RuntimeError as error:
+                    if size == 1 or not is_out_of_memory(error):
+                        raise
+                free_memory(str(self.device))
+                self.batch_size_per_gpu = lowered[BATCH] = size // 2
+                logger.warning("%s: %d at a time ran out of memory; going on with %d", BATCH, size, size // 2)
+
+    class Mixed(Fitting):
         """Several models behind one; both methods are where HFLM asks its model."""
 
         def _model_call(self, inps: Tensor, *others: object, **more: object) -> Tensor:
@@ -300,10 +338,11 @@ def _language_model(
             processors = [mixture.processor(settings["attention_mask"])]
             return super()._model_generate(*args, **settings, logits_processor=processors)
 
-    return (HFLM if mixture is None else Mixed)(
+    asked = spec.evaluation.benchmarks
+    return (Fitting if mixture is None else Mixed)(
         pretrained=model,
         tokenizer=copy.deepcopy(tokenizer),  # lm-eval sets its padding
-        batch_size=spec.evaluation.benchmarks.batch_size if spec.evaluation.benchmarks else 1,
+        batch_size=lowered.get(BATCH, asked.batch_size if asked else 1),
         # HFLM opens an autocast of its own around the model, and null would switch ours off.
         mixed_precision_dtype=torch.bfloat16 if spec.train.precision == "bf16" else None,
         # Else the log-probabilities of bf16 logits are summed in bf16, which has three digits.

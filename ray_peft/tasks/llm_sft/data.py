@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import DataError, ModelError, first_line
 from ray_peft.spec import DataSpec, LlmTrialSpec, is_local
-from ray_peft.tasks.cache import cache_folder
+from ray_peft.tasks.cache import cache_folder, made_whole
 from ray_peft.tasks.llm_sft.overlap import Gate, HeldOutRow, Overlap, refusal
 from ray_peft.tasks.llm_sft.recipes import Conversation, Turn
 from ray_peft.tasks.llm_sft.rows import DrawnRows, Row, draw
@@ -188,7 +186,7 @@ def _content_key(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_onl
 
 
 def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: bool, folder: Path) -> None:
-    """Write the prepared rows beside `folder` and move them there in one step, so that no reader sees a half."""
+    """Write the prepared rows into `folder`."""
     from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar
 
@@ -203,8 +201,7 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
         raise ContaminationError(refusal(overlap), counts, overlap)
     if not any(source.validation for source in data.sources):
         del splits["validation"]
-    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with made_whole(folder, "counts.json") as partial:
         for name, rows in splits.items():
             if not rows.columns:
                 raise DataError(f"data: no {name} row has an answer within max_length ({data.max_length}) tokens")
@@ -213,13 +210,6 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
             shuffled.save_to_disk(partial / name)
         (partial / "overlap.json").write_text(json.dumps(overlap.plain()), encoding="utf-8")
         (partial / "counts.json").write_text(json.dumps([asdict(each) for each in counts]), encoding="utf-8")
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not (folder / "counts.json").is_file():  # else another process was first, with the same content
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _apart_from_test(source: DrawnRows, drawn: Sequence[DrawnRows], data: DataSpec) -> DrawnRows:

@@ -199,7 +199,7 @@ class LlmEnsemble(LlmBench, EnsembleBench):
         """Greedy answers; members without weight are not asked."""
         asked = self._asked()
         with self._ready(asked[1:]), asked[0][0].at_work() as model:
-            return answers(self.spec, model, self.tokenizer, rows, _mixer(asked))
+            return answers(self.spec, model, self.tokenizer, rows, _mixer(asked), lowered=self.lowered)
 
     def benchmark(self, scores: Scores) -> Scores:
         """`scores` with those of the lm-eval tasks, answered by the mixture; members without weight are not asked."""
@@ -210,7 +210,7 @@ class LlmEnsemble(LlmBench, EnsembleBench):
         asked = self._asked()
         mixture = Mixture(partial(_mixed_log_probs, asked), _mixer(asked))
         with self._ready(asked), asked[0][0].at_work() as model:
-            return measure(self.spec, model, self.tokenizer, scores, mixture)
+            return measure(self.spec, model, self.tokenizer, scores, mixture, lowered=self.lowered)
 
     def _asked(self) -> list[tuple[LoadedMember, float]]:
         """Members with their weights, less those without weight."""
@@ -230,10 +230,10 @@ class LlmEnsemble(LlmBench, EnsembleBench):
         """(member, answer token) float64."""
         import torch
 
-        found = []
+        found, pad = [], cast(int, self.tokenizer.pad_token_id)
         for member in self.members:
             with member.at_work() as model:
-                found.append(token_log_probs(self.spec, model, rows, cast(int, self.tokenizer.pad_token_id)))
+                found.append(token_log_probs(self.spec, model, rows, pad, self.lowered))
         return torch.stack(found)
 
     def attach(self, stage: Stage) -> None:

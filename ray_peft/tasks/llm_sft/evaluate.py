@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.data import IGNORED
+from ray_peft.tasks.memory import EVALUATION_BATCH, in_parts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -17,33 +18,63 @@ if TYPE_CHECKING:
 LOSS_TOKENS = 4096
 """Tokens, padding included, of one forward pass that measures the loss."""
 
+LOSS_BATCH = "evaluation.loss_tokens"
+"""What memory forced `LOSS_TOKENS` down to, as a key of `Bench.lowered`. It is none of the trial's settings, and apart
+from the rows that are answered at a time: passes of few tokens must not make answers slow."""
 
-def answer_loss(spec: LlmTrialSpec, model: PreTrainedModel, rows: Dataset, pad: int) -> float:
+
+def answer_loss(
+    spec: LlmTrialSpec, model: PreTrainedModel, rows: Dataset, pad: int, lowered: dict[str, int] | None = None
+) -> float:
     """Mean negative log-likelihood of the answers' tokens over all rows [nats].
 
-    Every token counts once: it is the loss of one batch that holds all rows.
+    Every token counts once: it is the loss of one batch that holds all rows. `lowered` is as for `token_log_probs`.
     """
-    return -float(token_log_probs(spec, model, rows, pad).mean())
+    return -float(token_log_probs(spec, model, rows, pad, lowered).mean())
 
 
-def token_log_probs(spec: LlmTrialSpec, model: PreTrainedModel, rows: Dataset, pad: int) -> Tensor:
+def token_log_probs(
+    spec: LlmTrialSpec, model: PreTrainedModel, rows: Dataset, pad: int, lowered: dict[str, int] | None = None
+) -> Tensor:
     """Log-probabilities of all answer tokens of all rows (answer tokens,) float64 on the CPU, the longest row first.
+
+    Where memory runs out, passes hold half as many rows, and later ones no more tokens than those.
+
+    Args:
+        spec: how to evaluate.
+        model: in any mode; its mode is restored.
+        rows: with `input_ids` and `labels`.
+        pad: the padding token.
+        lowered: `Bench.lowered`, read and written at `LOSS_BATCH`; null remembers nothing.
 
     Raises:
         ValueError: there is none.
+        torch.OutOfMemoryError: a single row does not fit.
     """
     import torch
 
-    found = []
+    lowered = {} if lowered is None else lowered
+
+    def score(part: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
+        ids, labels = [row[0] for row in part], [row[1] for row in part]
+        output = model(
+            input_ids=_padded(ids, pad, "right").to(model.device),
+            attention_mask=_padded([[1] * len(row) for row in ids], 0, "right").to(model.device),
+            labels=_padded(labels, IGNORED, "right").to(model.device),
+            fused_lm_head=True,  # never holds the logits of a whole batch: see model.py
+        )
+        return [output.log_probs[output.label_mask].double().cpu()]
+
+    left = sorted(zip(rows["input_ids"], rows["labels"], strict=True), key=lambda row: len(row[0]), reverse=True)
+    found: list[Tensor] = []
     with inference(spec, model):
-        for ids, labels in _by_length(rows, LOSS_TOKENS):
-            output = model(
-                input_ids=_padded(ids, pad, "right").to(model.device),
-                attention_mask=_padded([[1] * len(row) for row in ids], 0, "right").to(model.device),
-                labels=_padded(labels, IGNORED, "right").to(model.device),
-                fused_lm_head=True,  # never holds the logits of a whole batch: see model.py
-            )
-            found.append(output.log_probs[output.label_mask].double().cpu())
+        while left:
+            longest = len(left[0][0])
+            batch = left[: max(1, lowered.get(LOSS_BATCH, LOSS_TOKENS) // longest)]
+            scored, size = in_parts(batch, len(batch), str(model.device), score)
+            found, left = found + scored, left[len(batch) :]
+            if size < len(batch):
+                lowered[LOSS_BATCH] = size * longest
     if not any(part.numel() for part in found):
         raise ValueError("no held-out row has an answer token within data.max_length")
     return torch.cat(found)
@@ -55,10 +86,13 @@ def answers(
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     others: Callable[[Tensor], LogitsProcessor] | None = None,
+    *,
+    lowered: dict[str, int] | None = None,
 ) -> list[str]:
     """The model's greedy answers, in the order of `rows`.
 
-    Prompts are padded on the left and batched by length, so that little is padded.
+    Prompts are padded on the left and batched by length, so that little is padded. A batch that does not fit into
+    memory is halved for the rest of the rows.
 
     Args:
         spec: how to evaluate.
@@ -66,37 +100,46 @@ def answers(
         tokenizer: of the model.
         rows: with `prompt_ids`.
         others: given the attention mask of a batch's prompts (row, longest), what changes the next tokens' scores.
+        lowered: `Bench.lowered`, read and written at `EVALUATION_BATCH`; null remembers nothing.
+
+    Raises:
+        torch.OutOfMemoryError: a single row does not fit.
     """
     import torch
 
     prompts: list[list[int]] = list(rows["prompt_ids"])
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
-    found: dict[int, str] = {}
     stop = _stop_tokens(model, tokenizer)
+
+    def answer(chosen: Sequence[int]) -> list[str]:
+        batch = _padded([prompts[row] for row in chosen], tokenizer.pad_token_id, "left").to(model.device)
+        mask = _padded([[1] * len(prompts[row]) for row in chosen], 0, "left").to(model.device)
+        with torch.no_grad():
+            output: Any = model.generate(  # type: ignore[operator]  # from GenerationMixin, in subclasses
+                input_ids=batch,
+                attention_mask=mask,
+                max_new_tokens=spec.evaluation.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                repetition_penalty=1.0,  # some models ask for one, which would not be greedy decoding
+                no_repeat_ngram_size=0,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=stop,
+                use_cache=True,
+                logits_processor=[others(mask)] if others is not None else None,
+            )
+        return [text.strip() for text in tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)]
+
+    lowered = {} if lowered is None else lowered
+    first = lowered.get(EVALUATION_BATCH, spec.evaluation.batch_size)
     with inference(spec, model):
-        for begin in range(0, len(order), spec.evaluation.batch_size):
-            chosen = order[begin : begin + spec.evaluation.batch_size]
-            batch = _padded([prompts[row] for row in chosen], tokenizer.pad_token_id, "left").to(model.device)
-            mask = _padded([[1] * len(prompts[row]) for row in chosen], 0, "left").to(model.device)
-            with torch.no_grad():
-                output: Any = model.generate(  # type: ignore[operator]  # from GenerationMixin, in subclasses
-                    input_ids=batch,
-                    attention_mask=mask,
-                    max_new_tokens=spec.evaluation.max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    repetition_penalty=1.0,  # some models ask for one, which would not be greedy decoding
-                    no_repeat_ngram_size=0,
-                    pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=stop,
-                    use_cache=True,
-                    logits_processor=[others(mask)] if others is not None else None,
-                )
-            texts = tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)
-            found |= {row: text.strip() for row, text in zip(chosen, texts, strict=True)}
+        given, size = in_parts(order, first, str(model.device), answer)
+    if size < first:
+        lowered[EVALUATION_BATCH] = size
+    found = dict(zip(order, given, strict=True))
     return [found[row] for row in range(len(prompts))]
 
 
@@ -118,19 +161,6 @@ def inference(spec: LlmTrialSpec, model: PreTrainedModel) -> Iterator[None]:
         if checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
         model.train(was_training)
-
-
-def _by_length(rows: Dataset, tokens: int) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
-    """Batches of rows of similar length, each at most `tokens` with padding (one row may be longer)."""
-    every = sorted(zip(rows["input_ids"], rows["labels"], strict=True), key=lambda row: len(row[0]), reverse=True)
-    batch: list[tuple[list[int], list[int]]] = []
-    for row in every:
-        if batch and len(batch[0][0]) * (len(batch) + 1) > tokens:
-            yield [ids for ids, _ in batch], [labels for _, labels in batch]
-            batch = []
-        batch.append(row)
-    if batch:
-        yield [ids for ids, _ in batch], [labels for _, labels in batch]
 
 
 def _padded(rows: list[list[int]], value: int, side: str) -> Tensor:

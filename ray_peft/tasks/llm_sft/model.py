@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import ModelError, TrialFailed, first_line
 from ray_peft.methods.base import Dtype, Quantization
 from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
-from ray_peft.tasks.cache import cache_folder
+from ray_peft.tasks.cache import cache_folder, made_whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -109,15 +107,8 @@ def random_model(model: ModelSpec) -> Path:
     with torch.device(device):
         built = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     torch.random.set_rng_state(generator_state)
-    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    built.save_pretrained(partial)
-    del built
-    try:
-        partial.rename(folder)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not (folder / "config.json").is_file():  # else another process was first, with the same content
-            raise
+    with made_whole(folder, "config.json") as partial:
+        built.save_pretrained(partial)
     return folder
 
 

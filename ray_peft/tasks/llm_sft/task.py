@@ -181,13 +181,14 @@ class LlmBench(Bench):
         """Mean loss of the held-out answers' tokens [nats]."""
         from ray_peft.tasks.llm_sft.evaluate import answer_loss
 
-        return answer_loss(self.spec, self.model, self.data.test, cast(int, self.tokenizer.pad_token_id))
+        pad = cast(int, self.tokenizer.pad_token_id)
+        return answer_loss(self.spec, self.model, self.data.test, pad, self.lowered)
 
     def answer(self, rows: Dataset) -> list[str]:
         """Greedy answers to the rows' prompts."""
         from ray_peft.tasks.llm_sft.evaluate import answers
 
-        return answers(self.spec, self.model, self.tokenizer, rows)
+        return answers(self.spec, self.model, self.tokenizer, rows, lowered=self.lowered)
 
     def evaluate(self) -> Scored:
         """Loss, BLEU-4 and ROUGE-L on the held-out rows."""
@@ -225,7 +226,7 @@ class LlmBench(Bench):
         from ray_peft.tasks.llm_sft.evaluate import inference
 
         with inference(self.spec, self.model):
-            return measure(self.spec, self.model, self.tokenizer, scores)
+            return measure(self.spec, self.model, self.tokenizer, scores, lowered=self.lowered)
 
     def save(self, folder: Path, dtype: Dtype | None = None) -> None:
         """Write the adapter, or the weights with the tokenizer, as transformers and PEFT read them."""

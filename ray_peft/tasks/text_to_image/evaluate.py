@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray_peft.errors import TrialFailed
 from ray_peft.spec.text_to_image import ImageEvaluationSpec
+from ray_peft.tasks.memory import EVALUATION_BATCH, in_parts
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
     from torch import Tensor
 
-logger = logging.getLogger(__name__)
+ItemT = TypeVar("ItemT")
+MadeT = TypeVar("MadeT")
 
 Context = Callable[[], AbstractContextManager[object]]
 """Opens what a pass through the model runs in, such as autocast."""
@@ -55,11 +56,13 @@ def held_out_losses(
     device: str | torch.device,
     dtype: torch.dtype,
     context: Context = nullcontext,
+    lowered: dict[str, int] | None = None,
 ) -> list[float]:
     """The loss of each held-out image: the squared error of the prediction, mean over latent numbers and timesteps.
 
     The noise belongs to the image's place and the timestep alone, so it is equal for every trial, device and batch
-    size. The error is taken in float32, all timesteps weigh alike.
+    size. The error is taken in float32, all timesteps weigh alike. A batch that does not fit into memory is halved for
+    the rest of the pairs.
 
     Args:
         unet: called as a UNet2DConditionModel.
@@ -74,6 +77,10 @@ def held_out_losses(
         device: where the UNet is.
         dtype: of the UNet's inputs.
         context: opened around each pass.
+        lowered: `Bench.lowered`, read and written at `EVALUATION_BATCH`; null remembers nothing.
+
+    Raises:
+        torch.OutOfMemoryError: a single pair does not fit.
     """
     import torch
 
@@ -82,20 +89,21 @@ def held_out_losses(
     means = moments[:, 0].float().chunk(2, dim=1)[0] * scaling_factor
     steps = even_timesteps(timesteps, int(scheduler.config.num_train_timesteps))
     pairs = [(index, step) for index in range(len(means)) for step in steps]
-    errors = []
+
+    def score(part: Sequence[tuple[int, int]]) -> list[Tensor]:
+        places, times = [index for index, _ in part], torch.tensor([step for _, step in part])
+        latents = means[places]
+        noise = torch.stack([_noise(index, step, latents.shape[1:]) for index, step in part])
+        noisy = scheduler.add_noise(latents, noise, times)
+        wanted = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, times)
+        captions = embeddings[places].to(device, dtype)
+        with context():
+            found = unet(noisy.to(device, dtype), times.to(device), encoder_hidden_states=captions).sample
+        # Element by element before the mean: float32 keeps what a sum over the whole batch would round.
+        return [(found.float() - wanted.to(device)).square().mean(dim=(1, 2, 3)).cpu()]
+
     with torch.no_grad(), _evaluating(unet):
-        for start in range(0, len(pairs), batch_size):
-            part = pairs[start : start + batch_size]
-            places, times = [index for index, _ in part], torch.tensor([step for _, step in part])
-            latents = means[places]
-            noise = torch.stack([_noise(index, step, latents.shape[1:]) for index, step in part])
-            noisy = scheduler.add_noise(latents, noise, times)
-            wanted = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, times)
-            captions = embeddings[places].to(device, dtype)
-            with context():
-                found = unet(noisy.to(device, dtype), times.to(device), encoder_hidden_states=captions).sample
-            # Element by element before the mean: float32 keeps what a sum over the whole batch would round.
-            errors.append((found.float() - wanted.to(device)).square().mean(dim=(1, 2, 3)).cpu())
+        errors = _in_batches(pairs, batch_size, str(device), score, lowered)
     return [float(loss) for loss in torch.cat(errors).double().view(len(means), len(steps)).mean(dim=1)]
 
 
@@ -105,6 +113,7 @@ def make_images(
     resolution: int,
     *,
     context: Context = nullcontext,
+    lowered: dict[str, int] | None = None,
 ) -> list[MadeImage]:
     """What the pipeline makes of every prompt with every seed, prompt by prompt.
 
@@ -116,32 +125,36 @@ def make_images(
         evaluation: prompts, seeds, steps, guidance and batch size.
         resolution: pixels of both sides.
         context: opened around each batch.
+        lowered: `Bench.lowered`, read and written at `EVALUATION_BATCH`; null remembers nothing.
 
     Raises:
         TrialFailed: an image holds numbers that are not finite.
         torch.OutOfMemoryError: a single image does not fit.
     """
-    import torch
-
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.enable_slicing()
     pairs = [(prompt, seed) for prompt in evaluation.prompts for seed in evaluation.seeds]
-    made: list[MadeImage] = []
-    size = evaluation.batch_size
+
+    def make(part: Sequence[tuple[str, int]]) -> list[MadeImage]:
+        return _batch(pipeline, part, evaluation, resolution, context)
+
     with _evaluating(pipeline.unet):
-        while len(made) < len(pairs):
-            part = pairs[len(made) : len(made) + size]
-            try:
-                made += _batch(pipeline, part, evaluation, resolution, context)
-                continue
-            except torch.OutOfMemoryError:
-                if len(part) == 1:
-                    raise
-            # Outside of the handler, which keeps the failed batch's tensors alive.
-            size = len(part) // 2
-            logger.warning("making %d images at a time ran out of memory; going on with %d", len(part), size)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        return _in_batches(pairs, evaluation.batch_size, str(pipeline.device), make, lowered)
+
+
+def _in_batches(
+    items: Sequence[ItemT],
+    size: int,
+    device: str,
+    work: Callable[[Sequence[ItemT]], list[MadeT]],
+    lowered: dict[str, int] | None,
+) -> list[MadeT]:
+    """What `work` makes of at most `size` items at a time, or of as few as memory forced before; that is remembered."""
+    lowered = {} if lowered is None else lowered
+    first = lowered.get(EVALUATION_BATCH, size)
+    made, last = in_parts(items, first, device, work)
+    if last < first:
+        lowered[EVALUATION_BATCH] = last
     return made
 
 

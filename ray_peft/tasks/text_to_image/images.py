@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.spec import ImageTrialSpec
 from ray_peft.tasks.base import GeneratedImage, Scored
-from ray_peft.tasks.cache import cache_folder
+from ray_peft.tasks.cache import cache_folder, made_whole
+from ray_peft.tasks.memory import free_memory
 from ray_peft.tasks.text_to_image.evaluate import make_images
 from ray_peft.tasks.text_to_image.passes import computing, unwrapped
 from ray_peft.tasks.text_to_image.style import Likeness, compare, study, with_style
@@ -27,20 +26,28 @@ if TYPE_CHECKING:
 
 
 def generate(
-    spec: ImageTrialSpec, device: str, model: nn.Module, pictures: Pictures, fingerprint: str, scored: Scored
+    spec: ImageTrialSpec,
+    device: str,
+    model: nn.Module,
+    pictures: Pictures,
+    fingerprint: str,
+    scored: Scored,
+    lowered: dict[str, int] | None = None,
 ) -> Scored:
     """`scored` with images of the prompts and their likeness to the paintings.
 
-    Nothing of the training is held any more when VAE and text encoder come to `device`.
+    Nothing of the training is held any more when VAE and text encoder come to `device`. `lowered` is as for
+    `make_images`.
     """
     from ray_peft.tasks.text_to_image.model import load_pipeline
 
-    _free(device)
+    free_memory(device)
     pipeline = load_pipeline(spec, unwrapped(model), device)
 
     def make() -> list[Image]:
-        made = make_images(pipeline, spec.evaluation, spec.data.resolution, context=lambda: computing(spec, device))
-        return [each.image for each in made]
+        size = spec.data.resolution
+        context = partial(computing, spec, device)
+        return [each.image for each in make_images(pipeline, spec.evaluation, size, context=context, lowered=lowered)]
 
     after = make()
     before = _before(spec, device, model, pipeline, fingerprint, make) if spec.method.name != "none" else None
@@ -89,13 +96,9 @@ def _before(
     if not folder.is_dir():
         with _as_base(spec, device, model, pipeline):
             made = make()
-        partial = folder.with_name(f"{key}.{uuid.uuid4().hex[:8]}.partial")
-        partial.mkdir(parents=True)
-        for place, image in enumerate(made):
-            image.save(partial / f"{place}.png")
-        with contextlib.suppress(OSError):  # another process was first, with the same content
-            partial.rename(folder)
-        shutil.rmtree(partial, ignore_errors=True)
+        with made_whole(folder, f"{count - 1}.png") as beside:
+            for place, image in enumerate(made):
+                image.save(beside / f"{place}.png")
     return [Image.open(folder / f"{place}.png").convert("RGB") for place in range(count)]
 
 
@@ -110,20 +113,11 @@ def _as_base(spec: ImageTrialSpec, device: str, model: Any, pipeline: Any) -> It
 
     trained = pipeline.unet
     trained.to("cpu")  # a card that holds one UNet need not hold two
-    _free(device)
+    free_memory(device)
     try:
         pipeline.unet = load_unet(spec, device)
         yield
     finally:
         pipeline.unet = None
-        _free(device)
+        free_memory(device)
         pipeline.unet = trained.to(device)
-
-
-def _free(device: str) -> None:
-    """Give freed memory back to the device."""
-    gc.collect()
-    if device != "cpu":
-        import torch
-
-        torch.cuda.empty_cache()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import json
 import logging
@@ -21,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import ModelError
 from ray_peft.spec.text_to_image import ImageDataSpec, ImageTrialSpec
-from ray_peft.tasks.cache import cache_folder
+from ray_peft.tasks.cache import cache_folder, made_whole
+from ray_peft.tasks.memory import free_memory
 from ray_peft.tasks.text_to_image.data import Picture, Pictures, as_tensor, seen
 
 if TYPE_CHECKING:
@@ -156,10 +156,9 @@ def _read(folder: Path, key: str, pictures: Pictures) -> EncodedData | None:
 def _build(
     data: ImageDataSpec, pictures: Pictures, device: str, load: Callable[[], Encoders], folder: Path
 ) -> EncodedData:
-    """Write the encoded pictures beside `folder` and move them there in one step, so that no reader sees a half."""
+    """Encode the pictures and write them into `folder`."""
     from safetensors.torch import save_file
 
-    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     splits = {"train": pictures.train, "test": pictures.test}
     views: dict[str, list[int | None]] = {"train": list(range(data.views)), "test": [None]}
     encoders = load()
@@ -170,19 +169,11 @@ def _build(
     with _on(encoders.text_encoder, device):
         embeddings = {split: _embeddings(chosen, encoders, device) for split, chosen in splits.items()}
     truncated = {split: _truncated(chosen, encoders.tokenizer) for split, chosen in splits.items()}
-    try:
-        partial.mkdir(parents=True)
+    with made_whole(folder, _SETTINGS) as partial:
         for split in splits:
             tensors = {"moments": moments[split], "embeddings": embeddings[split]}
             save_file(tensors, partial / f"{split}.safetensors")
         (partial / _SETTINGS).write_text(json.dumps({"truncated": truncated, "vae": vae}), encoding="utf-8")
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not (folder / _SETTINGS).is_file():  # else another process was first, with the same content
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     made = {split: Encoded(moments[split], embeddings[split], truncated[split]) for split in splits}
     return EncodedData(made["train"], made["test"], folder.name, **vae)
 
@@ -190,15 +181,11 @@ def _build(
 @contextmanager
 def _on(model: Any, device: str) -> Iterator[Any]:
     """The model on `device`, without dropout; on the CPU afterwards, with its memory on the device free."""
-    import torch
-
     try:
         yield model.to(device).eval()
     finally:
         model.to("cpu")
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory(device)
 
 
 def _moments(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import shutil
-import uuid
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ray_peft.errors import ModelError, first_line
 from ray_peft.methods.base import Dtype
 from ray_peft.spec import ImageTrialSpec, ModelSpec, is_local
-from ray_peft.tasks.cache import cache_folder
+from ray_peft.tasks.cache import cache_folder, made_whole
 from ray_peft.tasks.text_to_image.four_bit import quantise
 
 if TYPE_CHECKING:
@@ -246,12 +243,9 @@ def _random_part(model: ModelSpec, part: str) -> Path:
     with torch.random.fork_rng(devices=[] if device == "cpu" else None), torch.device(device):
         torch.manual_seed(0)
         built = _built(part, config)
-    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     torch.nn.Module.to(built, torch.bfloat16)  # diffusers' own `to` warns of nothing
-    built.save_pretrained(partial / part)
-    with contextlib.suppress(OSError):  # another process was first, with the same content
-        partial.rename(folder)
-    shutil.rmtree(partial, ignore_errors=True)
+    with made_whole(folder, f"{part}/config.json") as partial:
+        built.save_pretrained(partial / part)
     return folder
 
 

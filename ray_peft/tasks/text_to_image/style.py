@@ -143,7 +143,7 @@ def _grams(encoder: Any) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
 
     def keep(layer: object, given: object, activation: Tensor) -> None:
-        found.append(_gram(activation))
+        found.append(gram(activation).cpu())
 
     hooks = [layer.register_forward_hook(keep) for layer in (encoder.conv_in, *encoder.down_blocks)]
     try:
@@ -153,8 +153,8 @@ def _grams(encoder: Any) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def _gram(activation: Tensor) -> Tensor:
-    """(channel * (channel + 1) / 2,) the upper half of the centred Gram matrix, of Frobenius norm one, on the CPU.
+def gram(activation: Tensor) -> Tensor:
+    """(channel * (channel + 1) / 2,) the upper half of the centred Gram matrix, of Frobenius norm one.
 
     Args:
         activation: (1, channel, height, width).
@@ -164,8 +164,8 @@ def _gram(activation: Tensor) -> Tensor:
     flat = activation[0].float().flatten(1)
     # Else the channels' means, which depend on colours alone, hide the texture: EXPERIMENTS.md has the numbers.
     flat = flat - flat.mean(dim=1, keepdim=True)
-    gram = flat @ flat.T / flat.shape[1]
+    whole = flat @ flat.T / flat.shape[1]
     # Each number off the diagonal stands for two, so that the halves' product is that of the whole matrices.
-    weight = torch.full_like(gram, 2**0.5).fill_diagonal_(1.0)
-    first, second = torch.triu_indices(*gram.shape, device=gram.device)
-    return torch.nn.functional.normalize((gram * weight)[first, second], dim=0).cpu()
+    weight = torch.full_like(whole, 2**0.5).fill_diagonal_(1.0)
+    first, second = torch.triu_indices(*whole.shape, device=whole.device)
+    return torch.nn.functional.normalize((whole * weight)[first, second], dim=0)

@@ -95,8 +95,9 @@ def _predicted(spec: ImageTrialSpec, gpu: Gpu) -> Prediction:
     from ray_peft import vram
     from ray_peft.tasks.text_to_image.model import load_configs
 
-    shape = vram.ModelShape.from_config(load_configs(spec.model).parts["unet"])
-    return vram.predict(spec, shape, longest_tokens=0, gpu=gpu)
+    shapes = {part: vram.ModelShape.from_config(config) for part, config in load_configs(spec.model).parts.items()}
+    others = {part: shapes[part] for part in ("vae", "text_encoder")}
+    return vram.predict(spec, shapes["unet"], longest_tokens=0, gpu=gpu, others=others)
 
 
 def _check_resolution(spec: ImageTrialSpec, parts: dict[str, dict[str, Any]]) -> None:
@@ -245,7 +246,8 @@ class ImageBench(Bench):
 
         if not self.spec.evaluation.prompts:
             return scored
-        return generate(self.spec, self.device, self.model, self.pictures, self.model_fingerprint, scored)
+        fingerprint, lowered = self.model_fingerprint, self.lowered
+        return generate(self.spec, self.device, self.model, self.pictures, fingerprint, scored, lowered)
 
     def _losses(self) -> list[float]:
         """Of each held-out image."""
@@ -265,4 +267,5 @@ class ImageBench(Bench):
             device=self.device,
             dtype=input_dtype(self.spec),
             context=lambda: computing(self.spec, self.device),
+            lowered=self.lowered,
         )

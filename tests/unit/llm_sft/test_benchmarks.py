@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+from cramped import holds
 
 from ray_peft import trial
 from ray_peft.errors import DataError, SpecError
@@ -241,6 +242,25 @@ def test_the_model_answers_in_the_trial_s_precision_and_is_left_as_it_was(tiny_m
         assert scores.benchmark_rows == {"after_word/acc": 4, "after_generated/exact_match": 4}
         assert bench.model.training
         assert bench.tokenizer.padding_side == side
+
+
+@pytest.mark.slow
+def test_where_memory_runs_out_fewer_questions_are_asked_at_a_time(tiny_model, questions, folder):
+    import torch
+
+    pytest.importorskip("lm_eval")
+    asked = {"tasks": ["after_word", "after_generated"], "include_path": str(folder), "limit": 12}
+    bench = LlmSft().load(asks(tiny_model, questions, {"name": "none"}, **asked), "cpu")
+    free = bench.benchmark(Scores())
+    with holds(bench.model.model, 3) as seen:
+        assert bench.benchmark(Scores()) == free
+        assert bench.lowered == {"evaluation.benchmarks.batch_size": 2}
+        tried = [rows for rows in seen if rows > 3]
+        assert tried == [8, 4]
+        assert bench.benchmark(Scores()) == free
+        assert [rows for rows in seen if rows > 3] == tried, "what was lowered stays so"
+    with holds(bench.model.model, 0), pytest.raises(torch.OutOfMemoryError):
+        bench.benchmark(Scores())
 
 
 @pytest.mark.slow

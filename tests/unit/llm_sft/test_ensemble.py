@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from cramped import holds
 
 from ray_peft.errors import ModelError
 from ray_peft.spec import TrialSpec
@@ -98,6 +99,19 @@ def test_answers_follow_the_mixture_of_distributions_step_by_step(ensemble):
             if expected[-1] == 257:
                 break
         assert answer == ensemble.tokenizer.decode(expected, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_member_that_runs_out_of_memory_changes_no_answer(ensemble, place):
+    ensemble.weights = [0.35, 0.4, 0.25]
+    free, loss = ensemble.answer(ensemble.data.test), ensemble.eval_loss()
+    model = ensemble.members[place].model
+    with holds((model.get_base_model() if hasattr(model, "peft_config") else model).model, 3) as seen:
+        assert ensemble.answer(ensemble.data.test) == free
+        assert ensemble.lowered == {"evaluation.batch_size": 2}
+        assert ensemble.eval_loss() == pytest.approx(loss, rel=1e-6)
+    assert 4 in seen
+    assert "evaluation.loss_tokens" in ensemble.lowered
 
 
 def test_tuned_on_validation_it_is_at_least_as_good_there_as_its_best_member(ensemble):

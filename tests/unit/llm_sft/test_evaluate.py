@@ -1,8 +1,12 @@
-"""The loss is the plain cross-entropy, and answers do not depend on how prompts are batched."""
+"""The loss is the plain cross-entropy, and answers do not depend on how prompts are batched, nor on memory."""
+
+import contextlib
 
 import pytest
 import tiny
 import torch
+from cramped import holds
+from untracked import run
 
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.llm_sft import evaluate
@@ -55,3 +59,76 @@ def test_scored_holds_samples_and_every_answer(bench):
     assert len(scored.samples) == 2
     assert len(scored.answers) == 4
     assert scored.samples[0].reference == scored.answers[0][1]
+
+
+def log_probs(bench, lowered=None):
+    return evaluate.token_log_probs(bench.spec, bench.model, bench.data.test, 258, lowered)
+
+
+def test_where_memory_runs_out_the_loss_is_that_of_smaller_passes(bench):
+    free, lowered = log_probs(bench), {}
+    longest = max(map(len, bench.data.test["input_ids"]))
+    with holds(bench.model.model, 3) as seen:
+        cramped = log_probs(bench, lowered)
+        assert seen == [8, 4, 2, 2, 2, 2]
+        assert lowered == {evaluate.LOSS_BATCH: 2 * longest}
+        again = log_probs(bench, lowered)
+        assert max(seen[6:]) <= 3, "what was lowered stays so"
+    for found in (cramped, again):
+        assert torch.allclose(found, free, rtol=1e-6, atol=1e-6)
+    with holds(bench.model.model, 0) as seen, pytest.raises(torch.OutOfMemoryError):
+        log_probs(bench)
+    assert seen == [8, 4, 2, 1]
+
+
+def test_where_memory_runs_out_fewer_prompts_are_answered_at_a_time(bench):
+    def answered(lowered=None):
+        return evaluate.answers(bench.spec, bench.model, bench.tokenizer, bench.data.test, lowered=lowered)
+
+    free, lowered = answered(), {}
+    with holds(bench.model.model, 3) as seen:
+        assert answered(lowered) == free
+        assert lowered == {"evaluation.batch_size": 2}
+        assert seen.count(4) == 1
+        assert answered(lowered) == free
+        assert seen.count(4) == 1, "what was lowered stays so"
+    with holds(bench.model.model, 0), pytest.raises(torch.OutOfMemoryError):
+        answered()
+
+
+def test_another_error_is_no_lack_of_memory(bench):
+    def broken(module, args):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    handle = bench.model.model.register_forward_pre_hook(broken)
+    try:
+        for evaluated in (bench.eval_loss, bench.evaluate):
+            with pytest.raises(RuntimeError, match="shapes"):
+                evaluated()
+    finally:
+        handle.remove()
+    assert bench.lowered == {}
+
+
+def test_a_trial_whose_evaluation_runs_out_of_memory_scores_the_same_and_says_it(bench, tmp_path, monkeypatch):
+    plain = bench.spec.plain() | {"method": {"name": "lora", "rank": 4, "lr": 0.01}}
+    plain["train"]["eval_every"] = 2
+    spec, load = TrialSpec.from_plain(plain), LlmSft.load
+    free, _ = run(spec, tmp_path / "free")
+    assert free.status == "finished", free.error
+    assert free.lowered == {}
+
+    def cramped(self, spec, device):
+        found = load(self, spec, device)
+        device_memory.enter_context(holds(found.model.model, 3, training=False))
+        return found
+
+    monkeypatch.setattr(LlmSft, "load", cramped)
+    with contextlib.ExitStack() as device_memory:
+        row, _ = run(spec, tmp_path / "cramped")
+    assert row.status == "finished", row.error
+    longest = max(map(len, bench.data.test["input_ids"]))
+    assert row.lowered == {"evaluation.batch_size": 2, evaluate.LOSS_BATCH: 2 * longest}
+    assert row.scores.eval_loss == pytest.approx(free.scores.eval_loss, rel=1e-6)
+    assert row.scores.model_copy(update={"eval_loss": free.scores.eval_loss}) == free.scores
+    assert (tmp_path / "cramped" / "answers.jsonl").read_text() == (tmp_path / "free" / "answers.jsonl").read_text()

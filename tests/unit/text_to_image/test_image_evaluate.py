@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_pipeline_eval as tiny
 import torch
+from cramped import holds
 from PIL import Image
 
 from ray_peft.errors import TrialFailed
@@ -81,6 +82,19 @@ def test_the_loss_of_an_image_does_not_depend_on_the_batch_nor_on_the_images_beh
     assert losses(unet, given=(moments, embeddings)) == pytest.approx(one, rel=1e-5)
 
 
+def test_where_memory_runs_out_the_losses_are_those_of_smaller_passes():
+    unet, lowered = tiny.unet(), {}
+    free = losses(unet, batch_size=8)
+    with holds(unet, 3) as seen:
+        assert losses(unet, batch_size=8, lowered=lowered) == pytest.approx(free, rel=1e-6)
+        assert seen == [8, 4, *[2] * 7, 1]  # 15 pairs
+        assert lowered == {"evaluation.batch_size": 2}
+        assert losses(unet, batch_size=8, lowered=lowered) == pytest.approx(free, rel=1e-6)
+        assert max(seen[10:]) == 2, "what was lowered stays so"
+    with holds(unet, 0), pytest.raises(torch.OutOfMemoryError):
+        losses(unet)
+
+
 def test_losses_are_taken_without_dropout_inside_the_context_and_leave_the_model_as_it_was():
     unet, opened = tiny.unet().train(), []
 
@@ -143,8 +157,9 @@ class Cramped:
 
 def test_a_batch_that_does_not_fit_is_halved_and_one_image_that_does_not_fit_is_an_error(pipeline, caplog):
     wanted = ImageEvaluationSpec(prompts=PROMPTS, seeds=(0, 1, 2), inference_steps=1, batch_size=5)
-    cramped = Cramped(pipeline, 2)
-    made = make_images(cramped, wanted, tiny.RESOLUTION)
+    cramped, lowered = Cramped(pipeline, 2), {}
+    made = make_images(cramped, wanted, tiny.RESOLUTION, lowered=lowered)
+    assert lowered == {"evaluation.batch_size": 2}
     assert [(image.prompt, image.seed) for image in made] == [(p, s) for p in PROMPTS for s in (0, 1, 2)]
     assert cramped.sizes == [5, 2, 2, 2]
     assert "ran out of memory; going on with 2" in caplog.text

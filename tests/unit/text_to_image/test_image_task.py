@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
 import numpy as np
 import pytest
 import tiny_diffusion
+from cramped import holds
+from PIL import Image
 from untracked import run
 
 from ray_peft.console import Console
@@ -152,6 +155,39 @@ def test_a_trained_model_paints_otherwise_than_its_base_which_is_painted_once(tr
     assert (scores.eval_rows, scores.generated_rows) == (2, 2)
     assert scores.eval_loss == pytest.approx(sum(first.losses) / 2)
     assert None not in (scores.style_heldout, scores.style_train, scores.nearest_train)
+
+
+def test_a_trial_whose_evaluation_runs_out_of_memory_scores_the_same_and_says_it(
+    tiny_painter, paintings, tmp_path, monkeypatch
+):
+    plain = tiny_diffusion.plain_spec(
+        tiny_painter, paintings, LORA, train__eval_every=2, evaluation__seeds=[0, 1, 2], evaluation__batch_size=4,
+        evaluation__guidance_scale=1.0,
+    )  # fmt: skip
+    spec, load = TrialSpec.from_plain(plain), TextToImage.load
+
+    def trial_of(name):
+        monkeypatch.setenv("RAY_PEFT_CACHE", str(tmp_path / f"cache of {name}"))
+        row, _ = run(spec, tmp_path / name)
+        assert row.status == "finished", row.error
+        return row, [numbers(Image.open(file)) for file in sorted((tmp_path / name / "images").glob("p*.png"))]
+
+    def cramped(self, spec, device):
+        bench = load(self, spec, device)
+        device_memory.enter_context(holds(bench.model.conv_in, 3, training=False))  # PEFT passes by the UNet's hooks
+        return bench
+
+    free, painted = trial_of("free")
+    monkeypatch.setattr(TextToImage, "load", cramped)
+    with contextlib.ExitStack() as device_memory:
+        row, painted_again = trial_of("cramped")
+    assert free.lowered == {}
+    assert row.lowered == {"evaluation.batch_size": 2}
+    assert row.scores.eval_loss == pytest.approx(free.scores.eval_loss, rel=1e-6)
+    assert row.scores.style_heldout == pytest.approx(free.scores.style_heldout, abs=1e-3)
+    assert len(painted) == len(painted_again) == 6
+    for one, other in zip(painted, painted_again, strict=True):
+        assert abs(one - other).max() <= 1  # rounding of the last bit
 
 
 def test_the_untouched_base_has_images_after_and_none_before(tiny_painter, paintings):
