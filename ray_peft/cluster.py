@@ -80,7 +80,10 @@ def each(function: Callable[[ItemT], MadeT], items: Sequence[ItemT]) -> list[Mad
     """What `function` makes of every item, at once on the cluster's cores."""
     import ray
 
-    task = ray.remote(num_cpus=1)(function)
+    @ray.remote(num_cpus=1)
+    def task(item: ItemT) -> MadeT:  # Ray takes no bound methods
+        return function(item)
+
     return list(ray.get([task.remote(item) for item in items]))
 
 
