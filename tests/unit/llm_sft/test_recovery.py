@@ -7,6 +7,7 @@ import json
 import pytest
 import tiny
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ray_peft.spec import TrialSpec
@@ -44,7 +45,7 @@ class Run:
     """A trained trial, and what its model saw meanwhile."""
 
     def __init__(self, spec, folder, *, prepare=None, rehearse=False, first_step=0):
-        self.spec, self.log, self.shapes, self.updates = spec, [], [], 0
+        self.spec, self.log, self.shapes, self.updates, self.killed_at = spec, [], [], 0, None
         self.bench = LlmSft().load(spec, "cpu")
         self.stages = spec.method.stages(self.bench.total_steps())
         self.folder, self.rehearse = folder, rehearse
@@ -53,27 +54,33 @@ class Run:
             prepare(self)
         self.outcomes, done = [], first_step
         counter = register_optimizer_step_post_hook(self._count)
-        for index, (stage, steps) in enumerate(self.stages):
-            self.bench.attach(stage)
-            self.outcomes.append(self.train(stage, steps, done, folder / str(index)))
-            done += steps
-            if index < len(self.stages) - 1:
-                self.bench.merge(stage)
-        counter.remove()
+        try:
+            for index, (stage, steps) in enumerate(self.stages):
+                self.bench.attach(stage)
+                self.outcomes.append(self.train(stage, steps, done, folder / str(index)))
+                done += steps
+                if index < len(self.stages) - 1:
+                    self.bench.merge(stage)
+        finally:
+            counter.remove()
 
     def _count(self, optimizer, args, kwargs):
         self.updates += 1
 
     def train(self, stage, steps, first_step, folder):
         bench = self.bench
+        if not self.rehearse:
+            return bench.train(stage, steps, first_step, folder, self.report)
         job = StageJob(
             stage, steps, first_step, bench.data.train, folder, "cpu", self.report, bench.eval_loss,
-            lowered=bench.lowered, rehearse=self.rehearse,
+            lowered=bench.lowered, rehearse=True,
         )  # fmt: skip
         return training.train_stage(self.spec, job, bench.model, bench.tokenizer)
 
     def report(self, metrics, step):
         self.log.append({"step": step, **metrics})
+        if step == self.killed_at:
+            raise KeyboardInterrupt
 
     def _see(self, module, args, kwargs):
         self.shapes.append((len(self.log) + 1, *kwargs["input_ids"].shape))
@@ -122,9 +129,9 @@ def backward_no_more_than(rows, first_step, length=0):
 def train(tiny_model, uneven, tmp_path_factory):
     """Trains one trial of the tiny model on the uneven rows."""
 
-    def run(method=LORA, *, prepare=None, rehearse=False, **changes):
+    def run(method=LORA, *, folder=None, prepare=None, rehearse=False, **changes):
         plain = tiny.plain_spec(tiny_model, uneven, dict(method), **changes)
-        folder = tmp_path_factory.mktemp("run")
+        folder = folder or tmp_path_factory.mktemp("run")
         return Run(TrialSpec.from_plain(plain), folder, prepare=prepare, rehearse=rehearse)
 
     return run
@@ -166,6 +173,12 @@ def test_a_pass_that_runs_out_of_memory_is_done_again_in_parts_and_changes_nothi
     assert max(rows_passed for _, rows_passed, _ in found.shapes[-4:]) == rows
 
 
+def test_recomputed_activations_may_run_out_of_memory_too(train, undisturbed):
+    found = train(prepare=backward_no_more_than(2, 3), train__gradient_checkpointing=True)
+    assert found.bench.lowered == {ROWS: 2}
+    same_training(found, undisturbed["lora"])
+
+
 def test_the_step_is_done_again_from_its_first_row_without_half_made_gradients(train, undisturbed):
     """Memory runs out in the backward pass of the second pass of the second step."""
     passes, left = [], []
@@ -188,6 +201,26 @@ def test_the_step_is_done_again_from_its_first_row_without_half_made_gradients(t
     assert passes == [4, 4, 4, 4, *[2] * 4, *[2] * 8]
     assert found.updates == 4
     same_training(found, undisturbed["full"])
+
+
+def test_what_the_failed_pass_held_is_free_when_it_is_done_again(train):
+    held, alive = [], []
+
+    def prepare(run):
+        def check(gradient):
+            if len(run.shapes) == 3:
+                assert not held[-1].expired()
+                raise torch.OutOfMemoryError("no room")
+
+        def watch(module, args, output):
+            alive.extend(not storage.expired() for storage in held)
+            held[:] = [StorageWeakRef(args[0].untyped_storage())]  # kept for the backward pass
+            output.register_hook(check)
+
+        run.bench.model.model.layers[1].mlp.down_proj.register_forward_hook(watch)
+
+    assert train(FULL, prepare=prepare).bench.lowered == {ROWS: 2}
+    assert not any(alive)
 
 
 def test_each_part_is_as_long_as_its_own_longest_row():
@@ -266,6 +299,22 @@ def test_a_rehearsal_runs_the_heaviest_pass_and_changes_nothing(train, method):
     first, second = wanted.shapes[:2], wanted.shapes[2:]
     assert found.shapes == [(1, *longest), *first, (2, *longest), (2, *longest), *second]
     assert found.bench.lowered == {}
+
+
+def test_a_resumed_stage_rehearses_what_is_left(train, tmp_path):
+    def killed(run):
+        run.killed_at = 4
+
+    changes = {"train__steps": 6, "train__checkpoint_every": 3}
+    wanted = train(**changes)
+    with pytest.raises(KeyboardInterrupt):
+        train(prepare=killed, folder=tmp_path, **changes)
+    left = [shape for step, *shape in wanted.shapes if step > 3]
+    found = train(rehearse=True, folder=tmp_path, **changes)
+    assert found.outcomes[0].resumed_from_step == 3
+    longest = max(left, key=lambda shape: shape[0] * shape[1])
+    assert [shape for _, *shape in found.shapes] == [longest, *left[:2], longest, longest, *left[2:]]
+    assert found.losses == wanted.losses[3:]
 
 
 def test_memory_that_runs_out_in_the_rehearsal_lowers_the_rows_before_the_step(train, undisturbed):

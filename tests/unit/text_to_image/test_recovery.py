@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny_diffusion
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ray_peft.methods.optimizers import trainable
@@ -23,11 +24,14 @@ class Run:
     def __init__(self, spec, folder, *, check=None, backward=False, lowered=None):
         self.bench, self.log, self.passes, self.updates = TextToImage().load(spec, "cpu"), [], [], 0
         self.bench.lowered |= lowered or {}
+        self.held, self.alive = None, []
         ((stage, steps),) = spec.method.stages(self.bench.total_steps())
         self.bench.attach(stage)
 
         def see(module, args, output):
             self.passes.append(len(output))
+            self.alive.append(self.held is not None and not self.held.expired())
+            self.held = StorageWeakRef(args[0].untyped_storage())  # kept for the backward pass
             if check is not None and not backward:
                 check(self, len(output))
             elif check is not None and output.requires_grad:
@@ -109,6 +113,17 @@ def test_rows_are_lowered_until_they_fit(train, undisturbed):
     assert found.passes == [6, 3, *[1] * 18]  # two rows would leave the fewer to a last pass of another shape
     assert found.bench.lowered == {ROWS: 1}
     same_training(found, undisturbed["lora", 1])
+
+
+def test_what_the_failed_pass_held_is_free_when_it_is_done_again(train):
+    def check(run, passed):
+        if len(run.passes) == 2:
+            assert not run.held.expired()
+            raise torch.OutOfMemoryError("no room")
+
+    found = train(FULL, check=check, backward=True)
+    assert found.bench.lowered == {ROWS: 3}
+    assert not any(found.alive)
 
 
 def test_a_later_stage_starts_with_the_rows_that_fit(train, undisturbed):
