@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from ray_peft.errors import TrialFailed
-from ray_peft.life import Life, Place, evaluate, provenance
+from ray_peft.life import Life, Place, evaluate, predict, provenance
 from ray_peft.result import TrialResult, Usage
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
@@ -24,6 +24,8 @@ def run_ensemble(life: Life) -> TrialResult:
             bench = TASKS[spec.task].load_ensemble(spec, models, place.device)
         life.provenance = life.provenance.model_copy(update=provenance(bench, place))
         life.lowered = bench.lowered
+        if place.device != "cpu":
+            predict(life, bench)
         _check_same_rows(rows, bench)
         life.parameters = (sum(row.trainable_parameters for row in rows), bench.parameters()[1])
         life.adapter_bytes = sum(row.adapter_bytes for row in rows)

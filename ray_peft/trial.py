@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 RESULT_FILE = "result.json"
 """The trial's row, in its own folder."""
 
+MOST_ADVICE = 3
+"""Ways to take less memory that a row names."""
+
 GPU_TRIAL_THREADS = 4
 """CPU threads of torch in a trial on a GPU: its work on the CPU is small, and more threads wait for each other."""
 
@@ -91,7 +94,8 @@ def _with_advice(life: Life, error: str) -> str:
     except Exception as failure:  # the row does not depend on the advice
         logger.warning("%s: no advice: %s: %s", spec.trial_id, type(failure).__name__, failure)
         found = ()
-    advice = "; ".join(way.line() for way in found) or "a smaller model or a larger GPU"
+    fitting = [way for way in found if way.fits][:MOST_ADVICE] or found[:1]
+    advice = "; ".join(way.line() for way in fitting) or "a smaller model or a larger GPU"
     return f"{said}{f' with {rows} rows a pass' if rows is not None else ''}; what takes less: {advice}\n\n{error}"
 
 

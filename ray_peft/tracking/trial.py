@@ -237,7 +237,7 @@ def final_tags(result: TrialResult) -> dict[str, str]:
     tags |= {"started_at": made.started_at}
     for name, settings in (("chosen", result.chosen), ("lowered_out_of_memory", result.lowered)):
         if settings:
-            tags[name] = ", ".join(f"{key}: {str(value).lower()}" for key, value in settings.items())
+            tags[name] = json.dumps(settings)
     tags |= {f"version.{name}": made.versions.get(name, "") for name in _MAIN_VERSIONS}
     return {f"ray_peft.{name}": value for name, value in tags.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,14 @@ class Suggestion:
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
-    """Settings by key, for people."""
-    return ", ".join(f"{key}: {str(value).lower()}" for key, value in settings.items())
+    """Settings by key, for people, as YAML writes them."""
+    return ", ".join(f"{key}: {_text(value)}" for key, value in settings.items())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + settings_text(value) + "}"
+    return json.dumps(value) if isinstance(value, bool | int | float) or value is None else str(value)
 
 
 def nearest(
