@@ -53,7 +53,7 @@ SPACES: dict[str, tuple[str | None, list[str]]] = {
     "sd15_van_gogh": (
         None,
         [
-            "model.random_weights=true", "model.tokenizer=${RAY_PEFT_CLIP}", "train.steps=20", "train.log_every=2",
+            "model.random_weights=true", "model.tokenizer=${RAY_PEFT_CLIP}", "train.steps=200", "train.log_every=20",
             "data.views=2", "evaluation.prompts=[a chicken]", "evaluation.seeds=[0, 1, 2, 3]",
             "evaluation.inference_steps=4",
         ],
@@ -135,6 +135,7 @@ def row(name: str, result: ray_peft.TrialResult) -> dict[str, Any]:
         "predicted_evaluation_gib": predicted.get("evaluation_gib"),
         "peak_allocated_gib": usage.peak_allocated_gib,
         "peak_reserved_gib": usage.peak_reserved_gib,
+        "evaluation_allocated_gib": usage.evaluation_allocated_gib,
         "device_used_gib": usage.device_used_gib,
         "tokens_per_s": usage.tokens_per_s,
         "images_per_s": usage.images_per_s,

@@ -83,6 +83,7 @@ class Life:
         self.run_id: str | None = None
         self.clock = measure.Clock()
         self.memory = measure.MemoryWatch(place.device)
+        self.evaluation_memory = measure.MemoryWatch(place.device)
         self.trained = Trained()
         self.parameters = (0, 0)
         self.scored = Scored(Scores())
@@ -124,6 +125,7 @@ class Life:
     def result(self, status: Status, error: str | None = None) -> TrialResult:
         """The trial's row, with what is known by now."""
         self.memory.stop()
+        self.evaluation_memory.stop()
         if self.memory.peaks.spilled_gib:
             logger.warning(
                 "%s: %.2f GiB more than the GPU has were in use: they lie in the host's memory, and the trial is slow",
@@ -141,6 +143,7 @@ class Life:
             usage=Usage(
                 peak_allocated_gib=peaks.allocated_gib,
                 peak_reserved_gib=peaks.reserved_gib,
+                evaluation_allocated_gib=self.evaluation_memory.peaks.allocated_gib,
                 device_used_gib=peaks.device_used_gib,
                 spilled_gib=peaks.spilled_gib,
                 peak_rss_gib=peaks.rss_gib,

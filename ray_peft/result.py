@@ -47,6 +47,8 @@ class Usage(Strict):
     """Peak of tensors on one GPU, reset after loading; null on a CPU."""
     peak_reserved_gib: float | None = None
     """Peak of the allocator's segments on one GPU; null on a CPU."""
+    evaluation_allocated_gib: float | None = None
+    """Peak of tensors on one GPU while the trial is scored and makes things to look at; null on a CPU."""
     device_used_gib: float | None = None
     """Peak in use on the whole GPU by all processes, from NVML; null on a CPU."""
     spilled_gib: float | None = None

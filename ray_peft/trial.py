@@ -111,13 +111,7 @@ def _run(life: Life) -> TrialResult:
     place.folder.mkdir(parents=True, exist_ok=True)
     if place.rank == 0 and not [*place.folder.glob("stage*/checkpoint-*"), *place.folder.glob(f"stage*/{STAGE_FILE}")]:
         (place.folder / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier try, which is not gone on with
-    if place.threads is not None:
-        import torch
-
-        torch.set_num_threads(place.threads if place.device == "cpu" else min(place.threads, GPU_TRIAL_THREADS))
-    if place.needed_gib is not None and place.device != "cpu":
-        context = known(measure.device_name(place.device)).context / measure.GIB
-        measure.wait_for_memory(place.device, place.needed_gib, context)
+    _take_place(place)
     if spec.members():
         return run_ensemble(life)
     with life.clock.phase("load"):
@@ -138,12 +132,25 @@ def _run(life: Life) -> TrialResult:
     if stages:
         with life.clock.phase("save"):
             _save(life, bench)
+    if place.device != "cpu":
+        life.evaluation_memory.start()
     with life.clock.phase("evaluate"):
         evaluate(life, bench)
     for index in range(len(stages)):
         shutil.rmtree(place.folder / f"stage{index + 1}", ignore_errors=True)
         (stage_folder(place, index) / STAGE_FILE).unlink(missing_ok=True)  # the next run of the trial is a new one
     return life.result("finished")
+
+
+def _take_place(place: Place) -> None:
+    """Use as many threads as the trial holds cores, and wait until its memory is free."""
+    if place.threads is not None:
+        import torch
+
+        torch.set_num_threads(place.threads if place.device == "cpu" else min(place.threads, GPU_TRIAL_THREADS))
+    if place.needed_gib is not None and place.device != "cpu":
+        context = known(measure.device_name(place.device)).context / measure.GIB
+        measure.wait_for_memory(place.device, place.needed_gib, context)
 
 
 def _save(life: Life, bench: Bench) -> None:

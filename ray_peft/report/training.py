@@ -7,7 +7,6 @@ from ray_peft.report.curves import Points
 from ray_peft.report.digits import MISSING, count, duration, fixed, percent, size, speed
 from ray_peft.report.document import Block, Paragraph, Table
 from ray_peft.report.dynamics import default_steps, losses_at
-from ray_peft.report.labels import setting_text
 from ray_peft.report.material import Material
 from ray_peft.report.storage import BYTES_PER_PARAMETER, saved_bytes
 from ray_peft.report.table import Row
@@ -97,6 +96,7 @@ def resources(compared: Sequence[Row]) -> list[Block]:
         ("Peak memory [GiB]", _memory),
         ("Predicted [GiB]", _predicted),
         ("Memory decided", _decided),
+        ("In the evaluation [GiB]", lambda row: fixed(row.result.usage.evaluation_allocated_gib, 2)),
         ("Beyond the GPU's memory [GiB]", lambda row: fixed(row.result.usage.spilled_gib or None, 2)),
         ("Training [s]", lambda row: fixed(row.seconds("train_s"), 1)),
         ("Load [s]", lambda row: fixed(row.seconds("load_s"), 1)),
@@ -207,9 +207,11 @@ def _predicted(row: Row) -> str:
 
 def _decided(row: Row) -> str:
     """Settings that were chosen for the memory at hand, or lowered when it ran out."""
-    chosen = [f"{key}: {setting_text(value)}" for key, value in row.result.chosen.items()]
-    lowered = [f"{key}: {value} after running out" for key, value in row.result.lowered.items()]
-    return ", ".join(chosen + lowered) or MISSING
+    chosen = dict(row.result.chosen)
+    rows, checkpointing = chosen.get("train.micro_batch_size"), chosen.get("train.gradient_checkpointing")
+    said = [f"{rows} rows a pass{', checkpointing' if checkpointing else ''}"] if rows is not None else []
+    said += [f"{key.partition('.')[2]} lowered to {value}" for key, value in row.result.lowered.items()]
+    return "; ".join(said) or MISSING
 
 
 def _trainable(row: Row) -> str:

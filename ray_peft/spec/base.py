@@ -58,8 +58,9 @@ class TrainSpec(Strict):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     fit: Literal["auto"] | None = None
-    """auto: on a GPU, the largest `micro_batch_size` that is predicted to fit, and `gradient_checkpointing` only where
-    nothing fits without, take the place of those two; `batch_size` stays. null leaves both as they are written."""
+    """auto: on a GPU, the largest `micro_batch_size` that is predicted to fit takes the place of what is written, with
+    `gradient_checkpointing` only where that lets at least four times the rows pass; `batch_size` stays. null leaves
+    both as they are written."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """The dtype of matrix products while training and evaluating; weights keep their own."""
     log_every: int = Field(default=10, ge=1)

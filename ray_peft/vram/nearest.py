@@ -34,6 +34,11 @@ class Suggestion:
         return f"{settings_text(self.changes)} ({self.predicted.peak_allocated / GIB:.2f} GiB, {verdict})"
 
 
+WORTH_CHECKPOINTING = 4
+"""Times the rows a pass for which `fit: auto` checkpoints: that takes a third more arithmetic, but each pass also costs
+what does not depend on its rows, such as launching kernels and dequantising weights."""
+
+
 def settings_text(settings: Mapping[str, Any]) -> str:
     """Settings by key, for people, as YAML writes them."""
     return ", ".join(f"{key}: {_text(value)}" for key, value in settings.items())
@@ -88,7 +93,8 @@ def choose(
 ) -> dict[str, int | bool]:
     """What `train.fit: auto` means for a memory: rows per pass and checkpointing, by their keys.
 
-    The largest pass that fits without checkpointing; where none does, the largest with it; else the least.
+    The largest pass that fits without checkpointing, unless checkpointing lets `WORTH_CHECKPOINTING` times its rows
+    pass; where nothing fits, the least.
 
     Args:
         spec: the trial.
@@ -111,11 +117,13 @@ def choose(
         made = variant(size, checkpointing)
         return made is not None and fits(predict(made))
 
-    for checkpointing in (False, True):
-        size = _largest(sizes, lambda size, on=checkpointing: holds(size, on))  # type: ignore[misc]
-        if size is not None:
-            return {MICRO_BATCH: size, _CHECKPOINTING: checkpointing}
-    return {MICRO_BATCH: sizes[0], _CHECKPOINTING: True}
+    plain = _largest(sizes, lambda size: holds(size, False))
+    if plain is not None and plain * WORTH_CHECKPOINTING > sizes[-1]:
+        return {MICRO_BATCH: plain, _CHECKPOINTING: False}
+    spared = _largest(sizes, lambda size: holds(size, True)) or sizes[0]
+    if plain is not None and plain * WORTH_CHECKPOINTING > spared:
+        return {MICRO_BATCH: plain, _CHECKPOINTING: False}
+    return {MICRO_BATCH: spared, _CHECKPOINTING: True}
 
 
 _CHECKPOINTING = "train.gradient_checkpointing"

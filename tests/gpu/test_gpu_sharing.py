@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ import tiny_diffusion
 
 import ray_peft
 from ray_peft import measure
-from ray_peft.gpus import GIB, Gpu, known
+from ray_peft.gpus import Gpu, known
 from ray_peft.ledger import Ledger
+from ray_peft.measure import GIB
 from ray_peft.space import Space, TrackingSpec
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
@@ -155,3 +157,35 @@ def test_images_that_outgrow_the_memory_go_on_with_fewer_and_equal_losses(shared
     expected = losses(tmp_path / "plain", made(32))
     assert len(expected) == 4
     assert losses(tmp_path / "capped", made(32)) == pytest.approx(expected, rel=0, abs=1e-5)
+
+
+def open_trials(model: Path, rows: Path, count: int) -> list[TrialSpec]:
+    """Trials that leave their share of the GPU open."""
+    made = []
+    for seed in range(count):
+        trial = text_trial(model, rows, {"name": "lora", "rank": 4}, micro=4, batch=8).plain()
+        trial["resources"]["gpus_per_worker"] = None
+        made.append(TrialSpec.from_plain(trial | {"seed": seed}))
+    return made
+
+
+def test_trials_share_a_gpu_by_predicted_bytes(shared, gpu, long_rows, tmp_path):
+    model = build_config(tmp_path / "small", hidden=256, layers=4)
+    rows = swept(tmp_path / "shared", open_trials(model, long_rows, 2), cap_gib=12.0)
+    assert [row.status for row in rows] == ["finished"] * 2
+    for row in rows:
+        assert 0 < row.provenance.gpus_per_worker < 0.5
+        assert row.usage.peak_reserved_gib <= 12.0 * row.provenance.gpus_per_worker
+        assert row.usage.evaluation_allocated_gib > 0
+    begins = [datetime.fromisoformat(row.provenance.started_at).timestamp() for row in rows]
+    assert abs(begins[0] - begins[1]) < max(row.usage.wall_time_s for row in rows)
+
+
+def test_a_share_that_was_too_small_is_mended_by_running_alone(shared, gpu, long_rows, tmp_path, monkeypatch):
+    """The share is what is wrong here: with a thirty-second of 20 GiB the CUDA context leaves nothing."""
+    monkeypatch.setattr("ray_peft.allotment.share_of", lambda *_: 1 / 32)
+    model = build_config(tmp_path / "small", hidden=256, layers=4)
+    (row,) = swept(tmp_path / "alone", open_trials(model, long_rows, 1), cap_gib=20.0)
+    assert (row.status, row.provenance.gpus_per_worker) == ("finished", 1.0)
+    kept = [json.loads(line) for line in (tmp_path / "alone" / "results.jsonl").read_text().splitlines()]
+    assert [each["status"] for each in kept] == ["out_of_memory", "finished"]

@@ -126,11 +126,15 @@ def test_fit_auto_takes_the_largest_pass_that_fits_and_keeps_the_trial(trial):
     assert dict(roomy.chosen) == {"train.micro_batch_size": 512, "train.gradient_checkpointing": False}
     some = trial(train__batch_size=512, train__micro_batch_size=64)
     tight = Allotment(SERVER, gpu_memory_gib=footprint(some, "peak_reserved") / GIB).demand(asked)
-    assert dict(tight.chosen) == {"train.micro_batch_size": 64, "train.gradient_checkpointing": False}
+    # 64 rows fit without checkpointing, and four times as many with it.
+    assert dict(tight.chosen) == {"train.micro_batch_size": 256, "train.gradient_checkpointing": True}
+    many = trial(train__batch_size=512, train__micro_batch_size=256)
+    wide = Allotment(SERVER, gpu_memory_gib=footprint(many, "peak_reserved") / GIB).demand(asked)
+    assert dict(wide.chosen) == {"train.micro_batch_size": 256, "train.gradient_checkpointing": False}
     least = Allotment(SERVER, gpu_memory_gib=0.5).demand(asked)
     assert dict(least.chosen) == {"train.micro_batch_size": 1, "train.gradient_checkpointing": True}
     runs = asked.changed(tight.chosen)
-    assert (runs.train.batch_size, runs.accumulation) == (512, 8)
+    assert (runs.train.batch_size, runs.accumulation) == (512, 2)
 
 
 def test_an_unused_fit_changes_no_trial_id(trial):
