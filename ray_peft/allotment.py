@@ -88,7 +88,7 @@ class Allotment:
         while len(found) < len(specs) and time.perf_counter() - begin < PATIENCE_S:
             found.append(self._size(specs[len(found)]))
         rest = specs[len(found) :]
-        return found + (cluster.each(self._size, rest) if rest else [])
+        return found + (cluster.each(self._size, rest, _unknown) if rest else [])
 
     def _size(self, spec: TrialSpec) -> Size:
         if self._card is None or not demand(spec, self._nodes).gpus_per_worker:
@@ -96,7 +96,7 @@ class Allotment:
         try:
             return size(spec, self._card.gpu, self._card.memory_gib)
         except Exception as error:  # no trial depends on its prediction
-            return Size(spec, None, problem=f"{type(error).__name__}: {first_line(error)}")
+            return _unknown(spec, error)
 
     def _made(
         self, spec: TrialSpec, found: Size, *, alone: bool = False, say: Callable[[str], None] = lambda _: None
@@ -113,11 +113,12 @@ class Allotment:
             share = share_of(need.footprint, memory)
         made = demand(spec, self._nodes, share)
         room = memory * made.gpus_per_worker
-        free = min(room, need.footprint / GIB) - gpu.margin / GIB if need is not None else None
-        if need is not None and need.least is not None and need.least > room * GIB:
-            free = None  # there is nothing to wait for
+        least = need.least if need is not None else None
+        # An evaluation can go on with less than it would take, so only training waits for its memory.
+        free = (least - gpu.margin) / GIB if least is not None and least <= room * GIB else None
+        if least is not None and free is None:
             say(
-                f"caution: {spec.trial_id} is predicted to need {need.least / GIB:.1f} GiB of a GPU and may take "
+                f"caution: {spec.trial_id} is predicted to need {least / GIB:.1f} GiB of a GPU and may take "
                 f"{room:.1f}; it runs all the same"
             )
             for way in found.less:
@@ -128,3 +129,7 @@ class Allotment:
             needed_gib=free,
             chosen=found.chosen,
         )
+
+
+def _unknown(spec: TrialSpec, error: Exception) -> Size:
+    return Size(spec, None, problem=f"{type(error).__name__}: {first_line(error)}")

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -76,15 +77,23 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
         ray.shutdown()
 
 
-def each(function: Callable[[ItemT], MadeT], items: Sequence[ItemT]) -> list[MadeT]:
-    """What `function` makes of every item, at once on the cluster's cores."""
+def each(
+    function: Callable[[ItemT], MadeT], items: Sequence[ItemT], failed: Callable[[ItemT, Exception], MadeT]
+) -> list[MadeT]:
+    """What `function` makes of every item, at once on the cluster's cores; of one that is lost, what `failed` makes."""
     import ray
 
-    @ray.remote(num_cpus=1)
+    @ray.remote(num_cpus=2)  # its libraries take a gigabyte of memory
     def task(item: ItemT) -> MadeT:  # Ray takes no bound methods
         return function(item)
 
-    return list(ray.get([task.remote(item) for item in items]))
+    made = []
+    for item, reference in [(item, task.remote(item)) for item in items]:
+        try:
+            made.append(ray.get(reference))
+        except ray.exceptions.RayError as error:
+            made.append(failed(item, error))
+    return made
 
 
 def _check_address(address: str) -> None:
@@ -160,7 +169,12 @@ def _gpu_memory(gpus: dict[str, int]) -> dict[str, list[GpuMemory]]:
         from ray_peft.measure import gpu_memory
 
         visible = [str(each) for each in ray.get_gpu_ids()]
-        return gpu_memory(visible[0]) if visible else None
+        found = gpu_memory(visible[0]) if visible else None
+        if found is None or found.free_gib > 0.9 * found.total_gib:
+            return found
+        time.sleep(1.0)  # a process that has ended may still hold some
+        again = gpu_memory(visible[0])
+        return max(found, again, key=lambda each: each.free_gib) if again is not None else found
 
     asked = {
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): node

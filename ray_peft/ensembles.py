@@ -26,6 +26,7 @@ def run_ensemble(life: Life) -> TrialResult:
         life.lowered = bench.lowered
         if place.device != "cpu":
             predict(life, bench)
+            life.predicted = _largest([life.predicted, *(row.predicted for row in rows)])
         _check_same_rows(rows, bench)
         life.parameters = (sum(row.trainable_parameters for row in rows), bench.parameters()[1])
         life.adapter_bytes = sum(row.adapter_bytes for row in rows)
@@ -76,6 +77,11 @@ def _weights(life: Life, row: TrialResult, scratch: Path) -> Path | None:
     assert life.tracker is not None
     assert row.mlflow_run_id is not None
     return life.tracker.fetch(row.mlflow_run_id, "adapter", scratch)
+
+
+def _largest(predicted: list[dict[str, float]]) -> dict[str, float]:
+    """The prediction with the largest peak: what an ensemble costs is what its members cost, too."""
+    return max(predicted, key=lambda found: found.get("peak_allocated_gib", 0.0))
 
 
 def _with_members(own: Usage, members: list[Usage]) -> Usage:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray_peft.errors import RayPeftError
 from ray_peft.gpus import ANY, Gpu
 from ray_peft.measure import GIB
 from ray_peft.placement import Need, Packing, fit
@@ -93,15 +94,17 @@ def size(trial: TrialSpec, gpu: Gpu, gpu_memory_gib: float | None) -> Size:
     Raises:
         DataError, ModelError: the user's to mend.
     """
-    found = _predict(trial, gpu)
-    if found is None or gpu_memory_gib is None:
-        return Size(trial, found)
+    predictor = _predictor(trial)
+    if predictor is None:
+        return Size(trial, None)
+    if gpu_memory_gib is None:
+        return Size(trial, predictor(trial, gpu))
     room = gpu_memory_gib * (trial.resources.gpus_per_worker or 1.0)
     chosen: dict[str, int | bool] = {}
     if trial.train.fit == "auto" and _trains(trial):
-        chosen = choose(trial, lambda variant: _sure(variant, gpu), lambda each: _fits(each, gpu, room))
+        chosen = choose(trial, lambda variant: predictor(variant, gpu), lambda each: _fits(each, gpu, room))
     runs = trial.changed(chosen) if chosen else trial
-    found = _sure(runs, gpu)
+    found = predictor(runs, gpu)
     return Size(runs, found, chosen, () if _fits(found, gpu, room) else ways(runs, gpu, room))
 
 
@@ -114,13 +117,20 @@ def ways(trial: TrialSpec, gpu: Gpu, gpu_memory_gib: float, below: int | None = 
         gpu_memory_gib: what the trial may take of it.
         below: bytes of segments that were too much, whatever the prediction said.
     """
-    if not _trains(trial):
+    predictor = _predictor(trial)
+    if predictor is None or not _trains(trial):
         return ()
 
     def fits(found: Prediction) -> bool:
         return _fits(found, gpu, gpu_memory_gib) and (below is None or found.peak_reserved < below)
 
-    return tuple(nearest(trial, lambda variant: _sure(variant, gpu), fits))
+    def predicted(variant: TrialSpec) -> Prediction | None:
+        try:
+            return predictor(variant, gpu)
+        except (RayPeftError, ValueError, NotImplementedError):
+            return None
+
+    return tuple(nearest(trial, predicted, fits))
 
 
 def forecast(
@@ -161,16 +171,15 @@ def _fits(found: Prediction, gpu: Gpu, gpu_memory_gib: float) -> bool:
     return gpu.holds(found.peak_reserved, memory_gib=gpu_memory_gib)
 
 
-def _predict(trial: TrialSpec, gpu: Gpu) -> Prediction | None:
-    try:
-        return TASKS[trial.task].predict(trial, gpu)
-    except (ValueError, NotImplementedError):  # an architecture that cannot be built from its config here
+def _predictor(trial: TrialSpec) -> Callable[[TrialSpec, Gpu], Prediction] | None:
+    """Predicts the trial and its variants; null for an architecture that cannot be built from its config here."""
+    found = TASKS[trial.task].predictor(trial)
+    if found is None:
         return None
-
-
-def _sure(trial: TrialSpec, gpu: Gpu) -> Prediction:
-    found = TASKS[trial.task].predict(trial, gpu)
-    assert found is not None
+    try:
+        found(trial, ANY)
+    except (ValueError, NotImplementedError):
+        return None
     return found
 
 

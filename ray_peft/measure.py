@@ -194,8 +194,8 @@ def wait_for_memory(device: str, needed_gib: float, context_gib: float) -> None:
             others = ", ".join(f"{pid} ({held:.1f} GiB)" for pid, held in gpu_holders())
             raise TrialFailed(
                 f"needs {needed_gib:.1f} GiB of the GPU, but {found:.1f} GiB are free after {FREE_WITHIN_S:g} s"
-                f"{f'; processes that hold memory: {others}' if others else ''}; end them, or set "
-                f"train.fit: auto or a smaller train.micro_batch_size"
+                f"{f'; processes that hold memory: {others}' if others else ''}; end them, or use a "
+                "smaller train.micro_batch_size"
             )
         time.sleep(0.25)
 

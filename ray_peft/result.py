@@ -115,9 +115,11 @@ class TrialResult(Strict):
     members: dict[str, float] = {}
     """Of an ensemble, the weight of each member by its trial id; they add up to one."""
     chosen: dict[str, int | bool] = {}
-    """Settings that `train.fit: auto` chose for the GPU at hand, by key; no number of the trial depends on them."""
+    """Settings that `train.fit: auto` chose for the GPU at hand, by key; no number of the trial depends on them, but
+    for the draws of dropout."""
     lowered: dict[str, int] = {}
-    """Settings that memory forced down while it ran, by key; no number of the trial depends on them."""
+    """Settings that memory forced down while it ran, by key; no number of the trial depends on them, but for the draws
+    of dropout."""
     predicted: dict[str, float] = {}
     """Peak memory as predicted before it ran [GiB]: peak_allocated_gib, peak_reserved_gib, and its components."""
     trainable_parameters: int = 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,7 +168,7 @@ class _Sweep:
         self.started: dict[str, TrialSpec] = {}
         """Trials that Tune has handed out, by their id."""
         self.handed_out = 0
-        """The same with repeats: a search may propose a trial twice."""
+        """Proposals of a search, with repeats."""
 
     def run(self, nodes: list[Node], leave: Callable[[], None]) -> bool:
         """Run the missing trials and `leave` the cluster; true if the user interrupted them."""
@@ -188,7 +190,9 @@ class _Sweep:
                 lost = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
                 for trial in lost:
                     self.opened.ledger.add(self.opened.lost(trial, "cancelled", "interrupted before the end"))
-        return bool(lost) or self.handed_out < self.plan.missing
+        if self.plan.searched:
+            return bool(lost) or self.handed_out < self.plan.missing
+        return bool(lost) or self._interrupted(self.plan.todo)
 
     def _phases(self) -> list[list[TrialSpec]]:
         """The missing trials: those of several workers, the others, and ensembles after what they are made of."""
@@ -202,7 +206,7 @@ class _Sweep:
     def _too_small(self, trials: list[TrialSpec]) -> list[TrialSpec]:
         """Trials that ran out of the share of a GPU that was predicted for them: they run once more, alone."""
         found = []
-        for trial in trials:
+        for trial in trials or list(self.started.values()):
             row, held = self.rows.get(trial.trial_id), self.allotment.demand(trial)
             shared = trial.resources.gpus_per_worker is None and 0 < held.gpus_per_worker < 1
             if row is not None and row.status == "out_of_memory" and shared:
@@ -225,7 +229,7 @@ class _Sweep:
         settings: dict[str, Any] = {"reuse_actors": True}
         if several:
             settings["max_concurrent_trials"] = concurrent_trials(several, nodes)
-        if self.plan.searched:
+        if not trials:
             space: dict[str, Any] = {key: _domain(*how) for key, how in distributions(self.space.templates[0]).items()}
             settings |= {"search_alg": self._optuna(), "num_samples": self.plan.missing}
         else:
@@ -244,7 +248,8 @@ class _Sweep:
         )
         # Tune logs a traceback for each failed trial; its reason is in the trial's row and line.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        tuner.fit()
+        with _own_sigint():
+            tuner.fit()
 
     def _trainable(self, trials: list[TrialSpec]) -> Callable[[dict[str, Any]], None]:
         """The function that Tune runs for each trial, in a process that it uses again for the next."""
@@ -334,7 +339,7 @@ def _callback(owner: _Sweep) -> Any:
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             spec = resolve(trial.config)
             owner.started[spec.trial_id] = spec
-            owner.handed_out += 1
+            owner.handed_out += "spec" not in trial.config  # else it was planned, or runs once more
 
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -350,6 +355,18 @@ def _callback(owner: _Sweep) -> Any:
                 owner.take(owner.opened.lost(spec, "failed", _reason(trial)))
 
     return Rows()
+
+
+@contextlib.contextmanager
+def _own_sigint() -> Iterator[None]:
+    """Keep the caller's answer to Ctrl-C: Tune leaves its own in place, which stops nothing once it has come back."""
+    own = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, own)
 
 
 def _reason(trial: Any) -> str:

@@ -87,8 +87,10 @@ def _with_advice(life: Life, error: str) -> str:
     if life.clock.last == "evaluate":
         return f"{said} in the evaluation, one row at a time\n\n{error}"
     rows = life.lowered.get(MICRO_BATCH)
+    share = spec.train.batch_size // spec.resources.num_workers
     try:
-        lowest = spec.changed({MICRO_BATCH: rows}) if rows is not None else spec
+        allowed = next(size for size in range(rows, 0, -1) if share % size == 0) if rows is not None else None
+        lowest = spec.changed({MICRO_BATCH: allowed}) if allowed is not None else spec
         too_much = TASKS[spec.task].predict(lowest, gpu)
         found = ways(lowest, gpu, room, below=too_much.peak_reserved if too_much is not None else None)
     except Exception as failure:  # the row does not depend on the advice
@@ -160,6 +162,10 @@ def _save(life: Life, bench: Bench) -> None:
 
 def _release(place: Place) -> None:
     """Give memory back, so that the next trial in this process starts from nothing."""
+    if place.device != "cpu":
+        import torch
+
+        torch._C._cuda_clearCublasWorkspaces()  # one a stream, which would stay for ever
     free_memory(place.device)
     if place.device == "cpu" and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # only glibc has it

@@ -48,7 +48,7 @@ class TrainSpec(Strict):
     batch_size: int = Field(default=16, ge=1)
     """Rows per optimizer step, over all workers and accumulated passes."""
     micro_batch_size: int = Field(default=1, ge=1)
-    """Rows per worker per forward pass. It does not change what is computed; where memory runs out, it is halved."""
+    """Rows per worker per forward pass; halved where memory runs out. It changes nothing but the draws of dropout."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """The learning rate after warm-up; cosine and linear end at zero."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -247,6 +247,11 @@ class TrialSpec(Strict):
                     f"{self.method.name}: {name} is float16, in which values above 65,504 overflow and make the loss "
                     "NaN; bfloat16 has the range of float32 (NVIDIA GPUs from Ampere on)"
                 )
+        if self.train.fit == "auto" and any(getattr(stage, "dropout", 0) for stage, _ in self.method.stages(1000)):
+            found.append(
+                f"{self.method.name}: fit: auto chooses the rows of a pass by the GPU, and the draws of dropout depend "
+                "on them: on another GPU the trial is as good, but not equal"
+            )
         return found
 
     def _local_paths(self, plain: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:

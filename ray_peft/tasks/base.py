@@ -129,7 +129,7 @@ class Bench(ABC):
     data_key: str
     model_fingerprint: str
     lowered: dict[str, int]
-    """Settings that memory forced down so far, by key (tasks/memory.py); no number of the trial depends on them."""
+    """Settings that memory forced down so far, by key (tasks/memory.py)."""
 
     @abstractmethod
     def total_steps(self) -> int:
@@ -234,13 +234,24 @@ class TaskType(ABC, Generic[SpecT]):
         """Write the prepared rows of a trial for people to read; returns the files."""
         raise SpecError(f"task {self.name} cannot write its prepared data")
 
+    def predictor(self, spec: SpecT) -> Callable[[SpecT, Gpu], Prediction] | None:
+        """What predicts the peak memory of a trial and of its variants; null if nothing can say.
+
+        Its model and its rows are looked at once; variants have the same.
+
+        Raises:
+            DataError, ModelError: the user's to mend.
+        """
+        return None
+
     def predict(self, spec: SpecT, gpu: Gpu = ANY) -> Prediction | None:
         """A trial's peak memory, from its model's config and its prepared data; null if nothing can say.
 
         Raises:
             DataError, ModelError: the user's to mend.
         """
-        return None
+        found = self.predictor(spec)
+        return found(spec, gpu) if found is not None else None
 
     @abstractmethod
     def total_steps(self, spec: SpecT, train_rows: int) -> int:

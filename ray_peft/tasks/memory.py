@@ -36,7 +36,6 @@ def free_memory(device: str) -> None:
     if device.startswith("cuda"):
         import torch
 
-        torch._C._cuda_clearCublasWorkspaces()  # one a stream, which would stay for ever
         torch.cuda.empty_cache()
 
 

@@ -51,7 +51,7 @@ def _text(value: Any) -> str:
 
 
 def nearest(
-    spec: TrialSpec, predict: Callable[[TrialSpec], Prediction], fits: Callable[[Prediction], bool]
+    spec: TrialSpec, predict: Callable[[TrialSpec], Prediction | None], fits: Callable[[Prediction], bool]
 ) -> list[Suggestion]:
     """Changes to a trial that does not fit, those that fit first, in order of how little they change.
 
@@ -60,7 +60,7 @@ def nearest(
 
     Args:
         spec: the trial.
-        predict: the peak of a variant.
+        predict: the peak of a variant; null for one that cannot be built.
         fits: whether a peak fits.
     """
     found: list[Suggestion] = []
@@ -68,9 +68,9 @@ def nearest(
     def tried(changes: dict[str, Any], *, same: bool) -> bool:
         """Whether these changes are allowed and fit."""
         variant = _changed(spec, changes)
-        if variant is None:
+        prediction = predict(variant) if variant is not None else None
+        if variant is None or prediction is None:
             return False
-        prediction = predict(variant)
         found.append(Suggestion(changes, variant, prediction, fits(prediction), same))
         return found[-1].fits
 

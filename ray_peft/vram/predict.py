@@ -8,7 +8,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def predict(
     gpu: Gpu = ANY,
     others: Mapping[str, ModelShape] | None = None,
 ) -> Prediction:
-    """The peak of a trial: of its largest stage; of an ensemble, its largest member's or that of all asked together.
+    """The peak of a trial: of its largest stage; of an ensemble, that of its members asked together.
 
     Args:
         spec: the trial.
@@ -86,10 +86,7 @@ def predict(
     members = [predict(m, shape, longest_tokens=longest_tokens, padded=padded, gpu=gpu) for m in spec.members()]
     if members:
         together = sum(member.evaluation or 0 for member in members)
-        largest = max(members, key=lambda member: member.peak_allocated)
-        if together > largest.peak_allocated:
-            return Prediction({"evaluation": together}, together, _segments(together, gpu.slack), together)
-        return replace(largest, evaluation=together)
+        return Prediction({"evaluation": together}, together, _segments(together, gpu.slack), together)
     uneven = spec.train.micro_batch_size > 1 if padded is None else padded
     stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
     held_for: list[Stage | None] = [*stages] or [None]

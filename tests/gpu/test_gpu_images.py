@@ -27,12 +27,17 @@ def trained(model, images, folder, method=None, **changes):
 
 
 @pytest.fixture
-def exact(monkeypatch):
+def exact():
     """Matrix products and convolutions in whole float32."""
     import torch
 
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    kinds = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    kept = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = "ieee"
+    yield
+    for kind, precision in zip(kinds, kept, strict=True):
+        kind.fp32_precision = precision
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

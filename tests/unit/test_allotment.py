@@ -96,7 +96,7 @@ def test_a_trial_that_nothing_predicts_is_not_shared(trial, monkeypatch):
     def broken(*_):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(type(TASKS["llm_sft"]), "predict", broken)
+    monkeypatch.setattr(type(TASKS["llm_sft"]), "predictor", broken)
     console = Heard()
     allotment, spec = Allotment(SERVER), trial()
     allotment.prepare([spec], console)
@@ -118,6 +118,16 @@ def test_what_does_not_fit_says_so_with_what_takes_less_and_runs_all_the_same(tr
     assert (held.gpus_per_worker, held.needed_gib) == (1.0, None)
     assert console.said[0].startswith(f"caution: {spec.trial_id} is predicted to need ")
     assert any("train.micro_batch_size" in line and "fits" in line for line in console.said[1:])
+
+
+def test_a_trial_that_fits_nowhere_keeps_its_prediction_and_what_was_chosen(trial):
+    """Shorter rows would take less, but too few training rows are that short: advice needs no data."""
+    spec = trial(train__fit="auto", data__max_length=512, train__batch_size=8, train__micro_batch_size=8)
+    found = size(spec, ANY, 0.5)
+    assert found.prediction is not None
+    assert dict(found.chosen) == {"train.micro_batch_size": 1, "train.gradient_checkpointing": True}
+    assert found.less
+    assert not any(way.fits for way in found.less)
 
 
 def test_fit_auto_takes_the_largest_pass_that_fits_and_keeps_the_trial(trial):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from ray_peft import measure
+from ray_peft.errors import TrialFailed
 from ray_peft.measure import Clock, spilled
 
 
@@ -17,3 +19,21 @@ def test_a_phase_that_raises_is_timed_too():
     with pytest.raises(ValueError, match="broken"), clock.phase("train"):
         raise ValueError("broken")
     assert 0 <= clock.seconds["train"] <= clock.total()
+
+
+def test_a_trial_waits_until_its_memory_is_free(monkeypatch):
+    """Only the answers of the driver are given here: there is no GPU."""
+    answers = iter([2, 2, 6])
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (next(answers) * 2**30, 12 * 2**30))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 2**30)
+    measure.wait_for_memory("cuda:0", needed_gib=7.5, context_gib=0.5)
+    assert next(answers, None) is None
+
+
+def test_memory_that_somebody_holds_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(measure, "FREE_WITHIN_S", 0.0)
+    monkeypatch.setattr(measure, "gpu_holders", lambda: [(4711, 9.5)])
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2 * 2**30, 12 * 2**30))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 0)
+    with pytest.raises(TrialFailed, match=r"needs 8.0 GiB of the GPU, but 2.5 GiB are free .* 4711 \(9.5 GiB\); end"):
+        measure.wait_for_memory("cuda:0", needed_gib=8.0, context_gib=0.5)

@@ -8,8 +8,10 @@ import pytest
 import tiny
 from untracked import Notes, run
 
-from ray_peft import trial
+from ray_peft import measure, trial
+from ray_peft.life import Life
 from ray_peft.spec import TrialSpec
+from ray_peft.tasks.memory import MICRO_BATCH
 
 HYBRID = {
     "name": "qlora_galore",
@@ -68,3 +70,29 @@ def test_an_ensemble_refuses_members_that_were_trained_on_other_rows(tiny_model,
     assert (refused.status, refused.scores.eval_loss) == ("failed", None)
     assert f"member {other.trial_id} was trained on other rows (prepared data other)" in refused.error
     assert "is cancelled" in answered([rows[0], rows[1].model_copy(update={"status": "cancelled"})]).error
+
+
+def test_a_row_that_ran_out_of_memory_names_what_takes_less(tiny_model, questions, tmp_path, monkeypatch):
+    """The GPU is a name and a size here; the ways are computed."""
+    monkeypatch.setattr(measure, "device_name", lambda device: "a card of no list")
+    changes = {"train__batch_size": 512, "train__micro_batch_size": 512}
+    spec = TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions, **changes))
+    life = Life(spec, trial.Place(tmp_path, "cuda:0", gpu_memory_gib=1.2), None, lambda metrics, step: None)
+    life.lowered = {MICRO_BATCH: 129}  # half of what a pass held, and no divisor of the batch
+    with life.clock.phase("train"):
+        first, _, rest = trial._with_advice(life, "CUDA out of memory").partition("\n")
+    assert first.startswith("ran out of 1.2 GiB of GPU memory with 129 rows a pass; what takes less: train.micro_ba")
+    assert "does not fit" not in first
+    assert rest.strip() == "CUDA out of memory"
+    with life.clock.phase("evaluate"):
+        assert trial._with_advice(life, "x").startswith("ran out of 1.2 GiB of GPU memory in the evaluation")
+
+
+def test_what_was_chosen_runs_and_the_row_is_that_of_the_trial(tiny_model, questions, tmp_path):
+    spec = TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions, train__fit="auto"))
+    chosen = {"train.micro_batch_size": 8, "train.gradient_checkpointing": True}
+    plain, _ = run(spec, tmp_path / "plain")
+    place = trial.Place(tmp_path / "chosen", "cpu", chosen=chosen)
+    result = trial.run(spec, place, Notes(), lambda metrics, step: None)
+    assert (result.status, result.chosen, result.trial_id, result.spec) == ("finished", chosen, spec.trial_id, spec)
+    assert result.scores.eval_loss == pytest.approx(plain.scores.eval_loss, rel=1e-4)

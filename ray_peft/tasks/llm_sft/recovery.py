@@ -130,8 +130,8 @@ class RecoveringTrainer(SFTTrainer):
             self._rows, again = self._passing // 2, True
             self._job.lowered[MICRO_BATCH] = self._rows
             logger.warning(
-                "%s: a pass of %d rows ran out of memory at step %d; going on with %d rows a pass",
-                self._spec.trial_id, self._passing, self._job.first_step + self.state.global_step + 1, self._rows,
+                "a pass of %d rows ran out of memory at step %d; going on with %d rows a pass",
+                self._passing, self._job.first_step + self.state.global_step + 1, self._rows,
             )  # fmt: skip
 
     def _added(self, model: Any, batch: Any, items: Any) -> Tensor:

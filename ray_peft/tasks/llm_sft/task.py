@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from ray_peft.gpus import ANY, Gpu, known
+from ray_peft.gpus import Gpu, known
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.result import Sample, Scores
 from ray_peft.spec import LlmTrialSpec
@@ -57,9 +58,9 @@ class LlmSft(TaskType[LlmTrialSpec]):
 
         return describe.write(spec, folder)
 
-    def predict(self, spec: LlmTrialSpec, gpu: Gpu = ANY) -> Prediction:
-        """The peak with passes as long as the longest training row."""
-        return _predicted(spec, _rows(spec)[1], gpu)
+    def predictor(self, spec: LlmTrialSpec) -> Callable[[LlmTrialSpec, Gpu], Prediction]:
+        """The peak with passes as long as the longest training row, or as `data.max_length` of a variant."""
+        return _predictor(spec, _rows(spec)[1])
 
     def total_steps(self, spec: LlmTrialSpec, train_rows: int) -> int:
         """Optimizer steps of a whole trial; the last one of an epoch may hold fewer rows."""
@@ -102,14 +103,18 @@ def _rows(spec: LlmTrialSpec) -> tuple[PreTrainedTokenizerBase, PreparedData]:
     return tokenizer, prepare(spec, tokenizer)
 
 
-def _predicted(spec: LlmTrialSpec, rows: PreparedData, gpu: Gpu) -> Prediction:
-    """A trial's peak memory, with passes as long as the longest of its rows."""
+def _predictor(spec: LlmTrialSpec, rows: PreparedData) -> Callable[[LlmTrialSpec, Gpu], Prediction]:
+    """Predicts a trial's peak memory, with passes as long as the longest of its rows."""
     from ray_peft.tasks.llm_sft.model import load_config
     from ray_peft.vram import ModelShape, predict
 
     shape = ModelShape.from_config(load_config(spec.model))
-    longest = min(max(map(len, rows.train["input_ids"])), spec.data.max_length)
-    return predict(spec, shape, longest_tokens=longest, gpu=gpu)
+    longest = max(map(len, rows.train["input_ids"]))
+
+    def of(variant: LlmTrialSpec, gpu: Gpu) -> Prediction:
+        return predict(variant, shape, longest_tokens=min(longest, variant.data.max_length), gpu=gpu)
+
+    return of
 
 
 class LlmBench(Bench):
@@ -148,7 +153,7 @@ class LlmBench(Bench):
         """The peak with passes as long as the longest training row, on the GPU that is here."""
         from ray_peft.measure import device_name
 
-        return _predicted(self.spec, self.data, known(device_name(self.device)))
+        return _predictor(self.spec, self.data)(self.spec, known(device_name(self.device)))
 
     def attach(self, stage: Stage) -> None:
         """Prepare the model for a stage, from the trial's seed."""

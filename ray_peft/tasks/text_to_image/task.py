@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ray_peft.errors import ModelError
-from ray_peft.gpus import ANY, Gpu, known
+from ray_peft.gpus import Gpu, known
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.methods.lora import LowRankAdapter
 from ray_peft.result import Scores
@@ -56,9 +57,9 @@ class TextToImage(TaskType[ImageTrialSpec]):
 
         return describe.write_data(spec, folder)
 
-    def predict(self, spec: ImageTrialSpec, gpu: Gpu = ANY) -> Prediction:
-        """The peak of the UNet's training."""
-        return _predicted(spec, gpu)
+    def predictor(self, spec: ImageTrialSpec) -> Callable[[ImageTrialSpec, Gpu], Prediction]:
+        """The peak of the UNet's training, and of what is scored and made around it."""
+        return _predictor(spec)
 
     def total_steps(self, spec: ImageTrialSpec, train_rows: int) -> int:
         """Optimizer steps of a whole trial; a batch may span two epochs."""
@@ -91,13 +92,17 @@ class TextToImage(TaskType[ImageTrialSpec]):
         return bench
 
 
-def _predicted(spec: ImageTrialSpec, gpu: Gpu) -> Prediction:
+def _predictor(spec: ImageTrialSpec) -> Callable[[ImageTrialSpec, Gpu], Prediction]:
     from ray_peft import vram
     from ray_peft.tasks.text_to_image.model import load_configs
 
     shapes = {part: vram.ModelShape.from_config(config) for part, config in load_configs(spec.model).parts.items()}
     others = {part: shapes[part] for part in ("vae", "text_encoder")}
-    return vram.predict(spec, shapes["unet"], longest_tokens=0, gpu=gpu, others=others)
+
+    def of(variant: ImageTrialSpec, gpu: Gpu) -> Prediction:
+        return vram.predict(variant, shapes["unet"], longest_tokens=0, gpu=gpu, others=others)
+
+    return of
 
 
 def _check_resolution(spec: ImageTrialSpec, parts: dict[str, dict[str, Any]]) -> None:
@@ -179,7 +184,7 @@ class ImageBench(Bench):
         """The peak of the UNet's training, on the GPU that is here."""
         from ray_peft.measure import device_name
 
-        return _predicted(self.spec, known(device_name(self.device)))
+        return _predictor(self.spec)(self.spec, known(device_name(self.device)))
 
     def attach(self, stage: Stage) -> None:
         """Prepare the UNet for a stage, from the trial's seed."""

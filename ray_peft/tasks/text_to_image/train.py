@@ -188,8 +188,8 @@ class _Loop:
         self._pass = _pass(self._spec, self._job, self._model)
         self._pass.loss.copy_(loss)
         logger.warning(
-            "%s: a pass of %d rows ran out of memory at step %d; going on with %d rows a pass",
-            self._spec.trial_id, rows, self._job.first_step + step + 1, self._rows,
+            "a pass of %d rows ran out of memory at step %d; going on with %d rows a pass",
+            rows, self._job.first_step + step + 1, self._rows,
         )  # fmt: skip
 
     def _add_up(self) -> None:
