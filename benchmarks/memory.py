@@ -200,9 +200,7 @@ def measured_unet(cell: dict[str, Any], folder: str, device: str) -> dict[str, A
     begin = time.perf_counter()
     watch.start()
     try:
-        attached = stage.attach(unet)
-        if not passes.autocasts(spec):
-            passes.light_adapters(attached)
+        attached = passes.attached(spec, stage, unet)
         draws = noise.Draws(spec, images, 0.18215, DDPMScheduler())
         job = train.StageJob(stage, steps, 0, draws, work, device, lambda *_: None, lambda: 0.0)
         train.train_stage(spec, job, attached)

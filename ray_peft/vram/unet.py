@@ -29,26 +29,19 @@ def components(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Counter
     """
     import torch
 
-    from ray_peft.tasks.text_to_image.passes import light_adapters, recompute_feed_forward, unwrapped
+    from ray_peft.tasks.text_to_image.passes import attached, autocasts, input_dtype, spare_activations, unwrapped
     from ray_peft.vram.stand_ins import Autocast, on_meta
     from ray_peft.vram.step import Conditions
     from ray_peft.vram.step import components as of_step
 
-    dtype = getattr(torch, stage.weights_dtype(spec.model.dtype))
-    autocast = spec.train.precision == "bf16" and dtype == torch.float32
+    dtype, autocast = input_dtype(spec), autocasts(spec)
     rows, side = spec.train.micro_batch_size, spec.data.resolution // 8
     with on_meta(autocast=autocast):
         unet = _built(spec, stage, shape)
         channels, width = unet.config.in_channels, unet.config.cross_attention_dim
-        model: Any = stage.attach(unet).train()
-        if not autocast:
-            light_adapters(model)
-        inner = unwrapped(model)
-        if spec.train.gradient_checkpointing:
-            low = torch.bfloat16 if autocast else None
-            inner.enable_gradient_checkpointing(_checkpoint(Autocast, low))
-        elif not getattr(stage, "dropout", 0.0):
-            recompute_feed_forward(inner, _checkpoint(Autocast, torch.bfloat16 if autocast else None))
+        model: Any = attached(spec, stage, unet).train()
+        again = _checkpoint(Autocast, torch.bfloat16 if autocast else None)
+        spare_activations(spec, stage, unwrapped(model), again)
 
         def loss() -> Tensor:
             latents = torch.empty(rows, channels, side, side, dtype=dtype, device="meta")
@@ -94,7 +87,7 @@ def evaluation(
     asked, side = spec.evaluation, spec.data.resolution // 8
     found: Counter[str] = Counter()
     with on_meta(autocast=autocast), torch.no_grad():
-        model = _scored(spec, stage, shape, autocast=autocast)
+        model = _scored(spec, stage, shape)
         ledger = Ledger(truth=True)
         own_model(ledger, model)
         found["model"] = ledger.now
@@ -137,16 +130,12 @@ def weights(spec: ImageTrialSpec, shape: ModelShape) -> Counter[str]:
     return Counter(weights=sum(p.numel() for p in unet.parameters()) * getattr(torch, spec.model.dtype).itemsize)
 
 
-def _scored(spec: ImageTrialSpec, stage: Stage | None, shape: ModelShape, *, autocast: bool) -> Any:
+def _scored(spec: ImageTrialSpec, stage: Stage | None, shape: ModelShape) -> Any:
     """The UNet as it is after a stage's training."""
-    from ray_peft.tasks.text_to_image.passes import light_adapters
+    from ray_peft.tasks.text_to_image.passes import attached
 
     model: Any = _built(spec, stage, shape)
-    if stage is not None:
-        model = stage.attach(model)
-        if not autocast:
-            light_adapters(model)
-    return model.eval()
+    return (attached(spec, stage, model) if stage is not None else model).eval()
 
 
 def _encoders(others: Mapping[str, ModelShape], dtype: torch.dtype) -> tuple[Any, Any]:
