@@ -6,8 +6,13 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadScopeScheduling
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -19,6 +24,28 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_PEFT_OUTPUTS"):
     os.environ.pop(name, None)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; set before torch is loaded
+
+STARTS_RAY = ("tests/end_to_end/", "tests/unit/test_allotment.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start Ray come first: together they take the longest."""
+    items.sort(key=lambda item: not item.nodeid.startswith(STARTS_RAY))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """With `pytest -n 2`, a file stays on one worker, and so do all the files that start Ray."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return STARTS_RAY[0] if nodeid.startswith(STARTS_RAY) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False  # the largest files are not those with the most tests
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
