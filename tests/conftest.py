@@ -29,17 +29,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell script starts background commands so, and what tests start would be as deaf to Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Tests run side by side: one thread each, which torch reads as it is loaded, and Ray's workers, which otherwise are
-    # as nice as 15, go on as the others do.
-    os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+    os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; set before torch is loaded
 
-# Their tests share one Ray, and test_cli.py comes first: it also looks at what happens while there is none.
-ONE_RAY = (
-    "tests/end_to_end/test_cli.py",
-    "tests/end_to_end/test_sweep.py",
-    "tests/end_to_end/test_sweep_images.py",
-    "tests/unit/test_allotment.py",
-)
+# One worker runs these, so that there is one Ray. test_cli.py comes first: it also looks at what happens without one.
+ONE_RAY = ("tests/end_to_end/", "tests/unit/test_allotment.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
