@@ -46,7 +46,7 @@ lint: venv
 	$(BIN)/mypy ray_peft jobs
 
 test: venv
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 test-gpu: venv
 	$(BIN)/python -m pytest -m gpu

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadScopeScheduling
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -19,6 +25,32 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_PEFT_OUTPUTS"):
     os.environ.pop(name, None)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell script starts background commands so, and what tests start would be as deaf to Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; set before torch is loaded
+
+# One worker runs these, so that there is one Ray. test_cli.py comes first: it also looks at what happens without one.
+ONE_RAY = ("tests/end_to_end/", "tests/unit/test_allotment.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share Ray come first: they are half of all the work, and stay on one worker."""
+    items.sort(key=lambda item: not item.nodeid.startswith(ONE_RAY))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """With `pytest -n 2`, a file stays on one worker, and so do all the files that share Ray."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith(ONE_RAY) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False  # more tests in a file do not mean more work
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import socket
 import time
 from collections.abc import Callable
@@ -48,9 +50,12 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port for a server that starts in a moment, between Ray's workers' and those that Linux gives to anybody."""
+    for port in random.SystemRandom().sample(range(20000, 32768), 100):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def loaded_table(store: Store, run_id: str, name: str, folder: Path) -> Any:
