@@ -190,9 +190,7 @@ class _Sweep:
                 lost = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
                 for trial in lost:
                     self.opened.ledger.add(self.opened.lost(trial, "cancelled", "interrupted before the end"))
-        if self.plan.searched:
-            return bool(lost) or self.handed_out < self.plan.missing
-        return bool(lost) or self._interrupted(self.plan.todo)
+        return bool(lost) or self._interrupted([] if self.plan.searched else self.plan.todo)
 
     def _phases(self) -> list[list[TrialSpec]]:
         """The missing trials: those of several workers, the others, and ensembles after what they are made of."""
@@ -217,8 +215,9 @@ class _Sweep:
         return found
 
     def _interrupted(self, trials: list[TrialSpec]) -> bool:
-        """True if Tune came back before all of them had a row: the user stopped it."""
-        return any(trial.trial_id not in self.rows for trial in trials)
+        """True if Tune came back before all of them, or all proposals, had a row: the user stopped it."""
+        few = self.plan.searched and self.handed_out < self.plan.missing
+        return few or any(trial.trial_id not in self.rows for trial in trials or self.started.values())
 
     def _fit(self, trials: list[TrialSpec], nodes: list[Node]) -> None:
         """Run trials at once; what a search proposes, if there are none."""
