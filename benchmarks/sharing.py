@@ -1,15 +1,17 @@
-"""One GPU, shared and short: does a trial that lies about its memory harm its neighbour, and what does recovering cost?
+"""One GPU, shared and short: what sharing gains, what a neighbour that lies about its memory does, what recovery costs.
 
 With RAY_PEFT_MODEL (config.json and tokenizer of SmolLM2-135M), RAY_PEFT_SD15 and RAY_PEFT_CLIP set:
-    python benchmarks/sharing.py benchmarks/results/sharing_h200.json [neighbour] [recovery] [image_recovery]
+    python benchmarks/sharing.py benchmarks/results/sharing_h200.json [neighbour] [recovery] [image_recovery] [packing]
 
 neighbour: an honest trial beside one whose share of the GPU is far too small for a single row, and the honest one
     alone, twice: two equal runs say how much of a difference is none. Losses are compared step by step.
 recovery: one pass of 16 rows of 512 tokens a step, undisturbed and under a cap that holds a few rows.
 image_recovery: the same with a UNet of Stable Diffusion 1.5, 4 images a pass.
+packing: six trials of one row a pass on 12 GiB in bfloat16, one after another and packed by their predicted bytes.
 
-Weights are random and rows are made of random words, so losses say nothing but whether they are equal. Everything
-computes in float32, where equal mathematics shows as equal numbers.
+Weights are random and rows are made of random words, so losses say nothing but whether they are equal. All but packing
+computes in float32, where equal mathematics shows as equal numbers. Cases that the result file holds already, and that
+are not run, are kept.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,6 +47,9 @@ HONEST_SHARE = 0.5
 LIAR_GIB = 1.6
 """What the liar asks for: full tuning of 135 million float32 weights takes 2.2 GB before the first row."""
 CPUS = 4
+PACKED = 6
+PACKED_STEPS = 60
+PACKED_GIB = 12.0
 
 
 def main(target: Path, chosen: list[str]) -> None:
@@ -57,7 +63,12 @@ def main(target: Path, chosen: list[str]) -> None:
         raise SystemExit(f"no such case: {', '.join(unknown)}; choose from {', '.join(CASES)}")
     folder = Path(tempfile.mkdtemp())
     os.environ.setdefault("RAY_PEFT_OUTPUTS", str(folder / "outputs"))
-    measured: dict[str, Any] = {"tokens": TOKENS, "steps": STEPS}
+    earlier = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
+    measured: dict[str, Any] = {
+        "tokens": TOKENS,
+        "steps": STEPS,
+        **{key: earlier[key] for key in CASES if key in earlier},
+    }
     gpu = card()
     with cluster.connect():  # one Ray for all sweeps
         for name in chosen or CASES:
@@ -82,23 +93,27 @@ def card() -> Gpu:
     return replace(known(found.name), name=found.name, memory_gib=found.total_gib)
 
 
-def text_trial(rows: Path, method: dict[str, Any], *, micro: int, batch: int, share: float = 1.0) -> TrialSpec:
+def text_trial(
+    rows: Path, method: dict[str, Any], *, micro: int, batch: int, share: float | None = 1.0, dtype: str = "float32",
+    steps: int = STEPS, cpus: int = CPUS, seed: int = 0,
+) -> TrialSpec:  # fmt: skip
     """A trial of SmolLM2's shape on rows of `TOKENS` tokens each."""
     return TrialSpec.from_plain(
         {
             "task": "llm_sft",
-            "model": {"name": os.environ["RAY_PEFT_MODEL"], "dtype": "float32", "random_weights": True},
+            "seed": seed,
+            "model": {"name": os.environ["RAY_PEFT_MODEL"], "dtype": dtype, "random_weights": True},
             "data": {
                 "sources": [{"recipe": "prompt_completion", "path": str(rows), "train": 64, "test": 4}],
                 "max_length": TOKENS,
             },
             "method": method,
             "train": {
-                "steps": STEPS, "batch_size": batch, "micro_batch_size": micro, "precision": "fp32", "log_every": 1,
-                "loss": "all",
+                "steps": steps, "batch_size": batch, "micro_batch_size": micro, "log_every": 1, "loss": "all",
+                "precision": "fp32" if dtype == "float32" else "bf16",
             },
             "evaluation": {"generate": False},
-            "resources": {"gpus_per_worker": share, "cpus_per_worker": CPUS},
+            "resources": {"gpus_per_worker": share, "cpus_per_worker": cpus},
         }
     )  # fmt: skip
 
@@ -139,7 +154,7 @@ def row(result: ray_peft.TrialResult, folder: Path) -> dict[str, Any]:
     return {
         "trial_id": result.trial_id,
         "method": result.spec.method.name,
-        "gpus_per_worker": result.spec.resources.gpus_per_worker,
+        "gpus_per_worker": result.provenance.gpus_per_worker,
         "micro_batch_size": result.spec.train.micro_batch_size,
         "status": result.status,
         "error": (result.error or "").partition("\n")[0] or None,
@@ -238,6 +253,25 @@ def image_recovery(out: Path, gpu: Gpu) -> dict[str, Any]:
     return recovered(out, gpu, lambda micro: image_trial(paintings, micro=micro, batch=4), 4, 2)
 
 
+def packing(out: Path, gpu: Gpu) -> dict[str, Any]:
+    """Small trials on a small card: each with the GPU to itself, then as many at once as their bytes allow."""
+    rows = write_long_rows(out / "rows.jsonl", 100, TOKENS)
+    lora = {"name": "lora", "lr": 2.0e-4}
+
+    def trials(share: float | None) -> list[TrialSpec]:
+        shape = {"micro": 1, "batch": 8, "dtype": "bfloat16", "steps": PACKED_STEPS, "cpus": 2}
+        return [text_trial(rows, lora, share=share, seed=seed, **shape) for seed in range(PACKED)]
+
+    swept(out / "first", trials(1.0)[:1])  # the first trial on a GPU pays for what later ones find warm
+    found: dict[str, Any] = {"card_gib": PACKED_GIB}
+    for name, share in (("alone", 1.0), ("packed", None)):
+        begin = time.perf_counter()
+        found[name] = swept(out / name, trials(share), PACKED_GIB)
+        found[f"{name}_s"] = round(time.perf_counter() - begin, 1)
+    apart = [difference(one, other) for one, other in zip(found["alone"], found["packed"], strict=True)]
+    return {**found, "differences": apart}
+
+
 def write_paintings(folder: Path, count: int = 12, side: int = 512) -> Path:
     """Pictures of coloured noise with captions, for what does not depend on what is seen."""
     import numpy
@@ -268,6 +302,13 @@ def summary(measured: dict[str, Any]) -> list[str]:
                 f"({found['liar']['error']}), {found['together_s']:.0f} s side by side; losses differ by "
                 f"{found['difference']} from those alone, two runs alone by {found['difference_of_equal_runs']}"
             )
+        elif name == "packing":
+            rows = found["packed"]
+            said.append(
+                f"packing: {len(rows)} trials on {found['card_gib']} GiB in {found['alone_s']} s one after another, in "
+                f"{found['packed_s']} s packed ({[each['gpus_per_worker'] for each in rows]} of a GPU, "
+                f"{[each['status'] for each in rows]}); losses differ by {found['differences']}"
+            )
         else:
             plain, capped = found["plain"], found["capped"]
             said.append(
@@ -282,6 +323,7 @@ CASES: dict[str, Callable[[Path, Gpu], dict[str, Any]]] = {
     "neighbour": neighbour,
     "recovery": recovery,
     "image_recovery": image_recovery,
+    "packing": packing,
 }
 
 
