@@ -5,6 +5,8 @@ With RAY_PEFT_GEMMA2, RAY_PEFT_GEMMA3, RAY_PEFT_SMOLLM2 and RAY_PEFT_SD15 set (t
     python benchmarks/memory.py OUT.json --part 0/2                            # every second cell; parts merge in OUT
     python benchmarks/memory.py OUT.json --analyse                             # predict again, no GPU, no models
 
+The accuracy table is written beside OUT.json, as OUT.md.
+
 The models are folders with config.json and tokenizer; their weights are random. Measured cells of OUT are kept: the
 same command goes on where it was stopped. Each is written as soon as it is measured; predictions follow at the end.
 """
@@ -335,7 +337,29 @@ def table(found: dict[str, Any]) -> str:
             f"| {key(cell)} | {said['peak_allocated_gib']:.2f} | {cell['peak_allocated_gib'] - left(cell):.2f} | "
             f"{cell['error']:+.1%} | {said['peak_reserved_gib']:.2f} | {cell['peak_reserved_gib'] - left(cell):.2f} |"
         )
-    return "\n".join([*rows, "", json.dumps(found.get("summary", {}), indent=1)])
+    return "\n".join(rows)
+
+
+def page(found: dict[str, Any]) -> str:
+    """Summary and accuracy table, as a Markdown page."""
+    said = found.get("summary")
+    if said is None:
+        return "nothing is measured yet\n"
+    sizes = f"{', '.join(str(size) for size in CARDS_GIB[:-1])} and {CARDS_GIB[-1]} GiB"
+    versions, missed = found["versions"], said["missed_fits"]
+    return f"""# Predicted and measured peak memory
+
+{said["cells"]} cells on one {said["card"]}, {found["date"]}, torch {versions["torch"]}. A cell is a model, a method,
+and rows of a pass x tokens or pixels; weights are random, shapes are true. `benchmarks/memory.py` makes this page.
+
+- Allocated peak: error {said["median_absolute_error"]:.1%} in the median, {said["worst_absolute_error"]:.1%} at worst.
+- Reserved peak: {said["median_absolute_error_reserved"]:.1%} in the median.
+- On cards of {sizes}, {len(said["false_fits"])} of the cells were said to fit that do not:
+  {"; ".join(said["false_fits"]) or "none"}.
+- {len(missed)} were said not to fit that do: {"; ".join(missed) or "none"}.
+
+{table(found)}
+"""
 
 
 def main() -> None:
@@ -363,7 +387,9 @@ def main() -> None:
             found = json.loads(options.target.read_text(encoding="utf-8"))
             predicted(found, options.card or (found.get("gpus") or ["NVIDIA H200"])[0])
             save(options.target, found)
-    print(table(found))
+    text = page(found)
+    options.target.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

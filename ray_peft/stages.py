@@ -11,6 +11,7 @@ from ray_peft.life import Life, Place, keep
 from ray_peft.methods.base import Stage
 from ray_peft.report.atomic import write_text
 from ray_peft.tasks.base import Bench, Trained
+from ray_peft.tasks.memory import free_memory
 
 STAGE_FILE = "stage.json"
 """In a stage's kept adapter: what the stages up to it took, for a trial that goes on from there."""
@@ -23,6 +24,7 @@ def train_all(life: Life, bench: Bench, stages: list[tuple[Stage, int]]) -> None
         if not _taken_up(life, bench, index, stage):
             with life.clock.phase("train"):
                 _train(life, bench, index, stage, steps)
+            free_memory(life.place.device)  # trainer and optimizer refer to each other: by themselves they stay
         life.memory.stop()
         if index + 1 < len(stages):
             _cross(life, bench, index, stage)

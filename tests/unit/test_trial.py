@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -43,6 +44,27 @@ def test_a_hybrid_that_is_stopped_in_its_second_stage_goes_on_from_the_end_of_it
     assert kept.is_dir()
     assert not (kept / trial.STAGE_FILE).exists()
     assert run(spec, tmp_path / "stopped")[0].resumed_from_step is None  # a finished trial starts anew
+
+
+def test_an_optimizer_does_not_outlive_its_stage(tiny_model, questions, tmp_path):
+    """Its state is as large as the weights, or twice that, and the evaluation wants the memory."""
+    from torch.optim import Optimizer
+
+    found: dict[str, int] = {}
+
+    def count(metrics, step):
+        found[next(iter(metrics))] = sum(issubclass(type(each), Optimizer) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        spec = TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions, HYBRID))
+        trial.run(spec, trial.Place(tmp_path, "cpu"), Notes(), count)
+    finally:
+        gc.enable()
+    assert found["train_loss"] > 0
+    moments = ("boundary_loss.after_stage_1", "boundary_loss.after_merge_1", "eval_loss")
+    assert [found[moment] for moment in moments] == [0, 0, 0]
 
 
 def test_the_row_of_a_stopped_trial_is_kept_and_says_so(tiny_model, questions, tmp_path):

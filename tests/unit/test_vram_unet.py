@@ -9,6 +9,7 @@ from ray_peft.gpus import ANY
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.text_to_image.task import TextToImage
 from ray_peft.vram import ModelShape, predict
+from ray_peft.vram.predict import CONVOLUTIONS
 
 SIDE = 512
 CONFIG = {
@@ -160,7 +161,10 @@ def test_images_are_made_beside_both_encoders(shared, others, encoder_numbers, g
     plain = unet.evaluation(asked({"name": "none"}, batch_size=passes), None, shape, {})
     # The UNet's pass is larger here than the decoding of one image.
     assert found["painting"] == blocks(encoder_numbers, 2) + POSITIONS + plain["scoring"]
-    assert outside(made, others) == found["model"] + max(found["painting"], found["scoring"]) + ANY.workspace
+    assert (
+        outside(made, others)
+        == found["model"] + max(found["painting"] + CONVOLUTIONS, found["scoring"]) + ANY.workspace
+    )
 
 
 def test_images_are_decoded_one_at_a_time(shared, others):
