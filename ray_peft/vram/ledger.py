@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = 0
         self.at_peak: Counter[str] = Counter()
         self._truth = truth
+        self._known: dict[Any, tuple[Any, ...]] = {}
+        """What operations made of which shapes: layers repeat, and meta kernels in Python take far longer than this."""
         self._live: dict[int, tuple[str, int, Any]] = {}
 
     def own(self, tensor: Tensor, kind: str) -> None:
@@ -59,8 +62,38 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run the operation on shapes alone and count what it made."""
         if function is torch.ops.aten._local_scalar_dense.default:
             return self._truth
-        made = function(*args, **(kwargs or {}))
+        made = self._made(function, args, kwargs or {})
         for tensor in made if isinstance(made, (tuple, list)) else (made,):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._live:  # noqa: SLF001
                 self.own(tensor, self.kind)
         return made
+
+    def _made(self, function: Any, args: Any, kwargs: Any) -> Any:
+        if not _fresh(function):
+            return function(*args, **kwargs)
+        key = (function, *map(_shape, args), *((name, _shape(value)) for name, value in kwargs.items()))
+        if key not in self._known:
+            made = function(*args, **kwargs)
+            # _unsafe_view shares its argument's storage, and its schema does not say so
+            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in self._live:  # noqa: SLF001
+                self._known[key] = (made.shape, made.stride(), made.dtype)
+            return made
+        shape, stride, dtype = self._known[key]
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+@cache
+def _fresh(function: Any) -> bool:
+    """Whether an operation returns one tensor of its own, and changes none."""
+    schema = function._schema  # noqa: SLF001 - torch has no other way to ask
+    ours = [*schema.arguments, *schema.returns]
+    return len(schema.returns) == 1 and all(each.alias_info is None for each in ours)
+
+
+def _shape(value: Any) -> Any:
+    """What of an argument decides the shape of the result: all but a tensor's numbers."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_shape, value))
+    return type(value), value

@@ -237,6 +237,11 @@ def _stateless(optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, Any]]]:
                 yield parameter, optimizer.state[parameter]
 
 
+def _as_it_is(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Numbers that nobody sees need not be drawn: on the meta device that takes a fifth of a prediction."""
+    return tensor
+
+
 @contextlib.contextmanager
 def on_meta(*, autocast: bool) -> Iterator[None]:
     """Put the stand-ins in place of what they stand for; nothing else of the process may train meanwhile."""
@@ -254,6 +259,7 @@ def on_meta(*, autocast: bool) -> Iterator[None]:
         (bits, "PagedAdamW8bit", blockwise_adamw(8, paged=True)),
         (bits, "PagedAdamW32bit", blockwise_adamw(32, paged=True)),
         (Dice, "thrown", lambda *_: None),
+        *((torch.nn.init, name, _as_it_is) for name in ("kaiming_uniform_", "uniform_", "normal_")),
     ]
     kept = [getattr(owner, name) for owner, name, _ in places]
     try:

@@ -179,12 +179,49 @@ def test_a_prediction_is_kept_on_disk(shape, tmp_path, monkeypatch):
     assert module(other, shape, longest_tokens=16) == first
 
 
+def test_a_ledger_knows_an_operation_again_and_counts_the_same(shared):
+    import torch
+
+    from ray_peft.vram.ledger import BLOCK, Ledger
+
+    def made(device: str) -> list[torch.Tensor]:
+        x = torch.empty(4, 6, 256, device=device)
+        w = torch.empty(256, 128, device=device)
+        return [
+            x.transpose(0, 1) * 2,
+            x.transpose(0, 1).contiguous(),
+            x.sum(0),
+            x.sum(1),
+            x.to(torch.bfloat16),
+            torch.cat([x, x[:1]]),
+            torch.cat([x, x], 2),
+            x[1:3],
+            torch.arange(300, device=device),
+            torch.arange(600, device=device),
+            x @ w,  # ends in a view that its schema does not call one
+        ]
+
+    wanted = [(each.shape, each.stride(), each.dtype) for each in made("cpu")]
+    own = sum(-(-each.untyped_storage().nbytes() // BLOCK) * BLOCK for each in made("cpu"))
+    peaks = []
+    with Ledger(truth=True) as ledger:
+        for _ in range(2):
+            ledger.restart()
+            found = made("meta")
+            peaks.append(ledger.peak)
+            assert [(each.shape, each.stride(), each.dtype) for each in found] == wanted
+            assert ledger.now == own  # the slice is a view, and holds all of x
+            del found
+            assert ledger.now == 0
+    assert peaks[0] == peaks[1]
+
+
 def test_nothing_of_torch_stays_replaced(shape):
     import torch
 
-    before = torch.optim.AdamW, torch.is_autocast_enabled
+    before = torch.optim.AdamW, torch.is_autocast_enabled, torch.nn.init.normal_
     predict(spec({"name": "lora", "rank": 3}), shape, longest_tokens=16)
-    assert (torch.optim.AdamW, torch.is_autocast_enabled) == before
+    assert (torch.optim.AdamW, torch.is_autocast_enabled, torch.nn.init.normal_) == before
     assert not torch.is_autocast_enabled()
 
 
