@@ -164,14 +164,13 @@ def fit(needs: Sequence[Need], gpu_memory_gib: float, gpus: int) -> Packing:
 
 
 def _most_at_once(packs: list[list[str]], workers: dict[str, int], gpus: int) -> int:
-    """Trials of the packs that the GPUs hold at the start."""
+    """Trials that run at one time when the GPUs hold the fullest of the packs."""
     count = 0
-    for pack in packs:
-        taken = workers[pack[0]] if len(pack) == 1 else 1
-        if taken > gpus:
-            break
-        gpus -= taken
-        count += len(pack)
+    taken = {tuple(pack): workers[pack[0]] if len(pack) == 1 else 1 for pack in packs}
+    for pack in sorted(taken, key=lambda pack: len(pack) / taken[pack], reverse=True):
+        if taken[pack] <= gpus:
+            gpus -= taken[pack]
+            count += len(pack)
     return count
 
 

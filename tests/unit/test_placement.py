@@ -75,6 +75,12 @@ def test_one_at_a_time_when_no_two_fit():
     assert fit([need("a", 7), need("b", 7)], 12, 2).at_once == 2
 
 
+def test_the_fullest_pack_says_how_many_run_at_one_time():
+    packing = fit([need("large", 10), need("a", 5), need("b", 4)], 12, 1)
+    assert packing.packs == (("large",), ("a", "b"))
+    assert packing.at_once == 2
+
+
 def test_what_does_not_fit_is_last_and_in_no_pack():
     packing = fit([need("large", 13), need("small", 1)], 12, 1)
     assert [(seat.trial_id, seat.fits) for seat in packing.seats] == [("small", True), ("large", False)]
