@@ -59,8 +59,8 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Console) -> list[str]:
     for trial in trials:
         models = [each.model.plain() for each in (trial, *trial.members())]
         asked = trial.evaluation.plain()
-        targets = trial.method.plain().get("targets") if trial.task == "text_to_image" else None
-        key = json.dumps([trial.task, models, trial.data.plain(), trial.loss_line(), asked, targets], sort_keys=True)
+        decides = [trial.task, models, trial.data.plain(), trial.loss_line(), asked, trial.looked_for()]
+        key = json.dumps(decides, sort_keys=True)
         task = TASKS[trial.task]
         if key not in seen:
             seen[key] = task.inspect(trial)

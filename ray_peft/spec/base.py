@@ -175,6 +175,10 @@ class TrialSpec(Strict):
     def scored_as(self) -> tuple[object, ...]:
         """The settings of its evaluation that decide its scores; trials that differ in them have no common base."""
 
+    def looked_for(self) -> list[str]:
+        """Of its method, what must be found in the model before anything starts."""
+        return []
+
     def located(self) -> Self:
         """The same trial with every local path made absolute, so that it means the same on every worker."""
         plain = self.plain()
@@ -264,6 +268,21 @@ class TrialSpec(Strict):
         for holder, key in [(model, "name"), (model, "tokenizer"), *self._local_paths(plain)]:
             if holder[key] is not None and is_local(holder[key]):
                 holder[key] = str(Path(holder[key]).expanduser().absolute())
+
+
+def check_parts(*, train: float, **held_out: float) -> None:
+    """A count is an int, and a float is a fraction of all: of the training part at most 1.0, of others below.
+
+    Raises:
+        ValueError: a fraction is too large.
+    """
+    if isinstance(train, float) and train > 1:
+        raise ValueError(f"train ({train}) is a fraction above 1; write a count without a point")
+    for name, value in held_out.items():
+        if isinstance(value, float) and value >= 1:
+            raise ValueError(
+                f"{name} ({value}) is a fraction that leaves nothing to train on; write less, or a count without point"
+            )
 
 
 def is_local(name: str) -> bool:

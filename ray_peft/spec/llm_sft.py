@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, cast
 from pydantic import Field, field_validator, model_validator
 
 from ray_peft.methods.ensemble import Ensemble
-from ray_peft.spec.base import TrainSpec, TrialSpec, first_double
+from ray_peft.spec.base import TrainSpec, TrialSpec, check_parts, first_double
 from ray_peft.strict import Strict
 
 Recipe = Literal["alpaca", "dolly", "tulu", "ultrachat", "messages", "prompt_completion", "text"]
@@ -35,15 +35,7 @@ class SourceSpec(Strict):
 
     @model_validator(mode="after")
     def _fractions_are_parts(self) -> Self:
-        if isinstance(self.train, float) and self.train > 1:
-            raise ValueError(f"train ({self.train}) is a fraction above 1; write a count without a point")
-        if isinstance(self.test, float) and self.test >= 1:
-            raise ValueError(f"test ({self.test}) is a fraction that leaves no training rows; write a count or less")
-        if isinstance(self.validation, float) and self.validation >= 1:
-            raise ValueError(
-                f"validation ({self.validation}) is a fraction that leaves no training rows; write a count without a "
-                "point, or less"
-            )
+        check_parts(train=self.train, test=self.test, validation=self.validation)
         return self
 
     @property

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ray_peft.methods.full_weights import FullWeights
 from ray_peft.methods.lora import LowRankAdapter
-from ray_peft.spec.base import TrainSpec, TrialSpec, first_double
+from ray_peft.spec.base import TrainSpec, TrialSpec, check_parts, first_double
 from ray_peft.strict import Strict
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
@@ -48,10 +48,7 @@ class ImageDataSpec(Strict):
     def _views_differ(self) -> Self:
         if self.resolution % 8:
             raise ValueError(f"resolution ({self.resolution}) must be a multiple of 8, the step of the VAE")
-        if isinstance(self.train, float) and self.train > 1:
-            raise ValueError(f"train ({self.train}) is a fraction above 1; write a count without a point")
-        if isinstance(self.test, float) and self.test >= 1:
-            raise ValueError(f"test ({self.test}) is a fraction that leaves no training images; write a count or less")
+        check_parts(train=self.train, test=self.test)
         if self.views == 1 and (self.crop == "random" or self.flip):
             raise ValueError(
                 "crop: random and flip: true need several views, else every image has the same crop for ever; "
@@ -140,6 +137,10 @@ class ImageTrialSpec(TrialSpec):
     def scored_as(self) -> tuple[object, ...]:
         """Timesteps of the held-out loss, and what the UNet is asked to predict."""
         return (self.evaluation.timesteps, self.train.prediction)
+
+    def looked_for(self) -> list[str]:
+        """The modules that an adapter is put on; a UNet's differ from model to model."""
+        return list(self.method.targets) if isinstance(self.method, LowRankAdapter) else []
 
     def problems(self) -> list[str]:
         """Those of every task, and of settings that a UNet does not have."""

@@ -126,7 +126,7 @@ def test_benchmarks_that_make_no_sense_are_refused(benchmarks, words):
 
 def test_a_validation_fraction_leaves_training_rows():
     source = {"recipe": "dolly", "path": "x.jsonl", "train": 1, "test": 1, "validation": 1.0}
-    with pytest.raises(ValidationError, match=r"validation \(1.0\) is a fraction that leaves no training rows"):
+    with pytest.raises(ValidationError, match=r"validation \(1.0\) is a fraction that leaves nothing to train on"):
         spec(data__sources=[source])
 
 

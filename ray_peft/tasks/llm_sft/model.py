@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.errors import ModelError, TrialFailed, first_line
+from ray_peft.errors import ModelError, first_line
 from ray_peft.methods.base import Dtype, Quantization
 from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
 from ray_peft.tasks.cache import cache_folder, made_whole
+from ray_peft.tasks.parameters import stored
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -133,24 +135,17 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     Raises:
         TrialFailed: a weight is beyond the range of `dtype`.
     """
-    import torch
-
-    wanted = getattr(torch, dtype)
     adapter = hasattr(model, "peft_config")
     chosen = model.state_dict()
     if adapter:
         prefix = str(model.base_model.prefix)  # PEFT's word in the names of what an adapter adds
         chosen = {name: parameter for name, parameter in model.named_parameters() if prefix in name}
-    converted: dict[int, torch.Tensor] = {}  # tied weights are one tensor, and stay one: they are written once
+    converted: dict[int, Tensor] = {}  # tied weights are one tensor, and stay one: they are written once
     state = {}
     for name, tensor in chosen.items():
         address = tensor.data_ptr()
         if address not in converted:
-            converted[address] = tensor.detach().to(wanted) if tensor.is_floating_point() else tensor
-            if dtype == "float16" and converted[address].isinf().any():
-                raise TrialFailed(
-                    f"{name} has values above 65,504, the largest of float16; save it in bfloat16 or float32"
-                )
+            converted[address] = stored(name, tensor, dtype)
         state[name] = converted[address]
     model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
     if not adapter:

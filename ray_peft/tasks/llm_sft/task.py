@@ -203,9 +203,9 @@ class LlmBench(Bench):
 
     def restore(self, folder: Path) -> None:
         """Load a saved adapter into the attached one."""
-        from peft import load_peft_weights, set_peft_model_state_dict
+        from ray_peft.tasks.parameters import load_adapter
 
-        set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device=self.device))
+        load_adapter(self.model, folder, self.device)
 
     def merge(self, stage: Stage) -> None:
         """Fold what the stage trained into plain weights."""

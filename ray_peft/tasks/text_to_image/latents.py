@@ -168,7 +168,7 @@ def _build(
         moments = {split: _moments(chosen, views[split], data, model, device) for split, chosen in splits.items()}
     with _on(encoders.text_encoder, device):
         embeddings = {split: _embeddings(chosen, encoders, device) for split, chosen in splits.items()}
-    truncated = {split: _truncated(chosen, encoders.tokenizer) for split, chosen in splits.items()}
+    truncated = {split: len(long_captions(chosen, encoders.tokenizer)) for split, chosen in splits.items()}
     with made_whole(folder, _SETTINGS) as partial:
         for split in splits:
             tensors = {"moments": moments[split], "embeddings": embeddings[split]}
@@ -240,11 +240,11 @@ def _embeddings(chosen: Sequence[Picture], encoders: Encoders, device: str) -> T
     return embeddings
 
 
-def _truncated(chosen: Sequence[Picture], tokenizer: Any) -> int:
-    """How many captions are longer than the tokenizer's length."""
-    # verbose=False: the tokenizer would warn of each, and they are counted here.
-    lengths = (len(tokenizer(picture.caption, verbose=False).input_ids) for picture in chosen)
-    return sum(length > tokenizer.model_max_length for length in lengths)
+def long_captions(chosen: Sequence[Picture], tokenizer: Any) -> list[Picture]:
+    """The pictures whose captions are longer than the tokenizer's length."""
+    longest = tokenizer.model_max_length
+    # verbose=False: the tokenizer would warn of each, and they are named here.
+    return [picture for picture in chosen if len(tokenizer(picture.caption, verbose=False).input_ids) > longest]
 
 
 def _dtype(model: Any) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.errors import TrialFailed
 from ray_peft.methods.base import Dtype
+from ray_peft.tasks.parameters import stored
 
 if TYPE_CHECKING:
     import torch
@@ -72,21 +72,7 @@ def converted(unet: Any, dtype: Dtype) -> UNet2DConditionModel:
 
 
 def _cast(state: dict[str, Any], dtype: Dtype) -> dict[str, torch.Tensor]:
-    import torch
-
-    found = {}
-    for name, tensor in state.items():
-        found[name] = tensor.detach().to("cpu", getattr(torch, dtype)).contiguous()
-        if dtype == "float16" and found[name].isinf().any():
-            raise TrialFailed(f"{name} has values above 65,504, the largest of float16; save it in bfloat16 or float32")
-    return found
-
-
-def load_adapter(model: nn.Module, folder: Path, device: str) -> None:
-    """Give an attached adapter the weights that `save` wrote."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, load_peft_weights(str(folder), device=device))
+    return {name: stored(name, weight, dtype).cpu().contiguous() for name, weight in state.items()}
 
 
 def adapter_bytes(folder: Path) -> int:

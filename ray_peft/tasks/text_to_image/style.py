@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.result import Scores
+from ray_peft.tasks.text_to_image.data import as_tensor
 
 SQUARE = 8
 """Pixels of a side of the squares that content is averaged over."""
@@ -119,22 +120,13 @@ def vectors(vae: Any, image: Image) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    pixels = _pixels(image)
+    pixels = as_tensor(image.convert("RGB"))[None]
     with torch.no_grad(), _grams(vae.encoder) as found:
         vae.encoder(pixels.to(vae.device, vae.dtype))
     style = torch.cat(found) / len(found) ** 0.5
     coarse = torch.nn.functional.avg_pool2d(pixels[0], SQUARE)
     content = coarse - coarse.mean(dim=(1, 2), keepdim=True)
     return style, torch.nn.functional.normalize(content.flatten(), dim=0)
-
-
-def _pixels(image: Image) -> Tensor:
-    """(1, 3, height, width) from -1 to 1."""
-    import numpy as np
-    import torch
-
-    values = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32))
-    return values.permute(2, 0, 1)[None] / 127.5 - 1
 
 
 @contextmanager

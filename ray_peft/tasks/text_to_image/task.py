@@ -30,7 +30,7 @@ class TextToImage(TaskType[ImageTrialSpec]):
 
     def inspect(self, spec: ImageTrialSpec) -> Inspection:
         """Read the pipeline's configurations and tokenizer, and look at every image."""
-        from ray_peft.tasks.text_to_image import data, model
+        from ray_peft.tasks.text_to_image import data, latents, model
 
         configs = model.load_configs(spec.model)
         model.load_noise(spec)
@@ -39,10 +39,9 @@ class TextToImage(TaskType[ImageTrialSpec]):
         tokenizer = model.load_tokenizer(spec.model)
         pictures = data.prepare(spec.data)
         found = data.notes(pictures, spec.data)
-        longest = int(tokenizer.model_max_length)
-        cut = [p.name for p in pictures.train if len(tokenizer(p.caption)["input_ids"]) > longest]
-        if cut:
-            found.append(f"{len(cut)} training captions are cut to {longest} tokens, such as that of {cut[0]}")
+        if cut := latents.long_captions(pictures.train, tokenizer):
+            longest = int(tokenizer.model_max_length)
+            found.append(f"{len(cut)} training captions are cut to {longest} tokens, such as that of {cut[0].name}")
         return Inspection(found, pictures.key, len(pictures.train))
 
     def data_report(self, spec: ImageTrialSpec) -> DataReport:
@@ -208,7 +207,7 @@ class ImageBench(Bench):
 
     def restore(self, folder: Path) -> None:
         """Load a saved adapter into the attached one."""
-        from ray_peft.tasks.text_to_image.save import load_adapter
+        from ray_peft.tasks.parameters import load_adapter
 
         load_adapter(self.model, folder, self.device)
 

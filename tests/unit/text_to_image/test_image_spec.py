@@ -81,7 +81,7 @@ def test_an_ensemble_does_not_serve_the_task():
         (None, {"data__views": 4}, r"views \(4\) without crop: random or flip: true .* use views: 1"),
         (None, {"data__resolution": 60}, r"resolution \(60\) must be a multiple of 8"),
         (None, {"data__train": 1.5}, r"train \(1.5\) is a fraction above 1"),
-        (None, {"data__test": 1.0}, r"test \(1.0\) is a fraction that leaves no training images"),
+        (None, {"data__test": 1.0}, r"test \(1.0\) is a fraction that leaves nothing to train on"),
         (None, {"model__dtype": "bfloat16"}, "train.precision: fp32 needs model.dtype: float32 here"),
         (FULL_BF16, {}, "train.precision: fp32 needs method.weights: float32 here"),
         (None, {"model__dtype": "float16", "train__precision": "bf16"}, "float16 overflows .* use bfloat16"),
