@@ -173,14 +173,7 @@ def measured(cell: dict[str, Any], folder: str, device: str) -> dict[str, Any]:
     finally:
         watch.stop()
         shutil.rmtree(work, ignore_errors=True)
-    peaks = watch.peaks
-    return {
-        "status": "measured",
-        "peak_allocated_gib": peaks.allocated_gib,
-        "peak_reserved_gib": peaks.reserved_gib,
-        "device_used_gib": peaks.device_used_gib,
-        "train_s": round(time.perf_counter() - begin, 1),
-    }
+    return taken(watch, begin)
 
 
 def measured_unet(cell: dict[str, Any], folder: str, device: str) -> dict[str, Any]:
@@ -209,6 +202,11 @@ def measured_unet(cell: dict[str, Any], folder: str, device: str) -> dict[str, A
     finally:
         watch.stop()
         shutil.rmtree(work, ignore_errors=True)
+    return taken(watch, begin)
+
+
+def taken(watch: measure.MemoryWatch, begin: float) -> dict[str, Any]:
+    """What a cell took."""
     peaks = watch.peaks
     return {
         "status": "measured",

@@ -6,7 +6,7 @@ import contextlib
 from collections import Counter
 from typing import TYPE_CHECKING, Any, cast
 
-from ray_peft.methods.base import Quantization, Stage
+from ray_peft.methods.base import Stage
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.vram.shape import ModelShape
 
@@ -59,6 +59,8 @@ def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTra
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
+    from ray_peft.vram.stand_ins import quantize
+
     method = stage or spec.method
     attention = spec.model.attention
     settings = {"attn_implementation": "sdpa" if attention in _LIKE_SDPA else attention} if attention else {}
@@ -68,7 +70,8 @@ def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTra
         )
     quantization = method.quantization() or (None if method.needs_full_weights else spec.model.quantization)
     if quantization is not None:
-        _quantize(model, quantization)
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        quantize(model, quantization, but=head)  # every linear layer but the output's, as transformers does it
     add_fused_lm_head(model)
     model.requires_grad_(False)
     return model
@@ -80,19 +83,6 @@ def _config(shape: ModelShape) -> PretrainedConfig:
     plain = shape.plain()
     config: PretrainedConfig = AutoConfig.for_model(**plain)
     return config
-
-
-def _quantize(model: PreTrainedModel, how: Quantization) -> None:
-    """Every linear layer but the output's, as transformers does it."""
-    from torch import nn
-
-    from ray_peft.vram.stand_ins import quantized_linear
-
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module is not head:
-            model.set_submodule(name, quantized_linear(module, how))
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what PEFT asks for
 
 
 def evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longest_tokens: int) -> Counter[str]:

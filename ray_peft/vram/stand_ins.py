@@ -154,6 +154,14 @@ class _MatMul4Bit(Function):
         return made, None, None, None
 
 
+def quantize(model: Any, how: Quantization, but: nn.Module | None = None) -> None:
+    """Store every linear layer of `model`, but one, as bitsandbytes does."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module is not but:
+            model.set_submodule(name, quantized_linear(module, how))
+    model.is_loaded_in_4bit = True  # what PEFT and diffusers ask for
+
+
 def quantized_linear(linear: nn.Linear, how: Quantization) -> nn.Module:
     """`linear` as bitsandbytes stores it on a GPU, on the meta device.
 

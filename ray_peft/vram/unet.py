@@ -122,12 +122,7 @@ def evaluation(
 
 def weights(spec: ImageTrialSpec, shape: ModelShape) -> Counter[str]:
     """Bytes of the untouched UNet."""
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(shape.plain())
-    return Counter(weights=sum(p.numel() for p in unet.parameters()) * getattr(torch, spec.model.dtype).itemsize)
+    return Counter(weights=sum(each.numel() * each.itemsize for each in _built(spec, None, shape).parameters()))
 
 
 def _scored(spec: ImageTrialSpec, stage: Stage | None, shape: ModelShape) -> Any:
@@ -196,7 +191,7 @@ def _built(spec: ImageTrialSpec, stage: Stage | None, shape: ModelShape) -> Any:
     from diffusers import UNet2DConditionModel
     from torch import nn
 
-    from ray_peft.vram.stand_ins import quantized_linear
+    from ray_peft.vram.stand_ins import quantize
 
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(shape.plain())
@@ -205,10 +200,7 @@ def _built(spec: ImageTrialSpec, stage: Stage | None, shape: ModelShape) -> Any:
     unet.requires_grad_(False)
     quantization = method.quantization() or (None if method.needs_full_weights else spec.model.quantization)
     if quantization is not None:
-        for name, module in list(unet.named_modules()):
-            if isinstance(module, nn.Linear):
-                unet.set_submodule(name, quantized_linear(module, quantization))
-        unet.is_loaded_in_4bit = True
+        quantize(unet, quantization)
     return unet
 
 
