@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from functools import cache
@@ -62,7 +63,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run the operation on shapes alone and count what it made."""
         if function is torch.ops.aten._local_scalar_dense.default:
             return self._truth
-        made = self._made(function, args, kwargs or {})
+        if function is torch.ops.aten.add.Tensor and _by_autograd() and _alone(args[0]):
+            made = args[0].detach()  # two gradients of one tensor: CUDA's engine adds in place, but not under a mode
+        else:
+            made = self._made(function, args, kwargs or {})
         for tensor in made if isinstance(made, (tuple, list)) else (made,):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._live:  # noqa: SLF001
                 self.own(tensor, self.kind)
@@ -80,6 +84,25 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return made
         shape, stride, dtype = self._known[key]
         return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+_ENGINE = torch.autograd.graph._engine_run_backward.__code__  # noqa: SLF001
+
+
+def _by_autograd() -> bool:
+    """Whether autograd's engine called the operation itself, and no backward function in Python."""
+    frame = sys._getframe(2)  # noqa: SLF001
+    while frame.f_code.co_name in ("_fn", "inner") and frame.f_back is not None:  # torch wraps __torch_dispatch__
+        frame = frame.f_back
+    return frame.f_code is _ENGINE
+
+
+def _alone(gradient: Tensor) -> bool:
+    """Whether only autograd holds a gradient that it adds to: `can_accumulate_inplace` of torch's input_buffer.cpp."""
+    storage = gradient.untyped_storage()
+    uses = gradient._use_count()  # type: ignore[attr-defined]  # noqa: SLF001 - not in torch's stubs
+    of_storage = torch._C._storage_Use_Count(storage._cdata)  # noqa: SLF001
+    return uses <= 4 and of_storage <= 2  # the engine's own, and those of this call
 
 
 @cache

@@ -125,7 +125,7 @@ def _image(spec: ImageTrialSpec, shape: ModelShape, gpu: Gpu, others: Mapping[st
     painting = last["painting"] + CONVOLUTIONS if last["painting"] else 0
     evaluation = max(last["model"] + max(last["scoring"], painting), last["encoding"]) + gpu.workspace
     for stage, beside in zip(stages, scored, strict=False):
-        settings = [train.micro_batch_size, spec.accumulation > 1, train.gradient_checkpointing, train.precision]
+        settings = [train.micro_batch_size, train.gradient_checkpointing, train.precision]
         common = _common(spec, stage, shape, spec.data.resolution)
 
         def compute(stage: Stage = stage) -> Counter[str]:

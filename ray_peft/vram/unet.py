@@ -52,7 +52,8 @@ def components(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Counter
             total: Tensor = (made.float() - targets).square().mean()
             return total
 
-        given = Conditions(autocast=autocast, accumulates=spec.accumulation > 1, padded=False)
+        # Gradients are cleared, never let go: a recorded pass adds to the same memory.
+        given = Conditions(autocast=autocast, accumulates=True, padded=False)
         found = of_step(model, stage, loss, given)
     if spec.train.ema_decay is not None:
         found["average"] = 2 * found["adapters"] or 2 * found["weights"]  # float32, and its copy while it is scored

@@ -216,6 +216,21 @@ def test_a_ledger_knows_an_operation_again_and_counts_the_same(shared):
     assert peaks[0] == peaks[1]
 
 
+def test_two_gradients_of_one_weight_are_added_in_place(shared):
+    """Without a dispatch mode autograd does so where nothing else holds the first one; under one it takes a third."""
+    import torch
+
+    from ray_peft.vram.ledger import Ledger
+
+    weight = torch.empty(512, 512, device="meta", requires_grad=True)
+    with Ledger(truth=True) as ledger:
+        x = torch.empty(4, 512, device="meta")
+        loss = (x @ weight).sum() + (x @ weight).sum()
+        ledger.restart()
+        torch.autograd.backward(loss)
+    assert 2 < ledger.peak / weight.nbytes < 2.1
+
+
 def test_nothing_of_torch_stays_replaced(shape):
     import torch
 

@@ -79,6 +79,15 @@ def test_full_fine_tuning_holds_gradients_and_two_moments(shared, numbers):
     assert found["gradients"] == pytest.approx(2 * numbers[0], rel=0.1)
 
 
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_gradients_are_there_in_every_pass(shared, weights):
+    """They are cleared and never let go, so that recorded passes find them: one pass a step takes what two take."""
+    one = predicted(shared, {"name": "full", "weights": weights})
+    two = predicted(shared, {"name": "full", "weights": weights}, batch_size=2)
+    assert one.components["activations"] > 0
+    assert one.components == two.components
+
+
 @pytest.fixture(scope="module")
 def others(tiny_painter):
     """The shapes of VAE and text encoder."""
