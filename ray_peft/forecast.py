@@ -9,11 +9,13 @@ from typing import Any
 from ray_peft.errors import RayPeftError
 from ray_peft.gpus import ANY, Gpu
 from ray_peft.measure import GIB
+from ray_peft.methods.base import ENOUGH_STEPS
 from ray_peft.placement import Need, Packing, fit
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
 from ray_peft.vram import Prediction, Suggestion, choose, nearest, settings_text
-from ray_peft.vram.predict import ENOUGH_STEPS
+
+Predictor = Callable[[TrialSpec, Gpu], Prediction]
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,16 @@ def size(trial: TrialSpec, gpu: Gpu, gpu_memory_gib: float | None) -> Size:
     Raises:
         DataError, ModelError: the user's to mend.
     """
-    predictor = _predictor(trial)
+    predictor = TASKS[trial.task].predictor(trial)
     if predictor is None:
         return Size(trial, None)
+    try:
+        return _size(trial, predictor, gpu, gpu_memory_gib)
+    except (ValueError, NotImplementedError):  # an architecture that cannot be built from its config here
+        return Size(trial, None)
+
+
+def _size(trial: TrialSpec, predictor: Predictor, gpu: Gpu, gpu_memory_gib: float | None) -> Size:
     if gpu_memory_gib is None:
         return Size(trial, predictor(trial, gpu))
     room = gpu_memory_gib * (trial.resources.gpus_per_worker or 1.0)
@@ -105,7 +114,7 @@ def size(trial: TrialSpec, gpu: Gpu, gpu_memory_gib: float | None) -> Size:
         chosen = choose(trial, lambda variant: predictor(variant, gpu), lambda each: _fits(each, gpu, room))
     runs = trial.changed(chosen) if chosen else trial
     found = predictor(runs, gpu)
-    return Size(runs, found, chosen, () if _fits(found, gpu, room) else ways(runs, gpu, room))
+    return Size(runs, found, chosen, () if _fits(found, gpu, room) else _ways(runs, predictor, gpu, room))
 
 
 def ways(trial: TrialSpec, gpu: Gpu, gpu_memory_gib: float, below: int | None = None) -> tuple[Suggestion, ...]:
@@ -117,8 +126,14 @@ def ways(trial: TrialSpec, gpu: Gpu, gpu_memory_gib: float, below: int | None = 
         gpu_memory_gib: what the trial may take of it.
         below: bytes of segments that were too much, whatever the prediction said.
     """
-    predictor = _predictor(trial)
-    if predictor is None or not _trains(trial):
+    predictor = TASKS[trial.task].predictor(trial)
+    return _ways(trial, predictor, gpu, gpu_memory_gib, below) if predictor is not None else ()
+
+
+def _ways(
+    trial: TrialSpec, predictor: Predictor, gpu: Gpu, gpu_memory_gib: float, below: int | None = None
+) -> tuple[Suggestion, ...]:
+    if not _trains(trial):
         return ()
 
     def fits(found: Prediction) -> bool:
@@ -169,18 +184,6 @@ def _trains(trial: TrialSpec) -> bool:
 
 def _fits(found: Prediction, gpu: Gpu, gpu_memory_gib: float) -> bool:
     return gpu.holds(found.peak_reserved, memory_gib=gpu_memory_gib)
-
-
-def _predictor(trial: TrialSpec) -> Callable[[TrialSpec, Gpu], Prediction] | None:
-    """Predicts the trial and its variants; null for an architecture that cannot be built from its config here."""
-    found = TASKS[trial.task].predictor(trial)
-    if found is None:
-        return None
-    try:
-        found(trial, ANY)
-    except (ValueError, NotImplementedError):
-        return None
-    return found
 
 
 def lines(

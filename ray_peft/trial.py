@@ -20,7 +20,7 @@ from ray_peft.spec import TrialSpec
 from ray_peft.stages import STAGE_FILE, stage_folder, train_all
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Bench, Report
-from ray_peft.tasks.memory import MICRO_BATCH, free_memory
+from ray_peft.tasks.memory import MICRO_BATCH, divisor, free_memory
 
 __all__ = ["RESULT_FILE", "STAGE_FILE", "Place", "Tracker", "run"]
 
@@ -89,8 +89,7 @@ def _with_advice(life: Life, error: str) -> str:
     rows = life.lowered.get(MICRO_BATCH)
     share = spec.train.batch_size // spec.resources.num_workers
     try:
-        allowed = next(size for size in range(rows, 0, -1) if share % size == 0) if rows is not None else None
-        lowest = spec.changed({MICRO_BATCH: allowed}) if allowed is not None else spec
+        lowest = spec.changed({MICRO_BATCH: divisor(share, rows)}) if rows is not None else spec
         too_much = TASKS[spec.task].predict(lowest, gpu)
         found = ways(lowest, gpu, room, below=too_much.peak_reserved if too_much is not None else None)
     except Exception as failure:  # the row does not depend on the advice

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Task = Literal["llm_sft", "text_to_image"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+ENOUGH_STEPS = 1000
+"""For a method of several stages to have a step in each."""
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven projections of a Llama- or Gemma-style block."""
 

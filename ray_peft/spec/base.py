@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, cast
 from pydantic import Field, field_validator, model_validator
 
 from ray_peft.methods import METHODS, AnyMethod
-from ray_peft.methods.base import Dtype, Quantization, Stage, Task
+from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization, Stage, Task
 from ray_peft.strict import Strict
 
 
@@ -251,7 +251,8 @@ class TrialSpec(Strict):
                     f"{self.method.name}: {name} is float16, in which values above 65,504 overflow and make the loss "
                     "NaN; bfloat16 has the range of float32 (NVIDIA GPUs from Ampere on)"
                 )
-        if self.train.fit == "auto" and any(getattr(stage, "dropout", 0) for stage, _ in self.method.stages(1000)):
+        stages = self.method.stages(ENOUGH_STEPS)
+        if self.train.fit == "auto" and any(getattr(stage, "dropout", 0) for stage, _ in stages):
             found.append(
                 f"{self.method.name}: fit: auto chooses the rows of a pass by the GPU, and the draws of dropout depend "
                 "on them: on another GPU the trial is as good, but not equal"

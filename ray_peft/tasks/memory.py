@@ -39,6 +39,11 @@ def free_memory(device: str) -> None:
         torch.cuda.empty_cache()
 
 
+def divisor(number: int, most: int) -> int:
+    """The greatest divisor of `number` up to `most`: as many rows in every pass."""
+    return next(rows for rows in range(most, 0, -1) if number % rows == 0)
+
+
 def in_parts(
     items: Sequence[ItemT], size: int, device: str, work: Callable[[Sequence[ItemT]], list[MadeT]]
 ) -> tuple[list[MadeT], int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ray_peft.gpus import ANY, Gpu
 from ray_peft.measure import GIB
-from ray_peft.methods.base import Stage
+from ray_peft.methods.base import ENOUGH_STEPS, Stage
 from ray_peft.report.atomic import write_text
 from ray_peft.spec import ImageTrialSpec, LlmTrialSpec, TrialSpec
 from ray_peft.tasks.cache import cache_folder
@@ -26,8 +26,6 @@ SEGMENT = 2 * 2**20
 CONVOLUTIONS = 60 * 2**20
 """What cuDNN takes beside the tensors while images are made: the rest of three measured peaks of SD 1.5 on an H200."""
 
-ENOUGH_STEPS = 1000
-"""For a method of several stages to have a step in each."""
 _NO_MEMORY = {"lr", "weight_decay", "betas", "max_grad_norm", "alpha", "eps", "scale", "update_proj_gap", "switch_at"}
 """Settings of methods that change numbers, but not how many there are."""
 

@@ -78,12 +78,12 @@ def evaluation(
     """
     import torch
 
+    from ray_peft.tasks.text_to_image.passes import autocasts, input_dtype
     from ray_peft.vram.ledger import Ledger
     from ray_peft.vram.stand_ins import Autocast, on_meta
     from ray_peft.vram.step import own_model
 
-    dtype = getattr(torch, (stage or spec.method).weights_dtype(spec.model.dtype))
-    autocast = spec.train.precision == "bf16" and dtype == torch.float32
+    dtype, autocast = input_dtype(spec), autocasts(spec)
     low = torch.bfloat16 if autocast else None
     asked, side = spec.evaluation, spec.data.resolution // 8
     found: Counter[str] = Counter()
@@ -168,17 +168,10 @@ def _decode(vae: Any, rows: int, side: int, dtype: torch.dtype) -> None:
 
 def _look(vae: Any, resolution: int, dtype: torch.dtype) -> None:
     """The style of one image."""
-    from ray_peft.tasks.text_to_image.style import gram
+    from ray_peft.tasks.text_to_image.style import gram, looking
 
-    layers = (vae.encoder.conv_in, *vae.encoder.down_blocks)
-
-    def look(layer: object, given: object, made: Tensor) -> None:
-        gram(made)
-
-    hooks = [layer.register_forward_hook(look) for layer in layers]
-    vae.encoder(_empty(1, 3, resolution, dtype))
-    for hook in hooks:
-        hook.remove()
+    with looking(vae.encoder, gram):
+        vae.encoder(_empty(1, 3, resolution, dtype))
 
 
 def _empty(rows: int, channels: int, side: int, dtype: torch.dtype) -> Tensor:

@@ -44,7 +44,7 @@ class LlmSft(TaskType[LlmTrialSpec]):
         model.load_config(spec.model)
         benchmarks.check(spec)
         ensemble.check_members(spec)
-        _, prepared = _rows_to_look_at(spec)
+        prepared = _rows_to_look_at(spec)
         return Inspection(data.notes(prepared, spec.data), prepared.key, len(prepared.train))
 
     def data_report(self, spec: LlmTrialSpec) -> DataReport:
@@ -61,7 +61,7 @@ class LlmSft(TaskType[LlmTrialSpec]):
 
     def predictor(self, spec: LlmTrialSpec) -> Callable[[LlmTrialSpec, Gpu], Prediction]:
         """The peak with passes as long as the longest training row, or as `data.max_length` of a variant."""
-        return _predictor(spec, _rows_to_look_at(spec)[1])
+        return _predictor(spec, _rows_to_look_at(spec))
 
     def total_steps(self, spec: LlmTrialSpec, train_rows: int) -> int:
         """Optimizer steps of a whole trial; the last one of an epoch may hold fewer rows."""
@@ -104,18 +104,18 @@ def _rows(spec: LlmTrialSpec) -> tuple[PreTrainedTokenizerBase, PreparedData]:
     return tokenizer, prepare(spec, tokenizer)
 
 
-_looked_at: dict[str, tuple[PreTrainedTokenizerBase, PreparedData]] = {}
+_looked_at: dict[str, PreparedData] = {}
 _MOST_LOOKED_AT = 4
 
 
-def _rows_to_look_at(spec: LlmTrialSpec) -> tuple[PreTrainedTokenizerBase, PreparedData]:
-    """`_rows`, kept for the next trial on the same ones: a large tokenizer takes seconds to read. Not to be changed."""
+def _rows_to_look_at(spec: LlmTrialSpec) -> PreparedData:
+    """A trial's prepared rows, kept for the next trial on the same ones: a large tokenizer takes seconds to read."""
     from ray_peft.tasks.cache import cache_folder
 
     decides = [str(cache_folder()), spec.model.plain(), spec.data.plain(), spec.train.loss, _stamps(spec)]
     key = json.dumps(decides, sort_keys=True)
     if key not in _looked_at:
-        found = _rows(spec)
+        _, found = _rows(spec)
         while len(_looked_at) >= _MOST_LOOKED_AT:
             _looked_at.pop(next(iter(_looked_at)))
         _looked_at[key] = found

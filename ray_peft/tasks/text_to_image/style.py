@@ -12,7 +12,7 @@ finds copies whatever the VAE's weights are, also blurred and noisy ones; a mirr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -133,16 +133,23 @@ def vectors(vae: Any, image: Image) -> tuple[Tensor, Tensor]:
 def _grams(encoder: Any) -> Iterator[list[Tensor]]:
     """Collects the Gram matrix of each layer while an image passes; the activations themselves are not kept."""
     found: list[Tensor] = []
-
-    def keep(layer: object, given: object, activation: Tensor) -> None:
-        found.append(gram(activation).cpu())
-
-    hooks = [layer.register_forward_hook(keep) for layer in (encoder.conv_in, *encoder.down_blocks)]
-    try:
+    with looking(encoder, lambda activation: found.append(gram(activation).cpu())):
         yield found
+
+
+@contextmanager
+def looking(encoder: Any, look: Callable[[Tensor], object]) -> Iterator[None]:
+    """Shows `look` what each layer of a VAE's encoder that tells style makes."""
+
+    def hook(layer: object, given: object, activation: Tensor) -> None:
+        look(activation)
+
+    hooks = [layer.register_forward_hook(hook) for layer in (encoder.conv_in, *encoder.down_blocks)]
+    try:
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
 
 
 def gram(activation: Tensor) -> Tensor:

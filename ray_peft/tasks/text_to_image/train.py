@@ -17,7 +17,7 @@ from ray_peft.methods.optimizers import trainable
 from ray_peft.spec import ImageTrialSpec
 from ray_peft.tasks.base import Report, Trained
 from ray_peft.tasks.finite import FiniteGuard
-from ray_peft.tasks.memory import MICRO_BATCH, free_memory, is_out_of_memory
+from ray_peft.tasks.memory import MICRO_BATCH, divisor, free_memory, is_out_of_memory
 from ray_peft.tasks.text_to_image.noise import Batch, Draws
 from ray_peft.tasks.text_to_image.passes import Pass, RecordedPass, draws_in_passes, spare_activations, unwrapped
 
@@ -92,7 +92,7 @@ class _Loop:
         self._share = train.batch_size // self._workers
         self._rows = train.micro_batch_size
         if self._workers == 1:
-            self._rows = _divisor(self._share, min(self._rows, job.lowered.get(MICRO_BATCH, self._rows)))
+            self._rows = divisor(self._share, min(self._rows, job.lowered.get(MICRO_BATCH, self._rows)))
         spare_activations(spec, job.stage, unwrapped(model))
         self._pass = _pass(spec, job, model)
         self._average = _average(spec, self._parameters)
@@ -184,7 +184,7 @@ class _Loop:
         self._optimizer.zero_grad(set_to_none=True)
         del self._pass
         free_memory(device)
-        self._rows = self._job.lowered[MICRO_BATCH] = _divisor(self._share, rows // 2)
+        self._rows = self._job.lowered[MICRO_BATCH] = divisor(self._share, rows // 2)
         self._pass = _pass(self._spec, self._job, self._model)
         self._pass.loss.copy_(loss)
         logger.warning(
@@ -262,11 +262,6 @@ def _pass(spec: ImageTrialSpec, job: StageJob, model: nn.Module) -> Pass:
     restores_draws = train.gradient_checkpointing and draws_in_passes(job.stage)
     recorded = job.device != "cpu" and train.cuda_graphs and not restores_draws
     return (RecordedPass if recorded else Pass)(spec, model, job.device)
-
-
-def _divisor(number: int, most: int) -> int:
-    """The greatest divisor of `number` up to `most`."""
-    return next(rows for rows in range(most, 0, -1) if number % rows == 0)
 
 
 def _average(spec: ImageTrialSpec, parameters: list[Any]) -> Any:

@@ -24,11 +24,8 @@ ROWS = "train.micro_batch_size"
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Passes this small are faster without waiting for each other, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with tiny.one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

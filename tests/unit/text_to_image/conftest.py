@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import tiny_diffusion
-import torch
 
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.text_to_image.task import TextToImage
@@ -40,11 +40,8 @@ class Trained:
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread():
-    """Passes this small are faster without waiting for each other, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with tiny.one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")
