@@ -11,6 +11,7 @@ from ray_peft.errors import ModelError, first_line
 from ray_peft.methods.base import Dtype, Quantization
 from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
 from ray_peft.tasks.cache import cache_folder, made_whole
+from ray_peft.tasks.four_bit_layers import keep_as_stored
 from ray_peft.tasks.parameters import stored
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ def from_folder(
         raise
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise ModelError(f"model.name: {folder} cannot be loaded: {first_line(error)}") from error
+    if quantization is not None:
+        keep_as_stored(model)
     # Per-token log-probabilities in tiles: full logits of a 262,144-word vocabulary would fill a small GPU.
     add_fused_lm_head(model)
     return model
