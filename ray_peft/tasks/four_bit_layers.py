@@ -12,9 +12,9 @@ def keep_as_stored(model: nn.Module) -> None:
     """Have every 4-bit layer of `model` leave its weights as they are and compute in its own `compute_dtype`.
 
     On a CPU with AVX512-BF16, `Linear4bit.forward` of bitsandbytes 0.50 repacks the weights in place in every
-    evaluation, and then computes in bfloat16 whatever its `compute_dtype` is: the base would change while it is scored,
-    scores would depend on the CPU, and shapes that its kernel does not know end in an AssertionError. A layer decides by
-    its attribute `support_avx512bf16_for_cpu`, which is set when it is built.
+    evaluation, and then computes in bfloat16 whatever its `compute_dtype` is: the base would change while it is
+    scored, scores would depend on the CPU, and shapes that its kernel does not know end in an AssertionError. A layer
+    decides by its attribute `support_avx512bf16_for_cpu`, which is set when it is built.
     """
     import bitsandbytes
 
