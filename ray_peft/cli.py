@@ -7,10 +7,8 @@ started; 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
-import os
 import shutil
 import signal
 import socket
@@ -274,6 +272,7 @@ def _export(options: argparse.Namespace) -> int:
 def _ui(options: argparse.Namespace) -> int:
     from ray_peft import tracking
     from ray_peft.experiment import outputs_folder, tracking_uri
+    from ray_peft.processes import end_group
     from ray_peft.space import TrackingSpec
 
     uri = tracking_uri(options.tracking_uri, TrackingSpec())
@@ -290,19 +289,7 @@ def _ui(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        _end_group(server)
-
-
-def _end_group(leader: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
-    try:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(leader.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            leader.wait(timeout=5)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(leader.pid, signal.SIGKILL)
+        end_group(server)
 
 
 def _check_port(host: str, port: int) -> None:
