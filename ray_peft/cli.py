@@ -21,6 +21,7 @@ from typing import Literal
 
 from ray_peft.console import Console
 from ray_peft.errors import RayPeftError
+from ray_peft.quiet import quiet_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
+    quiet_libraries()
     # `ray job stop` and `kill` send SIGTERM: end as after Ctrl-C, with every finished trial kept.
     signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
@@ -323,5 +325,7 @@ def _short(path: Path) -> str:
 
 def _ui_command(uri: str | None) -> str:
     """The command as it must be typed here: inside a virtual environment that is not active, with its path."""
-    name = "ray-peft" if shutil.which("ray-peft") else _short(Path(sys.argv[0]))
+    own = Path(sys.argv[0])
+    name = "python -m ray_peft" if own.name == "__main__.py" else _short(own)
+    name = "ray-peft" if shutil.which("ray-peft") else name
     return f"{name} ui --tracking-uri {uri}" if uri and "@" not in uri else f"{name} ui"

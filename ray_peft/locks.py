@@ -12,7 +12,7 @@ def locked(path: Path, timeout_s: float = 0.0) -> Iterator[None]:
     """Hold the lock file `path`, which stays there afterwards.
 
     Args:
-        path: made if it is not there; its folder must be.
+        path: made if it is not there, with its folder.
         timeout_s: how long to wait for another holder.
 
     Raises:
