@@ -147,7 +147,7 @@ def _name(value: Any, source: str, problems: list[str]) -> str:
         or value.endswith(".")
         or len(value) > LONGEST_NAME
         or any(character in '<>:"/\\|?*' or ord(character) < 32 or ord(character) == 127 for character in value)
-        or value.partition(".")[0].upper() in _DEVICES
+        or (os.name == "nt" and value.partition(".")[0].upper() in _DEVICES)
     ):
         problems.append(f"{source}: name: cannot name a folder on every system (found {_short(value)}); {way}")
     return str(value)
