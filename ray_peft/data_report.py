@@ -97,6 +97,7 @@ def _one_table(data: SpaceData) -> str:
     for source, rows in report.read.items():
         reasons = "".join(f"; {n:,} unusable ({why})" for why, n in sorted(report.unusable[source].items()))
         lines.append(f"{source}: {rows:,} rows read{reasons}")
+    lines += [f"rows: {line}" for line in report.remarks]
     lines += [f"overlap: {line}" for line in report.overlap_lines]
     return "\n".join(ascii_line(line) for line in lines)
 

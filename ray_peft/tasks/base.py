@@ -79,6 +79,8 @@ class Inspection:
     data_key: str
     """Content hash of the prepared rows."""
     train_rows: int
+    cautions: list[str] = field(default_factory=list)
+    """What is known to go wrong with these rows on this model."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ class DataReport:
     """The same in words."""
     error: str | None = None
     """Why the preparation was refused."""
+    remarks: list[str] = field(default_factory=list)
+    """What else a reader must know of the rows, a sentence each."""
 
 
 class Bench(ABC):

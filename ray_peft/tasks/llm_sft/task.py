@@ -39,13 +39,16 @@ class LlmSft(TaskType[LlmTrialSpec]):
 
     def inspect(self, spec: LlmTrialSpec) -> Inspection:
         """Load config and tokenizer, find the benchmarks and their data, and prepare the rows."""
-        from ray_peft.tasks.llm_sft import benchmarks, data, ensemble, model
+        from ray_peft.tasks.llm_sft import benchmarks, counts, data, ensemble, fits, model
 
         model.load_config(spec.model)
         benchmarks.check(spec)
         ensemble.check_members(spec)
         prepared = _rows_to_look_at(spec)
-        return Inspection(data.notes(prepared, spec.data), prepared.key, len(prepared.train))
+        cautions = counts.cautions(prepared.facts)
+        for own in {part.model.name: part.model for part in (spec, *spec.members())}.values():
+            cautions += fits.check(spec, own, model.load_config(own), prepared)
+        return Inspection(data.notes(prepared, spec.data), prepared.key, len(prepared.train), cautions)
 
     def data_report(self, spec: LlmTrialSpec) -> DataReport:
         """Prepare the rows and count them and their tokens."""
@@ -98,7 +101,8 @@ class LlmSft(TaskType[LlmTrialSpec]):
 
 def _rows(spec: LlmTrialSpec) -> tuple[PreTrainedTokenizerBase, PreparedData]:
     """A trial's tokenizer and prepared rows."""
-    from ray_peft.tasks.llm_sft.data import load_tokenizer, prepare
+    from ray_peft.tasks.llm_sft.data import prepare
+    from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(spec)
     return tokenizer, prepare(spec, tokenizer)
