@@ -66,7 +66,7 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Console) -> list[str]:
             seen[key] = task.inspect(trial)
         trial.method.stages(task.total_steps(trial, seen[key].train_rows))
         found = [f"data: {note}" for note in seen[key].notes]
-        for note in found + [f"caution: {note}" for note in (*seen[key].cautions, *trial.cautions())]:
+        for note in found + [f"caution: {note}" for note in trial.cautions()]:
             if note not in notes:
                 console.say(note)
             notes[note] = None

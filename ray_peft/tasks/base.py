@@ -79,8 +79,6 @@ class Inspection:
     data_key: str
     """Content hash of the prepared rows."""
     train_rows: int
-    cautions: list[str] = field(default_factory=list)
-    """What is known to go wrong with these rows on this model."""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class TokenFacts:
     pad: int
     pad_name: str
     longest: int
-    """Tokens of the longest row."""
+    """Tokens of the longest row or prompt."""
     end: str | None = None
     """What the chat template writes after an answer; empty for nothing, None where no row is a conversation."""
     lead: str = ""
@@ -121,7 +121,7 @@ def cautions(facts: TokenFacts) -> list[str]:
         )
     if facts.lead:
         said.append(
-            f"the chat template begins each answer with {facts.lead!r}, which is not in its generation prompt: the "
+            f"the chat template begins each answer with {facts.lead!a}, which is not in its generation prompt: the "
             "model learns to write it, and it is scored as part of the answer"
         )
     return said

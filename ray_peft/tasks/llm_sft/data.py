@@ -159,8 +159,8 @@ def _none_left(split: str, data: DataSpec, counts: Sequence[SourceCounts]) -> st
         if numbers:
             reasons[f"the answer begins after that: {source.source}, {numbered(numbers)}"] += len(numbers)
     return (
-        f"data: no {split} row has an answer within max_length ({data.max_length}) tokens{_why(reasons)}; raise "
-        f"data.max_length{_or_template(reasons)}, or give other rows"
+        f"data: no {split} row has an answer within max_length ({data.max_length}) tokens{_why(reasons)}; give "
+        f"other rows, or raise data.max_length{_or_template(reasons)}"
     )
 
 
@@ -169,7 +169,7 @@ def _why(reasons: Counter[str]) -> str:
 
 
 def _or_template(reasons: Counter[str]) -> str:
-    return ", name another chat template in data.chat_template" if any("template" in why for why in reasons) else ""
+    return ", or name another chat template in data.chat_template" if any("template" in why for why in reasons) else ""
 
 
 def _facts(tokenizer: PreTrainedTokenizerBase, building: _Building, drawn: Sequence[DrawnRows]) -> TokenFacts:
@@ -233,7 +233,7 @@ class _Building:
     largest: int = 0
     """The largest token number so far."""
     longest: int = 0
-    """Tokens of the longest row so far."""
+    """Tokens of the longest row or prompt so far."""
     unusable: Counter[str] = field(default_factory=Counter)
     """Of the source that is being added, rows left out, by reason; so are the next three."""
     unscored: dict[str, list[int]] = field(default_factory=dict)
@@ -325,7 +325,7 @@ class _Building:
             added += 1
             cut += len(encoded.ids) > self.data.max_length
             question = self._of(row, self.encoder.question)
-            self.largest = max(self.largest, *question["prompt_ids"], 0)
+            self._measure(question["prompt_ids"])
             self._put(split, source, row, encoded, **question)
         return added, cut
 
@@ -341,14 +341,15 @@ class _Building:
         try:
             return encode(row.conversation)
         except CannotWrite as error:
-            raise DataError(
-                f"{row.file}: row {row.number}: {error}; name another template in data.chat_template, or mend the row"
-            ) from None
+            raise DataError(f"{row.file}: row {row.number}: {error}") from None
+
+    def _measure(self, ids: Sequence[int]) -> None:
+        self.largest, self.longest = max(self.largest, *ids, 0), max(self.longest, len(ids))
 
     def _put(self, split: str, source: str, row: Row, encoded: Encoded, **question: Any) -> None:
         limit = self.data.max_length
         ids, labels = encoded.ids[:limit], encoded.labels[:limit]
-        self.largest, self.longest = max(self.largest, *ids, 0), max(self.longest, len(ids))
+        self._measure(ids)
         self.typed.update(encoded.typed)
         self.typed_rows += bool(encoded.typed)
         self.splits[split].add(input_ids=ids, labels=labels, source_dataset=source, row=row.number, **question)

@@ -104,7 +104,7 @@ class Encoder:
         except NotSpecial as error:
             raise Unusable(str(error)) from None
         except Exception as error:  # as in _tokens
-            raise CannotWrite(f"the tokenizer cannot encode this row: {first_line(error)}") from None
+            raise CannotWrite(f"the tokenizer cannot encode this row: {first_line(error)}; mend the row") from None
         ids = [*ids, self._tokenizer.eos_token_id]
         return Encoded(ids, list(ids), typed=typed)
 
@@ -133,7 +133,7 @@ class Encoder:
         except NotSpecial as error:
             raise Unusable(str(error)) from None
         except Exception as error:  # lone surrogates and what else a tokenizer takes for no text
-            raise CannotWrite(f"the tokenizer cannot encode this row: {first_line(error)}") from None
+            raise CannotWrite(f"the tokenizer cannot encode this row: {first_line(error)}; mend the row") from None
         return Encoding(encoded["input_ids"], encoded["offset_mapping"]), cuts
 
 

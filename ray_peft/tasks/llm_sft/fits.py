@@ -70,8 +70,8 @@ def _check_embedding(model: ModelSpec, vocabulary: int | None, facts: TokenFacts
         if token >= vocabulary:
             raise ModelError(
                 f"model.name: {model.name} has an embedding of {vocabulary:,} tokens (vocab_size in config.json), but "
-                f"{what} token number {token:,} ({name!r}) of a tokenizer with {facts.vocabulary:,}; give the tokenizer "
-                "that belongs to the model in model.tokenizer, or a model whose embedding was resized"
+                f"{what} token number {token:,} ({name!a}) of a tokenizer with {facts.vocabulary:,}; name "
+                "the model's own tokenizer in model.tokenizer, or a model whose embedding was resized for this one"
             )
     if facts.vocabulary > vocabulary:
         return [

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -100,10 +100,13 @@ class SpecialTokens:
 
     def _check(self, ids: list[int], offsets: list[tuple[int, int]], text: str) -> None:
         """Hold the copy to its promise: the special tokens are those of the template, and all of them."""
-        special = set(self._tokenizer.convert_tokens_to_ids(self._names)) - {self._tokenizer.unk_token_id}
+        special = {self._number(name) for name in self._names} - {self._tokenizer.unk_token_id}
         tokens = [text[begin:end] for token, (begin, end) in zip(ids, offsets, strict=True) if token in special]
         if sum(bool(_PRIVATE.search(token)) for token in tokens if token) != sum(map(bool, tokens)):
             raise NotSpecial("the tokenizer makes a special token of plain letters")
+
+    def _number(self, name: str) -> int:
+        return cast(int, self._tokenizer.convert_tokens_to_ids(name))
 
     def _own(self, name: str) -> str:
         return chr(_OWN + self._names.index(name))
@@ -132,8 +135,5 @@ class SpecialTokens:
         """The tokenizer's number of an added token, by that of the copy, where they differ."""
         shown = {self._own(name): name for name in self._names}
         decoder = self._copy.get_added_tokens_decoder()
-        numbers = {
-            number: self._tokenizer.convert_tokens_to_ids(shown.get(token.content, token.content))
-            for number, token in decoder.items()
-        }
+        numbers = {number: self._number(shown.get(token.content, token.content)) for number, token in decoder.items()}
         return {number: original for number, original in numbers.items() if number != original}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import first_line
@@ -31,7 +32,8 @@ _CODES = "aAbBcdfHIjmMpSUwWxXyYZz"
 _SPELT_OUT = {"%F": "%Y-%m-%d", "%T": "%H:%M:%S", "%R": "%H:%M", "%D": "%m/%d/%y", "%h": "%b"}
 
 REWRITTEN = "the chat template rewrites earlier turns, so that answers cannot be told apart"
-OTHER_START = "the chat template begins answers in another way than its generation prompt does"
+OTHER_START = "the chat template writes answers without what its generation prompt asks them to begin with:"
+OTHERWISE = "the chat template writes them in another way once other turns follow"
 LEFT_OUT = "the chat template leaves out a part of the answer"
 NO_QUESTION = "an answer without a question before it"
 
@@ -60,16 +62,19 @@ class Template:
         """
         try:
             own = self.tokenizer.get_chat_template()
-            day = {"date_string": self.date.strftime("%d %b %Y")} if "date_string" in own else {}
+            given: dict[str, Any] = {"date_string": self.date.strftime("%d %b %Y")} if "date_string" in own else {}
             text = self.tokenizer.apply_chat_template(
                 [dict(turn) for turn in turns],
                 chat_template=_dated(own, self.date),
                 tokenize=False,
                 add_generation_prompt=ask,
-                **day,
+                **given,
             )
         except Exception as error:  # templates are programs: they raise what Jinja, Python and transformers raise
-            raise CannotWrite(f"the chat template cannot write this row: {first_line(error)}") from None
+            raise CannotWrite(
+                f"the chat template cannot write this row: {first_line(error)}; mend the row, or name another template "
+                "in data.chat_template"
+            ) from None
         return str(text)
 
 
@@ -94,7 +99,7 @@ class Answer:
 
     turn: int
     begin: int
-    """Its first character: what the model is asked for begins here."""
+    """Its first character: what the model is asked for begins here. 0 if there is a problem, as `end`."""
     end: int
     """Behind its last character, the template's end mark included."""
     problem: str | None = None
@@ -123,12 +128,17 @@ def _by_prefix(text: str, turns: Sequence[Message], index: int, template: Templa
         return Answer(index, 0, 0, NO_QUESTION)
     begin = template.write(turns[:index], ask=True)
     end = text if index + 1 == len(turns) else template.write(turns[: index + 1])
-    problem = None
     if not end.startswith(begin):
-        problem = OTHER_START if end.startswith(template.write(turns[:index])) else REWRITTEN
-    elif not text.startswith(end.rstrip()):
-        problem = REWRITTEN
-    return Answer(index, len(begin), len(end.rstrip()), problem)
+        alike = end.startswith(template.write(turns[:index]))
+        return Answer(index, 0, 0, f"{OTHER_START} {_rest(begin, end)!a}" if alike else REWRITTEN)
+    if not text.startswith(end.rstrip()):
+        return Answer(index, 0, 0, OTHERWISE if text.startswith(begin) else REWRITTEN)
+    return Answer(index, len(begin), len(end.rstrip()))
+
+
+def _rest(prompt: str, text: str) -> str:
+    """How a generation prompt goes on where a text does not."""
+    return prompt[len(commonprefix([prompt, text])) :][:40]
 
 
 def _by_repetition(text: str, turns: Sequence[Message], places: list[int], template: Template) -> list[Answer] | None:
@@ -156,7 +166,10 @@ def _by_repetition(text: str, turns: Sequence[Message], places: list[int], templ
     if len(shapes) != 1:
         return None
     ((lead, tail, problem),) = shapes
-    located = [Answer(i, contents[i - 1][1] + lead, contents[i][1] + tail, problem) for i in earlier]
+    located = [
+        Answer(i, 0, 0, problem) if problem else Answer(i, contents[i - 1][1] + lead, contents[i][1] + tail)
+        for i in earlier
+    ]
     return [*located, _by_prefix(text, turns, last, template)]
 
 
@@ -190,7 +203,7 @@ def _whole(answer: Answer, text: str, turn: Message) -> Answer:
     content = turn.get("content")
     sought = "".join(content.split()) if isinstance(content, str) else ""
     if answer.problem is None and sought not in "".join(text[answer.begin : answer.end].split()):
-        return Answer(answer.turn, answer.begin, answer.end, LEFT_OUT)
+        return Answer(answer.turn, 0, 0, LEFT_OUT)
     return answer
 
 
