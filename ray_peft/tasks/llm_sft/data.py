@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 from ray_peft.errors import DataError, ModelError, first_line
 from ray_peft.spec import DataSpec, LlmTrialSpec, is_local
 from ray_peft.tasks.cache import cache_folder, made_whole
+from ray_peft.tasks.llm_sft.files import local_files
 from ray_peft.tasks.llm_sft.overlap import Gate, HeldOutRow, Overlap, refusal
 from ray_peft.tasks.llm_sft.recipes import Conversation, Turn
-from ray_peft.tasks.llm_sft.rows import DrawnRows, Row, draw
+from ray_peft.tasks.llm_sft.rendering import draw_all, reference, render
+from ray_peft.tasks.llm_sft.rows import DrawnRows, Row
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 7
+FORMAT = 8
 """Raised when the preparation changes its result, so that older prepared data is not used again."""
 
 IGNORED = -100
@@ -50,6 +52,8 @@ class SourceCounts:
     """Validation rows left out, without replacement: they repeat a test row of some source."""
     overlap_dropped: int = 0
     """Training rows left out and replaced by the next ones drawn: they repeat a held-out row of some source."""
+    unusable_rows: dict[str, str] = field(default_factory=dict)
+    """The first unusable rows by reason, such as `rows 3, 10 and 17`."""
 
 
 class ContaminationError(DataError):
@@ -162,7 +166,7 @@ def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
         text = f"{each.source}: {each.train} training and {each.test} held-out rows of {each.read} read"
         text += "".join(f"; {words.format(count)}" for count, words in counted if count)
         for reason, count in sorted(each.unusable.items()):
-            text += f"; {count} unusable rows ({reason})"
+            text += f"; {count} unusable rows ({reason})" + f": {each.unusable_rows.get(reason, '')}".rstrip(": ")
         found.append(text)
     if prepared.overlap is not None and prepared.overlap.action == "allow" and prepared.overlap.offending:
         found.append(
@@ -176,8 +180,8 @@ def _content_key(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_onl
     digest = hashlib.sha256(json.dumps([FORMAT, answers_only, data.plain()], sort_keys=True).encode())
     for source in data.sources:
         for path in filter(None, (source.path, source.test_path)):
-            if Path(path).is_file():
-                with open(path, "rb") as content:
+            for file in local_files(path):
+                with file.open("rb") as content:
                     digest.update(hashlib.file_digest(content, "sha256").digest())
     digest.update(str(tokenizer.chat_template).encode())
     whole = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
@@ -192,7 +196,7 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
 
     disable_progress_bar()
     splits = {"train": _Rows(), "test": _Rows(), "validation": _Rows()}
-    drawn = [draw(source, data.seed) for source in data.sources]
+    drawn = draw_all(data, tokenizer, answers_only)
     drawn = [_apart_from_test(each, drawn, data) for each in drawn]
     gate = _gate(drawn, data)
     counts = [_add_source(each, data, tokenizer, answers_only, splits, gate) for each in drawn]
@@ -204,7 +208,10 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
     with made_whole(folder, "counts.json") as partial:
         for name, rows in splits.items():
             if not rows.columns:
-                raise DataError(f"data: no {name} row has an answer within max_length ({data.max_length}) tokens")
+                left_out = "".join(each.left_out.clause() for each in drawn)
+                raise DataError(
+                    f"data: no {name} row has an answer within max_length ({data.max_length}) tokens{left_out}"
+                )
             # The second shuffle: each source's rows were drawn in a seeded order, and here the sources are mixed.
             shuffled = Dataset.from_dict(rows.columns).shuffle(seed=data.seed).flatten_indices()
             shuffled.save_to_disk(partial / name)
@@ -222,7 +229,7 @@ def _apart_from_test(source: DrawnRows, drawn: Sequence[DrawnRows], data: DataSp
     if not kept:
         raise DataError(
             f"data: every validation row of source {source.source} repeats a test row; give other rows, or set "
-            "data.contamination: {action: allow} knowingly"
+            f"data.contamination: {{action: allow}} knowingly{source.left_out.clause()}"
         )
     return replace(source, validation=kept, validation_dropped=len(source.validation) - len(kept))
 
@@ -268,7 +275,7 @@ def _add_source(
         raise DataError(
             f"data: source {drawn.source} has {kept} training rows within max_length ({data.max_length}) tokens"
             f"{repeating}, but train: {drawn.train_count} are asked for; {drawn.train_count - kept} short: lower "
-            "`train`, or raise data.max_length"
+            f"`train`, or raise data.max_length{drawn.left_out.clause()}"
         )
     test_cut = _add_held_out(drawn.test, drawn.source, data, tokenizer, splits["test"])
     validation_cut = _add_held_out(drawn.validation, drawn.source, data, tokenizer, splits["validation"])
@@ -285,6 +292,7 @@ def _add_source(
         validation_cut=validation_cut,
         validation_dropped=drawn.validation_dropped,
         overlap_dropped=overlap_dropped,
+        unusable_rows=drawn.left_out.named(),
     )
 
 
@@ -318,13 +326,14 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tu
         ids = tokenizer(conversation.text)["input_ids"] + [tokenizer.eos_token_id]
         return ids, list(ids)
     turns = list(conversation.turns)
-    text = _render(turns, tokenizer)
+    tools = conversation.tools
+    text = render(turns, tokenizer, tools=tools)
     spans = []
     for index, turn in enumerate(turns):
-        if turn["role"] != "assistant":
+        if turn["role"] != "assistant" or index in conversation.untrained:
             continue
-        begin = _render(turns[:index], tokenizer, generation_prompt=True)
-        end = _render(turns[: index + 1], tokenizer)
+        begin = render(turns[:index], tokenizer, tools=tools, generation_prompt=True)
+        end = render(turns[: index + 1], tokenizer, tools=tools)
         if not (text.startswith(end) and end.startswith(begin)):
             raise ModelError(
                 f"{tokenizer.name_or_path}: the chat template rewrites earlier turns, so the answers' tokens cannot be "
@@ -342,19 +351,14 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tu
 def _question(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if conversation.text is not None:
         return {"prompt_ids": [], "prompt": "", "reference": ""}
-    *before, answer = conversation.turns
-    text = _render(before, tokenizer, generation_prompt=True)
+    before = conversation.turns[:-1]
+    text = render(before, tokenizer, tools=conversation.tools, generation_prompt=True)
     return {
         "prompt_ids": tokenizer(text, add_special_tokens=False)["input_ids"],
         "prompt": before[-1]["content"] if len(before) == 1 else _transcript(before),
-        "reference": answer["content"],
+        "reference": reference(conversation, tokenizer),
     }
 
 
 def _transcript(turns: Sequence[Turn]) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-
-
-def _render(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation_prompt: bool = False) -> str:
-    text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=generation_prompt)
-    return str(text)
