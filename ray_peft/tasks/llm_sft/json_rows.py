@@ -118,7 +118,7 @@ def _whole(file: str, text: str, lines: Sequence[tuple[int, str]], escaped: bool
         if objects is not None:
             _check_bytes(file, text, escaped)
             yield from objects
-        elif (_is_lines(file) and not _is_list(text)) or any(_is_value(line) for _, line in lines):
+        elif _is_in_lines(file, [line for _, line in lines]):
             yield from _lines(_numbered(text), escaped)
         else:
             raise DataError(f"{file}: line {error.line}: {error}") from None
@@ -208,7 +208,8 @@ def _listed(file: str, value: object) -> Sequence[object]:
     if len(lists) == 1:
         rows: list[object] = value[lists[0]]
         return rows
-    if not lists and (_is_lines(file) or _OF_A_ROW & value.keys()):
+    # A table that pandas wrote by columns has no text of its own.
+    if not lists and (_is_lines(file) or _OF_A_ROW & value.keys() or any(isinstance(v, str) for v in value.values())):
         return [value]
     found = f"lists {', '.join(map(repr, lists))}" if lists else f"no list of objects, but {_some(list(value))}"
     raise DataError(
@@ -227,12 +228,15 @@ def _some(keys: Sequence[str]) -> str:
     return ", ".join(map(repr, keys[:5])) + more if keys else "nothing in it"
 
 
+def _is_in_lines(file: str, first: Sequence[str]) -> bool:
+    """Whether a text that is no JSON as a whole means one row a line, by its first two lines and its name."""
+    if first[0].lstrip(_SPACE).startswith("["):
+        return _is_value(first[0])
+    return _is_lines(file) or any(map(_is_value, first))
+
+
 def _is_lines(file: str) -> bool:
     return ".jsonl" in file.lower()
-
-
-def _is_list(text: str) -> bool:
-    return text.lstrip(_SPACE).startswith("[")
 
 
 def _is_object(line: str) -> bool:

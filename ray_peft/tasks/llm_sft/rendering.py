@@ -40,7 +40,7 @@ def render(
     generation_prompt: bool = False,
 ) -> str:
     """The text of turns, as the chat template writes it."""
-    offered = [dict(tool) for tool in tools] or None
+    offered: list[Any] | None = [dict(tool) for tool in tools] or None
     text = tokenizer.apply_chat_template(
         list(turns), tools=offered, tokenize=False, add_generation_prompt=generation_prompt
     )
@@ -62,13 +62,13 @@ def as_rendered(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, 
         raise Unusable("weight: 0 needs train.loss: answers")
     if conversation.is_plain:
         return conversation
-    reason = ""
-    for form in (conversation, _with_text_arguments(conversation)):
-        missing = _missing(form, tokenizer)
-        if missing is None:
-            return form
-        reason = reason or missing
-    raise Unusable(reason)
+    as_text = _with_text_arguments(conversation)
+    missing = _missing(conversation, tokenizer)
+    if missing is not None and as_text != conversation:
+        conversation, missing = as_text, _missing(as_text, tokenizer)
+    if missing is not None:
+        raise Unusable(missing)
+    return conversation
 
 
 def reference(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -93,15 +93,19 @@ def _missing(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> 
     marks = _Marks()
     marked = replace(
         conversation,
-        turns=tuple(marks.turn(turn) for turn in conversation.turns),
-        tools=tuple(marks.tool(tool) for tool in conversation.tools),
+        turns=tuple(marks.turn(index, turn) for index, turn in enumerate(conversation.turns)),
+        tools=tuple(map(marks.tool, conversation.tools)),
     )
     try:
         render(conversation.turns, tokenizer, tools=conversation.tools)
         text = render(marked.turns, tokenizer, tools=marked.tools)
+        lost = {what for mark, what in marks.given.items() if mark not in text}
+        for mark, index in marks.thoughts.items():
+            # Many templates drop the thoughts of earlier answers, which then carry no loss; each must show the last's.
+            if mark not in text and mark not in render(marked.turns[: index + 1], tokenizer, tools=marked.tools):
+                lost.add("reasoning")
     except Exception as error:  # templates raise what Jinja and their own code raise
         return f"{TEMPLATE} refuses it: {first_line(error)}"
-    lost = dict.fromkeys(what for mark, what in marks.given.items() if mark not in text)
     if lost:
         return f"{TEMPLATE} leaves out {', '.join(sorted(lost))}"
     if any(repr(arguments) in text for arguments in marks.arguments):
@@ -115,16 +119,20 @@ class _Marks:
     def __init__(self) -> None:
         self.given: dict[str, str] = {}
         """Marks, with what each stands for."""
+        self.thoughts: dict[str, int] = {}
+        """Marks of reasoning, with the index of its turn."""
         self.arguments: list[object] = []
+        """The marked arguments of each call."""
 
-    def turn(self, turn: Turn) -> Turn:
+    def turn(self, index: int, turn: Turn) -> Turn:
         marked = dict(turn)
-        whose = {"tool": "the results of tools", "user": "what the user says", "assistant": "the text beside a call"}
+        whose = {"tool": "the results of tools", "user": "the user's text", "assistant": "the assistant's text"}
         if turn["content"]:
             marked["content"] = self._mark(whose[turn["role"]])
         for key in REASONING:
             if key in turn:
-                marked[key] = self._mark(key)
+                marked[key] = f"thought{index:04d}end"
+                self.thoughts[marked[key]] = index
         if "tool_calls" in turn:
             marked["tool_calls"] = [self._call(call) for call in turn["tool_calls"]]
         return marked
