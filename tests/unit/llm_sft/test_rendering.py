@@ -67,7 +67,6 @@ def test_arguments_are_never_trained_as_python_writes_them(tokenizer):
         ({"messages": [U, {**A, "tool_calls": [CALL]}]}, tiny.CHATML, "leaves out the arguments of calls, tool calls"),
         ({"messages": [U, A], "tools": [TOOL]}, tiny.CHATML, "leaves out tools"),
         ({"messages": [U, {**A, "reasoning_content": "add"}]}, tiny.CHATML, "leaves out reasoning"),
-        ({"messages": [U, {**A, "thinking": "add"}]}, template(), "leaves out reasoning"),
         (
             {"messages": [U, {**A, "reasoning_content": "add"}, U, A]},
             tiny.CHATML,
