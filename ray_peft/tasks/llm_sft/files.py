@@ -9,7 +9,6 @@ import re
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -68,7 +67,7 @@ def read(path: str, split: str) -> Iterator[RawRow]:
         with closing(_file_rows(name, file)) as rows:
             for row in rows:
                 empty = False
-                yield replace(row, file=name)
+                yield row
     if empty:
         raise DataError(f"{path}: the {'file holds' if len(files) == 1 else 'folder holds'} no rows")
 
@@ -81,14 +80,13 @@ def local_files(path: str) -> list[Path]:
     """
     name = path.lower()
     file = Path(path).expanduser()
-    if not is_local(path) and not name.endswith((*KINDS, *_UNPACK, *_OTHERS)):
+    if not is_local(path) and not name.endswith((*KINDS, *_UNPACK, *_OTHERS)) and "://" not in path and "*" not in path:
         return []
     try:
         if file.is_dir():
             return _shards(path, file)
         if not file.exists():
-            gone = f" (a link to {file.readlink()}, which is not there)" if file.is_symlink() else ""
-            raise DataError(f"{path}: no such file{gone}")
+            raise DataError(f"{path}: no such file{_why_not(path, file)}")
         if not file.is_file():
             raise DataError(f"{path}: is neither a file nor a folder; save its rows in a file")
         _kind(path, file.name)
@@ -96,6 +94,15 @@ def local_files(path: str) -> list[Path]:
             return [file]
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _why_not(path: str, file: Path) -> str:
+    """What else a path may mean that names no file."""
+    if file.is_symlink():
+        return f" (a link to {file.readlink()}, which is not there)"
+    if "://" in path:
+        return "; this is an address: download the file, and name it"
+    return "; patterns are not read: name the folder that holds the files" if "*" in path else ""
 
 
 def _shards(path: str, folder: Path) -> list[Path]:
@@ -254,7 +261,7 @@ def _hub_rows(name: str, split: str) -> Iterator[RawRow]:
 
     try:
         for number, values in enumerate(datasets.load_dataset(name, split=split), start=1):
-            yield RawRow(number, f"row {number}", values, file=name)
+            yield RawRow(name, number, f"row {number}", values)
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = first_line(error)
         raise DataError(f"{name}: no such local file, and it cannot be loaded as a hub data set: {reason}") from None

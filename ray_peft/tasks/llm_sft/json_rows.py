@@ -100,7 +100,7 @@ def json_rows(file: str, text: TextIO, *, escaped: bool) -> Iterator[RawRow]:
     second = next(numbered, None)
     lines = [line for line in (first, second) if line is not None]
     if _is_object(first[1]) and second is not None:
-        yield from _lines(chain(lines, numbered), escaped)
+        yield from _lines(file, chain(lines, numbered), escaped)
         return
     blank = "\n" * (first[0] - 1)
     between = "\n" * (second[0] - first[0] - 1) if second else ""
@@ -114,12 +114,12 @@ def _whole(file: str, text: str, lines: Sequence[tuple[int, str]], escaped: bool
     try:
         value = parser.value(text)
     except _Bad as error:
-        objects = _objects(text)
+        objects = _objects(file, text)
         if objects is not None:
             _check_bytes(file, text, escaped)
             yield from objects
         elif _is_in_lines(file, [line for _, line in lines]):
-            yield from _lines(_numbered(text), escaped)
+            yield from _lines(file, _numbered(text), escaped)
         else:
             raise DataError(f"{file}: line {error.line}: {error}") from None
         return
@@ -128,7 +128,7 @@ def _whole(file: str, text: str, lines: Sequence[tuple[int, str]], escaped: bool
     if isinstance(value, dict) and (key := parser.own_double(value)) is not None and rows != [value]:
         raise DataError(f"{file}: key {key!r} stands twice in the object around the rows; leave one of them")
     for number, row in enumerate(rows, start=1):
-        yield _row(number, f"row {number}", row, parser)
+        yield _row(file, number, f"row {number}", row, parser)
 
 
 def _numbered(text: str) -> Iterator[tuple[int, str]]:
@@ -149,35 +149,39 @@ def _check_bytes(file: str, text: str, escaped: bool) -> None:
                 raise DataError(f"{file}: line {number}: {where}")
 
 
-def _lines(numbered: Iterator[tuple[int, str]], escaped: bool) -> Iterator[RawRow]:
+def _lines(file: str, numbered: Iterator[tuple[int, str]], escaped: bool) -> Iterator[RawRow]:
     """One row a line."""
     parser = _Parser()
     for count, (number, line) in enumerate(numbered, start=1):
         where = undecodable(line) if escaped else None
         if where is not None:
-            yield unreadable(count, f"line {number}", NOT_UTF8, where)
+            yield unreadable(file, count, f"line {number}", NOT_UTF8, where)
             continue
         try:
             value = parser.value(line.rstrip("\r\n"))
         except _Bad as error:
-            yield unreadable(count, f"line {number}", error.reason, str(error))
+            yield unreadable(file, count, f"line {number}", error.reason, str(error))
         else:
-            yield _row(count, f"line {number}", value, parser)
+            yield _row(file, count, f"line {number}", value, parser)
 
 
-def _row(number: int, place: str, value: object, parser: _Parser) -> RawRow:
+def _row(file: str, number: int, place: str, value: object, parser: _Parser) -> RawRow:
     if not isinstance(value, dict):
         detail = f"must be a JSON object (found {type(value).__name__})"
-        return unreadable(number, place, "not a JSON object", detail)
+        return unreadable(file, number, place, "not a JSON object", detail)
     key = parser.double(value)
     if key is not None:
         return unreadable(
-            number, place, "a key twice in one object", f"key {key!r} stands twice in one object, so its value is open"
+            file,
+            number,
+            place,
+            "a key twice in one object",
+            f"key {key!r} stands twice in one object, so its value is open",
         )
-    return RawRow(number, place, value)
+    return RawRow(file, number, place, value)
 
 
-def _objects(text: str) -> Iterator[RawRow] | None:
+def _objects(file: str, text: str) -> Iterator[RawRow] | None:
     """The rows of a text of objects that follow each other, each over one or more lines; None if it is none."""
     rows: list[RawRow] = []
     begin, end, line, parser = 0, _skip_space(text, 0), 1, _Parser()
@@ -190,7 +194,7 @@ def _objects(text: str) -> Iterator[RawRow] | None:
             return None
         if not isinstance(value, dict) or (end < len(text) and "\n" not in text[begin:end]):
             return None
-        rows.append(_row(len(rows) + 1, f"line {line}", value, parser))
+        rows.append(_row(file, len(rows) + 1, f"line {line}", value, parser))
     return iter(rows)
 
 

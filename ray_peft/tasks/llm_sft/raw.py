@@ -11,6 +11,8 @@ from typing import Any
 class RawRow:
     """One row of a file: its values, or why they cannot be read."""
 
+    file: str
+    """The file that it stands in; of a folder, one of its shards."""
     number: int
     """Counted from 1 in its file."""
     place: str
@@ -21,13 +23,11 @@ class RawRow:
     """Why it cannot be read, in the words under which such rows are counted."""
     detail: str = ""
     """The same with the place in the row, and what helps."""
-    file: str = ""
-    """The file that it stands in; of a folder, one of its shards."""
 
 
-def unreadable(number: int, place: str, reason: str, detail: str = "") -> RawRow:
+def unreadable(file: str, number: int, place: str, reason: str, detail: str = "") -> RawRow:
     """A row that cannot be read."""
-    return RawRow(number, place, None, reason, detail or reason)
+    return RawRow(file, number, place, None, reason, detail or reason)
 
 
 NOT_UTF8 = "bytes that are not UTF-8"

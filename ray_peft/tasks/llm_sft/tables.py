@@ -42,7 +42,7 @@ def csv_rows(file: str, text: TextIO, delimiter: str, *, escaped: bool) -> Itera
         for fields in reader:
             if fields:
                 number += 1
-                yield _csv_row(number, f"line {begin + 1}", header, fields, escaped)
+                yield _csv_row(file, number, f"line {begin + 1}", header, fields, escaped)
             begin = reader.line_num
     except csv.Error as error:
         raise DataError(
@@ -63,14 +63,14 @@ def _check_header(file: str, header: Sequence[str], escaped: bool) -> None:
         raise DataError(f"{file}: line 1: the header {what}; give every column a name of its own")
 
 
-def _csv_row(number: int, place: str, header: Sequence[str], fields: Sequence[str], escaped: bool) -> RawRow:
+def _csv_row(file: str, number: int, place: str, header: Sequence[str], fields: Sequence[str], escaped: bool) -> RawRow:
     where = next(filter(None, map(undecodable, fields)), None) if escaped else None
     if where is not None:
-        return unreadable(number, place, NOT_UTF8, where)
+        return unreadable(file, number, place, NOT_UTF8, where)
     if len(fields) != len(header):
         detail = f"has {len(fields)} fields, but the header has {len(header)}; put fields that hold the separator into "
-        return unreadable(number, place, "another number of fields than the header", f"{detail}quotation marks")
-    return RawRow(number, place, dict(zip(header, fields, strict=True)))
+        return unreadable(file, number, place, "another number of fields than the header", f"{detail}quotation marks")
+    return RawRow(file, number, place, dict(zip(header, fields, strict=True)))
 
 
 def parquet_rows(file: str, path: Path) -> Iterator[RawRow]:
@@ -91,7 +91,7 @@ def parquet_rows(file: str, path: Path) -> Iterator[RawRow]:
             for batch in table.iter_batches(batch_size=_BATCH):
                 for values in batch.to_pylist():
                     number += 1
-                    yield RawRow(number, f"row {number}", values)
+                    yield RawRow(file, number, f"row {number}", values)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file}: behind row {number}: holds text that is not UTF-8 ({error.reason}); write the file again"

@@ -275,6 +275,18 @@ def test_a_missing_file_is_named(tmp_path, monkeypatch, name):
         values(name)
 
 
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("https://example.org/rows", "this is an address: download"),
+        ("data/*", "patterns are not read: name the folder"),
+    ],
+)
+def test_an_address_and_a_pattern_are_no_hub_data_sets(path, words):
+    with pytest.raises(DataError, match=f"no such file; {words}"):
+        values(path)
+
+
 def test_a_device_is_not_read(tmp_path):
     with pytest.raises(DataError, match="/dev/zero: is neither a file nor a folder"):
         values("/dev/zero")
