@@ -42,6 +42,8 @@ class SourceCounts:
     """Special tokens in the text of rows, by token."""
     typed_rows: int = 0
     """Rows with such tokens."""
+    unusable_rows: dict[str, str] = field(default_factory=dict)
+    """The first unusable rows by reason, such as `rows 3, 10 and 17`."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def notes(counts: Sequence[SourceCounts], data: DataSpec) -> list[str]:
         text = f"{source.source}: {source.train} training and {source.test} held-out rows of {source.read} read"
         text += "".join(f"; {words.format(count)}" for count, words in counted if count)
         for reason, count in sorted(source.unusable.items()):
-            text += f"; {count} unusable rows ({reason})"
+            text += f"; {count} unusable rows ({reason})" + f": {source.unusable_rows.get(reason, '')}".rstrip(": ")
         sentences.append(text)
     return sentences
 

@@ -15,12 +15,14 @@ from ray_peft.errors import DataError
 from ray_peft.spec import DataSpec, LlmTrialSpec
 from ray_peft.tasks.cache import cache_folder, made_whole
 from ray_peft.tasks.llm_sft import counts as counting
+from ray_peft.tasks.llm_sft.conversation import Conversation, Unusable
 from ray_peft.tasks.llm_sft.counts import SourceCounts, TokenFacts, numbered
 from ray_peft.tasks.llm_sft.encode import IGNORED as IGNORED  # read by all that reads prepared rows
 from ray_peft.tasks.llm_sft.encode import Encoded, Encoder
+from ray_peft.tasks.llm_sft.files import local_files
 from ray_peft.tasks.llm_sft.overlap import Gate, HeldOutRow, Overlap, refusal
-from ray_peft.tasks.llm_sft.recipes import Conversation, Unusable
-from ray_peft.tasks.llm_sft.rows import DrawnRows, Row, draw
+from ray_peft.tasks.llm_sft.rendering import draw_all
+from ray_peft.tasks.llm_sft.rows import DrawnRows, Row
 from ray_peft.tasks.llm_sft.turns import CannotWrite, frame, messages, prints_the_date
 
 if TYPE_CHECKING:
@@ -109,8 +111,8 @@ def _content_key(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_onl
     digest = hashlib.sha256(json.dumps([FORMAT, answers_only, data.plain()], sort_keys=True).encode())
     for source in data.sources:
         for path in filter(None, (source.path, source.test_path)):
-            if Path(path).is_file():
-                with open(path, "rb") as content:
+            for file in local_files(path):
+                with file.open("rb") as content:
                     digest.update(hashlib.file_digest(content, "sha256").digest())
     # Templates write special tokens by their roles, which a tokenizer's settings can change.
     digest.update(json.dumps([str(tokenizer.chat_template), tokenizer.special_tokens_map], sort_keys=True).encode())
@@ -125,7 +127,7 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    drawn = [draw(source, data.seed) for source in data.sources]
+    drawn = draw_all(data, tokenizer, answers_only)
     drawn = [_apart_from_test(each, drawn, data) for each in drawn]
     gate = _gate(drawn, data)
     building = _Building(data, Encoder(tokenizer, data.template_date, data.special_tokens), answers_only, gate)
@@ -138,7 +140,7 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
         del splits["validation"]
     for name, rows in splits.items():
         if not rows.columns:
-            raise DataError(_none_left(name, data, counts))
+            raise DataError(_none_left(name, data, counts, drawn))
     facts = _facts(tokenizer, building, drawn)
     with made_whole(folder, "counts.json") as partial:
         for name, rows in splits.items():
@@ -150,26 +152,18 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
         (partial / "counts.json").write_text(json.dumps([asdict(each) for each in counts]), encoding="utf-8")
 
 
-def _none_left(split: str, data: DataSpec, counts: Sequence[SourceCounts]) -> str:
+def _none_left(split: str, data: DataSpec, counts: Sequence[SourceCounts], drawn: Sequence[DrawnRows]) -> str:
     """Why a split is empty."""
-    reasons: Counter[str] = Counter()
-    for source in counts:
-        reasons.update(source.unusable)
-        numbers = source.unscored.get(split)
-        if numbers:
-            reasons[f"the answer begins after that: {source.source}, {numbered(numbers)}"] += len(numbers)
+    unscored = [
+        f"; the answer begins after that: {source.source}, {numbered(source.unscored[split])}"
+        for source in counts
+        if split in source.unscored
+    ]
+    unusable = [source.left_out.clause() for source in drawn]
     return (
-        f"data: no {split} row has an answer within max_length ({data.max_length}) tokens{_why(reasons)}; give "
-        f"other rows, or raise data.max_length{_or_template(reasons)}"
+        f"data: no {split} row has an answer within max_length ({data.max_length}) tokens{''.join(unscored)}; give "
+        f"other rows, or raise data.max_length{''.join(unusable)}"
     )
-
-
-def _why(reasons: Counter[str]) -> str:
-    return f" ({'; '.join(f'{count} x {reason}' for reason, count in reasons.most_common())})" if reasons else ""
-
-
-def _or_template(reasons: Counter[str]) -> str:
-    return ", or name another chat template in data.chat_template" if any("template" in why for why in reasons) else ""
 
 
 def _facts(tokenizer: PreTrainedTokenizerBase, building: _Building, drawn: Sequence[DrawnRows]) -> TokenFacts:
@@ -188,7 +182,7 @@ def _facts(tokenizer: PreTrainedTokenizerBase, building: _Building, drawn: Seque
         longest=building.longest,
         end=None if around is None else around.end,
         lead="" if around is None else around.lead,
-        dated=bool(chats) and prints_the_date(messages(chats[0]), template),
+        dated=bool(chats) and prints_the_date(messages(chats[0]), template, chats[0].tools),
     )
 
 
@@ -202,7 +196,7 @@ def _apart_from_test(source: DrawnRows, drawn: Sequence[DrawnRows], data: DataSp
     if not kept:
         raise DataError(
             f"data: every validation row of source {source.source} repeats a test row; give other rows, or set "
-            "data.contamination: {action: allow} knowingly"
+            f"data.contamination: {{action: allow}} knowingly{source.left_out.clause()}"
         )
     return replace(source, validation=kept, validation_dropped=len(source.validation) - len(kept))
 
@@ -234,9 +228,8 @@ class _Building:
     """The largest token number so far."""
     longest: int = 0
     """Tokens of the longest row or prompt so far."""
-    unusable: Counter[str] = field(default_factory=Counter)
-    """Of the source that is being added, rows left out, by reason; so are the next three."""
     unscored: dict[str, list[int]] = field(default_factory=dict)
+    """Of the source that is being added, as in SourceCounts; so are the next three."""
     unsound: Counter[str] = field(default_factory=Counter)
     typed: Counter[str] = field(default_factory=Counter)
     typed_rows: int = 0
@@ -247,15 +240,14 @@ class _Building:
         Raises:
             DataError: it has too few, or a row that the chat template or tokenizer fails on.
         """
-        self.unusable, self.unscored = Counter(drawn.unusable), {}
-        self.unsound, self.typed, self.typed_rows = Counter(), Counter(), 0
+        self.unscored, self.unsound, self.typed, self.typed_rows = {}, Counter(), Counter(), 0
         train, train_cut, train_dropped, overlap_dropped = self._add_train(drawn)
-        test, test_cut = self._add_held_out(drawn.test, drawn.source, "test")
-        validation, validation_cut = self._add_held_out(drawn.validation, drawn.source, "validation")
+        test, test_cut = self._add_held_out(drawn, "test", drawn.test)
+        validation, validation_cut = self._add_held_out(drawn, "validation", drawn.validation)
         return SourceCounts(
             drawn.source,
             drawn.read,
-            dict(self.unusable),
+            dict(drawn.unusable),
             train=train,
             test=test,
             train_cut=train_cut,
@@ -269,6 +261,7 @@ class _Building:
             unsound=dict(self.unsound),
             typed=dict(self.typed),
             typed_rows=self.typed_rows,
+            unusable_rows=drawn.left_out.named(),
         )
 
     def _add_train(self, drawn: DrawnRows) -> tuple[int, int, int, int]:
@@ -278,12 +271,12 @@ class _Building:
         for row in drawn.train:
             if kept == drawn.train_count:
                 break
-            encoded = self._encoded(row)
+            encoded = self._tried(self.encoder.row, row, drawn)
             if encoded is None:
                 continue
             ids, labels = encoded.ids, encoded.labels[: data.max_length]
             if self.answers_only and encoded.problem is not None and set(encoded.labels) == {IGNORED}:
-                self.unusable[encoded.problem] += 1
+                _leave_out(drawn, encoded.problem, row)
                 continue
             unanswered = self.answers_only and all(label == IGNORED for label in labels)
             if unanswered or (len(ids) > data.max_length and data.too_long == "drop"):
@@ -304,44 +297,49 @@ class _Building:
         but = f" that repeat no held-out row ({repeating} do)" if repeating else ""
         return (
             f"data: source {drawn.source} has {kept} training rows within max_length ({self.data.max_length}) tokens"
-            f"{but}{_why(self.unusable)}, but train: {drawn.train_count} are asked for; "
-            f"{(drawn.train_count or 0) - kept} short: lower `train`, or raise data.max_length"
-            f"{_or_template(self.unusable)}"
+            f"{but}, but train: {drawn.train_count} are asked for; {(drawn.train_count or 0) - kept} short: lower "
+            f"`train`, or raise data.max_length{drawn.left_out.clause()}"
         )
 
-    def _add_held_out(self, drawn: Sequence[Row], source: str, split: str) -> tuple[int, int]:
+    def _add_held_out(self, drawn: DrawnRows, split: str, rows: Sequence[Row]) -> tuple[int, int]:
         """Test or validation rows added, and how many of them are longer than the limit."""
         added = cut = 0
-        for row in drawn:
-            encoded = self._encoded(row)
+        for row in rows:
+            encoded = self._tried(self.encoder.row, row, drawn)
             if encoded is None:
                 continue
             if encoded.problem is not None:
-                self.unusable[encoded.problem] += 1
+                _leave_out(drawn, encoded.problem, row)
                 continue
             if all(label == IGNORED for label in encoded.labels[: self.data.max_length]):
                 self.unscored.setdefault(split, []).append(row.number)
                 continue
+            question = self._tried(self.encoder.question, row, drawn)
+            if question is None:
+                continue
             added += 1
             cut += len(encoded.ids) > self.data.max_length
-            question = self._of(row, self.encoder.question)
             self._measure(question["prompt_ids"])
-            self._put(split, source, row, encoded, **question)
+            self._put(split, drawn.source, row, encoded, **question)
         return added, cut
 
-    def _encoded(self, row: Row) -> Encoded | None:
-        """The row as tokens; None if it is unusable, which is counted."""
-        try:
-            return self._of(row, self.encoder.row)
-        except Unusable as reason:
-            self.unusable[str(reason)] += 1
-            return None
+    def _tried(self, encode: Callable[[Conversation], T], row: Row, drawn: DrawnRows) -> T | None:
+        """What `encode` makes of a row; None if it is unusable, which is counted.
 
-    def _of(self, row: Row, encode: Callable[[Conversation], T]) -> T:
+        Raises:
+            DataError: the chat template or the tokenizer fails on it, and such rows are not skipped.
+        """
         try:
             return encode(row.conversation)
+        except Unusable as reason:
+            _leave_out(drawn, str(reason), row)
         except CannotWrite as error:
-            raise DataError(f"{row.file}: row {row.number}: {error}") from None
+            if self.data.unusable == "fail":
+                raise DataError(
+                    f"{row.file}: row {row.number}: {error}; or leave such rows out with data.unusable: skip"
+                ) from None
+            _leave_out(drawn, error.reason, row)
+        return None
 
     def _measure(self, ids: Sequence[int]) -> None:
         self.largest, self.longest = max(self.largest, *ids, 0), max(self.longest, len(ids))
@@ -353,3 +351,8 @@ class _Building:
         self.typed.update(encoded.typed)
         self.typed_rows += bool(encoded.typed)
         self.splits[split].add(input_ids=ids, labels=labels, source_dataset=source, row=row.number, **question)
+
+
+def _leave_out(drawn: DrawnRows, reason: str, row: Row) -> None:
+    """Count a row that cannot be used among those of its source."""
+    drawn.left_out.add(reason, "" if any(row.file == first.file for first in drawn.train[:1]) else row.file, row.number)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import datetime
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ray_peft.errors import first_line
-from ray_peft.tasks.llm_sft.recipes import Conversation, Turn, Unusable
+from ray_peft.tasks.llm_sft.conversation import Conversation, Turn, Unusable
+from ray_peft.tasks.llm_sft.rendering import reference
 from ray_peft.tasks.llm_sft.special import Encoding, NotSpecial, SpecialTokens
-from ray_peft.tasks.llm_sft.turns import DATE, CannotWrite, Message, Template, answers, left_out, messages
+from ray_peft.tasks.llm_sft.turns import DATE, CannotWrite, Message, Template, answers, messages, missing_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,23 @@ class Encoded:
     """Why the last answer, which a held-out row is asked for, carries no label; None if it does."""
     typed: tuple[str, ...] = ()
     """Special tokens in the text of the row, each as often as it is there."""
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """Turns and tools as the template gets them."""
+
+    turns: list[Message]
+    tools: Sequence[Mapping[str, Any]]
+    typed: tuple[str, ...]
+    """Special tokens in their texts."""
+    own: _Chat | None = None
+    """As the row has them; None if they are the same, since no special token is hidden in them."""
+
+    @property
+    def hidden(self) -> bool:
+        """Whether private characters stand for special tokens."""
+        return self.own is not None
 
 
 class Encoder:
@@ -62,18 +80,18 @@ class Encoder:
         """
         if conversation.text is not None:
             return self._plain(conversation.text)
-        own = messages(conversation)
-        turns, typed = self._hidden(own)
-        text = self._written(turns, own)
-        absent = left_out(turns, text)
+        chat = self._chat(messages(conversation), conversation.tools)
+        text = self._written(chat)
+        absent = missing_turn(chat.turns, text)
         if absent is not None:
             raise Unusable(f"the chat template leaves out the text of the {absent}")
-        located = answers(text, turns, self.template)
+        located = answers(text, chat.turns, self.template, chat.tools)
+        located = [answer for answer in located if answer.turn not in conversation.untrained]
         cuts = [place for answer in located if answer.problem is None for place in (answer.begin, answer.end)]
-        encoding, cuts = self._tokens(text, cuts, hidden=turns is not own)
+        encoding, cuts = self._tokens(text, cuts, hidden=chat.hidden)
         unsound = Counter(answer.problem for answer in located if answer.problem is not None)
         problem = located[-1].problem if located else None
-        return Encoded(encoding.ids, _labels(encoding, cuts), unsound, problem, typed)
+        return Encoded(encoding.ids, _labels(encoding, cuts), unsound, problem, chat.typed)
 
     def question(self, conversation: Conversation) -> dict[str, Any]:
         """What a model is asked for the last answer, and that answer: prompt_ids, prompt and reference.
@@ -83,14 +101,13 @@ class Encoder:
         """
         if conversation.text is not None:
             return {"prompt_ids": [], "prompt": "", "reference": ""}
-        *before, answer = conversation.turns
-        own = messages(conversation)[:-1]
-        turns, _ = self._hidden(own)
-        encoding, _ = self._tokens(self._written(turns, own, ask=True), [], hidden=turns is not own)
+        before = conversation.turns[:-1]
+        chat = self._chat(messages(conversation)[:-1], conversation.tools)
+        encoding, _ = self._tokens(self._written(chat, ask=True), [], hidden=chat.hidden)
         return {
             "prompt_ids": encoding.ids,
             "prompt": before[-1]["content"] if len(before) == 1 else _transcript(before),
-            "reference": answer["content"],
+            "reference": reference(conversation, self._tokenizer),
         }
 
     def _plain(self, text: str) -> Encoded:
@@ -104,25 +121,28 @@ class Encoder:
         except NotSpecial as error:
             raise Unusable(str(error)) from None
         except Exception as error:  # as in _tokens
-            raise CannotWrite(f"the tokenizer cannot encode this row: {first_line(error)}; mend the row") from None
+            raise CannotWrite(f"the tokenizer refuses it: {first_line(error)}", "mend the row") from None
         ids = [*ids, self._tokenizer.eos_token_id]
         return Encoded(ids, list(ids), typed=typed)
 
-    def _hidden(self, turns: list[Message]) -> tuple[list[Message], tuple[str, ...]]:
-        """The turns as the template gets them, and the special tokens typed in them."""
-        typed = tuple(self._special.typed(turns))
+    def _chat(self, turns: list[Message], tools: Sequence[Mapping[str, Any]]) -> _Chat:
+        """Turns and tools as the template gets them."""
+        typed = tuple(self._special.typed([turns, tools]))
+        own = _Chat(turns, tools, typed)
         if not typed or self._typed_as == "control":
-            return turns, typed
+            return own
         try:
-            return self._special.hidden(turns), typed
+            return _Chat(self._special.hidden(turns), self._special.hidden(list(tools)), typed, own)
         except NotSpecial as error:
             raise Unusable(str(error)) from None
 
-    def _written(self, turns: list[Message], own: list[Message], *, ask: bool = False) -> str:
-        """What the template writes of turns, which may have hidden special tokens, as it writes the row's `own`."""
-        text = self.template.write(turns, ask=ask)
-        if turns is not own and self._special.shown(text) != self.template.write(own, ask=ask):
-            raise Unusable("the chat template reacts to special tokens typed in the row")
+    def _written(self, chat: _Chat, *, ask: bool = False) -> str:
+        """What the template writes; of hidden special tokens, the same as of typed ones."""
+        text = self.template.write(chat.turns, tools=chat.tools, ask=ask)
+        if chat.own is not None:
+            plain = self.template.write(chat.own.turns, tools=chat.own.tools, ask=ask)
+            if self._special.shown(text) != plain:
+                raise Unusable("the chat template reacts to special tokens typed in the row")
         return text
 
     def _tokens(self, text: str, cuts: list[int], *, hidden: bool) -> tuple[Encoding, list[int]]:
@@ -133,7 +153,7 @@ class Encoder:
         except NotSpecial as error:
             raise Unusable(str(error)) from None
         except Exception as error:  # lone surrogates and what else a tokenizer takes for no text
-            raise CannotWrite(f"the tokenizer cannot encode this row: {first_line(error)}; mend the row") from None
+            raise CannotWrite(f"the tokenizer refuses it: {first_line(error)}", "mend the row") from None
         return Encoding(encoded["input_ids"], encoded["offset_mapping"]), cuts
 
 

@@ -134,7 +134,7 @@ def _stamps(spec: LlmTrialSpec) -> list[tuple[str, int, int]]:
     files: list[Path] = []
     for path in map(Path, filter(None, named)):
         files += sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
 
 
 def _predictor(spec: LlmTrialSpec, rows: PreparedData) -> Callable[[LlmTrialSpec, Gpu], Prediction]:

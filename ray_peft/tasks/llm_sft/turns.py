@@ -13,7 +13,7 @@ from ray_peft.errors import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ray_peft.tasks.llm_sft.recipes import Conversation
+    from ray_peft.tasks.llm_sft.conversation import Conversation
 
 Message = Mapping[str, Any]
 """What a chat template is given of a turn: role, content, and whatever else the row has for it."""
@@ -39,7 +39,12 @@ NO_QUESTION = "an answer without a question before it"
 
 
 class CannotWrite(Exception):
-    """The chat template fails on a conversation, or refuses it; the text is the reason."""
+    """The chat template or the tokenizer fails on a conversation, or refuses it; the text names the way out."""
+
+    def __init__(self, reason: str, way_out: str) -> None:
+        super().__init__(f"{reason}; {way_out}")
+        self.reason = reason
+        """The same without the way out: under it such rows are counted where they are skipped."""
 
 
 def messages(conversation: Conversation) -> list[Message]:
@@ -54,27 +59,27 @@ class Template:
     tokenizer: PreTrainedTokenizerBase
     date: datetime.date = DATE
 
-    def write(self, turns: Sequence[Message], *, ask: bool = False) -> str:
+    def write(self, turns: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = (), ask: bool = False) -> str:
         """The text of a conversation; `ask` adds the generation prompt, after which the model answers.
 
         Raises:
             CannotWrite: the template fails on it, or refuses it.
         """
         try:
-            own = self.tokenizer.get_chat_template()
+            offered: list[Any] | None = [dict(tool) for tool in tools] or None
+            own = self.tokenizer.get_chat_template(None, offered)
             given: dict[str, Any] = {"date_string": self.date.strftime("%d %b %Y")} if "date_string" in own else {}
             text = self.tokenizer.apply_chat_template(
                 [dict(turn) for turn in turns],
+                tools=offered,
                 chat_template=_dated(own, self.date),
                 tokenize=False,
                 add_generation_prompt=ask,
                 **given,
             )
         except Exception as error:  # templates are programs: they raise what Jinja, Python and transformers raise
-            raise CannotWrite(
-                f"the chat template cannot write this row: {first_line(error)}; mend the row, or name another template "
-                "in data.chat_template"
-            ) from None
+            reason = f"the chat template refuses it: {first_line(error)}"
+            raise CannotWrite(reason, "mend the row, or name another template in data.chat_template") from None
         return str(text)
 
 
@@ -106,8 +111,10 @@ class Answer:
     """Why it cannot be trained on as it stands; None if it can."""
 
 
-def answers(text: str, turns: Sequence[Message], template: Template) -> list[Answer]:
-    """Where each answer stands in `text`, which is what the template writes of `turns`.
+def answers(
+    text: str, turns: Sequence[Message], template: Template, tools: Sequence[Mapping[str, Any]] = ()
+) -> list[Answer]:
+    """Where each answer stands in `text`, which is what the template writes of `turns` and `tools`.
 
     An answer is sound if the text up to it is the prompt that the model gets for it, and what follows is what the
     template writes for it, whatever comes later: then what is trained is what happens when the model is asked.
@@ -116,20 +123,22 @@ def answers(text: str, turns: Sequence[Message], template: Template) -> list[Ans
         CannotWrite: the template fails on the first turns of the conversation.
     """
     places = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-    located = _by_repetition(text, turns, places, template) if len(turns) > LONG else None
+    located = _by_repetition(text, turns, places, template) if len(turns) > LONG and not tools else None
     if located is None:
-        located = [_by_prefix(text, turns, index, template) for index in places]
+        located = [_by_prefix(text, turns, index, template, tools) for index in places]
     return [_whole(answer, text, turns[answer.turn]) for answer in located]
 
 
-def _by_prefix(text: str, turns: Sequence[Message], index: int, template: Template) -> Answer:
+def _by_prefix(
+    text: str, turns: Sequence[Message], index: int, template: Template, tools: Sequence[Mapping[str, Any]] = ()
+) -> Answer:
     """The answer at `index`, from what the template writes of the turns before it, and of those with it."""
     if not index:
         return Answer(index, 0, 0, NO_QUESTION)
-    begin = template.write(turns[:index], ask=True)
-    end = text if index + 1 == len(turns) else template.write(turns[: index + 1])
+    begin = template.write(turns[:index], tools=tools, ask=True)
+    end = text if index + 1 == len(turns) else template.write(turns[: index + 1], tools=tools)
     if not end.startswith(begin):
-        alike = end.startswith(template.write(turns[:index]))
+        alike = end.startswith(template.write(turns[:index], tools=tools))
         return Answer(index, 0, 0, f"{OTHER_START} {_rest(begin, end)!a}" if alike else REWRITTEN)
     if not text.startswith(end.rstrip()):
         return Answer(index, 0, 0, OTHERWISE if text.startswith(begin) else REWRITTEN)
@@ -207,7 +216,7 @@ def _whole(answer: Answer, text: str, turn: Message) -> Answer:
     return answer
 
 
-def left_out(turns: Sequence[Message], text: str) -> str | None:
+def missing_turn(turns: Sequence[Message], text: str) -> str | None:
     """The role of a question or instruction whose content the template has left out of `text`; None if all is there."""
     compact, place = "".join(text.split()), 0
     for turn in turns:
@@ -263,7 +272,7 @@ def end_of_answer_tokens(tokenizer: PreTrainedTokenizerBase, date: datetime.date
     return found.end_tokens if found is not None else ()
 
 
-def prints_the_date(turns: Sequence[Message], template: Template) -> bool:
+def prints_the_date(turns: Sequence[Message], template: Template, tools: Sequence[Mapping[str, Any]] = ()) -> bool:
     """True if the text of a conversation depends on the day."""
     other = Template(template.tokenizer, template.date + datetime.timedelta(days=400))
-    return template.write(turns) != other.write(turns)
+    return template.write(turns, tools=tools) != other.write(turns, tools=tools)

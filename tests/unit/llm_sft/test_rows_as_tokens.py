@@ -55,18 +55,14 @@ def test_held_out_rows_whose_answer_is_cut_away_are_unscored_and_named(prepare, 
 
 
 def test_no_held_out_row_with_an_answer_in_reach_is_one_error(prepare):
-    with pytest.raises(
-        DataError, match=r"no test row has an answer within max_length \(160\).*rows 1, 2, 3, 4\); give"
-    ):
+    with pytest.raises(DataError, match=r"no test row has an answer within max_length \(160\).*rows 1, 2, 3, 4; give"):
         prepare(tiny.QUESTIONS, test_rows=[LONG] * 4)
 
 
 def test_a_row_that_the_template_refuses_is_named_with_its_file(prepare, tmp_path):
     refuses = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('never no') }}{% endif %}"
     rows = [*tiny.QUESTIONS[:11], {"prompt": "no", "completion": "yes"}]
-    with pytest.raises(
-        DataError, match=r"rows\.jsonl: row 12: the chat template cannot write this row: never no; mend"
-    ):
+    with pytest.raises(DataError, match=r"rows\.jsonl: row 12: the chat template refuses it: never no; mend"):
         prepare(rows, refuses + templates.CHATML)
 
 

@@ -16,7 +16,7 @@ from ray_peft.tasks.llm_sft.turns import (
     answers,
     end_of_answer_tokens,
     frame,
-    left_out,
+    missing_turn,
     prints_the_date,
 )
 
@@ -90,7 +90,7 @@ def test_the_template_runs_a_few_times_for_a_conversation_of_any_length(written,
     sizes = []
     write = Template.write
     monkeypatch.setattr(
-        Template, "write", lambda self, given, ask=False: (sizes.append(len(given)), write(self, given, ask=ask))[1]
+        Template, "write", lambda self, given, **how: (sizes.append(len(given)), write(self, given, **how))[1]
     )
     work = []
     for count in (200, 400):
@@ -130,7 +130,7 @@ def test_a_generation_prompt_that_answers_do_not_begin_with_is_named(written):
     ],
 )
 def test_whatever_a_template_raises_is_one_reason(written, text, words):
-    with pytest.raises(CannotWrite, match=f"the chat template cannot write this row: .*{words}.*data.chat_template"):
+    with pytest.raises(CannotWrite, match=f"the chat template refuses it: .*{words}.*data.chat_template"):
         written(text).write(turns("One?", "Yes."))
 
 
@@ -198,6 +198,6 @@ def test_what_the_template_writes_before_an_answer_is_told_apart(written):
 
 def test_a_turn_that_the_template_leaves_out_is_named():
     given = [{"role": "system", "content": "Be  kind."}, {"role": "user", "content": "One?"}]
-    assert left_out(given, "Be kind.\nOne?") is None
-    assert left_out(given, "One?") == "system"
-    assert left_out(given, "Be kind.") == "user"
+    assert missing_turn(given, "Be kind.\nOne?") is None
+    assert missing_turn(given, "One?") == "system"
+    assert missing_turn(given, "Be kind.") == "user"
