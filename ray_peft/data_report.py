@@ -96,6 +96,7 @@ def _one_table(data: SpaceData) -> str:
     lines += [*(aligned_line(line, widths) for line in cells), ""]
     for source, rows in report.read.items():
         lines.append(f"{source}: {rows:,} rows read{_unusable(report, source)}")
+    lines += [f"rows: {line}" for line in report.remarks]
     lines += [f"overlap: {line}" for line in report.overlap_lines]
     return "\n".join(ascii_line(line) for line in lines)
 

@@ -12,16 +12,12 @@ from typing import TYPE_CHECKING
 from ray_peft.report.atomic import write_text
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.base import DataReport, SplitReport
-from ray_peft.tasks.llm_sft.data import (
-    IGNORED,
-    ContaminationError,
-    PreparedData,
-    SourceCounts,
-    load_tokenizer,
-    prepare,
-)
+from ray_peft.tasks.llm_sft.counts import SourceCounts, cautions, remarks
+from ray_peft.tasks.llm_sft.data import ContaminationError, PreparedData, prepare
+from ray_peft.tasks.llm_sft.encode import IGNORED
 from ray_peft.tasks.llm_sft.overlap import Overlap, summary
 from ray_peft.tasks.llm_sft.rendering import draw_all
+from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -102,6 +98,9 @@ def _report(
         overlap=overlap.plain(),
         overlap_lines=_overlap_lines(overlap),
         error=error,
+        remarks=[]
+        if prepared is None
+        else remarks(counts, spec.data, prepared.facts) + [f"caution: {text}" for text in cautions(prepared.facts)],
     )
 
 

@@ -12,11 +12,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.errors import first_line
 from ray_peft.spec import DataSpec
 from ray_peft.tasks.llm_sft.conversation import REASONING, Conversation, Turn, Unusable
 from ray_peft.tasks.llm_sft.left_out import TEMPLATE
 from ray_peft.tasks.llm_sft.rows import DrawnRows, draw
+from ray_peft.tasks.llm_sft.turns import CannotWrite, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,12 +39,12 @@ def render(
     tools: Sequence[Mapping[str, Any]] = (),
     generation_prompt: bool = False,
 ) -> str:
-    """The text of turns, as the chat template writes it."""
-    offered: list[Any] | None = [dict(tool) for tool in tools] or None
-    text = tokenizer.apply_chat_template(
-        list(turns), tools=offered, tokenize=False, add_generation_prompt=generation_prompt
-    )
-    return str(text)
+    """The text of turns, as the chat template writes it on a fixed day.
+
+    Raises:
+        CannotWrite: the template fails on them, or refuses them.
+    """
+    return Template(tokenizer).write(turns, tools=tools, ask=generation_prompt)
 
 
 def as_rendered(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, answers_only: bool) -> Conversation:
@@ -104,8 +104,8 @@ def _missing(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> 
             # Many templates drop the thoughts of earlier answers, which then carry no loss; each must show the last's.
             if mark not in text and mark not in render(marked.turns[: index + 1], tokenizer, tools=marked.tools):
                 lost.add("reasoning")
-    except Exception as error:  # templates raise what Jinja and their own code raise
-        return f"{TEMPLATE} refuses it: {first_line(error)}"
+    except CannotWrite as error:
+        return error.reason
     if lost:
         return f"{TEMPLATE} leaves out {', '.join(sorted(lost))}"
     if any(repr(arguments) in text for arguments in marks.arguments):

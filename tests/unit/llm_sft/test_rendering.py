@@ -8,7 +8,9 @@ from ray_peft.spec import TrialSpec
 from ray_peft.tasks.llm_sft import data, describe
 from ray_peft.tasks.llm_sft.chat import messages
 from ray_peft.tasks.llm_sft.conversation import Unusable
+from ray_peft.tasks.llm_sft.encode import encode
 from ray_peft.tasks.llm_sft.rendering import as_rendered
+from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
 
 CALLING = (
     "{% if tools %}{{ '<|im_start|>tools\\n' + (tools | tojson) + '<|im_end|>\\n' }}{% endif %}"
@@ -33,14 +35,14 @@ def template(arguments="(c.function.arguments | tojson)", later="true"):
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model, questions):
-    return data.load_tokenizer(TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions)))
+    return load_tokenizer(TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions)))
 
 
 def written(tokenizer, chat_template, row):
     """The trained text of a row."""
     tokenizer.chat_template = chat_template
     conversation = as_rendered(messages(row), tokenizer, True)
-    _, labels = data.encode(conversation, tokenizer)
+    _, labels = encode(conversation, tokenizer)
     return tokenizer.decode([label for label in labels if label != data.IGNORED]), conversation
 
 
@@ -49,7 +51,7 @@ def test_calls_tools_and_results_are_trained_as_the_template_writes_them(tokeniz
     row = {"messages": [U, CALLED, RESULT, A], "tools": [TOOL]}
     text, conversation = written(tokenizer, template(arguments), row)
     assert text == '<call>add{"a": "ü"}</call><|im_end|>add<|im_end|>'
-    ids, _ = data.encode(conversation, tokenizer)
+    ids, _ = encode(conversation, tokenizer)
     assert '"parameters"' in tokenizer.decode(ids)
     assert "<|im_start|>tool\nadd" in tokenizer.decode(ids)
 
@@ -110,7 +112,7 @@ def test_an_answer_of_weight_0_carries_no_loss(tokenizer):
     row = {"messages": [U, {"role": "assistant", "content": "bad", "weight": 0}, U, A]}
     text, conversation = written(tokenizer, tiny.CHATML, row)
     assert text == "add<|im_end|>"
-    assert "bad" in tokenizer.decode(data.encode(conversation, tokenizer)[0])
+    assert "bad" in tokenizer.decode(encode(conversation, tokenizer)[0])
     with pytest.raises(Unusable, match="weight: 0 needs train.loss: answers"):
         as_rendered(conversation, tokenizer, False)
 
@@ -127,7 +129,7 @@ def test_the_reference_of_a_call_is_the_call_as_it_is_decoded(tiny_model, tmp_pa
     (tmp_path / "calling.jinja").write_text(template(), encoding="utf-8")
     rows = [{"messages": [{"role": "user", "content": f"Q{i}"}, CALLED], "tools": [TOOL]} for i in range(6)]
     spec = chat_spec(tiny_model, tmp_path, rows, chat_template=str(tmp_path / "calling.jinja"))
-    prepared = data.prepare(spec, data.load_tokenizer(spec))
+    prepared = data.prepare(spec, load_tokenizer(spec))
     assert set(prepared.test["reference"]) == {'<call>add{"a": "ü"}</call>'}
     written_files = describe.write(spec, tmp_path)
     assert '"tool_calls"' in written_files[0].read_text(encoding="utf-8")
@@ -137,7 +139,7 @@ def test_the_reference_of_a_call_is_the_call_as_it_is_decoded(tiny_model, tmp_pa
 def test_rows_that_the_template_cannot_show_are_counted_and_named(tiny_model, tmp_path):
     rows = [{"messages": [{"role": "user", "content": f"Q{i}"}, CALLED if i % 3 == 0 else A]} for i in range(9)]
     spec = chat_spec(tiny_model, tmp_path, rows)
-    (counts,) = data.prepare(spec, data.load_tokenizer(spec)).counts
+    (counts,) = data.prepare(spec, load_tokenizer(spec)).counts
     reason = "the chat template leaves out the arguments of calls, tool calls"
     assert counts.unusable == {reason: 3}
     assert counts.unusable_rows == {reason: "rows 1, 4, 7"}
@@ -150,17 +152,17 @@ def test_too_few_rows_name_the_template_as_the_way_out(tiny_model, tmp_path):
     spec = chat_spec(tiny_model, tmp_path, rows)
     words = r"has 1 usable rows for test.*8 rows are unusable \(8 x the chat template leaves out.*data.chat_template"
     with pytest.raises(DataError, match=words):
-        data.prepare(spec, data.load_tokenizer(spec))
+        data.prepare(spec, load_tokenizer(spec))
 
 
 def test_rows_that_were_skipped_are_an_error_again_when_unusable_is_fail(tiny_model, tmp_path):
     rows = [{"messages": [{"role": "user", "content": f"Q{i}"}, A]} for i in range(9)] + [{"messages": 3}]
     skipping = chat_spec(tiny_model, tmp_path, rows, unusable="skip")
-    (counts,) = data.prepare(skipping, data.load_tokenizer(skipping)).counts
+    (counts,) = data.prepare(skipping, load_tokenizer(skipping)).counts
     assert counts.unusable_rows == {"field 'messages' must be a list (found int)": "row 10"}
     failing = chat_spec(tiny_model, tmp_path, rows)
     with pytest.raises(DataError, match="row 10 does not fit recipe messages: .*data.unusable: skip"):
-        data.prepare(failing, data.load_tokenizer(failing))
+        data.prepare(failing, load_tokenizer(failing))
 
 
 def test_too_few_rows_within_the_limit_say_which_cannot_be_used(tiny_model, tmp_path):
@@ -171,7 +173,7 @@ def test_too_few_rows_within_the_limit_say_which_cannot_be_used(tiny_model, tmp_
     plain["data"]["sources"][0]["train"] = 9
     spec = TrialSpec.from_plain(plain)
     with pytest.raises(DataError, match=r"within max_length.*1 rows are unusable \(1 x no turns: row 13\)"):
-        data.prepare(spec, data.load_tokenizer(spec))
+        data.prepare(spec, load_tokenizer(spec))
 
 
 def test_changed_shards_are_another_key(tiny_model, tmp_path):
@@ -183,7 +185,7 @@ def test_changed_shards_are_another_key(tiny_model, tmp_path):
     plain = spec.plain()
     plain["data"]["sources"][0]["path"] = str(folder)
     spec = TrialSpec.from_plain(plain)
-    tokenizer = data.load_tokenizer(spec)
+    tokenizer = load_tokenizer(spec)
     first = data.prepare(spec, tokenizer)
     tiny.write_rows(folder / "part-1.jsonl", rows)
     second = data.prepare(spec, tokenizer)
