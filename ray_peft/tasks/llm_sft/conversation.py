@@ -43,11 +43,9 @@ class Conversation:
         Raises:
             Unusable: a NUL character, or half of a surrogate pair.
         """
-        if self.text is None and self.is_plain:
-            whole = "".join([turn["content"] for turn in self.turns])
-            if whole.isascii() and "\0" not in whole:
-                return  # nearly every row, without looking at each of its texts
-        for text in _texts([self.text, list(self.turns), list(self.tools)]):
+        plain = self.is_plain
+        whole = self.text or "".join([turn["content"] for turn in self.turns])
+        for text in [whole] if plain else _texts([list(self.turns), list(self.tools)]):
             if "\0" in text:
                 raise Unusable("a NUL character")
             try:

@@ -29,21 +29,23 @@ def csv_rows(file: str, text: TextIO, delimiter: str, *, escaped: bool) -> Itera
     Raises:
         DataError: a header that names no or equal columns, or a quotation mark that is not closed.
     """
-    first = text.readline()
+    above, first = 0, text.readline()
+    while first and not first.strip():
+        above, first = above + 1, text.readline()
     if delimiter == "," and "," not in first:
         delimiter = next((other for other in (";", "\t") if other in first), delimiter)
     longest = csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.reader(chain([first], text), delimiter=delimiter, strict=True)
-    number = begin = 0
+    number, begin = 0, above
     try:
         header = [name.strip() for name in next(reader, [])]
-        _check_header(file, header, escaped)
-        begin = reader.line_num
+        _check_header(f"{file}: line {above + 1}", header, escaped)
+        begin = above + reader.line_num
         for fields in reader:
             if fields:
                 number += 1
                 yield _csv_row(file, number, f"line {begin + 1}", header, fields, escaped)
-            begin = reader.line_num
+            begin = above + reader.line_num
     except csv.Error as error:
         raise DataError(
             f"{file}: line {begin + 1}: not valid CSV: {error}; put fields with quotation marks into quotation marks, "
@@ -53,14 +55,14 @@ def csv_rows(file: str, text: TextIO, delimiter: str, *, escaped: bool) -> Itera
         csv.field_size_limit(longest)
 
 
-def _check_header(file: str, header: Sequence[str], escaped: bool) -> None:
+def _check_header(place: str, header: Sequence[str], escaped: bool) -> None:
     where = next(filter(None, map(undecodable, header)), None) if escaped else None
     if where is not None:
-        raise DataError(f"{file}: line 1: {where}")
+        raise DataError(f"{place}: {where}")
     double = _first_double(header)
     if double is not None or (header and "" in header):
         what = f"names column {double!r} twice" if double else "has a column without a name"
-        raise DataError(f"{file}: line 1: the header {what}; give every column a name of its own")
+        raise DataError(f"{place}: the header {what}; give every column a name of its own")
 
 
 def _csv_row(file: str, number: int, place: str, header: Sequence[str], fields: Sequence[str], escaped: bool) -> RawRow:

@@ -61,6 +61,7 @@ def parquet(path, rows):
         ("excel.csv", TABLE.replace("\n", "\r\n").encode("utf-8-sig")),
         ("semicolons.csv", TABLE.replace(",", ";").encode()),
         ("excel_unicode.csv", TABLE.replace(",", "\t").encode("utf-16")),
+        ("blank_above.csv", ("\n \n" + TABLE).encode()),
         ("table.tsv", TABLE.replace(",", "\t").encode()),
         ("TABLE.CSV.GZ", gzip.compress(TABLE.encode())),
     ],
@@ -154,6 +155,7 @@ def test_a_file_that_is_wrong_as_a_whole_is_one_error_with_its_place(tmp_path, n
         ("a.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 100_000, "line 2", "nested too deeply"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", "line 3", "has 3 fields, but the header has 2"),
         ("a.csv", b'a,b\n"1\n1",2\n1\n', "line 4", "has 1 fields, but the header has 2"),
+        ("a.csv", b"\na,b\n1\n", "line 3", "has 1 fields"),
         ("a.csv", b"a,b\n1,caf\xe9\n", "line 2", "byte 0xe9 at column 4 is not UTF-8"),
     ],
 )
