@@ -299,7 +299,7 @@ def test_what_looks_right_and_is_not_is_said(changes, words):
 def test_names_that_windows_keeps_for_itself_are_refused_there(monkeypatch):
     text = changed(name="nul.txt")
     assert parsed(text).name == "nul.txt"
-    monkeypatch.setattr(space.os, "name", "nt")
+    monkeypatch.setattr(space, "_RESERVED", space.DEVICES)
     assert "cannot name a folder" in refused(text)[0]
 
 
