@@ -36,6 +36,6 @@ def check_same_loss(before: float, after: float, dtypes: Iterable[str], what: st
     if math.isfinite(before) and math.isfinite(after) and abs(after - before) <= limit:
         return
     raise TrialFailed(
-        f"{what} changed the held-out loss from {before:.4f} to {after:.4f}, and rounding ({', '.join(kinds)}) explains "
-        f"{limit:.4f} at most: these weights are not the trained model, so they are not kept"
+        f"{what} changed the held-out loss from {before:.4f} to {after:.4f}, and rounding ({', '.join(kinds)}) "
+        f"explains {limit:.4f} at most: these weights are not the trained model, so they are not kept"
     )

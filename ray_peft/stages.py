@@ -99,6 +99,15 @@ def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
             with life.clock.phase("evaluate"):
                 life.boundaries[moment] = bench.eval_loss()
             life.report({f"boundary_loss.{moment.replace(' ', '_')}": life.boundaries[moment]}, life.trained.steps)
-    if first:
-        before, after = (life.boundaries[f"after {moment} {index + 1}"] for moment in ("stage", "merge"))
-        check_same_loss(before, after, [*held, *bench.dtypes()], f"merging what {stage.name} trained")
+    before, after = _told_to_all(life, index)
+    check_same_loss(before, after, [*held, *bench.dtypes()], f"merging what {stage.name} trained")
+
+
+def _told_to_all(life: Life, index: int) -> list[float]:
+    """The losses on both sides of a merge, which rank 0 has measured: all workers must end, or go on, together."""
+    losses = [life.boundaries.get(f"after {moment} {index + 1}", 0.0) for moment in ("stage", "merge")]
+    if life.place.num_workers > 1:
+        import torch.distributed
+
+        torch.distributed.broadcast_object_list(losses, src=0)
+    return losses

@@ -19,9 +19,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 ENOUGH_STEPS = 1000
 """For a method of several stages to have a step in each."""
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The seven projections of a Llama- or Gemma-style block; as `targets` they mean those of any other architecture, too."""
-
 
 class Quantization(Strict):
     """How the frozen base is stored in 4 bits (Dettmers et al. 2023, arXiv:2305.14314)."""

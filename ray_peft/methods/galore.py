@@ -11,8 +11,8 @@ from ray_peft.errors import SpecError
 from ray_peft.methods.base import Task
 from ray_peft.methods.full_weights import FullWeights
 from ray_peft.methods.optimizers import trainable
-from ray_peft.methods.shared_weights import output_layer
-from ray_peft.methods.targets import ALL_LINEAR, check_words, endings, in_blocks, is_pattern, linear
+from ray_peft.reach.shared_weights import output_layer
+from ray_peft.reach.targets import ALL_LINEAR, check_words, endings, in_blocks, is_pattern, linear
 
 if TYPE_CHECKING:
     from torch import nn
@@ -107,8 +107,8 @@ class GaLore(FullWeights):
         Raises:
             SpecError: as `projected`.
         """
-        from ray_peft.methods.coverage import above
-        from ray_peft.methods.targets import smaller_side
+        from ray_peft.reach.coverage import above
+        from ray_peft.reach.targets import smaller_side
 
         projected = self.projected(model, of=of, key=f"{key}.targets")
         total = sum(parameter.numel() for parameter in model.parameters())
@@ -118,9 +118,7 @@ class GaLore(FullWeights):
         notes += above(self.rank, sizes, "a subspace's rank", "a gradient, so that nothing is projected there")
         return [f"{self.name}: {note}" for note in notes]
 
-    def projected(
-        self, model: nn.Module, *, of: str = "the model", key: str = "method.targets"
-    ) -> list[nn.Parameter]:
+    def projected(self, model: nn.Module, *, of: str = "the model", key: str = "method.targets") -> list[nn.Parameter]:
         """The weights whose gradients are projected, in definition order.
 
         Args:

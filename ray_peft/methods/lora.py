@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from ray_peft.errors import SpecError
-from ray_peft.methods.base import PROJECTIONS, Dtype, Stage, Task
+from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.methods.optimizers import OptimizerName, adamw, trainable
-from ray_peft.methods.targets import ALL_LINEAR, Targets, check_words, resolve
+from ray_peft.reach.targets import ALL_LINEAR, PROJECTIONS, Targets, all_turned, check_words, resolve
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,6 +75,7 @@ class LowRankAdapter(Stage):
             lora_dropout=self.dropout,
             target_modules=list(targets.modules),
             target_parameters=list(targets.parameters) or None,
+            fan_in_fan_out=all_turned(model, targets.layers),
             bias="none",
             task_type="CAUSAL_LM" if hasattr(model, "generate") else None,
         )
@@ -87,10 +88,10 @@ class LowRankAdapter(Stage):
         """The layers of `model` that get an adapter.
 
         Raises:
-            ModelError: a target matches nothing that can carry one, or a layer whose adapter would not be what it seems.
+            ModelError: a target matches nothing that can carry one, or a layer whose weight is used elsewhere, too.
             SpecError: dropout on fused experts.
         """
-        from ray_peft.methods.shared_weights import refuse_head_and_tied
+        from ray_peft.reach.shared_weights import refuse_head_and_tied
 
         targets = resolve(self.targets, model, of=of, key=f"{key}.targets")
         refuse_head_and_tied(model, targets.layers, of=of, key=f"{key}.targets")
@@ -107,7 +108,7 @@ class LowRankAdapter(Stage):
         Raises:
             ModelError, SpecError: as `placed`.
         """
-        from ray_peft.methods.coverage import adapter_notes
+        from ray_peft.reach.coverage import adapter_notes
 
         targets = self.placed(model, of=of, key=key)
         own = self.targets in (PROJECTIONS, (ALL_LINEAR,))

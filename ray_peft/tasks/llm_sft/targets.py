@@ -86,7 +86,7 @@ def four_bit_layers(model: PreTrainedModel) -> list[str]:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     fp32: Any = getattr(model, "_keep_in_fp32_modules", None) or []
-    untouched = [*get_keys_to_not_convert(model), *fp32]  # type: ignore[no-untyped-call]
+    untouched = [*get_keys_to_not_convert(model), *fp32]
     return [
         name
         for name, module in model.named_modules()
@@ -100,8 +100,8 @@ def _four_bits(trial: LlmTrialSpec, model: PreTrainedModel, of: str) -> list[str
     Raises:
         SpecError: nothing of it would be.
     """
-    from ray_peft.methods.coverage import block_weights, in_words
-    from ray_peft.methods.targets import numbers
+    from ray_peft.reach.coverage import block_weights, in_words
+    from ray_peft.reach.targets import numbers
 
     quantization = trial.quantization
     if quantization is None:
@@ -127,7 +127,7 @@ def _four_bits(trial: LlmTrialSpec, model: PreTrainedModel, of: str) -> list[str
 
 
 def _kinds(model: nn.Module) -> str:
-    from ray_peft.methods.targets import in_blocks, linear
+    from ray_peft.reach.targets import in_blocks, linear
 
     layers = linear(model)
     kinds = {type(layers[name]).__name__ for name in in_blocks(layers)}

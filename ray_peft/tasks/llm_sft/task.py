@@ -210,13 +210,15 @@ class LlmBench(Bench):
 
     def train(self, stage: Stage, steps: int, first_step: int, folder: Path, report: Report) -> Trained:
         """Train the attached stage with TRL's SFTTrainer."""
+        from ray_peft.tasks.llm_sft.routers import setting_kept
         from ray_peft.tasks.llm_sft.train import StageJob, train_stage
 
         job = StageJob(
             stage, steps, first_step, self.data.train, folder, self.device, report, self.eval_loss,
             lowered=self.lowered, rehearse=self.device != "cpu",
         )  # fmt: skip
-        return train_stage(self.spec, job, self.model, self.tokenizer)
+        with setting_kept(self.model):
+            return train_stage(self.spec, job, self.model, self.tokenizer)
 
     def restore(self, folder: Path) -> None:
         """Load a saved adapter into the attached one."""

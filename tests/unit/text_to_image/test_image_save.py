@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from ray_peft.errors import TrialFailed
 from ray_peft.methods.base import Quantization
 from ray_peft.methods.optimizers import trainable
-from ray_peft.tasks.text_to_image import save
 from ray_peft.tasks.parameters import held_weights
+from ray_peft.tasks.text_to_image import save
 from ray_peft.tasks.text_to_image.four_bit import dequantised, quantise
 from ray_peft.tasks.text_to_image.passes import unwrapped
 from ray_peft.tasks.text_to_image.task import TextToImage

@@ -1,4 +1,4 @@
-"""Which layers of a model a method's `targets` name: by the end of their names, by a pattern, or by the architecture."""
+"""Which layers of a model `targets` name: by the end of their names, by a pattern, or by the architecture."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import ModelError
-from ray_peft.methods.base import PROJECTIONS
-from ray_peft.methods.shared_weights import output_layer, tied_layers
+from ray_peft.reach.shared_weights import output_layer, tied_layers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The projections of a Llama- or Gemma-style block; as `targets` they mean those of any other architecture, too."""
 
 ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer but the output's."""
@@ -123,9 +125,7 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, kinds)
-        and getattr(module, "groups", 1) == 1
-        and name.rpartition(".")[2] not in unfit
+        if isinstance(module, kinds) and getattr(module, "groups", 1) == 1 and name.rpartition(".")[2] not in unfit
     }
 
 
@@ -135,6 +135,14 @@ def linear(model: nn.Module) -> dict[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def all_turned(model: nn.Module, names: Iterable[str]) -> bool:
+    """True if the weights of all these layers lie as (in, out), as those of GPT-2's Conv1D do; PEFT asks for it."""
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = {type(model.get_submodule(name)) for name in names}
+    return kinds == {Conv1D}
 
 
 def fused_experts(model: nn.Module) -> dict[str, Tensor]:
@@ -170,7 +178,7 @@ def smaller_side(weights: Any) -> int:
     if hasattr(weights, "in_features"):  # in 4 bits the weight itself has no shape
         return int(min(weights.in_features, weights.out_features))
     if hasattr(weights, "weight"):
-        return min(weights.weight.shape[0], weights.weight[0].numel())
+        return int(min(weights.weight.shape[0], weights.weight[0].numel()))
     return int(min(weights.shape[-2:]))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ray_peft.errors import ModelError
 
@@ -46,11 +46,12 @@ def refuse_head_and_tied(model: nn.Module, layers: Iterable[str], *, of: str, ke
 def output_layer(model: nn.Module) -> nn.Module | None:
     """A language model's output layer; None for models of another kind."""
     get = getattr(model, "get_output_embeddings", None)
-    return get() if get is not None else None
+    head: nn.Module | None = get() if get is not None else None
+    return head
 
 
 def tied_layers(model: nn.Module) -> dict[str, str]:
     """Layers that share their weight with another one, and that one; from what transformers ties by the config."""
     pairs: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    known: Any = {name.removesuffix(".weight"): other.removesuffix(".weight") for name, other in pairs.items()}
+    known = {name.removesuffix(".weight"): other.removesuffix(".weight") for name, other in pairs.items()}
     return {other: name for name, other in known.items()} | known

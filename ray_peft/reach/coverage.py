@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ray_peft.methods.base import PROJECTIONS
-from ray_peft.methods.targets import Targets, endings, fused_experts, in_blocks, linear, numbers, smaller_side
+from ray_peft.reach.targets import (
+    PROJECTIONS,
+    Targets,
+    endings,
+    fused_experts,
+    in_blocks,
+    linear,
+    numbers,
+    smaller_side,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,11 +50,10 @@ def above(rank: int, sizes: Sequence[int], what: str, bounded: str) -> list[str]
     narrow = [size for size in sizes if rank > size]
     if not narrow:
         return []
-    some = "every" if len(narrow) == len(sizes) else f"{len(narrow)} of {len(sizes)}"
-    return [
-        f"{what} of {rank} is above the smaller side of {some} target layer{'s' if some != 'every' else ''} "
-        f"({min(narrow)}{f' to {max(narrow)}' if max(narrow) > min(narrow) else ''}), which bounds the rank of {bounded}"
-    ]
+    which = "every target layer" if len(narrow) == len(sizes) else f"{len(narrow)} of {len(sizes)} target layers"
+    least, most = min(narrow), max(narrow)
+    span = f"{least} to {most}" if most > least else f"{least}"
+    return [f"{what} of {rank} is above the smaller side of {which} ({span}), which bounds the rank of {bounded}"]
 
 
 def _without(model: nn.Module, targets: Targets) -> list[str]:
@@ -57,7 +64,9 @@ def _without(model: nn.Module, targets: Targets) -> list[str]:
     share = 1 - sum(left.values()) / total if total else 1.0
     if share >= MOST_OF:
         return []
-    return [f"adapters reach {share:.0%} of the weights of the model's blocks; none goes beside {in_words(left, total)}"]
+    return [
+        f"adapters reach {share:.0%} of the weights of the model's blocks; none goes beside {in_words(left, total)}"
+    ]
 
 
 def block_weights(model: nn.Module) -> dict[str, int]:
@@ -74,5 +83,3 @@ def in_words(sizes: dict[str, int], total: int) -> str:
         ending = ".".join(name.split(".")[-2:]) if "expert" in name else endings([name])[0]
         by_ending[ending] = by_ending.get(ending, 0) + size
     return ", ".join(f"{ending} ({size / total:.0%})" for ending, size in by_ending.items())
-
-
