@@ -216,7 +216,7 @@ def taken_for_experts(model: nn.Module, name: str) -> bool:
     PEFT 0.21 rewrites targets of architectures whose experts transformers 5 has fused
     (peft/utils/transformers_weight_conversion.py): `gate_proj` of an OLMoE becomes its experts' `gate_up_proj`.
     """
-    if not hasattr(model, "config"):
+    if not hasattr(model, "config") or not fused_experts(model):  # nor is PEFT imported then, which takes seconds
         return False
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
