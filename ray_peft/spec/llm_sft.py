@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -163,6 +164,16 @@ class LlmTrialSpec(TrialSpec):
     def scored_as(self) -> tuple[object, ...]:
         """Which rows are answered, and at what length."""
         return (self.evaluation.rows, self.evaluation.max_new_tokens)
+
+    def looked_for(self) -> list[str]:
+        """The layers that its stages train and with which rank, and how the base is stored."""
+        found = []
+        for trial in self.members() or [self]:
+            storage = trial.quantization.plain() if trial.quantization else None
+            for key, stage in trial.method.parts():
+                decides = [getattr(stage, name, None) for name in ("targets", "rank", "dropout")]
+                found.append(json.dumps([key, stage.name, *decides, storage]))
+        return found
 
     def members(self) -> list[Self]:
         """Of an ensemble, the trials that it is made of, in the order of its settings; else none."""

@@ -242,7 +242,7 @@ def _code() -> str:
     """A digest of all that computes a prediction: this package, the methods, the libraries."""
     digest = hashlib.sha256()
     package = Path(__file__).parent.parent
-    used = [*(package / "vram").glob("*.py"), *(package / "methods").glob("*.py")]
+    used = [file for part in ("vram", "methods", "reach") for file in (package / part).glob("*.py")]
     images = package / "tasks" / "text_to_image"
     for file in [*sorted(used), images / "passes.py", images / "style.py"]:
         digest.update(file.read_bytes())
