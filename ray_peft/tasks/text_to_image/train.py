@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
 
+COSTS = ("seconds", "timed_steps", "images")
+"""What of `Trained` a checkpoint keeps, so that a resumed trial has the costs of all its attempts."""
+
 
 @dataclass(frozen=True)
 class StageJob:
@@ -60,11 +63,11 @@ def train_stage(spec: ImageTrialSpec, job: StageJob, model: nn.Module) -> Traine
     if job.device != "cpu":
         torch.cuda.synchronize()
     model.train()
-    begin = time.perf_counter()
+    loop.count_seconds()
     for step in range(loop.done, job.steps):
         loop.step(step)
     loop.guard.check()  # waits for the last step
-    loop.trained.seconds += time.perf_counter() - begin
+    loop.count_seconds()
     model.eval()
     loop.end()
     if job.device != "cpu":
@@ -100,6 +103,7 @@ class _Loop:
         self.trained = Trained()
         self.done = 0
         self._unlogged = 0
+        self._counted: float | None = None
 
     def step(self, step: int) -> None:
         """One optimizer step, from 0."""
@@ -130,6 +134,13 @@ class _Loop:
         if train.checkpoint_every and self.done % train.checkpoint_every == 0 and self.done < job.steps:
             self._save()
 
+    def count_seconds(self) -> None:
+        """Add the time since the last call to the seconds of training; nothing at the first call."""
+        now = time.perf_counter()
+        if self._counted is not None:
+            self.trained.seconds += now - self._counted
+        self._counted = now
+
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""
         import torch
@@ -150,6 +161,10 @@ class _Loop:
         self.trained.eval_losses = list(state["eval_losses"])
         self.trained.images = self.done * self._spec.train.batch_size
         self.trained.resumed_from_step = self._job.first_step + self.done
+        for name, value in state.get("costs", {}).items():  # version 0.1.0 kept none, and no random state
+            setattr(self.trained, name, value)
+        if "random" in state:
+            _draw_from(state["random"], self._job.device)
 
     def end(self) -> None:
         """Leave the trained weights, or their average, in the model, and no gradients."""
@@ -219,7 +234,7 @@ class _Loop:
         self._job.report(metrics, self._job.first_step + self.done)
 
     def _evaluate(self) -> None:
-        begin = time.perf_counter()
+        self.count_seconds()
         if self._average is not None:
             self._average.store(self._parameters)
             self._average.copy_to(self._parameters)
@@ -228,13 +243,14 @@ class _Loop:
             self._average.restore(self._parameters)
         self.trained.eval_losses.append(loss)
         self._job.report({"eval_loss": loss}, self._job.first_step + self.done)
-        self.trained.seconds -= time.perf_counter() - begin
+        self._counted = time.perf_counter()  # evaluations are no training
 
     def _save(self) -> None:
         """Write a checkpoint beside its final name, then move it there; older ones go after that."""
         import torch
 
         self.guard.check()
+        self.count_seconds()
         if self._rank > 0:
             return
         folder = self._job.folder / f"checkpoint-{self.done}"
@@ -248,6 +264,8 @@ class _Loop:
             "optimizer": self._optimizer.state_dict(),
             "rates": self._rates.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
+            "costs": {name: getattr(self.trained, name) for name in COSTS},
+            "random": _random_state(self._job.device),
         }
         torch.save(state, partial / STATE_FILE)
         shutil.rmtree(folder, ignore_errors=True)
@@ -262,6 +280,23 @@ def _pass(spec: ImageTrialSpec, job: StageJob, model: nn.Module) -> Pass:
     restores_draws = train.gradient_checkpointing and draws_in_passes(job.stage)
     recorded = job.device != "cpu" and train.cuda_graphs and not restores_draws
     return (RecordedPass if recorded else Pass)(spec, model, job.device)
+
+
+def _random_state(device: str) -> dict[str, torch.Tensor]:
+    """What dropout draws from, on the CPU and on the GPU; the same on every worker, since all start from one seed."""
+    import torch
+
+    state = {"cpu": torch.get_rng_state()}
+    return state if device == "cpu" else state | {"cuda": torch.cuda.get_rng_state(device)}
+
+
+def _draw_from(state: dict[str, torch.Tensor], device: str) -> None:
+    """Go on drawing where `_random_state` was taken. A pass that is recorded afterwards draws from there on, too."""
+    import torch
+
+    torch.set_rng_state(state["cpu"].cpu())  # loaded onto the device, as all of a checkpoint
+    if device != "cpu" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def _average(spec: ImageTrialSpec, parameters: list[Any]) -> Any:
