@@ -82,8 +82,8 @@ def _rgb(image: Image) -> tuple[Image, bool]:
         return image.convert("RGB"), False
     with_alpha = image.convert("RGBA")
     ground = PIL.Image.new("RGBA", image.size, "white")
-    lowest, _ = with_alpha.getchannel("A").getextrema()
-    return PIL.Image.alpha_composite(ground, with_alpha).convert("RGB"), lowest < 255
+    clear = bool((np.asarray(with_alpha.getchannel("A")) < 255).any())
+    return PIL.Image.alpha_composite(ground, with_alpha).convert("RGB"), clear
 
 
 def _of_16_bits(values: np.ndarray, transparent: object) -> tuple[Image, bool]:

@@ -116,10 +116,22 @@ def built(part: str, config: str) -> Any:
     try:
         with torch.device("meta"):
             if part == "text_encoder":
-                return CLIPTextModel(CLIPTextConfig.from_dict(plain)).eval()
-            return (UNet2DConditionModel if part == "unet" else AutoencoderKL).from_config(plain).eval()
+                return CLIPTextModel(CLIPTextConfig.from_dict(plain))
+            kind: Any = UNet2DConditionModel if part == "unet" else AutoencoderKL
+            return kind.from_config(plain).eval()
     except Exception as error:  # numbers and words of a config that somebody wrote
         raise ModelError(f"model.name: {part}/config.json cannot be built: {first_line(error)}") from None
+
+
+def special_token_notes(kind: str, texts: Sequence[str], tokenizer: CLIPTokenizer) -> list[str]:
+    """Texts in which somebody typed one of the tokenizer's own words, which end a text and are none of its words."""
+    special = sorted(str(token) for token in tokenizer.all_special_tokens)
+    typed = {token: sum(token in text for text in texts) for token in special}
+    return [
+        f"{count} of {len(texts)} {kind} hold {token}, which the tokenizer takes for its own sign and not for text"
+        for token, count in typed.items()
+        if count
+    ]
 
 
 def prompt_notes(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> list[str]:

@@ -45,6 +45,9 @@ class TextToImage(TaskType[ImageTrialSpec]):
         for split, chosen in (("training", pictures.train), ("held-out", pictures.test)):
             if cut := latents.long_captions(chosen, tokenizer):
                 found.append(f"{len(cut)} {split} captions are cut to {longest} tokens, such as that of {cut[0].name}")
+        captions = [picture.caption for picture in (*pictures.train, *pictures.test)]
+        found += fits.special_token_notes("captions", captions, tokenizer)
+        found += fits.special_token_notes("prompts", spec.evaluation.prompts, tokenizer)
         found += [*fits.prompt_notes(spec.evaluation.prompts, tokenizer), *scored]
         return Inspection(found, pictures.key, len(pictures.train))
 

@@ -30,9 +30,6 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
 
-COSTS = ("seconds", "timed_steps", "images")
-"""What of `Trained` a checkpoint keeps, so that a resumed trial has the costs of all its attempts."""
-
 
 @dataclass(frozen=True)
 class StageJob:
@@ -63,11 +60,11 @@ def train_stage(spec: ImageTrialSpec, job: StageJob, model: nn.Module) -> Traine
     if job.device != "cpu":
         torch.cuda.synchronize()
     model.train()
-    loop.count_seconds()
+    begin = time.perf_counter()
     for step in range(loop.done, job.steps):
         loop.step(step)
     loop.guard.check()  # waits for the last step
-    loop.count_seconds()
+    loop.trained.seconds += time.perf_counter() - begin
     model.eval()
     loop.end()
     if job.device != "cpu":
@@ -103,7 +100,6 @@ class _Loop:
         self.trained = Trained()
         self.done = 0
         self._unlogged = 0
-        self._counted: float | None = None
 
     def step(self, step: int) -> None:
         """One optimizer step, from 0."""
@@ -134,13 +130,6 @@ class _Loop:
         if train.checkpoint_every and self.done % train.checkpoint_every == 0 and self.done < job.steps:
             self._save()
 
-    def count_seconds(self) -> None:
-        """Add the time since the last call to the seconds of training; nothing at the first call."""
-        now = time.perf_counter()
-        if self._counted is not None:
-            self.trained.seconds += now - self._counted
-        self._counted = now
-
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""
         import torch
@@ -161,9 +150,7 @@ class _Loop:
         self.trained.eval_losses = list(state["eval_losses"])
         self.trained.images = self.done * self._spec.train.batch_size
         self.trained.resumed_from_step = self._job.first_step + self.done
-        for name, value in state.get("costs", {}).items():  # version 0.1.0 kept none, and no random state
-            setattr(self.trained, name, value)
-        if "random" in state:
+        if "random" in state:  # not in version 0.1.0
             _draw_from(state["random"], self._job.device)
 
     def end(self) -> None:
@@ -234,7 +221,7 @@ class _Loop:
         self._job.report(metrics, self._job.first_step + self.done)
 
     def _evaluate(self) -> None:
-        self.count_seconds()
+        begin = time.perf_counter()
         if self._average is not None:
             self._average.store(self._parameters)
             self._average.copy_to(self._parameters)
@@ -243,14 +230,13 @@ class _Loop:
             self._average.restore(self._parameters)
         self.trained.eval_losses.append(loss)
         self._job.report({"eval_loss": loss}, self._job.first_step + self.done)
-        self._counted = time.perf_counter()  # evaluations are no training
+        self.trained.seconds -= time.perf_counter() - begin
 
     def _save(self) -> None:
         """Write a checkpoint beside its final name, then move it there; older ones go after that."""
         import torch
 
         self.guard.check()
-        self.count_seconds()
         if self._rank > 0:
             return
         folder = self._job.folder / f"checkpoint-{self.done}"
@@ -264,7 +250,6 @@ class _Loop:
             "optimizer": self._optimizer.state_dict(),
             "rates": self._rates.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
-            "costs": {name: getattr(self.trained, name) for name in COSTS},
             "random": _random_state(self._job.device),
         }
         torch.save(state, partial / STATE_FILE)

@@ -34,7 +34,7 @@ def without_shift(vae: Any) -> Any:
 def _identity(channels: int, like: Any) -> Any:
     import torch
 
-    layer = torch.nn.Conv2d(channels, channels, 1, device=like.device, dtype=like.dtype)
+    layer: Any = torch.nn.Conv2d(channels, channels, 1, device=like.device, dtype=like.dtype)
     torch.nn.init.dirac_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
     return layer.requires_grad_(False)

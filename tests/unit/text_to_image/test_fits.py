@@ -314,6 +314,16 @@ class TestPrompts:
             given = tokenizer(prompts, padding="max_length", max_length=77, truncation=True).input_ids
             assert (given[0] == given[1]) == bool([each for each in prompt_notes(prompts, tokenizer) if "same" in each])
 
+    def test_signs_of_the_tokenizer_in_prompts_and_captions_are_counted(self, tiny_painter, paintings, tmp_path):
+        shutil.copytree(paintings, tmp_path / "images")
+        lines = (paintings / "metadata.jsonl").read_text().replace("number 3", "<|endoftext|> 3")
+        (tmp_path / "images" / "metadata.jsonl").write_text(lines)
+        notes = inspect(tiny_painter, tmp_path / "images", evaluation__prompts=["a <|startoftext|>", "b"]).notes
+        assert [each for each in notes if "own sign" in each] == [
+            "1 of 8 captions hold <|endoftext|>, which the tokenizer takes for its own sign and not for text",
+            "1 of 2 prompts hold <|startoftext|>, which the tokenizer takes for its own sign and not for text",
+        ]
+
     def test_held_out_captions_that_are_cut_are_said_as_well(self, tiny_painter, paintings, tmp_path):
         shutil.copytree(paintings, tmp_path / "images")
         rows = [json.loads(line) for line in (paintings / "metadata.jsonl").read_text().splitlines()]
