@@ -69,10 +69,8 @@ def check_parts(spec: ImageTrialSpec, configs: Configs, tokenizer: CLIPTokenizer
 
 def _run(spec: ImageTrialSpec, configs: Configs, width: int) -> None:
     """One pass of the UNet on the shapes of latents and captions."""
-    import torch
-
-    name, unet = spec.model.name, built("unet", _text(configs, "unet"))
-    theirs = unet.config.cross_attention_dim
+    name, config = spec.model.name, _text(configs, "unet")
+    theirs = built("unet", config).config.cross_attention_dim
     widths = set(theirs) if isinstance(theirs, list | tuple) else {theirs}
     if widths != {width}:
         raise ModelError(
@@ -80,21 +78,31 @@ def _run(spec: ImageTrialSpec, configs: Configs, width: int) -> None:
             f"and its text encoder makes {width}; use parts of one pipeline"
         )
     side = spec.data.resolution // 2 ** (len(configs.parts["vae"].get("block_out_channels", [64])) - 1)
-    latents = torch.empty(1, unet.config.in_channels, side, side, device="meta")
-    texts, steps = torch.empty(1, 2, width, device="meta"), torch.empty(1, dtype=torch.long, device="meta")
     try:
-        with torch.no_grad():
-            made = unet(latents, steps, encoder_hidden_states=texts).sample.shape
+        given, made = _passed(config, side, width)
     except Exception as error:  # whatever layers raise of shapes that they do not take
         raise ModelError(
             f"data.resolution: {spec.data.resolution}: the UNet of {name} cannot take latents of {side} x {side}: "
             f"{first_line(error)}; use another resolution, or a pipeline like Stable Diffusion 1.5"
         ) from None
-    if made != latents.shape:
+    if made != given:
         raise ModelError(
-            f"model.name: {name}: its UNet makes {tuple(made[1:])} of latents of {tuple(latents.shape[1:])}, so that "
-            "no noise can be compared with it; give a pipeline like Stable Diffusion 1.5"
+            f"model.name: {name}: its UNet makes {made} of latents of {given}, so that no noise can be compared with "
+            "it; give a pipeline like Stable Diffusion 1.5"
         )
+
+
+@cache
+def _passed(config: str, side: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape (channels, height, width) of latents, and of what a UNet makes of them."""
+    import torch
+
+    unet = built("unet", config)
+    latents = torch.empty(1, unet.config.in_channels, side, side, device="meta")
+    texts, steps = torch.empty(1, 2, width, device="meta"), torch.empty(1, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        made = unet(latents, steps, encoder_hidden_states=texts).sample
+    return tuple(latents.shape[1:]), tuple(made.shape[1:])
 
 
 def _text(configs: Configs, part: str) -> str:
