@@ -136,7 +136,7 @@ def special_token_notes(kind: str, texts: Sequence[str], tokenizer: CLIPTokenize
     special = sorted(str(token) for token in tokenizer.all_special_tokens)
     typed = {token: sum(token in text for text in texts) for token in special}
     return [
-        f"{count} of {len(texts)} {kind} hold {token}, which the tokenizer takes for its own sign and not for text"
+        f"{token}, which the tokenizer takes for its own sign and not for text, stands in {count} of {len(texts)} {kind}"
         for token, count in typed.items()
         if count
     ]
@@ -151,7 +151,8 @@ def prompt_notes(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> list[str]:
     notes = []
     if cut:
         which = ", ".join(map(str, cut))
-        notes.append(f"evaluation.prompts: {len(cut)} of {len(ids)} are cut to {longest} tokens (number {which})")
+        are = "are" if len(cut) > 1 else "is"
+        notes.append(f"evaluation.prompts: {len(cut)} of {len(ids)} {are} cut to {longest} tokens (number {which})")
     alike: dict[tuple[int, ...], list[int]] = {}
     for place, each in enumerate(ids, start=1):
         # As the tokenizer cuts: its last token is the one that ends a text.

@@ -44,7 +44,8 @@ class TextToImage(TaskType[ImageTrialSpec]):
         longest = int(tokenizer.model_max_length)
         for split, chosen in (("training", pictures.train), ("held-out", pictures.test)):
             if cut := latents.long_captions(chosen, tokenizer):
-                found.append(f"{len(cut)} {split} captions are cut to {longest} tokens, such as that of {cut[0].name}")
+                many = f"{split} captions are" if len(cut) > 1 else f"{split} caption is"
+                found.append(f"{len(cut)} {many} cut to {longest} tokens, such as that of {cut[0].name}")
         captions = [picture.caption for picture in (*pictures.train, *pictures.test)]
         found += fits.special_token_notes("captions", captions, tokenizer)
         found += fits.special_token_notes("prompts", spec.evaluation.prompts, tokenizer)
