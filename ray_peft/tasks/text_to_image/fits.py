@@ -136,7 +136,7 @@ def special_token_notes(kind: str, texts: Sequence[str], tokenizer: CLIPTokenize
     special = sorted(str(token) for token in tokenizer.all_special_tokens)
     typed = {token: sum(token in text for text in texts) for token in special}
     return [
-        f"{token}, which the tokenizer takes for its own sign and not for text, stands in {count} of {len(texts)} {kind}"
+        f"{token}, which the tokenizer takes for its own sign, not for text, stands in {count} of {len(texts)} {kind}"
         for token, count in typed.items()
         if count
     ]

@@ -320,8 +320,8 @@ class TestPrompts:
         (tmp_path / "images" / "metadata.jsonl").write_text(lines)
         notes = inspect(tiny_painter, tmp_path / "images", evaluation__prompts=["a <|startoftext|>", "b"]).notes
         assert [each for each in notes if "own sign" in each] == [
-            "<|endoftext|>, which the tokenizer takes for its own sign and not for text, stands in 1 of 8 captions",
-            "<|startoftext|>, which the tokenizer takes for its own sign and not for text, stands in 1 of 2 prompts",
+            "<|endoftext|>, which the tokenizer takes for its own sign, not for text, stands in 1 of 8 captions",
+            "<|startoftext|>, which the tokenizer takes for its own sign, not for text, stands in 1 of 2 prompts",
         ]
 
     def test_held_out_captions_that_are_cut_are_said_as_well(self, tiny_painter, paintings, tmp_path):
