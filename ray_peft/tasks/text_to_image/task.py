@@ -30,18 +30,26 @@ class TextToImage(TaskType[ImageTrialSpec]):
 
     def inspect(self, spec: ImageTrialSpec) -> Inspection:
         """Read the pipeline's configurations and tokenizer, and look at every image."""
-        from ray_peft.tasks.text_to_image import data, latents, model
+        from ray_peft.tasks.text_to_image import data, fits, latents, model
+        from ray_peft.tasks.text_to_image.schedule import check_evaluation
 
         configs = model.load_configs(spec.model)
-        model.load_noise(spec)
+        scored = check_evaluation(spec, configs, model.load_noise(spec))
         _check_resolution(spec, configs.parts)
         reach = _check_targets(spec, configs.parts["unet"])
         tokenizer = model.load_tokenizer(spec.model)
+        fits.check_parts(spec, configs, tokenizer)
         pictures = data.prepare(spec.data)
         found = data.notes(pictures, spec.data)
-        if cut := latents.long_captions(pictures.train, tokenizer):
-            longest = int(tokenizer.model_max_length)
-            found.append(f"{len(cut)} training captions are cut to {longest} tokens, such as that of {cut[0].name}")
+        longest = int(tokenizer.model_max_length)
+        for split, chosen in (("training", pictures.train), ("held-out", pictures.test)):
+            if cut := latents.long_captions(chosen, tokenizer):
+                many = f"{split} captions are" if len(cut) > 1 else f"{split} caption is"
+                found.append(f"{len(cut)} {many} cut to {longest} tokens, such as that of {cut[0].name}")
+        captions = [picture.caption for picture in (*pictures.train, *pictures.test)]
+        found += fits.special_token_notes("captions", captions, tokenizer)
+        found += fits.special_token_notes("prompts", spec.evaluation.prompts, tokenizer)
+        found += [*fits.prompt_notes(spec.evaluation.prompts, tokenizer), *scored]
         return Inspection(found, pictures.key, len(pictures.train), reach)
 
     def data_report(self, spec: ImageTrialSpec) -> DataReport:
@@ -105,7 +113,7 @@ def _predictor(spec: ImageTrialSpec) -> Callable[[ImageTrialSpec, Gpu], Predicti
 
 
 def _check_resolution(spec: ImageTrialSpec, parts: dict[str, dict[str, Any]]) -> None:
-    factor = 2 ** (len(parts["vae"]["block_out_channels"]) - 1)
+    factor = 2 ** (len(parts["vae"].get("block_out_channels", [64])) - 1)
     if spec.data.resolution % factor:
         raise ModelError(
             f"data.resolution: {spec.data.resolution} is no multiple of {factor}, the step of the VAE of "

@@ -150,6 +150,8 @@ class _Loop:
         self.trained.eval_losses = list(state["eval_losses"])
         self.trained.images = self.done * self._spec.train.batch_size
         self.trained.resumed_from_step = self._job.first_step + self.done
+        if "random" in state:  # not in version 0.1.0
+            _draw_from(state["random"], self._job.device)
 
     def end(self) -> None:
         """Leave the trained weights, or their average, in the model, and no gradients."""
@@ -248,6 +250,7 @@ class _Loop:
             "optimizer": self._optimizer.state_dict(),
             "rates": self._rates.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
+            "random": _random_state(self._job.device),
         }
         torch.save(state, partial / STATE_FILE)
         shutil.rmtree(folder, ignore_errors=True)
@@ -262,6 +265,23 @@ def _pass(spec: ImageTrialSpec, job: StageJob, model: nn.Module) -> Pass:
     restores_draws = train.gradient_checkpointing and draws_in_passes(job.stage)
     recorded = job.device != "cpu" and train.cuda_graphs and not restores_draws
     return (RecordedPass if recorded else Pass)(spec, model, job.device)
+
+
+def _random_state(device: str) -> dict[str, torch.Tensor]:
+    """What dropout draws from, on the CPU and on the GPU; the same on every worker, since all start from one seed."""
+    import torch
+
+    state = {"cpu": torch.get_rng_state()}
+    return state if device == "cpu" else state | {"cuda": torch.cuda.get_rng_state(device)}
+
+
+def _draw_from(state: dict[str, torch.Tensor], device: str) -> None:
+    """Go on drawing where `_random_state` was taken. A pass that is recorded afterwards draws from there on, too."""
+    import torch
+
+    torch.set_rng_state(state["cpu"].cpu())  # loaded onto the device, as all of a checkpoint
+    if device != "cpu" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def _average(spec: ImageTrialSpec, parameters: list[Any]) -> Any:
