@@ -1,14 +1,13 @@
 """`ray-peft ...`: parse arguments, call one function, print.
 
 Exit codes: 0 all trials finished; 1 some trial failed, or with `plan --strict` does not fit; 2 bad input, nothing was
-started; 130 interrupted.
+started; 130 interrupted; 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -21,28 +20,49 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from ray_peft.console import Console
+from ray_peft.console import Console, abandon_output, prepare_streams
 from ray_peft.errors import RayPeftError
+from ray_peft.storage import told
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    options = _parser().parse_args(arguments)
-    # `ray job stop` and `kill` send SIGTERM: end as after Ctrl-C, with every finished trial kept.
-    signal.signal(signal.SIGTERM, _as_ctrl_c)
+    prepare_streams()
     try:
+        options = _parser().parse_args(arguments)
+        # `ray job stop` and `kill` send SIGTERM: end as after Ctrl-C, with every finished trial kept.
+        signal.signal(signal.SIGTERM, _as_ctrl_c)
         code: int = options.act(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `ray-peft plan FILE | head`
+        abandon_output()
+        return 141
     except RayPeftError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
+        return _failed(str(error))
+    except OSError as error:
+        if error.filename is None and not _printable():
+            abandon_output()
+            return _failed(f"cannot write to standard output: {told(error)}")
+        return _failed(told(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return code
+
+
+def _failed(text: str) -> int:
+    """Print an error, one line each, and return its exit code."""
+    for line in text.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def _printable() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
 
 
 def _as_ctrl_c(_number: int, _frame: FrameType | None) -> None:
@@ -155,6 +175,7 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
 def _sweep(options: argparse.Namespace) -> int:
     from ray_peft.sweeps import sweep
 
+    console = Console()
     outcome = sweep(
         options.space,
         out=options.out,
@@ -164,12 +185,12 @@ def _sweep(options: argparse.Namespace) -> int:
         profile=options.profile,
         fresh=options.fresh,
         gpu_memory_gib=options.gpu_memory_gib,
-        console=Console(),
+        console=console,
     )
-    print(f"\nreport: {_short(outcome.folder / 'report.html')}, the same as text: report.md")
-    print(f"MLflow: {_ui_command(options.tracking_uri)}")
+    console.say(f"\nreport: {_short(outcome.folder / 'report.html')}, the same as text: report.md")
+    console.say(f"MLflow: {_ui_command(options.tracking_uri)}")
     if outcome.interrupted:
-        print("interrupted; the same command runs the missing trials")
+        console.say("interrupted; the same command runs the missing trials")
         return 130
     return 0 if outcome.complete else 1
 

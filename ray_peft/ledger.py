@@ -16,6 +16,9 @@ from ray_peft.errors import SearchSpaceError
 from ray_peft.report.atomic import write_text
 from ray_peft.report.files import read_results
 from ray_peft.result import TrialResult
+from ray_peft.storage import writing
+
+WAY_OUT = "free some space, or give another --out; the same command then runs what is missing"
 
 
 @dataclass
@@ -75,9 +78,13 @@ class Ledger:
         return read_results(self.folder) if self._results.is_file() else []
 
     def add(self, result: TrialResult) -> None:
-        """Append a result so that a crash at any moment loses at most the line being written."""
+        """Append a result so that a crash at any moment loses at most the line being written.
+
+        Raises:
+            StorageError: the system refuses.
+        """
         line = (json.dumps(result.row(), ensure_ascii=False) + "\n").encode()
-        with self._results.open("a+b") as file:
+        with writing(self._results, WAY_OUT), self._results.open("a+b") as file:
             file.truncate(_whole_lines(file))
             file.write(line)
             file.flush()
@@ -93,14 +100,30 @@ class Ledger:
         (self.folder / "sweep.json").unlink(missing_ok=True)
 
     def read_record(self) -> SweepRecord | None:
-        """What an earlier run of the sweep wrote; null where there is none."""
+        """What an earlier run of the sweep wrote; null where there is none.
+
+        Raises:
+            SearchSpaceError: the file is not one of ours.
+        """
         path = self.folder / "sweep.json"
-        return SweepRecord(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return SweepRecord(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise SearchSpaceError(
+                f"{path}: is no record of a sweep of this version ({error}); give another --out, or use --fresh"
+            ) from None
 
     def write_record(self, record: SweepRecord) -> None:
-        """Write `sweep.json` in one step."""
+        """Write `sweep.json` in one step.
+
+        Raises:
+            StorageError: the system refuses.
+        """
         text = json.dumps(asdict(record), ensure_ascii=False, indent=2) + "\n"
-        write_text(self.folder / "sweep.json", text)
+        with writing(self.folder / "sweep.json", WAY_OUT):
+            write_text(self.folder / "sweep.json", text)
 
 
 def _whole_lines(file: IO[bytes]) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from ray_peft.measured import Measured
 from ray_peft.spec import AnyTrialSpec
 from ray_peft.strict import Strict
 
 Status = Literal["finished", "failed", "out_of_memory", "cancelled"]
 
 
-class Scores(Strict):
+class Scores(Measured):
     """Quality on the held-out rows; null where it was not measured."""
 
     eval_loss: float | None = None
@@ -40,7 +41,7 @@ class Scores(Strict):
     """Questions behind each, by the same keys."""
 
 
-class Usage(Strict):
+class Usage(Measured):
     """What the trial cost. GiB = 2**30 bytes; the training phase alone unless a field says otherwise."""
 
     peak_allocated_gib: float | None = None
@@ -56,7 +57,7 @@ class Usage(Strict):
     peak_rss_gib: float | None = None
     """Peak resident memory of the worker process."""
     wall_time_s: float = 0.0
-    """The whole trial, from load to save."""
+    """The whole trial, from load to save, over all its attempts."""
     load_s: float = 0.0
     train_s: float = 0.0
     evaluate_s: float = 0.0
@@ -71,6 +72,9 @@ class Usage(Strict):
     """Real tokens seen in training."""
     train_images: int = 0
     """Images seen in training, each as often as it was seen."""
+    complete: bool = True
+    """False for a trial that went on from a checkpoint of version 0.1.0, which does not say what came before it:
+    seconds, tokens and peaks are then those after it."""
 
 
 class Provenance(Strict):
@@ -93,7 +97,7 @@ class Provenance(Strict):
     """ISO 8601, UTC."""
 
 
-class TrialResult(Strict):
+class TrialResult(Measured):
     """One row of a comparison."""
 
     trial_id: str
@@ -110,6 +114,8 @@ class TrialResult(Strict):
     steps: int = 0
     """Optimizer steps done."""
     resumed_from_step: int | None = None
+    """Where the trial's last attempt went on; null for one that ran in one go. `usage` adds up over the attempts,
+    without what was done twice."""
     arithmetic: str = ""
     """How the trained weights are held and updated, such as "bfloat16 weights, stochastic rounding"."""
     members: dict[str, float] = {}
@@ -129,6 +135,8 @@ class TrialResult(Strict):
     storage: dict[str, int] = {}
     """Bytes of the base's weights in memory by how they are held, such as "nf4" and "bfloat16"."""
     mlflow_run_id: str | None = None
+    untracked: str | None = None
+    """Why the tracking store lacks this result; null if it has it."""
     error: str | None = None
     """Why a trial that is not finished ended; one line first, details below."""
     provenance: Provenance = Provenance()
@@ -164,7 +172,7 @@ class ImageFile(Strict):
     """How near: the cosine behind `Scores.nearest_train`; a copy is 1.0."""
 
 
-class RowLoss(Strict):
+class RowLoss(Measured):
     """The loss of one held-out row: a line of `losses.jsonl`."""
 
     row: int
