@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("run", help="run one trial as a Ray Train job")
     command.add_argument("spec", nargs="?", help="a YAML file that holds one trial")
     command.add_argument("--mlflow-run", metavar="RUN_ID", help="run the trial of this MLflow run again")
+    _add_trust(command)
     _add_common(command, "folder for results; default: outputs/<trial id>")
     command.set_defaults(act=_run)
 
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=tuple(_DTYPES), default="bf16")
     command.add_argument("--out", metavar="DIR", help="a new folder; default: exports/<trial id>-<format>-<dtype>")
     command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
+    _add_trust(command)
     command.set_defaults(act=_export)
 
     command = commands.add_parser("ui", help="open the MLflow UI on the results")
@@ -164,6 +166,13 @@ def _add_common(command: argparse.ArgumentParser, out: str) -> None:
     _add_settings(command)
 
 
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run Python code that the MLflow run's model or benchmarks bring; such a run is refused without it",
+    )  # fmt: skip
+
+
 def _add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument("--profile", metavar="NAME", help="a profile of the file, such as 12gib")
     command.add_argument(
@@ -197,6 +206,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from ray_peft import tracking
+    from ray_peft.consent import check_consent
     from ray_peft.errors import SpecError
     from ray_peft.experiment import tracking_uri
     from ray_peft.single import run
@@ -209,6 +219,7 @@ def _run(options: argparse.Namespace) -> int:
         if options.overrides or options.profile:
             raise SpecError("run: --set and --profile change a YAML file, but --mlflow-run takes the trial as it was")
         spec = tracking.load_spec(tracking_uri(options.tracking_uri, TrackingSpec()), options.mlflow_run)
+        check_consent(spec, options.mlflow_run, trust_remote_code=options.trust_remote_code)
     result = run(
         spec,
         out=options.out,
@@ -286,7 +297,10 @@ def _export(options: argparse.Namespace) -> int:
     from ray_peft.space import TrackingSpec
 
     uri = tracking_uri(options.tracking_uri, TrackingSpec())
-    made = export(options.run, form=options.format, dtype=_DTYPES[options.dtype], out=options.out, tracking_uri=uri)
+    made = export(
+        options.run, form=options.format, dtype=_DTYPES[options.dtype], out=options.out, tracking_uri=uri,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
     print(f"{made.folder}: {made.format} of {made.trial_id} in {made.dtype}, {made.num_bytes / 2**20:.1f} MiB")
     print(f"held-out loss {made.eval_loss_before:.4f} as saved, {made.eval_loss_after:.4f} as exported")
     return 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ray_peft.errors import SearchSpaceError
+from ray_peft.names import one_part
 from ray_peft.report.atomic import write_text
 from ray_peft.report.files import read_results
 from ray_peft.result import TrialResult
@@ -66,8 +67,12 @@ class Ledger:
             yield
 
     def trial_folder(self, trial_id: str) -> Path:
-        """The folder of one trial."""
-        return self.folder / "trials" / trial_id
+        """The folder of one trial.
+
+        Raises:
+            ValueError: the id is no part of a path.
+        """
+        return self.folder / "trials" / one_part(trial_id)
 
     def finished(self) -> dict[str, TrialResult]:
         """Trials that need not run again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from ray_peft.measured import Measured
+from ray_peft.names import PathPart
 from ray_peft.spec import AnyTrialSpec
 from ray_peft.strict import Strict
 
@@ -100,7 +101,7 @@ class Provenance(Strict):
 class TrialResult(Measured):
     """One row of a comparison."""
 
-    trial_id: str
+    trial_id: PathPart
     status: Status
     spec: AnyTrialSpec
     scores: Scores = Scores()
@@ -118,7 +119,7 @@ class TrialResult(Measured):
     without what was done twice."""
     arithmetic: str = ""
     """How the trained weights are held and updated, such as "bfloat16 weights, stochastic rounding"."""
-    members: dict[str, float] = {}
+    members: dict[PathPart, float] = {}
     """Of an ensemble, the weight of each member by its trial id; they add up to one."""
     chosen: dict[str, int | bool] = {}
     """Settings that `train.fit: auto` chose for the GPU at hand, by key; no number of the trial depends on them, but
@@ -162,9 +163,9 @@ class ImageFile(Strict):
 
     prompt: str
     seed: int
-    file: str
+    file: PathPart
     """Its name in the folder of images."""
-    before: str | None = None
+    before: PathPart | None = None
     """The name of what the untouched base makes of the same prompt and seed."""
     nearest: str | None = None
     """The training painting that is nearest to it in content."""

@@ -378,7 +378,7 @@ def _validate(drawn: list[dict[str, Any]], source: str) -> list[TrialSpec]:
 def explain(error: ValidationError, prefix: str = "") -> Iterator[str]:
     """One line per problem: key, rule, value found."""
     for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in (prefix, *problem["loc"]) if str(part))
+        key = ".".join(str(part) for part in (prefix, *_as_written(problem["loc"])) if str(part))
         found = f" (found {_short(problem['input'])})"
         if problem["type"] == "missing":
             yield f"{key}: missing"
@@ -390,6 +390,13 @@ def explain(error: ValidationError, prefix: str = "") -> Iterator[str]:
                 yield f"{key}: {line}" if key else line
         else:
             yield f"{key or 'trial'}: {problem['msg']}{found}"
+
+
+def _as_written(location: tuple[int | str, ...]) -> list[int | str]:
+    """A place in an ensemble's members as it stands in the file: pydantic adds the method's name after `method`."""
+    if "members" not in location:
+        return list(location)
+    return [part for before, part in zip((None, *location), location, strict=False) if before != "method"]
 
 
 @cache

@@ -104,7 +104,8 @@ class BenchmarksSpec(Strict):
     batch_size: int = Field(default=8, ge=1)
     """Requests answered at a time; their logits are held for the whole vocabulary."""
     allow_code_execution: bool = False
-    """Run the code that the model writes, on the worker and without a sandbox; HumanEval and MBPP need it."""
+    """Run code without a sandbox: what the model writes, on the worker, which HumanEval and MBPP need; and what task
+    files of `include_path` name by `!function`, already when they are read."""
 
     @field_validator("tasks")
     @classmethod

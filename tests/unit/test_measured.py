@@ -65,7 +65,9 @@ def test_a_search_is_told_finite_scores_alone(odd):
 
 def test_a_log_reads_back(tmp_path):
     lines = [{"step": 1, "train_loss": 2.0}, {"step": 2, "train_loss": math.nan}, {"step": 3, "train_loss": -math.inf}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(to_json(line), allow_nan=False) + "\n" for line in lines))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(to_json(line), allow_nan=False) + "\n" for line in lines)
+    )
     points = read_curve(tmp_path / "metrics.jsonl").train
     assert points[0] == (1, 2.0)
     assert math.isnan(points[1][1])
