@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Literal
 
 from ray_peft.console import Console, abandon_output, prepare_streams
-from ray_peft.errors import RayPeftError
+from ray_peft.errors import RayPeftError, StorageError
 from ray_peft.storage import told
 
 
@@ -33,16 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # `ray job stop` and `kill` send SIGTERM: end as after Ctrl-C, with every finished trial kept.
         signal.signal(signal.SIGTERM, _as_ctrl_c)
         code: int = options.act(options)
-        sys.stdout.flush()
+        _say(flush=True)
     except BrokenPipeError:  # as in `ray-peft plan FILE | head`
         abandon_output()
         return 141
     except RayPeftError as error:
         return _failed(str(error))
     except OSError as error:
-        if error.filename is None and not _printable():
-            abandon_output()
-            return _failed(f"cannot write to standard output: {told(error)}")
         return _failed(told(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -57,12 +54,20 @@ def _failed(text: str) -> int:
     return 2
 
 
-def _printable() -> bool:
+def _say(text: str = "", *, flush: bool = False) -> None:
+    """Print text to standard output.
+
+    Raises:
+        BrokenPipeError: nobody reads it any more.
+        StorageError: it cannot be written.
+    """
     try:
-        sys.stdout.flush()
-    except OSError:
-        return False
-    return True
+        print(text, end="\n" if text else "", flush=flush)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        abandon_output()
+        raise StorageError(f"cannot write to standard output: {error.strerror}") from None
 
 
 def _as_ctrl_c(_number: int, _frame: FrameType | None) -> None:
@@ -250,11 +255,11 @@ def _plan(options: argparse.Namespace) -> int:
     code = 1 if options.strict and any(each.fits is False for each in made) else 0
     if options.json:
         rows = [{"trial_id": each.trial.trial_id, **each.plain(), "spec": each.trial.plain()} for each in made]
-        print(json.dumps(rows, indent=2))
+        _say(json.dumps(rows, indent=2))
         return code
     named = labels({trial.trial_id: trial for trial in trials})
-    print("\n".join(forecast.lines(made, named, packing, memory or 0.0)))
-    print(f"{len(trials)} trials, checked: no weights were loaded")
+    _say("\n".join(forecast.lines(made, named, packing, memory or 0.0)))
+    _say(f"{len(trials)} trials, checked: no weights were loaded")
     return code
 
 
@@ -262,7 +267,7 @@ def _data(options: argparse.Namespace) -> int:
     from ray_peft import data_report
 
     reports = data_report.report_data(options.space, options.overrides, options.profile)
-    print(json.dumps(data_report.plain(reports), indent=2) if options.json else data_report.table(reports))
+    _say(json.dumps(data_report.plain(reports), indent=2) if options.json else data_report.table(reports))
     if options.out is not None:
         written = data_report.write(reports, Path(options.out))
         for path in written:  # standard output holds JSON alone, where JSON was asked for
@@ -281,8 +286,8 @@ def _report(options: argparse.Namespace) -> int:
     if not finished and not (folder / "sweep.json").is_file():
         raise DataError(f"{folder}: holds no results.jsonl; give the folder of a sweep, such as outputs/quickstart")
     written = write_report(folder, loss_steps=options.loss_steps)
-    print(console_table(read_results(folder) if finished else []))
-    print("\n" + "\n".join(f"written: {_short(path)}" for path in written))
+    _say(console_table(read_results(folder) if finished else []))
+    _say("\n" + "\n".join(f"written: {_short(path)}" for path in written))
     return 0
 
 
@@ -301,8 +306,8 @@ def _export(options: argparse.Namespace) -> int:
         options.run, form=options.format, dtype=_DTYPES[options.dtype], out=options.out, tracking_uri=uri,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
-    print(f"{made.folder}: {made.format} of {made.trial_id} in {made.dtype}, {made.num_bytes / 2**20:.1f} MiB")
-    print(f"held-out loss {made.eval_loss_before:.4f} as saved, {made.eval_loss_after:.4f} as exported")
+    _say(f"{made.folder}: {made.format} of {made.trial_id} in {made.dtype}, {made.num_bytes / 2**20:.1f} MiB")
+    _say(f"held-out loss {made.eval_loss_before:.4f} as saved, {made.eval_loss_after:.4f} as exported")
     return 0
 
 
@@ -313,11 +318,11 @@ def _ui(options: argparse.Namespace) -> int:
 
     uri = tracking_uri(options.tracking_uri, TrackingSpec())
     if uri.startswith(("http://", "https://")):
-        print(f"MLflow runs at {tracking.mask(uri)}")
+        _say(f"MLflow runs at {tracking.mask(uri)}")
         return 0
     command = tracking.ui_command(uri, outputs_folder() / "mlartifacts", options.host, options.port)
     _check_port(options.host, options.port)
-    print(f"MLflow UI: http://{options.host}:{options.port}  (store {tracking.mask(uri)}; Ctrl-C ends it)", flush=True)
+    _say(f"MLflow UI: http://{options.host}:{options.port}  (store {tracking.mask(uri)}; Ctrl-C ends it)", flush=True)
     # A group of its own: the command starts a server below it, and both must end.
     server = subprocess.Popen(command, env=tracking.ui_environment(), start_new_session=True)
     try:
@@ -357,7 +362,7 @@ def _doctor(_: argparse.Namespace) -> int:
     from ray_peft.doctor import examine, render
 
     findings = examine()
-    print(render(findings))
+    _say(render(findings))
     return 1 if any(finding.level == "problem" for finding in findings) else 0
 
 

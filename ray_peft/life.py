@@ -164,7 +164,7 @@ class Life:
         status: Status = "out_of_memory" if is_out_of_memory(error) else "failed"
         text = str(error).strip() or type(error).__name__
         if isinstance(error, OSError) and error.errno is not None:
-            text = f"cannot read or write {told(error)}"
+            text = f"cannot read or write {told(error, self.place.folder)}"
         elif is_full(error):
             text = f"cannot write into {self.place.folder}: no space left; free some space, or use another --out"
         elif not isinstance(error, RayPeftError):

@@ -20,9 +20,14 @@ def is_full(error: BaseException) -> bool:
     return any(text in str(error) for text in _FULL_TEXT)
 
 
-def told(error: OSError) -> str:
-    """An error of the system in one line: the path, what happened, and what helps."""
-    paths = " -> ".join(str(path) for path in (error.filename, error.filename2) if path is not None)
+def told(error: OSError, where: Path | None = None) -> str:
+    """An error of the system in one line: the path, what happened, and what helps.
+
+    Args:
+        error: it names no path if an open file could not be written.
+        where: what to name then.
+    """
+    paths = " -> ".join(str(path) for path in (error.filename or where, error.filename2) if path is not None)
     words = error.strerror or str(error) or type(error).__name__
     helps = "; free some space, or use a folder on another disk" if is_full(error) else ""
     return f"{paths + ': ' if paths else ''}{words}{helps}"

@@ -120,7 +120,7 @@ def _kept(result: TrialResult, place: Place) -> TrialResult:
         place.folder.mkdir(parents=True, exist_ok=True)
         write_text(place.folder / RESULT_FILE, result.model_dump_json(indent=2))
     except OSError as error:
-        logger.warning("%s: %s", result.trial_id, told(error))
+        logger.warning("%s: %s", result.trial_id, told(error, place.folder))
     return result
 
 

@@ -125,7 +125,8 @@ class EvaluationSpec(Strict):
     max_new_tokens: int = Field(default=256, ge=1)
     """Tokens of an answer; decoding is greedy."""
     batch_size: int = Field(default=32, ge=1)
-    """Prompts answered at a time."""
+    """Prompts answered at a time; lowered where memory runs out. In fp32 that changes no answer; in bf16 it may turn
+    one at a near tie of two tokens."""
     samples: int = Field(default=10, ge=0)
     """Rows of the sample table: prompt, reference and answer."""
     benchmarks: BenchmarksSpec | None = None

@@ -308,7 +308,8 @@ def _check_schema(path: Path) -> None:
 def _other_schema(uri: str) -> str:
     return (
         f"the tracking store {uri} has the schema of another version of MLflow than the one here "
-        f"({version('mlflow')}). Make a backup of it, then run: mlflow db upgrade {uri}   (or choose another store with --tracking-uri)"
+        f"({version('mlflow')}). Make a backup of it, then run: mlflow db upgrade {uri}   "
+        "(or choose another store with --tracking-uri)"
     )
 
 
