@@ -106,6 +106,17 @@ class Experiment:
             trial_id=spec.trial_id, status=kind, spec=spec, error=reason, mlflow_run_id=run_id, untracked=untracked
         )
 
+    def _close_untracked(self, results: list[TrialResult], last: LastSteps) -> None:
+        """Say which results MLflow lacks, and close their runs, if the store is back."""
+        lacking = [result for result in results if result.untracked is not None]
+        if lacking:
+            names = ", ".join(result.trial_id for result in lacking)
+            self.console.say(f"caution: the tracking store lacks the results of {names}; results.jsonl has them")
+        for result in lacking:
+            run: RunStatus = "FINISHED" if result.status == "finished" else "FAILED"
+            with last.step():
+                tracking.close_orphan(self.store, self.parent_run_id, result.trial_id, run, result.untracked or "")
+
     def finish(self, planned: list[str], interrupted: bool) -> list[TrialResult]:
         """Write the report, close the runs and print the comparison; returns the planned trials' rows.
 
@@ -128,12 +139,7 @@ class Experiment:
         counts = {"trials": float(len(results)), "trials_not_finished": float(len(bad))}
         names = ("report.md", "report.html", "report.csv", "results.jsonl", "plots")
         files = {name: self.ledger.folder / name for name in names if (self.ledger.folder / name).exists()}
-        for result in results:
-            if result.untracked is not None:
-                self.console.say(f"caution: {result.trial_id}: MLflow lacks its result: {result.untracked}")
-                with last.step():  # the store may be back
-                    run: RunStatus = "FINISHED" if result.status == "finished" else "FAILED"
-                    tracking.close_orphan(self.store, self.parent_run_id, result.trial_id, run, result.untracked)
+        self._close_untracked(results, last)
         with last.step():
             tracking.finish_sweep(self.store, self.parent_run_id, status, metrics=counts, files=files)
         self.console.say("")

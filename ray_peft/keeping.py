@@ -63,10 +63,12 @@ class LastSteps:
         try:
             yield
         except Exception as error:  # raised by `done`
-            logger.warning("at the end: %s: %s", type(error).__name__, first_line(error))
             self._failures.append(error)
 
     def done(self) -> None:
-        """Raise the first failure, if there was one."""
+        """Raise the first failure, if there was one; further ones that say something else are logged."""
+        texts = dict.fromkeys(f"{type(error).__name__}: {first_line(error)}" for error in self._failures)
+        for text in list(texts)[1:]:
+            logger.warning("at the end, too: %s", text)
         if self._failures:
             raise self._failures[0]

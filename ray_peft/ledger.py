@@ -89,11 +89,18 @@ class Ledger:
             StorageError: the system refuses.
         """
         line = (json.dumps(result.row(), ensure_ascii=False) + "\n").encode()
-        with writing(self._results, WAY_OUT), self._results.open("a+b") as file:
-            file.truncate(_whole_lines(file))
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(self._results, WAY_OUT):
+            with self._results.open("a+b") as file:
+                whole = _whole_lines(file)
+                file.truncate(whole)
+            try:
+                with self._results.open("ab") as file:
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                os.truncate(self._results, whole)  # a full disk takes half a line
+                raise
 
     def set_aside(self) -> None:
         """Keep earlier results under another name and start from none."""
