@@ -7,9 +7,7 @@ started; 130 interrupted; 141 nobody reads the output any more.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import shutil
 import signal
 import socket
@@ -22,6 +20,7 @@ from typing import Literal
 
 from ray_peft.console import Console, abandon_output, prepare_streams
 from ray_peft.errors import RayPeftError, StorageError
+from ray_peft.quiet import quiet_libraries
 from ray_peft.storage import told
 
 
@@ -30,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_streams()
     try:
         options = _parser().parse_args(arguments)
+        quiet_libraries()
         # `ray job stop` and `kill` send SIGTERM: end as after Ctrl-C, with every finished trial kept.
         signal.signal(signal.SIGTERM, _as_ctrl_c)
         code: int = options.act(options)
@@ -317,6 +317,7 @@ def _export(options: argparse.Namespace) -> int:
 def _ui(options: argparse.Namespace) -> int:
     from ray_peft import tracking
     from ray_peft.experiment import outputs_folder, tracking_uri
+    from ray_peft.processes import end_group
     from ray_peft.space import TrackingSpec
 
     uri = tracking_uri(options.tracking_uri, TrackingSpec())
@@ -333,19 +334,7 @@ def _ui(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        _end_group(server)
-
-
-def _end_group(leader: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
-    try:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(leader.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            leader.wait(timeout=5)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(leader.pid, signal.SIGKILL)
+        end_group(server)
 
 
 def _check_port(host: str, port: int) -> None:
@@ -379,5 +368,7 @@ def _short(path: Path) -> str:
 
 def _ui_command(uri: str | None) -> str:
     """The command as it must be typed here: inside a virtual environment that is not active, with its path."""
-    name = "ray-peft" if shutil.which("ray-peft") else _short(Path(sys.argv[0]))
+    own = Path(sys.argv[0])
+    name = "python -m ray_peft" if own.name == "__main__.py" else _short(own)
+    name = "ray-peft" if shutil.which("ray-peft") else name
     return f"{name} ui --tracking-uri {uri}" if uri and "@" not in uri else f"{name} ui"
