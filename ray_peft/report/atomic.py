@@ -25,6 +25,6 @@ def write_text(path: Path, text: str) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError):  # the system names no path for an open file
+        if isinstance(error, OSError) and error.errno is not None:  # the system names no path for an open file
             error.filename = error.filename or str(path)
         raise
