@@ -67,7 +67,8 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
             "object_store_memory": 256 * 2**20,  # specs and metrics only: rows and weights are read from disk
         }
     try:
-        with _own_sigterm(), contextlib.nullcontext() if address else _this_machine_alone():
+        alone = not address or _on_loopback_alone(address)
+        with _own_sigterm(), _this_machine_alone() if alone else contextlib.nullcontext():
             ray.init(**settings)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise _out_of_reach(f"the Ray cluster at {address}" if address else "a local Ray", error) from None
@@ -109,6 +110,20 @@ def _check_address(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except (OSError, OverflowError) as error:
         raise _out_of_reach(f"the Ray cluster at {address}", error) from None
+
+
+def _on_loopback_alone(address: str) -> bool:
+    """True for a cluster that another process here started as `connect` does: Ray would look at the LAN's address."""
+    import ray.util
+
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host.strip("[]") not in ("127.0.0.1", "localhost", "::1") or not port.isdecimal():
+        return False
+    try:
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=5).close()
+    except (OSError, OverflowError):
+        return True
+    return False
 
 
 def _out_of_reach(where: str, error: Exception) -> PlacementError:
