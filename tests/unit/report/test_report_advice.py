@@ -148,6 +148,4 @@ def test_a_resumed_trial_is_said_and_one_whose_costs_are_lost_decides_no_budget(
     lost = resumed.model_copy(update={"usage": resumed.usage.model_copy(update={"complete": False})})
     text, tables = said(material([*rows, (lost, REFERENCES)]))
     assert "Training time: which to take cannot be said, since a trial went on from a checkpoint of version" in text
-        "Training time: which to take cannot be said, since a trial went on from a checkpoint of version 0.1.0" in text
-    )
     assert not tables
