@@ -11,6 +11,8 @@ from typing import Literal
 
 from ray_peft import tracking
 from ray_peft.console import Console
+from ray_peft.errors import StorageError, TrackingError
+from ray_peft.keeping import LastSteps, Rows
 from ray_peft.ledger import Ledger, SweepRecord
 from ray_peft.report.files import write_report
 from ray_peft.report.plain import console_table
@@ -19,7 +21,7 @@ from ray_peft.space import ReportSpec, TrackingSpec
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Inspection
-from ray_peft.tracking import Store
+from ray_peft.tracking import RunStatus, Store
 
 
 def outputs_folder() -> Path:
@@ -82,6 +84,8 @@ class Experiment:
     store: Store
     record: SweepRecord
     console: Console
+    rows: Rows
+    """Takes the trials' rows."""
 
     @property
     def parent_run_id(self) -> str:
@@ -90,16 +94,41 @@ class Experiment:
         return self.record.parent_run_id
 
     def lost(self, spec: TrialSpec, status: Literal["failed", "cancelled"], reason: str) -> TrialResult:
-        """The row of a trial whose worker died without leaving one; its MLflow run is closed."""
+        """The row of a trial whose worker died without leaving one; its MLflow run is closed, if the store answers."""
         run_status: Literal["FAILED", "KILLED"] = "FAILED" if status == "failed" else "KILLED"
         kind: Status = "out_of_memory" if "OutOfMemoryError" in reason else status
-        run_id = tracking.close_orphan(self.store, self.parent_run_id, spec.trial_id, run_status, reason)
-        return TrialResult(trial_id=spec.trial_id, status=kind, spec=spec, error=reason, mlflow_run_id=run_id)
+        run_id, untracked = None, None
+        try:
+            run_id = tracking.close_orphan(self.store, self.parent_run_id, spec.trial_id, run_status, reason)
+        except TrackingError as error:  # the row does not depend on it, nor do the other trials
+            untracked = str(error)
+        return TrialResult(
+            trial_id=spec.trial_id, status=kind, spec=spec, error=reason, mlflow_run_id=run_id, untracked=untracked
+        )
+
+    def _close_untracked(self, results: list[TrialResult], last: LastSteps) -> None:
+        """Say which results MLflow lacks, and close their runs, if the store is back."""
+        lacking = [result for result in results if result.untracked is not None]
+        if lacking:
+            names = ", ".join(result.trial_id for result in lacking)
+            self.console.say(f"caution: the tracking store lacks the results of {names}; results.jsonl has them")
+        for result in lacking:
+            run: RunStatus = "FINISHED" if result.status == "finished" else "FAILED"
+            with last.step():
+                tracking.close_orphan(self.store, self.parent_run_id, result.trial_id, run, result.untracked or "")
 
     def finish(self, planned: list[str], interrupted: bool) -> list[TrialResult]:
-        """Write the report, close the parent run and print the comparison; returns the planned trials' rows."""
-        write_report(self.ledger.folder)
-        rows = {result.trial_id: result for result in self.ledger.results()}
+        """Write the report, close the runs and print the comparison; returns the planned trials' rows.
+
+        Raises:
+            RayPeftError: something of it failed, after all the rest was done.
+        """
+        last = LastSteps()
+        with last.step():
+            self.rows.flush()
+        with last.step():
+            write_report(self.ledger.folder)
+        rows = {result.trial_id: result for result in (*self.ledger.results(), *self.rows.waiting)}
         results = [rows[trial] for trial in planned if trial in rows] if planned else list(rows.values())
         bad = [result for result in results if result.status != "finished"]
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED"
@@ -110,9 +139,12 @@ class Experiment:
         counts = {"trials": float(len(results)), "trials_not_finished": float(len(bad))}
         names = ("report.md", "report.html", "report.csv", "results.jsonl", "plots")
         files = {name: self.ledger.folder / name for name in names if (self.ledger.folder / name).exists()}
-        tracking.finish_sweep(self.store, self.parent_run_id, status, metrics=counts, files=files)
+        self._close_untracked(results, last)
+        with last.step():
+            tracking.finish_sweep(self.store, self.parent_run_id, status, metrics=counts, files=files)
         self.console.say("")
         self.console.say(console_table(results))
+        last.done()
         return results
 
 
@@ -132,6 +164,7 @@ def open_experiment(
 
     Raises:
         TrackingError: the store cannot be reached.
+        StorageError: the folder cannot be written.
     """
     earlier = ledger.read_record()
     masked = tracking.mask(store.uri)
@@ -142,5 +175,9 @@ def open_experiment(
         tags = {"ray_peft.out": str(ledger.folder), "mlflow.note.content": description}
         parent = tracking.start_sweep(store, name, tags={k: v for k, v in tags.items() if v}, files=files)
     record = SweepRecord(name, description, notes, planned, parent, masked, (report or ReportSpec()).plain())
-    ledger.write_record(record)
-    return Experiment(name, ledger, store, record, console)
+    try:
+        ledger.write_record(record)
+    except StorageError:
+        tracking.finish_sweep(store, parent, "FAILED", metrics={}, files={})
+        raise
+    return Experiment(name, ledger, store, record, console, Rows(ledger, console))

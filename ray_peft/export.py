@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ray_peft import tracking
+from ray_peft.consent import check_consent
 from ray_peft.errors import SpecError
 from ray_peft.rounding import check_same_loss
 from ray_peft.spec import TrialSpec
@@ -39,8 +40,9 @@ class Exported:
 
 
 def export(
-    run_id: str, *, form: Format, dtype: SaveDtype, out: str | Path | None = None, tracking_uri: str
-) -> Exported:
+    run_id: str, *, form: Format, dtype: SaveDtype, out: str | Path | None = None, tracking_uri: str,
+    trust_remote_code: bool = False,
+) -> Exported:  # fmt: skip
     """Write the weights of a trial's MLflow run into a new folder.
 
     Args:
@@ -49,6 +51,7 @@ def export(
         dtype: of the written weights.
         out: the folder; null is `exports/<trial id>-<form>-<dtype>`.
         tracking_uri: the MLflow store.
+        trust_remote_code: run Python code that the run's spec trusts; without it such a run is refused.
 
     Raises:
         TrackingError: the run or its weights are missing.
@@ -57,6 +60,7 @@ def export(
         TrialFailed: what was written has another held-out loss, by more than rounding; nothing is left in the folder.
     """
     spec = tracking.load_spec(tracking_uri, run_id)
+    check_consent(spec, run_id, trust_remote_code=trust_remote_code)
     folder = Path(out) if out else Path("exports") / f"{spec.trial_id}-{form}-{dtype}"
     if folder.exists() and any(folder.iterdir()):
         raise SpecError(f"--out {folder}: exists and is not empty; give another folder, or remove it")

@@ -154,8 +154,8 @@ def forecast(
     """Every trial's memory, in the order given; with a GPU's memory, also how they pack.
 
     A trial fits if the peak of its training, with the allocator's slack, the CUDA context and a margin, is at most the
-    GPU's memory. An evaluation that takes more decides its share alone: its batch can be lowered without changing a
-    score.
+    GPU's memory. An evaluation that takes more decides its share alone: its batch can be lowered, which in
+    fp32 changes no score.
 
     Raises:
         DataError, ModelError: the user's to mend.

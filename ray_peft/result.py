@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from ray_peft.measured import Measured
+from ray_peft.names import PathPart
 from ray_peft.spec import AnyTrialSpec
 from ray_peft.strict import Strict
 
 Status = Literal["finished", "failed", "out_of_memory", "cancelled"]
 
 
-class Scores(Strict):
+class Scores(Measured):
     """Quality on the held-out rows; null where it was not measured."""
 
     eval_loss: float | None = None
@@ -40,7 +42,7 @@ class Scores(Strict):
     """Questions behind each, by the same keys."""
 
 
-class Usage(Strict):
+class Usage(Measured):
     """What the trial cost. GiB = 2**30 bytes; the training phase alone unless a field says otherwise."""
 
     peak_allocated_gib: float | None = None
@@ -56,7 +58,7 @@ class Usage(Strict):
     peak_rss_gib: float | None = None
     """Peak resident memory of the worker process."""
     wall_time_s: float = 0.0
-    """The whole trial, from load to save."""
+    """The whole trial, from load to save, over all its attempts."""
     load_s: float = 0.0
     train_s: float = 0.0
     evaluate_s: float = 0.0
@@ -71,6 +73,9 @@ class Usage(Strict):
     """Real tokens seen in training."""
     train_images: int = 0
     """Images seen in training, each as often as it was seen."""
+    complete: bool = True
+    """False for a trial that went on from a checkpoint of version 0.1.0, which does not say what came before it:
+    seconds, tokens and peaks are then those after it."""
 
 
 class Provenance(Strict):
@@ -93,10 +98,10 @@ class Provenance(Strict):
     """ISO 8601, UTC."""
 
 
-class TrialResult(Strict):
+class TrialResult(Measured):
     """One row of a comparison."""
 
-    trial_id: str
+    trial_id: PathPart
     status: Status
     spec: AnyTrialSpec
     scores: Scores = Scores()
@@ -110,16 +115,18 @@ class TrialResult(Strict):
     steps: int = 0
     """Optimizer steps done."""
     resumed_from_step: int | None = None
+    """Where the trial's last attempt went on; null for one that ran in one go. `usage` adds up over the attempts,
+    without what was done twice."""
     arithmetic: str = ""
     """How the trained weights are held and updated, such as "bfloat16 weights, stochastic rounding"."""
-    members: dict[str, float] = {}
+    members: dict[PathPart, float] = {}
     """Of an ensemble, the weight of each member by its trial id; they add up to one."""
     chosen: dict[str, int | bool] = {}
-    """Settings that `train.fit: auto` chose for the GPU at hand, by key; no number of the trial depends on them, but
-    for the draws of dropout."""
+    """Settings that `train.fit: auto` chose for the GPU at hand, by key. In fp32 no number of the trial depends on
+    them, but for the draws of dropout; in bf16 the last digits do."""
     lowered: dict[str, int] = {}
-    """Settings that memory forced down while it ran, by key; no number of the trial depends on them, but for the draws
-    of dropout."""
+    """Settings that memory forced down while it ran, by key. In fp32 no number of the trial depends on them, but for
+    the draws of dropout; in bf16 the last digits do, and an answer may turn at a near tie of two tokens."""
     predicted: dict[str, float] = {}
     """Peak memory as predicted before it ran [GiB]: peak_allocated_gib, peak_reserved_gib, and its components."""
     trainable_parameters: int = 0
@@ -131,6 +138,8 @@ class TrialResult(Strict):
     four_bit_share: float | None = None
     """Share of the base's weights that are in 4 bits; None where none is meant to be, or where it was not counted."""
     mlflow_run_id: str | None = None
+    untracked: str | None = None
+    """Why the tracking store lacks this result; null if it has it."""
     error: str | None = None
     """Why a trial that is not finished ended; one line first, details below."""
     provenance: Provenance = Provenance()
@@ -156,9 +165,9 @@ class ImageFile(Strict):
 
     prompt: str
     seed: int
-    file: str
+    file: PathPart
     """Its name in the folder of images."""
-    before: str | None = None
+    before: PathPart | None = None
     """The name of what the untouched base makes of the same prompt and seed."""
     nearest: str | None = None
     """The training painting that is nearest to it in content."""
@@ -166,7 +175,7 @@ class ImageFile(Strict):
     """How near: the cosine behind `Scores.nearest_train`; a copy is 1.0."""
 
 
-class RowLoss(Strict):
+class RowLoss(Measured):
     """The loss of one held-out row: a line of `losses.jsonl`."""
 
     row: int

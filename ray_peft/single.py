@@ -16,6 +16,7 @@ from ray_peft.errors import SearchSpaceError, SpecError, TrialFailed
 from ray_peft.ledger import Ledger
 from ray_peft.placement import Demand
 from ray_peft.result import TrialResult
+from ray_peft.signals import callers_signals
 from ray_peft.space import ReportSpec, TrackingSpec, explain, load
 from ray_peft.spec import TrialSpec
 
@@ -55,7 +56,7 @@ def run(
     store = experiment.open_store(
         experiment.tracking_uri(tracking_uri, tracking_spec), tracking_spec.experiment or "single runs"
     )
-    with ledger.locked(), contextlib.ExitStack() as ray:
+    with ledger.locked(), callers_signals(), contextlib.ExitStack() as ray:
         allotment = Allotment(ray.enter_context(cluster.connect(address)), gpu_memory_gib)
         allotment.prepare([trial], console)
         held = allotment.demand(trial, alone=True)
@@ -71,11 +72,11 @@ def run(
         )
         interrupted = True
         try:
-            ledger.add(_run(trial, opened, held))
+            opened.rows.add(_run(trial, opened, held))
             interrupted = False
         except KeyboardInterrupt:
             ray.close()  # no worker may still write to the run that is closed here
-            ledger.add(opened.lost(trial, "cancelled", "interrupted by the user"))
+            opened.rows.add(opened.lost(trial, "cancelled", "interrupted by the user"))
             raise
         finally:
             results = opened.finish([trial.trial_id], interrupted)

@@ -346,7 +346,7 @@ def _validate(drawn: list[dict[str, Any]], source: str) -> tuple[list[TrialSpec]
 def explain(error: ValidationError, prefix: str = "") -> Iterator[str]:
     """One line per problem: key, rule, value found."""
     for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in (prefix, *problem["loc"]) if str(part))
+        key = ".".join(str(part) for part in (prefix, *_as_written(problem["loc"])) if str(part))
         found = f" (found {_short(problem['input'])})"
         if problem["type"] == "missing":
             yield f"{key}: missing"
@@ -367,6 +367,13 @@ def _quotes(kind: str, value: Any) -> str:
     if kind in ("int_type", "float_type") and isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         return "; write it without quotes"
     return ""
+
+
+def _as_written(location: tuple[int | str, ...]) -> list[int | str]:
+    """A place in an ensemble's members as it stands in the file: pydantic adds the method's name after `method`."""
+    if "members" not in location:
+        return list(location)
+    return [part for before, part in zip((None, *location), location, strict=False) if before != "method"]
 
 
 @cache

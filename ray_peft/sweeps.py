@@ -16,12 +16,13 @@ from ray_peft import cluster, experiment, worker
 from ray_peft.allotment import Allotment
 from ray_peft.console import Console, bar
 from ray_peft.distributions import distributions
-from ray_peft.errors import SearchSpaceError
+from ray_peft.errors import SearchSpaceError, first_line
 from ray_peft.experiment import Experiment
 from ray_peft.ledger import Ledger
 from ray_peft.placement import Demand, Node, concurrent_trials, demand
 from ray_peft.report.plain import trial_line
 from ray_peft.result import TrialResult
+from ray_peft.signals import callers_signals
 from ray_peft.space import Space, fill, load
 from ray_peft.spec import TrialSpec
 
@@ -41,8 +42,8 @@ class SweepOutcome:
 
     @property
     def complete(self) -> bool:
-        """True if every planned trial finished."""
-        return not self.interrupted and all(result.status == "finished" for result in self.results)
+        """True if every planned trial finished, and the tracking store has them all."""
+        return not self.interrupted and all(row.status == "finished" and row.untracked is None for row in self.results)
 
 
 def sweep(
@@ -85,7 +86,7 @@ def sweep(
     notes += experiment.inspect_trials(space.trials, console)
     uri = experiment.tracking_uri(tracking_uri, space.tracking)
     store = experiment.open_store(uri, space.tracking.experiment or space.name)
-    with ledger.locked(), contextlib.ExitStack() as ray:
+    with ledger.locked(), callers_signals(), contextlib.ExitStack() as ray:
         plan = _plan(space, {} if fresh else ledger.finished())
         console.say(f"{space.name}: {plan.total} trials, {plan.total - plan.missing} finished before")
         nodes: list[Node] = []
@@ -190,7 +191,7 @@ class _Sweep:
             finally:  # also after a second Ctrl-C
                 lost = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
                 for trial in lost:
-                    self.opened.ledger.add(self.opened.lost(trial, "cancelled", "interrupted before the end"))
+                    self.opened.rows.add(self.opened.lost(trial, "cancelled", "interrupted before the end"))
         return bool(lost) or self._interrupted([] if self.plan.searched else self.plan.todo)
 
     def _phases(self) -> list[list[TrialSpec]]:
@@ -319,7 +320,7 @@ class _Sweep:
         if result.trial_id in self.rows:
             return
         self.rows[result.trial_id] = result
-        self.opened.ledger.add(result)
+        self.opened.rows.add(result)
         self.console.say(trial_line(result, len(self.rows), self.plan.total))
 
     def show(self, spec: TrialSpec, metrics: Mapping[str, Any]) -> None:
@@ -344,10 +345,16 @@ def _callback(owner: _Sweep) -> Any:
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
-            if worker.ROW in result:
-                owner.take(TrialResult.model_validate_json(result[worker.ROW]))
-            else:
-                owner.show(resolve(trial.config), result)
+            # Tune ends with an error in here, and with it all the other trials.
+            spec = resolve(trial.config)
+            try:
+                if worker.ROW in result:
+                    owner.take(TrialResult.model_validate_json(result[worker.ROW]))
+                else:
+                    owner.show(spec, result)
+            except Exception as error:
+                reason = f"its row cannot be kept: {type(error).__name__}: {first_line(error)}"
+                owner.take(owner.opened.lost(spec, "failed", reason))
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             spec = resolve(trial.config)

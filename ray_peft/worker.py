@@ -130,8 +130,8 @@ def _train_function(config: Mapping[str, Any]) -> str | None:
 
 
 def final_report(result: TrialResult) -> dict[str, Any]:
-    """The last report of a trial: its row, and the scores that a search improves."""
-    scores = {name: value for name, value in result.scores.plain().items() if value is not None}
+    """The last report of a trial: its row, and the scores that a search improves, of which NaN is none."""
+    scores = {name: value for name, value in result.scores.plain().items() if isinstance(value, int | float)}
     return {"step": result.steps, **scores, ROW: result.model_dump_json()}
 
 

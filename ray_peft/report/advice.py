@@ -171,6 +171,12 @@ def _cannot_say(material: Material) -> list[str]:
         trained = sum(not unit.is_base for family in families for unit in family.units)
         names = "Every trained row" if len(single) == trained else listed(single)
         found.append(f"{names}: one seed, so how much another seed would change it cannot be said.")
+    if resumed := [row for unit in units for row in unit.finished if row.result.resumed_from_step is not None]:
+        steps = listed([f"{row.label} (from step {row.result.resumed_from_step})" for row in resumed])
+        found.append(
+            f"Interrupted, and gone on from a checkpoint: {steps}. Time, tokens and peaks are those of all attempts, "
+            "without what was done twice."
+        )
     memory = [
         f"{unit.label}: {gib(max(peaks))}"
         if (peaks := [row.peak_memory_gib for row in unit.rows if row.peak_memory_gib is not None])

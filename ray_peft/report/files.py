@@ -9,6 +9,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from ray_peft.errors import DataError
+from ray_peft.names import PathPart
 from ray_peft.report.atomic import write_text
 from ray_peft.report.content import build
 from ray_peft.report.csvfile import write_csv
@@ -37,7 +38,7 @@ class Sweep(Strict):
     description: str = ""
     notes: tuple[str, ...] = ()
     """What to know about the data, such as counts of rows."""
-    planned: tuple[str, ...] = ()
+    planned: tuple[PathPart, ...] = ()
     """Ids of the trials that the sweep was to run."""
     report: ReportSpec = ReportSpec()
 

@@ -114,7 +114,8 @@ class BenchmarksSpec(Strict):
     batch_size: int = Field(default=8, ge=1)
     """Requests answered at a time; their logits are held for the whole vocabulary."""
     allow_code_execution: bool = False
-    """Run the code that the model writes, on the worker and without a sandbox; HumanEval and MBPP need it."""
+    """Run code without a sandbox: what the model writes, on the worker, which HumanEval and MBPP need; and what task
+    files of `include_path` name by `!function`, already when they are read."""
 
     @field_validator("tasks")
     @classmethod
@@ -134,7 +135,8 @@ class EvaluationSpec(Strict):
     max_new_tokens: int = Field(default=256, ge=1)
     """Tokens of an answer; decoding is greedy."""
     batch_size: int = Field(default=32, ge=1)
-    """Prompts answered at a time."""
+    """Prompts answered at a time; lowered where memory runs out. In fp32 that changes no answer; in bf16 it may turn
+    one at a near tie of two tokens."""
     samples: int = Field(default=10, ge=0)
     """Rows of the sample table: prompt, reference and answer."""
     benchmarks: BenchmarksSpec | None = None

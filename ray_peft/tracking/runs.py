@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ray_peft.errors import TrackingError, first_line
 from ray_peft.spec import TrialSpec
-from ray_peft.tracking.store import Store, connect, first_contact, insist, is_server, mask
+from ray_peft.tracking.store import Store, connect, first_contact, insist, is_server, mask, masked_keys
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -87,14 +87,23 @@ def load_spec(uri: str, run_id: str) -> TrialSpec:
     """The spec of the trial that a run recorded.
 
     Raises:
-        TrackingError: the store, the run or its spec.json is missing, or the spec does not fit this version.
+        TrackingError: the store, the run or its spec.json is missing, the spec does not fit this version, or it cannot
+            be run again, since its credentials are masked.
     """
     with tempfile.TemporaryDirectory() as folder:
         text = fetch(uri, run_id, "spec.json", Path(folder)).read_text(encoding="utf-8")
     try:
-        return TrialSpec.from_plain(json.loads(text))
+        plain = json.loads(text)
+        spec = TrialSpec.from_plain(plain)
     except ValueError as error:
         raise TrackingError(f"spec.json of run {run_id} is no trial of this version of ray_peft: {error}") from None
+    if masked := masked_keys(plain):
+        keys = ", ".join(f"{key} ({value})" for key, value in masked.items())
+        raise TrackingError(
+            f"run {run_id} cannot be run again or exported: its spec.json has credentials masked, in {keys}; "
+            "run it from the YAML file that holds them"
+        )
+    return spec
 
 
 def fetch(uri: str, run_id: str, artifact: str, to: Path) -> Path:

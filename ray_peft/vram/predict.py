@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -232,8 +233,9 @@ def _kept(decides: list[object], compute: Callable[[], Counter[str]]) -> Counter
                 _known[key] = Counter(json.loads(file.read_text(encoding="utf-8")))
             else:
                 _known[key] = compute()
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_text(file, json.dumps(_known[key]))
+                with contextlib.suppress(OSError):  # a cache that others keep may be read-only, or full
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_text(file, json.dumps(_known[key]))
         return _known[key].copy()
 
 

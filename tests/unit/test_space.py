@@ -258,6 +258,17 @@ def test_an_error_that_a_profile_did_not_make_does_not_name_it():
     assert refused(text, ["train.steps=0"], "a")[0].startswith("space.yaml: train.steps: Input should be")
 
 
+def test_one_wrong_member_of_an_ensemble_is_one_error_with_its_place_in_the_file():
+    members = [{"method": {"name": "lora", "rnak": 4}}, {"method": {"name": "full"}}]
+    plain = changed(method={"name": "ensemble", "members": members})
+    assert refused(plain) == [
+        "space.yaml: method.members.0.method.rnak: unknown key, did you mean rank? (found 4), in 1 of 1 trials"
+    ]
+    plain = changed(method={"name": "ensemble", "members": members[1:]})
+    (line,) = refused(plain)
+    assert "an ensemble needs at least two members (found 1)" in line
+
+
 SEARCH = {"samples": 4}
 
 

@@ -7,19 +7,12 @@ import json
 
 import pytest
 import tiny
-from untracked import Notes, run
+from untracked import HYBRID, Notes, run
 
 from ray_peft import measure, trial
 from ray_peft.life import Life
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.memory import MICRO_BATCH
-
-HYBRID = {
-    "name": "qlora_galore",
-    "switch_at": 0.5,
-    "qlora": {"rank": 4, "lr": 0.01, "compute_dtype": "float32"},
-    "galore": {"rank": 8, "lr": 0.01, "weights": "float32"},
-}
 
 
 def test_a_hybrid_that_is_stopped_in_its_second_stage_goes_on_from_the_end_of_its_first(

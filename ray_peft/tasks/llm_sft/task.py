@@ -223,7 +223,7 @@ class LlmBench(Bench):
 
         job = StageJob(
             stage, steps, first_step, self.data.train, folder, self.device, report, self.eval_loss,
-            lowered=self.lowered, rehearse=self.device != "cpu",
+            lowered=self.lowered, rehearse=self.device != "cpu", costs=self.costs,
         )  # fmt: skip
         with setting_kept(self.model):
             return train_stage(self.spec, job, self.model, self.tokenizer)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.methods.base import Stage
 from ray_peft.spec import LlmTrialSpec
-from ray_peft.tasks.base import Report, Trained
+from ray_peft.tasks.base import Costs, Report, Trained
 from ray_peft.tasks.finite import FiniteGuard
+from ray_peft.tasks.llm_sft.checkpoints import Meter, last_checkpoint
 from ray_peft.tasks.llm_sft.data import IGNORED
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class StageJob:
     """What memory forced down in earlier stages; this stage starts with it, and adds to it (`Bench.lowered`)."""
     rehearse: bool = False
     """Try the pass that needs the most memory before the first steps."""
+    costs: Costs = field(default_factory=Costs)
+    """Of the trial; checkpoints carry them."""
 
 
 def train_rows(spec: LlmTrialSpec, rows: Dataset) -> Dataset:
@@ -109,7 +112,6 @@ def train_stage(
 ) -> Trained:
     """Train `model` in place for the stage's steps; goes on from the last checkpoint where there is one."""
     from transformers.trainer_callback import PrinterCallback
-    from transformers.trainer_utils import get_last_checkpoint
 
     trained = Trained()
     optimizer = job.stage.optimizer(model)
@@ -128,23 +130,18 @@ def train_stage(
         train_dataset=rows,
         processing_class=tokenizer,
         optimizers=(optimizer, None),
-        callbacks=[_watcher(spec, job, trained, guard)],
     )
     trainer.remove_callback(PrinterCallback)
     _keep_adapter_dtype(job.stage, model)
-    checkpoint = get_last_checkpoint(str(job.folder)) if job.folder.is_dir() else None  # type: ignore[no-untyped-call]
-    done = int(checkpoint.rpartition("-")[2]) if checkpoint is not None else 0
-    if checkpoint is not None:
-        trained.resumed_from_step = job.first_step + done
-    begin = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    meter = Meter(trained, trainer, job.costs)
+    trainer.add_callback(_watcher(spec, job, trained, guard, meter))
+    checkpoint = last_checkpoint(job.folder)
+    meter.start(checkpoint, job.first_step)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     guard.check()
-    trained.seconds += time.perf_counter() - begin
-    trained.steps = int(result.global_step)
-    trained.timed_steps = trained.steps - done
-    trained.tokens = int(trainer._total_train_tokens) - fillers  # noqa: SLF001 - TRL logs it, but keeps no public name for it
+    whole = meter.so_far()
     trainer.accelerator.free_memory()
-    return trained
+    return replace(whole, tokens=whole.tokens - fillers)
 
 
 def _arguments(spec: LlmTrialSpec, job: StageJob) -> Any:
@@ -173,7 +170,7 @@ def _arguments(spec: LlmTrialSpec, job: StageJob) -> Any:
         logging_nan_inf_filter=False,
         save_strategy="steps" if train.checkpoint_every else "no",
         save_steps=train.checkpoint_every or 500,
-        save_total_limit=1,
+        save_total_limit=None,  # the watcher removes older ones, once this one is whole
         max_length=None,
         packing=False,
         report_to="none",
@@ -212,8 +209,8 @@ def _guarded_trainer(guard: FiniteGuard, optimizer: Optimizer) -> Any:
     return GuardedTrainer
 
 
-def _watcher(spec: LlmTrialSpec, job: StageJob, trained: Trained, guard: FiniteGuard) -> Any:
-    """A TrainerCallback that passes on logged metrics and measures the loss on held-out rows in between."""
+def _watcher(spec: LlmTrialSpec, job: StageJob, trained: Trained, guard: FiniteGuard, meter: Meter) -> Any:
+    """A TrainerCallback that passes on logged metrics, measures held-out loss in between, and completes checkpoints."""
     from transformers import TrainerCallback
 
     class Watcher(TrainerCallback):
@@ -242,5 +239,9 @@ def _watcher(spec: LlmTrialSpec, job: StageJob, trained: Trained, guard: FiniteG
                 trained.seconds -= time.perf_counter() - begin
                 trained.eval_losses.append(loss)
                 job.report({"eval_loss": loss}, job.first_step + state.global_step)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                meter.keep(job.folder)
 
     return Watcher()

@@ -221,8 +221,9 @@ class ImageBench(Bench):
 
         draws = Draws(self.spec, self.encoded.train, self.encoded.scaling_factor, self.schedule)
         job = StageJob(
-            stage, steps, first_step, draws, folder, self.device, report, self.eval_loss, lowered=self.lowered
-        )
+            stage, steps, first_step, draws, folder, self.device, report, self.eval_loss,
+            lowered=self.lowered, costs=self.costs,
+        )  # fmt: skip
         return train_stage(self.spec, job, self.model)
 
     def restore(self, folder: Path) -> None:

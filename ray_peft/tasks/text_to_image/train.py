@@ -8,14 +8,15 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.methods.base import Stage
 from ray_peft.methods.optimizers import trainable
 from ray_peft.spec import ImageTrialSpec
-from ray_peft.tasks.base import Report, Trained
+from ray_peft.tasks import cost
+from ray_peft.tasks.base import Costs, Report, Trained
 from ray_peft.tasks.finite import FiniteGuard
 from ray_peft.tasks.memory import MICRO_BATCH, divisor, free_memory, is_out_of_memory
 from ray_peft.tasks.text_to_image.noise import Batch, Draws
@@ -47,6 +48,8 @@ class StageJob:
     """The loss on the held-out images, of the model as it is."""
     lowered: dict[str, int] = field(default_factory=dict)
     """What memory forced down in earlier stages; this stage starts with it, and adds to it (`Bench.lowered`)."""
+    costs: Costs = field(default_factory=Costs)
+    """Of the trial; checkpoints carry them."""
 
 
 def train_stage(spec: ImageTrialSpec, job: StageJob, model: nn.Module) -> Trained:
@@ -60,11 +63,11 @@ def train_stage(spec: ImageTrialSpec, job: StageJob, model: nn.Module) -> Traine
     if job.device != "cpu":
         torch.cuda.synchronize()
     model.train()
-    begin = time.perf_counter()
+    loop.begin = time.perf_counter()
     for step in range(loop.done, job.steps):
         loop.step(step)
     loop.guard.check()  # waits for the last step
-    loop.trained.seconds += time.perf_counter() - begin
+    loop.trained.seconds = loop.seconds()
     model.eval()
     loop.end()
     if job.device != "cpu":
@@ -99,7 +102,13 @@ class _Loop:
         self.guard = FiniteGuard(spec, job.stage, job.first_step)
         self.trained = Trained()
         self.done = 0
+        self.begin = 0.0
+        """When this attempt's steps began, on the performance counter."""
         self._unlogged = 0
+
+    def seconds(self) -> float:
+        """Of the stage's training up to now, over all attempts."""
+        return self.trained.seconds + time.perf_counter() - self.begin
 
     def step(self, step: int) -> None:
         """One optimizer step, from 0."""
@@ -146,6 +155,7 @@ class _Loop:
         if self._average is not None:
             self._average.load_state_dict(state["average"])
         self.done = int(state["step"])
+        cost.take_up(state.get("cost"), self.trained, self._job.costs, found[-1])
         self.trained.steps = self.done
         self.trained.eval_losses = list(state["eval_losses"])
         self.trained.images = self.done * self._spec.train.batch_size
@@ -251,6 +261,7 @@ class _Loop:
             "rates": self._rates.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
             "random": _random_state(self._job.device),
+            "cost": cost.plain(replace(self.trained, seconds=self.seconds()), self._job.costs),
         }
         torch.save(state, partial / STATE_FILE)
         shutil.rmtree(folder, ignore_errors=True)
