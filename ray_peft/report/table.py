@@ -72,6 +72,11 @@ class Row:
         return self._score(lambda result: result.scores.rouge_l)
 
     @property
+    def chrf(self) -> Score:
+        """Corpus chrF."""
+        return self._score(lambda result: result.scores.chrf)
+
+    @property
     def style_heldout(self) -> Score:
         """Likeness in style to the held-out paintings."""
         return self._style(lambda result: result.scores.style_heldout)
