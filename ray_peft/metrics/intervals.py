@@ -74,7 +74,7 @@ class DifferenceInterval:
 
 
 def mean_parts(rows: Sequence[float] | Numbers, weights: Sequence[float] | None = None) -> Numbers:
-    """What each row adds to the mean over rows (row,): itself; with weights, so that the parts' mean is the weighted one.
+    """What each row adds to the mean over rows (row,): itself, or with weights its share of the weighted mean.
 
     Args:
         rows: one score a row.
@@ -129,7 +129,7 @@ def compare(pairs: Sequence[tuple[Numbers, Numbers]], *, confidence: float = CON
     """Differences of pairs of systems, each pair by the parts of the same rows; p-values are corrected for all pairs.
 
     Raises:
-        ValueError: the systems of a pair, or two pairs, have unequal numbers of rows; `confidence` out of range.
+        ValueError: the systems of a pair have unequal numbers of rows; `confidence` out of range.
     """
     for first, second in pairs:
         if len(first) != len(second):
@@ -137,7 +137,12 @@ def compare(pairs: Sequence[tuple[Numbers, Numbers]], *, confidence: float = CON
                 f"both systems must be scored on the same rows, found {len(first)} rows and {len(second)} rows"
             )
     differences = [first - second for first, second in pairs]
-    corrected = holm(sign_flip_p(np.array(differences))) if differences else []
+    p_values = [1.0] * len(pairs)
+    for rows in {len(values) for values in differences}:
+        places = [place for place, values in enumerate(differences) if len(values) == rows]
+        for place, p in zip(places, sign_flip_p(np.array([differences[place] for place in places])), strict=True):
+            p_values[place] = p
+    corrected = holm(p_values)
     found = []
     for values, p in zip(differences, corrected, strict=True):
         # The mean of differences, not the difference of means: exactly zero for identical systems.

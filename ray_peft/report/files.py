@@ -73,6 +73,11 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
     if sweep.planned:  # rows of trials that the search space no longer names stay in results.jsonl alone
         results = [result for result in results if result.trial_id in sweep.planned]
     trials = {result.trial_id: folder / "trials" / result.trial_id for result in results}
+    losses = {
+        trial_id: sorted(found, key=lambda entry: entry.row)
+        for trial_id, path in trials.items()
+        if (found := _read_lines(path / "losses.jsonl", RowLoss))
+    }
     material = Material(
         title=sweep.name or folder.absolute().name,
         description=sweep.description,
@@ -85,10 +90,11 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
             for trial_id, path in trials.items()
             if (found := _read_lines(path / "answers.jsonl", Answer))
         },
-        losses={
-            trial_id: [entry.loss for entry in sorted(losses, key=lambda entry: entry.row)]
-            for trial_id, path in trials.items()
-            if (losses := _read_lines(path / "losses.jsonl", RowLoss))
+        losses={trial_id: [entry.loss for entry in found] for trial_id, found in losses.items()},
+        loss_tokens={
+            trial_id: [entry.tokens for entry in found if entry.tokens is not None]
+            for trial_id, found in losses.items()
+            if all(entry.tokens is not None for entry in found)
         },
         images={
             trial_id: made for trial_id, path in trials.items() if (made := _read_images(path / "images/images.json"))
