@@ -64,7 +64,8 @@ def chrf_from_statistics(statistics: NDArray[np.int64] | NDArray[np.float64]) ->
     precision = np.divide(both, made, out=np.zeros_like(both), where=known).sum(axis=-1) / orders
     recall = np.divide(both, wanted, out=np.zeros_like(both), where=known).sum(axis=-1) / orders
     below = _RECALL * precision + recall
-    return np.divide((1 + _RECALL) * precision * recall, below, out=np.zeros_like(below), where=below > 0)
+    scores: NDArray[np.float64] = np.zeros_like(below)
+    return np.divide((1 + _RECALL) * precision * recall, below, out=scores, where=below > 0)
 
 
 def _statistics(prediction: str, reference: str) -> list[int]:

@@ -103,8 +103,8 @@ def words(text: str) -> list[str]:
     look alike are alike: NFC. A text without any word is cut into its characters, so that punctuation has a score, too.
     """
     text = unicodedata.normalize("NFC", text.lower())
-    found = _pattern(_WORD).findall(text)
-    return found or _pattern(r"\X").findall("".join(text.split()))
+    found: list[str] = _pattern(_WORD).findall(text)
+    return found or list(_pattern(r"\X").findall("".join(text.split())))
 
 
 def rouge_words(reference: str, tokenizer: RougeTokenizer) -> bool:
@@ -120,12 +120,12 @@ def rouge_words(reference: str, tokenizer: RougeTokenizer) -> bool:
 
 def loose_words(text: str) -> list[str]:
     """As `words`, for text in lower case of which only words matter: neither emoji nor punctuation, not normalised."""
-    return _pattern(_LETTERS).findall(text)
+    return list(_pattern(_LETTERS).findall(text))
 
 
 def unspaced(text: str) -> list[str]:
     """The characters of scripts without spaces, with their marks."""
-    return _pattern(rf"[{UNSPACED}]\p{{M}}*").findall(text)
+    return list(_pattern(rf"[{UNSPACED}]\p{{M}}*").findall(text))
 
 
 _LETTERS = (

@@ -40,6 +40,6 @@ def row_losses(rows: Dataset, log_probs: Tensor) -> tuple[list[float], list[int]
     # The first token of a row has no token before it that could predict it.
     tokens = [sum(label != IGNORED for label in labels[1:]) for labels in rows["labels"]]
     order = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
-    parts = log_probs.split([tokens[row] for row in order])
+    parts: Sequence[Tensor] = log_probs.split([tokens[row] for row in order])  # type: ignore[no-untyped-call]
     losses = {row: -float(part.mean()) if part.numel() else 0.0 for row, part in zip(order, parts, strict=True)}
     return [losses[row] for row in range(len(order))], tokens
