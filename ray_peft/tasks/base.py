@@ -124,6 +124,10 @@ class DataReport:
     """The same in words."""
     error: str | None = None
     """Why the preparation was refused."""
+    remarks: list[str] = field(default_factory=list)
+    """What else a reader must know of the rows, a sentence each."""
+    unusable_rows: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The first rows left out when read, by source and reason, such as `rows 3, 10 and 17`."""
 
 
 class Bench(ABC):

@@ -11,6 +11,8 @@ from ray_peft.errors import ModelError, first_line
 from ray_peft.methods.base import Dtype, Quantization
 from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
 from ray_peft.tasks.cache import cache_folder, made_whole
+from ray_peft.tasks.four_bit_layers import keep_as_stored
+from ray_peft.tasks.llm_sft.decoding import in_place_of_invalid
 from ray_peft.tasks.parameters import stored
 
 if TYPE_CHECKING:
@@ -80,6 +82,8 @@ def from_folder(
         )
     if spec.attention is not None:
         settings["attn_implementation"] = spec.attention
+    if (valid := in_place_of_invalid(folder, spec.revision)) is not None:
+        settings["generation_config"] = valid
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **settings
@@ -88,6 +92,8 @@ def from_folder(
         raise
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise ModelError(f"model.name: {folder} cannot be loaded: {first_line(error)}") from error
+    if quantization is not None:
+        keep_as_stored(model)
     # Per-token log-probabilities in tiles: full logits of a 262,144-word vocabulary would fill a small GPU.
     add_fused_lm_head(model)
     return model

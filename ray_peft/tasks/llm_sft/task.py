@@ -40,13 +40,17 @@ class LlmSft(TaskType[LlmTrialSpec]):
 
     def inspect(self, spec: LlmTrialSpec) -> Inspection:
         """Load config and tokenizer, find the benchmarks and their data, and prepare the rows."""
-        from ray_peft.tasks.llm_sft import benchmarks, data, ensemble, model
+        from ray_peft.tasks.llm_sft import benchmarks, counts, data, ensemble, fits, model
 
         model.load_config(spec.model)
         benchmarks.check(spec)
         ensemble.check_members(spec)
         prepared = _rows_to_look_at(spec)
-        return Inspection(data.notes(prepared, spec.data), prepared.key, len(prepared.train))
+        cautions = counts.cautions(prepared.facts)
+        for own in {part.model.name: part.model for part in (spec, *spec.members())}.values():
+            cautions += fits.check(spec, own, model.load_config(own), prepared)
+        notes = data.notes(prepared, spec.data) + [f"caution: {caution}" for caution in cautions]
+        return Inspection(notes, prepared.key, len(prepared.train))
 
     def data_report(self, spec: LlmTrialSpec) -> DataReport:
         """Prepare the rows and count them and their tokens."""
@@ -99,7 +103,8 @@ class LlmSft(TaskType[LlmTrialSpec]):
 
 def _rows(spec: LlmTrialSpec) -> tuple[PreTrainedTokenizerBase, PreparedData]:
     """A trial's tokenizer and prepared rows."""
-    from ray_peft.tasks.llm_sft.data import load_tokenizer, prepare
+    from ray_peft.tasks.llm_sft.data import prepare
+    from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(spec)
     return tokenizer, prepare(spec, tokenizer)
@@ -130,19 +135,21 @@ def _stamps(spec: LlmTrialSpec) -> list[tuple[str, int, int]]:
     files: list[Path] = []
     for path in map(Path, filter(None, named)):
         files += sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
 
 
 def _predictor(spec: LlmTrialSpec, rows: PreparedData) -> Callable[[LlmTrialSpec, Gpu], Prediction]:
-    """Predicts a trial's peak memory, with passes as long as the longest of its rows."""
+    """Predicts a trial's peak memory, with passes as long as the longest rows that it trains on, and that it scores."""
     from ray_peft.tasks.llm_sft.model import load_config
     from ray_peft.vram import ModelShape, predict
 
     shape = ModelShape.from_config(load_config(spec.model))
-    longest = max(map(len, rows.train["input_ids"]))
+    trained, scored = max(map(len, rows.train["input_ids"])), rows.facts.longest
 
     def of(variant: LlmTrialSpec, gpu: Gpu) -> Prediction:
-        return predict(variant, shape, longest_tokens=min(longest, variant.data.max_length), gpu=gpu)
+        limit = variant.data.max_length
+        longest, longest_scored = min(trained, limit), min(scored, limit)
+        return predict(variant, shape, longest_tokens=longest, longest_scored=longest_scored, gpu=gpu)
 
     return of
 
