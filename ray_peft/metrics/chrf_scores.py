@@ -65,7 +65,8 @@ def chrf_from_statistics(statistics: NDArray[np.int64] | NDArray[np.float64]) ->
     recall = np.divide(both, wanted, out=np.zeros_like(both), where=known).sum(axis=-1) / orders
     below = _RECALL * precision + recall
     scores: NDArray[np.float64] = np.zeros_like(below)
-    return np.divide((1 + _RECALL) * precision * recall, below, out=scores, where=below > 0)
+    np.divide((1 + _RECALL) * precision * recall, below, out=scores, where=below > 0)
+    return scores
 
 
 def _statistics(prediction: str, reference: str) -> list[int]:
