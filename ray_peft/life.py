@@ -56,7 +56,7 @@ class Place:
     """Where a trial runs."""
 
     folder: Path
-    """The trial's own folder: metrics.jsonl, samples.jsonl, answers.jsonl or losses.jsonl and images, checkpoints."""
+    """The trial's own folder: metrics.jsonl, samples.jsonl, answers.jsonl, losses.jsonl and images, checkpoints."""
     device: str
     """"cpu" or "cuda:N"."""
     rank: int = 0
@@ -280,8 +280,8 @@ def evaluate(life: Life, bench: Bench) -> None:
         for row, (prediction, reference) in enumerate(life.scored.answers)
     ]
     _write_lines(folder / "answers.jsonl", answers)
-    if losses := life.scored.losses:
-        _write_lines(folder / "losses.jsonl", [{"row": row, "loss": loss} for row, loss in enumerate(losses)])
+    if losses := _row_losses(life.scored):
+        _write_lines(folder / "losses.jsonl", losses)
     reported = _report_scores(life, {})
     if life.tracker is not None and samples:
         life.tracker.table(samples, "samples.json")
@@ -296,6 +296,15 @@ def evaluate(life: Life, bench: Bench) -> None:
         if life.tracker is not None:
             life.tracker.artifact(folder / IMAGES, IMAGES)
     life.scored = replace(life.scored, scores=bench.benchmark(life.scored.scores))
+
+
+def _row_losses(scored: Scored) -> list[dict[str, Any]]:
+    """The lines of `losses.jsonl`: `RowLoss` of every held-out row that has a loss."""
+    rows: list[dict[str, Any]] = [{"row": row, "loss": loss} for row, loss in enumerate(scored.losses)]
+    if not scored.loss_tokens:
+        return rows
+    weighed = zip(rows, scored.loss_tokens, strict=True)
+    return [{**row, "tokens": tokens} for row, tokens in weighed if tokens]
 
 
 def _report_scores(life: Life, known: Mapping[str, float]) -> dict[str, float]:

@@ -22,6 +22,13 @@ class Scores(Measured):
     """Corpus BLEU-4, 0 to 1."""
     rouge_l: float | None = None
     """Mean ROUGE-L F-measure, 0 to 1."""
+    chrf: float | None = None
+    """Corpus chrF2, 0 to 1: of characters, so it needs no tokenizer."""
+    bleu_tokenizer: str | None = None
+    """What cut the texts for bleu4, by sacrebleu's name: that of the references' script (metrics/scripts.py). Of rows
+    that do not say it, it was 13a."""
+    rouge_tokenizer: Literal["rouge_score", "unicode"] | None = None
+    """What cut them for rouge_l: a-z and 0-9, or words of Unicode. Of rows that do not say it, the former."""
     style_heldout: float | None = None
     """Mean cosine of the style vectors of made images with those of the held-out paintings, at most 1. A style vector
     is the Gram matrices of the frozen VAE encoder's layers; it knows textures and colours, not what is depicted."""
@@ -33,7 +40,7 @@ class Scores(Measured):
     eval_rows: int = 0
     """Held-out rows, or images, behind eval_loss."""
     generated_rows: int = 0
-    """Held-out rows behind bleu4 and rouge_l; made images behind the style scores."""
+    """Held-out rows behind bleu4, rouge_l and chrf; made images behind the style scores."""
     benchmarks: dict[str, float] = {}
     """Scores of lm-eval's tasks by "task/metric", or "task/metric/filter" where a metric has several filters."""
     benchmark_stderr: dict[str, float] = {}
@@ -180,3 +187,6 @@ class RowLoss(Measured):
 
     row: int
     loss: float
+    """Of an image, or the mean over the answer's tokens."""
+    tokens: int | None = None
+    """Answer tokens behind it, which are its weight in the loss of all rows; null where all rows weigh the same."""

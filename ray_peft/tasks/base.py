@@ -50,6 +50,9 @@ class Scored:
     images: list[GeneratedImage] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     """The loss of every held-out row, in row order; empty if only their mean is known."""
+    loss_tokens: list[int] = field(default_factory=list)
+    """Answer tokens behind each of `losses`, which are its weight; a row without any has no loss. Empty if all rows
+    weigh the same."""
 
 
 @dataclass

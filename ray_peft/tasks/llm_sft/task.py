@@ -26,6 +26,7 @@ from ray_peft.tasks.base import (
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ray_peft.tasks.llm_sft.data import PreparedData
@@ -240,10 +241,14 @@ class LlmBench(Bench):
 
     def eval_loss(self) -> float:
         """Mean loss of the held-out answers' tokens [nats]."""
-        from ray_peft.tasks.llm_sft.evaluate import answer_loss
+        return -float(self.answer_log_probs().mean())
+
+    def answer_log_probs(self) -> Tensor:
+        """Log-probabilities of all held-out answers' tokens (answer tokens,), the longest row first."""
+        from ray_peft.tasks.llm_sft.evaluate import token_log_probs
 
         pad = cast(int, self.tokenizer.pad_token_id)
-        return answer_loss(self.spec, self.model, self.data.test, pad, self.lowered)
+        return token_log_probs(self.spec, self.model, self.data.test, pad, self.lowered)
 
     def answer(self, rows: Dataset) -> list[str]:
         """Greedy answers to the rows' prompts."""
@@ -252,12 +257,14 @@ class LlmBench(Bench):
         return answers(self.spec, self.model, self.tokenizer, rows, lowered=self.lowered)
 
     def evaluate(self) -> Scored:
-        """Loss, BLEU-4 and ROUGE-L on the held-out rows."""
-        loss, count = self.eval_loss(), len(self.data.test)
-        if not self.spec.evaluation.generate:
-            return Scored(Scores(eval_loss=loss, eval_rows=count))
-        from ray_peft.metrics.text_scores import bleu4, rouge_l
+        """Loss, BLEU-4, ROUGE-L and chrF on the held-out rows."""
+        from ray_peft.tasks.llm_sft.scores import row_losses, score_answers
 
+        log_probs, count = self.answer_log_probs(), len(self.data.test)
+        loss = -float(log_probs.mean())
+        losses, tokens = row_losses(self.data.test, log_probs)
+        if not self.spec.evaluation.generate:
+            return Scored(Scores(eval_loss=loss, eval_rows=count), losses=losses, loss_tokens=tokens)
         rows = self.data.test.select(range(min(self.spec.evaluation.rows or count, count)))
         predictions, references = self.answer(rows), list(rows["reference"])
         samples = [
@@ -270,14 +277,9 @@ class LlmBench(Bench):
             )
             for index in range(min(self.spec.evaluation.samples, len(rows)))
         ]
-        scores = Scores(
-            eval_loss=loss,
-            bleu4=bleu4(predictions, references),
-            rouge_l=rouge_l(predictions, references),
-            eval_rows=count,
-            generated_rows=len(rows),
-        )
-        return Scored(scores, samples, list(zip(predictions, references, strict=True)))
+        scores = score_answers(predictions, references).model_copy(update={"eval_loss": loss, "eval_rows": count})
+        answered = list(zip(predictions, references, strict=True))
+        return Scored(scores, samples, answered, losses=losses, loss_tokens=tokens)
 
     def benchmark(self, scores: Scores) -> Scores:
         """`scores` with those of the lm-eval tasks in `evaluation.benchmarks`."""

@@ -49,6 +49,25 @@ def found(train, held_out, others=(), split="test", **settings):
             ("Why?", "something else entirely that nobody had said in the harbour before"),
             None,
         ),
+        # Scripts without spaces: each character is a word, and marks stay with their letters.
+        (
+            ("请翻译这一段", "天地玄黄宇宙洪荒日月盈昃辰宿列张"),
+            ("请翻译", "天地玄黄宇宙洪荒日月盈昃辰宿列张。"),
+            "near",
+        ),
+        (
+            ("请翻译这一段", "天地玄黄宇宙洪荒日月盈昃辰宿列张"),
+            ("请翻译", "寒来暑往秋收冬藏闰余成岁律吕调阳云腾致雨"),
+            None,
+        ),
+        (("请告诉我天空为什么是蓝色的？", "散射。"), ("请告诉我天空为什么是蓝色的？", "因为光。"), "question"),
+        (("你好吗？", "好。"), ("你好吗？", "不好。"), None),
+        (("บอกฉันว่าทำไมท้องฟ้าเป็นสีฟ้า", "แสง"), ("บอกฉันว่าทำไมท้องฟ้าเป็นสีฟ้า", "ลม"), "question"),
+        (
+            ("What is it?", "हिन्दी में एक बहुत लम्बा और पूरा वाक्य है यह"),
+            ("Why?", "हिन्दी में एक बहुत लम्बा और पूरा वाक्य है यह!"),
+            "near",
+        ),
         (
             ("In the series of books, who is the founder of House Tarly?", "Harlon the Hunter was, with his brother."),
             ("In the series of books, who is the founder of House Bulwer?", "Bors the Breaker is said to have been."),

@@ -131,7 +131,7 @@ def test_costs_of_several_machines_are_not_compared():
 
 def test_few_rows_are_said_to_be_few():
     text, _ = said(material([(trial("none"), POOR[:9]), (trial("lora"), REFERENCES[:9])], REFERENCES[:9]))
-    assert "Answered rows: 9. Intervals of so few rows are narrower than they should be." in text
+    assert "Answered rows: 9. So few may hold none of the rare cases that decide which one is better." in text
 
 
 def test_the_rules_are_printed():
