@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ray_peft.errors import DataError, ModelError, first_line
 from ray_peft.spec import DataSpec, LlmTrialSpec, is_local
 from ray_peft.tasks.cache import cache_folder, made_whole
+from ray_peft.tasks.llm_sft.content import data_key
 from ray_peft.tasks.llm_sft.overlap import Gate, HeldOutRow, Overlap, refusal
 from ray_peft.tasks.llm_sft.recipes import Conversation, Turn
 from ray_peft.tasks.llm_sft.rows import DrawnRows, Row, draw
@@ -173,16 +173,7 @@ def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
 
 
 def _content_key(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: bool) -> str:
-    digest = hashlib.sha256(json.dumps([FORMAT, answers_only, data.plain()], sort_keys=True).encode())
-    for source in data.sources:
-        for path in filter(None, (source.path, source.test_path)):
-            if Path(path).is_file():
-                with open(path, "rb") as content:
-                    digest.update(hashlib.file_digest(content, "sha256").digest())
-    digest.update(str(tokenizer.chat_template).encode())
-    whole = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
-    digest.update(whole.encode())
-    return digest.hexdigest()[:24]
+    return data_key(FORMAT, data, tokenizer, answers_only)
 
 
 def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: bool, folder: Path) -> None:
