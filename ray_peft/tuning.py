@@ -14,8 +14,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from ray_peft import worker
 from ray_peft.allotment import Allotment
@@ -27,6 +28,16 @@ from ray_peft.spec import TrialSpec
 
 _TRIAL = "trial"
 """The only key of Tune's configurations: a place in the list of trials, or the text of a proposed trial."""
+
+
+class _OfThisProcess:
+    """Tune pickles what it is given into files that nobody reads here, and gets a blank for what cannot be pickled."""
+
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        return object, ()
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Self:
+        return self
 
 
 class Receiver(Protocol):
@@ -94,14 +105,17 @@ def fit(
         settings |= {"search_alg": _searcher(work.draws), "num_samples": work.samples}
     else:
         space = {_TRIAL: tune.grid_search(list(range(len(work.trials))))}
-    resolve = _resolver(work.trials)
-    trainable = tune.with_parameters(_trainable(opened, allotment, dict(work.members)), trials=list(work.trials))
+    resolve, name = _resolver(work.trials), f"tune-{os.urandom(4).hex()}"
+    # Tune unpickles the trainable for every trial, so what grows with the trials travels through the object store.
+    hand = {"trials": list(work.trials), "allotment": allotment, "members": dict(work.members)}
+    trainable = tune.with_parameters(_trainable(opened), **hand)
+    _held[name] = lambda config: allotment.demand(resolve(config))
     tuner = tune.Tuner(
-        tune.with_resources(trainable, _resources(resolve, allotment)),
+        tune.with_resources(trainable, partial(_resources, name)),
         param_space=space,
         tune_config=tune.TuneConfig(**settings),
         run_config=tune.RunConfig(
-            name=f"tune-{os.urandom(4).hex()}",
+            name=name,
             storage_path=str(opened.ledger.folder / "ray"),
             verbose=0,
             callbacks=[_callback(resolve, receiver)],
@@ -110,8 +124,11 @@ def fit(
     )
     # Tune logs a traceback for each lost trial; its reason is in the trial's row and line.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    with _own_sigint():
-        tuner.fit()
+    try:
+        with _own_sigint():
+            tuner.fit()
+    finally:
+        del _held[name]
 
 
 def _resolver(trials: Sequence[TrialSpec]) -> Callable[[Mapping[str, Any]], TrialSpec]:
@@ -131,7 +148,7 @@ def _searcher(draws: Draws) -> Any:
     """Tune's side of a search."""
     from ray.tune.search import Searcher
 
-    class Proposals(Searcher):
+    class Proposals(_OfThisProcess, Searcher):  # type: ignore[misc]
         def suggest(self, trial_id: str) -> Any:
             trial = draws.next()
             if trial is None:
@@ -151,13 +168,13 @@ def _searcher(draws: Draws) -> Any:
     return Proposals()
 
 
-def _trainable(
-    opened: Experiment, allotment: Allotment, members: dict[str, TrialResult]
-) -> Callable[[dict[str, Any], list[TrialSpec]], None]:
+def _trainable(opened: Experiment) -> Callable[..., None]:
     """The function that Tune runs for each trial, in a process that it uses again for the next."""
     ledger, store, parent, name = opened.ledger, opened.store, opened.parent_run_id, opened.name
 
-    def trial(config: dict[str, Any], trials: list[TrialSpec]) -> None:
+    def trial(
+        config: dict[str, Any], trials: list[TrialSpec], allotment: Allotment, members: dict[str, TrialResult]
+    ) -> None:
         from ray import tune
 
         spec = _resolver(trials)(config)
@@ -189,7 +206,7 @@ def _callback(resolve: Callable[[Mapping[str, Any]], TrialSpec], receiver: Recei
     """Tune's callback in the driver."""
     from ray import tune
 
-    class Rows(tune.Callback):
+    class Rows(_OfThisProcess, tune.Callback):
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             receiver.begin(resolve(trial.config))
 
@@ -207,21 +224,19 @@ def _callback(resolve: Callable[[Mapping[str, Any]], TrialSpec], receiver: Recei
     return Rows()
 
 
-def _resources(
-    resolve: Callable[[Mapping[str, Any]], TrialSpec], allotment: Allotment
-) -> Callable[[dict[str, Any]], Any]:
+_held: dict[str, Callable[[Mapping[str, Any]], Demand]] = {}
+"""What Tune's configurations hold, by the name of the call of Tune: known in the driver alone, where it is asked."""
+
+
+def _resources(name: str, config: dict[str, Any]) -> Any:
     """What Tune holds for a trial; the workers of a multi-worker trial are held by Ray Train."""
+    from ray import tune
 
-    def resources(config: dict[str, Any]) -> Any:
-        from ray import tune
-
-        needed = allotment.demand(resolve(config))
-        if needed.num_workers > 1:
-            # The driver that waits for the workers must not hold what they need: not even a hundredth of a core.
-            return tune.PlacementGroupFactory([{"memory": 1}])
-        return tune.PlacementGroupFactory([{"CPU": needed.cpus_per_worker, "GPU": needed.gpus_per_worker}])
-
-    return resources
+    needed = _held[name](config)
+    if needed.num_workers > 1:
+        # The driver that waits for the workers must not hold what they need: not even a hundredth of a core.
+        return tune.PlacementGroupFactory([{"memory": 1}])
+    return tune.PlacementGroupFactory([{"CPU": needed.cpus_per_worker, "GPU": needed.gpus_per_worker}])
 
 
 @contextlib.contextmanager
