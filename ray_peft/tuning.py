@@ -148,7 +148,7 @@ def _searcher(draws: Draws) -> Any:
     """Tune's side of a search."""
     from ray.tune.search import Searcher
 
-    class Proposals(_OfThisProcess, Searcher):  # type: ignore[misc]
+    class Proposals(_OfThisProcess, Searcher):
         def suggest(self, trial_id: str) -> Any:
             trial = draws.next()
             if trial is None:
