@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ray_peft.distributions import distributions
 from ray_peft.earlier import Earlier, recall
 from ray_peft.errors import RayPeftError, first_line
 from ray_peft.inspector import Inspector
 from ray_peft.result import TrialResult
-from ray_peft.space import Space, distributions, fill
+from ray_peft.space import Space, fill
 from ray_peft.spec import TrialSpec, is_local
 
 if TYPE_CHECKING:
@@ -189,10 +190,7 @@ class Draws:
         plain = row.spec.plain()
         found = []
         for key, where in self._ranges.items():
-            value: Any = plain
-            for part in key.split("."):
-                value = value.get(part, _MISSING) if isinstance(value, dict) else _MISSING
-            found.append(where.draws_of(value))
+            found.append(where.draws_of(_at(plain, key)))
         for draws in itertools.product(*found):
             yield dict(zip(self._ranges, draws, strict=True))
 
@@ -205,6 +203,16 @@ class Draws:
 
 
 _MISSING = object()
+
+
+def _at(plain: Any, key: str) -> Any:
+    """What stands at a dotted key, with places in lists as numbers from 0."""
+    for part in key.split("."):
+        if isinstance(plain, list) and part.isdecimal() and int(part) < len(plain):
+            plain = plain[int(part)]
+        else:
+            plain = plain.get(part, _MISSING) if isinstance(plain, dict) else _MISSING
+    return plain
 
 
 def _part_of(entry: Any, value: Any) -> bool:

@@ -80,6 +80,10 @@ def sweep(
     ledger = Ledger(Path(out) if out else experiment.outputs_folder() / space.name)
     notes = [f"profile: {space.profile}"] if space.profile is not None else []
     notes += [f"limit: every trial was held to {gpu_memory_gib:g} GiB of a GPU"] if gpu_memory_gib is not None else []
+    if space.search is None or space.search.algorithm != "optuna":  # whose draws are others
+        notes += space.notes
+        for note in space.notes:
+            console.say(note)
     inspector = Inspector()
     checked = experiment.inspect_trials(space.trials, console, inspector)
     notes += checked.notes

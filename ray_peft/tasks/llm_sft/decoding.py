@@ -28,7 +28,7 @@ def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterat
     """
     from transformers import GenerationConfig
 
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         num_beams=1,
         use_cache=True,
@@ -74,13 +74,15 @@ def in_place_of_invalid(folder: str, revision: str | None) -> GenerationConfig |
     try:
         GenerationConfig.from_dict(settings).validate()
     except (ValueError, TypeError, AttributeError):
-        return GenerationConfig(**{name: settings[name] for name in _OF_NO_EFFECT[:3] if name in settings})
+        return GenerationConfig(  # type: ignore[no-untyped-call]
+            **{name: settings[name] for name in _OF_NO_EFFECT[:3] if name in settings}
+        )
     return None
 
 
 def _written(name: str, revision: str | None) -> dict[str, Any]:
     """A model's generation_config.json; empty where there is none, or none that can be read."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         path = cached_file(name, "generation_config.json", revision=revision)
@@ -92,4 +94,5 @@ def _written(name: str, revision: str | None) -> dict[str, Any]:
 
 def _generating(model: PreTrainedModel) -> Any:
     """The model whose generation config `generate` reads: of an adapted model, its base."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    adapted: Any = model
+    return adapted.get_base_model() if hasattr(model, "get_base_model") else model
