@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Literal
 from ray_peft import tracking
 from ray_peft.console import Console
 from ray_peft.errors import StorageError, TrackingError
+from ray_peft.inspector import Inspector
 from ray_peft.keeping import LastSteps, Rows
 from ray_peft.ledger import Ledger, SweepRecord
 from ray_peft.report.files import write_report
@@ -19,9 +19,17 @@ from ray_peft.report.plain import console_table
 from ray_peft.result import Status, TrialResult
 from ray_peft.space import ReportSpec, TrackingSpec
 from ray_peft.spec import TrialSpec
-from ray_peft.tasks import TASKS
-from ray_peft.tasks.base import Inspection
 from ray_peft.tracking import RunStatus, Store
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Trials that may start."""
+
+    trials: list[TrialSpec]
+    """Under the ids of their content, each once."""
+    notes: list[str]
+    """What to know about their data and settings."""
 
 
 def outputs_folder() -> Path:
@@ -46,33 +54,38 @@ def open_store(uri: str, experiment: str) -> Store:
     return tracking.open_store(uri, experiment, artifacts)
 
 
-def inspect_trials(trials: Iterable[TrialSpec], console: Console) -> list[str]:
-    """Check model, tokenizer and data of every trial once, and prepare the data.
+def inspect_trials(trials: Iterable[TrialSpec], console: Console, inspector: Inspector | None = None) -> Checked:
+    """Check model, tokenizer and data of every trial once, prepare the data, and settle which trial each is.
 
-    Returns:
-        Notes: rows that were cut, left out or unusable, and settings that are known to go wrong.
+    Args:
+        trials: an ensemble after its members, or alone.
+        console: where notes are written: rows that were cut, left out or unusable, settings known to go wrong.
+        inspector: keeps what was found, for trials that are proposed later; null keeps nothing.
 
     Raises:
         DataError, ModelError: something is missing or malformed.
-        SpecError: a method's stage would be left without a step.
+        SpecError: a method's stage would be left without a step, or two members of an ensemble are the same.
     """
-    seen: dict[str, Inspection] = {}
+    inspector = inspector or Inspector()
+    settled: dict[str, TrialSpec] = {}
     notes: dict[str, None] = {}
+    same = 0
     for trial in trials:
-        models = [each.model.plain() for each in (trial, *trial.members())]
-        asked = trial.evaluation.plain()
-        decides = [trial.task, models, trial.data.plain(), trial.loss_line(), asked, trial.looked_for()]
-        key = json.dumps(decides, sort_keys=True)
-        task = TASKS[trial.task]
-        if key not in seen:
-            seen[key] = task.inspect(trial)
-        trial.method.stages(task.total_steps(trial, seen[key].train_rows))
-        found = [f"data: {note}" for note in seen[key].notes] + [f"method: {note}" for note in seen[key].method_notes]
+        looked = inspector.inspect(trial)
+        found = [note if note.startswith("caution: ") else f"data: {note}" for note in looked.notes]
+        found += [f"method: {note}" for note in looked.method_notes]
         for note in found + [f"caution: {note}" for note in trial.cautions()]:
             if note not in notes:
                 console.say(note)
             notes[note] = None
-    return list(notes)
+        one = inspector.settled(trial)
+        same += one.trial_id in settled
+        settled.setdefault(one.trial_id, one)
+    if same:
+        console.say(
+            f"{same} of {same + len(settled)} trials run once with others: they differ only in what changes no result"
+        )
+    return Checked(list(settled.values()), list(notes))
 
 
 @dataclass

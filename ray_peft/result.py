@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
 
 from ray_peft.measured import Measured
 from ray_peft.names import PathPart
@@ -150,6 +152,14 @@ class TrialResult(Measured):
     error: str | None = None
     """Why a trial that is not finished ended; one line first, details below."""
     provenance: Provenance = Provenance()
+
+    @model_validator(mode="after")
+    def _spec_under_its_id(self) -> Self:
+        """A spec that was read from a file takes the row's id: its own would stand for names, not for their content."""
+        settled = self.spec.__dict__
+        if settled.get("trial_id") != self.trial_id or (self.members and not settled.get("_member_ids")):
+            object.__setattr__(self, "spec", self.spec.under(self.trial_id, tuple(self.members)))
+        return self
 
     def row(self) -> dict[str, Any]:
         """The line of `results.jsonl`."""

@@ -51,8 +51,9 @@ def run(
     trial, tracking_spec, report = _trial(spec, overrides, profile)
     if trial.members():
         raise SpecError("method ensemble: a run makes one trial, but an ensemble needs its members; use a sweep")
+    checked = experiment.inspect_trials([trial], console)
+    (trial,), notes = checked.trials, checked.notes
     ledger = Ledger(Path(out) if out else experiment.outputs_folder() / trial.trial_id)
-    notes = experiment.inspect_trials([trial], console)
     store = experiment.open_store(
         experiment.tracking_uri(tracking_uri, tracking_spec), tracking_spec.experiment or "single runs"
     )

@@ -336,7 +336,7 @@ def _validate(drawn: list[dict[str, Any]], source: str) -> tuple[list[TrialSpec]
         total = len(drawn)
         raise SearchSpaceError("\n".join(f"{source}: {line}, in {n} of {total} trials" for line, n in broken.items()))
     repeated = [
-        f"{count} cells or draws of the search space are the same trial, {trial_id}: it runs once"
+        f"{count} cells or draws of the search space are the same trial ({trials[trial_id].method.name}): it runs once"
         for trial_id, count in cells.items()
         if count > 1
     ]

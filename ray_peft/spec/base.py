@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -14,6 +12,8 @@ from pydantic import Field, field_validator, model_validator
 
 from ray_peft.methods import METHODS, AnyMethod
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization, Stage, Task
+from ray_peft.spec import identity
+from ray_peft.spec.identity import is_local as is_local
 from ray_peft.strict import Strict
 
 
@@ -158,17 +158,18 @@ class TrialSpec(Strict):
 
     @cached_property
     def trial_id(self) -> str:
-        """The method's name and eight digits of the spec's content hash."""
-        plain = self.plain()
-        if plain["train"]["fit"] is None:  # came later: the rows of earlier sweeps keep their trials
-            del plain["train"]["fit"]
-        if self.task == "llm_sft":  # came later; where nothing fails it changes nothing
-            del plain["data"]["unusable"]
-            for name, default in (("template_date", "2024-07-26"), ("special_tokens", "text")):
-                if plain["data"][name] == default:
-                    del plain["data"][name]
-        canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
-        return f"{self.method.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
+        """The method's name and eight digits of a hash of what the trial is.
+
+        Before model and data were read it holds their names; experiment.inspect_trials puts the id of their content
+        in its place, which then goes with the spec to every worker.
+        """
+        return identity.trial_id(self, None, [member.trial_id for member in self.members()])
+
+    def under(self, trial_id: str, members: Sequence[str] = ()) -> Self:
+        """The same trial under an id that was settled for it; of an ensemble, with those of its members."""
+        copied = self.model_copy()
+        copied.__dict__.update(trial_id=trial_id, _member_ids=tuple(members))
+        return copied
 
     @abstractmethod
     def data_lines(self) -> list[str]:
@@ -297,11 +298,6 @@ def check_parts(*, train: float, **held_out: float) -> None:
             raise ValueError(
                 f"{name} ({value}) is a fraction that leaves nothing to train on; write less, or a count without point"
             )
-
-
-def is_local(name: str) -> bool:
-    """True if `name` means a path on this machine rather than a hub id."""
-    return name.startswith((".", "/", "~")) or Path(name).exists()
 
 
 def first_double(labels: list[str]) -> str:

@@ -189,7 +189,8 @@ class LlmTrialSpec(TrialSpec):
             own = {"method": member.method, "model": model, "seed": seed}
             # Not model_copy, which would copy the cached trial_id; the parts are checked, problems() sees the whole.
             found.append(cast(Self, LlmTrialSpec.model_construct(**{**dict(self), **own})))
-        return found
+        settled: tuple[str, ...] = self.__dict__.get("_member_ids", ())
+        return [member.under(one) for member, one in zip(found, settled, strict=True)] if settled else found
 
     def problems(self) -> list[str]:
         """Those of every task, of rows without turns, and of an ensemble's members."""

@@ -12,7 +12,8 @@ from ray_peft.errors import SpecError
 from ray_peft.gpus import ANY, Gpu
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.result import Sample, Scores
-from ray_peft.spec import TrialSpec
+from ray_peft.spec import ModelSpec, TrialSpec
+from ray_peft.spec.identity import Content
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -250,6 +251,22 @@ class TaskType(ABC, Generic[SpecT]):
     @abstractmethod
     def inspect(self, spec: SpecT) -> Inspection:
         """Check model, tokenizer and data of a trial, and prepare the data, without weights or GPU.
+
+        Raises:
+            DataError, ModelError: the user's to mend.
+        """
+
+    @abstractmethod
+    def fingerprint(self, model: ModelSpec) -> str:
+        """What tells a base model apart by its content: what `Bench.model_fingerprint` says of a trial.
+
+        Raises:
+            ModelError: the model is not there.
+        """
+
+    @abstractmethod
+    def released(self, spec: SpecT, row: SpecT) -> Content:
+        """What release 0.1.0 called the content of a trial whose settings and files were those of an earlier `row`.
 
         Raises:
             DataError, ModelError: the user's to mend.

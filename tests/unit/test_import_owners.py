@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "ray_peft"
 OWNERS = {
     "mlflow": {"tracking"},
     "ray.train": {"worker.py"},
-    "ray.tune": {"sweeps.py"},
+    "ray.tune": {"tuning.py"},
+    "optuna": {"search.py"},
     "trl": {"tasks/llm_sft", "vram"},  # vram runs it on shapes
     "lm_eval": {"tasks/llm_sft/benchmarks.py"},
     "galore_torch": {"methods/galore_adamw.py"},

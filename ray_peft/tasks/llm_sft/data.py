@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,11 +14,11 @@ from ray_peft.errors import DataError
 from ray_peft.spec import DataSpec, LlmTrialSpec
 from ray_peft.tasks.cache import cache_folder, made_whole
 from ray_peft.tasks.llm_sft import counts as counting
+from ray_peft.tasks.llm_sft.content import data_key
 from ray_peft.tasks.llm_sft.conversation import Conversation, Unusable
 from ray_peft.tasks.llm_sft.counts import SourceCounts, TokenFacts, numbered
 from ray_peft.tasks.llm_sft.encode import IGNORED as IGNORED  # read by all that reads prepared rows
 from ray_peft.tasks.llm_sft.encode import Encoded, Encoder
-from ray_peft.tasks.llm_sft.files import local_files
 from ray_peft.tasks.llm_sft.overlap import Gate, HeldOutRow, Overlap, refusal
 from ray_peft.tasks.llm_sft.rendering import draw_all
 from ray_peft.tasks.llm_sft.rows import DrawnRows, Row
@@ -83,7 +82,8 @@ def prepare(spec: LlmTrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedD
     """
     answers_only = spec.train.loss == "answers"
     key = _content_key(spec.data, tokenizer, answers_only)
-    folder = cache_folder() / "prepared" / key
+    # The same rows, but those with bad rows among them are refused where `unusable` says to fail.
+    folder = cache_folder() / "prepared" / (key if spec.data.unusable == "fail" else f"{key}-skip")
     if not (folder / "counts.json").is_file():
         _build(spec.data, tokenizer, answers_only, folder)
     from datasets import load_from_disk
@@ -108,17 +108,7 @@ def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
 
 
 def _content_key(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: bool) -> str:
-    digest = hashlib.sha256(json.dumps([FORMAT, answers_only, data.plain()], sort_keys=True).encode())
-    for source in data.sources:
-        for path in filter(None, (source.path, source.test_path)):
-            for file in local_files(path):
-                with file.open("rb") as content:
-                    digest.update(hashlib.file_digest(content, "sha256").digest())
-    # Templates write special tokens by their roles, which a tokenizer's settings can change.
-    digest.update(json.dumps([str(tokenizer.chat_template), tokenizer.special_tokens_map], sort_keys=True).encode())
-    whole = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
-    digest.update(whole.encode())
-    return digest.hexdigest()[:24]
+    return data_key(FORMAT, data, tokenizer, answers_only)
 
 
 def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: bool, folder: Path) -> None:

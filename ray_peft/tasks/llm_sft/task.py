@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from ray_peft.gpus import Gpu, known
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.result import Sample, Scores
-from ray_peft.spec import LlmTrialSpec
+from ray_peft.spec import LlmTrialSpec, ModelSpec
+from ray_peft.spec.identity import Content
 from ray_peft.tasks.base import (
     Bench,
     DataReport,
@@ -53,6 +54,18 @@ class LlmSft(TaskType[LlmTrialSpec]):
             cautions += decoding.cautions(own) if spec.evaluation.generate else []
         notes = data.notes(prepared, spec.data) + [f"caution: {caution}" for caution in cautions]
         return Inspection(notes, prepared.key, len(prepared.train), reach)
+
+    def fingerprint(self, model: ModelSpec) -> str:
+        """Content of a local model, commit of a hub model."""
+        from ray_peft.tasks.llm_sft.model import fingerprint
+
+        return fingerprint(model)
+
+    def released(self, spec: LlmTrialSpec, row: LlmTrialSpec) -> Content:
+        """The fingerprint and the data key of release 0.1.0."""
+        from ray_peft.tasks.llm_sft import content, tokenizer
+
+        return content.released(spec, row, tokenizer.load_tokenizer(spec))
 
     def data_report(self, spec: LlmTrialSpec) -> DataReport:
         """Prepare the rows and count them and their tokens."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ray_peft.errors import DataError, first_line
 from ray_peft.spec.base import is_local
+from ray_peft.spec.identity import differing
 from ray_peft.spec.text_to_image import ImageDataSpec
 from ray_peft.tasks.text_to_image.decoding import FRAMES, TRANSPARENT, BrokenImageError, decoded
 from ray_peft.tasks.text_to_image.listing import named
@@ -246,9 +247,21 @@ def _split(
 
 
 def _key(data: ImageDataSpec, train: Sequence[Picture], test: Sequence[Picture]) -> str:
-    settings = {key: value for key, value in data.plain().items() if key != "path"}
     contents = [[(each.content, each.caption) for each in split] for split in (train, test)]
-    return hashlib.sha256(json.dumps([FORMAT, settings, contents], sort_keys=True).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps([FORMAT, differing(data), contents], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def released_key(data: ImageDataSpec) -> str:
+    """What release 0.1.0 called the images that are there now, under these settings."""
+    pictures, plain = prepare(data), data.plain()
+    contents = [[(each.content, each.caption) for each in split] for split in (pictures.train, pictures.test)]
+    settings = {key: plain[key] for key in _RELEASED}
+    return hashlib.sha256(json.dumps([1, settings, contents], sort_keys=True).encode()).hexdigest()[:24]
+
+
+_RELEASED = (
+    "test", "train", "caption", "split", "seed", "resolution", "crop", "flip", "views", "min_side", "unusable"
+)  # fmt: skip
 
 
 def _images(count: int, kind: str = "") -> str:

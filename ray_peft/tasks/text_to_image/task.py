@@ -12,7 +12,8 @@ from ray_peft.gpus import Gpu, known
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.methods.lora import LowRankAdapter
 from ray_peft.result import Scores
-from ray_peft.spec import ImageTrialSpec
+from ray_peft.spec import ImageTrialSpec, ModelSpec
+from ray_peft.spec.identity import Content
 from ray_peft.tasks.base import Bench, DataReport, Inspection, Report, Scored, TaskType, Trained
 
 if TYPE_CHECKING:
@@ -51,6 +52,18 @@ class TextToImage(TaskType[ImageTrialSpec]):
         found += fits.special_token_notes("prompts", spec.evaluation.prompts, tokenizer)
         found += [*fits.prompt_notes(spec.evaluation.prompts, tokenizer), *scored]
         return Inspection(found, pictures.key, len(pictures.train), reach)
+
+    def fingerprint(self, model: ModelSpec) -> str:
+        """Content of a local pipeline, commit of a hub one."""
+        from ray_peft.tasks.text_to_image.model import fingerprint
+
+        return fingerprint(model)
+
+    def released(self, spec: ImageTrialSpec, row: ImageTrialSpec) -> Content:
+        """The fingerprint, which is the same, and the data key of release 0.1.0."""
+        from ray_peft.tasks.text_to_image import data
+
+        return Content(self.fingerprint(spec.model), data.released_key(spec.data))
 
     def data_report(self, spec: ImageTrialSpec) -> DataReport:
         """Look at every image and count them."""

@@ -117,10 +117,10 @@ def test_a_changed_limit_seed_template_or_file_is_another_key(spec, tokenizer, t
     keys = {data.prepare(changed(spec, **change), tokenizer).key for change in ({}, {"max_length": 64}, {"seed": 7})}
     copy = tiny.write_rows(tmp_path / "copy.jsonl", tiny.QUESTIONS)
     source = spec.plain()["data"]["sources"][0] | {"path": str(copy)}
-    keys.add(data.prepare(changed(spec, sources=[source]), tokenizer).key)
+    assert data.prepare(changed(spec, sources=[source]), tokenizer).key in keys  # the same rows in another file
     tiny.write_rows(copy, [{**row, "completion": row["completion"] + "!"} for row in tiny.QUESTIONS])
     keys.add(data.prepare(changed(spec, sources=[source]), tokenizer).key)
-    assert len(keys) == 5
+    assert len(keys) == 4
 
 
 @pytest.mark.parametrize(("too_long", "words"), [("cut", "rows longer than 66 tokens cut"), ("drop", "left out")])
