@@ -22,7 +22,13 @@ _IN_LOW = {
     F.linear, F.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm, torch.baddbmm,
     torch.addmm, torch.einsum,
 }  # fmt: skip
-_IN_FLOAT = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax}
+_IN_FLOAT = {
+    F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.softplus, F.log_softmax, torch.log_softmax,
+    torch.pow, Tensor.pow, Tensor.__pow__, torch.exp, Tensor.exp, torch.log, Tensor.log, torch.rsqrt, Tensor.rsqrt,
+    torch.reciprocal, Tensor.reciprocal, torch.cumsum, Tensor.cumsum, torch.logsumexp, Tensor.logsumexp,
+}  # fmt: skip
+"""What CUDA's autocast computes in float32 (torch 2.13, aten/src/ATen/autocast_mode.h), as far as models use it:
+GELU of GPT-2 cubes its input, and what follows stays in float32."""
 
 
 class Autocast(TorchFunctionMode):
@@ -82,7 +88,8 @@ class _Attention(Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        out = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
+        rows, heads, tokens, _ = query.shape  # values may be narrower than queries, as in DeepSeek's
+        out = query.new_empty(rows, tokens, heads, value.shape[-1]).transpose(1, 2)
         ctx.save_for_backward(query, key, value, bias, out, query.new_empty(query.shape[:3], dtype=FLOAT))
         return out
 

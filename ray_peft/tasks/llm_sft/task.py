@@ -41,7 +41,8 @@ class LlmSft(TaskType[LlmTrialSpec]):
         """Load config and tokenizer, find the benchmarks and their data, and prepare the rows."""
         from ray_peft.tasks.llm_sft import benchmarks, data, ensemble, model
 
-        model.load_config(spec.model)
+        for trial in (spec, *spec.members()):
+            model.check(trial.model)
         benchmarks.check(spec)
         ensemble.check_members(spec)
         prepared = _rows_to_look_at(spec)
