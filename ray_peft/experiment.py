@@ -12,6 +12,7 @@ from typing import Literal
 from ray_peft import tracking
 from ray_peft.console import Console
 from ray_peft.ledger import Ledger, SweepRecord
+from ray_peft.rehearsal import rehearse
 from ray_peft.report.files import write_report
 from ray_peft.report.plain import console_table
 from ray_peft.result import Status, TrialResult
@@ -51,11 +52,12 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Console) -> list[str]:
         Notes: rows that were cut, left out or unusable, and settings that are known to go wrong.
 
     Raises:
-        DataError, ModelError: something is missing or malformed.
+        DataError, ModelError: something is missing or malformed, or a method fails on its model.
         SpecError: a method's stage would be left without a step.
     """
     seen: dict[str, Inspection] = {}
     notes: dict[str, None] = {}
+    trials = list(trials)
     for trial in trials:
         models = [each.model.plain() for each in (trial, *trial.members())]
         asked = trial.evaluation.plain()
@@ -70,6 +72,9 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Console) -> list[str]:
             if note not in notes:
                 console.say(note)
             notes[note] = None
+    for note in rehearse(trials):
+        console.say(f"caution: {note}")
+        notes[f"caution: {note}"] = None
     return list(notes)
 
 

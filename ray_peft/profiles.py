@@ -11,19 +11,41 @@ from ray_peft.errors import SearchSpaceError
 
 
 def put(plain: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Set a dotted key in `plain`; mappings on the way are made. `where` opens the error's text.
+    """Set a dotted key in `plain`; mappings on the way are made, and an entry of a list is named by its place from 0.
+
+    Args:
+        plain: a search space, which is changed.
+        key: such as train.steps or data.sources.0.train.
+        value: what is put there.
+        where: opens an error's text.
 
     Raises:
-        SearchSpaceError: something on the way is no mapping.
+        SearchSpaceError: something on the way is neither mapping nor list, or the list has no such entry.
     """
     *parents, last = key.split(".")
-    target = plain
-    for parent in parents:
-        inner = target.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise SearchSpaceError(f"{where}: {parent} is not a mapping in the search space")
-        target = inner
-    target[last] = value
+    holder: Any = plain
+    for place, parent in enumerate(parents):
+        if isinstance(holder, list):
+            holder = holder[_entry(holder, parent, ".".join(parents[:place]), where)]
+        else:
+            inner = holder.get(parent)
+            holder[parent] = {} if inner is None else inner
+            holder = holder[parent]
+        if not isinstance(holder, dict | list):
+            raise SearchSpaceError(f"{where}: {'.'.join(parents[: place + 1])} is not a mapping in the search space")
+    if isinstance(holder, list):
+        holder[_entry(holder, last, ".".join(parents), where)] = value
+    else:
+        holder[last] = value
+
+
+def _entry(entries: list[Any], place: str, key: str, where: str) -> int:
+    if not place.isdecimal() or int(place) >= len(entries):
+        raise SearchSpaceError(
+            f"{where}: {key} is a list with {len(entries)} entries; name one by its place from 0 to {len(entries) - 1} "
+            f"(found {place!r})"
+        )
+    return int(place)
 
 
 def settle(plain: dict[str, Any], profile: str | None, source: str) -> set[str]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from math import exp, log
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import Field, ValidationError
 
-from ray_peft import profiles
+from ray_peft import profiles, yaml_text
+from ray_peft.distributions import distributions, draw, misspelt, substitute
+from ray_peft.distributions import problem as distribution_problem
 from ray_peft.errors import SearchSpaceError, SpecError
 from ray_peft.spec import SPECS, TrialSpec
 from ray_peft.strict import Strict
@@ -27,8 +29,12 @@ _PartT = TypeVar("_PartT", bound=Strict)
 MAX_TRIALS = 10_000
 """More cells than this is taken for a mistake in the file."""
 
+LONGEST_NAME = 120
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))}
+"""Names that Windows keeps for itself, with any ending."""
+
+_NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
-_DISTRIBUTIONS = {"uniform": 2, "loguniform": 2, "randint": 2, "choice": None}
 
 
 class SearchSpec(Strict):
@@ -72,32 +78,10 @@ class Space:
     templates: list[dict[str, Any]]
     """The grid's cells with their distributions still in place."""
     report: ReportSpec = ReportSpec()
+    notes: tuple[str, ...] = ()
+    """What a reader of the file may not expect: cells that are the same trial."""
     profile: str | None = None
     """The profile whose settings took the place of the file's; null leaves them as they are written."""
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a repeated key is an error instead of a silent overwrite, and 1e-4 is a number."""
-
-
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if not isinstance(key, str):
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
 def load(path: str | Path, overrides: list[str] | None = None, profile: str | None = None) -> Space:
@@ -112,13 +96,7 @@ def load(path: str | Path, overrides: list[str] | None = None, profile: str | No
         SearchSpaceError: anything wrong with the file, all problems at once.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise SearchSpaceError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SearchSpaceError(f"{path}: cannot be read: {error}") from None
-    return parse(text, str(path), overrides, profile)
+    return parse(yaml_text.read(path), str(path), overrides, profile)
 
 
 def parse(text: str, source: str, overrides: list[str] | None = None, profile: str | None = None) -> Space:
@@ -127,9 +105,10 @@ def parse(text: str, source: str, overrides: list[str] | None = None, profile: s
     Raises:
         SearchSpaceError: anything wrong with the text, all problems at once.
     """
-    plain = _yaml(text, source)
+    plain = yaml_text.parse(text, source)
     if not isinstance(plain, dict):
-        raise SearchSpaceError(f"{source}: must be a mapping of keys to values (found {_short(plain)})")
+        held = "an empty file" if plain is None else _short(plain)
+        raise SearchSpaceError(f"{source}: must be a mapping of keys to values (found {held})")
     keys = profiles.settle(plain, profile, source)
     keys -= {_apply_override(plain, override) for override in overrides or []}
     try:
@@ -144,8 +123,8 @@ def _checked(plain: dict[str, Any], source: str) -> Space:
     plain = _expand_variables(plain, source, "", problems)
     if problems:
         raise SearchSpaceError("\n".join(problems))
-    name = str(plain.pop("name", Path(source).stem))
-    description = str(plain.pop("description", ""))
+    name = _name(plain.pop("name", Path(source).stem), source, problems)
+    description = str(plain.pop("description", None) or "")
     search = _part(SearchSpec, plain.pop("search", None), source, "search", problems)
     tracking = _part(TrackingSpec, plain.pop("tracking", {}), source, "tracking", problems) or TrackingSpec()
     report = _part(ReportSpec, plain.pop("report", {}), source, "report", problems) or ReportSpec()
@@ -153,8 +132,25 @@ def _checked(plain: dict[str, Any], source: str) -> Space:
     drawn = list(_draws(templates, search, source, problems))
     if problems:
         raise SearchSpaceError("\n".join(problems))
-    trials = _validate(drawn, source)
-    return Space(name, description, trials, search, tracking, templates, report)
+    trials, repeated = _validate(drawn, source)
+    return Space(name, description, trials, search, tracking, templates, report, notes=tuple(repeated))
+
+
+def _name(value: Any, source: str, problems: list[str]) -> str:
+    """The name of a search space, which names its folder and its MLflow experiment on every system."""
+    way = "give it letters, digits, '.', '-', '_' or spaces, or leave it out to take the file's name"
+    if not isinstance(value, str):
+        problems.append(f"{source}: name: must be text (found {_short(value)}); {way}")
+    elif (
+        not value.strip(" .")
+        or value != value.strip()
+        or value.endswith(".")
+        or len(value) > LONGEST_NAME
+        or any(character in '<>:"/\\|?*' or ord(character) < 32 or ord(character) == 127 for character in value)
+        or value.partition(".")[0].upper() in _DEVICES
+    ):
+        problems.append(f"{source}: name: cannot name a folder on every system (found {_short(value)}); {way}")
+    return str(value)
 
 
 def fill(template: dict[str, Any], values: dict[str, Any], source: str) -> TrialSpec:
@@ -163,32 +159,7 @@ def fill(template: dict[str, Any], values: dict[str, Any], source: str) -> Trial
     Raises:
         SearchSpaceError: the values make no valid trial.
     """
-    return _validate([_substitute(template, values, "")], source)[-1]
-
-
-def distributions(template: Any, prefix: str = "") -> dict[str, tuple[str, list[Any]]]:
-    """The distributions in a template: dotted key -> (kind, arguments)."""
-    if not isinstance(template, dict):
-        return {}
-    kind = _distribution(template)
-    if kind:
-        given = template[kind]
-        return {prefix: (kind, given if isinstance(given, list) else [])}
-    found: dict[str, tuple[str, list[Any]]] = {}
-    for key, value in template.items():
-        found |= distributions(value, f"{prefix}.{key}" if prefix else key)
-    return found
-
-
-def _yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a subclass of SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown line"
-        raise SearchSpaceError(f"{source}: {where}: {error.problem or 'not valid YAML'}") from None
-    except yaml.YAMLError as error:
-        raise SearchSpaceError(f"{source}: not valid YAML: {error}") from None
+    return _validate([substitute(template, values)], source)[0][-1]
 
 
 def _apply_override(plain: dict[str, Any], override: str) -> str:
@@ -196,7 +167,7 @@ def _apply_override(plain: dict[str, Any], override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise SearchSpaceError(f"--set {override}: must be key.path=value")
-    profiles.put(plain, key, _yaml(value, f"--set {override}"), f"--set {override}")
+    profiles.put(plain, key, yaml_text.parse(value, f"--set {override}"), f"--set {override}")
     return key
 
 
@@ -236,10 +207,21 @@ def _part(kind: type[_PartT], plain: Any, source: str, key: str, problems: list[
 
 
 def _cells(plain: dict[str, Any], source: str) -> list[dict[str, Any]]:
-    cells: list[dict[str, Any]] = list(itertools.islice(_expand(plain, source, ""), MAX_TRIALS + 1))
-    if len(cells) > MAX_TRIALS:
-        raise SearchSpaceError(f"{source}: the grid has more than {MAX_TRIALS} cells; split it into several files")
-    return cells
+    cells = _count(plain)
+    if cells > MAX_TRIALS:
+        raise SearchSpaceError(
+            f"{source}: the grid has {cells:,} cells, more than {MAX_TRIALS:,}; split it into several files"
+        )
+    return list(_expand(plain, source, ""))
+
+
+def _count(value: Any) -> int:
+    """Cells of the grids inside `value`, at least 1; found without expanding them."""
+    if isinstance(value, dict) and "grid" in value:
+        entries = value["grid"]
+        return sum(map(_count, entries)) if isinstance(entries, list) else 1
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return math.prod(map(_count, inner))
 
 
 def _expand(value: Any, source: str, key: str) -> Iterator[Any]:
@@ -266,33 +248,43 @@ def _expand(value: Any, source: str, key: str) -> Iterator[Any]:
         yield value
 
 
-def _distribution(value: dict[str, Any]) -> str | None:
-    if len(value) != 1:
-        return None
-    (kind,) = value
-    return kind if kind in _DISTRIBUTIONS else None
-
-
 def _draws(
     templates: list[dict[str, Any]], search: SearchSpec | None, source: str, problems: list[str]
 ) -> Iterator[dict[str, Any]]:
     searched = [distributions(template) for template in templates]
-    for found in searched:
-        for key, (kind, arguments) in found.items():
-            problem = _distribution_problem(kind, arguments)
-            if problem:
-                problems.append(f"{source}: {key}.{kind}: {problem}")
+    problems += [f"{source}: {text}" for text in _draw_problems(templates, searched, search)]
     if problems:
-        problems[:] = list(dict.fromkeys(problems))
         return
-    problem = _search_problem(templates, searched, search)
-    if problem:
-        problems.append(f"{source}: {problem}")
-        return
-    for index, (template, found) in enumerate(zip(templates, searched, strict=True)):
+    for index, (template, places) in enumerate(zip(templates, searched, strict=True)):
         generator = random.Random(f"{search.seed if search else 0}:{index}")
-        for _ in range(search.samples if search and found else 1):
-            yield _substitute(template, {key: _draw(generator, *how) for key, how in found.items()}, "")
+        for _ in range(search.samples if search and places else 1):
+            yield substitute(template, {key: draw(generator, *how) for key, how in places.items()})
+
+
+def _draw_problems(
+    templates: list[dict[str, Any]], searched: list[dict[str, tuple[str, list[Any]]]], search: SearchSpec | None
+) -> list[str]:
+    """Why nothing can be drawn, each reason once; empty if all is well."""
+    problems = [
+        f"{key}.{kind}: {text}"
+        for places in searched
+        for key, (kind, arguments) in places.items()
+        if (text := distribution_problem(kind, arguments))
+    ]
+    problems += [
+        f"{key}: no such distribution, did you mean {meant}?"
+        for template in templates
+        for key, meant in misspelt(template, _field_names()).items()
+    ]
+    if problems:
+        return list(dict.fromkeys(problems))
+    if text := _search_problem(templates, searched, search):
+        return [text]
+    samples = search.samples if search else 1
+    trials = sum(samples if places else 1 for places in searched)
+    if trials > MAX_TRIALS:
+        return [f"search.samples: makes {trials:,} trials, more than {MAX_TRIALS:,} (found {samples})"]
+    return []
 
 
 def _search_problem(
@@ -321,58 +313,33 @@ def _search_problem(
     return None
 
 
-def _distribution_problem(kind: str, arguments: list[Any]) -> str | None:
-    wanted = _DISTRIBUTIONS[kind]
-    if wanted is None:
-        return None if arguments else "needs at least one entry (found none)"
-    numbers = all(isinstance(a, int | float) and not isinstance(a, bool) for a in arguments)
-    if len(arguments) != wanted or not numbers:
-        return f"needs two numbers [low, high] (found {_short(arguments)})"
-    low, high = arguments
-    if not low < high:
-        return f"low ({low}) must be below high ({high})"
-    if kind == "loguniform" and low <= 0:
-        return f"low ({low}) must be above 0"
-    if kind == "randint" and not all(isinstance(a, int) for a in arguments):
-        return f"needs two whole numbers (found {_short(arguments)})"
-    return None
+def _validate(drawn: list[dict[str, Any]], source: str) -> tuple[list[TrialSpec], list[str]]:
+    """All trials, each once, an ensemble's members before it, and notes on cells that are the same trial.
 
-
-def _draw(generator: random.Random, kind: str, arguments: list[Any]) -> Any:
-    if kind == "choice":
-        return generator.choice(arguments)
-    low, high = arguments
-    if kind == "randint":
-        return generator.randrange(low, high)
-    value = generator.uniform(low, high) if kind == "uniform" else exp(generator.uniform(log(low), log(high)))
-    return float(f"{value:.6g}")
-
-
-def _substitute(template: Any, values: dict[str, Any], prefix: str) -> Any:
-    if prefix in values:
-        return values[prefix]
-    if isinstance(template, dict):
-        return {k: _substitute(v, values, f"{prefix}.{k}" if prefix else k) for k, v in template.items()}
-    return template
-
-
-def _validate(drawn: list[dict[str, Any]], source: str) -> list[TrialSpec]:
-    """All trials, each once, an ensemble's members before it; or one error with every problem once."""
+    Raises:
+        SearchSpaceError: every problem once.
+    """
     trials: dict[str, TrialSpec] = {}
-    broken: dict[str, int] = {}
+    cells: Counter[str] = Counter()
+    broken: Counter[str] = Counter()
     for plain in drawn:
         try:
             trial = TrialSpec.from_plain(plain).located()
             trials |= {each.trial_id: each for each in (*trial.members(), trial) if each.trial_id not in trials}
+            cells[trial.trial_id] += 1
         except ValidationError as error:
-            for line in dict.fromkeys(explain(error, "")):
-                broken[line] = broken.get(line, 0) + 1
-        except (TypeError, SpecError) as error:  # a date or another YAML type that JSON lacks; a task that is not there
-            broken[str(error)] = broken.get(str(error), 0) + 1
+            broken.update(dict.fromkeys(explain(error, "")).keys())
+        except (TypeError, SpecError) as error:  # a type that JSON lacks; a task that is not there
+            broken[str(error)] += 1
     if broken:
         total = len(drawn)
         raise SearchSpaceError("\n".join(f"{source}: {line}, in {n} of {total} trials" for line, n in broken.items()))
-    return list(trials.values())
+    repeated = [
+        f"{count} cells or draws of the search space are the same trial, {trial_id}: it runs once"
+        for trial_id, count in cells.items()
+        if count > 1
+    ]
+    return list(trials.values()), repeated
 
 
 def explain(error: ValidationError, prefix: str = "") -> Iterator[str]:
@@ -389,7 +356,16 @@ def explain(error: ValidationError, prefix: str = "") -> Iterator[str]:
             for line in problem["msg"].removeprefix("Value error, ").splitlines():
                 yield f"{key}: {line}" if key else line
         else:
-            yield f"{key or 'trial'}: {problem['msg']}{found}"
+            yield f"{key or 'trial'}: {problem['msg']}{found}{_quotes(problem['type'], problem['input'])}"
+
+
+def _quotes(kind: str, value: Any) -> str:
+    """The way out where quotes, or their absence, made YAML read something else than was meant."""
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return "; write it in quotes"
+    if kind in ("int_type", "float_type") and isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        return "; write it without quotes"
+    return ""
 
 
 @cache

@@ -15,13 +15,14 @@ from typing import Any
 from ray_peft import cluster, experiment, worker
 from ray_peft.allotment import Allotment
 from ray_peft.console import Console, bar
+from ray_peft.distributions import distributions
 from ray_peft.errors import SearchSpaceError
 from ray_peft.experiment import Experiment
 from ray_peft.ledger import Ledger
 from ray_peft.placement import Demand, Node, concurrent_trials, demand
 from ray_peft.report.plain import trial_line
 from ray_peft.result import TrialResult
-from ray_peft.space import Space, distributions, fill, load
+from ray_peft.space import Space, fill, load
 from ray_peft.spec import TrialSpec
 
 

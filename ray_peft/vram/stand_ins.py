@@ -6,7 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -20,7 +20,8 @@ from ray_peft.methods.base import Quantization
 FLOAT = torch.float32
 _IN_LOW = {
     F.linear, F.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm, torch.baddbmm,
-    torch.addmm, torch.einsum,
+    torch.addmm, torch.einsum, torch.addbmm, torch.chain_matmul, F.conv1d, F.conv3d, F.bilinear, Tensor.__rmatmul__,
+    Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm, Tensor.addbmm,
 }  # fmt: skip
 _IN_FLOAT = {
     F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.softplus, F.log_softmax, torch.log_softmax,
@@ -33,6 +34,9 @@ GELU of GPT-2 cubes its input, and what follows stays in float32."""
 
 class Autocast(TorchFunctionMode):
     """CUDA's autocast, scaled dot product attention and dropout, which the meta device does not have."""
+
+    disabled: ClassVar[int] = 0
+    """Regions of `torch.autocast(..., enabled=False)` that the code is in."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         """`dtype` is that of matrix products; null casts nothing."""
@@ -51,6 +55,10 @@ class Autocast(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         if function is F.dropout:
             return _dropout(*args, **kwargs)
+        if function is torch._grouped_mm and args[0].dtype != torch.bfloat16:  # noqa: SLF001 - what F.grouped_mm calls
+            return _GroupedMM.apply(args[0], args[1])  # type: ignore[no-untyped-call]
+        if Autocast.disabled:
+            return function(*args, **kwargs)
         if self._dtype is not None and function in _IN_LOW:
             args = [self._cast(value) for value in args]
             kwargs = {name: self._cast(value) for name, value in kwargs.items()}
@@ -72,6 +80,28 @@ class Autocast(TorchFunctionMode):
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # the kernels add a bias
         return _Attention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+
+
+class _Region(contextlib.AbstractContextManager[None]):
+    """A region of `torch.autocast` on the meta device, for which torch has none."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._disabled = int(not enabled)
+
+    def __enter__(self) -> None:
+        Autocast.disabled += self._disabled
+
+    def __exit__(self, *_: object) -> None:
+        Autocast.disabled -= self._disabled
+
+
+_AUTOCAST, _autocast_dtype = torch.autocast, torch.get_autocast_dtype
+
+
+def _autocast(device_type: str, *args: Any, enabled: bool = True, **settings: Any) -> Any:
+    if device_type == "meta":
+        return _Region(enabled=enabled)
+    return _AUTOCAST(device_type, *args, enabled=enabled, **settings)
 
 
 def _floating(value: Any) -> bool:
@@ -103,6 +133,20 @@ class _Attention(Function):
             of_key, of_value = torch.empty_like(key), torch.empty_like(value)
         del sums
         return of_query, of_key, of_value, None
+
+
+class _GroupedMM(Function):
+    """Products of each expert's rows with its matrix; torch's shape function knows bfloat16 alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        return rows.new_empty(rows.shape[0], weights.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        rows, weights = ctx.saved_tensors
+        return torch.empty_like(rows), torch.empty_like(weights) if ctx.needs_input_grad[1] else None
 
 
 class ChunkedLogProbs(Function):
@@ -269,6 +313,8 @@ def on_meta(*, autocast: bool) -> Iterator[None]:
     places: list[tuple[Any, str, Any]] = [
         (trl.trainer.utils, "_ChunkedLogProbFunction", ChunkedLogProbs),
         (torch, "is_autocast_enabled", lambda *_: autocast),
+        (torch, "autocast", _autocast),
+        (torch, "get_autocast_dtype", lambda kind: torch.bfloat16 if kind == "meta" else _autocast_dtype(kind)),
         (torch.optim, "AdamW", FusedAdamW),
         (bits, "AdamW8bit", blockwise_adamw(8, paged=False)),
         (bits, "PagedAdamW8bit", blockwise_adamw(8, paged=True)),

@@ -72,6 +72,10 @@ def test_this_machine_is_examined(monkeypatch, closed_port):
     assert {"Python", "torch", "memory", "Ray", "output folder", "console"} <= set(by_name)
     assert by_name["bitsandbytes"].level != "problem", by_name["bitsandbytes"]
     assert "relative error 0." in by_name["bitsandbytes"].value
+    if "on cpu" in by_name["bitsandbytes"].value:
+        slower = re.search(r"takes ([\d.]+) times as long", by_name["bitsandbytes"].advice)
+        assert slower is not None
+        assert 0.1 < float(slower[1]) < 100
     assert by_name["MLflow"].level == "problem"
     assert not [finding for finding in findings if "could not be examined" in finding.advice]
     text = render(findings)

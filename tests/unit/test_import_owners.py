@@ -15,7 +15,7 @@ OWNERS = {
     "trl": {"tasks/llm_sft", "vram"},  # vram runs it on shapes
     "lm_eval": {"tasks/llm_sft/benchmarks.py"},
     "galore_torch": {"methods/galore_adamw.py"},
-    "yaml": {"space.py"},
+    "yaml": {"yaml_text.py"},
     "matplotlib": {"report/plots.py"},
     "pynvml": {"measure.py", "doctor.py"},
 }

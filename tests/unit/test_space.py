@@ -80,10 +80,10 @@ def test_each_problem_is_reported_once_with_its_trials():
         (changed(method={"name": "lora", "lr": {"loguniform": [1e-5, 1e-3]}}), "add `search: {samples: N}`"),
         (changed(method={"name": "lora", "lr": {"loguniform": [0, 1]}}, search={"samples": 1}), "must be above 0"),
         (changed(method={"name": "lora", "lr": {"uniform": [2, 1]}}, search={"samples": 1}), "must be below high"),
-        (changed(method={"name": "lora", "lr": {"uniform": 3}}, search={"samples": 1}), "needs two numbers"),
+        (changed(method={"name": "lora", "lr": {"uniform": 3}}, search={"samples": 1}), "needs a list of two numbers"),
         (changed(method={"name": "lora", "optim": {"choice": "adamw"}}, search={"samples": 1}), "at least one entry"),
         (changed(method={"name": "lora", "lr": -1.0}), "method.lora.lr: Input should be greater than 0"),
-        (changed(method={"name": "full", "lr": float("nan")}), "method.full.lr: Input should be greater than 0"),
+        (changed(method={"name": "full", "lr": float("nan")}), "method.lr: must be a finite number (found nan)"),
         (changed(model={"name": "${NOT_SET_ANYWHERE}/m"}), "environment variable NOT_SET_ANYWHERE is not set"),
     ],
 )
@@ -231,7 +231,11 @@ def test_a_profile_may_hold_a_grid_and_variables(monkeypatch):
         ([1], None, "space.yaml: profiles: must map names to settings (found [1])"),
         ({"a": "auto"}, None, "space.yaml: profiles.a: must map dotted keys to values"),
         ({"a": None}, None, "space.yaml: profiles.a: must map dotted keys to values"),
-        ({"a": {"data.sources.0.train": 5}}, None, "space.yaml: profiles.a: data.sources.0.train: sources is not a ma"),
+        (
+            {"a": {"data.sources.1.train": 5}},
+            None,
+            "space.yaml: profiles.a: data.sources.1.train: data.sources is a list",
+        ),
         ({"a": {"train.ft": "auto"}}, "a", "space.yaml: profiles.a: train.ft: unknown key, did you mean fit? (found "),
         ({"a": {"train": {"ft": 1}}}, "a", "space.yaml: profiles.a: train.ft: unknown key, did you mean fit? (found "),
         ({"a": {"traim.fit": "auto"}}, "a", "space.yaml: profiles.a: traim: unknown key"),
@@ -252,3 +256,85 @@ def test_an_error_that_a_profile_did_not_make_does_not_name_it():
     assert refused(text, profile="a")[0].startswith("space.yaml: seed: Input should be")
     text = changed(profiles={"a": {"train.steps": 7}})
     assert refused(text, ["train.steps=0"], "a")[0].startswith("space.yaml: train.steps: Input should be")
+
+
+SEARCH = {"samples": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"method": {"name": "lora", "lr": {"log_uniform": [1e-5, 1e-3]}}},
+            "method.lr.log_uniform: no such distribution",
+        ),
+        ({"method": {"name": "lora", "lr": {"logunifrom": [1e-5, 1e-3]}}}, "did you mean loguniform?"),
+        ({"method": {"gird": [{"name": "lora"}]}}, "method.gird: no such distribution, did you mean grid?"),
+        ({"method": {"choices": [{"name": "lora"}]}}, "did you mean choice?"),
+        (
+            {"method": {"choice": [{"name": "lora", "rank": {"choice": [4, 8]}}]}},
+            "an entry holds a distribution itself",
+        ),
+        ({"name": None}, "name: must be text (found None)"),
+        ({"name": 2024}, "name: must be text (found 2024)"),
+        ({"name": ""}, "name: cannot name a folder"),
+        ({"name": "../escaped"}, "name: cannot name a folder on every system (found '../escaped')"),
+        ({"name": "a:b"}, "cannot name a folder"),
+        ({"name": "nul.txt"}, "cannot name a folder"),
+        ({"name": "ends."}, "cannot name a folder"),
+        ({"name": "x" * 200}, "cannot name a folder"),
+        (
+            {"model": {"name": "hub/m", "revision": 1.0}},
+            "Input should be a valid string (found 1.0); write it in quotes",
+        ),
+        ({"method": {"name": "lora", "rank": "4"}}, "(found '4'); write it without quotes"),
+    ],
+)
+def test_what_looks_right_and_is_not_is_said(changes, words):
+    lines = refused(
+        changed(**changes, search=SEARCH) if "distribution" in words or "mean" in words else changed(**changes)
+    )
+    assert any(words in line for line in lines), lines
+
+
+def test_merge_keys_bring_settings_that_a_cell_may_replace():
+    base = changed(method={"grid": []}).replace("method:\n  grid: []\n", "")
+    cells = "method:\n  grid:\n    - &l {name: lora, lr: 1e-4, rank: 4}\n    - {<<: *l, rank: 8}\n"
+    assert [(t.method.rank, t.method.lr) for t in parsed(base + cells).trials] == [(4, 1e-4), (8, 1e-4)]
+
+
+def test_distributions_inside_lists_are_drawn():
+    method = {"name": "lora", "betas": [0.9, {"uniform": [0.9, 0.99]}]}
+    text = changed(method=method, search=SEARCH)
+    loaded = parsed(text)
+    drawn = [trial.method.betas for trial in loaded.trials]
+    assert len(set(drawn)) == 4
+    assert all(first == 0.9 and 0.9 <= second <= 0.99 for first, second in drawn)
+    assert space.fill(loaded.templates[0], {"method.betas.1": 0.95}, "x").method.betas == (0.9, 0.95)
+
+
+def test_cells_that_are_the_same_trial_are_said():
+    method = {"grid": [{"name": "lora", "lr": 1e-4, "alpha": 16.0}, {"name": "lora", "lr": 0.0001, "alpha": 16}]}
+    loaded = parsed(changed(method=method))
+    assert len(loaded.trials) == 1
+    assert loaded.notes == (
+        f"2 cells or draws of the search space are the same trial, {loaded.trials[0].trial_id}: it runs once",
+    )
+    assert parsed(BASE).notes == ()
+
+
+def test_a_grid_or_search_that_is_too_large_is_refused_before_it_is_expanded():
+    wide = {"grid": list(range(1, 200))}
+    many = {"name": "lora", "rank": wide, "alpha": wide, "lr": wide, "weight_decay": wide}
+    assert "cells, more than 10,000" in refused(changed(method=many))[0]
+    drawn = {"name": "lora", "lr": {"uniform": [0.1, 0.2]}}
+    assert "search.samples: makes 1,000,000,000 trials" in refused(changed(method=drawn, search={"samples": 10**9}))[0]
+
+
+def test_overrides_reach_entries_of_lists():
+    loaded = parsed(BASE, ["data.sources.0.train=7"])
+    assert loaded.trials[0].data.sources[0].train == 7
+    for key in ("data.sources.1.train", "data.sources.-1.train", "data.sources.first.train"):
+        (line,) = refused(BASE, [f"{key}=7"])
+        assert "data.sources is a list with 1 entries; name one by its place from 0 to 0" in line
+    assert "train.steps is not a mapping" in refused(BASE, ["train.steps.a=7"])[0]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 from ray_peft.errors import DataError, SpecError, first_line
 from ray_peft.result import Scores
 from ray_peft.spec import BenchmarksSpec, LlmTrialSpec
+from ray_peft.tasks.llm_sft.decoding import greedy
 from ray_peft.tasks.memory import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def measure(
     """
     asked = spec.evaluation.benchmarks
     assert asked is not None
-    with _ready(asked) as manager:
+    with _ready(asked) as manager, greedy(model, tokenizer):
         from lm_eval import simple_evaluate
 
         found = simple_evaluate(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.data import IGNORED
+from ray_peft.tasks.llm_sft.decoding import greedy
 from ray_peft.tasks.memory import EVALUATION_BATCH, in_parts
 
 if TYPE_CHECKING:
@@ -109,7 +110,6 @@ def answers(
 
     prompts: list[list[int]] = list(rows["prompt_ids"])
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
-    stop = _stop_tokens(model, tokenizer)
 
     def answer(chosen: Sequence[int]) -> list[str]:
         batch = _padded([prompts[row] for row in chosen], tokenizer.pad_token_id, "left").to(model.device)
@@ -118,24 +118,15 @@ def answers(
             output: Any = model.generate(  # type: ignore[operator]  # from GenerationMixin, in subclasses
                 input_ids=batch,
                 attention_mask=mask,
-                max_new_tokens=spec.evaluation.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=1.0,  # some models ask for one, which would not be greedy decoding
-                no_repeat_ngram_size=0,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=stop,
-                use_cache=True,
+                generation_config=settings,
                 logits_processor=[others(mask)] if others is not None else None,
             )
         return [text.strip() for text in tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)]
 
     lowered = {} if lowered is None else lowered
     first = lowered.get(EVALUATION_BATCH, spec.evaluation.batch_size)
-    with inference(spec, model):
+    with inference(spec, model), greedy(model, tokenizer) as settings:
+        settings.max_new_tokens = spec.evaluation.max_new_tokens
         given, size = in_parts(order, first, str(model.device), answer)
     if size < first:
         lowered[EVALUATION_BATCH] = size
@@ -170,11 +161,3 @@ def _padded(rows: list[list[int]], value: int, side: str) -> Tensor:
     longest = max(len(row) for row in rows)
     pads = [[value] * (longest - len(row)) for row in rows]
     return torch.tensor([row + pad if side == "right" else pad + row for row, pad in zip(rows, pads, strict=True)])
-
-
-def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """End-of-sequence tokens of the model and of the tokenizer; either ends an answer."""
-    config = getattr(model, "generation_config", None)
-    known = getattr(config, "eos_token_id", None)
-    ids = known if isinstance(known, list) else [known]
-    return sorted({token for token in (*ids, tokenizer.eos_token_id) if token is not None})

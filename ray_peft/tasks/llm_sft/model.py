@@ -11,6 +11,8 @@ from ray_peft.errors import ModelError, first_line
 from ray_peft.methods.base import Dtype, Quantization
 from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
 from ray_peft.tasks.cache import cache_folder, made_whole
+from ray_peft.tasks.four_bit_layers import keep_as_stored
+from ray_peft.tasks.llm_sft.decoding import in_place_of_invalid
 from ray_peft.tasks.parameters import stored
 
 if TYPE_CHECKING:
@@ -169,6 +171,8 @@ def from_folder(
         settings["attn_implementation"] = spec.attention
     if is_local(folder):
         settings["variant"] = weight_files(Path(folder).expanduser()).variant
+    if (valid := in_place_of_invalid(folder, spec.revision)) is not None:
+        settings["generation_config"] = valid
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -184,6 +188,8 @@ def from_folder(
     model: PreTrainedModel
     model, report = loaded
     raise_if_incomplete(folder, report)
+    if quantization is not None:
+        keep_as_stored(model)
     # Per-token log-probabilities in tiles: full logits of a 262,144-word vocabulary would fill a small GPU.
     add_fused_lm_head(model)
     return model

@@ -158,7 +158,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        pointer = _not_weights(file)
+        pointer = _not_weights(file) if file.is_file() else None
         raise ModelError(f"{file}: {pointer or f'no valid JSON: {first_line(error)}'}") from None
     if not isinstance(content, dict):
         raise ModelError(f"{file}: must hold a JSON object, not {type(content).__name__}")

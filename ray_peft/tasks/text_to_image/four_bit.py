@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.methods.base import Quantization
+from ray_peft.tasks.four_bit_layers import keep_as_stored
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,7 @@ def quantise(model: nn.Module, quantization: Quantization, device: str) -> None:
         )
         layer.bias = plain.bias
         setattr(parent, name, layer.to(device))
+    keep_as_stored(model)
     cast(Any, model).dequantize = lambda: dequantised(model)  # what methods/qlora.py calls before it merges
 
 

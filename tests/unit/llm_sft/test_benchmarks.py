@@ -184,14 +184,12 @@ def test_code_is_found_below_groups_and_tags():
     ],
 )
 def test_tasks_that_cannot_run_are_refused_before_anything_starts(task, error, says, tiny_model, questions, folder):
-    pytest.importorskip("lm_eval")
     with pytest.raises(error, match=says):
         benchmarks.check(asks(tiny_model, questions, tasks=task.split(","), include_path=str(folder)))
 
 
 @pytest.mark.slow
 def test_base_and_lora_are_scored_on_a_task_of_one_s_own(tiny_model, questions, folder, tmp_path):
-    pytest.importorskip("lm_eval")
     here, rows = os.getcwd(), {}
     for method, steps in [({"name": "none"}, 1), (LORA, 40), ({"name": "qlora", "rank": 4}, 1), ({"name": "full"}, 1)]:
         asked = {"tasks": ["after_word"], "include_path": str(folder)}
@@ -214,7 +212,6 @@ def test_base_and_lora_are_scored_on_a_task_of_one_s_own(tiny_model, questions, 
 
 @pytest.mark.slow
 def test_a_benchmark_that_fails_leaves_the_scores_before_it(tiny_model, questions, folder, tmp_path):
-    pytest.importorskip("lm_eval")
     spec = asks(tiny_model, questions, {"name": "none"}, tasks=["from_the_hub"], include_path=str(folder))
     row = trial.run(spec, trial.Place(tmp_path, "cpu"), Kept(), lambda metrics, step: None)
     assert row.status == "failed"
@@ -226,7 +223,6 @@ def test_a_benchmark_that_fails_leaves_the_scores_before_it(tiny_model, question
 def test_the_model_answers_in_the_trial_s_precision_and_is_left_as_it_was(tiny_model, questions, folder):
     import torch
 
-    pytest.importorskip("lm_eval")
     asked = {"tasks": ["after_word", "after_generated"], "include_path": str(folder), "limit": 4}
     for precision in ("bf16", "fp32"):
         spec = asks(tiny_model, questions, {"name": "none"}, {"train__precision": precision}, **asked)
@@ -248,7 +244,6 @@ def test_the_model_answers_in_the_trial_s_precision_and_is_left_as_it_was(tiny_m
 def test_where_memory_runs_out_fewer_questions_are_asked_at_a_time(tiny_model, questions, folder):
     import torch
 
-    pytest.importorskip("lm_eval")
     asked = {"tasks": ["after_word", "after_generated"], "include_path": str(folder), "limit": 12}
     bench = LlmSft().load(asks(tiny_model, questions, {"name": "none"}, **asked), "cpu")
     free = bench.benchmark(Scores())
@@ -267,7 +262,6 @@ def test_where_memory_runs_out_fewer_questions_are_asked_at_a_time(tiny_model, q
 def test_an_accuracy_is_the_share_of_questions_whose_answer_is_likelier(tiny_model, questions, folder):
     import torch
 
-    pytest.importorskip("lm_eval")
     asked = {"tasks": ["after_word"], "include_path": str(folder)}
     bench = LlmSft().load(asks(tiny_model, questions, {"name": "none"}, **asked), "cpu")
     right = 0
@@ -287,7 +281,6 @@ def test_an_accuracy_is_the_share_of_questions_whose_answer_is_likelier(tiny_mod
 
 @pytest.mark.slow
 def test_code_runs_only_with_leave(tiny_model, questions, folder):
-    pytest.importorskip("lm_eval")
     asked = {"tasks": ["after_code"], "include_path": str(folder), "limit": 4, "allow_code_execution": True}
     bench = LlmSft().load(asks(tiny_model, questions, {"name": "none"}, **asked), "cpu")
     assert set(bench.benchmark(Scores()).benchmarks) == {"after_code/acc"}
@@ -297,7 +290,6 @@ def test_code_runs_only_with_leave(tiny_model, questions, folder):
 @pytest.fixture(scope="module")
 def trained(shared, questions, folder):
     """An ensemble's spec, and its members after training with their weights on disk."""
-    pytest.importorskip("lm_eval")
     model = tiny.build_model(shared / "asked-llama", talkative=True)
     method = {
         "name": "ensemble",
@@ -324,7 +316,6 @@ def trained(shared, questions, folder):
 
 @pytest.mark.slow
 def test_an_ensemble_of_one_weight_answers_as_that_member(trained):
-    pytest.importorskip("lm_eval")
     spec, members = trained
     ensemble = LlmSft().load_ensemble(spec, [member for member, _ in members], "cpu")
     alone = [bench.benchmark(Scores()) for _, bench in members]
@@ -341,7 +332,6 @@ def test_the_mixture_is_that_of_the_probabilities(trained):
 
     from ray_peft.tasks.llm_sft.ensemble import _mixed_log_probs
 
-    pytest.importorskip("lm_eval")
     spec, members = trained
     ensemble = LlmSft().load_ensemble(spec, [member for member, _ in members], "cpu")
     ensemble.weights = [0.5, 0.2, 0.3]

@@ -1,0 +1,98 @@
+"""How answers are decoded: as the trial says, whatever generation settings a model brings along."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_OF_NO_EFFECT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version")
+"""Settings that do not change which token is chosen, and the ids that end an answer, which are used."""
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "max_length", "max_new_tokens")
+"""Settings that nearly every chat model brings along; the trial's `max_new_tokens` and greedy decoding replace them."""
+
+
+@contextlib.contextmanager
+def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[GenerationConfig]:
+    """Greedy decoding without any setting of the model's own; yields the config, which ends answers at `stop_tokens`.
+
+    `generate` fills what a config leaves open from the model's own generation config, so that is replaced, too; the
+    model has it back afterwards.
+    """
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=stop_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    owner = _generating(model)
+    own = owner.generation_config
+    owner.generation_config = config
+    try:
+        yield config
+    finally:
+        owner.generation_config = own
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer, sorted: end-of-sequence tokens of the model and of the tokenizer."""
+    own = getattr(_generating(model), "generation_config", None)
+    ids = getattr(own, "eos_token_id", None)
+    return sorted(
+        {token for token in (*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id) if token is not None}
+    )
+
+
+def unused_settings(model: ModelSpec) -> list[str]:
+    """Names of the settings in a model's generation config that would change greedy answers, and are not used.
+
+    An absent or unreadable generation config has none: it is not needed.
+    """
+    settings = _written(model.name, model.revision)
+    unused = (name for name, value in settings.items() if value is not None and not name.startswith("_"))
+    return sorted(name for name in unused if name not in (*_OF_NO_EFFECT, *_SAMPLING))
+
+
+def in_place_of_invalid(folder: str, revision: str | None) -> GenerationConfig | None:
+    """What a model is given in place of a generation config that transformers refuses to load; None if it does not.
+
+    Such as one with several answers a prompt without sampling. The ids that end an answer are taken over.
+    """
+    from transformers import GenerationConfig
+
+    settings = _written(folder, revision)
+    try:
+        GenerationConfig.from_dict(settings).validate()
+    except (ValueError, TypeError, AttributeError):
+        return GenerationConfig(  # type: ignore[no-untyped-call]
+            **{name: settings[name] for name in _OF_NO_EFFECT[:3] if name in settings}
+        )
+    return None
+
+
+def _written(name: str, revision: str | None) -> dict[str, Any]:
+    """A model's generation_config.json; empty where there is none, or none that can be read."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        path = cached_file(name, "generation_config.json", revision=revision)
+        settings = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    except Exception:  # the hub client raises a dozen unrelated types, and nothing depends on this file
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _generating(model: PreTrainedModel) -> Any:
+    """The model whose generation config `generate` reads: of an adapted model, its base."""
+    adapted: Any = model
+    return adapted.get_base_model() if hasattr(model, "get_base_model") else model

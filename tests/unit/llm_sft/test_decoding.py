@@ -1,0 +1,95 @@
+"""Answers are greedy and as long as the trial says, whatever generation config the model brings along."""
+
+import json
+
+import pytest
+import tiny
+from untracked import run
+
+from ray_peft.spec import ModelSpec, TrialSpec
+from ray_peft.tasks.llm_sft.decoding import unused_settings
+from ray_peft.tasks.llm_sft.task import LlmSft
+
+# Each of them alone changes the answers, or ends `generate` with an error.
+SETTINGS = {
+    "stop_strings": ["a"],
+    "return_dict_in_generate": True,
+    "output_scores": True,
+    "num_return_sequences": 2,
+    "num_beams": 3,
+    "prompt_lookup_num_tokens": 3,
+    "suppress_tokens": list(range(32, 100)),
+    "begin_suppress_tokens": list(range(100)),
+    "forced_eos_token_id": 257,
+    "forced_bos_token_id": 70,
+    "bad_words_ids": [[token] for token in range(40, 90)],
+    "sequence_bias": [[[65], 30.0]],
+    "encoder_repetition_penalty": 3.0,
+    "repetition_penalty": 3.0,
+    "no_repeat_ngram_size": 1,
+    "guidance_scale": 3.0,
+    "watermarking_config": {"bias": 9.0},
+    "max_time": 1e-9,
+    "min_new_tokens": 8,
+    "min_length": 100,
+    "exponential_decay_length_penalty": [1, 5.0],
+    "renormalize_logits": True,
+    "do_sample": True,
+    "temperature": 5.0,
+    "top_k": 3,
+    "max_length": 2,
+    "max_new_tokens": 1,
+    "cache_implementation": "static",
+    "use_cache": False,
+}
+
+
+@pytest.fixture(scope="module")
+def plain_folder(shared):
+    return tiny.build_model(shared / "talkative-plain", talkative=True)
+
+
+def brings(folder, settings):
+    """The model of `folder` with a generation config of its own."""
+    ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    (folder / "generation_config.json").write_text(json.dumps(ids | settings), encoding="utf-8")
+    return folder
+
+
+def answers(folder, questions, method=None):
+    spec = TrialSpec.from_plain(tiny.plain_spec(folder, questions, method or {"name": "none"}))
+    bench = LlmSft().load(spec, "cpu")
+    if method is not None:
+        bench.attach(spec.method)
+    return bench.answer(bench.data.test)
+
+
+@pytest.mark.parametrize("method", [None, {"name": "lora", "rank": 2}], ids=["base", "adapted"])
+def test_no_setting_of_the_model_changes_an_answer(plain_folder, questions, method):
+    wanted = answers(brings(plain_folder, {}), questions, method)
+    assert len(set(wanted)) > 1
+    for name, value in SETTINGS.items():
+        assert answers(brings(plain_folder, {name: value}), questions, method) == wanted, name
+
+
+def test_further_ids_that_end_an_answer_are_used(plain_folder, questions):
+    wanted = answers(brings(plain_folder, {}), questions)
+    first = ord(wanted[0][1])  # in a byte-level vocabulary of printable characters
+    tokens = json.loads((plain_folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    ended = answers(brings(plain_folder, {"eos_token_id": [257, tokens[chr(first)]]}), questions)
+    assert ended[0] == wanted[0][:2]
+
+
+def test_what_is_not_used_is_named(plain_folder):
+    brings(plain_folder, {"suppress_tokens": [65], "temperature": 0.6, "do_sample": True, "repetition_penalty": 1.1})
+    assert unused_settings(ModelSpec(name=str(plain_folder))) == ["repetition_penalty", "suppress_tokens"]
+    brings(plain_folder, {"temperature": 0.6, "do_sample": True, "top_p": 0.9})
+    assert unused_settings(ModelSpec(name=str(plain_folder))) == []
+    (plain_folder / "generation_config.json").write_text("{", encoding="utf-8")
+    assert unused_settings(ModelSpec(name=str(plain_folder))) == []
+
+
+def test_trained_weights_keep_the_model_s_own_settings(plain_folder, questions, tmp_path):
+    brings(plain_folder, {"repetition_penalty": 1.3, "temperature": 0.0, "do_sample": True})
+    row, tracker = run(TrialSpec.from_plain(tiny.plain_spec(plain_folder, questions, {"name": "full"})), tmp_path / "t")
+    assert row.status == "finished", row.error
