@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ray_peft.gpus import ANY, Gpu
 from ray_peft.measure import GIB
@@ -32,7 +33,7 @@ SEGMENT = 2 * 2**20
 CONVOLUTIONS = 60 * 2**20
 """What cuDNN takes beside the tensors while images are made: the rest of three measured peaks of SD 1.5 on an H200."""
 
-_NO_MEMORY: dict[type[Method], frozenset[str]] = {
+_NO_MEMORY: dict[type[Any], frozenset[str]] = {
     Stage: frozenset({"lr", "weight_decay", "betas", "max_grad_norm"}),
     LowRankAdapter: frozenset({"alpha"}),
     GaLore: frozenset({"eps", "scale", "update_proj_gap"}),

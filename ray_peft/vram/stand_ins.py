@@ -98,10 +98,12 @@ class _Region(contextlib.AbstractContextManager[None]):
 _AUTOCAST, _autocast_dtype = torch.autocast, torch.get_autocast_dtype
 
 
-def _autocast(device_type: str, *args: Any, enabled: bool = True, **settings: Any) -> Any:
+def _autocast(
+    device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, cache_enabled: bool | None = None
+) -> Any:
     if device_type == "meta":
         return _Region(enabled=enabled)
-    return _AUTOCAST(device_type, *args, enabled=enabled, **settings)
+    return _AUTOCAST(device_type, dtype, enabled, cache_enabled)
 
 
 def _floating(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -78,31 +79,41 @@ def files_of(model: ModelSpec, config: PretrainedConfig) -> WeightFiles | None:
         return None
 
 
-_checked: dict[str, None] = {}
-
-
 def check(model: ModelSpec) -> None:
     """Refuse a model that cannot be what its config says, from config, index and headers of its files.
 
     A small model's numbers are read, too, and must be finite. A hub model's files are looked at once they are here.
+    What was found right is remembered in the cache until a file changes.
 
     Raises:
         ModelError: it cannot.
     """
-    from ray_peft.tasks.llm_sft import architecture, weight_files
+    import transformers
 
     config = load_config(model)
     files = None if model.random_weights else files_of(model, config)
-    key = json.dumps([model.plain(), config.to_json_string(), files and files.stamps()])
-    if key in _checked:
-        return
+    code = [
+        Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("architecture.py", "weight_files.py")
+    ]
+    decides = [model.name, model.trust_remote_code, config.to_json_string(), files and files.stamps()]
+    key = hashlib.sha256(json.dumps([*decides, transformers.__version__, *code]).encode()).hexdigest()[:24]
+    mark = cache_folder() / "checked" / key
+    if not mark.is_file():
+        _check(model, config, files)
+        with contextlib.suppress(OSError):  # a cache that others keep may be read-only, or full
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+
+
+def _check(model: ModelSpec, config: PretrainedConfig, files: WeightFiles | None) -> None:
+    from ray_peft.tasks.llm_sft import architecture, weight_files
+
     if files is None:
         architecture.check_buildable(model, config)
-    else:
-        architecture.check_weights(model, config, weight_files.on_meta(files))
-        if files.num_bytes <= weight_files.WHOLE:
-            _check_finite_files(model, files)
-    _checked[key] = None
+        return
+    architecture.check_weights(model, config, weight_files.on_meta(files))
+    if files.num_bytes <= weight_files.WHOLE:
+        _check_finite_files(model, files)
 
 
 def _check_finite_files(model: ModelSpec, files: WeightFiles) -> None:
