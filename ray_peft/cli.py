@@ -7,10 +7,8 @@ started; 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
-import os
 import shutil
 import signal
 import socket
@@ -23,6 +21,7 @@ from typing import Literal
 
 from ray_peft.console import Console
 from ray_peft.errors import RayPeftError
+from ray_peft.quiet import quiet_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
+    quiet_libraries()
     # `ray job stop` and `kill` send SIGTERM: end as after Ctrl-C, with every finished trial kept.
     signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
@@ -274,6 +274,7 @@ def _export(options: argparse.Namespace) -> int:
 def _ui(options: argparse.Namespace) -> int:
     from ray_peft import tracking
     from ray_peft.experiment import outputs_folder, tracking_uri
+    from ray_peft.processes import end_group
     from ray_peft.space import TrackingSpec
 
     uri = tracking_uri(options.tracking_uri, TrackingSpec())
@@ -290,19 +291,7 @@ def _ui(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        _end_group(server)
-
-
-def _end_group(leader: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
-    try:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(leader.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            leader.wait(timeout=5)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(leader.pid, signal.SIGKILL)
+        end_group(server)
 
 
 def _check_port(host: str, port: int) -> None:
@@ -336,5 +325,7 @@ def _short(path: Path) -> str:
 
 def _ui_command(uri: str | None) -> str:
     """The command as it must be typed here: inside a virtual environment that is not active, with its path."""
-    name = "ray-peft" if shutil.which("ray-peft") else _short(Path(sys.argv[0]))
+    own = Path(sys.argv[0])
+    name = "python -m ray_peft" if own.name == "__main__.py" else _short(own)
+    name = "ray-peft" if shutil.which("ray-peft") else name
     return f"{name} ui --tracking-uri {uri}" if uri and "@" not in uri else f"{name} ui"

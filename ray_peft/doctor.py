@@ -138,7 +138,7 @@ def _system() -> list[Finding]:
     memory = psutil.virtual_memory()
     limit = Path("/sys/fs/cgroup/memory.max")
     total = memory.total
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
         total = min(total, int(text))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     value = f"{total / GIB:.1f} GiB, {min(memory.available, total) / GIB:.1f} GiB available"
@@ -169,12 +169,37 @@ def _gpus() -> list[Finding]:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     value = f"{usable} of {len(gpus)}" + ("" if hidden is None else f", CUDA_VISIBLE_DEVICES={hidden}")
     if usable == 0 and hidden is None:
-        advice = "Install a CUDA build of torch that this driver supports."
-        return [*findings, Finding("GPUs for torch", value, "problem", advice)]
+        return [*findings, Finding("GPUs for torch", value, "problem", _cuda_build())]
     findings.append(Finding("GPUs for torch", value, "ok" if usable == len(gpus) else "note"))
     for index in range(usable):
         findings += _guarded(f"cuda:{index}", functools.partial(_try, index))
     return findings
+
+
+CUDA_BUILDS = (130, 128, 126)
+"""CUDA versions that torch is built for, as in cu130, the newest first."""
+
+
+def _cuda_build() -> str:
+    """What to do where the driver shows GPUs that torch cannot use."""
+    import pynvml
+    import torch
+
+    try:
+        number = pynvml.nvmlSystemGetCudaDriverVersion_v2()  # 12080 is CUDA 12.8
+        newest = number // 1000 * 10 + number % 1000 // 10
+    except pynvml.NVMLError:
+        newest = CUDA_BUILDS[0]
+    build = next((each for each in CUDA_BUILDS if each <= newest), None)
+    if build is None:
+        return f"This driver is for CUDA {newest / 10:g}; torch needs {CUDA_BUILDS[-1] / 10:g} or later: update it."
+    if torch.version.cuda:
+        return "torch is built for CUDA and finds no GPU: is the driver newer than the running kernel's? Restart."
+    release = torch.__version__.partition("+")[0]
+    return (
+        "This torch is built for CPUs. Install the one for this driver: python -m pip install --force-reinstall "
+        f"torch=={release} --index-url https://download.pytorch.org/whl/cu{build}"
+    )
 
 
 def _gpus_from_driver() -> tuple[str, list[GpuFacts]] | None:

