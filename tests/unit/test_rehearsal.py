@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import tiny
 
@@ -15,6 +17,13 @@ from ray_peft.spec import TrialSpec
 def files(shared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rehearsal")
     return tiny.build_model(folder / "model"), tiny.write_rows(folder / "rows.jsonl", tiny.QUESTIONS)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_known(tmp_path, monkeypatch):
+    """Predictions kept from earlier runs would pass without running anything."""
+    monkeypatch.setenv("RAY_PEFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys.modules["ray_peft.vram.predict"], "_known", {})
 
 
 def trial(files, **changes) -> TrialSpec:
