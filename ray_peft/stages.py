@@ -10,6 +10,7 @@ from ray_peft import measure
 from ray_peft.life import Life, Place, keep
 from ray_peft.methods.base import Stage
 from ray_peft.report.atomic import write_text
+from ray_peft.rounding import check_same_loss
 from ray_peft.tasks.base import Bench, Trained
 from ray_peft.tasks.memory import free_memory
 
@@ -75,7 +76,11 @@ def _taken_up(life: Life, bench: Bench, index: int, stage: Stage) -> bool:
 
 
 def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
-    """From one stage to the next: keep what the stage trained, merge it, and measure the loss on both sides."""
+    """From one stage to the next: keep what the stage trained, merge it, and measure the loss on both sides.
+
+    Raises:
+        TrialFailed: the merge changed the loss by more than rounding does.
+    """
     first = life.place.rank == 0
     folder = stage_folder(life.place, index)
     if first:
@@ -85,6 +90,7 @@ def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
                 _write_stage(life, folder)
             elif life.tracker is not None:  # taken up: other workers may still read it, and this run has none yet
                 life.tracker.artifact(folder, folder.name)
+    held = bench.dtypes()
     for moment in (f"after stage {index + 1}", f"after merge {index + 1}"):
         if moment.startswith("after merge"):
             with life.clock.phase("train"):
@@ -93,3 +99,15 @@ def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
             with life.clock.phase("evaluate"):
                 life.boundaries[moment] = bench.eval_loss()
             life.report({f"boundary_loss.{moment.replace(' ', '_')}": life.boundaries[moment]}, life.trained.steps)
+    before, after = _told_to_all(life, index)
+    check_same_loss(before, after, [*held, *bench.dtypes()], f"merging what {stage.name} trained")
+
+
+def _told_to_all(life: Life, index: int) -> list[float]:
+    """The losses on both sides of a merge, which rank 0 has measured: all workers must end, or go on, together."""
+    losses = [life.boundaries.get(f"after {moment} {index + 1}", 0.0) for moment in ("stage", "merge")]
+    if life.place.num_workers > 1:
+        import torch.distributed
+
+        torch.distributed.broadcast_object_list(losses, src=0)
+    return losses

@@ -32,7 +32,7 @@ class Ensemble(Method):
     tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft"})
     members: tuple[Member, ...] = Field(min_length=2)
 
-    def arithmetic(self, dtype: Dtype) -> str:
+    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
         """Of the members, which differ."""
         return "that of each member"
 

@@ -62,6 +62,7 @@ def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTra
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
+    from ray_peft.tasks.llm_sft.targets import four_bit_layers
     from ray_peft.vram.stand_ins import quantize
 
     method = stage or spec.method
@@ -73,8 +74,7 @@ def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTra
         )
     quantization = method.quantization() or (None if method.needs_full_weights else spec.model.quantization)
     if quantization is not None:
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        quantize(model, quantization, but=head)  # every linear layer but the output's, as transformers does it
+        quantize(model, quantization, four_bit_layers(model))
     add_fused_lm_head(model)
     model.requires_grad_(False)
     return model

@@ -207,11 +207,19 @@ class _MatMul4Bit(Function):
         return made, None, None, None
 
 
-def quantize(model: Any, how: Quantization, but: nn.Module | None = None) -> None:
-    """Store every linear layer of `model`, but one, as bitsandbytes does."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module is not but:
-            model.set_submodule(name, quantized_linear(module, how))
+def quantize(model: Any, how: Quantization, names: Iterable[str] | None = None) -> None:
+    """Store the named layers of `model`, by default all linear ones, as bitsandbytes does."""
+    from transformers.pytorch_utils import Conv1D
+
+    if names is None:
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in list(names):
+        module = model.get_submodule(name)
+        if isinstance(module, Conv1D):  # GPT-2's linear layer, whose matrix lies the other way round
+            linear = nn.Linear(module.nx, module.nf, device="meta", dtype=module.weight.dtype)
+            linear.bias = module.bias
+            module = linear
+        model.set_submodule(name, quantized_linear(module, how))
     model.is_loaded_in_4bit = True  # what PEFT and diffusers ask for
 
 

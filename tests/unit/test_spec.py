@@ -166,3 +166,12 @@ def test_fp16_is_refused_where_gradients_need_it_and_cautioned_where_not():
     (caution,) = spec({"name": "qlora", "compute_dtype": "float16"}).cautions()
     assert "qlora: the 4-bit base's compute_dtype is float16" in caution
     assert len(spec(model__dtype="float16").cautions()) == 1
+
+
+def test_what_happens_to_unusable_rows_is_no_other_trial():
+    data = spec().plain()["data"]
+    skipping = type(spec()).from_plain({**spec().plain(), "data": {**data, "unusable": "skip"}})
+    assert skipping.data.unusable == "skip"
+    assert skipping.trial_id == spec().trial_id
+    with pytest.raises(ValidationError, match="unusable"):
+        type(spec()).from_plain({**spec().plain(), "data": {**data, "unusable": "drop"}})

@@ -334,6 +334,15 @@ def test_a_cubed_number_is_in_float32_as_under_cuda_s_autocast(shared):
         assert NewGELUActivation()(x).dtype == torch.bfloat16
 
 
+def test_gpt2_s_layers_are_stored_in_4_bits_too(shared):
+    from transformers import GPT2Config
+
+    gpt2 = GPT2Config(vocab_size=512, n_embd=128, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    matrices, rest = 2 * 12 * 128 * 128, (512 + 64) * 128 + 2 * 13 * 128 + 2 * 128
+    found = parts(ModelShape.from_config(gpt2), {"name": "qlora", "rank": 2, "targets": ["c_attn"]})
+    assert close(found["weights"], matrices // 2 + 2 * rest, 30)
+
+
 def test_only_a_method_s_own_settings_are_left_out_of_what_decides_memory():
     from ray_peft.methods.galore import GaLore
     from ray_peft.methods.lora import LoRA
@@ -362,3 +371,13 @@ def test_predictions_on_disk_are_of_all_code_that_makes_them():
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ray_peft.tasks."):
                 used.add(node.module.removeprefix("ray_peft.").replace(".", "/") + ".py")
     assert used - {"tasks/cache.py", "tasks/memory.py"} == set(RUN_ON_SHAPES)
+
+
+def test_rows_that_are_scored_may_be_longer_than_those_trained_on(shape):
+    lora = spec({"name": "lora", "rank": 4})
+    plain = predict(lora, shape, longest_tokens=32)
+    longer = predict(lora, shape, longest_tokens=32, longest_scored=96)
+    assert plain == predict(lora, shape, longest_tokens=32, longest_scored=32)
+    assert longer.peak_allocated == plain.peak_allocated  # training sees its own rows
+    assert longer.evaluation > plain.evaluation
+    assert longer.evaluation == predict(lora, shape, longest_tokens=96).evaluation

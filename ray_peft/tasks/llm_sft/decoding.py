@@ -63,6 +63,16 @@ def unused_settings(model: ModelSpec) -> list[str]:
     return sorted(name for name in unused if name not in (*_OF_NO_EFFECT, *_SAMPLING))
 
 
+def cautions(model: ModelSpec) -> list[str]:
+    """What is said of them, at most one sentence."""
+    unused = unused_settings(model)
+    return (
+        [f"{model.name} sets {', '.join(unused)} for its answers, which are not used: answers are greedy"]
+        if unused
+        else []
+    )
+
+
 def in_place_of_invalid(folder: str, revision: str | None) -> GenerationConfig | None:
     """What a model is given in place of a generation config that transformers refuses to load; None if it does not.
 

@@ -139,6 +139,8 @@ def inference(spec: LlmTrialSpec, model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode in the spec's precision; training mode and checkpointing are restored after."""
     import torch
 
+    from ray_peft.tasks.llm_sft.routers import switched_off
+
     was_training = model.training
     checkpointing = getattr(model, "is_gradient_checkpointing", False)
     model.eval()  # type: ignore[no-untyped-call]
@@ -146,7 +148,7 @@ def inference(spec: LlmTrialSpec, model: PreTrainedModel) -> Iterator[None]:
         model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
     autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=spec.train.precision == "bf16")
     try:
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast, switched_off(model):
             yield
     finally:
         if checkpointing:
