@@ -14,6 +14,7 @@ from ray_peft.errors import StorageError, TrackingError
 from ray_peft.inspector import Inspector
 from ray_peft.keeping import LastSteps, Rows
 from ray_peft.ledger import Ledger, SweepRecord
+from ray_peft.rehearsal import rehearse
 from ray_peft.report.files import write_report
 from ray_peft.report.plain import console_table
 from ray_peft.result import Status, TrialResult
@@ -63,7 +64,7 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Console, inspector: Ins
         inspector: keeps what was found, for trials that are proposed later; null keeps nothing.
 
     Raises:
-        DataError, ModelError: something is missing or malformed.
+        DataError, ModelError: something is missing or malformed, or a method fails on its model.
         SpecError: a method's stage would be left without a step, or two members of an ensemble are the same.
     """
     inspector = inspector or Inspector()
@@ -78,14 +79,18 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Console, inspector: Ins
             if note not in notes:
                 console.say(note)
             notes[note] = None
-        one = inspector.settled(trial)
-        same += one.trial_id in settled
-        settled.setdefault(one.trial_id, one)
+        settled_trial = inspector.settled(trial)
+        same += settled_trial.trial_id in settled
+        settled.setdefault(settled_trial.trial_id, settled_trial)
     if same:
         console.say(
             f"{same} of {same + len(settled)} trials run once with others: they differ only in what changes no result"
         )
-    return Checked(list(settled.values()), list(notes))
+    checked = list(settled.values())
+    for note in rehearse(checked):
+        console.say(f"caution: {note}")
+        notes[f"caution: {note}"] = None
+    return Checked(checked, list(notes))
 
 
 @dataclass

@@ -101,7 +101,9 @@ def size(trial: TrialSpec, gpu: Gpu, gpu_memory_gib: float | None) -> Size:
         return Size(trial, None)
     try:
         return _size(trial, predictor, gpu, gpu_memory_gib)
-    except (ValueError, NotImplementedError):  # an architecture that cannot be built from its config here
+    except RayPeftError:
+        raise
+    except Exception:  # noqa: BLE001 - an architecture that cannot be built or run on shapes, whatever it raises
         return Size(trial, None)
 
 
@@ -142,7 +144,7 @@ def _ways(
     def predicted(variant: TrialSpec) -> Prediction | None:
         try:
             return predictor(variant, gpu)
-        except (RayPeftError, ValueError, NotImplementedError):
+        except Exception:  # noqa: BLE001 - a variant that cannot be predicted is none to suggest
             return None
 
     return tuple(nearest(trial, predicted, fits))

@@ -43,7 +43,8 @@ class LlmSft(TaskType[LlmTrialSpec]):
         """Load config and tokenizer, find the benchmarks and their data, and prepare the rows."""
         from ray_peft.tasks.llm_sft import benchmarks, counts, data, decoding, ensemble, fits, model, targets
 
-        model.load_config(spec.model)
+        for trial in (spec, *spec.members()):
+            model.check(trial.model)
         reach = targets.check(spec)
         benchmarks.check(spec)
         ensemble.check_members(spec)
