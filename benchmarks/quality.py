@@ -68,8 +68,8 @@ def stock(name: str, folder: Path) -> dict[str, Any]:
     from trl.trainer.utils import add_fused_lm_head
 
     from ray_peft.measure import GIB
-    from ray_peft.methods.base import PROJECTIONS
     from ray_peft.metrics.text_scores import bleu4, rouge_l
+    from ray_peft.reach.targets import PROJECTIONS
     from ray_peft.space import load
     from ray_peft.tasks.llm_sft import data, evaluate
     from ray_peft.tasks.llm_sft.task import LlmSft

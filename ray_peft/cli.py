@@ -244,7 +244,7 @@ def _run(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from ray_peft.sweeps import plan
 
-    trials = plan(options.space, options.overrides, options.profile)
+    trials = plan(options.space, options.overrides, options.profile, Console(quiet=options.json))
     from ray_peft import forecast
     from ray_peft.gpus import ANY, known
     from ray_peft.report.labels import labels

@@ -67,7 +67,7 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Console) -> list[str]:
         if key not in seen:
             seen[key] = task.inspect(trial)
         trial.method.stages(task.total_steps(trial, seen[key].train_rows))
-        found = [f"data: {note}" for note in seen[key].notes]
+        found = [f"data: {note}" for note in seen[key].notes] + [f"method: {note}" for note in seen[key].method_notes]
         for note in found + [f"caution: {note}" for note in trial.cautions()]:
             if note not in notes:
                 console.say(note)

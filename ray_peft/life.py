@@ -134,6 +134,7 @@ class Life:
         self.scored = Scored(Scores())
         self.adapter_bytes = 0
         self.storage: dict[str, int] = {}
+        self.four_bit_share: float | None = None
         self.boundaries: dict[str, float] = {}
         self.weights: dict[str, float] = {}
         self.predicted: dict[str, float] = {}
@@ -220,7 +221,7 @@ class Life:
             steps=trained.steps,
             resumed_from_step=trained.resumed_from_step,
             members=self.weights,
-            arithmetic=self.spec.method.arithmetic(self.spec.model.dtype),
+            arithmetic=self.spec.method.arithmetic(self.spec.model.dtype, self.four_bit_share),
             chosen=dict(self.place.chosen),
             lowered=dict(self.lowered),
             predicted=self.predicted,
@@ -228,6 +229,7 @@ class Life:
             total_parameters=self.parameters[1],
             adapter_bytes=self.adapter_bytes,
             storage=self.storage,
+            four_bit_share=self.four_bit_share,
             mlflow_run_id=self.run_id,
             error=error,
             provenance=self.provenance,

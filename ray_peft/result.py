@@ -135,6 +135,8 @@ class TrialResult(Measured):
     """Bytes on disk of what was trained: the adapter, or the full weights."""
     storage: dict[str, int] = {}
     """Bytes of the base's weights in memory by how they are held, such as "nf4" and "bfloat16"."""
+    four_bit_share: float | None = None
+    """Share of the base's weights that are in 4 bits; None where none is meant to be, or where it was not counted."""
     mlflow_run_id: str | None = None
     untracked: str | None = None
     """Why the tracking store lacks this result; null if it has it."""

@@ -30,8 +30,9 @@ MAX_TRIALS = 10_000
 """More cells than this is taken for a mistake in the file."""
 
 LONGEST_NAME = 120
-_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))}
+DEVICES = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))})
 """Names that Windows keeps for itself, with any ending."""
+_RESERVED = DEVICES if os.name == "nt" else frozenset()
 
 _NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
@@ -147,7 +148,7 @@ def _name(value: Any, source: str, problems: list[str]) -> str:
         or value.endswith(".")
         or len(value) > LONGEST_NAME
         or any(character in '<>:"/\\|?*' or ord(character) < 32 or ord(character) == 127 for character in value)
-        or value.partition(".")[0].upper() in _DEVICES
+        or value.partition(".")[0].upper() in _RESERVED
     ):
         problems.append(f"{source}: name: cannot name a folder on every system (found {_short(value)}); {way}")
     return str(value)

@@ -10,6 +10,7 @@ from ray_peft.errors import TrialFailed
 from ray_peft.life import Life, Place, keep
 from ray_peft.methods.base import Stage
 from ray_peft.report.atomic import write_text
+from ray_peft.rounding import check_same_loss
 from ray_peft.tasks import cost
 from ray_peft.tasks.base import Bench, Trained
 from ray_peft.tasks.finite import ways_out
@@ -79,7 +80,7 @@ def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
     """From one stage to the next: keep what the stage trained, merge it, and measure the loss on both sides.
 
     Raises:
-        TrialFailed: a loss is not finite.
+        TrialFailed: a loss is not finite, or the merge changed it by more than rounding does.
     """
     first = life.place.rank == 0
     folder = stage_folder(life.place, index)
@@ -90,6 +91,7 @@ def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
                 _write_stage(life, folder)
             elif life.tracker is not None:  # taken up: other workers may still read it, and this run has none yet
                 life.tracker.artifact(folder, folder.name)
+    held = bench.dtypes()
     for moment in (f"after stage {index + 1}", f"after merge {index + 1}"):
         if moment.startswith("after merge"):
             with life.clock.phase("train"):
@@ -97,7 +99,25 @@ def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
         if first:
             with life.clock.phase("evaluate"):
                 life.boundaries[moment] = bench.eval_loss()
-            loss = life.boundaries[moment]
-            life.report({f"boundary_loss.{moment.replace(' ', '_')}": loss}, life.trained.steps)
-            if not math.isfinite(loss):  # nothing that starts from these weights can end well
-                raise TrialFailed(f"the held-out loss is {loss} {moment}; {ways_out(life.runs, stage)}")
+            life.report({f"boundary_loss.{moment.replace(' ', '_')}": life.boundaries[moment]}, life.trained.steps)
+            if life.place.num_workers == 1:  # nothing that starts from these weights can end well
+                _check_finite(life, stage, moment, life.boundaries[moment])
+    before, after = _told_to_all(life, index)
+    for moment, loss in ((f"after stage {index + 1}", before), (f"after merge {index + 1}", after)):
+        _check_finite(life, stage, moment, loss)
+    check_same_loss(before, after, [*held, *bench.dtypes()], f"merging what {stage.name} trained")
+
+
+def _check_finite(life: Life, stage: Stage, moment: str, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise TrialFailed(f"the held-out loss is {loss} {moment}; {ways_out(life.runs, stage)}")
+
+
+def _told_to_all(life: Life, index: int) -> list[float]:
+    """The losses on both sides of a merge, which rank 0 has measured: all workers must end, or go on, together."""
+    losses = [life.boundaries.get(f"after {moment} {index + 1}", 0.0) for moment in ("stage", "merge")]
+    if life.place.num_workers > 1:
+        import torch.distributed
+
+        torch.distributed.broadcast_object_list(losses, src=0)
+    return losses

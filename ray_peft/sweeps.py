@@ -435,14 +435,19 @@ def _placement_line(nodes: list[Node], demands: list[Demand], missing: int) -> s
     return f"{gpus} GPUs and {cpus} CPU cores on {len(nodes)} nodes; {missing} trials to run, each {each}"
 
 
-def plan(space: str | Path, overrides: list[str] | None = None, profile: str | None = None) -> list[TrialSpec]:
-    """The trials of a search space, checked, without loading weights or starting Ray.
+def plan(
+    space: str | Path,
+    overrides: list[str] | None = None,
+    profile: str | None = None,
+    console: Console | None = None,
+) -> list[TrialSpec]:
+    """The trials of a search space, checked, without loading weights or starting Ray; notes go to `console`.
 
     Raises:
         RayPeftError: a wrong search space, or missing or malformed data or model.
     """
     loaded = load(space, overrides, profile)
-    experiment.inspect_trials(loaded.trials, Console(quiet=True))
+    experiment.inspect_trials(loaded.trials, console or Console(quiet=True))
     if not loaded.trials:
         raise SearchSpaceError(f"{space}: has no trials")
     return loaded.trials

@@ -136,7 +136,7 @@ def _run(life: Life) -> TrialResult:
         bench = TASKS[spec.task].load(life.runs, place.device)
     life.provenance = life.provenance.model_copy(update=provenance(bench, place))
     life.parameters = (0, bench.parameters()[1])
-    life.storage = bench.storage()
+    life.storage, life.four_bit_share = bench.storage(), bench.four_bit_share()
     life.lowered = bench.lowered
     bench.costs = life.costs
     if place.rank == 0 and place.device != "cpu":

@@ -41,7 +41,7 @@ class Ensemble(Method):
             raise ValueError(f"an ensemble needs at least two members (found {len(members)})")
         return members
 
-    def arithmetic(self, dtype: Dtype) -> str:
+    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
         """Of the members, which differ."""
         return "that of each member"
 

@@ -162,6 +162,11 @@ class TrialSpec(Strict):
         plain = self.plain()
         if plain["train"]["fit"] is None:  # came later: the rows of earlier sweeps keep their trials
             del plain["train"]["fit"]
+        if self.task == "llm_sft":  # came later; where nothing fails it changes nothing
+            del plain["data"]["unusable"]
+            for name, default in (("template_date", "2024-07-26"), ("special_tokens", "text")):
+                if plain["data"][name] == default:
+                    del plain["data"][name]
         canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
         return f"{self.method.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -19,9 +21,10 @@ class SourceSpec(Strict):
 
     recipe: Recipe
     path: str = Field(min_length=1)
-    """A .jsonl or .json file (also as .gz), a .parquet file, or a hub data set id."""
+    """A .jsonl, .json, .csv or .tsv file (also as .gz), a .parquet file, a folder with shards of one of these kinds, or
+    a hub data set id."""
     test_path: str | None = None
-    """A file with the held-out rows; null takes them from `path`, apart from the training rows."""
+    """A file or folder with the held-out rows; null takes them from `path`, apart from the training rows."""
     train: int | float = Field(gt=0)
     """Training rows: a count (int), or a fraction of all rows (float up to 1.0, which means all others)."""
     test: int | float = Field(gt=0)
@@ -69,6 +72,13 @@ class DataSpec(Strict):
     """What happens to a longer training row: keep its first `max_length` tokens, or leave it out. Both are counted."""
     chat_template: str | None = None
     """A .jinja file that replaces the tokenizer's chat template; null keeps the model's own."""
+    template_date: date = date(2024, 7, 26)
+    """The day that a chat template prints if it prints one, so that equal rows are equal whenever they are prepared."""
+    special_tokens: Literal["text", "control"] = "text"
+    """What special tokens such as <|im_end|> are in the text of a row: text, or the tokens that end and begin turns."""
+    unusable: Literal["fail", "skip"] = "fail"
+    """What happens to a row that cannot be read or lacks what its recipe reads: nothing starts, or it is left out.
+    Rows that hold nothing to learn from, such as empty answers, are left out either way. All are counted and named."""
     contamination: ContaminationSpec = ContaminationSpec()
     """The rule for training rows that repeat held-out rows of any source."""
 
@@ -156,6 +166,16 @@ class LlmTrialSpec(TrialSpec):
     def scored_as(self) -> tuple[object, ...]:
         """Which rows are answered, and at what length."""
         return (self.evaluation.rows, self.evaluation.max_new_tokens)
+
+    def looked_for(self) -> list[str]:
+        """The layers that its stages train and with which rank, and how the base is stored."""
+        found = []
+        for trial in self.members() or [self]:
+            storage = trial.quantization.plain() if trial.quantization else None
+            for key, stage in trial.method.parts():
+                decides = [getattr(stage, name, None) for name in ("targets", "rank", "dropout")]
+                found.append(json.dumps([key, stage.name, *decides, storage]))
+        return found
 
     def members(self) -> list[Self]:
         """Of an ensemble, the trials that it is made of, in the order of its settings; else none."""

@@ -93,6 +93,8 @@ class Inspection:
     data_key: str
     """Content hash of the prepared rows."""
     train_rows: int
+    method_notes: list[str] = field(default_factory=list)
+    """What a reader must know of the method on this model: layers that it does not reach."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,10 @@ class DataReport:
     """The same in words."""
     error: str | None = None
     """Why the preparation was refused."""
+    remarks: list[str] = field(default_factory=list)
+    """What else a reader must know of the rows, a sentence each."""
+    unusable_rows: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The first rows left out when read, by source and reason, such as `rows 3, 10 and 17`."""
 
 
 class Bench(ABC):
@@ -191,9 +197,17 @@ class Bench(ABC):
         """`scores` with those of the further benchmarks that the trial asks for."""
         return scores
 
+    @abstractmethod
+    def dtypes(self) -> set[str]:
+        """The dtypes of its weights as they are now and of its matrix products, such as {"float32", "bfloat16"}."""
+
     def storage(self) -> dict[str, int]:
         """Bytes of the base's weights in memory by how they are held; empty if that is not told apart."""
         return {}
+
+    def four_bit_share(self) -> float | None:
+        """Share of the base's weights that are in 4 bits; None where none is meant to be, or nobody has counted."""
+        return None
 
     @abstractmethod
     def save(self, folder: Path, dtype: Dtype | None = None) -> None:

@@ -63,6 +63,7 @@ def predict(
     shape: ModelShape,
     *,
     longest_tokens: int,
+    longest_scored: int | None = None,
     padded: bool | None = None,
     gpu: Gpu = ANY,
     others: Mapping[str, ModelShape] | None = None,
@@ -73,6 +74,7 @@ def predict(
         spec: the trial.
         shape: its model's.
         longest_tokens: of a training row, at most `data.max_length`.
+        longest_scored: of a row or prompt outside of training; None takes that of training.
         padded: rows of a pass differ in length; null assumes it where a pass holds several.
         gpu: decides the workspace of matrix products and the slack of the allocator.
         others: the shapes of `vae` and `text_encoder` beside a UNet; null predicts nothing of what they take.
@@ -85,14 +87,18 @@ def predict(
         return _image(spec, shape, gpu, others or {})
     if not isinstance(spec, LlmTrialSpec):
         raise NotImplementedError(f"task {spec.task} has no memory prediction")
-    members = [predict(m, shape, longest_tokens=longest_tokens, padded=padded, gpu=gpu) for m in spec.members()]
+    outside = longest_scored or longest_tokens
+    members = [
+        predict(m, shape, longest_tokens=longest_tokens, longest_scored=outside, padded=padded, gpu=gpu)
+        for m in spec.members()
+    ]
     if members:
         together = sum(member.evaluation or 0 for member in members)
         return Prediction({"evaluation": together}, together, _segments(together, gpu.slack), together)
     uneven = spec.train.micro_batch_size > 1 if padded is None else padded
     stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
     held_for: list[Stage | None] = [*stages] or [None]
-    scored = [_evaluation(spec, stage, shape, longest_tokens) for stage in held_for]
+    scored = [_evaluation(spec, stage, shape, outside) for stage in held_for]
     evaluation = max(found["model"] + max(found["scoring"], found["answering"]) for found in scored) + gpu.workspace
     if not stages:
         held = scored[0]["model"]
@@ -238,7 +244,7 @@ def _code() -> str:
     """A digest of all that computes a prediction: this package, the methods, the libraries."""
     digest = hashlib.sha256()
     package = Path(__file__).parent.parent
-    used = [*(package / "vram").glob("*.py"), *(package / "methods").glob("*.py")]
+    used = [file for part in ("vram", "methods", "reach") for file in (package / part).glob("*.py")]
     images = package / "tasks" / "text_to_image"
     for file in [*sorted(used), images / "passes.py", images / "style.py"]:
         digest.update(file.read_bytes())

@@ -215,6 +215,19 @@ def test_exported_weights_load_with_the_plain_libraries_and_keep_the_loss(
     assert main(["export", *given, "--out", str(tmp_path / "exported")]) == 2  # not over what is there
 
 
+def test_an_export_with_another_loss_is_refused_and_leaves_nothing(swept, tmp_path, capsys, monkeypatch):
+    from ray_peft.cli import main
+    from ray_peft.methods.lora import LoRA
+
+    monkeypatch.setattr(LoRA, "merge", lambda stage, model: model.unload())  # forgets the adapter
+    _, outcome = swept
+    (lora,) = [each for each in outcome.results if each.spec.method.name == "lora"]
+    given = [lora.mlflow_run_id, "--format", "merged", "--dtype", "fp32", "--tracking-uri", outcome.tracking_uri]
+    assert main(["export", *given, "--out", str(tmp_path / "exported")]) == 2
+    assert "writing merged weights in float32 changed the held-out loss from " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_exported_is_refused_with_the_way_out(swept, tmp_path, capsys):
     from ray_peft.cli import main
 

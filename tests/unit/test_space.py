@@ -291,7 +291,6 @@ SEARCH = {"samples": 4}
         ({"name": ""}, "name: cannot name a folder"),
         ({"name": "../escaped"}, "name: cannot name a folder on every system (found '../escaped')"),
         ({"name": "a:b"}, "cannot name a folder"),
-        ({"name": "nul.txt"}, "cannot name a folder"),
         ({"name": "ends."}, "cannot name a folder"),
         ({"name": "x" * 200}, "cannot name a folder"),
         (
@@ -306,6 +305,13 @@ def test_what_looks_right_and_is_not_is_said(changes, words):
         changed(**changes, search=SEARCH) if "distribution" in words or "mean" in words else changed(**changes)
     )
     assert any(words in line for line in lines), lines
+
+
+def test_names_that_windows_keeps_for_itself_are_refused_there(monkeypatch):
+    text = changed(name="nul.txt")
+    assert parsed(text).name == "nul.txt"
+    monkeypatch.setattr(space, "_RESERVED", space.DEVICES)
+    assert "cannot name a folder" in refused(text)[0]
 
 
 def test_merge_keys_bring_settings_that_a_cell_may_replace():

@@ -173,3 +173,12 @@ def test_fit_auto_is_cautioned_where_another_gpu_would_give_other_digits():
     assert "on another GPU losses differ in their last digits, in fp32 they do not" in caution
     assert spec({"name": "lora"}, train__fit="auto", train__precision="fp32").cautions() == []
     assert spec({"name": "none"}, train__fit="auto", train__precision="bf16").cautions() == []
+
+
+def test_what_happens_to_unusable_rows_is_no_other_trial():
+    data = spec().plain()["data"]
+    skipping = type(spec()).from_plain({**spec().plain(), "data": {**data, "unusable": "skip"}})
+    assert skipping.data.unusable == "skip"
+    assert skipping.trial_id == spec().trial_id
+    with pytest.raises(ValidationError, match="unusable"):
+        type(spec()).from_plain({**spec().plain(), "data": {**data, "unusable": "drop"}})

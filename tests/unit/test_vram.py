@@ -282,3 +282,13 @@ def test_other_families_need_no_code_of_their_own(shared, family):
     )  # fmt: skip
     found = parts(ModelShape.from_config(json.loads(config.to_json_string())), {"name": "qlora", "rank": 2})
     assert {"weights", "quantization", "adapters", "activations"} <= set(found)
+
+
+def test_rows_that_are_scored_may_be_longer_than_those_trained_on(shape):
+    lora = spec({"name": "lora", "rank": 4})
+    plain = predict(lora, shape, longest_tokens=32)
+    longer = predict(lora, shape, longest_tokens=32, longest_scored=96)
+    assert plain == predict(lora, shape, longest_tokens=32, longest_scored=32)
+    assert longer.peak_allocated == plain.peak_allocated  # training sees its own rows
+    assert longer.evaluation > plain.evaluation
+    assert longer.evaluation == predict(lora, shape, longest_tokens=96).evaluation

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 from ray_peft.errors import DataError, SpecError, first_line
 from ray_peft.result import Scores
 from ray_peft.spec import BenchmarksSpec, LlmTrialSpec
-from ray_peft.tasks.llm_sft.decoding import greedy
+from ray_peft.tasks.llm_sft.decoding import end_of_answers, greedy
 from ray_peft.tasks.llm_sft.task_files import python_in
 from ray_peft.tasks.memory import free_memory, is_out_of_memory
 
@@ -86,7 +86,7 @@ def measure(
     """
     asked = spec.evaluation.benchmarks
     assert asked is not None
-    with _ready(asked) as manager, greedy(model, tokenizer):
+    with _ready(asked) as manager, greedy(model, tokenizer, end_of_answers(spec, tokenizer)):
         from lm_eval import simple_evaluate
 
         found = simple_evaluate(

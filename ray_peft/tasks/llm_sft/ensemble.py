@@ -40,8 +40,8 @@ def check_members(spec: LlmTrialSpec) -> None:
     Raises:
         ModelError: a member's model is missing, or has another tokenizer than the trial's own model.
     """
-    from ray_peft.tasks.llm_sft.data import load_tokenizer
     from ray_peft.tasks.llm_sft.model import load_config
+    from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
 
     own = None
     for place, member in enumerate(spec.members()):

@@ -39,13 +39,19 @@ class LlmSft(TaskType[LlmTrialSpec]):
 
     def inspect(self, spec: LlmTrialSpec) -> Inspection:
         """Load config and tokenizer, find the benchmarks and their data, and prepare the rows."""
-        from ray_peft.tasks.llm_sft import benchmarks, data, ensemble, model
+        from ray_peft.tasks.llm_sft import benchmarks, counts, data, decoding, ensemble, fits, model, targets
 
         model.load_config(spec.model)
+        reach = targets.check(spec)
         benchmarks.check(spec)
         ensemble.check_members(spec)
         prepared = _rows_to_look_at(spec)
-        return Inspection(data.notes(prepared, spec.data), prepared.key, len(prepared.train))
+        cautions = counts.cautions(prepared.facts)
+        for own in {part.model.name: part.model for part in (spec, *spec.members())}.values():
+            cautions += fits.check(spec, own, model.load_config(own), prepared)
+            cautions += decoding.cautions(own) if spec.evaluation.generate else []
+        notes = data.notes(prepared, spec.data) + [f"caution: {caution}" for caution in cautions]
+        return Inspection(notes, prepared.key, len(prepared.train), reach)
 
     def data_report(self, spec: LlmTrialSpec) -> DataReport:
         """Prepare the rows and count them and their tokens."""
@@ -98,7 +104,8 @@ class LlmSft(TaskType[LlmTrialSpec]):
 
 def _rows(spec: LlmTrialSpec) -> tuple[PreTrainedTokenizerBase, PreparedData]:
     """A trial's tokenizer and prepared rows."""
-    from ray_peft.tasks.llm_sft.data import load_tokenizer, prepare
+    from ray_peft.tasks.llm_sft.data import prepare
+    from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(spec)
     return tokenizer, prepare(spec, tokenizer)
@@ -129,19 +136,21 @@ def _stamps(spec: LlmTrialSpec) -> list[tuple[str, int, int]]:
     files: list[Path] = []
     for path in map(Path, filter(None, named)):
         files += sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
 
 
 def _predictor(spec: LlmTrialSpec, rows: PreparedData) -> Callable[[LlmTrialSpec, Gpu], Prediction]:
-    """Predicts a trial's peak memory, with passes as long as the longest of its rows."""
+    """Predicts a trial's peak memory, with passes as long as the longest rows that it trains on, and that it scores."""
     from ray_peft.tasks.llm_sft.model import load_config
     from ray_peft.vram import ModelShape, predict
 
     shape = ModelShape.from_config(load_config(spec.model))
-    longest = max(map(len, rows.train["input_ids"]))
+    trained, scored = max(map(len, rows.train["input_ids"])), rows.facts.longest
 
     def of(variant: LlmTrialSpec, gpu: Gpu) -> Prediction:
-        return predict(variant, shape, longest_tokens=min(longest, variant.data.max_length), gpu=gpu)
+        limit = variant.data.max_length
+        longest, longest_scored = min(trained, limit), min(scored, limit)
+        return predict(variant, shape, longest_tokens=longest, longest_scored=longest_scored, gpu=gpu)
 
     return of
 
@@ -158,12 +167,14 @@ class LlmBench(Bench):
         model: PreTrainedModel,
     ) -> None:
         from ray_peft.tasks.llm_sft.model import fingerprint
+        from ray_peft.tasks.parameters import held_weights
 
         self.spec = spec
         self.device = device
         self.tokenizer = tokenizer
         self.data = data
         self.model = model
+        self.held = held_weights(model)
         self.lowered = {}
         self.data_key = data.key
         self.model_fingerprint = fingerprint(spec.model)
@@ -177,6 +188,20 @@ class LlmBench(Bench):
         from ray_peft.tasks.parameters import count_parameters
 
         return count_parameters(self.model)
+
+    def dtypes(self) -> set[str]:
+        """The dtypes of its weights and of its matrix products."""
+        from ray_peft.tasks.parameters import computed_in
+
+        return computed_in(self.spec, self.model)
+
+    def storage(self) -> dict[str, int]:
+        """Bytes of the model as it was loaded, by how they are held."""
+        return self.held.num_bytes
+
+    def four_bit_share(self) -> float | None:
+        """Share of the model's weights that are in 4 bits; None where it is not quantised."""
+        return self.held.four_bit_share if self.spec.quantization is not None else None
 
     def predicted(self) -> Prediction:
         """The peak with passes as long as the longest training row, on the GPU that is here."""
@@ -193,13 +218,15 @@ class LlmBench(Bench):
 
     def train(self, stage: Stage, steps: int, first_step: int, folder: Path, report: Report) -> Trained:
         """Train the attached stage with TRL's SFTTrainer."""
+        from ray_peft.tasks.llm_sft.routers import setting_kept
         from ray_peft.tasks.llm_sft.train import StageJob, train_stage
 
         job = StageJob(
             stage, steps, first_step, self.data.train, folder, self.device, report, self.eval_loss,
             lowered=self.lowered, rehearse=self.device != "cpu", costs=self.costs,
         )  # fmt: skip
-        return train_stage(self.spec, job, self.model, self.tokenizer)
+        with setting_kept(self.model):
+            return train_stage(self.spec, job, self.model, self.tokenizer)
 
     def restore(self, folder: Path) -> None:
         """Load a saved adapter into the attached one."""

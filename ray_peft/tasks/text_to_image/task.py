@@ -35,14 +35,14 @@ class TextToImage(TaskType[ImageTrialSpec]):
         configs = model.load_configs(spec.model)
         model.load_noise(spec)
         _check_resolution(spec, configs.parts)
-        _check_targets(spec, configs.parts["unet"])
+        reach = _check_targets(spec, configs.parts["unet"])
         tokenizer = model.load_tokenizer(spec.model)
         pictures = data.prepare(spec.data)
         found = data.notes(pictures, spec.data)
         if cut := latents.long_captions(pictures.train, tokenizer):
             longest = int(tokenizer.model_max_length)
             found.append(f"{len(cut)} training captions are cut to {longest} tokens, such as that of {cut[0].name}")
-        return Inspection(found, pictures.key, len(pictures.train))
+        return Inspection(found, pictures.key, len(pictures.train), reach)
 
     def data_report(self, spec: ImageTrialSpec) -> DataReport:
         """Look at every image and count them."""
@@ -113,21 +113,23 @@ def _check_resolution(spec: ImageTrialSpec, parts: dict[str, dict[str, Any]]) ->
         )
 
 
-def _check_targets(spec: ImageTrialSpec, config: dict[str, Any]) -> None:
-    """An adapter's targets are layers of the UNet, which a typing error would only show after loading."""
+def _check_targets(spec: ImageTrialSpec, config: dict[str, Any]) -> list[str]:
+    """An adapter's targets are layers of the UNet, which a typing error would only show after loading.
+
+    Raises:
+        ModelError: one is not.
+    """
     if not isinstance(spec.method, LowRankAdapter):
-        return
+        return []
     import torch
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        names = [name for name, _ in UNet2DConditionModel.from_config(config).named_modules()]
-    for target in spec.method.targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ModelError(
-                f"method.targets: {target} is no layer of the UNet of {spec.model.name}; the attention projections are "
-                "to_q, to_k, to_v and to_out.0"
-            )
+        unet = UNet2DConditionModel.from_config(config)
+    try:
+        return spec.method.check(unet, of=f"the UNet of {spec.model.name}", key="method")
+    except ModelError as error:
+        raise ModelError(f"{error}; the attention projections are to_q, to_k, to_v and to_out.0") from None
 
 
 def _encoded(spec: ImageTrialSpec, device: str) -> tuple[Pictures, EncodedData]:
@@ -151,7 +153,7 @@ class ImageBench(Bench):
     def __init__(
         self, spec: ImageTrialSpec, device: str, pictures: Pictures, encoded: EncodedData, unet: nn.Module
     ) -> None:
-        from ray_peft.tasks.text_to_image.four_bit import held
+        from ray_peft.tasks.parameters import held_weights
         from ray_peft.tasks.text_to_image.model import fingerprint, load_noise
 
         self.spec = spec
@@ -160,7 +162,7 @@ class ImageBench(Bench):
         self.encoded = encoded
         self.model = unet
         self.lowered = {}
-        self._storage = held(unet)
+        self._held = held_weights(unet)
         self.schedule = load_noise(spec)
         self.data_key = pictures.key
         self.model_fingerprint = fingerprint(spec.model)
@@ -175,9 +177,19 @@ class ImageBench(Bench):
 
         return count_parameters(self.model)
 
+    def dtypes(self) -> set[str]:
+        """The dtypes of its weights and of its matrix products."""
+        from ray_peft.tasks.parameters import computed_in
+
+        return computed_in(self.spec, self.model)
+
     def storage(self) -> dict[str, int]:
         """Bytes of the UNet as it was loaded, by how they are held."""
-        return self._storage
+        return self._held.num_bytes
+
+    def four_bit_share(self) -> float | None:
+        """Share of the UNet's weights that are in 4 bits; None where it is not quantised."""
+        return self._held.four_bit_share if self.spec.quantization is not None else None
 
     def predicted(self) -> Prediction:
         """The peak of the UNet's training, on the GPU that is here."""

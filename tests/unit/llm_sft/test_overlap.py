@@ -11,6 +11,7 @@ from ray_peft.tasks.llm_sft import data
 from ray_peft.tasks.llm_sft.overlap import Gate, HeldOutRow, Overlap, refusal
 from ray_peft.tasks.llm_sft.recipes import Conversation
 from ray_peft.tasks.llm_sft.rows import Row
+from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
 
 PASSAGE = "the harbour was closed for nine days because the northern ice had drifted further south than any pilot knew"
 
@@ -116,7 +117,7 @@ def test_what_was_found_survives_json_and_is_told_with_the_way_out():
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model):
-    return data.load_tokenizer(TrialSpec.from_plain(tiny.plain_spec(tiny_model, "d/d")))
+    return load_tokenizer(TrialSpec.from_plain(tiny.plain_spec(tiny_model, "d/d")))
 
 
 @pytest.fixture
