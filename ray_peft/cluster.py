@@ -120,7 +120,8 @@ def _on_loopback_alone(address: str) -> bool:
     if host.strip("[]") not in ("127.0.0.1", "localhost", "::1") or not port.isdecimal():
         return False
     try:
-        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=5).close()  # type: ignore[no-untyped-call]
+        here: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        socket.create_connection((here, int(port)), timeout=5).close()
     except (OSError, OverflowError):
         return True
     return False

@@ -67,9 +67,11 @@ class Console:
         """Be quiet from now on where output ends, as in `ray-peft sweep FILE | head`: the trials go on."""
         try:
             yield
-        except OSError:
+        except BrokenPipeError:
             self._quiet = True
             abandon_output()
+        except OSError:  # a full disk, which the command line tells at the end
+            self._quiet = True
 
     def _clear(self) -> None:
         if self._shown:

@@ -100,11 +100,17 @@ def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
             with life.clock.phase("evaluate"):
                 life.boundaries[moment] = bench.eval_loss()
             life.report({f"boundary_loss.{moment.replace(' ', '_')}": life.boundaries[moment]}, life.trained.steps)
+            if life.place.num_workers == 1:  # nothing that starts from these weights can end well
+                _check_finite(life, stage, moment, life.boundaries[moment])
     before, after = _told_to_all(life, index)
     for moment, loss in ((f"after stage {index + 1}", before), (f"after merge {index + 1}", after)):
-        if not math.isfinite(loss):  # nothing that starts from these weights can end well
-            raise TrialFailed(f"the held-out loss is {loss} {moment}; {ways_out(life.runs, stage)}")
+        _check_finite(life, stage, moment, loss)
     check_same_loss(before, after, [*held, *bench.dtypes()], f"merging what {stage.name} trained")
+
+
+def _check_finite(life: Life, stage: Stage, moment: str, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise TrialFailed(f"the held-out loss is {loss} {moment}; {ways_out(life.runs, stage)}")
 
 
 def _told_to_all(life: Life, index: int) -> list[float]:

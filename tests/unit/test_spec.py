@@ -168,6 +168,13 @@ def test_fp16_is_refused_where_gradients_need_it_and_cautioned_where_not():
     assert len(spec(model__dtype="float16").cautions()) == 1
 
 
+def test_fit_auto_is_cautioned_where_another_gpu_would_give_other_digits():
+    (caution,) = spec({"name": "lora"}, train__fit="auto", train__precision="bf16").cautions()
+    assert "on another GPU losses differ in their last digits, in fp32 they do not" in caution
+    assert spec({"name": "lora"}, train__fit="auto", train__precision="fp32").cautions() == []
+    assert spec({"name": "none"}, train__fit="auto", train__precision="bf16").cautions() == []
+
+
 def test_what_happens_to_unusable_rows_is_no_other_trial():
     data = spec().plain()["data"]
     skipping = type(spec()).from_plain({**spec().plain(), "data": {**data, "unusable": "skip"}})
@@ -175,10 +182,3 @@ def test_what_happens_to_unusable_rows_is_no_other_trial():
     assert skipping.trial_id == spec().trial_id
     with pytest.raises(ValidationError, match="unusable"):
         type(spec()).from_plain({**spec().plain(), "data": {**data, "unusable": "drop"}})
-
-
-def test_fit_auto_is_cautioned_where_another_gpu_would_give_other_digits():
-    (caution,) = spec({"name": "lora"}, train__fit="auto", train__precision="bf16").cautions()
-    assert "on another GPU losses differ in their last digits, in fp32 they do not" in caution
-    assert spec({"name": "lora"}, train__fit="auto", train__precision="fp32").cautions() == []
-    assert spec({"name": "none"}, train__fit="auto", train__precision="bf16").cautions() == []
