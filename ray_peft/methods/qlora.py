@@ -42,6 +42,9 @@ class QLoRA(LowRankAdapter):
         config = adapted.peft_config[name]
         adapters = get_peft_model_state_dict(adapted, adapter_name=name)
         plain = adapted.unload().dequantize()
+        # transformers 5.23 leaves its mark, for which TRL would round all weights of a later stage to bfloat16.
+        if hasattr(plain, "is_loaded_in_4bit"):
+            plain.is_loaded_in_4bit = False
         again = get_peft_model(plain, config)
         set_peft_model_state_dict(again, adapters)
         merged: nn.Module = again.merge_and_unload()

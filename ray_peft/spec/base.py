@@ -160,6 +160,8 @@ class TrialSpec(Strict):
         plain = self.plain()
         if plain["train"]["fit"] is None:  # came later: the rows of earlier sweeps keep their trials
             del plain["train"]["fit"]
+        if plain["train"].get("engine") == "own":
+            del plain["train"]["engine"]
         canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
         return f"{self.method.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
 

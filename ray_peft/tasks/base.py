@@ -64,10 +64,24 @@ class Trained:
     seconds: float = 0.0
     """Wall seconds of training, without evaluations in between."""
     timed_steps: int = 0
-    """Optimizer steps within `seconds`: all but those that an interrupted run had done."""
+    """Optimizer steps within `seconds`: all but those before a checkpoint that does not say what they took."""
     losses: list[float] = field(default_factory=list)
     eval_losses: list[float] = field(default_factory=list)
     resumed_from_step: int | None = None
+
+
+class Costs:
+    """What a trial has cost so far, beside what `Trained` counts; checkpoints carry it. This one keeps nothing."""
+
+    def so_far(self) -> dict[str, Any]:
+        """Seconds and peaks from the trial's first start on, as JSON-like data."""
+        return {}
+
+    def take_up(self, earlier: dict[str, Any]) -> None:
+        """Count from what `so_far` returned when the checkpoint was written, in place of what was taken up before."""
+
+    def incomplete(self) -> None:
+        """Note that a checkpoint does not say what the steps before it took."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +144,8 @@ class Bench(ABC):
     model_fingerprint: str
     lowered: dict[str, int]
     """Settings that memory forced down so far, by key (tasks/memory.py)."""
+    costs: Costs = Costs()
+    """Of the trial that it belongs to."""
 
     @abstractmethod
     def total_steps(self) -> int:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ray_peft.errors import TrialFailed
-from ray_peft.methods.base import Stage
+from ray_peft.methods.base import Method, Stage
 from ray_peft.spec import TrialSpec
 
 
@@ -46,6 +46,35 @@ class FiniteGuard:
                 stage, train = self._stage, self._spec.train
                 raise TrialFailed(
                     f"{name} is {value} at step {self._first_step + step} ({stage.name}, lr {stage.lr:g}, "
-                    f"{stage.arithmetic(self._spec.model.dtype)}, precision {train.precision}); lower method.lr, add "
-                    "train.warmup_steps, or use train.precision: fp32"
+                    f"{stage.arithmetic(self._spec.model.dtype)}, precision {train.precision}); "
+                    f"{ways_out(self._spec, stage)}"
                 )
+
+
+def ways_out(spec: TrialSpec, stage: Stage | None) -> str:
+    """What may keep a trial's numbers finite: settings that it has, and that are not there yet.
+
+    Args:
+        spec: the trial.
+        stage: what trained its weights; None where nothing was trained.
+    """
+    ways = []
+    if stage is not None:
+        ways.append(f"lower {_key(spec.method, stage)}.lr")
+        if not spec.train.warmup_steps and not spec.train.warmup_ratio:
+            ways.append("add train.warmup_steps")
+    if spec.train.precision != "fp32":
+        ways.append("use train.precision: fp32")
+    if spec.model.dtype == "float16":
+        ways.append("use model.dtype: float32 or bfloat16")
+    if spec.quantization is not None and spec.quantization.compute_dtype == "float16":
+        ways.append("use compute_dtype: float32 or bfloat16 for the 4-bit base")
+    if stage is None:  # also of an ensemble, whose members may be such bases
+        ways.append(f"look for NaN and infinity in the weights of {spec.model.name}")
+    return f"{', '.join(ways[:-1])}, or {ways[-1]}" if len(ways) > 1 else ways[0]
+
+
+def _key(method: Method, stage: Stage) -> str:
+    """Where a stage's settings stand: `method`, or its part of a method of several stages."""
+    parts = [name for name in type(method).model_fields if getattr(method, name) == stage]
+    return f"method.{parts[0]}" if parts else "method"

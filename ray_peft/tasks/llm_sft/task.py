@@ -192,14 +192,18 @@ class LlmBench(Bench):
         self.model = cast("PreTrainedModel", stage.attach(self.model))
 
     def train(self, stage: Stage, steps: int, first_step: int, folder: Path, report: Report) -> Trained:
-        """Train the attached stage with TRL's SFTTrainer."""
-        from ray_peft.tasks.llm_sft.train import StageJob, train_stage
+        """Train the attached stage."""
+        from ray_peft.engine.member import Job
+        from ray_peft.tasks.llm_sft import train, trl_engine
 
-        job = StageJob(
-            stage, steps, first_step, self.data.train, folder, self.device, report, self.eval_loss,
-            lowered=self.lowered, rehearse=self.device != "cpu",
+        job = Job(
+            self.spec, stage, steps, first_step, folder, self.device, report, self.eval_loss,
+            lowered=self.lowered, costs=self.costs,
         )  # fmt: skip
-        return train_stage(self.spec, job, self.model, self.tokenizer)
+        given = (self.spec, job, self.data.train, self.model, self.tokenizer)
+        if self.spec.train.engine == "trl":
+            return trl_engine.train_stage(*given)
+        return train.train_stage(*given, rehearse=self.device != "cpu")
 
     def restore(self, folder: Path) -> None:
         """Load a saved adapter into the attached one."""

@@ -30,18 +30,25 @@ class TextToImage(TaskType[ImageTrialSpec]):
 
     def inspect(self, spec: ImageTrialSpec) -> Inspection:
         """Read the pipeline's configurations and tokenizer, and look at every image."""
-        from ray_peft.tasks.text_to_image import data, latents, model
+        from ray_peft.tasks.text_to_image import data, fits, latents, model
+        from ray_peft.tasks.text_to_image.schedule import check_evaluation
 
         configs = model.load_configs(spec.model)
-        model.load_noise(spec)
+        scored = check_evaluation(spec, configs, model.load_noise(spec))
         _check_resolution(spec, configs.parts)
         _check_targets(spec, configs.parts["unet"])
         tokenizer = model.load_tokenizer(spec.model)
+        fits.check_parts(spec, configs, tokenizer)
         pictures = data.prepare(spec.data)
         found = data.notes(pictures, spec.data)
-        if cut := latents.long_captions(pictures.train, tokenizer):
-            longest = int(tokenizer.model_max_length)
-            found.append(f"{len(cut)} training captions are cut to {longest} tokens, such as that of {cut[0].name}")
+        longest = int(tokenizer.model_max_length)
+        for split, chosen in (("training", pictures.train), ("held-out", pictures.test)):
+            if cut := latents.long_captions(chosen, tokenizer):
+                found.append(f"{len(cut)} {split} captions are cut to {longest} tokens, such as that of {cut[0].name}")
+        captions = [picture.caption for picture in (*pictures.train, *pictures.test)]
+        found += fits.special_token_notes("captions", captions, tokenizer)
+        found += fits.special_token_notes("prompts", spec.evaluation.prompts, tokenizer)
+        found += [*fits.prompt_notes(spec.evaluation.prompts, tokenizer), *scored]
         return Inspection(found, pictures.key, len(pictures.train))
 
     def data_report(self, spec: ImageTrialSpec) -> DataReport:
@@ -105,7 +112,7 @@ def _predictor(spec: ImageTrialSpec) -> Callable[[ImageTrialSpec, Gpu], Predicti
 
 
 def _check_resolution(spec: ImageTrialSpec, parts: dict[str, dict[str, Any]]) -> None:
-    factor = 2 ** (len(parts["vae"]["block_out_channels"]) - 1)
+    factor = 2 ** (len(parts["vae"].get("block_out_channels", [64])) - 1)
     if spec.data.resolution % factor:
         raise ModelError(
             f"data.resolution: {spec.data.resolution} is no multiple of {factor}, the step of the VAE of "
@@ -196,14 +203,16 @@ class ImageBench(Bench):
 
     def train(self, stage: Stage, steps: int, first_step: int, folder: Path, report: Report) -> Trained:
         """Train the attached stage on the cached latents."""
+        from ray_peft.engine.member import Job
         from ray_peft.tasks.text_to_image.noise import Draws
-        from ray_peft.tasks.text_to_image.train import StageJob, train_stage
+        from ray_peft.tasks.text_to_image.train import train_stage
 
         draws = Draws(self.spec, self.encoded.train, self.encoded.scaling_factor, self.schedule)
-        job = StageJob(
-            stage, steps, first_step, draws, folder, self.device, report, self.eval_loss, lowered=self.lowered
-        )
-        return train_stage(self.spec, job, self.model)
+        job = Job(
+            self.spec, stage, steps, first_step, folder, self.device, report, self.eval_loss,
+            lowered=self.lowered, costs=self.costs, logs_last=True,
+        )  # fmt: skip
+        return train_stage(self.spec, job, draws, self.model)
 
     def restore(self, folder: Path) -> None:
         """Load a saved adapter into the attached one."""

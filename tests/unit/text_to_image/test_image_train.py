@@ -75,7 +75,7 @@ def test_a_resumed_trial_goes_on_as_if_nothing_had_happened(train, tmp_path, met
     assert [folder.name for folder in (tmp_path / "a").iterdir()] == ["checkpoint-4"]
     rest = train(tmp_path / "a", method, **changes)  # from the checkpoint that the finished one left
     assert rest.losses == pytest.approx(whole.losses[4:], rel=1e-4)
-    assert (rest.outcome.resumed_from_step, rest.outcome.steps, rest.outcome.timed_steps) == (4, 6, 2)
+    assert (rest.outcome.resumed_from_step, rest.outcome.steps, rest.outcome.timed_steps) == (4, 6, 6)
     assert rest.outcome.images == whole.outcome.images == 24
     assert rest.bench.eval_loss() == pytest.approx(whole.bench.eval_loss(), rel=1e-4)
 

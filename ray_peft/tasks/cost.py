@@ -1,0 +1,54 @@
+"""What a trial has cost up to a checkpoint: kept in it, so that one that goes on there has all its costs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray_peft.report.atomic import write_text
+from ray_peft.tasks.base import Costs, Trained
+
+logger = logging.getLogger(__name__)
+
+COST_FILE = "cost.json"
+"""In a checkpoint; written last, so that it also vouches for the rest."""
+
+
+def plain(trained: Trained, costs: Costs) -> dict[str, Any]:
+    """What a stage and its trial have cost so far, as JSON-like data."""
+    return {"trained": asdict(trained), "trial": costs.so_far()}
+
+
+def take_up(kept: dict[str, Any] | None, trained: Trained, costs: Costs, where: Path) -> None:
+    """Go on counting from a checkpoint's numbers.
+
+    Args:
+        kept: what `plain` made; None for a checkpoint of version 0.1.0, which has none: that is said, and marked.
+        trained: of the stage, which is changed.
+        costs: of the trial, which are changed.
+        where: the checkpoint, for the log.
+    """
+    if kept is None:
+        logger.warning("%s does not say what the steps before it took: seconds and tokens are of those after", where)
+        costs.incomplete()
+        return
+    for name, value in kept["trained"].items():
+        setattr(trained, name, value)
+    costs.take_up(kept["trial"])
+
+
+def write(folder: Path, kept: dict[str, Any]) -> None:
+    """Add the numbers to a checkpoint that is whole without them."""
+    write_text(folder / COST_FILE, json.dumps(kept))
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The numbers of a checkpoint; None where it has none."""
+    path = folder / COST_FILE
+    if not path.is_file():
+        return None
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return kept
