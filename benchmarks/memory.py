@@ -1,6 +1,6 @@
 """Peak memory as predicted and as measured: our own training path on rows that all have the same number of tokens.
 
-With RAY_PEFT_GEMMA2, RAY_PEFT_GEMMA3, RAY_PEFT_SMOLLM2 and RAY_PEFT_SD15 set (those that are):
+With RAY_PEFT_GEMMA2, RAY_PEFT_GEMMA3, RAY_PEFT_SMOLLM2, RAY_PEFT_GPT2 and RAY_PEFT_SD15 set (those that are):
     python benchmarks/memory.py benchmarks/results/memory_h200.json            # all cells
     python benchmarks/memory.py OUT.json --part 0/2                            # every second cell; parts merge in OUT
     python benchmarks/memory.py OUT.json --analyse                             # predict again, no GPU, no models
@@ -33,10 +33,11 @@ from ray_peft.spec import ImageTrialSpec, LlmTrialSpec
 from ray_peft.vram import ModelShape, predict
 
 MODELS = {"gemma-2-2b": "RAY_PEFT_GEMMA2", "gemma-3-1b": "RAY_PEFT_GEMMA3", "SmolLM2-135M": "RAY_PEFT_SMOLLM2",
-          "SD 1.5": "RAY_PEFT_SD15"}  # fmt: skip
+          "gpt2": "RAY_PEFT_GPT2", "SD 1.5": "RAY_PEFT_SD15"}  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora"},
     "lora dropout": {"name": "lora", "dropout": 0.05},
+    "lora fused": {"name": "lora", "targets": ["c_attn", "c_proj", "c_fc"]},
     "qlora": {"name": "qlora"},
     "qlora fp16 paged": {"name": "qlora", "compute_dtype": "float16", "dropout": 0.05, "optim": "paged_adamw_8bit"},
     "full": {"name": "full"},
@@ -54,6 +55,7 @@ GRID: list[tuple[str, str, list[tuple[int, int, bool]]]] = [
     ("SmolLM2-135M", "full fp32", [(512, 4, False), (2048, 4, True)]),
     ("SmolLM2-135M", "galore", [(512, 4, False)]),
     ("SmolLM2-135M", "galore fp32", [(2048, 4, True)]),
+    ("gpt2", "lora fused", [(512, 8, False), (512, 1, False), (1024, 4, True)]),
     ("gemma-3-1b", "lora", [(256, 1, False), (512, 4, False), (2048, 1, False), (2048, 4, True)]),
     ("gemma-3-1b", "lora dropout", [(512, 4, False)]),
     ("gemma-3-1b", "qlora", [(256, 4, False), (512, 1, False), (512, 8, False), (2048, 4, True)]),
@@ -148,8 +150,9 @@ def measured(cell: dict[str, Any], folder: str, device: str) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoTokenizer, set_seed
 
+    from ray_peft.engine.member import Job
     from ray_peft.tasks.llm_sft.model import load_model
-    from ray_peft.tasks.llm_sft.train import StageJob, train_stage
+    from ray_peft.tasks.llm_sft.train import train_stage
 
     spec = spec_of(cell, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -168,8 +171,8 @@ def measured(cell: dict[str, Any], folder: str, device: str) -> dict[str, Any]:
     watch.start()
     try:
         attached = stage.attach(model)
-        job = StageJob(stage, steps, 0, Dataset.from_list(rows), work, device, lambda *_: None, lambda: 0.0)
-        train_stage(spec, job, attached, tokenizer)  # type: ignore[arg-type]
+        job = Job(spec, stage, steps, 0, work, device, lambda *_: None, lambda: 0.0)
+        train_stage(spec, job, Dataset.from_list(rows), attached, tokenizer)  # type: ignore[arg-type]
     finally:
         watch.stop()
         shutil.rmtree(work, ignore_errors=True)
@@ -182,6 +185,7 @@ def measured_unet(cell: dict[str, Any], folder: str, device: str) -> dict[str, A
     from diffusers import DDPMScheduler
     from transformers import set_seed
 
+    from ray_peft.engine.member import Job
     from ray_peft.tasks.text_to_image import latents, model, noise, passes, train
 
     spec = spec_of(cell, folder)
@@ -197,8 +201,8 @@ def measured_unet(cell: dict[str, Any], folder: str, device: str) -> dict[str, A
     try:
         attached = passes.attached(spec, stage, unet)
         draws = noise.Draws(spec, images, 0.18215, DDPMScheduler())
-        job = train.StageJob(stage, steps, 0, draws, work, device, lambda *_: None, lambda: 0.0)
-        train.train_stage(spec, job, attached)
+        job = Job(spec, stage, steps, 0, work, device, lambda *_: None, lambda: 0.0)
+        train.train_stage(spec, job, draws, attached)
     finally:
         watch.stop()
         shutil.rmtree(work, ignore_errors=True)

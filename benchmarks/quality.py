@@ -68,8 +68,8 @@ def stock(name: str, folder: Path) -> dict[str, Any]:
     from trl.trainer.utils import add_fused_lm_head
 
     from ray_peft.measure import GIB
-    from ray_peft.methods.base import PROJECTIONS
     from ray_peft.metrics.text_scores import bleu4, rouge_l
+    from ray_peft.reach.targets import PROJECTIONS
     from ray_peft.space import load
     from ray_peft.tasks.llm_sft import data, evaluate
     from ray_peft.tasks.llm_sft.task import LlmSft
@@ -152,8 +152,8 @@ def stock(name: str, folder: Path) -> dict[str, Any]:
 
 
 def compare(folder: Path) -> dict[str, Any]:
-    """Our rows, the stock rows, and ours less stock with 95 % paired bootstrap intervals over the held-out rows."""
-    from ray_peft.metrics.bootstrap import bleu4_difference, mean_difference
+    """Our rows, the stock rows, and ours less stock with 95 % intervals over the held-out rows."""
+    from ray_peft.metrics.intervals import bleu4_difference, mean_difference
     from ray_peft.metrics.text_scores import bleu_row_statistics, rouge_l_rows
     from ray_peft.report.files import read_results
     from ray_peft.report.labels import labels

@@ -1,13 +1,12 @@
 """`ray-peft ...`: parse arguments, call one function, print.
 
 Exit codes: 0 all trials finished; 1 some trial failed, or with `plan --strict` does not fit; 2 bad input, nothing was
-started; 130 interrupted.
+started; 130 interrupted; 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import shutil
 import signal
@@ -19,30 +18,59 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from ray_peft.console import Console
-from ray_peft.errors import RayPeftError
+from ray_peft.console import Console, abandon_output, prepare_streams
+from ray_peft.errors import RayPeftError, StorageError
 from ray_peft.quiet import quiet_libraries
+from ray_peft.storage import told
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    options = _parser().parse_args(arguments)
-    quiet_libraries()
-    # `ray job stop` and `kill` send SIGTERM: end as after Ctrl-C, with every finished trial kept.
-    signal.signal(signal.SIGTERM, _as_ctrl_c)
+    prepare_streams()
     try:
+        options = _parser().parse_args(arguments)
+        quiet_libraries()
+        # `ray job stop` and `kill` send SIGTERM: end as after Ctrl-C, with every finished trial kept.
+        signal.signal(signal.SIGTERM, _as_ctrl_c)
         code: int = options.act(options)
+        _say(flush=True)
+    except BrokenPipeError:  # as in `ray-peft plan FILE | head`
+        abandon_output()
+        return 141
     except RayPeftError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
+        return _failed(str(error))
+    except OSError as error:
+        return _failed(told(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        # CPython 3.11 remembers an interrupt inside an exec of text, as dataclasses do, and would end by the signal
+        # whatever is returned here; the next eval of text makes it forget.
+        eval("0")
         return 130
     return code
+
+
+def _failed(text: str) -> int:
+    """Print an error, one line each, and return its exit code."""
+    for line in text.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def _say(text: str = "", *, flush: bool = False) -> None:
+    """Print text to standard output.
+
+    Raises:
+        BrokenPipeError: nobody reads it any more.
+        StorageError: it cannot be written.
+    """
+    try:
+        print(text, end="\n" if text else "", flush=flush)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        abandon_output()
+        raise StorageError(f"cannot write to standard output: {error.strerror}") from None
 
 
 def _as_ctrl_c(_number: int, _frame: FrameType | None) -> None:
@@ -67,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("run", help="run one trial as a Ray Train job")
     command.add_argument("spec", nargs="?", help="a YAML file that holds one trial")
     command.add_argument("--mlflow-run", metavar="RUN_ID", help="run the trial of this MLflow run again")
+    _add_trust(command)
     _add_common(command, "folder for results; default: outputs/<trial id>")
     command.set_defaults(act=_run)
 
@@ -104,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=tuple(_DTYPES), default="bf16")
     command.add_argument("--out", metavar="DIR", help="a new folder; default: exports/<trial id>-<format>-<dtype>")
     command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
+    _add_trust(command)
     command.set_defaults(act=_export)
 
     command = commands.add_parser("ui", help="open the MLflow UI on the results")
@@ -144,6 +174,13 @@ def _add_common(command: argparse.ArgumentParser, out: str) -> None:
     _add_settings(command)
 
 
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run Python code that the MLflow run's model or benchmarks bring; such a run is refused without it",
+    )  # fmt: skip
+
+
 def _add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument("--profile", metavar="NAME", help="a profile of the file, such as 12gib")
     command.add_argument(
@@ -155,6 +192,7 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
 def _sweep(options: argparse.Namespace) -> int:
     from ray_peft.sweeps import sweep
 
+    console = Console()
     outcome = sweep(
         options.space,
         out=options.out,
@@ -164,18 +202,19 @@ def _sweep(options: argparse.Namespace) -> int:
         profile=options.profile,
         fresh=options.fresh,
         gpu_memory_gib=options.gpu_memory_gib,
-        console=Console(),
+        console=console,
     )
-    print(f"\nreport: {_short(outcome.folder / 'report.html')}, the same as text: report.md")
-    print(f"MLflow: {_ui_command(options.tracking_uri)}")
+    console.say(f"\nreport: {_short(outcome.folder / 'report.html')}, the same as text: report.md")
+    console.say(f"MLflow: {_ui_command(options.tracking_uri)}")
     if outcome.interrupted:
-        print("interrupted; the same command runs the missing trials")
+        console.say("interrupted; the same command runs the missing trials")
         return 130
     return 0 if outcome.complete else 1
 
 
 def _run(options: argparse.Namespace) -> int:
     from ray_peft import tracking
+    from ray_peft.consent import check_consent
     from ray_peft.errors import SpecError
     from ray_peft.experiment import tracking_uri
     from ray_peft.single import run
@@ -188,6 +227,7 @@ def _run(options: argparse.Namespace) -> int:
         if options.overrides or options.profile:
             raise SpecError("run: --set and --profile change a YAML file, but --mlflow-run takes the trial as it was")
         spec = tracking.load_spec(tracking_uri(options.tracking_uri, TrackingSpec()), options.mlflow_run)
+        check_consent(spec, options.mlflow_run, trust_remote_code=options.trust_remote_code)
     result = run(
         spec,
         out=options.out,
@@ -204,7 +244,7 @@ def _run(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from ray_peft.sweeps import plan
 
-    trials = plan(options.space, options.overrides, options.profile)
+    trials = plan(options.space, options.overrides, options.profile, Console(quiet=options.json))
     from ray_peft import forecast
     from ray_peft.gpus import ANY, known
     from ray_peft.report.labels import labels
@@ -218,11 +258,11 @@ def _plan(options: argparse.Namespace) -> int:
     code = 1 if options.strict and any(each.fits is False for each in made) else 0
     if options.json:
         rows = [{"trial_id": each.trial.trial_id, **each.plain(), "spec": each.trial.plain()} for each in made]
-        print(json.dumps(rows, indent=2))
+        _say(json.dumps(rows, indent=2))
         return code
     named = labels({trial.trial_id: trial for trial in trials})
-    print("\n".join(forecast.lines(made, named, packing, memory or 0.0)))
-    print(f"{len(trials)} trials, checked: no weights were loaded")
+    _say("\n".join(forecast.lines(made, named, packing, memory or 0.0)))
+    _say(f"{len(trials)} trials, checked: no weights were loaded")
     return code
 
 
@@ -230,7 +270,7 @@ def _data(options: argparse.Namespace) -> int:
     from ray_peft import data_report
 
     reports = data_report.report_data(options.space, options.overrides, options.profile)
-    print(json.dumps(data_report.plain(reports), indent=2) if options.json else data_report.table(reports))
+    _say(json.dumps(data_report.plain(reports), indent=2) if options.json else data_report.table(reports))
     if options.out is not None:
         written = data_report.write(reports, Path(options.out))
         for path in written:  # standard output holds JSON alone, where JSON was asked for
@@ -249,8 +289,8 @@ def _report(options: argparse.Namespace) -> int:
     if not finished and not (folder / "sweep.json").is_file():
         raise DataError(f"{folder}: holds no results.jsonl; give the folder of a sweep, such as outputs/quickstart")
     written = write_report(folder, loss_steps=options.loss_steps)
-    print(console_table(read_results(folder) if finished else []))
-    print("\n" + "\n".join(f"written: {_short(path)}" for path in written))
+    _say(console_table(read_results(folder) if finished else []))
+    _say("\n" + "\n".join(f"written: {_short(path)}" for path in written))
     return 0
 
 
@@ -265,9 +305,12 @@ def _export(options: argparse.Namespace) -> int:
     from ray_peft.space import TrackingSpec
 
     uri = tracking_uri(options.tracking_uri, TrackingSpec())
-    made = export(options.run, form=options.format, dtype=_DTYPES[options.dtype], out=options.out, tracking_uri=uri)
-    print(f"{made.folder}: {made.format} of {made.trial_id} in {made.dtype}, {made.num_bytes / 2**20:.1f} MiB")
-    print(f"held-out loss {made.eval_loss_before:.4f} as saved, {made.eval_loss_after:.4f} as exported")
+    made = export(
+        options.run, form=options.format, dtype=_DTYPES[options.dtype], out=options.out, tracking_uri=uri,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    _say(f"{made.folder}: {made.format} of {made.trial_id} in {made.dtype}, {made.num_bytes / 2**20:.1f} MiB")
+    _say(f"held-out loss {made.eval_loss_before:.4f} as saved, {made.eval_loss_after:.4f} as exported")
     return 0
 
 
@@ -279,11 +322,11 @@ def _ui(options: argparse.Namespace) -> int:
 
     uri = tracking_uri(options.tracking_uri, TrackingSpec())
     if uri.startswith(("http://", "https://")):
-        print(f"MLflow runs at {tracking.mask(uri)}")
+        _say(f"MLflow runs at {tracking.mask(uri)}")
         return 0
     command = tracking.ui_command(uri, outputs_folder() / "mlartifacts", options.host, options.port)
     _check_port(options.host, options.port)
-    print(f"MLflow UI: http://{options.host}:{options.port}  (store {tracking.mask(uri)}; Ctrl-C ends it)", flush=True)
+    _say(f"MLflow UI: http://{options.host}:{options.port}  (store {tracking.mask(uri)}; Ctrl-C ends it)", flush=True)
     # A group of its own: the command starts a server below it, and both must end.
     server = subprocess.Popen(command, env=tracking.ui_environment(), start_new_session=True)
     try:
@@ -311,7 +354,7 @@ def _doctor(_: argparse.Namespace) -> int:
     from ray_peft.doctor import examine, render
 
     findings = examine()
-    print(render(findings))
+    _say(render(findings))
     return 1 if any(finding.level == "problem" for finding in findings) else 0
 
 

@@ -37,7 +37,7 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
 
     Args:
         address: of a cluster to join; null takes RAY_ADDRESS, else a cluster that this process is already part of,
-            else starts a local one, whose dashboard listens on this machine alone.
+            else starts a local one without a dashboard, which listens on this machine alone.
         verbose: print the workers' output.
 
     Raises:
@@ -67,7 +67,8 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
             "object_store_memory": 256 * 2**20,  # specs and metrics only: rows and weights are read from disk
         }
     try:
-        with _own_sigterm():
+        alone = not address or _on_loopback_alone(address)
+        with _own_sigterm(), _this_machine_alone() if alone else contextlib.nullcontext():
             ray.init(**settings)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise _out_of_reach(f"the Ray cluster at {address}" if address else "a local Ray", error) from None
@@ -111,6 +112,20 @@ def _check_address(address: str) -> None:
         raise _out_of_reach(f"the Ray cluster at {address}", error) from None
 
 
+def _on_loopback_alone(address: str) -> bool:
+    """True for a cluster that another process here started as `connect` does: Ray would look at the LAN's address."""
+    import ray.util
+
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host.strip("[]") not in ("127.0.0.1", "localhost", "::1") or not port.isdecimal():
+        return False
+    try:
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=5).close()  # type: ignore[no-untyped-call]
+    except (OSError, OverflowError):
+        return True
+    return False
+
+
 def _out_of_reach(where: str, error: Exception) -> PlacementError:
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return PlacementError(
@@ -119,10 +134,33 @@ def _out_of_reach(where: str, error: Exception) -> PlacementError:
 
 
 @contextlib.contextmanager
+def _this_machine_alone() -> Iterator[None]:
+    """Let a local Ray and its processes listen on the loopback address.
+
+    Ray 2.60 takes the address in the local network, also in place of `_node_ip_address="127.0.0.1"`, except where it
+    does not support clusters: on Windows and macOS, unless this variable says otherwise.
+    """
+    from ray._private import ray_constants
+
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    if name in os.environ:  # the user's choice
+        yield
+        return
+    os.environ[name] = "0"  # for the processes that Ray starts
+    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, where it was read when Ray was imported
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
     """Keep the caller's answer to SIGTERM: ray.init puts its own in its place, which ends the process at once."""
     own = signal.getsignal(signal.SIGTERM)
-    if not callable(own) or threading.current_thread() is not threading.main_thread():
+    # Where nothing is set, Ray's answer ends its processes, too; signals.py takes it away with the cluster.
+    if own in (None, signal.SIG_DFL) or threading.current_thread() is not threading.main_thread():
         yield
         return
     try:

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import sys
+from collections.abc import Iterator
 from typing import TextIO
 
 
+def prepare_streams() -> None:
+    """Let standard output and error take every character, and be there: a shell's `>&-` closes them."""
+    if sys.stdout is None or sys.stderr is None:
+        # Else the next file that is opened would get their numbers, and what libraries print.
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(number)
+        sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the process's life
+        sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def abandon_output() -> None:
+    """Send what is still to be printed nowhere: nobody reads it, and Python would complain when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 class Console:
-    """Writes plain lines; never fails on a character that the console's encoding lacks."""
+    """Writes plain lines; never fails on a character that the console's encoding lacks, nor where nobody reads."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -22,17 +48,28 @@ class Console:
         """Write whole lines."""
         if self._quiet:
             return
-        self._clear()
-        print(self._safe(text), file=self._stream, flush=True)
+        with self._fallible():
+            self._clear()
+            print(self._safe(text), file=self._stream, flush=True)
 
     def progress(self, text: str) -> None:
         """Show a passing state on a terminal; nothing elsewhere."""
         if self._quiet or not self._stream.isatty():
             return
         text = self._safe(text)[:110]
-        self._stream.write("\r" + text + " " * max(0, self._shown - len(text)))
-        self._stream.flush()
-        self._shown = len(text)
+        with self._fallible():
+            self._stream.write("\r" + text + " " * max(0, self._shown - len(text)))
+            self._stream.flush()
+            self._shown = len(text)
+
+    @contextlib.contextmanager
+    def _fallible(self) -> Iterator[None]:
+        """Be quiet from now on where output ends, as in `ray-peft sweep FILE | head`: the trials go on."""
+        try:
+            yield
+        except OSError:
+            self._quiet = True
+            abandon_output()
 
     def _clear(self) -> None:
         if self._shown:

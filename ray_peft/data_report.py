@@ -95,10 +95,19 @@ def _one_table(data: SpaceData) -> str:
     cells.insert(1, tuple("-" * width for width in widths))
     lines += [*(aligned_line(line, widths) for line in cells), ""]
     for source, rows in report.read.items():
-        reasons = "".join(f"; {n:,} unusable ({why})" for why, n in sorted(report.unusable[source].items()))
-        lines.append(f"{source}: {rows:,} rows read{reasons}")
+        lines.append(f"{source}: {rows:,} rows read{_unusable(report, source)}")
+    lines += [f"rows: {line}" for line in report.remarks]
     lines += [f"overlap: {line}" for line in report.overlap_lines]
     return "\n".join(ascii_line(line) for line in lines)
+
+
+def _unusable(report: DataReport, source: str) -> str:
+    """Rows left out, by reason, with the first of them where they have numbers."""
+    first = report.unusable_rows.get(source, {})
+    return "".join(
+        f"; {rows:,} unusable ({why})" + (f": {first[why]}" if why in first else "")
+        for why, rows in sorted(report.unusable[source].items())
+    )
 
 
 def _cells(split: SplitReport) -> tuple[str, ...]:

@@ -430,14 +430,26 @@ def _console() -> list[Finding]:
 
 
 def _hub() -> list[Finding]:
-    flags = [f"{name}={os.environ[name]}" for name in OFFLINE_FLAGS if os.environ.get(name)]
-    if not flags:
-        return [Finding("Hugging Face hub", "online")]
-    offline = [flag for flag in flags if flag.partition("=")[2].upper() in ("1", "TRUE", "YES", "ON")]
-    if not offline:
-        return [Finding("Hugging Face hub", f"online, {', '.join(flags)}")]
+    """Whether the hub answers; not asked where a flag forbids it."""
+    name = "Hugging Face hub"
+    flags = [f"{flag}={os.environ[flag]}" for flag in OFFLINE_FLAGS if os.environ.get(flag)]
+    said = "".join(f", {flag}" for flag in flags)
     advice = "Models and data sets must be local folders, or in the cache already."
-    return [Finding("Hugging Face hub", f"offline, {', '.join(flags)}", "note", advice)]
+    if any(flag.partition("=")[2].upper() in ("1", "TRUE", "YES", "ON") for flag in flags):
+        return [Finding(name, f"offline{said}", "note", advice)]
+    address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        _within(NETWORK_TIMEOUT_S, lambda: _answers(address))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return [Finding(name, f"{address}: not reachable ({_reason(error)}){said}", "note", advice)]
+    return [Finding(name, f"{address}: reachable{said}")]
+
+
+def _answers(address: str) -> None:
+    """Ask a web server for anything; an error that it answers with is an answer, too."""
+    request = urllib.request.Request(address, method="HEAD")
+    with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(request, timeout=NETWORK_TIMEOUT_S):
+        pass
 
 
 PROBES: tuple[tuple[str, Callable[[], list[Finding]]], ...] = (

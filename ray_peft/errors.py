@@ -5,6 +5,7 @@
         SearchSpaceError     a search space file is wrong: all problems at once
         DataError            a data file is missing, malformed or too small, or rows repeat held-out rows
         ModelError           a model or its tokenizer cannot be used
+        StorageError         a folder cannot be written: a full disk, one that is read-only, or went away
         PlacementError       the cluster cannot hold what was asked for
         TrackingError        the tracking store cannot be reached or lost a result
         TrialFailed          a trial crashed: raised by single runs, a row in sweeps
@@ -31,6 +32,10 @@ class DataError(RayPeftError):
 
 class ModelError(RayPeftError):
     """A model or its tokenizer is missing or cannot be used for the task."""
+
+
+class StorageError(RayPeftError):
+    """A folder cannot be written: the disk is full, read-only, or went away."""
 
 
 class PlacementError(RayPeftError):

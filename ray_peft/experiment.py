@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,15 +10,27 @@ from typing import Literal
 
 from ray_peft import tracking
 from ray_peft.console import Console
+from ray_peft.errors import StorageError, TrackingError
+from ray_peft.inspector import Inspector
+from ray_peft.keeping import LastSteps, Rows
 from ray_peft.ledger import Ledger, SweepRecord
+from ray_peft.rehearsal import rehearse
 from ray_peft.report.files import write_report
 from ray_peft.report.plain import console_table
 from ray_peft.result import Status, TrialResult
 from ray_peft.space import ReportSpec, TrackingSpec
 from ray_peft.spec import TrialSpec
-from ray_peft.tasks import TASKS
-from ray_peft.tasks.base import Inspection
-from ray_peft.tracking import Store
+from ray_peft.tracking import RunStatus, Store
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Trials that may start."""
+
+    trials: list[TrialSpec]
+    """Under the ids of their content, each once."""
+    notes: list[str]
+    """What to know about their data and settings."""
 
 
 def outputs_folder() -> Path:
@@ -44,33 +55,42 @@ def open_store(uri: str, experiment: str) -> Store:
     return tracking.open_store(uri, experiment, artifacts)
 
 
-def inspect_trials(trials: Iterable[TrialSpec], console: Console) -> list[str]:
-    """Check model, tokenizer and data of every trial once, and prepare the data.
+def inspect_trials(trials: Iterable[TrialSpec], console: Console, inspector: Inspector | None = None) -> Checked:
+    """Check model, tokenizer and data of every trial once, prepare the data, and settle which trial each is.
 
-    Returns:
-        Notes: rows that were cut, left out or unusable, and settings that are known to go wrong.
+    Args:
+        trials: an ensemble after its members, or alone.
+        console: where notes are written: rows that were cut, left out or unusable, settings known to go wrong.
+        inspector: keeps what was found, for trials that are proposed later; null keeps nothing.
 
     Raises:
-        DataError, ModelError: something is missing or malformed.
-        SpecError: a method's stage would be left without a step.
+        DataError, ModelError: something is missing or malformed, or a method fails on its model.
+        SpecError: a method's stage would be left without a step, or two members of an ensemble are the same.
     """
-    seen: dict[str, Inspection] = {}
+    inspector = inspector or Inspector()
+    settled: dict[str, TrialSpec] = {}
     notes: dict[str, None] = {}
+    same = 0
     for trial in trials:
-        models = [each.model.plain() for each in (trial, *trial.members())]
-        asked = trial.evaluation.plain()
-        decides = [trial.task, models, trial.data.plain(), trial.loss_line(), asked, trial.looked_for()]
-        key = json.dumps(decides, sort_keys=True)
-        task = TASKS[trial.task]
-        if key not in seen:
-            seen[key] = task.inspect(trial)
-        trial.method.stages(task.total_steps(trial, seen[key].train_rows))
-        found = [f"data: {note}" for note in seen[key].notes]
+        looked = inspector.inspect(trial)
+        found = [note if note.startswith("caution: ") else f"data: {note}" for note in looked.notes]
+        found += [f"method: {note}" for note in looked.method_notes]
         for note in found + [f"caution: {note}" for note in trial.cautions()]:
             if note not in notes:
                 console.say(note)
             notes[note] = None
-    return list(notes)
+        settled_trial = inspector.settled(trial)
+        same += settled_trial.trial_id in settled
+        settled.setdefault(settled_trial.trial_id, settled_trial)
+    if same:
+        console.say(
+            f"{same} of {same + len(settled)} trials run once with others: they differ only in what changes no result"
+        )
+    checked = list(settled.values())
+    for note in rehearse(checked):
+        console.say(f"caution: {note}")
+        notes[f"caution: {note}"] = None
+    return Checked(checked, list(notes))
 
 
 @dataclass
@@ -82,6 +102,8 @@ class Experiment:
     store: Store
     record: SweepRecord
     console: Console
+    rows: Rows
+    """Takes the trials' rows."""
 
     @property
     def parent_run_id(self) -> str:
@@ -90,16 +112,41 @@ class Experiment:
         return self.record.parent_run_id
 
     def lost(self, spec: TrialSpec, status: Literal["failed", "cancelled"], reason: str) -> TrialResult:
-        """The row of a trial whose worker died without leaving one; its MLflow run is closed."""
+        """The row of a trial whose worker died without leaving one; its MLflow run is closed, if the store answers."""
         run_status: Literal["FAILED", "KILLED"] = "FAILED" if status == "failed" else "KILLED"
         kind: Status = "out_of_memory" if "OutOfMemoryError" in reason else status
-        run_id = tracking.close_orphan(self.store, self.parent_run_id, spec.trial_id, run_status, reason)
-        return TrialResult(trial_id=spec.trial_id, status=kind, spec=spec, error=reason, mlflow_run_id=run_id)
+        run_id, untracked = None, None
+        try:
+            run_id = tracking.close_orphan(self.store, self.parent_run_id, spec.trial_id, run_status, reason)
+        except TrackingError as error:  # the row does not depend on it, nor do the other trials
+            untracked = str(error)
+        return TrialResult(
+            trial_id=spec.trial_id, status=kind, spec=spec, error=reason, mlflow_run_id=run_id, untracked=untracked
+        )
+
+    def _close_untracked(self, results: list[TrialResult], last: LastSteps) -> None:
+        """Say which results MLflow lacks, and close their runs, if the store is back."""
+        lacking = [result for result in results if result.untracked is not None]
+        if lacking:
+            names = ", ".join(result.trial_id for result in lacking)
+            self.console.say(f"caution: the tracking store lacks the results of {names}; results.jsonl has them")
+        for result in lacking:
+            run: RunStatus = "FINISHED" if result.status == "finished" else "FAILED"
+            with last.step():
+                tracking.close_orphan(self.store, self.parent_run_id, result.trial_id, run, result.untracked or "")
 
     def finish(self, planned: list[str], interrupted: bool) -> list[TrialResult]:
-        """Write the report, close the parent run and print the comparison; returns the planned trials' rows."""
-        write_report(self.ledger.folder)
-        rows = {result.trial_id: result for result in self.ledger.results()}
+        """Write the report, close the runs and print the comparison; returns the planned trials' rows.
+
+        Raises:
+            RayPeftError: something of it failed, after all the rest was done.
+        """
+        last = LastSteps()
+        with last.step():
+            self.rows.flush()
+        with last.step():
+            write_report(self.ledger.folder)
+        rows = {result.trial_id: result for result in (*self.ledger.results(), *self.rows.waiting)}
         results = [rows[trial] for trial in planned if trial in rows] if planned else list(rows.values())
         bad = [result for result in results if result.status != "finished"]
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED"
@@ -110,9 +157,12 @@ class Experiment:
         counts = {"trials": float(len(results)), "trials_not_finished": float(len(bad))}
         names = ("report.md", "report.html", "report.csv", "results.jsonl", "plots")
         files = {name: self.ledger.folder / name for name in names if (self.ledger.folder / name).exists()}
-        tracking.finish_sweep(self.store, self.parent_run_id, status, metrics=counts, files=files)
+        self._close_untracked(results, last)
+        with last.step():
+            tracking.finish_sweep(self.store, self.parent_run_id, status, metrics=counts, files=files)
         self.console.say("")
         self.console.say(console_table(results))
+        last.done()
         return results
 
 
@@ -132,6 +182,7 @@ def open_experiment(
 
     Raises:
         TrackingError: the store cannot be reached.
+        StorageError: the folder cannot be written.
     """
     earlier = ledger.read_record()
     masked = tracking.mask(store.uri)
@@ -142,5 +193,9 @@ def open_experiment(
         tags = {"ray_peft.out": str(ledger.folder), "mlflow.note.content": description}
         parent = tracking.start_sweep(store, name, tags={k: v for k, v in tags.items() if v}, files=files)
     record = SweepRecord(name, description, notes, planned, parent, masked, (report or ReportSpec()).plain())
-    ledger.write_record(record)
-    return Experiment(name, ledger, store, record, console)
+    try:
+        ledger.write_record(record)
+    except StorageError:
+        tracking.finish_sweep(store, parent, "FAILED", metrics={}, files={})
+        raise
+    return Experiment(name, ledger, store, record, console, Rows(ledger, console))

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from ray_peft import tracking
+from ray_peft.consent import check_consent
 from ray_peft.errors import SpecError
+from ray_peft.rounding import check_same_loss
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
 
@@ -38,8 +40,9 @@ class Exported:
 
 
 def export(
-    run_id: str, *, form: Format, dtype: SaveDtype, out: str | Path | None = None, tracking_uri: str
-) -> Exported:
+    run_id: str, *, form: Format, dtype: SaveDtype, out: str | Path | None = None, tracking_uri: str,
+    trust_remote_code: bool = False,
+) -> Exported:  # fmt: skip
     """Write the weights of a trial's MLflow run into a new folder.
 
     Args:
@@ -48,13 +51,16 @@ def export(
         dtype: of the written weights.
         out: the folder; null is `exports/<trial id>-<form>-<dtype>`.
         tracking_uri: the MLflow store.
+        trust_remote_code: run Python code that the run's spec trusts; without it such a run is refused.
 
     Raises:
         TrackingError: the run or its weights are missing.
         SpecError: the run has nothing of that form, or the folder exists.
         DataError, ModelError: the trial's data or base model is missing.
+        TrialFailed: what was written has another held-out loss, by more than rounding; nothing is left in the folder.
     """
     spec = tracking.load_spec(tracking_uri, run_id)
+    check_consent(spec, run_id, trust_remote_code=trust_remote_code)
     folder = Path(out) if out else Path("exports") / f"{spec.trial_id}-{form}-{dtype}"
     if folder.exists() and any(folder.iterdir()):
         raise SpecError(f"--out {folder}: exists and is not empty; give another folder, or remove it")
@@ -71,13 +77,16 @@ def export(
         if form == "adapter" and not adapted:
             raise SpecError(f"run {run_id} ({spec.method.name}) trained all weights and has no adapter; use merged")
         device = _device()
-        before = task.load_trained(spec, trained, device).eval_loss()
+        loaded = task.load_trained(spec, trained, device)
+        before = loaded.eval_loss()
         partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
         try:
             _write(spec, trained, partial, merge=form == "merged" and adapted, dtype=dtype, device=device)
             exported = task.load_trained(_with(spec, save=dtype), partial, device)
             after, size = exported.eval_loss(), exported.stored_bytes(partial)
+            held = {*loaded.dtypes(), *exported.dtypes(), dtype}
+            check_same_loss(before, after, held, f"writing {form} weights in {dtype}")
             made = Exported(str(folder), run_id, spec.trial_id, form, dtype, size, before, after)
             (partial / "export.json").write_text(json.dumps(asdict(made), indent=2) + "\n", encoding="utf-8")
             os.replace(partial, folder)

@@ -101,7 +101,9 @@ def size(trial: TrialSpec, gpu: Gpu, gpu_memory_gib: float | None) -> Size:
         return Size(trial, None)
     try:
         return _size(trial, predictor, gpu, gpu_memory_gib)
-    except (ValueError, NotImplementedError):  # an architecture that cannot be built from its config here
+    except RayPeftError:
+        raise
+    except Exception:  # noqa: BLE001 - an architecture that cannot be built or run on shapes, whatever it raises
         return Size(trial, None)
 
 
@@ -142,7 +144,7 @@ def _ways(
     def predicted(variant: TrialSpec) -> Prediction | None:
         try:
             return predictor(variant, gpu)
-        except (RayPeftError, ValueError, NotImplementedError):
+        except Exception:  # noqa: BLE001 - a variant that cannot be predicted is none to suggest
             return None
 
     return tuple(nearest(trial, predicted, fits))
@@ -154,8 +156,8 @@ def forecast(
     """Every trial's memory, in the order given; with a GPU's memory, also how they pack.
 
     A trial fits if the peak of its training, with the allocator's slack, the CUDA context and a margin, is at most the
-    GPU's memory. An evaluation that takes more decides its share alone: its batch can be lowered without changing a
-    score.
+    GPU's memory. An evaluation that takes more decides its share alone: its batch can be lowered, which in
+    fp32 changes no score.
 
     Raises:
         DataError, ModelError: the user's to mend.

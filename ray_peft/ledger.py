@@ -13,9 +13,13 @@ from typing import IO, Any
 
 from ray_peft.errors import SearchSpaceError
 from ray_peft.locks import locked
+from ray_peft.names import one_part
 from ray_peft.report.atomic import write_text
 from ray_peft.report.files import read_results
 from ray_peft.result import TrialResult
+from ray_peft.storage import writing
+
+WAY_OUT = "free some space, or give another --out; the same command then runs what is missing"
 
 
 @dataclass
@@ -61,8 +65,12 @@ class Ledger:
             yield
 
     def trial_folder(self, trial_id: str) -> Path:
-        """The folder of one trial."""
-        return self.folder / "trials" / trial_id
+        """The folder of one trial.
+
+        Raises:
+            ValueError: the id is no part of a path.
+        """
+        return self.folder / "trials" / one_part(trial_id)
 
     def finished(self) -> dict[str, TrialResult]:
         """Trials that need not run again."""
@@ -73,13 +81,24 @@ class Ledger:
         return read_results(self.folder) if self._results.is_file() else []
 
     def add(self, result: TrialResult) -> None:
-        """Append a result so that a crash at any moment loses at most the line being written."""
+        """Append a result so that a crash at any moment loses at most the line being written.
+
+        Raises:
+            StorageError: the system refuses.
+        """
         line = (json.dumps(result.row(), ensure_ascii=False) + "\n").encode()
-        with self._results.open("a+b") as file:
-            file.truncate(_whole_lines(file))
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(self._results, WAY_OUT):
+            with self._results.open("a+b") as file:
+                whole = _whole_lines(file)
+                file.truncate(whole)
+            try:
+                with self._results.open("ab") as file:
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                os.truncate(self._results, whole)  # a full disk takes half a line
+                raise
 
     def set_aside(self) -> None:
         """Keep earlier results under another name and start from none."""
@@ -91,14 +110,30 @@ class Ledger:
         (self.folder / "sweep.json").unlink(missing_ok=True)
 
     def read_record(self) -> SweepRecord | None:
-        """What an earlier run of the sweep wrote; null where there is none."""
+        """What an earlier run of the sweep wrote; null where there is none.
+
+        Raises:
+            SearchSpaceError: the file is not one of ours.
+        """
         path = self.folder / "sweep.json"
-        return SweepRecord(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return SweepRecord(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise SearchSpaceError(
+                f"{path}: is no record of a sweep of this version ({error}); give another --out, or use --fresh"
+            ) from None
 
     def write_record(self, record: SweepRecord) -> None:
-        """Write `sweep.json` in one step."""
+        """Write `sweep.json` in one step.
+
+        Raises:
+            StorageError: the system refuses.
+        """
         text = json.dumps(asdict(record), ensure_ascii=False, indent=2) + "\n"
-        write_text(self.folder / "sweep.json", text)
+        with writing(self.folder / "sweep.json", WAY_OUT):
+            write_text(self.folder / "sweep.json", text)
 
 
 def _whole_lines(file: IO[bytes]) -> int:

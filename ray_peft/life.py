@@ -9,17 +9,20 @@ import platform
 import shutil
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from ray_peft import measure
 from ray_peft.errors import RayPeftError, TrialFailed
-from ray_peft.methods.base import Dtype
+from ray_peft.measured import to_json
+from ray_peft.methods.base import ENOUGH_STEPS, Dtype
 from ray_peft.result import Provenance, Scores, Status, TrialResult, Usage
 from ray_peft.spec import TrialSpec
-from ray_peft.tasks.base import Bench, Report, Scored, Trained
+from ray_peft.storage import is_full, told
+from ray_peft.tasks.base import Bench, Costs, Report, Scored, Trained
+from ray_peft.tasks.finite import ways_out
 from ray_peft.tasks.images import IMAGES, write_images
 from ray_peft.tasks.memory import is_out_of_memory
 
@@ -53,7 +56,7 @@ class Place:
     """Where a trial runs."""
 
     folder: Path
-    """The trial's own folder: metrics.jsonl, samples.jsonl, answers.jsonl or losses.jsonl and images, checkpoints."""
+    """The trial's own folder: metrics.jsonl, samples.jsonl, answers.jsonl, losses.jsonl and images, checkpoints."""
     device: str
     """"cpu" or "cuda:N"."""
     rank: int = 0
@@ -71,6 +74,47 @@ class Place:
     """What of the GPU must be free before it starts; null where nothing predicts it."""
 
 
+class LifeCosts(Costs):
+    """A trial's seconds and peaks over all its attempts."""
+
+    def __init__(self, clock: measure.Clock, memory: measure.MemoryWatch) -> None:
+        self._clock, self._memory = clock, memory
+        self._earlier: dict[str, Any] = {}
+        self.complete = True
+        """False if a checkpoint did not say what came before it."""
+
+    def seconds(self) -> dict[str, float]:
+        """By phase."""
+        own, earlier = self._clock.so_far(), self._earlier.get("seconds", {})
+        return {name: own.get(name, 0.0) + earlier.get(name, 0.0) for name in own | earlier}
+
+    def wall_s(self) -> float:
+        """Without what was done twice: from a checkpoint to the end of the attempt that wrote it."""
+        return self._clock.total() + float(self._earlier.get("wall_s", 0.0))
+
+    def peaks(self) -> measure.Peaks:
+        """The larger ones."""
+        return measure.larger_peaks(self._memory.so_far(), measure.Peaks(**self._earlier.get("peaks", {})))
+
+    def so_far(self) -> dict[str, Any]:
+        """All of these as JSON-like data."""
+        return {
+            "seconds": self.seconds(),
+            "wall_s": self.wall_s(),
+            "peaks": asdict(self.peaks()),
+            "complete": self.complete,
+        }
+
+    def take_up(self, earlier: dict[str, Any]) -> None:
+        """Count from there, in place of what was taken up before."""
+        self._earlier = earlier
+        self.complete = bool(earlier.get("complete", True))
+
+    def incomplete(self) -> None:
+        """Note that a checkpoint does not say what the steps before it took."""
+        self.complete = False
+
+
 class Life:
     """What is known of a trial so far, so that a failed one leaves a row with what it had."""
 
@@ -84,11 +128,13 @@ class Life:
         self.clock = measure.Clock()
         self.memory = measure.MemoryWatch(place.device)
         self.evaluation_memory = measure.MemoryWatch(place.device)
+        self.costs = LifeCosts(self.clock, self.memory)
         self.trained = Trained()
         self.parameters = (0, 0)
         self.scored = Scored(Scores())
         self.adapter_bytes = 0
         self.storage: dict[str, int] = {}
+        self.four_bit_share: float | None = None
         self.boundaries: dict[str, float] = {}
         self.weights: dict[str, float] = {}
         self.predicted: dict[str, float] = {}
@@ -105,7 +151,7 @@ class Life:
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         """Keep metrics in the trial's log and the tracker, and pass them on."""
         if self.place.rank == 0:
-            line = {"step": step, "time_s": round(self.clock.total(), 3), **metrics}
+            line = to_json({"step": step, "time_s": round(self.clock.total(), 3), **metrics})
             with self._log.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
             text = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
@@ -118,23 +164,30 @@ class Life:
         """The row of a trial that raised."""
         status: Status = "out_of_memory" if is_out_of_memory(error) else "failed"
         text = str(error).strip() or type(error).__name__
+        if isinstance(error, OSError) and error.errno is not None:
+            text = f"cannot read or write {told(error, self.place.folder)}"
+        elif is_full(error):
+            text = f"cannot write into {self.place.folder}: no space left; free some space, or use another --out"
+        elif not isinstance(error, RayPeftError):
+            text = f"{type(error).__name__}: {text}"
         if not isinstance(error, RayPeftError):
-            text = f"{type(error).__name__}: {text}\n\n{''.join(traceback.format_exception(error))}"
+            text += f"\n\n{''.join(traceback.format_exception(error))}"
         return self.result(status, error=text)
 
     def result(self, status: Status, error: str | None = None) -> TrialResult:
         """The trial's row, with what is known by now."""
         self.memory.stop()
         self.evaluation_memory.stop()
-        if self.memory.peaks.spilled_gib:
+        seconds, trained, peaks = self.costs.seconds(), self.trained, self.costs.peaks()
+        if peaks.spilled_gib:
             logger.warning(
                 "%s: %.2f GiB more than the GPU has were in use: they lie in the host's memory, and the trial is slow",
                 self.spec.trial_id,
-                self.memory.peaks.spilled_gib,
+                peaks.spilled_gib,
             )
-        seconds, trained, peaks = self.clock.seconds, self.trained, self.memory.peaks
         speed = 1 / trained.seconds if trained.seconds > 0 else None
         known = [loss for loss in (*trained.eval_losses, self.scored.scores.eval_loss) if loss is not None]
+        finite = [loss for loss in known if math.isfinite(loss)]
         return TrialResult(
             trial_id=self.spec.trial_id,
             status=status,
@@ -147,7 +200,7 @@ class Life:
                 device_used_gib=peaks.device_used_gib,
                 spilled_gib=peaks.spilled_gib,
                 peak_rss_gib=peaks.rss_gib,
-                wall_time_s=self.clock.total(),
+                wall_time_s=self.costs.wall_s(),
                 load_s=seconds.get("load", 0.0),
                 train_s=seconds.get("train", 0.0),
                 evaluate_s=seconds.get("evaluate", 0.0),
@@ -160,14 +213,15 @@ class Life:
                 else None,
                 train_tokens=trained.tokens,
                 train_images=trained.images,
+                complete=self.costs.complete,
             ),
             train_loss_final=trained.losses[-1] if trained.losses else None,
-            eval_loss_best=min(known, default=None),
+            eval_loss_best=min(finite, default=None),
             boundary_losses=self.boundaries,
             steps=trained.steps,
             resumed_from_step=trained.resumed_from_step,
             members=self.weights,
-            arithmetic=self.spec.method.arithmetic(self.spec.model.dtype),
+            arithmetic=self.spec.method.arithmetic(self.spec.model.dtype, self.four_bit_share),
             chosen=dict(self.place.chosen),
             lowered=dict(self.lowered),
             predicted=self.predicted,
@@ -175,6 +229,7 @@ class Life:
             total_parameters=self.parameters[1],
             adapter_bytes=self.adapter_bytes,
             storage=self.storage,
+            four_bit_share=self.four_bit_share,
             mlflow_run_id=self.run_id,
             error=error,
             provenance=self.provenance,
@@ -214,7 +269,9 @@ def evaluate(life: Life, bench: Bench) -> None:
     life.scored = bench.evaluate()
     loss = life.scored.scores.eval_loss
     if loss is not None and not math.isfinite(loss):
-        raise TrialFailed(f"the held-out loss is {loss} after {life.trained.steps} steps; lower method.lr")
+        stages = life.runs.method.stages(max(life.trained.steps, ENOUGH_STEPS))
+        last = stages[-1][0] if stages else None
+        raise TrialFailed(f"the held-out loss is {loss} after {life.trained.steps} steps; {ways_out(life.runs, last)}")
     folder = life.place.folder
     samples = [sample.plain() for sample in life.scored.samples]
     _write_lines(folder / "samples.jsonl", samples)
@@ -223,8 +280,8 @@ def evaluate(life: Life, bench: Bench) -> None:
         for row, (prediction, reference) in enumerate(life.scored.answers)
     ]
     _write_lines(folder / "answers.jsonl", answers)
-    if losses := life.scored.losses:
-        _write_lines(folder / "losses.jsonl", [{"row": row, "loss": loss} for row, loss in enumerate(losses)])
+    if losses := _row_losses(life.scored):
+        _write_lines(folder / "losses.jsonl", losses)
     reported = _report_scores(life, {})
     if life.tracker is not None and samples:
         life.tracker.table(samples, "samples.json")
@@ -241,6 +298,15 @@ def evaluate(life: Life, bench: Bench) -> None:
     life.scored = replace(life.scored, scores=bench.benchmark(life.scored.scores))
 
 
+def _row_losses(scored: Scored) -> list[dict[str, Any]]:
+    """The lines of `losses.jsonl`: `RowLoss` of every held-out row that has a loss."""
+    rows: list[dict[str, Any]] = [{"row": row, "loss": loss} for row, loss in enumerate(scored.losses)]
+    if not scored.loss_tokens:
+        return rows
+    weighed = zip(rows, scored.loss_tokens, strict=True)
+    return [{**row, "tokens": tokens} for row, tokens in weighed if tokens]
+
+
 def _report_scores(life: Life, known: Mapping[str, float]) -> dict[str, float]:
     """Report the scores that are not `known`; returns them all."""
     scores = {name: value for name, value in life.scored.scores.plain().items() if isinstance(value, float)}
@@ -250,7 +316,7 @@ def _report_scores(life: Life, known: Mapping[str, float]) -> dict[str, float]:
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(to_json(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def provenance(bench: Bench, place: Place) -> dict[str, Any]:

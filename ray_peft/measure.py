@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from ray_peft.errors import TrialFailed
@@ -34,16 +34,24 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self.last = ""
         """The phase that is on, or that was the last."""
+        self._since: float | None = None
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the seconds spent inside to phase `name`, also when it raises."""
         begin = time.perf_counter()
         self.last = name
+        self._since = begin
         try:
             yield
         finally:
+            self._since = None
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def so_far(self) -> dict[str, float]:
+        """Seconds by phase, with those of the phase that is on."""
+        on = 0.0 if self._since is None else time.perf_counter() - self._since
+        return {**self.seconds, self.last: self.seconds.get(self.last, 0.0) + on} if on else dict(self.seconds)
 
     def total(self) -> float:
         """Seconds since the clock was made."""
@@ -59,6 +67,12 @@ class Peaks:
     device_used_gib: float | None = None
     rss_gib: float | None = None
     spilled_gib: float | None = None
+
+
+def larger_peaks(first: Peaks, second: Peaks) -> Peaks:
+    """Of each kind the larger of two."""
+    names = [kind.name for kind in fields(Peaks)]
+    return Peaks(**{name: _larger(getattr(first, name), getattr(second, name)) for name in names})
 
 
 def spilled(reserved_gib: float, total_gib: float) -> float:
@@ -95,8 +109,17 @@ class MemoryWatch:
         """Fold the span's peaks into `peaks`."""
         if self._sampler is None:
             return
-        used, rss = self._sampler.finish()
+        self._sampler.finish()
+        self._fold(*self._sampler.peaks())
         self._sampler = None
+
+    def so_far(self) -> Peaks:
+        """The peaks up to now, of a span that goes on."""
+        if self._sampler is not None:
+            self._fold(*self._sampler.peaks())
+        return self.peaks
+
+    def _fold(self, used: float | None, rss: float) -> None:
         self.peaks.device_used_gib = _larger(self.peaks.device_used_gib, used)
         self.peaks.rss_gib = _larger(self.peaks.rss_gib, rss)
         if self.device.startswith("cuda"):
@@ -136,10 +159,13 @@ class _Sampler(threading.Thread):
             if self._done.wait(self.INTERVAL_S):
                 return
 
-    def finish(self) -> tuple[float | None, float]:
-        """Peaks so far [GiB]: the whole GPU (null without NVML), resident memory."""
+    def finish(self) -> None:
+        """Stop to sample."""
         self._done.set()
         self.join()
+
+    def peaks(self) -> tuple[float | None, float]:
+        """Peaks so far [GiB]: the whole GPU (null without NVML), resident memory."""
         return (self._used / GIB if self._gpu is not None else None), self._rss / GIB
 
 

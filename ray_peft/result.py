@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+from pydantic import model_validator
+
+from ray_peft.measured import Measured
+from ray_peft.names import PathPart
 from ray_peft.spec import AnyTrialSpec
 from ray_peft.strict import Strict
 
 Status = Literal["finished", "failed", "out_of_memory", "cancelled"]
 
 
-class Scores(Strict):
+class Scores(Measured):
     """Quality on the held-out rows; null where it was not measured."""
 
     eval_loss: float | None = None
@@ -20,6 +24,13 @@ class Scores(Strict):
     """Corpus BLEU-4, 0 to 1."""
     rouge_l: float | None = None
     """Mean ROUGE-L F-measure, 0 to 1."""
+    chrf: float | None = None
+    """Corpus chrF2, 0 to 1: of characters, so it needs no tokenizer."""
+    bleu_tokenizer: str | None = None
+    """What cut the texts for bleu4, by sacrebleu's name: that of the references' script (metrics/scripts.py). Of rows
+    that do not say it, it was 13a."""
+    rouge_tokenizer: Literal["rouge_score", "unicode"] | None = None
+    """What cut them for rouge_l: a-z and 0-9, or words of Unicode. Of rows that do not say it, the former."""
     style_heldout: float | None = None
     """Mean cosine of the style vectors of made images with those of the held-out paintings, at most 1. A style vector
     is the Gram matrices of the frozen VAE encoder's layers; it knows textures and colours, not what is depicted."""
@@ -31,7 +42,7 @@ class Scores(Strict):
     eval_rows: int = 0
     """Held-out rows, or images, behind eval_loss."""
     generated_rows: int = 0
-    """Held-out rows behind bleu4 and rouge_l; made images behind the style scores."""
+    """Held-out rows behind bleu4, rouge_l and chrf; made images behind the style scores."""
     benchmarks: dict[str, float] = {}
     """Scores of lm-eval's tasks by "task/metric", or "task/metric/filter" where a metric has several filters."""
     benchmark_stderr: dict[str, float] = {}
@@ -40,7 +51,7 @@ class Scores(Strict):
     """Questions behind each, by the same keys."""
 
 
-class Usage(Strict):
+class Usage(Measured):
     """What the trial cost. GiB = 2**30 bytes; the training phase alone unless a field says otherwise."""
 
     peak_allocated_gib: float | None = None
@@ -56,7 +67,7 @@ class Usage(Strict):
     peak_rss_gib: float | None = None
     """Peak resident memory of the worker process."""
     wall_time_s: float = 0.0
-    """The whole trial, from load to save."""
+    """The whole trial, from load to save, over all its attempts."""
     load_s: float = 0.0
     train_s: float = 0.0
     evaluate_s: float = 0.0
@@ -71,6 +82,9 @@ class Usage(Strict):
     """Real tokens seen in training."""
     train_images: int = 0
     """Images seen in training, each as often as it was seen."""
+    complete: bool = True
+    """False for a trial that went on from a checkpoint of version 0.1.0, which does not say what came before it:
+    seconds, tokens and peaks are then those after it."""
 
 
 class Provenance(Strict):
@@ -93,10 +107,10 @@ class Provenance(Strict):
     """ISO 8601, UTC."""
 
 
-class TrialResult(Strict):
+class TrialResult(Measured):
     """One row of a comparison."""
 
-    trial_id: str
+    trial_id: PathPart
     status: Status
     spec: AnyTrialSpec
     scores: Scores = Scores()
@@ -110,16 +124,18 @@ class TrialResult(Strict):
     steps: int = 0
     """Optimizer steps done."""
     resumed_from_step: int | None = None
+    """Where the trial's last attempt went on; null for one that ran in one go. `usage` adds up over the attempts,
+    without what was done twice."""
     arithmetic: str = ""
     """How the trained weights are held and updated, such as "bfloat16 weights, stochastic rounding"."""
-    members: dict[str, float] = {}
+    members: dict[PathPart, float] = {}
     """Of an ensemble, the weight of each member by its trial id; they add up to one."""
     chosen: dict[str, int | bool] = {}
-    """Settings that `train.fit: auto` chose for the GPU at hand, by key; no number of the trial depends on them, but
-    for the draws of dropout."""
+    """Settings that `train.fit: auto` chose for the GPU at hand, by key. In fp32 no number of the trial depends on
+    them, but for the draws of dropout; in bf16 the last digits do."""
     lowered: dict[str, int] = {}
-    """Settings that memory forced down while it ran, by key; no number of the trial depends on them, but for the draws
-    of dropout."""
+    """Settings that memory forced down while it ran, by key. In fp32 no number of the trial depends on them, but for
+    the draws of dropout; in bf16 the last digits do, and an answer may turn at a near tie of two tokens."""
     predicted: dict[str, float] = {}
     """Peak memory as predicted before it ran [GiB]: peak_allocated_gib, peak_reserved_gib, and its components."""
     trainable_parameters: int = 0
@@ -128,10 +144,22 @@ class TrialResult(Strict):
     """Bytes on disk of what was trained: the adapter, or the full weights."""
     storage: dict[str, int] = {}
     """Bytes of the base's weights in memory by how they are held, such as "nf4" and "bfloat16"."""
+    four_bit_share: float | None = None
+    """Share of the base's weights that are in 4 bits; None where none is meant to be, or where it was not counted."""
     mlflow_run_id: str | None = None
+    untracked: str | None = None
+    """Why the tracking store lacks this result; null if it has it."""
     error: str | None = None
     """Why a trial that is not finished ended; one line first, details below."""
     provenance: Provenance = Provenance()
+
+    @model_validator(mode="after")
+    def _spec_under_its_id(self) -> Self:
+        """A spec that was read from a file takes the row's id: its own would stand for names, not for their content."""
+        settled = self.spec.__dict__
+        if settled.get("trial_id") != self.trial_id or (self.members and not settled.get("_member_ids")):
+            object.__setattr__(self, "spec", self.spec.under(self.trial_id, tuple(self.members)))
+        return self
 
     def row(self) -> dict[str, Any]:
         """The line of `results.jsonl`."""
@@ -154,9 +182,9 @@ class ImageFile(Strict):
 
     prompt: str
     seed: int
-    file: str
+    file: PathPart
     """Its name in the folder of images."""
-    before: str | None = None
+    before: PathPart | None = None
     """The name of what the untouched base makes of the same prompt and seed."""
     nearest: str | None = None
     """The training painting that is nearest to it in content."""
@@ -164,8 +192,11 @@ class ImageFile(Strict):
     """How near: the cosine behind `Scores.nearest_train`; a copy is 1.0."""
 
 
-class RowLoss(Strict):
+class RowLoss(Measured):
     """The loss of one held-out row: a line of `losses.jsonl`."""
 
     row: int
     loss: float
+    """Of an image, or the mean over the answer's tokens."""
+    tokens: int | None = None
+    """Answer tokens behind it, which are its weight in the loss of all rows; null where all rows weigh the same."""

@@ -16,6 +16,7 @@ from ray_peft.errors import SearchSpaceError, SpecError, TrialFailed
 from ray_peft.ledger import Ledger
 from ray_peft.placement import Demand
 from ray_peft.result import TrialResult
+from ray_peft.signals import callers_signals
 from ray_peft.space import ReportSpec, TrackingSpec, explain, load
 from ray_peft.spec import TrialSpec
 
@@ -50,12 +51,13 @@ def run(
     trial, tracking_spec, report = _trial(spec, overrides, profile)
     if trial.members():
         raise SpecError("method ensemble: a run makes one trial, but an ensemble needs its members; use a sweep")
+    checked = experiment.inspect_trials([trial], console)
+    (trial,), notes = checked.trials, checked.notes
     ledger = Ledger(Path(out) if out else experiment.outputs_folder() / trial.trial_id)
-    notes = experiment.inspect_trials([trial], console)
     store = experiment.open_store(
         experiment.tracking_uri(tracking_uri, tracking_spec), tracking_spec.experiment or "single runs"
     )
-    with ledger.locked(), contextlib.ExitStack() as ray:
+    with ledger.locked(), callers_signals(), contextlib.ExitStack() as ray:
         allotment = Allotment(ray.enter_context(cluster.connect(address)), gpu_memory_gib)
         allotment.prepare([trial], console)
         held = allotment.demand(trial, alone=True)
@@ -71,11 +73,11 @@ def run(
         )
         interrupted = True
         try:
-            ledger.add(_run(trial, opened, held))
+            opened.rows.add(_run(trial, opened, held))
             interrupted = False
         except KeyboardInterrupt:
             ray.close()  # no worker may still write to the run that is closed here
-            ledger.add(opened.lost(trial, "cancelled", "interrupted by the user"))
+            opened.rows.add(opened.lost(trial, "cancelled", "interrupted by the user"))
             raise
         finally:
             results = opened.finish([trial.trial_id], interrupted)

@@ -30,8 +30,9 @@ MAX_TRIALS = 10_000
 """More cells than this is taken for a mistake in the file."""
 
 LONGEST_NAME = 120
-_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))}
+DEVICES = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))})
 """Names that Windows keeps for itself, with any ending."""
+_RESERVED = DEVICES if os.name == "nt" else frozenset()
 
 _NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
@@ -147,7 +148,7 @@ def _name(value: Any, source: str, problems: list[str]) -> str:
         or value.endswith(".")
         or len(value) > LONGEST_NAME
         or any(character in '<>:"/\\|?*' or ord(character) < 32 or ord(character) == 127 for character in value)
-        or value.partition(".")[0].upper() in _DEVICES
+        or value.partition(".")[0].upper() in _RESERVED
     ):
         problems.append(f"{source}: name: cannot name a folder on every system (found {_short(value)}); {way}")
     return str(value)
@@ -335,7 +336,7 @@ def _validate(drawn: list[dict[str, Any]], source: str) -> tuple[list[TrialSpec]
         total = len(drawn)
         raise SearchSpaceError("\n".join(f"{source}: {line}, in {n} of {total} trials" for line, n in broken.items()))
     repeated = [
-        f"{count} cells or draws of the search space are the same trial, {trial_id}: it runs once"
+        f"{count} cells or draws of the search space are the same trial ({trials[trial_id].method.name}): it runs once"
         for trial_id, count in cells.items()
         if count > 1
     ]
@@ -345,7 +346,7 @@ def _validate(drawn: list[dict[str, Any]], source: str) -> tuple[list[TrialSpec]
 def explain(error: ValidationError, prefix: str = "") -> Iterator[str]:
     """One line per problem: key, rule, value found."""
     for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in (prefix, *problem["loc"]) if str(part))
+        key = ".".join(str(part) for part in (prefix, *_as_written(problem["loc"])) if str(part))
         found = f" (found {_short(problem['input'])})"
         if problem["type"] == "missing":
             yield f"{key}: missing"
@@ -366,6 +367,13 @@ def _quotes(kind: str, value: Any) -> str:
     if kind in ("int_type", "float_type") and isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         return "; write it without quotes"
     return ""
+
+
+def _as_written(location: tuple[int | str, ...]) -> list[int | str]:
+    """A place in an ensemble's members as it stands in the file: pydantic adds the method's name after `method`."""
+    if "members" not in location:
+        return list(location)
+    return [part for before, part in zip((None, *location), location, strict=False) if before != "method"]
 
 
 @cache

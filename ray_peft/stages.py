@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import math
 from pathlib import Path
 
-from ray_peft import measure
+from ray_peft.errors import TrialFailed
 from ray_peft.life import Life, Place, keep
 from ray_peft.methods.base import Stage
 from ray_peft.report.atomic import write_text
+from ray_peft.rounding import check_same_loss
+from ray_peft.tasks import cost
 from ray_peft.tasks.base import Bench, Trained
+from ray_peft.tasks.finite import ways_out
 from ray_peft.tasks.memory import free_memory
 
 STAGE_FILE = "stage.json"
@@ -54,8 +57,7 @@ def stage_folder(place: Place, index: int) -> Path:
 
 def _write_stage(life: Life, folder: Path) -> None:
     """Note that all stages up to this one are done; written last, so that its file vouches for the adapter."""
-    done = {"trained": asdict(life.trained), "peaks": asdict(life.memory.peaks), "train_s": life.clock.seconds["train"]}
-    write_text(folder / STAGE_FILE, json.dumps(done))
+    write_text(folder / STAGE_FILE, json.dumps(cost.plain(life.trained, life.costs)))
 
 
 def _taken_up(life: Life, bench: Bench, index: int, stage: Stage) -> bool:
@@ -67,15 +69,19 @@ def _taken_up(life: Life, bench: Bench, index: int, stage: Stage) -> bool:
     bench.attach(stage)
     bench.restore(folder)
     life.parameters = bench.parameters()
-    life.trained = Trained(**done["trained"])
+    if "trial" not in done:  # of version 0.1.0
+        done["trial"] = {"seconds": {"train": done["train_s"]}, "wall_s": done["train_s"], "peaks": done["peaks"]}
+    cost.take_up(done, life.trained, life.costs, folder)
     life.trained.resumed_from_step = life.trained.steps
-    life.memory.peaks = measure.Peaks(**done["peaks"])
-    life.clock.seconds["train"] = done["train_s"]
     return True
 
 
 def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
-    """From one stage to the next: keep what the stage trained, merge it, and measure the loss on both sides."""
+    """From one stage to the next: keep what the stage trained, merge it, and measure the loss on both sides.
+
+    Raises:
+        TrialFailed: a loss is not finite, or the merge changed it by more than rounding does.
+    """
     first = life.place.rank == 0
     folder = stage_folder(life.place, index)
     if first:
@@ -85,6 +91,7 @@ def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
                 _write_stage(life, folder)
             elif life.tracker is not None:  # taken up: other workers may still read it, and this run has none yet
                 life.tracker.artifact(folder, folder.name)
+    held = bench.dtypes()
     for moment in (f"after stage {index + 1}", f"after merge {index + 1}"):
         if moment.startswith("after merge"):
             with life.clock.phase("train"):
@@ -93,3 +100,18 @@ def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
             with life.clock.phase("evaluate"):
                 life.boundaries[moment] = bench.eval_loss()
             life.report({f"boundary_loss.{moment.replace(' ', '_')}": life.boundaries[moment]}, life.trained.steps)
+    before, after = _told_to_all(life, index)
+    for moment, loss in ((f"after stage {index + 1}", before), (f"after merge {index + 1}", after)):
+        if not math.isfinite(loss):  # nothing that starts from these weights can end well
+            raise TrialFailed(f"the held-out loss is {loss} {moment}; {ways_out(life.runs, stage)}")
+    check_same_loss(before, after, [*held, *bench.dtypes()], f"merging what {stage.name} trained")
+
+
+def _told_to_all(life: Life, index: int) -> list[float]:
+    """The losses on both sides of a merge, which rank 0 has measured: all workers must end, or go on, together."""
+    losses = [life.boundaries.get(f"after {moment} {index + 1}", 0.0) for moment in ("stage", "merge")]
+    if life.place.num_workers > 1:
+        import torch.distributed
+
+        torch.distributed.broadcast_object_list(losses, src=0)
+    return losses

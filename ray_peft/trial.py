@@ -10,7 +10,7 @@ import sys
 
 from ray_peft import measure
 from ray_peft.ensembles import run_ensemble
-from ray_peft.errors import first_line
+from ray_peft.errors import TrackingError, first_line
 from ray_peft.forecast import ways
 from ray_peft.gpus import known
 from ray_peft.life import Life, Place, Tracker, evaluate, keep, predict, provenance
@@ -18,6 +18,7 @@ from ray_peft.report.atomic import write_text
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.stages import STAGE_FILE, stage_folder, train_all
+from ray_peft.storage import told
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Bench, Report
 from ray_peft.tasks.memory import MICRO_BATCH, divisor, free_memory
@@ -46,10 +47,10 @@ def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> Tr
         progress: called with every logged metric, by every rank.
 
     Returns:
-        The recorded result, failed trials included; null on ranks above 0 once they are done.
+        The recorded result, failed trials included; null on ranks above 0 once they are done. `untracked` says why the
+        tracker lacks it, if it does: what was trained is not lost for that.
 
     Raises:
-        TrackingError: the result could not be stored.
         KeyboardInterrupt, SystemExit: passed on after the trial is recorded as cancelled.
         Exception: on ranks above 0 a failure is raised, so that rank 0 does not wait for a lost worker.
     """
@@ -57,7 +58,10 @@ def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> Tr
         _run(Life(spec, place, None, progress))
         return None
     life = Life(spec, place, tracker, progress)
-    life.run_id = tracker.start(spec)
+    try:
+        life.run_id = tracker.start(spec)
+    except TrackingError as error:
+        return _kept(life.failed(error).model_copy(update={"untracked": str(error)}), place)
     try:
         result = _run(life)
     except Exception as error:
@@ -70,8 +74,7 @@ def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> Tr
         _release(place)
     if result.status == "out_of_memory":
         result = result.model_copy(update={"error": _with_advice(life, result.error or "")})
-    _record(result, place, tracker)
-    return result
+    return _record(result, place, tracker)
 
 
 def _with_advice(life: Life, error: str) -> str:
@@ -100,11 +103,25 @@ def _with_advice(life: Life, error: str) -> str:
     return f"{said}{f' with {rows} rows a pass' if rows is not None else ''}; what takes less: {advice}\n\n{error}"
 
 
-def _record(result: TrialResult, place: Place, tracker: Tracker) -> None:
-    """Keep the row in the trial's folder first: the tracker may be out of reach."""
-    place.folder.mkdir(parents=True, exist_ok=True)
-    write_text(place.folder / RESULT_FILE, result.model_dump_json(indent=2))
-    tracker.record(result)
+def _record(result: TrialResult, place: Place, tracker: Tracker) -> TrialResult:
+    """The row, once it is in the trial's folder and with the tracker, or says why the tracker lacks it."""
+    _kept(result, place)
+    try:
+        tracker.record(result)
+    except TrackingError as error:
+        logger.warning("%s: %s", result.trial_id, first_line(error))
+        return _kept(result.model_copy(update={"untracked": str(error)}), place)
+    return result
+
+
+def _kept(result: TrialResult, place: Place) -> TrialResult:
+    """The row, once it is in the trial's folder; a full disk does not stop it on its way to the driver."""
+    try:
+        place.folder.mkdir(parents=True, exist_ok=True)
+        write_text(place.folder / RESULT_FILE, result.model_dump_json(indent=2))
+    except OSError as error:
+        logger.warning("%s: %s", result.trial_id, told(error, place.folder))
+    return result
 
 
 def _run(life: Life) -> TrialResult:
@@ -119,8 +136,9 @@ def _run(life: Life) -> TrialResult:
         bench = TASKS[spec.task].load(life.runs, place.device)
     life.provenance = life.provenance.model_copy(update=provenance(bench, place))
     life.parameters = (0, bench.parameters()[1])
-    life.storage = bench.storage()
+    life.storage, life.four_bit_share = bench.storage(), bench.four_bit_share()
     life.lowered = bench.lowered
+    bench.costs = life.costs
     if place.rank == 0 and place.device != "cpu":
         predict(life, bench)
     stages = spec.method.stages(bench.total_steps())
@@ -161,6 +179,13 @@ def _save(life: Life, bench: Bench) -> None:
 
 def _release(place: Place) -> None:
     """Give memory back, so that the next trial in this process starts from nothing."""
+    try:
+        _free(place)
+    except Exception as error:  # a broken CUDA context fails here once more; the row says what broke it
+        logger.warning("memory could not be given back: %s: %s", type(error).__name__, first_line(error))
+
+
+def _free(place: Place) -> None:
     if place.device != "cpu":
         import torch
 

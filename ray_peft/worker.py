@@ -130,15 +130,32 @@ def _train_function(config: Mapping[str, Any]) -> str | None:
 
 
 def final_report(result: TrialResult) -> dict[str, Any]:
-    """The last report of a trial: its row, and the scores that a search improves."""
-    scores = {name: value for name, value in result.scores.plain().items() if value is not None}
+    """The last report of a trial: its row, and the scores that a search improves, of which NaN is none."""
+    scores = {name: value for name, value in result.scores.plain().items() if isinstance(value, int | float)}
     return {"step": result.steps, **scores, ROW: result.model_dump_json()}
 
 
 def raise_if_broken(result: TrialResult) -> None:
-    """Raise for a failed row, so that the process that ran it is not used again: its CUDA context may be poisoned."""
-    if result.status == "failed":
+    """Raise for a failed row that left the GPU unusable, so that the process is not used again.
+
+    A kernel that failed poisons the CUDA context for good: every later call fails. Any other failed trial costs the
+    next one nothing.
+    """
+    if result.status == "failed" and not _gpu_answers():
         raise TrialFailed(first_line(result.error))
+
+
+def _gpu_answers() -> bool:
+    """True if CUDA still works in this process, or was never used in it."""
+    import torch
+
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return True
+    try:
+        torch.cuda.synchronize()
+        return bool((torch.ones(1, device="cuda") + 1).item() == 2)
+    except RuntimeError:  # what torch raises for CUDA errors, torch.AcceleratorError included
+        return False
 
 
 def _device(demand: Demand) -> str:

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from ray_peft import trial
 
+HYBRID = {
+    "name": "qlora_galore",
+    "switch_at": 0.5,
+    "qlora": {"rank": 4, "lr": 0.01, "compute_dtype": "float32"},
+    "galore": {"rank": 8, "lr": 0.01, "weights": "float32"},
+}
+
 
 class Notes:
     """A tracker that keeps the rows it is given, and the names of artifacts."""

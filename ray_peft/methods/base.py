@@ -19,9 +19,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 ENOUGH_STEPS = 1000
 """For a method of several stages to have a step in each."""
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The seven projections of a Llama- or Gemma-style block."""
-
 
 class Quantization(Strict):
     """How the frozen base is stored in 4 bits (Dettmers et al. 2023, arXiv:2305.14314)."""
@@ -45,6 +42,12 @@ class Method(Strict, ABC):
     def stages(self, steps: int) -> list[tuple[Stage, int]]:
         """Split `steps` optimizer steps over the stages to run, in order."""
 
+    def parts(self) -> list[tuple[str, Stage]]:
+        """Its stages in order, each with its place in the trial's settings: `method`, or `method.qlora`."""
+        stages = [stage for stage, _ in self.stages(ENOUGH_STEPS)]
+        own = {id(getattr(self, name)): f"method.{name}" for name in type(self).model_fields}
+        return [(own.get(id(stage), "method"), stage) for stage in stages]
+
     def quantization(self) -> Quantization | None:
         """How the base must be stored when the first stage starts; None keeps plain weights."""
         return None
@@ -53,8 +56,13 @@ class Method(Strict, ABC):
         """The dtype in which the base is held when the first stage starts, given the model's own setting."""
         return asked
 
-    def arithmetic(self, dtype: Dtype) -> str:
-        """How weights are held and updated, for the comparison's reader; `dtype` is the model's own setting."""
+    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
+        """How weights are held and updated, for the comparison's reader.
+
+        Args:
+            dtype: the model's own setting.
+            four_bit_share: share of the base's weights that are in 4 bits; None where nobody has counted.
+        """
         return f"{dtype} weights, untouched"
 
     def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
@@ -90,6 +98,19 @@ class Stage(Method):
     @abstractmethod
     def optimizer(self, model: nn.Module) -> Optimizer:
         """Build the optimizer over the trainable parameters of `model`."""
+
+    def check(self, model: nn.Module, *, of: str, key: str) -> list[str]:
+        """What a reader must know of this stage on this model, one sentence each.
+
+        Args:
+            model: of the trial's architecture, on the meta device; it is left as it is.
+            of: the model as an error names it.
+            key: the stage's place in the trial's settings, such as `method` or `method.qlora`.
+
+        Raises:
+            ModelError, SpecError: the stage cannot train this model.
+        """
+        return []
 
     def merge(self, model: nn.Module) -> nn.Module:
         """Fold what was trained into plain weights, ready for the next stage."""

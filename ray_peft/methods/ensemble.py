@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ray_peft.methods.base import Dtype, Method, Stage, Task
 from ray_peft.methods.single import SingleMethod
@@ -30,9 +30,18 @@ class Ensemble(Method):
 
     name: Literal["ensemble"] = "ensemble"
     tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft"})
-    members: tuple[Member, ...] = Field(min_length=2)
+    members: tuple[Member, ...]
+    """At least two."""
 
-    def arithmetic(self, dtype: Dtype) -> str:
+    @field_validator("members")
+    @classmethod
+    def _several(cls, members: tuple[Member, ...]) -> tuple[Member, ...]:
+        # Not min_length, which pydantic 2.14 also measures after wrong members are gone.
+        if len(members) < 2:
+            raise ValueError(f"an ensemble needs at least two members (found {len(members)})")
+        return members
+
+    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
         """Of the members, which differ."""
         return "that of each member"
 

@@ -30,7 +30,7 @@ class FullWeights(Stage):
         """The dtype of the trained weights, whatever the model's setting."""
         return self.dtype
 
-    def arithmetic(self, dtype: Dtype) -> str:
+    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
         """How the trained weights are held and rounded."""
         return {
             "bfloat16_stochastic": "bfloat16 weights, stochastic rounding",

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ray_peft.errors import SpecError
 from ray_peft.methods.base import Task
 from ray_peft.methods.full_weights import FullWeights
 from ray_peft.methods.optimizers import trainable
+from ray_peft.reach.shared_weights import output_layer
+from ray_peft.reach.targets import ALL_LINEAR, check_words, endings, in_blocks, is_pattern, linear
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
+
+ATTENTION_AND_MLP = ("attn", "mlp")
+"""What the names of a Llama-style block's linear layers contain; as `targets`, those of any architecture's blocks."""
 
 
 class GaLore(FullWeights):
@@ -28,12 +34,25 @@ class GaLore(FullWeights):
     scale: float = Field(default=0.25, gt=0)
     """Factor on the update after it is projected back."""
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
-    targets: tuple[str, ...] = Field(default=("attn", "mlp"), min_length=1)
-    """Linear layers whose name contains one of these are projected; all other weights get plain AdamW."""
+    targets: tuple[str, ...] = Field(default=ATTENTION_AND_MLP, min_length=1)
+    """Linear layers whose name contains one of these (or a match of a regular expression, or `all-linear`) are
+    projected; all other weights get plain AdamW. The default means the linear layers of a block, whatever the
+    architecture calls them. Each must match something."""
     layerwise: bool = False
     """Update each weight as soon as its gradient is there, then free the gradient."""
     eps: float = Field(default=1.0e-6, gt=0)
     """AdamW's term for numerical stability; the value of the reference implementation."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+    @field_validator("targets")
+    @classmethod
+    def _names_can_match(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        check_words(targets)
+        return targets
 
     def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
         """Layer-wise updates see one backward pass on one worker and no global norm."""
@@ -82,23 +101,51 @@ class GaLore(FullWeights):
         kind = galore_adamw(layerwise=self.layerwise, stochastic=self.weights == "bfloat16_stochastic")
         return kind([group for group in groups if group["params"]], lr=self.lr, betas=self.betas, eps=self.eps)
 
-    def projected(self, model: nn.Module) -> list[nn.Parameter]:
-        """The weights whose gradients are projected, in definition order.
+    def check(self, model: nn.Module, *, of: str, key: str) -> list[str]:
+        """The share of the trained weights that is projected, and ranks at which nothing is.
 
         Raises:
-            SpecError: no linear layer matches `targets`.
+            SpecError: as `projected`.
         """
-        from torch import nn
+        from ray_peft.reach.coverage import above
+        from ray_peft.reach.targets import smaller_side
 
-        found = [
-            cast("nn.Parameter", module.weight)  # torch annotates it as a Tensor
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and any(target in name for target in self.targets)
-        ]
-        if not found:
-            names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        projected = self.projected(model, of=of, key=f"{key}.targets")
+        total = sum(parameter.numel() for parameter in model.parameters())
+        share = sum(parameter.numel() for parameter in projected) / total
+        notes = [f"{share:.0%} of the trained weights of {of} are projected; plain AdamW trains the others"]
+        sizes = [smaller_side(parameter) for parameter in projected]
+        notes += above(self.rank, sizes, "a subspace's rank", "a gradient, so that nothing is projected there")
+        return [f"{self.name}: {note}" for note in notes]
+
+    def projected(self, model: nn.Module, *, of: str = "the model", key: str = "method.targets") -> list[nn.Parameter]:
+        """The weights whose gradients are projected, in definition order.
+
+        Args:
+            model: on any device.
+            of: the model as an error names it.
+            key: the setting as an error names it.
+
+        Raises:
+            SpecError: a target matches no linear layer.
+        """
+        layers = linear(model)
+        by_target = {target: self._named(target, layers, model) for target in self.targets}
+        missing = [target for target, names in by_target.items() if not names]
+        chosen = {name for names in by_target.values() for name in names}
+        if missing and self.targets == ATTENTION_AND_MLP:
+            chosen, missing = set(in_blocks(layers)), []
+        if missing or not chosen:
             raise SpecError(
-                f"method.targets: no linear layer's name contains any of {', '.join(self.targets)}; "
-                f"the linear layers of this model end in {', '.join(names)}"
+                f"{key}: no linear layer's name contains any of {', '.join(missing or self.targets)}; "
+                f"the linear layers of {of} end in {', '.join(sorted(endings(layers)))}"
             )
-        return found
+        return [cast("nn.Parameter", module.weight) for name, module in layers.items() if name in chosen]
+
+    def _named(self, target: str, layers: dict[str, nn.Module], model: nn.Module) -> list[str]:
+        if target.lower() == ALL_LINEAR:
+            head = output_layer(model)
+            return [name for name, module in layers.items() if module is not head]
+        if is_pattern(target):
+            return [name for name in layers if re.search(target, name)]
+        return [name for name in layers if target in name]

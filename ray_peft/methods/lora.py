@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from ray_peft.methods.base import PROJECTIONS, Dtype, Stage, Task
+from ray_peft.errors import SpecError
+from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.methods.optimizers import OptimizerName, adamw, trainable
+from ray_peft.reach.targets import ALL_LINEAR, PROJECTIONS, Targets, all_turned, check_words, resolve
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +26,9 @@ class LowRankAdapter(Stage):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     targets: tuple[str, ...] = Field(default=PROJECTIONS, min_length=1)
-    """Name endings of the layers that get an adapter."""
+    """The layers that get an adapter: ends of their names, regular expressions that match a whole name or its end, or
+    `all-linear`. The default means the linear layers of a block, whatever the architecture calls them, and the fused
+    experts of a mixture. Each must match something."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype that holds adapters and their gradients while they train."""
     lr: float = Field(default=2.0e-4, gt=0)
@@ -40,20 +44,38 @@ class LowRankAdapter(Stage):
             )
         return value
 
-    def arithmetic(self, dtype: Dtype) -> str:
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+    @field_validator("targets")
+    @classmethod
+    def _names_can_match(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        check_words(targets)
+        return targets
+
+    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
         """The dtypes of base and adapters."""
         return f"frozen {dtype} base, {self.adapter_dtype} adapters"
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Freeze the base and add adapters to the targets."""
+        """Freeze the base and add adapters to the targets.
+
+        Raises:
+            ModelError: a target matches nothing that can carry an adapter.
+        """
         import torch
         from peft import LoraConfig, get_peft_model
 
+        targets = self.placed(model)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT annotates int and computes with floats
             lora_dropout=self.dropout,
-            target_modules=list(self.targets),
+            target_modules=list(targets.modules),
+            target_parameters=list(targets.parameters) or None,
+            fan_in_fan_out=all_turned(model, targets.layers),
             bias="none",
             task_type="CAUSAL_LM" if hasattr(model, "generate") else None,
         )
@@ -61,6 +83,36 @@ class LowRankAdapter(Stage):
         for parameter in trainable(adapted):
             parameter.data = parameter.data.to(getattr(torch, self.adapter_dtype))
         return adapted
+
+    def placed(self, model: nn.Module, *, of: str = "the model", key: str = "method") -> Targets:
+        """The layers of `model` that get an adapter.
+
+        Raises:
+            ModelError: a target matches nothing that can carry one, or a layer whose weight is used elsewhere, too.
+            SpecError: dropout on fused experts.
+        """
+        from ray_peft.reach.shared_weights import refuse_head_and_tied
+
+        targets = resolve(self.targets, model, of=of, key=f"{key}.targets")
+        refuse_head_and_tied(model, targets.layers, of=of, key=f"{key}.targets")
+        if self.dropout and targets.parameters:
+            raise SpecError(
+                f"{key}.dropout: {self.dropout:g} cannot be put on the input of fused experts "
+                f"({', '.join(targets.parameters)}) of {of}; set dropout: 0, or name targets without them"
+            )
+        return targets
+
+    def check(self, model: nn.Module, *, of: str, key: str) -> list[str]:
+        """Where adapters go by the architecture, what of the blocks has none, and ranks that are no restriction.
+
+        Raises:
+            ModelError, SpecError: as `placed`.
+        """
+        from ray_peft.reach.coverage import adapter_notes
+
+        targets = self.placed(model, of=of, key=key)
+        own = self.targets in (PROJECTIONS, (ALL_LINEAR,))
+        return [f"{self.name}: {note}" for note in adapter_notes(model, targets, self.rank, of=of, by_default=own)]
 
     def optimizer(self, model: nn.Module) -> Optimizer:
         """AdamW over the adapters."""

@@ -26,9 +26,9 @@ class QLoRAThenGaLore(Method):
         """The 4-bit storage of the first stage's base."""
         return self.qlora.quantization()
 
-    def arithmetic(self, dtype: Dtype) -> str:
+    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
         """Of both stages."""
-        return f"{self.qlora.arithmetic(dtype)}; then {self.galore.arithmetic(dtype)}"
+        return f"{self.qlora.arithmetic(dtype, four_bit_share)}; then {self.galore.arithmetic(dtype)}"
 
     def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
         """The rules of the second stage."""

@@ -11,7 +11,7 @@ class Bleu4(evaluate.Metric):  # type: ignore[misc]
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Corpus BLEU-4 in [0, 1]: 13a tokens, no smoothing.",
+            description="Corpus BLEU-4 in [0, 1]: sacrebleu's tokens for the script of the references, no smoothing.",
             citation="Papineni et al. 2002, Bleu: a Method for Automatic Evaluation of Machine Translation, P02-1040",
             inputs_description="predictions: one text a row; references: one text, or a list of texts, a row.",
             features=[
@@ -20,5 +20,7 @@ class Bleu4(evaluate.Metric):  # type: ignore[misc]
             ],
         )
 
-    def _compute(self, predictions: list[str], references: list[Reference]) -> dict[str, float]:
-        return {"bleu4": bleu4(predictions, references)}
+    def _compute(
+        self, predictions: list[str], references: list[Reference], tokenizer: str | None = None
+    ) -> dict[str, float]:
+        return {"bleu4": bleu4(predictions, references, tokenizer)}

@@ -3,6 +3,7 @@
 import evaluate
 from datasets import Features, Sequence, Value
 
+from ray_peft.metrics.scripts import RougeTokenizer
 from ray_peft.metrics.text_scores import Reference, rouge_l
 
 
@@ -20,5 +21,7 @@ class RougeL(evaluate.Metric):  # type: ignore[misc]
             ],
         )
 
-    def _compute(self, predictions: list[str], references: list[Reference]) -> dict[str, float]:
-        return {"rouge_l": rouge_l(predictions, references)}
+    def _compute(
+        self, predictions: list[str], references: list[Reference], tokenizer: RougeTokenizer | None = None
+    ) -> dict[str, float]:
+        return {"rouge_l": rouge_l(predictions, references, tokenizer)}

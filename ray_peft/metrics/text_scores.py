@@ -1,4 +1,4 @@
-"""Corpus BLEU-4 and ROUGE-L of texts, with what each row adds to them."""
+"""Corpus BLEU-4, chrF and ROUGE-L of texts, with what each row adds to them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +9,8 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ray_peft.metrics.scripts import BLEU_TOKENIZERS, RougeTokenizer, rouge_words, tokenizers, words
 
 ORDERS = 4
 """BLEU-4 counts n-grams of 1 to 4 tokens."""
@@ -22,40 +24,48 @@ Reference: TypeAlias = str | Sequence[str]
 """One reference text of a prediction, or several."""
 
 
-def bleu4(predictions: Sequence[str], references: Sequence[Reference]) -> float:
-    """Corpus BLEU-4 in [0, 1], tokenised as 13a, without smoothing; equal to `bleu` of Hugging Face evaluate.
+def bleu4(predictions: Sequence[str], references: Sequence[Reference], tokenizer: str | None = None) -> float:
+    """Corpus BLEU-4 in [0, 1], without smoothing; on Latin text equal to `bleu` of Hugging Face evaluate.
 
     Where evaluate divides by zero (every prediction, or every reference, has no token) the score is 0.
 
     Args:
         predictions: one text a row.
         references: one text, or several, a row.
+        tokenizer: as `bleu_row_statistics` takes it.
 
     Raises:
-        ValueError: no rows, unequal numbers of rows, or a row without a reference.
+        ValueError: no rows, unequal numbers of rows, a row without a reference, or an unknown tokenizer.
 
     Source: Papineni et al. 2002, ACL, P02-1040.
     """
-    return float(bleu4_from_statistics(bleu_row_statistics(predictions, references).sum(axis=0)))
+    return float(bleu4_from_statistics(bleu_row_statistics(predictions, references, tokenizer).sum(axis=0)))
 
 
-def bleu_row_statistics(predictions: Sequence[str], references: Sequence[Reference]) -> NDArray[np.int64]:
+def bleu_row_statistics(
+    predictions: Sequence[str], references: Sequence[Reference], tokenizer: str | None = None
+) -> NDArray[np.int64]:
     """What each row adds to corpus BLEU-4; the sum over rows is all that the score depends on.
 
     With several references, a match may come from any of them, and the length is that of the shortest (as in evaluate;
     sacrebleu takes the closest).
+
+    Args:
+        predictions: one text a row.
+        references: one text, or several, a row.
+        tokenizer: of sacrebleu, one of `scripts.BLEU_TOKENIZERS`; None takes the one that suits all references.
 
     Returns:
         (row, 10) int64: matches of 1- to 4-grams, 1- to 4-grams in the prediction, tokens in the prediction, tokens in
         the reference.
 
     Raises:
-        ValueError: no rows, unequal numbers of rows, or a row without a reference.
+        ValueError: no rows, unequal numbers of rows, a row without a reference, or an unknown tokenizer.
     """
-    tokenize = _tokenizer()
-    rows = [
-        _row_statistics(tokenize(prediction).split(), texts) for prediction, texts in _pairs(predictions, references)
-    ]
+    pairs = list(row_pairs(predictions, references))
+    name = tokenizer or tokenizers(chain.from_iterable(texts for _, texts in pairs)).bleu
+    tokenize = _tokenizer(name)
+    rows = [_row_statistics(tokenize(prediction).split(), texts, name) for prediction, texts in pairs]
     return np.array(rows, dtype=np.int64)
 
 
@@ -79,32 +89,52 @@ def bleu4_from_statistics(statistics: NDArray[np.int64] | NDArray[np.float64]) -
     return np.where(defined, np.exp(np.log(precisions).mean(axis=-1) + log_brevity_penalty), 0.0)
 
 
-def rouge_l(predictions: Sequence[str], references: Sequence[Reference]) -> float:
+def rouge_l(
+    predictions: Sequence[str], references: Sequence[Reference], tokenizer: RougeTokenizer | None = None
+) -> float:
     """Mean over rows of the ROUGE-L f-measure, in [0, 1], without stemming.
 
     This is the plain mean. `rouge` of Hugging Face evaluate reports the median of a bootstrap instead, which lies near
     the mean and depends on numpy's global seed.
+
+    Args:
+        predictions: one text a row.
+        references: one text, or several, a row.
+        tokenizer: as `rouge_l_rows` takes it.
 
     Raises:
         ValueError: no rows, unequal numbers of rows, or a row without a reference.
 
     Source: Lin 2004, ACL workshop "Text Summarization Branches Out", W04-1013.
     """
-    return fmean(rouge_l_rows(predictions, references))
+    return fmean(rouge_l_rows(predictions, references, tokenizer))
 
 
-def rouge_l_rows(predictions: Sequence[str], references: Sequence[Reference]) -> list[float]:
+def rouge_l_rows(
+    predictions: Sequence[str], references: Sequence[Reference], tokenizer: RougeTokenizer | None = None
+) -> list[float]:
     """ROUGE-L f-measure of each row, in [0, 1], without stemming; with several references, that of the best one.
+
+    Args:
+        predictions: one text a row.
+        references: one text, or several, a row.
+        tokenizer: `rouge_score` equals the package of that name, but for rows in other scripts (`scripts.rouge_words`);
+            `unicode` takes words of Unicode in all rows; None takes the one that suits all references.
 
     Raises:
         ValueError: no rows, unequal numbers of rows, or a row without a reference.
     """
+    pairs = list(row_pairs(predictions, references))
+    name = tokenizer or tokenizers(chain.from_iterable(texts for _, texts in pairs)).rouge
+    return [max(_rouge_l(prediction, text, name) for text in texts) for prediction, texts in pairs]
+
+
+def _rouge_l(prediction: str, reference: str, tokenizer: RougeTokenizer) -> float:
     from rouge_score.tokenize import tokenize
 
-    return [
-        max(_rouge_l_of_tokens(tokenize(text, None), tokenize(prediction, None)) for text in texts)
-        for prediction, texts in _pairs(predictions, references)
-    ]
+    if rouge_words(reference, tokenizer):
+        return _rouge_l_of_tokens(words(reference), words(prediction))
+    return _rouge_l_of_tokens(tokenize(reference, None), tokenize(prediction, None))
 
 
 def _rouge_l_of_tokens(reference: list[str], prediction: list[str]) -> float:
@@ -134,7 +164,7 @@ def _common_subsequence(first: list[str], second: list[str]) -> int:
     return len(first) - column.bit_count()
 
 
-def _pairs(predictions: Sequence[str], references: Sequence[Reference]) -> Iterator[tuple[str, Sequence[str]]]:
+def row_pairs(predictions: Sequence[str], references: Sequence[Reference]) -> Iterator[tuple[str, Sequence[str]]]:
     """Each prediction with its references, checked before the first is handed out."""
     if isinstance(predictions, str) or isinstance(references, str):
         raise ValueError("predictions and references must be lists with one entry a row, found a single string")
@@ -150,24 +180,26 @@ def _pairs(predictions: Sequence[str], references: Sequence[Reference]) -> Itera
 
 
 @lru_cache(maxsize=1024)  # the trials of a sweep answer the same rows
-def _reference_counts(reference: str) -> tuple[Counter[tuple[str, ...]], int]:
+def _reference_counts(reference: str, tokenizer: str) -> tuple[Counter[tuple[str, ...]], int]:
     """N-grams and tokens of a reference; not to be changed."""
-    tokens = _tokenizer()(reference).split()
+    tokens = _tokenizer(tokenizer)(reference).split()
     return _ngrams(tokens), len(tokens)
 
 
 @cache
-def _tokenizer() -> Callable[[str], str]:
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+def _tokenizer(name: str) -> Callable[[str], str]:
+    from sacrebleu.metrics.bleu import _get_tokenizer
 
+    if name not in BLEU_TOKENIZERS:
+        raise ValueError(f"tokenizer must be one of {', '.join(BLEU_TOKENIZERS)}, found {name}")
     # The tokenizer is called on the raw text, as evaluate does. sacrebleu.corpus_bleu strips the right end of the line
     # first, which keeps the dash of a text ending in "-\n" and changes the score (sacrebleu 2.6.0).
-    tokenizer: Callable[[str], str] = Tokenizer13a()  # type: ignore[no-untyped-call]
+    tokenizer: Callable[[str], str] = _get_tokenizer(name)()
     return tokenizer
 
 
-def _row_statistics(prediction: list[str], references: Sequence[str]) -> list[int]:
-    counted = [_reference_counts(reference) for reference in references]
+def _row_statistics(prediction: list[str], references: Sequence[str], tokenizer: str) -> list[int]:
+    counted = [_reference_counts(reference, tokenizer) for reference in references]
     wanted = counted[0][0]
     for more, _ in counted[1:]:
         wanted = wanted | more

@@ -8,17 +8,18 @@ from ray_peft.report.document import Block, Bullets, Heading, Paragraph, Table
 from ray_peft.report.material import Material
 from ray_peft.report.recommend import Choice, cheapest, walk
 from ray_peft.report.table import SeedGroup
-from ray_peft.report.ties import FEWEST_ROWS, LOSS_MARGIN, Family
+from ray_peft.report.ties import FEWEST_ROWS, LOSS_MARGIN, Family, heading
 
 _RULES = (
     "Candidates are the finished trials, those that differ in their seed alone as one. Models with random weights are "
     "none.",
     "Quality is ROUGE-L where held-out rows were answered, else the held-out loss.",
-    "One candidate is shown to be better than another if the 95 % paired bootstrap interval of their difference in "
-    "ROUGE-L lies above zero. If it contains zero they are tied, and on fewer than "
-    f"{FEWEST_ROWS} held-out rows all are.",
-    f"Held-out losses have no interval. They count as tied if they are nearer than {LOSS_MARGIN:.0%} of the lower one, "
-    "or if the ranges over seeds touch.",
+    "One candidate is shown to be better than another if a permutation test of their differences in ROUGE-L, row by "
+    "row and corrected for all pairs, says so, and the 95 % interval of the difference lies above zero. Else they are "
+    f"tied, and on fewer than {FEWEST_ROWS} held-out rows all are.",
+    "Held-out losses are compared in the same way where those of single rows are on file, and the ranges over seeds "
+    f"must not touch. Where only means are on file, they count as tied if nearer than {LOSS_MARGIN:.0%} of the lower "
+    "one, too.",
     "Within a budget, the cheapest of the candidates that no other candidate within it is shown to be better than is "
     "taken: by peak memory for a memory budget, by training time for a time budget. A difference that is not shown "
     "never decides.",
@@ -31,15 +32,15 @@ _ROW_LOSS_RULES = (
     *_RULES[:1],
     "Quality is the loss on the held-out images: the same images, timesteps and noise for all candidates. It says how "
     "well the model removes noise from them, which is not how its own images look: see Images and the style scores.",
-    "One candidate is shown to be better than another if the 95 % paired bootstrap interval of their difference in "
-    "held-out loss lies below zero, and the ranges over seeds do not touch. Else they are tied, and on fewer than "
-    f"{FEWEST_ROWS} held-out images all are.",
+    "One candidate is shown to be better than another if a permutation test of their differences in loss, image by "
+    "image and corrected for all pairs, says so, the 95 % interval of the difference lies below zero, and the ranges "
+    f"over seeds do not touch. Else they are tied, and on fewer than {FEWEST_ROWS} held-out images all are.",
     *_RULES[4:],
 )
-"""Where the loss of every held-out row is known."""
+"""Where the loss of every held-out image is known."""
 
 _FEW_ROWS = 30
-"""Held-out rows below which percentile intervals are known to be too narrow."""
+"""Held-out rows below which intervals are right for scores that are spread evenly, and too narrow for rare extremes."""
 
 
 def advice(material: Material) -> list[Block]:
@@ -50,11 +51,14 @@ def advice(material: Material) -> list[Block]:
     shown = [family for family in material.families if len(family.units) > 1]
     for number, family in enumerate(shown, 1):
         if len(shown) > 1:
-            blocks.append(Heading(f"Held-out rows {number} of {len(shown)}"))
+            blocks.append(Heading(heading(family, number, shown)))
         blocks += _family(family, costs(family.units))
     if silence := _cannot_say(material):
         blocks.append(Bullets(tuple(silence)))
-    by_row_losses = any(family.paired and family.measure == "eval_loss" for family in material.families)
+    by_row_losses = any(
+        family.paired and family.measure == "eval_loss" and family.units[0].rows[0].of_images
+        for family in material.families
+    )
     return [*blocks, Heading("Rules of the recommendation"), Bullets(_ROW_LOSS_RULES if by_row_losses else _RULES)]
 
 
@@ -166,11 +170,17 @@ def _cannot_say(material: Material) -> list[str]:
         )
     if few := sorted((family.rows, family.measure) for family in families if family.paired and family.rows < _FEW_ROWS):
         what = "Answered rows" if few[0][1] == "rouge_l" else "Held-out rows"
-        found.append(f"{what}: {few[0][0]}. Intervals of so few rows are narrower than they should be.")
+        found.append(f"{what}: {few[0][0]}. So few may hold none of the rare cases that decide which one is better.")
     if single := [unit.label for family in families for unit in family.units if _one_seed(unit)]:
         trained = sum(not unit.is_base for family in families for unit in family.units)
         names = "Every trained row" if len(single) == trained else listed(single)
         found.append(f"{names}: one seed, so how much another seed would change it cannot be said.")
+    if resumed := [row for unit in units for row in unit.finished if row.result.resumed_from_step is not None]:
+        steps = listed([f"{row.label} (from step {row.result.resumed_from_step})" for row in resumed])
+        found.append(
+            f"Interrupted, and gone on from a checkpoint: {steps}. Time, tokens and peaks are those of all attempts, "
+            "without what was done twice."
+        )
     memory = [
         f"{unit.label}: {gib(max(peaks))}"
         if (peaks := [row.peak_memory_gib for row in unit.rows if row.peak_memory_gib is not None])

@@ -8,6 +8,8 @@ from statistics import fmean
 
 from ray_peft.report.table import Row, SeedGroup
 
+_LOST = "a trial went on from a checkpoint of version 0.1.0, which does not say what came before it"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
@@ -30,6 +32,7 @@ def costs(units: Sequence[SeedGroup]) -> Costs:
     timed = [row.result.provenance for row in finished if row.result.usage.train_s]
     places = {(made.device, made.num_workers) for made in timed}
     shared = any(0 < made.gpus_per_worker < 1 for made in timed)
+    resumed = any(not row.result.usage.complete for row in finished)
     passes = {_passes(row) for row in finished if row.on_gpu and row.result.trainable_parameters}
     return Costs(
         memory_gib=tuple(_over_seeds(unit, lambda row: row.peak_memory_gib, max) for unit in units),
@@ -38,11 +41,15 @@ def costs(units: Sequence[SeedGroup]) -> Costs:
         if len(kinds) > 1
         else "memory decided the rows per pass, and they differ"
         if len(passes) > 1
+        else _LOST
+        if resumed
         else None,
         time_problem="the trials ran on different devices or numbers of workers"
         if len(places) > 1
         else "trials shared a GPU; resources.gpus_per_worker: 1 gives each its own"
         if shared
+        else _LOST
+        if resumed
         else None,
     )
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeAlias
 
+from ray_peft.measured import from_json
+
 logger = logging.getLogger(__name__)
 
 Points: TypeAlias = tuple[tuple[int, float], ...]
@@ -60,7 +62,7 @@ def curve(lines: Iterable[Mapping[str, Any]]) -> Curve:
     for line in lines:
         step = line["step"]
         for name, into in (("train_loss", train), ("eval_loss", held_out)):
-            if isinstance(value := line.get(name), int | float):
+            if isinstance(value := from_json(line.get(name)), int | float):
                 into[step] = float(value)
         if any(name.startswith("boundary_loss.") for name in line):
             boundaries.add(step)

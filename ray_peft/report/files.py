@@ -9,6 +9,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from ray_peft.errors import DataError
+from ray_peft.names import PathPart
 from ray_peft.report.atomic import write_text
 from ray_peft.report.content import build
 from ray_peft.report.csvfile import write_csv
@@ -16,6 +17,7 @@ from ray_peft.report.curves import read_curve
 from ray_peft.report.document import Figure
 from ray_peft.report.markdown import to_markdown
 from ray_peft.report.material import Material
+from ray_peft.report.rescore import rescored
 from ray_peft.report.table import latest
 from ray_peft.report.webpage import to_html
 from ray_peft.result import ImageFile, RowLoss, Sample, TrialResult
@@ -37,7 +39,7 @@ class Sweep(Strict):
     description: str = ""
     notes: tuple[str, ...] = ()
     """What to know about the data, such as counts of rows."""
-    planned: tuple[str, ...] = ()
+    planned: tuple[PathPart, ...] = ()
     """Ids of the trials that the sweep was to run."""
     report: ReportSpec = ReportSpec()
 
@@ -73,6 +75,17 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
     if sweep.planned:  # rows of trials that the search space no longer names stay in results.jsonl alone
         results = [result for result in results if result.trial_id in sweep.planned]
     trials = {result.trial_id: folder / "trials" / result.trial_id for result in results}
+    answers = {
+        trial_id: _columns(found)
+        for trial_id, path in trials.items()
+        if (found := _read_lines(path / "answers.jsonl", Answer))
+    }
+    results = rescored(results, answers)
+    losses = {
+        trial_id: sorted(lines, key=lambda entry: entry.row)
+        for trial_id, path in trials.items()
+        if (lines := _read_lines(path / "losses.jsonl", RowLoss))
+    }
     material = Material(
         title=sweep.name or folder.absolute().name,
         description=sweep.description,
@@ -80,15 +93,12 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
         planned=sweep.planned,
         results=results,
         samples={trial_id: _read_lines(path / "samples.jsonl", Sample) for trial_id, path in trials.items()},
-        answers={
-            trial_id: _columns(found)
-            for trial_id, path in trials.items()
-            if (found := _read_lines(path / "answers.jsonl", Answer))
-        },
-        losses={
-            trial_id: [entry.loss for entry in sorted(losses, key=lambda entry: entry.row)]
-            for trial_id, path in trials.items()
-            if (losses := _read_lines(path / "losses.jsonl", RowLoss))
+        answers=answers,
+        losses={trial_id: [entry.loss for entry in lines] for trial_id, lines in losses.items()},
+        loss_tokens={
+            trial_id: [entry.tokens for entry in lines if entry.tokens is not None]
+            for trial_id, lines in losses.items()
+            if all(entry.tokens is not None for entry in lines)
         },
         images={
             trial_id: made for trial_id, path in trials.items() if (made := _read_images(path / "images/images.json"))

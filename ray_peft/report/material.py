@@ -7,11 +7,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from ray_peft.metrics.bootstrap import DifferenceInterval
+from ray_peft.metrics.intervals import DifferenceInterval
 from ray_peft.report.curves import Curve
 from ray_peft.report.table import Row, SeedGroup, rows, units
 from ray_peft.report.ties import Family, families
-from ray_peft.report.uncertainty import Answers, Intervals, Losses, Statistics, intervals, loss_intervals
+from ray_peft.report.uncertainty import (
+    Answers,
+    Intervals,
+    Losses,
+    LossTokens,
+    Statistics,
+    intervals,
+    loss_intervals,
+)
 from ray_peft.result import ImageFile, Sample, TrialResult
 
 
@@ -33,6 +41,8 @@ class Material:
     """By trial id, predictions and references of every generated row."""
     losses: Losses = field(default_factory=dict)
     """By trial id, the loss of every held-out row."""
+    loss_tokens: LossTokens = field(default_factory=dict)
+    """By trial id, the answer tokens behind each of them; none where all rows weigh the same."""
     images: Mapping[str, Sequence[ImageFile]] = field(default_factory=dict)
     """By trial id, the images that the trial made."""
     folder: Path | None = None
@@ -78,7 +88,7 @@ class Material:
 
     @cached_property
     def _statistics(self) -> Statistics:
-        return Statistics(self.answers, self.losses)
+        return Statistics(self.answers, self.losses, self.loss_tokens)
 
     @cached_property
     def _compared(self) -> tuple[list[Family], dict[str, str]]:

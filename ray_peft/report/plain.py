@@ -39,6 +39,8 @@ def trial_line(result: TrialResult, done: int, total: int) -> str:
         ("peak ", fixed(row.peak_memory_gib, 2), " GiB"),
     ]
     measured = ", ".join(before + text + after for before, text, after in parts if text != MISSING)
+    if result.resumed_from_step is not None:
+        measured = f"{measured}, resumed from step {result.resumed_from_step}".removeprefix(", ")
     told = measured if result.status == "finished" else error_line(result)
     start = f"[{done}/{total}] {result.trial_id} {_ENDED[result.status]} {fixed(result.usage.wall_time_s, 1)} s"
     return ascii_line(f"{start}: {told}" if told else start)

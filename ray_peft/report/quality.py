@@ -2,28 +2,31 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ray_peft.metrics.bootstrap import DifferenceInterval
+from ray_peft.metrics.intervals import DifferenceInterval
 from ray_peft.report.columns import Column, row_table
 from ray_peft.report.digits import MISSING, fixed, percent, spread_text
 from ray_peft.report.document import Block, Heading, Paragraph, Table
 from ray_peft.report.table import Row, Score, SeedGroup
-from ray_peft.report.ties import FEWEST_ROWS, Family
+from ray_peft.report.ties import FEWEST_ROWS, Family, heading
 from ray_peft.report.uncertainty import Intervals
 
 _NAMES = {"rouge_l": "ROUGE-L", "eval_loss": "Held-out loss"}
 _TIES = (
-    "Each pair of rows is compared on the held-out rows that both {did}: 95 % paired bootstrap interval of the "
-    "difference in {measure} over {rows} rows. An interval that contains zero means tied: no difference that these "
-    "rows can show. Tiers: first the rows that none is shown to be better than, then the rows that only those of the "
-    "tiers before are shown to be better than, and so on. Inside a tier nothing is ranked: the order is that of this "
-    "report. A row may be tied with rows of another tier, too; the second table says of each pair."
+    "Each pair of rows is compared on the held-out rows that both {did}: difference in {measure} over {rows} rows, "
+    "with its 95 % interval (Student's t of the differences of single rows). A difference is shown if a permutation "
+    "test of their signs rejects equality, corrected for all {pairs} pairs (Holm), and the interval leaves out zero; "
+    "else the rows are tied: no difference that these rows can show. Of equally good rows, any pair is told apart in "
+    "at most one of twenty such comparisons. Tiers: first the rows that none is shown to be better than, then the rows "
+    "that only those of the tiers before are shown to be better than, and so on. Inside a tier nothing is ranked: the "
+    "order is that of this report. A row may be tied with rows of another tier, too; the second table says of each "
+    "pair."
 )
 _SEEDS = (
     " A row with several seeds is the mean over them, seed by seed beside the seeds of the other row; the interval "
     "speaks of the choice of held-out rows, not of other seeds."
 )
 _RANGES = (
-    " Losses are of the same noise for all rows, so these intervals are narrow: a difference counts as shown only if "
+    " Losses are of the same {same} for all rows, so these intervals are narrow: a difference counts as shown only if "
     "the ranges over seeds do not touch, either."
 )
 _FEW = " With fewer than {fewest} held-out rows no difference is shown."
@@ -34,7 +37,12 @@ _STYLE = (
     "made image the highest cosine with a training painting, both in squares of 8 pixels and less their mean colours; "
     "mean over images. A copy is 1, so a value near 1 means that paintings were learned by heart."
 )
-_CHANCE = " Of tied pairs about one in twenty is expected to look different by chance: here are {pairs} pairs."
+_CUT = (
+    "BLEU-4 of {bleu} tokens and ROUGE-L of {rouge}, as the script of the references asks (chosen once for all trials "
+    "on the same rows); chrF is of characters."
+)
+_ROUGE_WORDS = {"rouge_score": "words of a-z and 0-9 (rouge_score)", "unicode": "words of Unicode"}
+_NO_FOUR = " BLEU-4 is 0 whatever is answered where no reference has four tokens: read ROUGE-L and chrF there."
 
 
 def scores(
@@ -50,6 +58,7 @@ def scores(
     losses = losses or {}
     bleu = {trial: one.bleu4 for trial, one in found.items()}
     rouge = {trial: one.rouge_l for trial, one in found.items()}
+    chrf = {trial: one.chrf for trial, one in found.items()}
     columns: list[Column] = [
         ("Status", lambda row: row.status.replace("_", " ")),
         ("Eval loss", lambda row: fixed(row.eval_loss.value, 4)),
@@ -58,6 +67,8 @@ def scores(
         ("vs base", lambda row: _difference(row.bleu4, bleu.get(row.trial_id))),
         ("ROUGE-L", lambda row: fixed(row.rouge_l.value, 4)),
         ("vs base", lambda row: _difference(row.rouge_l, rouge.get(row.trial_id))),
+        ("chrF", lambda row: fixed(row.chrf.value, 4)),
+        ("vs base", lambda row: _difference(row.chrf, chrf.get(row.trial_id))),
         ("Style, held out", lambda row: fixed(row.style_heldout.value, 4)),
         ("vs base", lambda row: _difference(row.style_heldout)),
         ("Style, training", lambda row: fixed(row.style_train.value, 4)),
@@ -69,17 +80,34 @@ def scores(
     text = ""
     if any(row.base is not None for row in compared):
         images = compared[0].of_images
-        text = "Eval loss: lower is better" + ("." if images else "; BLEU-4 and ROUGE-L (0 to 1): higher is better.")
+        text = "Eval loss: lower is better" + (
+            "." if images else "; BLEU-4, ROUGE-L and chrF (0 to 1): higher is better."
+        )
         text += " The base is the model without fine-tuning, scored on the same rows."
     if found or losses:
         rows = "generated rows" if found else "held-out images" if compared[0].of_images else "held-out rows"
         text += (
-            f" In brackets: 95 % paired bootstrap interval of the difference over the {rows}."
-            ' "Tied with base": the interval contains zero, so the difference is none that these rows can show.'
+            f" In brackets: 95 % interval of the difference over the {rows}, row by row."
+            ' "Tied with base": a difference that these rows do not show, by the interval and by a permutation test '
+            "that is corrected for all rows of a column."
         )
     paragraphs = [text] if text else []
+    paragraphs += _cut(compared)
     paragraphs += [_STYLE] if any(row.style_heldout.value is not None for row in compared) else []
     return [*blocks, *(Paragraph(one) for one in paragraphs)]
+
+
+def _cut(compared: Sequence[Row]) -> list[str]:
+    """How the texts were cut, of the trials that say it."""
+    scored = [one for row in compared if (one := row.result.scores).bleu_tokenizer and one.rouge_tokenizer]
+    bleu = dict.fromkeys(one.bleu_tokenizer or "" for one in scored)
+    rouge = dict.fromkeys(_ROUGE_WORDS[one.rouge_tokenizer or "rouge_score"] for one in scored)
+    if not scored:
+        return []
+    text = _CUT.format(bleu=" or ".join(bleu), rouge=" or ".join(rouge))
+    if {"char"} & bleu.keys():
+        text += " Japanese and Korean are cut into words where MeCab is installed: pip install sacrebleu[ja] or [ko]."
+    return [text + (_NO_FOUR if all(not one.bleu4 for one in scored) else "")]
 
 
 def over_seeds(groups: Sequence[SeedGroup]) -> list[Block]:
@@ -93,6 +121,8 @@ def over_seeds(groups: Sequence[SeedGroup]) -> list[Block]:
         ("vs base", 4, True, lambda row: row.bleu4.difference),
         ("ROUGE-L", 4, False, lambda row: row.rouge_l.value),
         ("vs base", 4, True, lambda row: row.rouge_l.difference),
+        ("chrF", 4, False, lambda row: row.chrf.value),
+        ("vs base", 4, True, lambda row: row.chrf.difference),
         ("Style, held out", 4, False, lambda row: row.style_heldout.value),
         ("vs base", 4, True, lambda row: row.style_heldout.difference),
         ("Style, training", 4, False, lambda row: row.style_train.value),
@@ -119,7 +149,7 @@ def differences(families: Sequence[Family], left_out: Mapping[str, str]) -> list
     blocks: list[Block] = []
     for number, family in enumerate(shown, 1):
         if len(shown) > 1:
-            blocks.append(Heading(f"Held-out rows {number} of {len(shown)}"))
+            blocks.append(Heading(heading(family, number, shown)))
         blocks += _family(family)
     names = [f"{label} ({reason})" for label, reason in left_out.items()]
     return [*blocks, Paragraph(f"Not compared: {', '.join(names)}.")] if blocks and names else blocks
@@ -129,12 +159,15 @@ def _family(family: Family) -> list[Block]:
     seeds = max(len(unit.finished) for unit in family.units)
     by_score = family.measure == "rouge_l"
     text = _TIES.format(
-        rows=family.rows, did="answered" if by_score else "were scored on", measure=_said(family.measure)
+        rows=family.rows,
+        did="answered" if by_score else "were scored on",
+        measure=_said(family.measure),
+        pairs=len(family.pairs),
     )
     text += _SEEDS if seeds > 1 else ""
-    text += "" if by_score else _RANGES
+    same = "noise" if family.units[0].rows[0].of_images else "tokens"
+    text += "" if by_score else _RANGES.format(same=same)
     text += _FEW.format(fewest=FEWEST_ROWS) if family.rows < FEWEST_ROWS and not by_score else ""
-    text += _CHANCE.format(pairs=len(family.pairs))
     header = ("Trial", "Tier", _NAMES[family.measure], "95 % interval", *(["BLEU-4"] if by_score else []))
     tiers = Table(
         header=header,
@@ -197,7 +230,7 @@ def _pairs(family: Family) -> list[Block]:
             family.units[second].label,
             _interval(pair.quality, shown=family.better(first, second) or family.better(second, first)),
             *(
-                [_interval(pair.bleu4, shown=pair.bleu4.excludes_zero and family.rows >= FEWEST_ROWS)]
+                [_interval(pair.bleu4, shown=pair.bleu4.shown and family.rows >= FEWEST_ROWS)]
                 if pair.bleu4 is not None
                 else []
             ),
@@ -225,5 +258,5 @@ def _difference(score: Score, interval: DifferenceInterval | None = None) -> str
     if score.relative is not None:
         text += f" ({percent(score.relative, 1, signed=True)})"
     if interval is not None:
-        text += f" {_ends(interval)}" + ("" if interval.excludes_zero else ", tied with base")
+        text += f" {_ends(interval)}" + ("" if interval.shown else ", tied with base")
     return text

@@ -72,6 +72,11 @@ class Row:
         return self._score(lambda result: result.scores.rouge_l)
 
     @property
+    def chrf(self) -> Score:
+        """Corpus chrF."""
+        return self._score(lambda result: result.scores.chrf)
+
+    @property
     def style_heldout(self) -> Score:
         """Likeness in style to the held-out paintings."""
         return self._style(lambda result: result.scores.style_heldout)
@@ -226,11 +231,13 @@ def error_line(result: TrialResult) -> str:
 def _comparable(first: TrialResult, second: TrialResult) -> bool:
     a, b = first.spec, second.spec
     keys = (first.provenance.data_key, second.provenance.data_key)
+    models = (first.provenance.model_fingerprint, second.provenance.model_fingerprint)
     return (
         (a.model.name, a.model.revision, a.model.tokenizer, a.model.random_weights)
         == (b.model.name, b.model.revision, b.model.tokenizer, b.model.random_weights)
         and a.data == b.data
-        # The files behind equal settings may have changed between two runs of a sweep.
+        # The files behind equal settings, or the model behind a name, may have changed between two runs of a sweep.
         and (None in keys or keys[0] == keys[1])
+        and (None in models or models[0] == models[1])
         and a.scored_as() == b.scored_as()
     )

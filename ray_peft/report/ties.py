@@ -6,34 +6,36 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import PurePath
 from statistics import fmean
 from typing import Literal
 
 import numpy as np
 
-from ray_peft.metrics.bootstrap import (
+from ray_peft.metrics.intervals import (
     DifferenceInterval,
-    Resampled,
+    Numbers,
     ScoreInterval,
-    difference,
-    resampled_bleu4,
-    resampled_mean,
-    score_interval,
+    bleu4_parts,
+    compare,
+    interval,
+    mean_parts,
 )
+from ray_peft.report.lineage import lineages
 from ray_peft.report.recommend import tiers
 from ray_peft.report.table import Row, SeedGroup
-from ray_peft.report.uncertainty import CONFIDENCE, Statistics
+from ray_peft.report.uncertainty import Statistics
 
 LOSS_MARGIN = 0.01
-"""Held-out losses have no interval: nearer than this share of the lower one they count as tied."""
+"""Where only the means of held-out losses are known: nearer than this share of the lower one they count as tied."""
 
 FEWEST_ROWS = 6
-"""With fewer held-out rows all of them favour one of two equal rows too often: 2 in 2**5 is more than 5 %."""
+"""With fewer held-out rows all of them favour one of two equal systems too often: 2 in 2**5 is more than 5 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Scores of one unit less those of another, on the rows and seeds that both have."""
+    """Scores of one unit less those of another, on the rows and seeds that both have; corrected for all pairs."""
 
     quality: DifferenceInterval
     """Of ROUGE-L, or of the held-out loss."""
@@ -73,8 +75,8 @@ class Family:
             return False
         pair = self.pairs[min(first, second), max(first, second)].quality
         gains = self.measure == "rouge_l"
-        shown = pair.low > 0 if gains == (first < second) else pair.high < 0
-        if not gains:  # the same noise for all makes intervals of losses narrow, so seeds have their say, too
+        shown = pair.shown and (pair.difference > 0) == (gains == (first < second))
+        if not gains:  # of the same rows, or noise, intervals of losses are narrow, so seeds have their say, too
             return shown and max(self._losses(first)) < min(self._losses(second))
         return shown and self.values[first] > self.values[second]
 
@@ -86,20 +88,34 @@ class Family:
         a, b = (self._losses(place) for place in (first, second))
         return max(a) < min(b) and fmean(b) - fmean(a) > LOSS_MARGIN * abs(fmean(a))
 
+    @property
+    def model(self) -> str:
+        """The name of its model, without the folders of a local one."""
+        return PurePath(self.units[0].rows[0].result.spec.model.name).name
+
     def _losses(self, place: int) -> list[float]:
         found = (row.eval_loss.value for row in self.units[place].finished)
         return [value for value in found if value is not None]
 
 
+def heading(family: Family, number: int, shown: Sequence[Family]) -> str:
+    """What tells a family from the others that are shown: its model, or else its number."""
+    names = [each.model for each in shown]
+    return family.model if len(set(names)) == len(names) else f"Held-out rows {number} of {len(shown)}"
+
+
 def families(units: Sequence[SeedGroup], statistics: Statistics) -> tuple[list[Family], dict[str, str]]:
     """The units put together by what can be compared, and why the others were left out, by label.
 
-    Units that answered the same held-out rows are one family, compared by ROUGE-L. Where no unit answered any, those
-    with the same held-out rows and tokenizer are one family, compared by loss; row by row if those losses are known.
+    Units of one model that answered the same held-out rows are one family, compared by ROUGE-L. Where no unit answered
+    any, those with the same held-out rows and tokenizer are one family, compared by loss; row by row if those losses
+    are known. `lineages` says what is one model.
     """
     left_out: dict[str, str] = {}
     grouped: dict[tuple[str, ...], list[SeedGroup]] = {}
     answered = any(row.trial_id in statistics for unit in units for row in unit.finished if not _random(row))
+    finished = [unit for unit in units if unit.finished]
+    of = dict(zip((unit.label for unit in finished), lineages([unit.finished[0] for unit in finished]), strict=True))
     for unit in units:
         if not unit.finished:
             left_out[unit.label] = "did not finish"
@@ -108,7 +124,7 @@ def families(units: Sequence[SeedGroup], statistics: Statistics) -> tuple[list[F
         elif (key := _answered_rows(unit, statistics) if answered else _scored_rows(unit, statistics)) is None:
             left_out[unit.label] = "no answers on file" if answered else "no held-out loss"
         else:
-            grouped.setdefault(key, []).append(unit)
+            grouped.setdefault((*of[unit.label], *key), []).append(unit)
     build = _by_answers if answered else _by_loss
     return [build(members, statistics) for members in grouped.values()], left_out
 
@@ -126,18 +142,21 @@ def _scored_rows(unit: SeedGroup, statistics: Statistics) -> tuple[str, ...] | N
     if all(row.eval_loss.value is None for row in unit.finished):
         return None
     spec = first.spec
-    tokenizer = spec.model.tokenizer or spec.model.name
-    data = json.dumps(spec.data.plain(), sort_keys=True)
+    data = (json.dumps(spec.data.plain(), sort_keys=True), first.provenance.data_key or "")
     if numbers := {len(found) for row in unit.finished if (found := statistics.losses.get(row.trial_id))}:
-        # Losses of single rows: of the same model's latents, timesteps and prediction; how training weighs is free.
-        return (spec.model.name, data, first.provenance.data_key or "", repr(spec.scored_as()), str(max(numbers)))
-    return (tokenizer, data, first.provenance.data_key or "", spec.loss_line())
+        tokens = repr([found for row in unit.finished if (found := statistics.loss_tokens.get(row.trial_id))][:1])
+        if spec.task == "llm_sft":
+            return (spec.model.tokenizer or spec.model.name, *data, spec.loss_line(), str(max(numbers)), tokens)
+        # Losses of single images: of the same model's latents, timesteps and prediction; how training weighs is free.
+        return (spec.model.name, *data, repr(spec.scored_as()), str(max(numbers)), tokens)
+    return (spec.model.tokenizer or spec.model.name, *data, spec.loss_line())
 
 
 def _by_loss(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
     if all(row.trial_id in statistics.losses for unit in members for row in unit.finished):
         counts = {len(statistics.losses[row.trial_id]) for unit in members for row in unit.finished}
-        if len(counts) == 1:
+        weights = {statistics.loss_tokens.get(row.trial_id) for unit in members for row in unit.finished}
+        if len(counts) == len(weights) == 1:
             return _by_row_losses(members, statistics, counts.pop())
     spreads = [unit.spread(lambda row: row.eval_loss.value) for unit in members]
     values = tuple(spread.mean for spread in spreads if spread is not None)
@@ -146,20 +165,19 @@ def _by_loss(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
 
 def _by_row_losses(members: Sequence[SeedGroup], statistics: Statistics, rows: int) -> Family:
     @cache
-    def losses(trials: tuple[str, ...]) -> Resampled:
-        return resampled_mean(np.mean([statistics.losses[trial] for trial in trials], axis=0).tolist())
+    def losses(trials: tuple[str, ...]) -> Numbers:
+        return _mean([statistics.loss_parts(trial) for trial in trials])
 
     by_seed = [{row.result.spec.seed: row.trial_id for row in unit.finished} for unit in members]
-    alone = [losses(tuple(found.values())) for found in by_seed]
+    places = _trial_pairs(members, by_seed)
+    found = compare([(losses(a), losses(b)) for a, b in places.values()])
+    alone = [interval(losses(tuple(each.values()))) for each in by_seed]
     return Family(
         measure="eval_loss",
         units=tuple(members),
         values=tuple(one.score for one in alone),
-        intervals=tuple(score_interval(one, confidence=CONFIDENCE) for one in alone),
-        pairs={
-            places: Pair(quality=difference(losses(a), losses(b), confidence=CONFIDENCE))
-            for places, (a, b) in _trial_pairs(members, by_seed).items()
-        },
+        intervals=tuple(alone),
+        pairs={place: Pair(quality=quality) for place, quality in zip(places, found, strict=True)},
         rows=rows,
     )
 
@@ -177,29 +195,34 @@ def _by_answers(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
     ]
 
     @cache
-    def rouge(trials: tuple[str, ...]) -> Resampled:
-        return resampled_mean(np.mean([statistics.rouge(trial) for trial in trials], axis=0).tolist())
+    def rouge(trials: tuple[str, ...]) -> Numbers:
+        return mean_parts(_mean([statistics.rouge(trial) for trial in trials]))
 
     @cache
-    def bleu(trials: tuple[str, ...]) -> Resampled:
-        return resampled_bleu4(np.mean([statistics.bleu(trial) for trial in trials], axis=0))
+    def bleu(trials: tuple[str, ...]) -> Numbers:
+        return bleu4_parts(_mean([statistics.bleu(trial) for trial in trials]))
 
-    pairs = {
-        places: Pair(
-            quality=difference(rouge(a), rouge(b), confidence=CONFIDENCE),
-            bleu4=difference(bleu(a), bleu(b), confidence=CONFIDENCE),
-        )
-        for places, (a, b) in _trial_pairs(members, by_seed).items()
-    }
-    alone = [rouge(tuple(found.values())) for found in by_seed]
+    places = _trial_pairs(members, by_seed)
+    qualities = compare([(rouge(a), rouge(b)) for a, b in places.values()])
+    bleus = compare([(bleu(a), bleu(b)) for a, b in places.values()])
+    alone = [interval(rouge(tuple(found.values()))) for found in by_seed]
     return Family(
         measure="rouge_l",
         units=tuple(members),
         values=tuple(one.score for one in alone),
-        intervals=tuple(score_interval(one, confidence=CONFIDENCE) for one in alone),
-        pairs=pairs,
+        intervals=tuple(alone),
+        pairs={
+            place: Pair(quality=quality, bleu4=bleu4)
+            for place, quality, bleu4 in zip(places, qualities, bleus, strict=True)
+        },
         rows=len(references),
     )
+
+
+def _mean(runs: Sequence[object]) -> Numbers:
+    """Over several runs of a system."""
+    mean: Numbers = np.mean(np.asarray(runs, dtype=np.float64), axis=0)
+    return mean
 
 
 def _trial_pairs(

@@ -159,7 +159,12 @@ def _steps_per_s(rows: Sequence[Row]) -> str:
 def _base_weights(row: Row) -> str:
     spec = row.result.spec
     quantization = spec.quantization
-    return f"4-bit {quantization.quant_type}" if quantization else spec.method.weights_dtype(spec.model.dtype)
+    if not quantization:
+        return spec.method.weights_dtype(spec.model.dtype)
+    share = row.result.four_bit_share
+    if share is None:  # rows of version 0.1.0 do not count them
+        return f"4-bit {quantization.quant_type}"
+    return f"{percent(share)} in 4-bit {quantization.quant_type}, the others {spec.model.dtype}"
 
 
 def _losses(points: Points, wanted: Sequence[int], steps: int) -> list[str]:

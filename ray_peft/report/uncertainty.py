@@ -1,7 +1,7 @@
 """Whether a row's scores differ from its base by more than the choice of test rows explains."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeAlias
@@ -9,9 +9,20 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_peft.metrics.bootstrap import DifferenceInterval, bleu4_difference, mean_difference
+from ray_peft.metrics.chrf_scores import chrf_row_statistics
+from ray_peft.metrics.intervals import (
+    CONFIDENCE,
+    DifferenceInterval,
+    Numbers,
+    bleu4_parts,
+    chrf_parts,
+    compare,
+    mean_parts,
+)
 from ray_peft.metrics.text_scores import bleu_row_statistics, rouge_l_rows
 from ray_peft.report.table import Row
+
+__all__ = ["CONFIDENCE", "Answers", "Intervals", "LossTokens", "Losses", "Statistics", "intervals", "loss_intervals"]
 
 logger = logging.getLogger(__name__)
 
@@ -21,18 +32,22 @@ Answers: TypeAlias = Mapping[str, tuple[list[str], list[str]]]
 Losses: TypeAlias = Mapping[str, Sequence[float]]
 """By trial id the loss of every held-out row."""
 
-CONFIDENCE = 0.95
+LossTokens: TypeAlias = Mapping[str, Sequence[int]]
+"""By trial id the answer tokens behind each loss, which are its weight; none where all rows weigh the same."""
 
 
 class Statistics:
     """What each answered or scored row adds to the scores, computed once a trial."""
 
-    def __init__(self, answers: Answers, losses: Losses | None = None) -> None:
+    def __init__(self, answers: Answers, losses: Losses | None = None, loss_tokens: LossTokens | None = None) -> None:
         self.losses = {trial_id: tuple(given) for trial_id, given in (losses or {}).items() if given}
         """The losses of the trials that have one for every held-out row."""
+        self.loss_tokens = {trial_id: tuple(given) for trial_id, given in (loss_tokens or {}).items() if given}
+        """The weights of those losses that have some."""
         self.answers = {trial_id: given for trial_id, given in answers.items() if _whole(trial_id, given)}
         self.bleu = cache(self._bleu)
         self.rouge = cache(self._rouge)
+        self.chrf = cache(self._chrf)
 
     def __contains__(self, trial_id: str) -> bool:
         """Whether the trial has a prediction for every reference, and at least one."""
@@ -42,19 +57,27 @@ class Statistics:
         """The held-out rows that the trial answered."""
         return tuple(self.answers[trial_id][1])
 
+    def loss_parts(self, trial_id: str) -> Numbers:
+        """What each row adds to the held-out loss."""
+        return mean_parts(self.losses[trial_id], self.loss_tokens.get(trial_id))
+
     def _bleu(self, trial_id: str) -> NDArray[np.int64]:
         return bleu_row_statistics(*self.answers[trial_id])
 
     def _rouge(self, trial_id: str) -> list[float]:
         return rouge_l_rows(*self.answers[trial_id])
 
+    def _chrf(self, trial_id: str) -> NDArray[np.int64]:
+        return chrf_row_statistics(*self.answers[trial_id])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Intervals:
-    """Paired bootstrap intervals of a row's scores less those of its base."""
+    """A row's scores less those of its base; p-values are corrected for all rows that have a base."""
 
     bleu4: DifferenceInterval
     rouge_l: DifferenceInterval
+    chrf: DifferenceInterval
 
 
 def intervals(rows: Sequence[Row], statistics: Statistics) -> dict[str, Intervals]:
@@ -62,7 +85,7 @@ def intervals(rows: Sequence[Row], statistics: Statistics) -> dict[str, Interval
 
     A row whose references are not those of its base is left out with a warning.
     """
-    found = {}
+    paired: dict[str, str] = {}
     for row in rows:
         if row.base is None or row.trial_id not in statistics or row.base.trial_id not in statistics:
             continue
@@ -70,29 +93,39 @@ def intervals(rows: Sequence[Row], statistics: Statistics) -> dict[str, Interval
         if statistics.references(own) != statistics.references(base):
             logger.warning("%s: no interval: its references are not those of the base row %s", own, base)
             continue
-        found[own] = Intervals(
-            bleu4=bleu4_difference(statistics.bleu(own), statistics.bleu(base), confidence=CONFIDENCE),
-            rouge_l=mean_difference(statistics.rouge(own), statistics.rouge(base), confidence=CONFIDENCE),
-        )
-    return found
+        paired[own] = base
+    bleu = _against_base(paired, lambda trial: bleu4_parts(statistics.bleu(trial)))
+    rouge = _against_base(paired, lambda trial: mean_parts(statistics.rouge(trial)))
+    chrf = _against_base(paired, lambda trial: chrf_parts(statistics.chrf(trial)))
+    return {own: Intervals(bleu4=bleu[own], rouge_l=rouge[own], chrf=chrf[own]) for own in paired}
 
 
 def loss_intervals(rows: Sequence[Row], statistics: Statistics) -> dict[str, DifferenceInterval]:
-    """Paired bootstrap intervals of the held-out losses less those of the base, by trial id.
+    """Intervals of the held-out losses less those of the base, by trial id.
 
-    A row with another number of losses than its base is left out with a warning.
+    A row with another number of losses than its base, or with other tokens behind them, is left out with a warning.
     """
-    found = {}
+    paired: dict[str, str] = {}
     for row in rows:
         own = statistics.losses.get(row.trial_id)
         base = statistics.losses.get(row.base.trial_id) if row.base is not None else None
-        if own is None or base is None:
+        if own is None or base is None or row.base is None:
             continue
         if len(own) != len(base):
             logger.warning("%s: no interval: %d losses, and %d of the base row", row.trial_id, len(own), len(base))
             continue
-        found[row.trial_id] = mean_difference(own, base, confidence=CONFIDENCE)
-    return found
+        if statistics.loss_tokens.get(row.trial_id) != statistics.loss_tokens.get(row.base.trial_id):
+            logger.warning("%s: no interval: its losses are of other tokens than those of the base row", row.trial_id)
+            continue
+        paired[row.trial_id] = row.base.trial_id
+    return _against_base(paired, statistics.loss_parts)
+
+
+def _against_base(paired: Mapping[str, str], parts: Callable[[str], Numbers]) -> dict[str, DifferenceInterval]:
+    """By trial id the difference of each trial to its base."""
+    computed = cache(parts)
+    found = compare([(computed(own), computed(base)) for own, base in paired.items()])
+    return dict(zip(paired, found, strict=True))
 
 
 def _whole(trial_id: str, given: tuple[list[str], list[str]]) -> bool:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -14,6 +12,8 @@ from pydantic import Field, field_validator, model_validator
 
 from ray_peft.methods import METHODS, AnyMethod
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization, Stage, Task
+from ray_peft.spec import identity
+from ray_peft.spec.identity import is_local as is_local
 from ray_peft.strict import Strict
 
 
@@ -48,7 +48,8 @@ class TrainSpec(Strict):
     batch_size: int = Field(default=16, ge=1)
     """Rows per optimizer step, over all workers and accumulated passes."""
     micro_batch_size: int = Field(default=1, ge=1)
-    """Rows per worker per forward pass; halved where memory runs out. It changes nothing but the draws of dropout."""
+    """Rows per worker per forward pass; halved where memory runs out. With `precision: fp32` it changes nothing but the
+    draws of dropout; with bf16 sums are rounded otherwise, and losses differ in their last digits."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """The learning rate after warm-up; cosine and linear end at zero."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -59,8 +60,9 @@ class TrainSpec(Strict):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     fit: Literal["auto"] | None = None
     """auto: on a GPU, the largest `micro_batch_size` that is predicted to fit takes the place of what is written, with
-    `gradient_checkpointing` only where that lets at least four times the rows pass; `batch_size` stays. null leaves
-    both as they are written."""
+    `gradient_checkpointing` only where that lets at least four times the rows pass; `batch_size` stays. What another
+    GPU would choose gives equal numbers with `precision: fp32` alone, see `micro_batch_size`. null leaves both as they
+    are written."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """The dtype of matrix products while training and evaluating; weights keep their own."""
     log_every: int = Field(default=10, ge=1)
@@ -156,14 +158,18 @@ class TrialSpec(Strict):
 
     @cached_property
     def trial_id(self) -> str:
-        """The method's name and eight digits of the spec's content hash."""
-        plain = self.plain()
-        if plain["train"]["fit"] is None:  # came later: the rows of earlier sweeps keep their trials
-            del plain["train"]["fit"]
-        if plain["train"].get("engine") == "own":
-            del plain["train"]["engine"]
-        canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
-        return f"{self.method.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
+        """The method's name and eight digits of a hash of what the trial is.
+
+        Before model and data were read it holds their names; experiment.inspect_trials puts the id of their content
+        in its place, which then goes with the spec to every worker.
+        """
+        return identity.trial_id(self, None, [member.trial_id for member in self.members()])
+
+    def under(self, trial_id: str, members: Sequence[str] = ()) -> Self:
+        """The same trial under an id that was settled for it; of an ensemble, with those of its members."""
+        copied = self.model_copy()
+        copied.__dict__.update(trial_id=trial_id, _member_ids=tuple(members))
+        return copied
 
     @abstractmethod
     def data_lines(self) -> list[str]:
@@ -259,6 +265,12 @@ class TrialSpec(Strict):
                 f"{self.method.name}: fit: auto chooses the rows of a pass by the GPU, and the draws of dropout depend "
                 "on them: on another GPU the trial is as good, but not equal"
             )
+        if self.train.fit == "auto" and self.train.precision == "bf16" and stages:
+            found.append(
+                f"{self.method.name}: fit: auto chooses the rows of a pass by the GPU, and under train.precision: bf16 "
+                "sums of other sizes are rounded otherwise: on another GPU losses differ in their last digits, in fp32 "
+                "they do not"
+            )
         return found
 
     def _local_paths(self, plain: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
@@ -286,11 +298,6 @@ def check_parts(*, train: float, **held_out: float) -> None:
             raise ValueError(
                 f"{name} ({value}) is a fraction that leaves nothing to train on; write less, or a count without point"
             )
-
-
-def is_local(name: str) -> bool:
-    """True if `name` means a path on this machine rather than a hub id."""
-    return name.startswith((".", "/", "~")) or Path(name).exists()
 
 
 def first_double(labels: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -19,9 +21,10 @@ class SourceSpec(Strict):
 
     recipe: Recipe
     path: str = Field(min_length=1)
-    """A .jsonl or .json file (also as .gz), a .parquet file, or a hub data set id."""
+    """A .jsonl, .json, .csv or .tsv file (also as .gz), a .parquet file, a folder with shards of one of these kinds, or
+    a hub data set id."""
     test_path: str | None = None
-    """A file with the held-out rows; null takes them from `path`, apart from the training rows."""
+    """A file or folder with the held-out rows; null takes them from `path`, apart from the training rows."""
     train: int | float = Field(gt=0)
     """Training rows: a count (int), or a fraction of all rows (float up to 1.0, which means all others)."""
     test: int | float = Field(gt=0)
@@ -69,6 +72,13 @@ class DataSpec(Strict):
     """What happens to a longer training row: keep its first `max_length` tokens, or leave it out. Both are counted."""
     chat_template: str | None = None
     """A .jinja file that replaces the tokenizer's chat template; null keeps the model's own."""
+    template_date: date = date(2024, 7, 26)
+    """The day that a chat template prints if it prints one, so that equal rows are equal whenever they are prepared."""
+    special_tokens: Literal["text", "control"] = "text"
+    """What special tokens such as <|im_end|> are in the text of a row: text, or the tokens that end and begin turns."""
+    unusable: Literal["fail", "skip"] = "fail"
+    """What happens to a row that cannot be read or lacks what its recipe reads: nothing starts, or it is left out.
+    Rows that hold nothing to learn from, such as empty answers, are left out either way. All are counted and named."""
     contamination: ContaminationSpec = ContaminationSpec()
     """The rule for training rows that repeat held-out rows of any source."""
 
@@ -107,7 +117,8 @@ class BenchmarksSpec(Strict):
     batch_size: int = Field(default=8, ge=1)
     """Requests answered at a time; their logits are held for the whole vocabulary."""
     allow_code_execution: bool = False
-    """Run the code that the model writes, on the worker and without a sandbox; HumanEval and MBPP need it."""
+    """Run code without a sandbox: what the model writes, on the worker, which HumanEval and MBPP need; and what task
+    files of `include_path` name by `!function`, already when they are read."""
 
     @field_validator("tasks")
     @classmethod
@@ -127,7 +138,8 @@ class EvaluationSpec(Strict):
     max_new_tokens: int = Field(default=256, ge=1)
     """Tokens of an answer; decoding is greedy."""
     batch_size: int = Field(default=32, ge=1)
-    """Prompts answered at a time."""
+    """Prompts answered at a time; lowered where memory runs out. In fp32 that changes no answer; in bf16 it may turn
+    one at a near tie of two tokens."""
     samples: int = Field(default=10, ge=0)
     """Rows of the sample table: prompt, reference and answer."""
     benchmarks: BenchmarksSpec | None = None
@@ -158,6 +170,16 @@ class LlmTrialSpec(TrialSpec):
         """Which rows are answered, and at what length."""
         return (self.evaluation.rows, self.evaluation.max_new_tokens)
 
+    def looked_for(self) -> list[str]:
+        """The layers that its stages train and with which rank, and how the base is stored."""
+        found = []
+        for trial in self.members() or [self]:
+            storage = trial.quantization.plain() if trial.quantization else None
+            for key, stage in trial.method.parts():
+                decides = [getattr(stage, name, None) for name in ("targets", "rank", "dropout")]
+                found.append(json.dumps([key, stage.name, *decides, storage]))
+        return found
+
     def members(self) -> list[Self]:
         """Of an ensemble, the trials that it is made of, in the order of its settings; else none."""
         if not isinstance(self.method, Ensemble):
@@ -170,7 +192,8 @@ class LlmTrialSpec(TrialSpec):
             own = {"method": member.method, "model": model, "seed": seed}
             # Not model_copy, which would copy the cached trial_id; the parts are checked, problems() sees the whole.
             found.append(cast(Self, LlmTrialSpec.model_construct(**{**dict(self), **own})))
-        return found
+        settled: tuple[str, ...] = self.__dict__.get("_member_ids", ())
+        return [member.under(one) for member, one in zip(found, settled, strict=True)] if settled else found
 
     def problems(self) -> list[str]:
         """Those of every task, of rows without turns, and of an ensemble's members."""

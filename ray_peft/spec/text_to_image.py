@@ -139,8 +139,9 @@ class ImageTrialSpec(TrialSpec):
         return (self.evaluation.timesteps, self.train.prediction)
 
     def looked_for(self) -> list[str]:
-        """The modules that an adapter is put on; a UNet's differ from model to model."""
-        return list(self.method.targets) if isinstance(self.method, LowRankAdapter) else []
+        """The modules that an adapter is put on, and its rank; a UNet's differ from model to model."""
+        method = self.method
+        return [*method.targets, f"rank {method.rank}"] if isinstance(method, LowRankAdapter) else []
 
     def problems(self) -> list[str]:
         """Those of every task, and of settings that a UNet does not have."""

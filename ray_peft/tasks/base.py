@@ -12,7 +12,8 @@ from ray_peft.errors import SpecError
 from ray_peft.gpus import ANY, Gpu
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.result import Sample, Scores
-from ray_peft.spec import TrialSpec
+from ray_peft.spec import ModelSpec, TrialSpec
+from ray_peft.spec.identity import Content
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,6 +51,9 @@ class Scored:
     images: list[GeneratedImage] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     """The loss of every held-out row, in row order; empty if only their mean is known."""
+    loss_tokens: list[int] = field(default_factory=list)
+    """Answer tokens behind each of `losses`, which are its weight; a row without any has no loss. Empty if all rows
+    weigh the same."""
 
 
 @dataclass
@@ -93,6 +97,8 @@ class Inspection:
     data_key: str
     """Content hash of the prepared rows."""
     train_rows: int
+    method_notes: list[str] = field(default_factory=list)
+    """What a reader must know of the method on this model: layers that it does not reach."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,10 @@ class DataReport:
     """The same in words."""
     error: str | None = None
     """Why the preparation was refused."""
+    remarks: list[str] = field(default_factory=list)
+    """What else a reader must know of the rows, a sentence each."""
+    unusable_rows: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The first rows left out when read, by source and reason, such as `rows 3, 10 and 17`."""
 
 
 class Bench(ABC):
@@ -191,9 +201,17 @@ class Bench(ABC):
         """`scores` with those of the further benchmarks that the trial asks for."""
         return scores
 
+    @abstractmethod
+    def dtypes(self) -> set[str]:
+        """The dtypes of its weights as they are now and of its matrix products, such as {"float32", "bfloat16"}."""
+
     def storage(self) -> dict[str, int]:
         """Bytes of the base's weights in memory by how they are held; empty if that is not told apart."""
         return {}
+
+    def four_bit_share(self) -> float | None:
+        """Share of the base's weights that are in 4 bits; None where none is meant to be, or nobody has counted."""
+        return None
 
     @abstractmethod
     def save(self, folder: Path, dtype: Dtype | None = None) -> None:
@@ -233,6 +251,22 @@ class TaskType(ABC, Generic[SpecT]):
     @abstractmethod
     def inspect(self, spec: SpecT) -> Inspection:
         """Check model, tokenizer and data of a trial, and prepare the data, without weights or GPU.
+
+        Raises:
+            DataError, ModelError: the user's to mend.
+        """
+
+    @abstractmethod
+    def fingerprint(self, model: ModelSpec) -> str:
+        """What tells a base model apart by its content: what `Bench.model_fingerprint` says of a trial.
+
+        Raises:
+            ModelError: the model is not there.
+        """
+
+    @abstractmethod
+    def released(self, spec: SpecT, row: SpecT) -> Content:
+        """What release 0.1.0 called the content of a trial whose settings and files were those of an earlier `row`.
 
         Raises:
             DataError, ModelError: the user's to mend.

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ray_peft.storage import writing
+
 
 def cache_folder() -> Path:
     """Where prepared data is kept: RAY_PEFT_CACHE, or `ray_peft` in the user's cache folder."""
@@ -28,16 +30,17 @@ def made_whole(folder: Path, last: str) -> Iterator[Path]:
         last: a file that every whole `folder` holds.
 
     Raises:
-        OSError: it cannot be moved, and `folder` is not whole either.
+        StorageError: it cannot be written, or not be moved, and `folder` is not whole either.
     """
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not (folder / last).is_file():
-                raise
+        with writing(folder, "set RAY_PEFT_CACHE to a folder with space that may be written"):
+            partial.mkdir(parents=True)
+            yield partial
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not (folder / last).is_file():
+                    raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import TrialFailed
 from ray_peft.methods.base import Dtype
+from ray_peft.spec import TrialSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,6 +25,54 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         total += count
         trained += count if parameter.requires_grad else 0
     return trained, total
+
+
+@dataclass(frozen=True)
+class HeldWeights:
+    """How a model's weights lie in memory."""
+
+    num_bytes: dict[str, int]
+    """By how they are held, such as {"nf4": 1, "bfloat16": 2}; the scales of 4-bit weights are with them."""
+    four_bit_share: float
+    """Of the weights themselves, each counted once."""
+
+
+def held_weights(model: nn.Module) -> HeldWeights:
+    """How the frozen and trained weights of `model` are held."""
+    found: dict[str, int] = {}
+    numbers = in_four_bits = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        size = _bytes(parameter)
+        kind = str(parameter.dtype).removeprefix("torch.")
+        count = parameter.numel()
+        if state is not None:
+            kind, count = state.quant_type, math.prod(state.shape)
+            size += sum(_bytes(value) for value in _constants(state))
+            in_four_bits += count
+        numbers += count
+        found[kind] = found.get(kind, 0) + size
+    return HeldWeights(found, in_four_bits / numbers if numbers else 0.0)
+
+
+def computed_in(spec: TrialSpec, model: nn.Module) -> set[str]:
+    """The dtypes that round what `model` computes: of its weights, of its 4-bit products, of the trial's precision."""
+    kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
+    if any(hasattr(parameter, "quant_state") for parameter in model.parameters()):
+        kinds |= {spec.model.dtype} | ({spec.quantization.compute_dtype} if spec.quantization else set())
+    return kinds | ({"bfloat16"} if spec.train.precision == "bf16" else set())
+
+
+def _constants(state: Any) -> Iterator[Tensor]:
+    """The scales of a 4-bit weight, and with double quantisation the scales of these."""
+    yield state.absmax
+    if state.nested:
+        yield state.state2.absmax
+        yield state.state2.code
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def stored(name: str, weight: Tensor, dtype: Dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import posixpath
 import re
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ray_peft.errors import TrackingError, first_line
 from ray_peft.spec import TrialSpec
-from ray_peft.tracking.store import Store, connect, first_contact, insist, is_server, mask
+from ray_peft.tracking.store import Store, connect, first_contact, insist, is_server, mask, masked_keys
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -84,17 +85,36 @@ def close_orphan(store: Store, parent_run_id: str | None, trial_id: str, status:
 
 
 def load_spec(uri: str, run_id: str) -> TrialSpec:
-    """The spec of the trial that a run recorded.
+    """The spec of the trial that a run recorded, under the id that it had there.
 
     Raises:
-        TrackingError: the store, the run or its spec.json is missing, or the spec does not fit this version.
+        TrackingError: the store, the run or its spec.json is missing, the spec does not fit this version, or it cannot
+            be run again, since its credentials are masked.
     """
     with tempfile.TemporaryDirectory() as folder:
         text = fetch(uri, run_id, "spec.json", Path(folder)).read_text(encoding="utf-8")
+    run = insist(uri, f"read run {run_id}", partial(connect(uri).get_run, run_id))
     try:
-        return TrialSpec.from_plain(json.loads(text))
+        plain = json.loads(text)
+        spec = TrialSpec.from_plain(plain)
     except ValueError as error:
         raise TrackingError(f"spec.json of run {run_id} is no trial of this version of ray_peft: {error}") from None
+    if masked := masked_keys(plain):
+        keys = ", ".join(f"{key} ({value})" for key, value in masked.items())
+        raise TrackingError(
+            f"run {run_id} cannot be run again or exported: its spec.json has credentials masked, in {keys}; "
+            "run it from the YAML file that holds them"
+        )
+    members = _member_ids(uri, run_id) if spec.members() else ()
+    return spec.under(run.data.tags.get("ray_peft.trial_id", spec.trial_id), members)
+
+
+def _member_ids(uri: str, run_id: str) -> tuple[str, ...]:
+    """The ids of what an ensemble's run is made of, in order; none if it left no row, or failed before."""
+    with contextlib.suppress(TrackingError), tempfile.TemporaryDirectory() as folder:
+        row = json.loads(fetch(uri, run_id, "result.json", Path(folder)).read_text(encoding="utf-8"))
+        return tuple(row.get("members", ()))
+    return ()
 
 
 def fetch(uri: str, run_id: str, artifact: str, to: Path) -> Path:

@@ -6,6 +6,7 @@ log and took equally long (mlflow 3.17 waits up to 20 s for a lock), and that lo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -15,7 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -62,6 +64,7 @@ _MASKS = (
     ),
     (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "hf_***"),
 )
+_MASKED = re.compile(r"://\*\*\*@|=\*\*\*|\bhf_\*\*\*")
 # The part of a long message that says what happened: the system's, the connection's or the database's words.
 _CAUSE = re.compile(r"\[Errno -?\d+\] ([^'\")]+)|((?:Read|connect) timed? ?out)|\(sqlite3\.\w+\) (.+)")
 
@@ -90,6 +93,15 @@ def mask(text: str) -> str:
     for pattern, shown in _MASKS:
         text = pattern.sub(shown, text)
     return text
+
+
+def masked_keys(plain: object, key: str = "") -> dict[str, str]:
+    """The texts in JSON-like data of which `mask` has taken something away, by their dotted keys."""
+    if isinstance(plain, (dict, list)):
+        items = plain.items() if isinstance(plain, dict) else enumerate(plain)
+        nested = (masked_keys(value, f"{key}.{name}" if key else str(name)) for name, value in items)
+        return {path: text for leaves in nested for path, text in leaves.items()}
+    return {key: plain} if isinstance(plain, str) and _MASKED.search(plain) else {}
 
 
 def open_store(uri: str, experiment: str, artifact_root: Path | None) -> Store:
@@ -125,7 +137,8 @@ def connect(uri: str) -> MlflowClient:
     """A client of an existing store.
 
     Raises:
-        TrackingError: the SQLite file does not exist on this machine or cannot be opened.
+        TrackingError: the SQLite file does not exist on this machine, is of another version of MLflow, or cannot be
+            opened.
     """
     if not is_server(uri):
         path = sqlite_file(uri)
@@ -136,6 +149,7 @@ def connect(uri: str) -> MlflowClient:
                 "machines share, or use the http:// address of an MLflow server"
             )
         uri = f"sqlite:///{path}"
+        _check_schema(path)
     _quiet_mlflow()
     from mlflow import MlflowClient
 
@@ -160,6 +174,8 @@ def insist(store: Store | str, what: str, call: Callable[[], T], until: float | 
         try:
             return call()
         except failures() as error:
+            if "out-of-date database schema" in str(error):  # where a check at the start could not see it
+                raise TrackingError(_other_schema(mask(store if isinstance(store, str) else store.uri))) from None
             if _is_final(error) or time.monotonic() + pause > until:
                 where = mask(store) if isinstance(store, str) else repr(store)
                 raise TrackingError(
@@ -270,6 +286,44 @@ def _check_sqlite(path: Path) -> None:
         raise TrackingError(f"{path} cannot be used as a tracking store: {error}; choose another file") from None
     if not os.access(path, os.W_OK):
         raise TrackingError(f"the tracking store {path} may not be written by this user; choose another file")
+
+
+def _check_schema(path: Path) -> None:
+    """Compare the file's schema with that of the installed MLflow, which would not say which of the two is older.
+
+    Raises:
+        TrackingError: they differ.
+    """
+    with contextlib.suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+        if row is not None and row[0] not in _known_schemas():
+            raise TrackingError(
+                f"the tracking store {path} was written by a newer version of MLflow (schema {row[0]}) than the "
+                f"one here ({version('mlflow')}): update MLflow, or choose another store with --tracking-uri"
+            )
+        if row is not None and row[0] != _known_schemas()[0]:
+            raise TrackingError(_other_schema(f"sqlite:///{path}"))
+
+
+def _other_schema(uri: str) -> str:
+    return (
+        f"the tracking store {uri} has the schema of another version of MLflow than the one here "
+        f"({version('mlflow')}). Make a backup of it, then run: mlflow db upgrade {uri}   "
+        "(or choose another store with --tracking-uri)"
+    )
+
+
+@cache
+def _known_schemas() -> tuple[str, ...]:
+    """The schemas that the installed MLflow has had, its own first."""
+    _quiet_mlflow()
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+    from mlflow.store import db_migrations
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(db_migrations.__file__).parent))
+    return tuple(each.revision for each in ScriptDirectory.from_config(config).walk_revisions())
 
 
 def _create_sqlite(path: Path, artifact_root: Path) -> None:

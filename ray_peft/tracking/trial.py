@@ -31,6 +31,8 @@ BATCH_PARAMS = 100
 MAX_PARAM_CHARACTERS = 6000
 _REFUSED = re.compile(r"[^\w./ :-]")
 """Characters that MLflow refuses in the name of a metric, such as that of pass@1."""
+TOKENIZERS = ("bleu_tokenizer", "rouge_tokenizer")
+"""Fields of `Scores` that say how text was cut."""
 _MAIN_VERSIONS = ("python", "torch", "transformers", "trl", "peft", "bitsandbytes", "ray", "mlflow")
 
 
@@ -212,6 +214,8 @@ def flatten(plain: object, key: str = "") -> dict[str, str]:
 def final_metrics(result: TrialResult) -> dict[str, float]:
     """The numbers of a result that were measured, by the names of their metrics."""
     plain = result.plain()
+    for name in TOKENIZERS:  # words, which are tags
+        plain["scores"].pop(name)
     benchmarks = ("benchmarks", "benchmark_stderr", "benchmark_rows")
     numbers = {
         f"scores.{part}.{_REFUSED.sub('_', name)}": value
@@ -238,6 +242,7 @@ def final_tags(result: TrialResult) -> dict[str, str]:
     for name, settings in (("chosen", result.chosen), ("lowered_out_of_memory", result.lowered)):
         if settings:
             tags[name] = json.dumps(settings)
+    tags |= {name: used for name in TOKENIZERS if (used := getattr(result.scores, name)) is not None}
     tags |= {f"version.{name}": made.versions.get(name, "") for name in _MAIN_VERSIONS}
     return {f"ray_peft.{name}": value for name, value in tags.items()}
 

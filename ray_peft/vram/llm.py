@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.methods.base import Stage
 from ray_peft.spec import LlmTrialSpec
+from ray_peft.vram.parts import ANSWERING, ATTACH, SCORING, STEP, during
 from ray_peft.vram.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def components(
     autocast = spec.train.precision == "bf16"
     with on_meta(autocast=autocast):
         model = _built(spec, stage, shape)
-        model = cast("PreTrainedModel", stage.attach(model))
+        with during(ATTACH):
+            model = cast("PreTrainedModel", stage.attach(model))
         model.train()
         if spec.train.gradient_checkpointing:
             dtype = torch.bfloat16 if autocast else None
@@ -51,7 +53,8 @@ def components(
             return total
 
         given = Conditions(autocast=autocast, accumulates=spec.accumulation > 1, padded=padded)
-        return of_step(model, stage, loss, given)
+        with during(STEP):
+            return of_step(model, stage, loss, given)
 
 
 def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTrainedModel:
@@ -59,6 +62,7 @@ def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTra
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
+    from ray_peft.tasks.llm_sft.targets import four_bit_layers
     from ray_peft.vram.stand_ins import quantize
 
     method = stage or spec.method
@@ -70,8 +74,7 @@ def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTra
         )
     quantization = method.quantization() or (None if method.needs_full_weights else spec.model.quantization)
     if quantization is not None:
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        quantize(model, quantization, but=head)  # every linear layer but the output's, as transformers does it
+        quantize(model, quantization, four_bit_layers(model))
     add_fused_lm_head(model)
     model.requires_grad_(False)
     return model
@@ -99,7 +102,8 @@ def evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longe
     with on_meta(autocast=autocast):
         model = _built(spec, stage, shape)
         if stage is not None and not stage.needs_full_weights:
-            model = cast("PreTrainedModel", stage.attach(model))
+            with during(ATTACH):
+                model = cast("PreTrainedModel", stage.attach(model))
         model.eval()  # type: ignore[no-untyped-call]
         scoring: tuple[int, dict[str, Any]] = (
             max(1, LOSS_TOKENS // longest_tokens),
@@ -113,7 +117,12 @@ def evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longe
             found["model"] = ledger.now
             ids = torch.ones(rows, longest_tokens, dtype=torch.long, device="meta")
             labels = {"labels": ids} if "fused_lm_head" in settings else {}
-            with torch.no_grad(), Autocast(torch.bfloat16 if autocast else None), ledger:
+            with (
+                during(SCORING if name == "scoring" else ANSWERING),
+                torch.no_grad(),
+                Autocast(torch.bfloat16 if autocast else None),
+                ledger,
+            ):
                 made: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), **labels, **settings)
                 cached = ledger.bytes["buffers"]  # keys and values of the prompts, and the last tokens' logits
                 del made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -11,14 +12,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ray_peft.gpus import ANY, Gpu
 from ray_peft.measure import GIB
-from ray_peft.methods.base import ENOUGH_STEPS, Stage
+from ray_peft.methods.base import ENOUGH_STEPS, Method, Stage
+from ray_peft.methods.galore import GaLore
+from ray_peft.methods.lora import LowRankAdapter
+from ray_peft.methods.qlora_galore import QLoRAThenGaLore
 from ray_peft.report.atomic import write_text
 from ray_peft.spec import ImageTrialSpec, LlmTrialSpec, TrialSpec
 from ray_peft.tasks.cache import cache_folder
 from ray_peft.vram.shape import ModelShape
+
+RUN_ON_SHAPES = (
+    "tasks/llm_sft/evaluate.py", "tasks/llm_sft/targets.py", "tasks/text_to_image/passes.py",
+    "tasks/text_to_image/style.py",
+)  # fmt: skip
+"""Code of tasks that predictions run or read; predictions kept on disk are of this code."""
 
 SEGMENT = 2 * 2**20
 """The allocator's segments are multiples of this."""
@@ -26,8 +37,14 @@ SEGMENT = 2 * 2**20
 CONVOLUTIONS = 60 * 2**20
 """What cuDNN takes beside the tensors while images are made: the rest of three measured peaks of SD 1.5 on an H200."""
 
-_NO_MEMORY = {"lr", "weight_decay", "betas", "max_grad_norm", "alpha", "eps", "scale", "update_proj_gap", "switch_at"}
-"""Settings of methods that change numbers, but not how many there are."""
+_NO_MEMORY: dict[type[Any], frozenset[str]] = {
+    Stage: frozenset({"lr", "weight_decay", "betas", "max_grad_norm"}),
+    LowRankAdapter: frozenset({"alpha"}),
+    GaLore: frozenset({"eps", "scale", "update_proj_gap"}),
+    QLoRAThenGaLore: frozenset({"switch_at"}),
+}
+"""Settings that change numbers, but not how many there are, by the class that has them: another method's setting of
+the same name may decide memory."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,7 @@ def predict(
     shape: ModelShape,
     *,
     longest_tokens: int,
+    longest_scored: int | None = None,
     padded: bool | None = None,
     gpu: Gpu = ANY,
     others: Mapping[str, ModelShape] | None = None,
@@ -72,6 +90,7 @@ def predict(
         spec: the trial.
         shape: its model's.
         longest_tokens: of a training row, at most `data.max_length`.
+        longest_scored: of a row or prompt outside of training; None takes that of training.
         padded: rows of a pass differ in length; null assumes it where a pass holds several.
         gpu: decides the workspace of matrix products and the slack of the allocator.
         others: the shapes of `vae` and `text_encoder` beside a UNet; null predicts nothing of what they take.
@@ -84,14 +103,18 @@ def predict(
         return _image(spec, shape, gpu, others or {})
     if not isinstance(spec, LlmTrialSpec):
         raise NotImplementedError(f"task {spec.task} has no memory prediction")
-    members = [predict(m, shape, longest_tokens=longest_tokens, padded=padded, gpu=gpu) for m in spec.members()]
+    outside = longest_scored or longest_tokens
+    members = [
+        predict(m, shape, longest_tokens=longest_tokens, longest_scored=outside, padded=padded, gpu=gpu)
+        for m in spec.members()
+    ]
     if members:
         together = sum(member.evaluation or 0 for member in members)
         return Prediction({"evaluation": together}, together, _segments(together, gpu.slack), together)
     uneven = spec.train.micro_batch_size > 1 if padded is None else padded
     stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
     held_for: list[Stage | None] = [*stages] or [None]
-    scored = [_evaluation(spec, stage, shape, longest_tokens) for stage in held_for]
+    scored = [_evaluation(spec, stage, shape, outside) for stage in held_for]
     evaluation = max(found["model"] + max(found["scoring"], found["answering"]) for found in scored) + gpu.workspace
     if not stages:
         held = scored[0]["model"]
@@ -202,14 +225,19 @@ def _evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, long
 
 
 def _common(spec: TrialSpec, stage: Stage | None, shape: ModelShape, longest: int) -> list[object]:
-    method = (stage or spec.method).plain()
     model = spec.model.plain()
     return [
         shape.config,
-        {key: value for key, value in method.items() if key not in _NO_MEMORY},
+        decides_memory(stage or spec.method),
         [model[key] for key in ("dtype", "quantization", "attention")],
         longest,
     ]
+
+
+def decides_memory(method: Method) -> dict[str, object]:
+    """The settings of a method without those that only change numbers."""
+    struck = frozenset().union(*(names for kind, names in _NO_MEMORY.items() if isinstance(method, kind)))
+    return {key: value for key, value in method.plain().items() if key not in struck}
 
 
 _lock = threading.RLock()
@@ -226,8 +254,9 @@ def _kept(decides: list[object], compute: Callable[[], Counter[str]]) -> Counter
                 _known[key] = Counter(json.loads(file.read_text(encoding="utf-8")))
             else:
                 _known[key] = compute()
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_text(file, json.dumps(_known[key]))
+                with contextlib.suppress(OSError):  # a cache that others keep may be read-only, or full
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_text(file, json.dumps(_known[key]))
         return _known[key].copy()
 
 
@@ -236,10 +265,11 @@ def _code() -> str:
     """A digest of all that computes a prediction: this package, the methods, the libraries."""
     digest = hashlib.sha256()
     package = Path(__file__).parent.parent
-    used = [*(package / "vram").glob("*.py"), *(package / "methods").glob("*.py")]
-    images = package / "tasks" / "text_to_image"
-    for file in [*sorted(used), images / "passes.py", images / "style.py"]:
+    parts = [file for part in ("vram", "methods", "reach") for file in sorted((package / part).glob("*.py"))]
+    for file in parts:
         digest.update(file.read_bytes())
+    for name in RUN_ON_SHAPES:
+        digest.update((package / name).read_bytes())
     for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "galore-torch", "diffusers"):
         digest.update(importlib.metadata.version(name).encode())
     return digest.hexdigest()

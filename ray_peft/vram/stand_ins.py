@@ -6,7 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -20,13 +20,23 @@ from ray_peft.methods.base import Quantization
 FLOAT = torch.float32
 _IN_LOW = {
     F.linear, F.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm, torch.baddbmm,
-    torch.addmm, torch.einsum,
+    torch.addmm, torch.einsum, torch.addbmm, torch.chain_matmul, F.conv1d, F.conv3d, F.bilinear, Tensor.__rmatmul__,
+    Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm, Tensor.addbmm,
 }  # fmt: skip
-_IN_FLOAT = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax}
+_IN_FLOAT = {
+    F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.softplus, F.log_softmax, torch.log_softmax,
+    torch.pow, Tensor.pow, Tensor.__pow__, torch.exp, Tensor.exp, torch.log, Tensor.log, torch.rsqrt, Tensor.rsqrt,
+    torch.reciprocal, Tensor.reciprocal, torch.cumsum, Tensor.cumsum, torch.logsumexp, Tensor.logsumexp,
+}  # fmt: skip
+"""What CUDA's autocast computes in float32 (torch 2.13, aten/src/ATen/autocast_mode.h), as far as models use it:
+GELU of GPT-2 cubes its input, and what follows stays in float32."""
 
 
 class Autocast(TorchFunctionMode):
     """CUDA's autocast, scaled dot product attention and dropout, which the meta device does not have."""
+
+    disabled: ClassVar[int] = 0
+    """Regions of `torch.autocast(..., enabled=False)` that the code is in."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         """`dtype` is that of matrix products; null casts nothing."""
@@ -45,6 +55,10 @@ class Autocast(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         if function is F.dropout:
             return _dropout(*args, **kwargs)
+        if function is torch._grouped_mm and args[0].dtype != torch.bfloat16:  # noqa: SLF001 - what F.grouped_mm calls
+            return _GroupedMM.apply(args[0], args[1])  # type: ignore[no-untyped-call]
+        if Autocast.disabled:
+            return function(*args, **kwargs)
         if self._dtype is not None and function in _IN_LOW:
             args = [self._cast(value) for value in args]
             kwargs = {name: self._cast(value) for name, value in kwargs.items()}
@@ -68,6 +82,30 @@ class Autocast(TorchFunctionMode):
         return _Attention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
 
 
+class _Region(contextlib.AbstractContextManager[None]):
+    """A region of `torch.autocast` on the meta device, for which torch has none."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._disabled = int(not enabled)
+
+    def __enter__(self) -> None:
+        Autocast.disabled += self._disabled
+
+    def __exit__(self, *_: object) -> None:
+        Autocast.disabled -= self._disabled
+
+
+_AUTOCAST, _autocast_dtype = torch.autocast, torch.get_autocast_dtype
+
+
+def _autocast(
+    device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, cache_enabled: bool | None = None
+) -> Any:
+    if device_type == "meta":
+        return _Region(enabled=enabled)
+    return _AUTOCAST(device_type, dtype, enabled, cache_enabled)
+
+
 def _floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
@@ -82,7 +120,8 @@ class _Attention(Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        out = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
+        rows, heads, tokens, _ = query.shape  # values may be narrower than queries, as in DeepSeek's
+        out = query.new_empty(rows, tokens, heads, value.shape[-1]).transpose(1, 2)
         ctx.save_for_backward(query, key, value, bias, out, query.new_empty(query.shape[:3], dtype=FLOAT))
         return out
 
@@ -96,6 +135,20 @@ class _Attention(Function):
             of_key, of_value = torch.empty_like(key), torch.empty_like(value)
         del sums
         return of_query, of_key, of_value, None
+
+
+class _GroupedMM(Function):
+    """Products of each expert's rows with its matrix; torch's shape function knows bfloat16 alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        return rows.new_empty(rows.shape[0], weights.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        rows, weights = ctx.saved_tensors
+        return torch.empty_like(rows), torch.empty_like(weights) if ctx.needs_input_grad[1] else None
 
 
 class ChunkedLogProbs(Function):
@@ -154,11 +207,19 @@ class _MatMul4Bit(Function):
         return made, None, None, None
 
 
-def quantize(model: Any, how: Quantization, but: nn.Module | None = None) -> None:
-    """Store every linear layer of `model`, but one, as bitsandbytes does."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module is not but:
-            model.set_submodule(name, quantized_linear(module, how))
+def quantize(model: Any, how: Quantization, names: Iterable[str] | None = None) -> None:
+    """Store the named layers of `model`, by default all linear ones, as bitsandbytes does."""
+    from transformers.pytorch_utils import Conv1D
+
+    if names is None:
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in list(names):
+        module = model.get_submodule(name)
+        if isinstance(module, Conv1D):  # GPT-2's linear layer, whose matrix lies the other way round
+            linear = nn.Linear(module.nx, module.nf, device="meta", dtype=module.weight.dtype)
+            linear.bias = module.bias
+            module = linear
+        model.set_submodule(name, quantized_linear(module, how))
     model.is_loaded_in_4bit = True  # what PEFT and diffusers ask for
 
 
@@ -262,6 +323,8 @@ def on_meta(*, autocast: bool) -> Iterator[None]:
     places: list[tuple[Any, str, Any]] = [
         (trl.trainer.utils, "_ChunkedLogProbFunction", ChunkedLogProbs),
         (torch, "is_autocast_enabled", lambda *_: autocast),
+        (torch, "autocast", _autocast),
+        (torch, "get_autocast_dtype", lambda kind: torch.bfloat16 if kind == "meta" else _autocast_dtype(kind)),
         (torch.optim, "AdamW", FusedAdamW),
         (bits, "AdamW8bit", blockwise_adamw(8, paged=False)),
         (bits, "PagedAdamW8bit", blockwise_adamw(8, paged=True)),

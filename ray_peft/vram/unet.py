@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.methods.base import Stage
 from ray_peft.spec import ImageTrialSpec
+from ray_peft.vram.parts import ATTACH, SCORING, STEP, during
 from ray_peft.vram.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def components(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Counter
     with on_meta(autocast=autocast):
         unet = _built(spec, stage, shape)
         channels, width = unet.config.in_channels, unet.config.cross_attention_dim
-        model: Any = attached(spec, stage, unet).train()
+        with during(ATTACH):
+            model: Any = attached(spec, stage, unet).train()
         again = _checkpoint(Autocast, torch.bfloat16 if autocast else None)
         spare_activations(spec, stage, unwrapped(model), again)
 
@@ -54,7 +56,8 @@ def components(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Counter
 
         # Gradients are cleared, never let go: a recorded pass adds to the same memory.
         given = Conditions(autocast=autocast, accumulates=True, padded=False)
-        found = of_step(model, stage, loss, given)
+        with during(STEP):
+            found = of_step(model, stage, loss, given)
     if spec.train.ema_decay is not None:
         found["average"] = 2 * found["adapters"] or 2 * found["weights"]  # float32, and its copy while it is scored
     return found
@@ -92,7 +95,7 @@ def evaluation(
         ledger = Ledger(truth=True)
         own_model(ledger, model)
         found["model"] = ledger.now
-        with Autocast(low), ledger:
+        with during(SCORING), Autocast(low), ledger:
             _denoise(model, asked.batch_size, side, dtype)
         found["scoring"] = ledger.peak - found["model"]
         if not {"vae", "text_encoder"} <= others.keys():

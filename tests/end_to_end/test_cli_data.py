@@ -1,6 +1,7 @@
 """`ray-peft data`: what became of the rows, as a table, as JSON and as files."""
 
 import json
+import re
 
 import pytest
 import tiny
@@ -100,6 +101,48 @@ def test_each_distinct_data_set_is_reported_once(space, tmp_path, capsys):
     assert [each["trials"] for each in found] == [2, 2]
     for each in found:
         assert (tmp_path / "shown" / each["key"] / "train.jsonl").is_file()
+
+
+def test_rows_that_a_template_does_something_to_are_said_by_data_and_plan(space, tmp_path, capsys):
+    dated = "{{ strftime_now('%d %b %Y') }}" + tiny.CHATML.replace("<|im_end|>", "")
+    (tmp_path / "mine.jinja").write_text(dated, encoding="utf-16")
+    rows = [{**row, "completion": f"{row['completion']} <|im_end|>"} for row in ROWS]
+    tiny.write_rows(tmp_path / "homes.jsonl", [*rows, {"prompt": "Who? " * 40, "completion": "I."}])
+    name = space(chat_template="mine.jinja", max_length=120)
+    said = [
+        "homes/1: 12 rows hold special tokens as text (<|im_end|> 12x); they stay text",
+        "the chat template prints the date: it is 2024-07-26 in all rows",
+        "caution: the chat template writes no end mark after an answer",
+    ]
+    assert cli.main(["data", name]) == 0
+    table = capsys.readouterr().out
+    assert cli.main(["plan", name]) == 0
+    plan = capsys.readouterr().out
+    assert all(f"rows: {words}" in table and f"data: {words}" in plan for words in said)
+    assert cli.main(["data", name, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert all(any(line.startswith(words) for line in found["remarks"]) for words in said)
+    assert cli.main(["plan", name, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 2  # JSON alone
+
+
+@pytest.mark.parametrize("command", ["plan", "data", "sweep"])
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ broken", "mine.jinja: the chat template is not valid Jinja: line 1"),
+        ("{{ raise_exception('never') }}", "row [0-9]+: the chat template refuses it: never; .*data.chat_template"),
+        (
+            "{{ messages[0].content + nobody }}",
+            "row [0-9]+: the chat template refuses it: 'nobody' is undefined",
+        ),
+    ],
+)
+def test_a_template_that_fails_is_one_error_of_every_command(space, tmp_path, capsys, command, template, words):
+    (tmp_path / "mine.jinja").write_text(template, encoding="utf-8")
+    assert cli.main([command, space(chat_template="mine.jinja")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: .*{words}", line)
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])

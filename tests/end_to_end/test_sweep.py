@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import released
 import tiny
 import yaml
 
 import ray_peft
 from ray_peft.console import Console
 from ray_peft.errors import PlacementError, TrackingError
+from ray_peft.report.files import read_results
 
 METHODS = [
     {"name": "none"},
@@ -112,10 +115,8 @@ def test_an_ensemble_is_a_row_with_its_weights_and_the_cost_of_its_members(swept
     assert done.usage.train_s == pytest.approx(sum(member.usage.train_s for member in members))
     assert done.adapter_bytes == sum(member.adapter_bytes for member in members)
     assert broken.status == "failed"
-    assert (
-        broken.error
-        == f"member {broken.spec.members()[1].trial_id} is failed; an ensemble needs all its members finished"
-    )
+    (full,) = [result for result in outcome.results if result.spec.method.name == "full"]
+    assert broken.error == f"member {full.trial_id} is failed; an ensemble needs all its members finished"
     assert client(outcome.tracking_uri).get_run(done.mlflow_run_id).info.status == "FINISHED"
 
 
@@ -213,6 +214,19 @@ def test_exported_weights_load_with_the_plain_libraries_and_keep_the_loss(
         assert model.dtype == wanted
         assert not hasattr(model.config, "quantization_config")
     assert main(["export", *given, "--out", str(tmp_path / "exported")]) == 2  # not over what is there
+
+
+def test_an_export_with_another_loss_is_refused_and_leaves_nothing(swept, tmp_path, capsys, monkeypatch):
+    from ray_peft.cli import main
+    from ray_peft.methods.lora import LoRA
+
+    monkeypatch.setattr(LoRA, "merge", lambda stage, model: model.unload())  # forgets the adapter
+    _, outcome = swept
+    (lora,) = [each for each in outcome.results if each.spec.method.name == "lora"]
+    given = [lora.mlflow_run_id, "--format", "merged", "--dtype", "fp32", "--tracking-uri", outcome.tracking_uri]
+    assert main(["export", *given, "--out", str(tmp_path / "exported")]) == 2
+    assert "writing merged weights in float32 changed the held-out loss from " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_exported_is_refused_with_the_way_out(swept, tmp_path, capsys):
@@ -328,6 +342,55 @@ def test_optuna_proposes_trials_and_goes_on_after_a_stop(ray_cluster, tiny_model
     more = ray_peft.sweep(space, out=tmp_path / "out")
     assert len(more.results) == 3
     assert {result.trial_id for result in first.results} < {result.trial_id for result in more.results}
+    # Longer training is another question: the same folder holds no answer to it, and its report shows its own rows.
+    plain["train"]["steps"] = 2
+    plain["search"]["samples"] = 1
+    plain["method"] = {"choice": [{"name": "lora", "rank": 2}, {"name": "none"}]}
+    space.write_text(yaml.safe_dump(plain), encoding="utf-8")
+    (other,) = ray_peft.sweep(space, out=tmp_path / "out").results
+    assert other.spec.train.steps == 2
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "out" / "report.csv").read_text(encoding="utf-8").splitlines()) == 2
+    plain["search"]["samples"] = 5  # of which there are two
+    space.write_text(yaml.safe_dump(plain), encoding="utf-8")
+    everything = ray_peft.sweep(space, out=tmp_path / "out")
+    assert sorted(row.spec.method.name for row in everything.results) == ["lora", "none"]
+    assert everything.complete
+
+
+def test_a_sweep_goes_on_where_release_0_1_0_left_it(ray_cluster, shared, tmp_path):
+    """Its rows count as finished and keep their ids; what is missing joins them, and so does an ensemble of both."""
+    space = released.write_inputs(shared / "went_on")
+    plain = yaml.safe_load(space.read_text())
+    lora = plain["method"]["grid"][1]
+    both = {"name": "ensemble", "members": [{"method": {**lora, "rank": 1}}, {"method": {**lora, "rank": 3}}]}
+    plain["method"]["grid"].append(both)
+    space.write_text(yaml.safe_dump(plain), encoding="utf-8")
+    shutil.copytree(released.STORES / "0.1.0", tmp_path / "out")
+    old = [row.trial_id for row in read_results(tmp_path / "out")]
+    outcome = ray_peft.sweep(space, out=tmp_path / "out")
+    assert [row.error for row in outcome.results] == [None] * 6
+    ids = [row.trial_id for row in outcome.results]
+    assert set(old) < set(ids)
+    (ensemble,) = [row for row in outcome.results if row.trial_id not in old and row.members]
+    assert set(ensemble.members) == {
+        row.trial_id for row in outcome.results if getattr(row.spec.method, "rank", 2) != 2
+    }
+    assert len({row.provenance.data_key for row in outcome.results}) == 1
+    again = ray_peft.sweep(space, out=tmp_path / "out")
+    assert [row.mlflow_run_id for row in again.results] == [row.mlflow_run_id for row in outcome.results]
+
+
+def test_changed_rows_run_again_beside_the_earlier_ones(ray_cluster, tiny_model, tmp_path):
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.QUESTIONS)
+    space = write_space(tmp_path / "changed.yaml", tiny_model, rows, [{"name": "none"}])
+    (before,) = ray_peft.sweep(space, out=tmp_path / "out").results
+    tiny.write_rows(rows, [{**row, "completion": row["completion"] + "!"} for row in tiny.QUESTIONS])
+    (after,) = ray_peft.sweep(space, out=tmp_path / "out").results
+    assert after.scores.eval_loss != before.scores.eval_loss
+    assert {path.name for path in (tmp_path / "out" / "trials").iterdir()} == {before.trial_id, after.trial_id}
+    said = "1 trials run again: their rows changed since"
+    assert said in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
 def test_more_gpus_than_there_are_is_refused_before_anything_starts(ray_cluster, tiny_model, questions, tmp_path):

@@ -51,6 +51,18 @@ def test_recorded_passes_give_the_losses_of_plain_ones(exact, tiny_painter, pain
     assert recorded == pytest.approx(plain, rel=1e-4)
 
 
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_resumed_trial_draws_the_same_dropout(exact, tiny_painter, paintings, tmp_path, cuda_graphs):
+    """The first pass of a resumed trial runs unrecorded, which draws as a recorded one does."""
+    changes = {"train__checkpoint_every": 4, "train__cuda_graphs": cuda_graphs}
+    method = LORA | {"dropout": 0.5}
+    _, whole, _ = trained(tiny_painter, paintings, tmp_path, method, **changes)
+    _, rest, _ = trained(tiny_painter, paintings, tmp_path, method, **changes)  # from the checkpoint at step 8
+    assert rest == pytest.approx(whole[8:], rel=1e-4)
+    _, other, _ = trained(tiny_painter, paintings, tmp_path / "other", method, seed=2, **changes)
+    assert other[8:] != pytest.approx(whole[8:], rel=1e-4)
+
+
 def test_the_gpu_trains_as_the_cpu_does(exact, tiny_painter, paintings, tmp_path):
     _, found, _ = trained(tiny_painter, paintings, tmp_path / "a", LORA)
     plain = tiny_diffusion.plain_spec(tiny_painter, paintings, LORA, train__steps=10)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ray_peft.errors import StorageError
 from ray_peft.tasks.cache import made_whole
 
 
@@ -47,6 +48,6 @@ def test_a_place_that_is_taken_by_half_a_folder_is_an_error(tmp_path):
         with made_whole(tmp_path / "abc", "last") as partial:
             (partial / "last").write_text("")
 
-    with pytest.raises(OSError, match="abc"):
+    with pytest.raises(StorageError, match="abc: cannot be written"):
         fill()
     assert names(tmp_path) == ["abc"]

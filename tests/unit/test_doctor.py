@@ -235,12 +235,18 @@ def test_consoles(monkeypatch, encoding, level):
     assert only(doctor._console()).level == level
 
 
-def test_offline_flags(monkeypatch):
-    assert only(doctor._hub()) == Finding("Hugging Face hub", "online")
+def test_the_hub_is_asked_unless_a_flag_forbids_it(monkeypatch, http_server):
+    address = f"http://127.0.0.1:{http_server.server_port}"
+    monkeypatch.setenv("HF_ENDPOINT", address)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert only(doctor._hub()).level == "ok"
+    http_server.status = 405  # an answer all the same
+    assert only(doctor._hub()) == Finding("Hugging Face hub", f"{address}: reachable, HF_HUB_OFFLINE=0")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    away = only(doctor._hub())
+    assert away.level == "note"
+    assert "http://127.0.0.1:9: not reachable" in away.value
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert only(doctor._hub()).level == "note"
+    assert only(doctor._hub()).value == "offline, HF_HUB_OFFLINE=1"
 
 
 def test_gpus_that_torch_cannot_use_are_a_problem(monkeypatch):

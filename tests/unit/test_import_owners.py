@@ -11,11 +11,12 @@ PACKAGE = Path(__file__).resolve().parents[2] / "ray_peft"
 OWNERS = {
     "mlflow": {"tracking"},
     "ray.train": {"worker.py"},
-    "ray.tune": {"sweeps.py"},
+    "ray.tune": {"tuning.py"},
+    "optuna": {"search.py"},
     "trl": {"tasks/llm_sft", "vram"},  # vram runs it on shapes
     "lm_eval": {"tasks/llm_sft/benchmarks.py"},
     "galore_torch": {"methods/galore_adamw.py"},
-    "yaml": {"yaml_text.py"},
+    "yaml": {"yaml_text.py", "tasks/llm_sft/task_files.py"},  # search spaces; lm-eval's own tags
     "matplotlib": {"report/plots.py"},
     "pynvml": {"measure.py", "doctor.py"},
 }

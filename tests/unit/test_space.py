@@ -168,7 +168,6 @@ def test_a_profile_leaves_the_rows_comparable(path, name, named):
         assert (after.train.steps, after.train.epochs) == (before.train.steps, before.train.epochs)
         assert after.scored_as() == before.scored_as()
         assert after.method == before.method
-        assert after.trial_id != before.trial_id
 
 
 def test_a_12_gib_card_has_a_profile_in_every_study():
@@ -258,6 +257,17 @@ def test_an_error_that_a_profile_did_not_make_does_not_name_it():
     assert refused(text, ["train.steps=0"], "a")[0].startswith("space.yaml: train.steps: Input should be")
 
 
+def test_one_wrong_member_of_an_ensemble_is_one_error_with_its_place_in_the_file():
+    members = [{"method": {"name": "lora", "rnak": 4}}, {"method": {"name": "full"}}]
+    plain = changed(method={"name": "ensemble", "members": members})
+    assert refused(plain) == [
+        "space.yaml: method.members.0.method.rnak: unknown key, did you mean rank? (found 4), in 1 of 1 trials"
+    ]
+    plain = changed(method={"name": "ensemble", "members": members[1:]})
+    (line,) = refused(plain)
+    assert "an ensemble needs at least two members (found 1)" in line
+
+
 SEARCH = {"samples": 4}
 
 
@@ -280,7 +290,6 @@ SEARCH = {"samples": 4}
         ({"name": ""}, "name: cannot name a folder"),
         ({"name": "../escaped"}, "name: cannot name a folder on every system (found '../escaped')"),
         ({"name": "a:b"}, "cannot name a folder"),
-        ({"name": "nul.txt"}, "cannot name a folder"),
         ({"name": "ends."}, "cannot name a folder"),
         ({"name": "x" * 200}, "cannot name a folder"),
         (
@@ -295,6 +304,13 @@ def test_what_looks_right_and_is_not_is_said(changes, words):
         changed(**changes, search=SEARCH) if "distribution" in words or "mean" in words else changed(**changes)
     )
     assert any(words in line for line in lines), lines
+
+
+def test_names_that_windows_keeps_for_itself_are_refused_there(monkeypatch):
+    text = changed(name="nul.txt")
+    assert parsed(text).name == "nul.txt"
+    monkeypatch.setattr(space, "_RESERVED", space.DEVICES)
+    assert "cannot name a folder" in refused(text)[0]
 
 
 def test_merge_keys_bring_settings_that_a_cell_may_replace():
@@ -318,7 +334,7 @@ def test_cells_that_are_the_same_trial_are_said():
     loaded = parsed(changed(method=method))
     assert len(loaded.trials) == 1
     assert loaded.notes == (
-        f"2 cells or draws of the search space are the same trial, {loaded.trials[0].trial_id}: it runs once",
+        f"2 cells or draws of the search space are the same trial ({loaded.trials[0].method.name}): it runs once",
     )
     assert parsed(BASE).notes == ()
 

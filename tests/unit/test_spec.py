@@ -135,7 +135,7 @@ def test_a_validation_fraction_leaves_training_rows():
     [
         ([{"method": {"name": "lora"}}, {"method": {"name": "qlora"}}], 0, "tunes its weights on validation rows"),
         ([{"method": {"name": "lora"}}, {"method": {"name": "lora"}}], 2, "is there twice"),
-        ([{"method": {"name": "lora"}}], 2, "at least 2 items"),
+        ([{"method": {"name": "lora"}}], 2, "at least two members"),
         ([{"method": {"name": "lora"}}, {"method": {"name": "ensemble"}}], 2, "'ensemble' found using 'name'"),
         (
             [{"method": {"name": "lora"}}, {"method": {"name": "galore", "layerwise": True}}],
@@ -166,3 +166,19 @@ def test_fp16_is_refused_where_gradients_need_it_and_cautioned_where_not():
     (caution,) = spec({"name": "qlora", "compute_dtype": "float16"}).cautions()
     assert "qlora: the 4-bit base's compute_dtype is float16" in caution
     assert len(spec(model__dtype="float16").cautions()) == 1
+
+
+def test_what_happens_to_unusable_rows_is_no_other_trial():
+    data = spec().plain()["data"]
+    skipping = type(spec()).from_plain({**spec().plain(), "data": {**data, "unusable": "skip"}})
+    assert skipping.data.unusable == "skip"
+    assert skipping.trial_id == spec().trial_id
+    with pytest.raises(ValidationError, match="unusable"):
+        type(spec()).from_plain({**spec().plain(), "data": {**data, "unusable": "drop"}})
+
+
+def test_fit_auto_is_cautioned_where_another_gpu_would_give_other_digits():
+    (caution,) = spec({"name": "lora"}, train__fit="auto", train__precision="bf16").cautions()
+    assert "on another GPU losses differ in their last digits, in fp32 they do not" in caution
+    assert spec({"name": "lora"}, train__fit="auto", train__precision="fp32").cautions() == []
+    assert spec({"name": "none"}, train__fit="auto", train__precision="bf16").cautions() == []

@@ -266,7 +266,13 @@ def test_a_result_is_recorded_whole(store, tmp_path):
     result = result_of(
         spec,
         scores=Scores(
-            bleu4=0.25, eval_rows=2, benchmarks={"humaneval/pass@1": 0.125}, benchmark_stderr={"humaneval/pass@1": 0.5}
+            bleu4=0.25,
+            chrf=0.5,
+            bleu_tokenizer="zh",
+            rouge_tokenizer="unicode",
+            eval_rows=2,
+            benchmarks={"humaneval/pass@1": 0.125},
+            benchmark_stderr={"humaneval/pass@1": 0.5},
         ),
         usage=Usage(wall_time_s=12.5),
         train_loss_final=1.25,
@@ -278,6 +284,9 @@ def test_a_result_is_recorded_whole(store, tmp_path):
     assert run.info.status == "FINISHED"
     assert run.data.metrics["scores.bleu4"] == 0.25
     assert "scores.rouge_l" not in run.data.metrics
+    assert run.data.metrics["scores.chrf"] == 0.5
+    assert run.data.tags["ray_peft.bleu_tokenizer"] == "zh"
+    assert run.data.tags["ray_peft.rouge_tokenizer"] == "unicode"
     assert run.data.metrics["scores.benchmarks.humaneval/pass_1"] == 0.125  # MLflow refuses "@" in a name
     assert run.data.metrics["scores.benchmark_stderr.humaneval/pass_1"] == 0.5
     assert run.data.metrics["usage.wall_time_s"] == 12.5

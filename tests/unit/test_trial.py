@@ -7,19 +7,12 @@ import json
 
 import pytest
 import tiny
-from untracked import Notes, run
+from untracked import HYBRID, Notes, run
 
 from ray_peft import measure, trial
 from ray_peft.life import Life
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.memory import MICRO_BATCH
-
-HYBRID = {
-    "name": "qlora_galore",
-    "switch_at": 0.5,
-    "qlora": {"rank": 4, "lr": 0.01, "compute_dtype": "float32"},
-    "galore": {"rank": 8, "lr": 0.01, "weights": "float32"},
-}
 
 
 def test_a_hybrid_that_is_stopped_in_its_second_stage_goes_on_from_the_end_of_its_first(
@@ -118,3 +111,30 @@ def test_what_was_chosen_runs_and_the_row_is_that_of_the_trial(tiny_model, quest
     result = trial.run(spec, place, Notes(), lambda metrics, step: None)
     assert (result.status, result.chosen, result.trial_id, result.spec) == ("finished", chosen, spec.trial_id, spec)
     assert result.scores.eval_loss == pytest.approx(plain.scores.eval_loss, rel=1e-4)
+
+
+def test_a_merge_that_changes_the_loss_ends_the_trial_with_the_reason(tiny_model, questions, tmp_path, monkeypatch):
+    from ray_peft.methods.qlora import QLoRA
+
+    def forgets_the_adapter(stage, model):
+        return model.unload().dequantize()
+
+    monkeypatch.setattr(QLoRA, "merge", forgets_the_adapter)
+    spec = TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions, HYBRID, train__steps=8))
+    row, _ = run(spec, tmp_path)
+    before, after = row.boundary_losses["after stage 1"], row.boundary_losses["after merge 1"]
+    assert (row.status, row.steps) == ("failed", 4)
+    assert row.error.startswith(
+        f"merging what qlora trained changed the held-out loss from {before:.4f} to {after:.4f}"
+    )
+
+
+def test_the_row_of_a_quantised_base_says_which_share_is_in_4_bits(tiny_model, questions, tmp_path):
+    method = {"name": "qlora", "rank": 4, "compute_dtype": "float32"}
+    row, _ = run(TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions, method)), tmp_path)
+    linear, rest = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64), 272 * 64 + 5 * 64
+    assert row.four_bit_share == pytest.approx(linear / (linear + rest))
+    assert row.arithmetic.startswith(
+        "frozen base, 81% of its weights in nf4 computed in float32, the others in float32"
+    )
+    assert row.storage["float32"] == 4 * rest

@@ -282,3 +282,102 @@ def test_other_families_need_no_code_of_their_own(shared, family):
     )  # fmt: skip
     found = parts(ModelShape.from_config(json.loads(config.to_json_string())), {"name": "qlora", "rank": 2})
     assert {"weights", "quantization", "adapters", "activations"} <= set(found)
+
+
+def mixture(family: str) -> ModelShape:
+    from transformers import AutoConfig
+
+    size = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "shared_expert_intermediate_size": 32}
+    return ModelShape.from_config(AutoConfig.for_model(family, **size, **experts, **heads))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("fp32", "float32")])
+def test_mixtures_of_experts_are_predicted(shared, family, precision, dtype):
+    """Their products of experts have no shape function in float32, and PEFT's adapters of experts leave autocast."""
+    settings = {"train__precision": precision, "model__dtype": dtype}
+    size = {"bfloat16": 2, "float32": 4}[dtype]
+    lora = {"name": "lora", "rank": 4, "targets": ["q_proj", "v_proj"]}
+    held = predict(spec({"name": "none"}, **settings), mixture(family), longest_tokens=16).components["weights"]
+    found = parts(mixture(family), lora, 16, **settings)
+    assert found["weights"] == held >= size * 2 * 4 * 3 * 32 * 64, "two layers, four experts of three matrices"
+    assert found["adapters"] > 0
+
+
+def test_values_narrower_than_queries_are_predicted(shared):
+    """As in DeepSeek-V3, where attention's output is as wide as its values."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        "deepseek_v3", vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, q_lora_rank=16,
+        num_attention_heads=4, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=8,
+        first_k_dense_replace=2,
+    )  # fmt: skip
+    full = parts(ModelShape.from_config(config), {"name": "full"})
+    assert full["activations"] > 0
+
+
+def test_a_cubed_number_is_in_float32_as_under_cuda_s_autocast(shared):
+    """GPT-2's GELU: three float32 tensors of its inner size are kept in each layer, not three in bfloat16."""
+    import torch
+    from transformers.activations import NewGELUActivation
+
+    from ray_peft.vram.stand_ins import Autocast
+
+    x = torch.empty(4, 8, device="meta", dtype=torch.bfloat16)
+    with Autocast(torch.bfloat16):
+        assert NewGELUActivation()(x).dtype == torch.float32
+        assert (x + x).dtype == torch.bfloat16
+    with Autocast(None):
+        assert NewGELUActivation()(x).dtype == torch.bfloat16
+
+
+def test_gpt2_s_layers_are_stored_in_4_bits_too(shared):
+    from transformers import GPT2Config
+
+    gpt2 = GPT2Config(vocab_size=512, n_embd=128, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    matrices, rest = 2 * 12 * 128 * 128, (512 + 64) * 128 + 2 * 13 * 128 + 2 * 128
+    found = parts(ModelShape.from_config(gpt2), {"name": "qlora", "rank": 2, "targets": ["c_attn"]})
+    assert close(found["weights"], matrices // 2 + 2 * rest, 30)
+
+
+def test_only_a_method_s_own_settings_are_left_out_of_what_decides_memory():
+    from ray_peft.methods.galore import GaLore
+    from ray_peft.methods.lora import LoRA
+    from ray_peft.vram import decides_memory
+
+    assert {"alpha", "lr", "betas"}.isdisjoint(decides_memory(LoRA()))
+    assert "rank" in decides_memory(LoRA())
+    assert {"scale", "eps", "update_proj_gap"}.isdisjoint(decides_memory(GaLore()))
+
+    class Other(LoRA):
+        scale: int = 1
+        """As a method might call what decides its memory."""
+
+    assert "scale" in decides_memory(Other())
+
+
+def test_predictions_on_disk_are_of_all_code_that_makes_them():
+    """Every file of a task that ray_peft/vram runs or reads is in the key; tasks.cache and tasks.memory are not run."""
+    import ast
+
+    from ray_peft.vram.predict import RUN_ON_SHAPES
+
+    used = set()
+    for file in (ROOT / "ray_peft" / "vram").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ray_peft.tasks."):
+                used.add(node.module.removeprefix("ray_peft.").replace(".", "/") + ".py")
+    assert used - {"tasks/cache.py", "tasks/memory.py"} == set(RUN_ON_SHAPES)
+
+
+def test_rows_that_are_scored_may_be_longer_than_those_trained_on(shape):
+    lora = spec({"name": "lora", "rank": 4})
+    plain = predict(lora, shape, longest_tokens=32)
+    longer = predict(lora, shape, longest_tokens=32, longest_scored=96)
+    assert plain == predict(lora, shape, longest_tokens=32, longest_scored=32)
+    assert longer.peak_allocated == plain.peak_allocated  # training sees its own rows
+    assert longer.evaluation > plain.evaluation
+    assert longer.evaluation == predict(lora, shape, longest_tokens=96).evaluation

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 from ray_peft.errors import DataError, SpecError, first_line
 from ray_peft.result import Scores
 from ray_peft.spec import BenchmarksSpec, LlmTrialSpec
-from ray_peft.tasks.llm_sft.decoding import greedy
+from ray_peft.tasks.llm_sft.decoding import end_of_answers, greedy
+from ray_peft.tasks.llm_sft.task_files import python_in
 from ray_peft.tasks.memory import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def measure(
     """
     asked = spec.evaluation.benchmarks
     assert asked is not None
-    with _ready(asked) as manager, greedy(model, tokenizer):
+    with _ready(asked) as manager, greedy(model, tokenizer, end_of_answers(spec, tokenizer)):
         from lm_eval import simple_evaluate
 
         found = simple_evaluate(
@@ -144,6 +145,8 @@ def _ready(asked: BenchmarksSpec) -> Iterator[Any]:
     """lm-eval's task manager, which knows all tasks that are asked for, in the surroundings that it needs."""
     if asked.include_path is not None and not Path(asked.include_path).is_dir():
         raise SpecError(f"{KEY}.include_path: {asked.include_path}: no such folder; give one with task files (*.yaml)")
+    if asked.include_path is not None and not asked.allow_code_execution:
+        _check_no_python(Path(asked.include_path))
     _require()
     manager = _manager(asked)
     for name in asked.tasks:
@@ -151,6 +154,16 @@ def _ready(asked: BenchmarksSpec) -> Iterator[Any]:
             raise SpecError(_unknown(name, manager.all_tasks))
     with _surroundings(asked):
         yield manager
+
+
+def _check_no_python(folder: Path) -> None:
+    """Raise SpecError if a task file in the folder, or one that it includes, names Python code."""
+    if (python := python_in(folder)) is not None:
+        file, line, value = python
+        raise SpecError(
+            f"{KEY}.include_path: {file}: line {line}: {value} runs Python code when the file is read; look at it, "
+            f"then set {KEY}.allow_code_execution: true (found false), or take the file out of the folder"
+        )
 
 
 def _require() -> None:

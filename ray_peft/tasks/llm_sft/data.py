@@ -2,54 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ray_peft.errors import DataError, ModelError, first_line
-from ray_peft.spec import DataSpec, LlmTrialSpec, is_local
+from ray_peft.errors import DataError
+from ray_peft.spec import DataSpec, LlmTrialSpec
 from ray_peft.tasks.cache import cache_folder, made_whole
+from ray_peft.tasks.llm_sft import counts as counting
+from ray_peft.tasks.llm_sft.content import data_key
+from ray_peft.tasks.llm_sft.conversation import Conversation, Unusable
+from ray_peft.tasks.llm_sft.counts import SourceCounts, TokenFacts, numbered
+from ray_peft.tasks.llm_sft.encode import IGNORED as IGNORED  # read by all that reads prepared rows
+from ray_peft.tasks.llm_sft.encode import Encoded, Encoder
 from ray_peft.tasks.llm_sft.overlap import Gate, HeldOutRow, Overlap, refusal
-from ray_peft.tasks.llm_sft.recipes import Conversation, Turn
-from ray_peft.tasks.llm_sft.rows import DrawnRows, Row, draw
+from ray_peft.tasks.llm_sft.rendering import draw_all
+from ray_peft.tasks.llm_sft.rows import DrawnRows, Row
+from ray_peft.tasks.llm_sft.turns import CannotWrite, frame, messages, prints_the_date
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 7
+T = TypeVar("T")
+
+FORMAT = 8
 """Raised when the preparation changes its result, so that older prepared data is not used again."""
-
-IGNORED = -100
-"""The label of a token without loss."""
-
-
-@dataclass(frozen=True)
-class SourceCounts:
-    """What became of the rows of one source."""
-
-    source: str
-    read: int
-    unusable: dict[str, int]
-    train: int
-    test: int
-    train_cut: int
-    """Training rows longer than the limit, of which the first tokens are kept."""
-    train_dropped: int
-    """Rows left out and replaced by the next ones drawn: over the limit, or with an answer that begins behind it."""
-    test_cut: int
-    """Test rows whose loss is measured on their first tokens only."""
-    validation: int = 0
-    validation_cut: int = 0
-    """The same of validation rows."""
-    validation_dropped: int = 0
-    """Validation rows left out, without replacement: they repeat a test row of some source."""
-    overlap_dropped: int = 0
-    """Training rows left out and replaced by the next ones drawn: they repeat a held-out row of some source."""
 
 
 class ContaminationError(DataError):
@@ -72,6 +54,8 @@ class PreparedData:
     counts: list[SourceCounts]
     key: str
     """The content hash under which the rows are kept."""
+    facts: TokenFacts
+    """What must fit the model, and what the chat template does."""
     validation: Dataset | None = None
     """Columns as `test`: rows for choices made after training; null if no source sets any apart."""
     overlap: Overlap | None = None
@@ -89,41 +73,6 @@ class _Rows:
             self.columns.setdefault(name, []).append(value)
 
 
-def load_tokenizer(spec: LlmTrialSpec) -> PreTrainedTokenizerBase:
-    """The tokenizer, with the chat template of the spec and padding on the left.
-
-    Raises:
-        ModelError: it cannot be loaded, or has no chat template.
-    """
-    from transformers import AutoTokenizer
-
-    name = spec.model.tokenizer or spec.model.name
-    if is_local(name) and not Path(name).is_dir():
-        raise ModelError(f"model.{'tokenizer' if spec.model.tokenizer else 'name'}: {name}: no such folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=spec.model.revision, trust_remote_code=spec.model.trust_remote_code, padding_side="left"
-        )
-    except Exception as error:  # the hub client and tokenizers raise a dozen unrelated types
-        raise ModelError(f"{name}: the tokenizer cannot be loaded: {first_line(error)}") from None
-    if spec.data.chat_template is not None:
-        template = Path(spec.data.chat_template)
-        if not template.is_file():
-            raise DataError(f"data.chat_template: {template}: no such file")
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-    if not tokenizer.chat_template and any(source.recipe != "text" for source in spec.data.sources):
-        raise ModelError(
-            f"{name}: the tokenizer has no chat template, so conversations cannot be written for this model; "
-            "use an instruction-tuned model, or name a .jinja file in data.chat_template"
-        )
-    # Longer rows are cut and counted here; the tokenizer's own warning about them would come before that.
-    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    loaded: PreTrainedTokenizerBase = tokenizer
-    return loaded
-
-
 def prepare(spec: LlmTrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     """Tokenised rows from the cache, or made now and put there.
 
@@ -133,7 +82,8 @@ def prepare(spec: LlmTrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedD
     """
     answers_only = spec.train.loss == "answers"
     key = _content_key(spec.data, tokenizer, answers_only)
-    folder = cache_folder() / "prepared" / key
+    # The same rows, but those with bad rows among them are refused where `unusable` says to fail.
+    folder = cache_folder() / "prepared" / (key if spec.data.unusable == "fail" else f"{key}-skip")
     if not (folder / "counts.json").is_file():
         _build(spec.data, tokenizer, answers_only, folder)
     from datasets import load_from_disk
@@ -142,28 +92,13 @@ def prepare(spec: LlmTrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedD
     train, test = load_from_disk(folder / "train"), load_from_disk(folder / "test")
     validation = load_from_disk(folder / "validation") if any(each.validation for each in counts) else None
     overlap = Overlap.from_plain(json.loads((folder / "overlap.json").read_text(encoding="utf-8")))
-    return PreparedData(train, test, counts, key, validation, overlap)
+    facts = TokenFacts(**json.loads((folder / "facts.json").read_text(encoding="utf-8")))
+    return PreparedData(train, test, counts, key, facts, validation, overlap)
 
 
 def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
-    """One sentence per source: rows kept, cut, dropped and unusable; and one on rows that repeat held-out ones."""
-    found = []
-    for each in prepared.counts:
-        limit = f"{data.max_length} tokens"
-        counted = (
-            (each.validation, "{} validation rows"),
-            (each.train_cut, f"{{}} training rows longer than {limit} cut"),
-            (each.train_dropped, f"{{}} rows longer than {limit} left out"),
-            (each.test_cut, f"the loss of {{}} longer held-out rows is that of their first {limit}"),
-            (each.validation_dropped, "{} validation rows left out that repeat test rows"),
-            (each.validation_cut, f"{{}} validation rows longer than {limit} cut"),
-            (each.overlap_dropped, "{} training rows left out that repeat held-out rows"),
-        )
-        text = f"{each.source}: {each.train} training and {each.test} held-out rows of {each.read} read"
-        text += "".join(f"; {words.format(count)}" for count, words in counted if count)
-        for reason, count in sorted(each.unusable.items()):
-            text += f"; {count} unusable rows ({reason})"
-        found.append(text)
+    """What became of the rows of each source; how they became tokens; and which of them repeat held-out ones."""
+    found = [*counting.notes(prepared.counts, data), *counting.remarks(prepared.counts, data, prepared.facts)]
     if prepared.overlap is not None and prepared.overlap.action == "allow" and prepared.overlap.offending:
         found.append(
             f"{prepared.overlap.offending} training rows repeat held-out rows and are trained on "
@@ -173,16 +108,7 @@ def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
 
 
 def _content_key(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: bool) -> str:
-    digest = hashlib.sha256(json.dumps([FORMAT, answers_only, data.plain()], sort_keys=True).encode())
-    for source in data.sources:
-        for path in filter(None, (source.path, source.test_path)):
-            if Path(path).is_file():
-                with open(path, "rb") as content:
-                    digest.update(hashlib.file_digest(content, "sha256").digest())
-    digest.update(str(tokenizer.chat_template).encode())
-    whole = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
-    digest.update(whole.encode())
-    return digest.hexdigest()[:24]
+    return data_key(FORMAT, data, tokenizer, answers_only)
 
 
 def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: bool, folder: Path) -> None:
@@ -191,25 +117,63 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    splits = {"train": _Rows(), "test": _Rows(), "validation": _Rows()}
-    drawn = [draw(source, data.seed) for source in data.sources]
+    drawn = draw_all(data, tokenizer, answers_only)
     drawn = [_apart_from_test(each, drawn, data) for each in drawn]
     gate = _gate(drawn, data)
-    counts = [_add_source(each, data, tokenizer, answers_only, splits, gate) for each in drawn]
+    building = _Building(data, Encoder(tokenizer, data.template_date, data.special_tokens), answers_only, gate)
+    counts = [building.add(source) for source in drawn]
     overlap = gate.overlap()
     if overlap.offending and data.contamination.action == "fail":
         raise ContaminationError(refusal(overlap), counts, overlap)
+    splits = building.splits
     if not any(source.validation for source in data.sources):
         del splits["validation"]
+    for name, rows in splits.items():
+        if not rows.columns:
+            raise DataError(_none_left(name, data, counts, drawn))
+    facts = _facts(tokenizer, building, drawn)
     with made_whole(folder, "counts.json") as partial:
         for name, rows in splits.items():
-            if not rows.columns:
-                raise DataError(f"data: no {name} row has an answer within max_length ({data.max_length}) tokens")
             # The second shuffle: each source's rows were drawn in a seeded order, and here the sources are mixed.
             shuffled = Dataset.from_dict(rows.columns).shuffle(seed=data.seed).flatten_indices()
             shuffled.save_to_disk(partial / name)
         (partial / "overlap.json").write_text(json.dumps(overlap.plain()), encoding="utf-8")
+        (partial / "facts.json").write_text(json.dumps(asdict(facts)), encoding="utf-8")
         (partial / "counts.json").write_text(json.dumps([asdict(each) for each in counts]), encoding="utf-8")
+
+
+def _none_left(split: str, data: DataSpec, counts: Sequence[SourceCounts], drawn: Sequence[DrawnRows]) -> str:
+    """Why a split is empty."""
+    unscored = [
+        f"; the answer begins after that: {source.source}, {numbered(source.unscored[split])}"
+        for source in counts
+        if split in source.unscored
+    ]
+    unusable = [source.left_out.clause() for source in drawn]
+    return (
+        f"data: no {split} row has an answer within max_length ({data.max_length}) tokens{''.join(unscored)}; give "
+        f"other rows, or raise data.max_length{''.join(unusable)}"
+    )
+
+
+def _facts(tokenizer: PreTrainedTokenizerBase, building: _Building, drawn: Sequence[DrawnRows]) -> TokenFacts:
+    """What is known of all rows together; needs one row at least."""
+    template = building.encoder.template
+    chats = [row.conversation for source in drawn for row in source.train[:1] if row.conversation.text is None]
+    around = frame(template) if chats else None
+    pad = tokenizer.pad_token_id
+    assert isinstance(pad, int)
+    return TokenFacts(
+        vocabulary=len(tokenizer),
+        largest=building.largest,
+        largest_name=str(tokenizer.convert_ids_to_tokens(building.largest)),
+        pad=pad,
+        pad_name=str(tokenizer.pad_token),
+        longest=building.longest,
+        end=None if around is None else around.end,
+        lead="" if around is None else around.lead,
+        dated=bool(chats) and prints_the_date(messages(chats[0]), template, chats[0].tools),
+    )
 
 
 def _apart_from_test(source: DrawnRows, drawn: Sequence[DrawnRows], data: DataSpec) -> DrawnRows:
@@ -222,7 +186,7 @@ def _apart_from_test(source: DrawnRows, drawn: Sequence[DrawnRows], data: DataSp
     if not kept:
         raise DataError(
             f"data: every validation row of source {source.source} repeats a test row; give other rows, or set "
-            "data.contamination: {action: allow} knowingly"
+            f"data.contamination: {{action: allow}} knowingly{source.left_out.clause()}"
         )
     return replace(source, validation=kept, validation_dropped=len(source.validation) - len(kept))
 
@@ -239,122 +203,146 @@ def _gate(drawn: Sequence[DrawnRows], data: DataSpec) -> Gate:
     return Gate(held_out, likely, data.contamination)
 
 
-def _add_source(
-    drawn: DrawnRows,
-    data: DataSpec,
-    tokenizer: PreTrainedTokenizerBase,
-    answers_only: bool,
-    splits: Mapping[str, _Rows],
-    gate: Gate,
-) -> SourceCounts:
-    train_cut = train_dropped = overlap_dropped = kept = 0
-    for row in drawn.train:
-        if kept == drawn.train_count:
-            break
-        ids, labels = encode(row.conversation, tokenizer)
-        short = labels[: data.max_length]
-        unanswered = answers_only and all(label == IGNORED for label in short)
-        if unanswered or (len(ids) > data.max_length and data.too_long == "drop"):
-            train_dropped += 1
-            continue
-        if gate.offends(drawn.source, row) and data.contamination.action == "drop":
-            overlap_dropped += 1
-            continue
-        train_cut += len(ids) > data.max_length
-        kept += 1
-        splits["train"].add(input_ids=ids[: data.max_length], labels=short, source_dataset=drawn.source, row=row.number)
-    if drawn.train_count is not None and kept < drawn.train_count:
-        repeating = f" that repeat no held-out row ({overlap_dropped} do)" if overlap_dropped else ""
-        raise DataError(
-            f"data: source {drawn.source} has {kept} training rows within max_length ({data.max_length}) tokens"
-            f"{repeating}, but train: {drawn.train_count} are asked for; {drawn.train_count - kept} short: lower "
-            "`train`, or raise data.max_length"
-        )
-    test_cut = _add_held_out(drawn.test, drawn.source, data, tokenizer, splits["test"])
-    validation_cut = _add_held_out(drawn.validation, drawn.source, data, tokenizer, splits["validation"])
-    return SourceCounts(
-        drawn.source,
-        drawn.read,
-        dict(drawn.unusable),
-        train=kept,
-        test=len(drawn.test),
-        train_cut=train_cut,
-        train_dropped=train_dropped,
-        test_cut=test_cut,
-        validation=len(drawn.validation),
-        validation_cut=validation_cut,
-        validation_dropped=drawn.validation_dropped,
-        overlap_dropped=overlap_dropped,
+@dataclass
+class _Building:
+    """The splits while rows are added to them, source after source."""
+
+    data: DataSpec
+    encoder: Encoder
+    answers_only: bool
+    gate: Gate
+    splits: dict[str, _Rows] = field(
+        default_factory=lambda: {"train": _Rows(), "test": _Rows(), "validation": _Rows()},
     )
+    largest: int = 0
+    """The largest token number so far."""
+    longest: int = 0
+    """Tokens of the longest row or prompt so far."""
+    unscored: dict[str, list[int]] = field(default_factory=dict)
+    """Of the source that is being added, as in SourceCounts; so are the next three."""
+    unsound: Counter[str] = field(default_factory=Counter)
+    typed: Counter[str] = field(default_factory=Counter)
+    typed_rows: int = 0
 
+    def add(self, drawn: DrawnRows) -> SourceCounts:
+        """Add the rows of a source.
 
-def _add_held_out(
-    drawn: Sequence[Row], source: str, data: DataSpec, tokenizer: PreTrainedTokenizerBase, rows: _Rows
-) -> int:
-    """Add test or validation rows; returns how many are longer than the limit."""
-    cut = 0
-    for row in drawn:
-        ids, labels = encode(row.conversation, tokenizer)
-        cut += len(ids) > data.max_length
-        rows.add(
-            input_ids=ids[: data.max_length],
-            labels=labels[: data.max_length],
-            source_dataset=source,
-            row=row.number,
-            **_question(row.conversation, tokenizer),
+        Raises:
+            DataError: it has too few, or a row that the chat template or tokenizer fails on.
+        """
+        self.unscored, self.unsound, self.typed, self.typed_rows = {}, Counter(), Counter(), 0
+        train, train_cut, train_dropped, overlap_dropped = self._add_train(drawn)
+        test, test_cut = self._add_held_out(drawn, "test", drawn.test)
+        validation, validation_cut = self._add_held_out(drawn, "validation", drawn.validation)
+        return SourceCounts(
+            drawn.source,
+            drawn.read,
+            dict(drawn.unusable),
+            train=train,
+            test=test,
+            train_cut=train_cut,
+            train_dropped=train_dropped,
+            test_cut=test_cut,
+            validation=validation,
+            validation_cut=validation_cut,
+            validation_dropped=drawn.validation_dropped,
+            overlap_dropped=overlap_dropped,
+            unscored=self.unscored,
+            unsound=dict(self.unsound),
+            typed=dict(self.typed),
+            typed_rows=self.typed_rows,
+            unusable_rows=drawn.left_out.named(),
         )
-    return cut
+
+    def _add_train(self, drawn: DrawnRows) -> tuple[int, int, int, int]:
+        """Training rows added, cut, left out for their length, and for repeating held-out rows."""
+        data = self.data
+        kept = cut = dropped = repeating = 0
+        for row in drawn.train:
+            if kept == drawn.train_count:
+                break
+            encoded = self._tried(self.encoder.row, row, drawn)
+            if encoded is None:
+                continue
+            ids, labels = encoded.ids, encoded.labels[: data.max_length]
+            if self.answers_only and encoded.problem is not None and set(encoded.labels) == {IGNORED}:
+                _leave_out(drawn, encoded.problem, row)
+                continue
+            unanswered = self.answers_only and all(label == IGNORED for label in labels)
+            if unanswered or (len(ids) > data.max_length and data.too_long == "drop"):
+                dropped += 1
+                continue
+            if self.gate.offends(drawn.source, row) and data.contamination.action == "drop":
+                repeating += 1
+                continue
+            cut += len(ids) > data.max_length
+            kept += 1
+            self.unsound.update(encoded.unsound if self.answers_only else {})
+            self._put("train", drawn.source, row, encoded)
+        if drawn.train_count is not None and kept < drawn.train_count:
+            raise DataError(self._too_few(drawn, kept, repeating))
+        return kept, cut, dropped, repeating
+
+    def _too_few(self, drawn: DrawnRows, kept: int, repeating: int) -> str:
+        but = f" that repeat no held-out row ({repeating} do)" if repeating else ""
+        return (
+            f"data: source {drawn.source} has {kept} training rows within max_length ({self.data.max_length}) tokens"
+            f"{but}, but train: {drawn.train_count} are asked for; {(drawn.train_count or 0) - kept} short: lower "
+            f"`train`, or raise data.max_length{drawn.left_out.clause()}"
+        )
+
+    def _add_held_out(self, drawn: DrawnRows, split: str, rows: Sequence[Row]) -> tuple[int, int]:
+        """Test or validation rows added, and how many of them are longer than the limit."""
+        added = cut = 0
+        for row in rows:
+            encoded = self._tried(self.encoder.row, row, drawn)
+            if encoded is None:
+                continue
+            if encoded.problem is not None:
+                _leave_out(drawn, encoded.problem, row)
+                continue
+            if all(label == IGNORED for label in encoded.labels[: self.data.max_length]):
+                self.unscored.setdefault(split, []).append(row.number)
+                continue
+            question = self._tried(self.encoder.question, row, drawn)
+            if question is None:
+                continue
+            added += 1
+            cut += len(encoded.ids) > self.data.max_length
+            self._measure(question["prompt_ids"])
+            self._put(split, drawn.source, row, encoded, **question)
+        return added, cut
+
+    def _tried(self, encode: Callable[[Conversation], T], row: Row, drawn: DrawnRows) -> T | None:
+        """What `encode` makes of a row; None if it is unusable, which is counted.
+
+        Raises:
+            DataError: the chat template or the tokenizer fails on it, and such rows are not skipped.
+        """
+        try:
+            return encode(row.conversation)
+        except Unusable as reason:
+            _leave_out(drawn, str(reason), row)
+        except CannotWrite as error:
+            if self.data.unusable == "fail":
+                raise DataError(
+                    f"{row.file}: row {row.number}: {error}; or leave such rows out with data.unusable: skip"
+                ) from None
+            _leave_out(drawn, error.reason, row)
+        return None
+
+    def _measure(self, ids: Sequence[int]) -> None:
+        self.largest, self.longest = max(self.largest, *ids, 0), max(self.longest, len(ids))
+
+    def _put(self, split: str, source: str, row: Row, encoded: Encoded, **question: Any) -> None:
+        limit = self.data.max_length
+        ids, labels = encoded.ids[:limit], encoded.labels[:limit]
+        self._measure(ids)
+        self.typed.update(encoded.typed)
+        self.typed_rows += bool(encoded.typed)
+        self.splits[split].add(input_ids=ids, labels=labels, source_dataset=source, row=row.number, **question)
 
 
-def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Token ids of a whole conversation, and its labels: the answers' tokens with their end-of-turn, else IGNORED.
-
-    The answers are found in the rendered text, so any template serves that only appends as turns are added.
-
-    Raises:
-        ModelError: the chat template rewrites earlier turns.
-    """
-    if conversation.text is not None:
-        ids = tokenizer(conversation.text)["input_ids"] + [tokenizer.eos_token_id]
-        return ids, list(ids)
-    turns = list(conversation.turns)
-    text = _render(turns, tokenizer)
-    spans = []
-    for index, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        begin = _render(turns[:index], tokenizer, generation_prompt=True)
-        end = _render(turns[: index + 1], tokenizer)
-        if not (text.startswith(end) and end.startswith(begin)):
-            raise ModelError(
-                f"{tokenizer.name_or_path}: the chat template rewrites earlier turns, so the answers' tokens cannot be "
-                "told apart; use train rows with one answer, or another template in data.chat_template"
-            )
-        spans.append((len(begin), len(end.rstrip())))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    labels = [
-        token if any(begin < stop and start < end for begin, end in spans) and stop > start else IGNORED
-        for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ]
-    return encoded["input_ids"], labels
-
-
-def _question(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    if conversation.text is not None:
-        return {"prompt_ids": [], "prompt": "", "reference": ""}
-    *before, answer = conversation.turns
-    text = _render(before, tokenizer, generation_prompt=True)
-    return {
-        "prompt_ids": tokenizer(text, add_special_tokens=False)["input_ids"],
-        "prompt": before[-1]["content"] if len(before) == 1 else _transcript(before),
-        "reference": answer["content"],
-    }
-
-
-def _transcript(turns: Sequence[Turn]) -> str:
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-
-
-def _render(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation_prompt: bool = False) -> str:
-    text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=generation_prompt)
-    return str(text)
+def _leave_out(drawn: DrawnRows, reason: str, row: Row) -> None:
+    """Count a row that cannot be used among those of its source."""
+    drawn.left_out.add(reason, "" if any(row.file == first.file for first in drawn.train[:1]) else row.file, row.number)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.spec import ModelSpec
+from ray_peft.spec import LlmTrialSpec, ModelSpec
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,12 +20,51 @@ _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p",
 """Settings that nearly every chat model brings along; the trial's `max_new_tokens` and greedy decoding replace them."""
 
 
+@dataclass(frozen=True)
+class End:
+    """What ends an answer in the training rows."""
+
+    tokens: tuple[int, ...] = ()
+    """Special tokens, each of which ends an answer; empty if there is none."""
+    text: str | None = None
+    """Plain text that does; None if there is none."""
+
+
+def end_of_answers(spec: LlmTrialSpec, tokenizer: PreTrainedTokenizerBase) -> End:
+    """What the chat template writes behind an answer, which the model learns to write there.
+
+    It need be none of the end-of-sequence tokens: a base model with a chat template of somebody else's learns to end
+    with that template's <|im_end|>, and would write on behind it.
+    """
+    from ray_peft.tasks.llm_sft.turns import end_of_answer_tokens
+
+    tokens = end_of_answer_tokens(tokenizer, spec.data.template_date)
+    if not tokens:
+        return End()
+    if tokens[0] in tokenizer.all_special_ids or tokens[0] in _added(tokenizer):
+        return End(tokens=(tokens[0],))
+    text = str(tokenizer.decode(list(tokens))).strip()
+    return End(text=text) if text else End()  # white space alone stands inside of answers, too
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Added tokens that are special, whatever their role."""
+    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 @contextlib.contextmanager
-def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[GenerationConfig]:
+def greedy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end: End | None = None
+) -> Iterator[GenerationConfig]:
     """Greedy decoding without any setting of the model's own; yields the config, which ends answers at `stop_tokens`.
 
     `generate` fills what a config leaves open from the model's own generation config, so that is replaced, too; the
     model has it back afterwards.
+
+    Args:
+        model: adapted or not.
+        tokenizer: of the model.
+        end: what ends an answer beside its end-of-sequence tokens; of it, text is left to the caller.
     """
     from transformers import GenerationConfig
 
@@ -32,7 +72,7 @@ def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterat
         do_sample=False,
         num_beams=1,
         use_cache=True,
-        eos_token_id=stop_tokens(model, tokenizer),
+        eos_token_id=stop_tokens(model, tokenizer, end or End()),
         pad_token_id=tokenizer.pad_token_id,
     )
     owner = _generating(model)
@@ -44,13 +84,12 @@ def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterat
         owner.generation_config = own
 
 
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer, sorted: end-of-sequence tokens of the model and of the tokenizer."""
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end: End) -> list[int]:
+    """The tokens each of which ends an answer, sorted: of the model, of the tokenizer, and of the training rows."""
     own = getattr(_generating(model), "generation_config", None)
     ids = getattr(own, "eos_token_id", None)
-    return sorted(
-        {token for token in (*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id) if token is not None}
-    )
+    known = (*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id, *end.tokens)
+    return sorted({token for token in known if token is not None})
 
 
 def unused_settings(model: ModelSpec) -> list[str]:
@@ -61,6 +100,16 @@ def unused_settings(model: ModelSpec) -> list[str]:
     settings = _written(model.name, model.revision)
     unused = (name for name, value in settings.items() if value is not None and not name.startswith("_"))
     return sorted(name for name in unused if name not in (*_OF_NO_EFFECT, *_SAMPLING))
+
+
+def cautions(model: ModelSpec) -> list[str]:
+    """What is said of them, at most one sentence."""
+    unused = unused_settings(model)
+    return (
+        [f"{model.name} sets {', '.join(unused)} for its answers, which are not used: answers are greedy"]
+        if unused
+        else []
+    )
 
 
 def in_place_of_invalid(folder: str, revision: str | None) -> GenerationConfig | None:

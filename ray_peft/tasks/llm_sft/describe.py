@@ -7,21 +7,17 @@ import re
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ray_peft.report.atomic import write_text
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.base import DataReport, SplitReport
-from ray_peft.tasks.llm_sft.data import (
-    IGNORED,
-    ContaminationError,
-    PreparedData,
-    SourceCounts,
-    load_tokenizer,
-    prepare,
-)
+from ray_peft.tasks.llm_sft.counts import SourceCounts, cautions, remarks
+from ray_peft.tasks.llm_sft.data import ContaminationError, PreparedData, prepare
+from ray_peft.tasks.llm_sft.encode import IGNORED
 from ray_peft.tasks.llm_sft.overlap import Overlap, summary
-from ray_peft.tasks.llm_sft.rows import draw
+from ray_peft.tasks.llm_sft.rendering import draw_all
+from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,17 +46,14 @@ def write(spec: LlmTrialSpec, folder: Path) -> list[Path]:
     """Write train.jsonl, test.jsonl, validation.jsonl if there is one, and examples/<source>_example.txt."""
     tokenizer = load_tokenizer(spec)
     prepared = prepare(spec, tokenizer)
-    drawn = [draw(source, spec.data.seed) for source in spec.data.sources]
+    drawn = draw_all(spec.data, tokenizer, spec.train.loss == "answers")
     written = []
     for split, rows in _splits(prepared):
         found = {(each.source, row.number): row.conversation for each in drawn for row in getattr(each, split)}
         lines = []
         for row in rows:
             conversation = found[row["source_dataset"], row["row"]]
-            content: dict[str, Any] = (
-                {"messages": list(conversation.turns)} if conversation.text is None else {"text": conversation.text}
-            )
-            line = {"source_dataset": row["source_dataset"], "row": row["row"], **content}
+            line = {"source_dataset": row["source_dataset"], "row": row["row"], **conversation.plain()}
             lines.append(json.dumps({**line, "rendered": _decoded(row["input_ids"], tokenizer)}, ensure_ascii=False))
         written.append(folder / f"{split}.jsonl")
         write_text(written[-1], "".join(f"{line}\n" for line in lines))
@@ -100,10 +93,14 @@ def _report(
         settings=settings,
         read={each.source: each.read for each in counts},
         unusable={each.source: each.unusable for each in counts},
+        unusable_rows={each.source: each.unusable_rows for each in counts},
         splits=splits,
         overlap=overlap.plain(),
         overlap_lines=_overlap_lines(overlap),
         error=error,
+        remarks=[]
+        if prepared is None
+        else remarks(counts, spec.data, prepared.facts) + [f"caution: {text}" for text in cautions(prepared.facts)],
     )
 
 

@@ -40,8 +40,8 @@ def check_members(spec: LlmTrialSpec) -> None:
     Raises:
         ModelError: a member's model is missing, or has another tokenizer than the trial's own model.
     """
-    from ray_peft.tasks.llm_sft.data import load_tokenizer
     from ray_peft.tasks.llm_sft.model import load_config
+    from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
 
     own = None
     for place, member in enumerate(spec.members()):
@@ -188,12 +188,12 @@ class LlmEnsemble(LlmBench, EnsembleBench):
         self.weights = mixture_weights(self._log_probs(self.data.validation))
         return self.weights
 
-    def eval_loss(self) -> float:
-        """Mean loss of the held-out answers' tokens under the mixture [nats]."""
+    def answer_log_probs(self) -> Tensor:
+        """Log-probabilities of all held-out answers' tokens under the mixture (answer tokens,), longest row first."""
         import torch
 
         logs = torch.tensor([math.log(weight) if weight else -math.inf for weight in self.weights])
-        return -float(torch.logsumexp(self._log_probs(self.data.test) + logs.double()[:, None], dim=0).mean())
+        return torch.logsumexp(self._log_probs(self.data.test) + logs.double()[:, None], dim=0)
 
     def answer(self, rows: Dataset) -> list[str]:
         """Greedy answers; members without weight are not asked."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.data import IGNORED
-from ray_peft.tasks.llm_sft.decoding import greedy
+from ray_peft.tasks.llm_sft.decoding import end_of_answers, greedy
 from ray_peft.tasks.memory import EVALUATION_BATCH, in_parts
 
 if TYPE_CHECKING:
@@ -119,13 +119,17 @@ def answers(
                 input_ids=batch,
                 attention_mask=mask,
                 generation_config=settings,
+                tokenizer=tokenizer if end.text else None,  # finds the stop string in tokens
                 logits_processor=[others(mask)] if others is not None else None,
             )
-        return [text.strip() for text in tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)]
+        texts = tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)
+        return [(text.partition(end.text)[0] if end.text else text).strip() for text in texts]
 
+    end = end_of_answers(spec, tokenizer)
     lowered = {} if lowered is None else lowered
     first = lowered.get(EVALUATION_BATCH, spec.evaluation.batch_size)
-    with inference(spec, model), greedy(model, tokenizer) as settings:
+    with inference(spec, model), greedy(model, tokenizer, end) as settings:
+        settings.stop_strings = [end.text] if end.text else None
         settings.max_new_tokens = spec.evaluation.max_new_tokens
         given, size = in_parts(order, first, str(model.device), answer)
     if size < first:
@@ -139,6 +143,8 @@ def inference(spec: LlmTrialSpec, model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode in the spec's precision; training mode and checkpointing are restored after."""
     import torch
 
+    from ray_peft.tasks.llm_sft.routers import switched_off
+
     was_training = model.training
     checkpointing = getattr(model, "is_gradient_checkpointing", False)
     model.eval()  # type: ignore[no-untyped-call]
@@ -146,7 +152,7 @@ def inference(spec: LlmTrialSpec, model: PreTrainedModel) -> Iterator[None]:
         model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
     autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=spec.train.precision == "bf16")
     try:
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast, switched_off(model):
             yield
     finally:
         if checkpointing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -19,29 +20,108 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from ray_peft.tasks.llm_sft.weight_files import WeightFiles
+
 
 def load_config(model: ModelSpec) -> PretrainedConfig:
     """The model's config.json, without weights.
 
     Raises:
-        ModelError: the model is not there, or its config cannot be read.
+        ModelError: the model is not there, is no causal language model, or its config cannot be read.
     """
     from transformers import AutoConfig
 
-    if is_local(model.name) and not Path(model.name).is_dir():
-        raise ModelError(f"model.name: {model.name}: no such folder")
+    from ray_peft.tasks.llm_sft.architecture import check_causal
+    from ray_peft.tasks.llm_sft.model_folder import check_folder, check_no_adapter
+
+    if is_local(model.name):
+        check_folder(Path(model.name).expanduser())
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:  # the hub client raises a dozen unrelated types
-        raise ModelError(f"model.name: {model.name} cannot be loaded: {first_line(error)}") from None
-    if is_local(model.name) and not model.random_weights and not _weight_files(Path(model.name)):
+        check_no_adapter(model.name, model.revision)
+        lines = str(error).splitlines()[:2]  # errors of a config's values say on a second line which
+        reason = " ".join(" ".join(lines).split()) if len(lines) > 1 and lines[0].endswith(":") else first_line(error)
+        raise ModelError(f"model.name: {model.name} cannot be loaded: {reason}") from None
+    check_causal(model.name, config)
+    stored_as = getattr(config, "quantization_config", None)
+    if stored_as is not None:
+        how = stored_as if isinstance(stored_as, dict) else stored_as.to_dict()
         raise ModelError(
-            f"model.name: {model.name} holds no *.safetensors weights; give a folder with weights, or set "
-            "model.random_weights: true to measure memory and speed only"
+            f"model.name: {model.name}: its weights are stored quantised ({how.get('quant_method', 'unknown')}); give "
+            "the plain model: method qlora, or model.quantization, stores its weights in 4 bits while it is loaded"
         )
+    if is_local(model.name) and not model.random_weights:
+        files_of(model, config)
     return config
+
+
+def files_of(model: ModelSpec, config: PretrainedConfig) -> WeightFiles | None:
+    """The weight files, of a hub model those in the local cache; None if they are not there yet.
+
+    Raises:
+        ModelError: files of a local model are missing.
+    """
+    from ray_peft.tasks.llm_sft.model_folder import cached_folder
+    from ray_peft.tasks.llm_sft.weight_files import weight_files
+
+    named = getattr(config, "transformers_weights", None)
+    if is_local(model.name):
+        return weight_files(Path(model.name).expanduser(), named)
+    folder = cached_folder(model.name, getattr(config, "_commit_hash", None) or model.revision)
+    if folder is None:
+        return None
+    try:
+        return weight_files(folder, named)
+    except ModelError:  # some are still to be downloaded
+        return None
+
+
+def check(model: ModelSpec) -> None:
+    """Refuse a model that cannot be what its config says, from config, index and headers of its files.
+
+    A small model's numbers are read, too, and must be finite. A hub model's files are looked at once they are here.
+    What was found right is remembered in the cache until a file changes.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    import transformers
+
+    config = load_config(model)
+    files = None if model.random_weights else files_of(model, config)
+    code = [
+        Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("architecture.py", "weight_files.py")
+    ]
+    decides = [model.name, model.trust_remote_code, config.to_json_string(), files and files.stamps()]
+    key = hashlib.sha256(json.dumps([*decides, transformers.__version__, *code]).encode()).hexdigest()[:24]
+    mark = cache_folder() / "checked" / key
+    if not mark.is_file():
+        _check(model, config, files)
+        with contextlib.suppress(OSError):  # a cache that others keep may be read-only, or full
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+
+
+def _check(model: ModelSpec, config: PretrainedConfig, files: WeightFiles | None) -> None:
+    from ray_peft.tasks.llm_sft import architecture, weight_files
+
+    if files is None:
+        architecture.check_buildable(model, config)
+        return
+    architecture.check_weights(model, config, weight_files.on_meta(files))
+    if files.num_bytes <= weight_files.WHOLE:
+        _check_finite_files(model, files)
+
+
+def _check_finite_files(model: ModelSpec, files: WeightFiles) -> None:
+    from ray_peft.tasks.llm_sft import architecture, weight_files
+
+    odd = weight_files.first_not_finite(files)
+    if odd is not None:
+        architecture.raise_not_finite(model.name, odd)
 
 
 def load_model(spec: LlmTrialSpec, device: str) -> PreTrainedModel:
@@ -50,12 +130,27 @@ def load_model(spec: LlmTrialSpec, device: str) -> PreTrainedModel:
     Raises:
         ModelError: the model cannot be loaded.
     """
-    load_config(spec.model)
+    check(spec.model)
     folder = str(random_model(spec.model)) if spec.model.random_weights else spec.model.name
     dtype = spec.method.weights_dtype(spec.model.dtype)
     model = from_folder(spec.model, folder, dtype, spec.quantization, device)
+    _check_finite(spec, model)
     model.requires_grad_(False)
     return model
+
+
+def _check_finite(spec: LlmTrialSpec, model: PreTrainedModel) -> None:
+    """Refuse a model with a weight that is no number; of 4-bit storage, that shows in its files alone."""
+    from ray_peft.tasks.llm_sft import architecture, weight_files
+
+    odd = architecture.not_finite(model)
+    if odd is not None:
+        architecture.raise_not_finite(spec.model.name, odd)
+    files = None
+    if spec.quantization is not None and not spec.model.random_weights:
+        files = files_of(spec.model, load_config(spec.model))
+    if files is not None and files.num_bytes > weight_files.WHOLE:  # smaller ones were read by `check`
+        _check_finite_files(spec.model, files)
 
 
 def from_folder(
@@ -70,6 +165,9 @@ def from_folder(
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
+    from ray_peft.tasks.llm_sft.architecture import raise_if_incomplete
+    from ray_peft.tasks.llm_sft.weight_files import weight_files
+
     settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "device_map": {"": device}}
     if quantization is not None:
         from transformers import BitsAndBytesConfig
@@ -82,16 +180,25 @@ def from_folder(
         )
     if spec.attention is not None:
         settings["attn_implementation"] = spec.attention
+    if is_local(folder):
+        settings["variant"] = weight_files(Path(folder).expanduser()).variant
     if (valid := in_place_of_invalid(folder, spec.revision)) is not None:
         settings["generation_config"] = valid
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **settings
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
+            **settings,
         )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise ModelError(f"model.name: {folder} cannot be loaded: {first_line(error)}") from error
+    model: PreTrainedModel
+    model, report = loaded
+    raise_if_incomplete(folder, report)
     if quantization is not None:
         keep_as_stored(model)
     # Per-token log-probabilities in tiles: full logits of a 262,144-word vocabulary would fill a small GPU.
@@ -120,19 +227,35 @@ def random_model(model: ModelSpec) -> Path:
     return folder
 
 
+_fingerprints: dict[str, str] = {}
+
+
 def fingerprint(model: ModelSpec) -> str:
-    """SHA-256 over a local model's config and the names and sizes of its weights, or the hub commit."""
+    """What tells models apart: of a hub model the commit, of a local one a hash over its content.
+
+    The hash is over config.json and the model's own code, and over names, dtypes, shapes and content of its weights
+    (weight_files.digest), so that it is the same for copies in other folders and for other ways of sharding. Of a model
+    with random weights config and code decide alone.
+
+    Raises:
+        ModelError: the model cannot be read.
+    """
+    config = load_config(model)
     if not is_local(model.name):
-        config = load_config(model)
-        return str(getattr(config, "_commit_hash", None) or model.revision or "unknown")
-    digest = hashlib.sha256((Path(model.name) / "config.json").read_bytes())
-    for file in _weight_files(Path(model.name)):
-        digest.update(f"{file.name}:{file.stat().st_size}".encode())
-    return digest.hexdigest()[:16]
+        return str(getattr(config, "_commit_hash", None) or f"{model.name}@{model.revision or 'main'}")
+    from ray_peft.tasks.llm_sft import weight_files
 
-
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+    folder = Path(model.name).expanduser()
+    files = None if model.random_weights else files_of(model, config)
+    texts = [folder / "config.json", *(sorted(folder.glob("*.py")) if model.trust_remote_code else [])]
+    total = hashlib.sha256()
+    for text in texts:
+        total.update(f"{text.name}:".encode() + text.read_bytes())
+    key = f"{total.hexdigest()} {files and files.stamps()}"
+    if key not in _fingerprints:
+        total.update((weight_files.digest(files) if files is not None else "random").encode())
+        _fingerprints[key] = total.hexdigest()[:16]
+    return _fingerprints[key]
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: Dtype) -> None:

@@ -12,7 +12,8 @@ The measure of `near` is the share of a test row's 8-grams seen in training, con
 (Chowdhery et al. 2022, arXiv:2204.02311, section 8). As in GPT-3's filter (Brown et al. 2020, arXiv:2005.14165,
 appendix C), n-grams that many rows share are boilerplate, such as a system prompt or a task's template, and do not
 count. Unlike there, one training row must hold the share alone: rows are what is left out, and pieces from many rows
-are common phrases. Words are runs of letters and digits, so in scripts without spaces `near` finds little.
+are common phrases. Words are runs of letters, their marks and digits; in scripts without spaces, such as Chinese,
+Japanese and Thai, each character counts as a word.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_peft.metrics.scripts import loose_words, unspaced
 from ray_peft.spec import ContaminationSpec
 from ray_peft.tasks.llm_sft.recipes import Conversation
 from ray_peft.tasks.llm_sft.rows import Row
@@ -37,9 +39,8 @@ Places = NDArray[np.intp]
 PAIRS_KEPT = 1000
 """Pairs that a report lists; it counts all."""
 
-_WORD = re.compile(r"\w+")
-_NOT_WORD = {code: " " for code in range(128) if not _WORD.match(chr(code))}
-"""The same rule for ASCII text, several times as fast."""
+_NOT_WORD = {code: " " for code in range(128) if not re.match(r"\w", chr(code))}
+"""The rule of `loose_words` for ASCII text, several times as fast."""
 _EXCERPT = 60
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 """2**64 divided by the golden ratio: multiplying by it spreads what differs over all bits."""
@@ -138,7 +139,7 @@ class Gate:
         whole, questions = _normalised(row.conversation)
         for question in questions:
             indices = self._questions.get(question, [])
-            if question.count(" ") + 1 >= self.spec.ngram:
+            if _long(question, self.spec.ngram):
                 found.update(dict.fromkeys(indices, ("question", 1.0)))
             elif indices:
                 self._short.add(row.place)
@@ -299,8 +300,14 @@ def _normalised(conversation: Conversation) -> tuple[str, list[str]]:
     return before, questions
 
 
+def _long(question: str, words: int) -> bool:
+    """Whether a normalised question has so many words: what stands between spaces, or a character without them."""
+    between = question.count(" ") + 1
+    return between >= words or (not question.isascii() and between - 1 + len(unspaced(question)) >= words)
+
+
 def _words(text: str) -> list[str]:
-    return text.translate(_NOT_WORD).split() if text.isascii() else _WORD.findall(text)
+    return text.translate(_NOT_WORD).split() if text.isascii() else loose_words(text)
 
 
 def _normal(text: str) -> str:

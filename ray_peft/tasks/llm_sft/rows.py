@@ -1,23 +1,26 @@
-"""Reading data files and drawing disjoint training, validation and test rows from them."""
+"""Drawing disjoint training, validation and test rows from the files of a source."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 import random
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from ray_peft.errors import DataError, first_line
-from ray_peft.spec import SourceSpec, is_local
-from ray_peft.tasks.llm_sft.recipes import RECIPES, Conversation, Unusable, WrongShape
+from ray_peft.errors import DataError
+from ray_peft.spec import SourceSpec
+from ray_peft.tasks.llm_sft import files
+from ray_peft.tasks.llm_sft.conversation import Conversation, Unusable, WrongShape
+from ray_peft.tasks.llm_sft.left_out import LeftOut
+from ray_peft.tasks.llm_sft.raw import RawRow
+from ray_peft.tasks.llm_sft.recipes import RECIPES
 
-_SUFFIXES = (".jsonl", ".json", ".parquet")
+Ready = Callable[[Conversation], Conversation]
+"""The conversation as a chat template takes it; raises Unusable if it cannot show all of it."""
+
+_WAY_OUT = "mend or remove it, or leave such rows out with data.unusable: skip, which names them"
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,9 @@ class Row:
     """One usable row and where it stands."""
 
     file: str
+    """The path of its source: a file, a folder or a hub data set."""
     number: int
-    """Counted from 1 in its file."""
+    """Counted from 1 in its file; in a folder, on through its shards in the order of their names."""
     conversation: Conversation
 
     @property
@@ -43,19 +47,32 @@ class DrawnRows:
     train: list[Row]
     """All that may be trained on, in drawing order: the first `train_count` that fit the length limit are."""
     train_count: int | None
-    """Null takes all that fit."""
+    """None takes all that fit."""
     validation: list[Row]
     test: list[Row]
     read: int
     """Rows read from the source's files."""
-    unusable: Counter[str] = field(default_factory=Counter)
-    """Rows left out, by reason."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """Unusable rows, by reason."""
     validation_dropped: int = 0
     """Validation rows left out afterwards, since they repeat a test row."""
 
+    @property
+    def unusable(self) -> Counter[str]:
+        """Rows left out, by reason."""
+        return self.left_out.counts
 
-def draw(source: SourceSpec, seed: int) -> DrawnRows:
+
+def draw(
+    source: SourceSpec, seed: int, unusable: Literal["fail", "skip"] = "fail", ready: Ready | None = None
+) -> DrawnRows:
     """Read a source and draw its test, validation and training rows, disjoint and in a seeded order.
+
+    Args:
+        source: where the rows are.
+        seed: of the order.
+        unusable: what happens to a row of another shape (see DataSpec.unusable).
+        ready: the form in which a chat template takes a conversation; None takes conversations as they are.
 
     Raises:
         DataError: a missing or malformed file, a row of another shape, or fewer rows than asked for.
@@ -65,138 +82,96 @@ def draw(source: SourceSpec, seed: int) -> DrawnRows:
             f"{source.path}: source {source.label} names this file as path and as test_path, so it would be tested on "
             "rows that it trains on; leave test_path out, and the test rows are drawn apart from the training rows"
         )
-    unusable: Counter[str] = Counter()
-    pool, read = _usable(source, source.path, unusable)
+    reader = _Reader(source, unusable == "skip", ready)
+    pool, read = reader.usable(source.path)
     generator = random.Random(f"{seed}:{source.label}")
     generator.shuffle(pool)
     if source.test_path is None:
         held_out, held_out_read, path = pool, read, source.path
     else:
-        held_out, held_out_read = _usable(source, source.test_path, unusable)
+        held_out, held_out_read = reader.usable(source.test_path)
         generator.shuffle(held_out)
         path = source.test_path
     test_count = _test_count(source.test, held_out_read)
     test, rest = held_out[:test_count], pool if source.test_path else pool[test_count:]
-    _check_enough(source, "test", test_count, len(held_out), path)
+    left_out = reader.left_out
+    _check_enough(source, "test", test_count, len(held_out), path, left_out)
     validation_count = _count(source.validation, read)
     validation, train = rest[:validation_count], rest[validation_count:]
     if source.validation:
-        _check_enough(source, "validation", validation_count, len(rest), source.path)
+        _check_enough(source, "validation", validation_count, len(rest), source.path, left_out)
     train_count = None if source.train == 1.0 and isinstance(source.train, float) else _count(source.train, read)
-    _check_enough(source, "train", 1 if train_count is None else train_count, len(train), source.path)
+    _check_enough(source, "train", 1 if train_count is None else train_count, len(train), source.path, left_out)
     _check_disjoint(source.label, {"test": test, "validation": validation, "train": train})
     read += held_out_read if source.test_path else 0
-    return DrawnRows(source.label, train, train_count, validation, test, read, unusable)
+    return DrawnRows(source.label, train, train_count, validation, test, read, left_out)
 
 
-def read_rows(path: str, split: str) -> Iterator[dict[str, Any]]:
-    """The rows of a local file, or of a split of a hub data set.
+class _Reader:
+    """Reads the files of a source, and notes down the rows that cannot be used."""
 
-    Raises:
-        DataError: the file is missing, empty or malformed (with its line), or the hub cannot be reached.
-    """
-    plain = path.removesuffix(".gz")
-    if not is_local(path) and not plain.endswith(_SUFFIXES):
-        yield from _hub_rows(path, split)
-        return
-    file = Path(path)
-    if not file.is_file():
-        raise DataError(f"{path}: no such file")
-    count = 0
-    for row in _file_rows(file, plain):
-        count += 1
-        yield row
-    if not count:
-        raise DataError(f"{path}: the file holds no rows")
+    def __init__(self, source: SourceSpec, skip: bool, ready: Ready | None) -> None:
+        self.source = source
+        self.left_out = LeftOut()
+        self._skip = skip
+        self._ready = ready
 
+    def usable(self, path: str) -> tuple[list[Row], int]:
+        """The rows of a path that the source's recipe can use, and how many rows it has in all.
 
-def _file_rows(file: Path, plain: str) -> Iterator[dict[str, Any]]:
-    try:
-        if file.name.endswith(".parquet"):
-            import pyarrow.parquet  # type: ignore[import-untyped]
-
-            yield from pyarrow.parquet.read_table(file).to_pylist()
-        elif plain.endswith(".json"):
-            with _open(file) as lines:
-                yield from _json_rows(file, lines.read())
-        elif plain.endswith(".jsonl"):
-            with _open(file) as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield _json_line(file, number, line)
-        else:
+        Raises:
+            DataError: a row of another shape, unless such rows are skipped, or no usable row.
+        """
+        usable: list[Row] = []
+        left_out = LeftOut()
+        number = 0
+        for number, raw in enumerate(files.read(path, self.source.split), start=1):
+            try:
+                usable.append(Row(path, number, self._conversation(raw)))
+            except Unusable as reason:
+                left_out.add(str(reason), "" if raw.file == self.source.path else raw.file, raw.number)
+        self.left_out.update(left_out)
+        if not usable:
             raise DataError(
-                f"{file}: unknown kind of file; known are {', '.join(_SUFFIXES)}, .jsonl and .json also as .gz"
+                f"{path}: source {self.source.label} is empty after filtering: recipe {self.source.recipe} can use "
+                f"none of its {number} rows ({left_out.summary()}); {left_out.way_out()}"
             )
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise DataError(f"{file}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
-        raise DataError(f"{file}: cannot be read: {error}") from None
+        return usable, number
 
+    def _conversation(self, raw: RawRow) -> Conversation:
+        """What the recipe makes of a row.
 
-def _open(file: Path) -> Any:
-    return gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
-
-
-def _json_line(file: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}: line {number}: not valid JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{file}: line {number}: must be a JSON object (found {type(row).__name__})")
-    return row
-
-
-def _json_rows(file: Path, content: str) -> Iterator[dict[str, Any]]:
-    try:
-        rows = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}: line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{file}: must be a JSON list of objects")
-    yield from rows
-
-
-def _hub_rows(name: str, split: str) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    try:
-        yield from datasets.load_dataset(name, split=split)
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = first_line(error)
-        raise DataError(f"{name}: no such local file, and it cannot be loaded as a hub data set: {reason}") from None
-
-
-def _usable(source: SourceSpec, path: str, unusable: Counter[str]) -> tuple[list[Row], int]:
-    """The rows of a file that its recipe can use, and how many rows it has in all.
-
-    Raises:
-        DataError: a row of another shape, or no usable row.
-    """
-    recipe = RECIPES[source.recipe]
-    usable: list[Row] = []
-    reasons: Counter[str] = Counter()
-    number = 0
-    for number, row in enumerate(read_rows(path, source.split), start=1):
+        Raises:
+            Unusable: nothing, for a reason that is counted.
+            DataError: nothing, since the row has another shape, and such rows are not skipped.
+        """
+        if raw.values is None:
+            if self._skip:
+                raise Unusable(raw.reason)
+            raise DataError(f"{raw.file}: {raw.place}: {raw.detail}; {_WAY_OUT}")
         try:
-            usable.append(Row(path, number, recipe(row)))
+            conversation = RECIPES[self.source.recipe](raw.values)
+            conversation.check_characters()
+            return conversation if self._ready is None else self._ready(conversation)
         except WrongShape as error:
-            raise DataError(f"{path}: row {number} does not fit recipe {source.recipe}: {error}") from None
-        except Unusable as reason:
-            reasons[str(reason)] += 1
-    if not usable:
-        why = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
-        raise DataError(
-            f"{path}: source {source.label} is empty after filtering: recipe {source.recipe} can use none of its "
-            f"{number} rows ({why}); check that the recipe suits the file"
-        )
-    unusable.update(reasons)
-    return usable, number
+            if self._skip:
+                raise Unusable(error.reason) from None
+            raise DataError(
+                f"{raw.file}: {_place(raw)} does not fit recipe {self.source.recipe}: {error}; {_WAY_OUT}"
+            ) from None
+        except RecursionError:
+            raise Unusable("nested too deeply") from None
+
+
+def _place(raw: RawRow) -> str:
+    row = f"row {raw.number}"
+    return row if raw.place in (row, f"line {raw.number}") else f"{row} ({raw.place})"
 
 
 def _same_file(one: str, other: str) -> bool:
-    return one == other or (is_local(one) and is_local(other) and Path(one).resolve() == Path(other).resolve())
+    """Whether two paths have a file in common, perhaps as a shard of a folder, or mean one hub data set."""
+    resolved = [{file.resolve() for file in files.local_files(path)} for path in (one, other)]
+    return one == other or bool(resolved[0] & resolved[1])
 
 
 def _test_count(asked: int | float, rows: int) -> int:
@@ -209,17 +184,17 @@ def _count(asked: int | float, rows: int) -> int:
     return asked if isinstance(asked, int) else math.floor(round(asked * rows, 6))
 
 
-def _check_enough(source: SourceSpec, split: str, asked: int, available: int, path: str) -> None:
+def _check_enough(source: SourceSpec, split: str, asked: int, available: int, path: str, left_out: LeftOut) -> None:
     if asked and available >= asked:
         return
     if not asked:
         raise DataError(
             f"{path}: source {source.label}: {split}: {getattr(source, split):g} of its rows is less than one; "
-            f"raise `{split}`, or write a count"
+            f"raise `{split}`, or write a count{left_out.clause()}"
         )
     raise DataError(
         f"{path}: source {source.label} has {available} usable rows for {split}, but {split}: {asked} are asked for; "
-        f"{max(asked - available, 1)} short: lower `{split}`, or give a larger file"
+        f"{max(asked - available, 1)} short: lower `{split}`, or give a larger file{left_out.clause()}"
     )
 
 

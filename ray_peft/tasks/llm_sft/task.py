@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from ray_peft.gpus import Gpu, known
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.result import Sample, Scores
-from ray_peft.spec import LlmTrialSpec
+from ray_peft.spec import LlmTrialSpec, ModelSpec
+from ray_peft.spec.identity import Content
 from ray_peft.tasks.base import (
     Bench,
     DataReport,
@@ -26,6 +27,7 @@ from ray_peft.tasks.base import (
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ray_peft.tasks.llm_sft.data import PreparedData
@@ -39,13 +41,32 @@ class LlmSft(TaskType[LlmTrialSpec]):
 
     def inspect(self, spec: LlmTrialSpec) -> Inspection:
         """Load config and tokenizer, find the benchmarks and their data, and prepare the rows."""
-        from ray_peft.tasks.llm_sft import benchmarks, data, ensemble, model
+        from ray_peft.tasks.llm_sft import benchmarks, counts, data, decoding, ensemble, fits, model, targets
 
-        model.load_config(spec.model)
+        for trial in (spec, *spec.members()):
+            model.check(trial.model)
+        reach = targets.check(spec)
         benchmarks.check(spec)
         ensemble.check_members(spec)
         prepared = _rows_to_look_at(spec)
-        return Inspection(data.notes(prepared, spec.data), prepared.key, len(prepared.train))
+        cautions = counts.cautions(prepared.facts)
+        for own in {part.model.name: part.model for part in (spec, *spec.members())}.values():
+            cautions += fits.check(spec, own, model.load_config(own), prepared)
+            cautions += decoding.cautions(own) if spec.evaluation.generate else []
+        notes = data.notes(prepared, spec.data) + [f"caution: {caution}" for caution in cautions]
+        return Inspection(notes, prepared.key, len(prepared.train), reach)
+
+    def fingerprint(self, model: ModelSpec) -> str:
+        """Content of a local model, commit of a hub model."""
+        from ray_peft.tasks.llm_sft.model import fingerprint
+
+        return fingerprint(model)
+
+    def released(self, spec: LlmTrialSpec, row: LlmTrialSpec) -> Content:
+        """The fingerprint and the data key of release 0.1.0."""
+        from ray_peft.tasks.llm_sft import content, tokenizer
+
+        return content.released(spec, row, tokenizer.load_tokenizer(spec))
 
     def data_report(self, spec: LlmTrialSpec) -> DataReport:
         """Prepare the rows and count them and their tokens."""
@@ -98,7 +119,8 @@ class LlmSft(TaskType[LlmTrialSpec]):
 
 def _rows(spec: LlmTrialSpec) -> tuple[PreTrainedTokenizerBase, PreparedData]:
     """A trial's tokenizer and prepared rows."""
-    from ray_peft.tasks.llm_sft.data import load_tokenizer, prepare
+    from ray_peft.tasks.llm_sft.data import prepare
+    from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(spec)
     return tokenizer, prepare(spec, tokenizer)
@@ -129,19 +151,21 @@ def _stamps(spec: LlmTrialSpec) -> list[tuple[str, int, int]]:
     files: list[Path] = []
     for path in map(Path, filter(None, named)):
         files += sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
 
 
 def _predictor(spec: LlmTrialSpec, rows: PreparedData) -> Callable[[LlmTrialSpec, Gpu], Prediction]:
-    """Predicts a trial's peak memory, with passes as long as the longest of its rows."""
+    """Predicts a trial's peak memory, with passes as long as the longest rows that it trains on, and that it scores."""
     from ray_peft.tasks.llm_sft.model import load_config
     from ray_peft.vram import ModelShape, predict
 
     shape = ModelShape.from_config(load_config(spec.model))
-    longest = max(map(len, rows.train["input_ids"]))
+    trained, scored = max(map(len, rows.train["input_ids"])), rows.facts.longest
 
     def of(variant: LlmTrialSpec, gpu: Gpu) -> Prediction:
-        return predict(variant, shape, longest_tokens=min(longest, variant.data.max_length), gpu=gpu)
+        limit = variant.data.max_length
+        longest, longest_scored = min(trained, limit), min(scored, limit)
+        return predict(variant, shape, longest_tokens=longest, longest_scored=longest_scored, gpu=gpu)
 
     return of
 
@@ -158,12 +182,14 @@ class LlmBench(Bench):
         model: PreTrainedModel,
     ) -> None:
         from ray_peft.tasks.llm_sft.model import fingerprint
+        from ray_peft.tasks.parameters import held_weights
 
         self.spec = spec
         self.device = device
         self.tokenizer = tokenizer
         self.data = data
         self.model = model
+        self.held = held_weights(model)
         self.lowered = {}
         self.data_key = data.key
         self.model_fingerprint = fingerprint(spec.model)
@@ -177,6 +203,20 @@ class LlmBench(Bench):
         from ray_peft.tasks.parameters import count_parameters
 
         return count_parameters(self.model)
+
+    def dtypes(self) -> set[str]:
+        """The dtypes of its weights and of its matrix products."""
+        from ray_peft.tasks.parameters import computed_in
+
+        return computed_in(self.spec, self.model)
+
+    def storage(self) -> dict[str, int]:
+        """Bytes of the model as it was loaded, by how they are held."""
+        return self.held.num_bytes
+
+    def four_bit_share(self) -> float | None:
+        """Share of the model's weights that are in 4 bits; None where it is not quantised."""
+        return self.held.four_bit_share if self.spec.quantization is not None else None
 
     def predicted(self) -> Prediction:
         """The peak with passes as long as the longest training row, on the GPU that is here."""
@@ -195,6 +235,7 @@ class LlmBench(Bench):
         """Train the attached stage."""
         from ray_peft.engine.member import Job
         from ray_peft.tasks.llm_sft import train, trl_engine
+        from ray_peft.tasks.llm_sft.routers import setting_kept
 
         job = Job(
             self.spec, stage, steps, first_step, folder, self.device, report, self.eval_loss,
@@ -202,7 +243,8 @@ class LlmBench(Bench):
         )  # fmt: skip
         given = (self.spec, job, self.data.train, self.model, self.tokenizer)
         if self.spec.train.engine == "trl":
-            return trl_engine.train_stage(*given)
+            with setting_kept(self.model):
+                return trl_engine.train_stage(*given)
         return train.train_stage(*given, rehearse=self.device != "cpu")
 
     def restore(self, folder: Path) -> None:
@@ -217,10 +259,14 @@ class LlmBench(Bench):
 
     def eval_loss(self) -> float:
         """Mean loss of the held-out answers' tokens [nats]."""
-        from ray_peft.tasks.llm_sft.evaluate import answer_loss
+        return -float(self.answer_log_probs().mean())
+
+    def answer_log_probs(self) -> Tensor:
+        """Log-probabilities of all held-out answers' tokens (answer tokens,), the longest row first."""
+        from ray_peft.tasks.llm_sft.evaluate import token_log_probs
 
         pad = cast(int, self.tokenizer.pad_token_id)
-        return answer_loss(self.spec, self.model, self.data.test, pad, self.lowered)
+        return token_log_probs(self.spec, self.model, self.data.test, pad, self.lowered)
 
     def answer(self, rows: Dataset) -> list[str]:
         """Greedy answers to the rows' prompts."""
@@ -229,12 +275,14 @@ class LlmBench(Bench):
         return answers(self.spec, self.model, self.tokenizer, rows, lowered=self.lowered)
 
     def evaluate(self) -> Scored:
-        """Loss, BLEU-4 and ROUGE-L on the held-out rows."""
-        loss, count = self.eval_loss(), len(self.data.test)
-        if not self.spec.evaluation.generate:
-            return Scored(Scores(eval_loss=loss, eval_rows=count))
-        from ray_peft.metrics.text_scores import bleu4, rouge_l
+        """Loss, BLEU-4, ROUGE-L and chrF on the held-out rows."""
+        from ray_peft.tasks.llm_sft.scores import row_losses, score_answers
 
+        log_probs, count = self.answer_log_probs(), len(self.data.test)
+        loss = -float(log_probs.mean())
+        losses, tokens = row_losses(self.data.test, log_probs)
+        if not self.spec.evaluation.generate:
+            return Scored(Scores(eval_loss=loss, eval_rows=count), losses=losses, loss_tokens=tokens)
         rows = self.data.test.select(range(min(self.spec.evaluation.rows or count, count)))
         predictions, references = self.answer(rows), list(rows["reference"])
         samples = [
@@ -247,14 +295,9 @@ class LlmBench(Bench):
             )
             for index in range(min(self.spec.evaluation.samples, len(rows)))
         ]
-        scores = Scores(
-            eval_loss=loss,
-            bleu4=bleu4(predictions, references),
-            rouge_l=rouge_l(predictions, references),
-            eval_rows=count,
-            generated_rows=len(rows),
-        )
-        return Scored(scores, samples, list(zip(predictions, references, strict=True)))
+        scores = score_answers(predictions, references).model_copy(update={"eval_loss": loss, "eval_rows": count})
+        answered = list(zip(predictions, references, strict=True))
+        return Scored(scores, samples, answered, losses=losses, loss_tokens=tokens)
 
     def benchmark(self, scores: Scores) -> Scores:
         """`scores` with those of the lm-eval tasks in `evaluation.benchmarks`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -16,9 +15,12 @@ from typing import TYPE_CHECKING
 
 from ray_peft.errors import DataError, first_line
 from ray_peft.spec.base import is_local
+from ray_peft.spec.identity import differing
 from ray_peft.spec.text_to_image import ImageDataSpec
+from ray_peft.tasks.text_to_image.decoding import FRAMES, TRANSPARENT, BrokenImageError, decoded
+from ray_peft.tasks.text_to_image.listing import named
 from ray_peft.tasks.text_to_image.repeats import look, repeated
-from ray_peft.tasks.text_to_image.sources import Found, find, named
+from ray_peft.tasks.text_to_image.sources import Found, find
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Raised when the preparation changes its result, so that older encoded images are not used again."""
+
+_TRAITS = {
+    FRAMES: "with several frames or pages, of which the first is used",
+    TRANSPARENT: "with transparent parts, which are laid over white",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class Picture:
     """Hash of the file's bytes."""
     read: Callable[[], bytes] = field(repr=False, compare=False)
     """Gives the file's bytes."""
+    traits: tuple[str, ...] = ()
+    """What of the file is not seen, as in `Decoded`."""
 
     def open(self) -> Image:
         """The whole image, upright, in RGB.
@@ -52,9 +61,9 @@ class Picture:
         try:
             content = self.read()
             if hashlib.sha256(content).hexdigest() == self.content:
-                return decoded(content)
+                return decoded(content).image
             reason = "its content is another"
-        except (OSError, _Broken) as error:
+        except (OSError, BrokenImageError) as error:
             reason = first_line(error)
         raise DataError(f"data.path: {self.name} has changed while it was in use ({reason}); start again")
 
@@ -74,10 +83,8 @@ class Pictures:
     """Why an image is left out, by its name."""
     repeats: dict[str, str]
     """Images left out of training since they show the same as a held-out one: its name, by theirs."""
-
-
-class _Broken(Exception):
-    """An image that cannot be decoded; the text is the reason."""
+    remarks: tuple[str, ...] = ()
+    """What lies beside the images and is not used."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,8 @@ def prepare(data: ImageDataSpec) -> Pictures:
     Raises:
         DataError: images or metadata are missing, malformed or too few, or unusable where they must not be.
     """
-    found = find(data)
+    sought = find(data)
+    found = sought.images
     # Decoders release the interpreter's lock; more threads than cores would only hold more whole images in memory.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         results = list(pool.map(lambda each: _look_at(each, data), found))
@@ -108,7 +116,7 @@ def prepare(data: ImageDataSpec) -> Pictures:
         )
     train, test, repeats = _split(usable, data, len(found))
     key = _key(data, train, test)
-    return Pictures(key, tuple(train), tuple(test), len(found), unusable, repeats)
+    return Pictures(key, tuple(train), tuple(test), len(found), unusable, repeats, tuple(sought.remarks))
 
 
 def notes(pictures: Pictures, data: ImageDataSpec) -> list[str]:
@@ -125,7 +133,10 @@ def notes(pictures: Pictures, data: ImageDataSpec) -> list[str]:
     small = [each.name for each in (*pictures.train, *pictures.test) if min(each.width, each.height) < data.resolution]
     if small:
         found.append(f"{name}: {_images(len(small))} blown up to {data.resolution} px: {named(small)}")
-    return found
+    for trait, words in _TRAITS.items():
+        having = [each.name for each in (*pictures.train, *pictures.test) if trait in each.traits]
+        found += [f"{name}: {_images(len(having))} {words}: {named(having)}"] if having else []
+    return found + [f"{name}: {remark}" for remark in pictures.remarks]
 
 
 def pixels(picture: Picture, data: ImageDataSpec, view: int | None) -> torch.Tensor:
@@ -167,56 +178,23 @@ def as_tensor(square: Image) -> torch.Tensor:
     return (values / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
-def decoded(content: bytes) -> Image:
-    """The image in a file's bytes, upright and in RGB, on white where it is transparent; the first of several frames.
-
-    Raises:
-        _Broken: the bytes are not a whole image.
-    """
-    import PIL.Image
-    from PIL import ImageOps
-
-    try:
-        with PIL.Image.open(io.BytesIO(content)) as image:
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
-    except _Broken:
-        raise
-    except Exception as error:  # the decoders of PIL raise a dozen unrelated types
-        # PIL names the buffer by its address in memory, which says nothing and changes each time.
-        unknown = isinstance(error, PIL.UnidentifiedImageError)
-        raise _Broken("not an image of a known kind" if unknown else first_line(error)) from None
-
-
-def _rgb(image: Image) -> Image:
-    import numpy as np
-    import PIL.Image
-
-    if image.mode.startswith("I;16"):  # PIL would cut values above 255 off
-        image = PIL.Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise _Broken("32-bit pixels, of which no file says what is white; save it with 8 or 16 bits")
-    if image.has_transparency_data:
-        with_alpha = image.convert("RGBA")
-        ground = PIL.Image.new("RGBA", image.size, "white")
-        return PIL.Image.alpha_composite(ground, with_alpha).convert("RGB")
-    return image.convert("RGB")
-
-
 def _look_at(found: Found, data: ImageDataSpec) -> _Looked | str:
     """The usable picture, or why it is not usable."""
+    if found.why_not_read:
+        return found.why_not_read
     try:
         content = found.read()
-        image = decoded(content)
-    except (OSError, _Broken) as error:
+        seen_in_file = decoded(content)
+    except (OSError, BrokenImageError) as error:
         return f"broken: {first_line(error)}"
+    image = seen_in_file.image
     smallest = data.resolution if data.min_side is None else data.min_side
     if min(image.size) < smallest:
         return f"too small: {image.width} x {image.height} pixels, and the shorter side must have {smallest}"
     if found.caption is None:
         return found.why_no_caption
     digest = hashlib.sha256(content).hexdigest()
-    picture = Picture(found.name, found.caption, image.width, image.height, digest, found.read)
+    picture = Picture(found.name, found.caption, image.width, image.height, digest, found.read, seen_in_file.traits)
     return _Looked(picture, look(image))
 
 
@@ -269,9 +247,21 @@ def _split(
 
 
 def _key(data: ImageDataSpec, train: Sequence[Picture], test: Sequence[Picture]) -> str:
-    settings = {key: value for key, value in data.plain().items() if key != "path"}
     contents = [[(each.content, each.caption) for each in split] for split in (train, test)]
-    return hashlib.sha256(json.dumps([FORMAT, settings, contents], sort_keys=True).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps([FORMAT, differing(data), contents], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def released_key(data: ImageDataSpec) -> str:
+    """What release 0.1.0 called the images that are there now, under these settings."""
+    pictures, plain = prepare(data), data.plain()
+    contents = [[(each.content, each.caption) for each in split] for split in (pictures.train, pictures.test)]
+    settings = {key: plain[key] for key in _RELEASED}
+    return hashlib.sha256(json.dumps([1, settings, contents], sort_keys=True).encode()).hexdigest()[:24]
+
+
+_RELEASED = (
+    "test", "train", "caption", "split", "seed", "resolution", "crop", "flip", "views", "min_side", "unusable"
+)  # fmt: skip
 
 
 def _images(count: int, kind: str = "") -> str:

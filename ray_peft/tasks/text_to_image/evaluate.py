@@ -114,6 +114,7 @@ def make_images(
     *,
     context: Context = nullcontext,
     lowered: dict[str, int] | None = None,
+    trained: bool = True,
 ) -> list[MadeImage]:
     """What the pipeline makes of every prompt with every seed, prompt by prompt.
 
@@ -126,6 +127,7 @@ def make_images(
         resolution: pixels of both sides.
         context: opened around each batch.
         lowered: `Bench.lowered`, read and written at `EVALUATION_BATCH`; null remembers nothing.
+        trained: whether the UNet was trained, which decides what is said of numbers that are not finite.
 
     Raises:
         TrialFailed: an image holds numbers that are not finite.
@@ -133,10 +135,15 @@ def make_images(
     """
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.enable_slicing()
+    advice = (
+        "the trained weights are too large or NaN; where training made them so, lower method.lr"
+        if trained
+        else "the model's own weights are, or its dtype is too narrow for them; use weights that are whole, or float32"
+    )
     pairs = [(prompt, seed) for prompt in evaluation.prompts for seed in evaluation.seeds]
 
     def make(part: Sequence[tuple[str, int]]) -> list[MadeImage]:
-        return _batch(pipeline, part, evaluation, resolution, context)
+        return _batch(pipeline, part, evaluation, resolution, context, advice)
 
     with _evaluating(pipeline.unet):
         return _in_batches(pairs, evaluation.batch_size, str(pipeline.device), make, lowered)
@@ -159,7 +166,12 @@ def _in_batches(
 
 
 def _batch(
-    pipeline: Any, pairs: Sequence[tuple[str, int]], evaluation: ImageEvaluationSpec, resolution: int, context: Context
+    pipeline: Any,
+    pairs: Sequence[tuple[str, int]],
+    evaluation: ImageEvaluationSpec,
+    resolution: int,
+    context: Context,
+    advice: str,
 ) -> list[MadeImage]:
     import torch
 
@@ -176,10 +188,7 @@ def _batch(
     for (prompt, seed), image in zip(pairs, images, strict=True):
         # A picture would hold black in their place.
         if not bool(torch.isfinite(image).all()):
-            raise TrialFailed(
-                f"the image of prompt {prompt!r} with seed {seed} is not finite: the weights are too large or NaN; "
-                "where training made them so, lower method.lr"
-            )
+            raise TrialFailed(f"the image of prompt {prompt!r} with seed {seed} is not finite: {advice}")
     processor = pipeline.image_processor
     pictures = processor.numpy_to_pil(processor.pt_to_numpy(images))
     return [MadeImage(prompt, seed, image) for (prompt, seed), image in zip(pairs, pictures, strict=True)]

@@ -14,7 +14,6 @@ from ray_peft.methods.base import Quantization
 from ray_peft.tasks.four_bit_layers import keep_as_stored
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 
@@ -78,29 +77,3 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
                 yield parent, name, child
-
-
-def held(model: nn.Module) -> dict[str, int]:
-    """Bytes of the frozen and trained weights by how they are held, such as {"nf4": 1, "bfloat16": 2}."""
-    found: dict[str, int] = {}
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        size = parameter.numel() * parameter.element_size()
-        kind = str(parameter.dtype).removeprefix("torch.")
-        if state is not None:
-            kind = state.quant_type
-            size += sum(_bytes(value) for value in _constants(state))
-        found[kind] = found.get(kind, 0) + size
-    return found
-
-
-def _constants(state: Any) -> Iterator[torch.Tensor]:
-    """The scales of a 4-bit weight, and with double quantisation the scales of these."""
-    yield state.absmax
-    if state.nested:
-        yield state.state2.absmax
-        yield state.state2.code
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

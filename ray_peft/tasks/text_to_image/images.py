@@ -44,13 +44,14 @@ def generate(
     free_memory(device)
     pipeline = load_pipeline(spec, unwrapped(model), device)
 
-    def make() -> list[Image]:
-        size = spec.data.resolution
-        context = partial(computing, spec, device)
-        return [each.image for each in make_images(pipeline, spec.evaluation, size, context=context, lowered=lowered)]
+    def make(trained: bool) -> list[Image]:
+        size, context = spec.data.resolution, partial(computing, spec, device)
+        images = make_images(pipeline, spec.evaluation, size, context=context, lowered=lowered, trained=trained)
+        return [each.image for each in images]
 
-    after = make()
-    before = _before(spec, device, model, pipeline, fingerprint, make) if spec.method.name != "none" else None
+    trained = spec.method.name != "none"
+    after = make(trained)
+    before = _before(spec, device, model, pipeline, fingerprint, partial(make, False)) if trained else None
     likeness = _likeness(spec, pipeline.vae, after, pictures)
     pairs = [(prompt, seed) for prompt in spec.evaluation.prompts for seed in spec.evaluation.seeds]
     images = [

@@ -74,8 +74,6 @@ class EncodedData:
     """Content hash of images, captions, views and encoders."""
     scaling_factor: float
     """What a latent is multiplied by before the UNet sees it."""
-    shift_factor: float | None
-    """What is taken from a latent before that; null for models without it."""
 
 
 def encode(
@@ -148,7 +146,7 @@ def _read(folder: Path, key: str, pictures: Pictures) -> EncodedData | None:
             splits[split] = Encoded(tensors["moments"], tensors["embeddings"], int(settings["truncated"][split]))
             if len(splits[split].moments) != len(chosen) or len(splits[split].embeddings) != len(chosen):
                 return None
-        return EncodedData(splits["train"], splits["test"], key, **settings["vae"])
+        return EncodedData(splits["train"], splits["test"], key, float(settings["vae"]["scaling_factor"]))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
 
@@ -162,8 +160,7 @@ def _build(
     splits = {"train": pictures.train, "test": pictures.test}
     views: dict[str, list[int | None]] = {"train": list(range(data.views)), "test": [None]}
     encoders = load()
-    config = encoders.vae.config
-    vae = {"scaling_factor": config.scaling_factor, "shift_factor": getattr(config, "shift_factor", None)}
+    factor = float(encoders.vae.config.scaling_factor)
     with _on(encoders.vae, device) as model:
         moments = {split: _moments(chosen, views[split], data, model, device) for split, chosen in splits.items()}
     with _on(encoders.text_encoder, device):
@@ -173,9 +170,11 @@ def _build(
         for split in splits:
             tensors = {"moments": moments[split], "embeddings": embeddings[split]}
             save_file(tensors, partial / f"{split}.safetensors")
-        (partial / _SETTINGS).write_text(json.dumps({"truncated": truncated, "vae": vae}), encoding="utf-8")
+        (partial / _SETTINGS).write_text(
+            json.dumps({"truncated": truncated, "vae": {"scaling_factor": factor}}), encoding="utf-8"
+        )
     made = {split: Encoded(moments[split], embeddings[split], truncated[split]) for split in splits}
-    return EncodedData(made["train"], made["test"], folder.name, **vae)
+    return EncodedData(made["train"], made["test"], folder.name, factor)
 
 
 @contextmanager

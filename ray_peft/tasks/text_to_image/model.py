@@ -13,7 +13,11 @@ from ray_peft.errors import ModelError, first_line
 from ray_peft.methods.base import Dtype
 from ray_peft.spec import ImageTrialSpec, ModelSpec, is_local
 from ray_peft.tasks.cache import cache_folder, made_whole
+from ray_peft.tasks.text_to_image.fits import check_kinds
 from ray_peft.tasks.text_to_image.four_bit import quantise
+from ray_peft.tasks.text_to_image.part_files import FROM_SINGLE_FILE, single_file_in, variant_of
+from ray_peft.tasks.text_to_image.schedule import sampler, training_schedule
+from ray_peft.tasks.text_to_image.vae import without_shift
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -22,6 +26,11 @@ if TYPE_CHECKING:
 
 PARTS = ("unet", "vae", "text_encoder", "scheduler")
 """The folders of a pipeline that a trial needs, beside its tokenizer's."""
+
+CLIP_TOKENS = 77
+"""The longest text of CLIP, where a configuration does not say it."""
+
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
 @dataclass(frozen=True)
@@ -59,14 +68,12 @@ def load_configs(model: ModelSpec) -> Configs:
             f"model.name: {model.name}: its UNet takes {parts['unet'].get('in_channels')} channels, its VAE makes "
             f"{parts['vae'].get('latent_channels', 4)}; inpainting and depth models are not served"
         )
+    configs = Configs(index, parts)
+    check_kinds(configs, model.name)
     if is_local(model.name) and not model.random_weights:
-        for part in ("unet", "vae", "text_encoder"):
-            if not any((Path(model.name) / part).glob("*.safetensors")):
-                raise ModelError(
-                    f"model.name: {model.name}/{part} holds no *.safetensors weights; give a folder with weights, or "
-                    "set model.random_weights: true to measure memory and speed only"
-                )
-    return Configs(index, parts)
+        for part in kinds:
+            variant_of(Path(model.name) / part, part)
+    return configs
 
 
 def _config_name(part: str) -> str:
@@ -76,12 +83,15 @@ def _config_name(part: str) -> str:
 def _json(model: ModelSpec, file: str) -> dict[str, Any]:
     if is_local(model.name):
         path = Path(model.name) / file
+        if Path(model.name).is_file():
+            raise ModelError(f"model.name: {model.name} is a file, not the folder of a pipeline; {FROM_SINGLE_FILE}")
         if not Path(model.name).is_dir():
             raise ModelError(f"model.name: {model.name}: no such folder")
         if not path.is_file():
+            other = single_file_in(Path(model.name))
             raise ModelError(
                 f"model.name: {model.name} has no {file}; give the folder of a diffusers pipeline (model_index.json, "
-                "unet/, vae/, text_encoder/, tokenizer/, scheduler/)"
+                f"unet/, vae/, text_encoder/, tokenizer/, scheduler/){f'; {other}' if other else ''}"
             )
     else:
         from huggingface_hub import hf_hub_download
@@ -91,14 +101,16 @@ def _json(model: ModelSpec, file: str) -> dict[str, Any]:
         except Exception as error:  # the hub client raises a dozen unrelated types
             raise ModelError(f"model.name: {model.name} cannot be loaded: {first_line(error)}") from None
     try:
-        plain: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        plain = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise ModelError(f"model.name: {path} is not JSON: {error}") from None
+    if not isinstance(plain, dict):
+        raise ModelError(f"model.name: {path} must hold a JSON object (found {type(plain).__name__})")
     return plain
 
 
 def load_tokenizer(model: ModelSpec) -> CLIPTokenizer:
-    """The tokenizer of captions and prompts.
+    """The tokenizer of captions and prompts, which cuts them to the length that the text encoder takes.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -107,15 +119,19 @@ def load_tokenizer(model: ModelSpec) -> CLIPTokenizer:
 
     name = model.tokenizer or model.name
     where: dict[str, Any] = {} if model.tokenizer else {"subfolder": "tokenizer", "revision": model.revision}
-    if is_local(name) and not (Path(name) / where.get("subfolder", "")).is_dir():
+    folder = Path(name) / where.get("subfolder", "")
+    # Without these files transformers makes a tokenizer that knows no word, and says nothing.
+    if is_local(name) and not any(all((folder / file).is_file() for file in files) for files in _VOCABULARIES):
         raise ModelError(
-            f"model.{'tokenizer' if model.tokenizer else 'name'}: {name} has no tokenizer; set model.tokenizer to the "
-            "folder or hub id of one"
+            f"model.{'tokenizer' if model.tokenizer else 'name'}: {name} has no tokenizer (vocab.json and merges.txt, "
+            "or tokenizer.json); set model.tokenizer to the folder or hub id of one"
         )
     try:
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(name, **where)
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise ModelError(f"model.tokenizer: {name} cannot be loaded: {first_line(error)}") from None
+    positions = int(load_configs(model).parts["text_encoder"].get("max_position_embeddings", CLIP_TOKENS))
+    tokenizer.model_max_length = min(int(tokenizer.model_max_length), positions)  # else that of no limit at all
     return tokenizer
 
 
@@ -152,10 +168,10 @@ def load_trained_unet(spec: ImageTrialSpec, folder: Path, device: str) -> UNet2D
 
 
 def load_vae(model: ModelSpec, device: str, dtype: Dtype) -> AutoencoderKL:
-    """The frozen VAE. Raises: ModelError."""
+    """The frozen VAE, whose latents are to be multiplied by its scaling_factor alone. Raises: ModelError."""
     from diffusers import AutoencoderKL
 
-    return _load(AutoencoderKL, model, "vae", dtype).requires_grad_(False).to(device)
+    return without_shift(_load(AutoencoderKL, model, "vae", dtype)).requires_grad_(False).to(device)
 
 
 def load_text_encoder(model: ModelSpec, device: str, dtype: Dtype) -> CLIPTextModel:
@@ -171,17 +187,9 @@ def load_noise(spec: ImageTrialSpec) -> DDPMScheduler:
     """The noise schedule of training: the pipeline's betas, and what the UNet predicts.
 
     Raises:
-        ModelError: the scheduler predicts something else than the noise or v.
+        ModelError: it is none that the task trains.
     """
-    from diffusers import DDPMScheduler
-
-    config = load_configs(spec.model).parts["scheduler"]
-    given = {"prediction_type": spec.train.prediction} if spec.train.prediction else {}
-    schedule = DDPMScheduler.from_config({**config, **given})
-    kind = schedule.config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise ModelError(f"model.name: {spec.model.name} predicts {kind}; task text_to_image trains epsilon and v")
-    return schedule
+    return training_schedule(spec, load_configs(spec.model))
 
 
 def load_pipeline(
@@ -198,14 +206,12 @@ def load_pipeline(
 
     dtype = dtype or spec.method.weights_dtype(spec.model.dtype)  # a pipeline hands tensors on in one dtype
     configs = load_configs(spec.model)
-    kind = getattr(diffusers, (configs.index.get("scheduler") or [None, "PNDMScheduler"])[1])
-    given = {"prediction_type": spec.train.prediction} if spec.train.prediction else {}
     pipeline = diffusers.StableDiffusionPipeline(
         vae=load_vae(spec.model, device, dtype),
         text_encoder=load_text_encoder(spec.model, device, dtype),
         tokenizer=load_tokenizer(spec.model),
         unet=unet,
-        scheduler=kind.from_config({**configs.parts["scheduler"], **given}),
+        scheduler=sampler(spec, configs),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -220,10 +226,11 @@ def _load(kind: Any, model: ModelSpec, part: str, dtype: Dtype) -> Any:
 
     folder = str(_random_part(model, part)) if model.random_weights else model.name
     word = "dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype"
+    where: dict[str, Any] = {"subfolder": part, "revision": model.revision, "use_safetensors": True}
+    if is_local(folder):
+        where["variant"] = variant_of(Path(folder) / part, part)
     try:
-        return kind.from_pretrained(
-            folder, subfolder=part, revision=model.revision, use_safetensors=True, **{word: getattr(torch, dtype)}
-        ).eval()
+        return kind.from_pretrained(folder, **where, **{word: getattr(torch, dtype)}).eval()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the hub client raises a dozen unrelated types
@@ -263,6 +270,8 @@ def fingerprint(model: ModelSpec) -> str:
     """SHA-256 over a pipeline's configs, weights and tokenizer: content of local files, commit of a hub model."""
     digest = hashlib.sha256(load_configs(model).text.encode())
     digest.update(b"random" if model.random_weights else b"")
+    # Version 0.1.0 read the shift and did not apply it: what it kept of such a model is of other latents.
+    digest.update(b"shifted" if load_configs(model).parts["vae"].get("shift_factor") else b"")
     parts: list[tuple[str, tuple[str, ...]]] = [(model.name, ("unet", "vae", "text_encoder", "tokenizer"))]
     parts += [(model.tokenizer, ("",))] if model.tokenizer else []
     for name, folders in parts:

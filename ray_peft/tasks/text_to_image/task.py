@@ -12,7 +12,8 @@ from ray_peft.gpus import Gpu, known
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.methods.lora import LowRankAdapter
 from ray_peft.result import Scores
-from ray_peft.spec import ImageTrialSpec
+from ray_peft.spec import ImageTrialSpec, ModelSpec
+from ray_peft.spec.identity import Content
 from ray_peft.tasks.base import Bench, DataReport, Inspection, Report, Scored, TaskType, Trained
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class TextToImage(TaskType[ImageTrialSpec]):
         configs = model.load_configs(spec.model)
         scored = check_evaluation(spec, configs, model.load_noise(spec))
         _check_resolution(spec, configs.parts)
-        _check_targets(spec, configs.parts["unet"])
+        reach = _check_targets(spec, configs.parts["unet"])
         tokenizer = model.load_tokenizer(spec.model)
         fits.check_parts(spec, configs, tokenizer)
         pictures = data.prepare(spec.data)
@@ -44,12 +45,25 @@ class TextToImage(TaskType[ImageTrialSpec]):
         longest = int(tokenizer.model_max_length)
         for split, chosen in (("training", pictures.train), ("held-out", pictures.test)):
             if cut := latents.long_captions(chosen, tokenizer):
-                found.append(f"{len(cut)} {split} captions are cut to {longest} tokens, such as that of {cut[0].name}")
+                many = f"{split} captions are" if len(cut) > 1 else f"{split} caption is"
+                found.append(f"{len(cut)} {many} cut to {longest} tokens, such as that of {cut[0].name}")
         captions = [picture.caption for picture in (*pictures.train, *pictures.test)]
         found += fits.special_token_notes("captions", captions, tokenizer)
         found += fits.special_token_notes("prompts", spec.evaluation.prompts, tokenizer)
         found += [*fits.prompt_notes(spec.evaluation.prompts, tokenizer), *scored]
-        return Inspection(found, pictures.key, len(pictures.train))
+        return Inspection(found, pictures.key, len(pictures.train), reach)
+
+    def fingerprint(self, model: ModelSpec) -> str:
+        """Content of a local pipeline, commit of a hub one."""
+        from ray_peft.tasks.text_to_image.model import fingerprint
+
+        return fingerprint(model)
+
+    def released(self, spec: ImageTrialSpec, row: ImageTrialSpec) -> Content:
+        """The fingerprint, which is the same, and the data key of release 0.1.0."""
+        from ray_peft.tasks.text_to_image import data
+
+        return Content(self.fingerprint(spec.model), data.released_key(spec.data))
 
     def data_report(self, spec: ImageTrialSpec) -> DataReport:
         """Look at every image and count them."""
@@ -120,21 +134,23 @@ def _check_resolution(spec: ImageTrialSpec, parts: dict[str, dict[str, Any]]) ->
         )
 
 
-def _check_targets(spec: ImageTrialSpec, config: dict[str, Any]) -> None:
-    """An adapter's targets are layers of the UNet, which a typing error would only show after loading."""
+def _check_targets(spec: ImageTrialSpec, config: dict[str, Any]) -> list[str]:
+    """An adapter's targets are layers of the UNet, which a typing error would only show after loading.
+
+    Raises:
+        ModelError: one is not.
+    """
     if not isinstance(spec.method, LowRankAdapter):
-        return
+        return []
     import torch
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        names = [name for name, _ in UNet2DConditionModel.from_config(config).named_modules()]
-    for target in spec.method.targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ModelError(
-                f"method.targets: {target} is no layer of the UNet of {spec.model.name}; the attention projections are "
-                "to_q, to_k, to_v and to_out.0"
-            )
+        unet = UNet2DConditionModel.from_config(config)
+    try:
+        return spec.method.check(unet, of=f"the UNet of {spec.model.name}", key="method")
+    except ModelError as error:
+        raise ModelError(f"{error}; the attention projections are to_q, to_k, to_v and to_out.0") from None
 
 
 def _encoded(spec: ImageTrialSpec, device: str) -> tuple[Pictures, EncodedData]:
@@ -158,7 +174,7 @@ class ImageBench(Bench):
     def __init__(
         self, spec: ImageTrialSpec, device: str, pictures: Pictures, encoded: EncodedData, unet: nn.Module
     ) -> None:
-        from ray_peft.tasks.text_to_image.four_bit import held
+        from ray_peft.tasks.parameters import held_weights
         from ray_peft.tasks.text_to_image.model import fingerprint, load_noise
 
         self.spec = spec
@@ -167,7 +183,7 @@ class ImageBench(Bench):
         self.encoded = encoded
         self.model = unet
         self.lowered = {}
-        self._storage = held(unet)
+        self._held = held_weights(unet)
         self.schedule = load_noise(spec)
         self.data_key = pictures.key
         self.model_fingerprint = fingerprint(spec.model)
@@ -182,9 +198,19 @@ class ImageBench(Bench):
 
         return count_parameters(self.model)
 
+    def dtypes(self) -> set[str]:
+        """The dtypes of its weights and of its matrix products."""
+        from ray_peft.tasks.parameters import computed_in
+
+        return computed_in(self.spec, self.model)
+
     def storage(self) -> dict[str, int]:
         """Bytes of the UNet as it was loaded, by how they are held."""
-        return self._storage
+        return self._held.num_bytes
+
+    def four_bit_share(self) -> float | None:
+        """Share of the UNet's weights that are in 4 bits; None where it is not quantised."""
+        return self._held.four_bit_share if self.spec.quantization is not None else None
 
     def predicted(self) -> Prediction:
         """The peak of the UNet's training, on the GPU that is here."""

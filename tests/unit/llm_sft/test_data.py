@@ -8,7 +8,9 @@ from ray_peft.errors import DataError, ModelError
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.cache import cache_folder
 from ray_peft.tasks.llm_sft import data
-from ray_peft.tasks.llm_sft.recipes import Conversation
+from ray_peft.tasks.llm_sft.conversation import Conversation, Unusable
+from ray_peft.tasks.llm_sft.encode import encode
+from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
 
 TURNS = (
     {"role": "user", "content": "One?"},
@@ -25,7 +27,7 @@ def spec(tiny_model, questions):
 
 @pytest.fixture(scope="module")
 def tokenizer(spec):
-    return data.load_tokenizer(spec)
+    return load_tokenizer(spec)
 
 
 def changed(spec, **changes):
@@ -35,7 +37,7 @@ def changed(spec, **changes):
 
 
 def test_labels_are_the_answers_with_their_end_of_turn(tokenizer):
-    ids, labels = data.encode(Conversation(turns=TURNS), tokenizer)
+    ids, labels = encode(Conversation(turns=TURNS), tokenizer)
     kept = [label for label in labels if label != data.IGNORED]
     assert tokenizer.decode(kept) == "Yes \u00fc.<|im_end|>No.<|im_end|>"
     assert all(label in (data.IGNORED, token) for token, label in zip(ids, labels, strict=True))
@@ -50,13 +52,13 @@ def test_labels_equal_trl_s_own_masks_where_its_template_has_them(tokenizer):
     theirs = tokenizer.apply_chat_template(
         list(TURNS), chat_template=marked, return_dict=True, return_assistant_tokens_mask=True
     )
-    ids, labels = data.encode(Conversation(turns=TURNS), tokenizer)
+    ids, labels = encode(Conversation(turns=TURNS), tokenizer)
     assert ids == theirs["input_ids"]
     assert [int(label != data.IGNORED) for label in labels] == theirs["assistant_masks"]
 
 
 def test_plain_text_is_labelled_whole_and_ends(tokenizer):
-    ids, labels = data.encode(Conversation(text="abc"), tokenizer)
+    ids, labels = encode(Conversation(text="abc"), tokenizer)
     assert labels == ids
     assert ids[-1] == tokenizer.eos_token_id
 
@@ -115,10 +117,10 @@ def test_a_changed_limit_seed_template_or_file_is_another_key(spec, tokenizer, t
     keys = {data.prepare(changed(spec, **change), tokenizer).key for change in ({}, {"max_length": 64}, {"seed": 7})}
     copy = tiny.write_rows(tmp_path / "copy.jsonl", tiny.QUESTIONS)
     source = spec.plain()["data"]["sources"][0] | {"path": str(copy)}
-    keys.add(data.prepare(changed(spec, sources=[source]), tokenizer).key)
+    assert data.prepare(changed(spec, sources=[source]), tokenizer).key in keys  # the same rows in another file
     tiny.write_rows(copy, [{**row, "completion": row["completion"] + "!"} for row in tiny.QUESTIONS])
     keys.add(data.prepare(changed(spec, sources=[source]), tokenizer).key)
-    assert len(keys) == 5
+    assert len(keys) == 4
 
 
 @pytest.mark.parametrize(("too_long", "words"), [("cut", "rows longer than 66 tokens cut"), ("drop", "left out")])
@@ -145,10 +147,15 @@ def resized(spec, **changes):
     return [spec.plain()["data"]["sources"][0] | changes]
 
 
-def test_a_row_without_an_answer_in_reach_still_trains_where_all_tokens_count(spec, tokenizer):
-    plain = changed(spec, max_length=20).plain()
+def test_a_row_without_an_answer_in_reach_still_trains_where_all_tokens_count(spec, tokenizer, tmp_path):
+    tiny.write_rows(tmp_path / "long.jsonl", [{"prompt": "Why? " * 30, "completion": "So."}] * 40)
+    path = spec.data.sources[0].path
+    plain = changed(spec, max_length=80, sources=resized(spec, path=str(tmp_path / "long.jsonl"), test_path=path))
+    plain = plain.plain()
     plain["train"]["loss"] = "all"
-    assert len(data.prepare(TrialSpec.from_plain(plain), tokenizer).train) == 40
+    prepared = data.prepare(TrialSpec.from_plain(plain), tokenizer)
+    assert len(prepared.train) == 40
+    assert {label for labels in prepared.train["labels"] for label in labels} == {data.IGNORED}
 
 
 def test_no_row_within_the_limit_is_an_error(spec, tokenizer):
@@ -166,10 +173,10 @@ def test_a_tokenizer_without_template_is_refused_with_the_way_out(spec, tmp_path
     plain = spec.plain()
     plain["model"]["tokenizer"] = str(tmp_path / "bare")
     with pytest.raises(ModelError, match="no chat template.*data.chat_template"):
-        data.load_tokenizer(TrialSpec.from_plain(plain))
+        load_tokenizer(TrialSpec.from_plain(plain))
     (tmp_path / "mine.jinja").write_text(tiny.CHATML, encoding="utf-8")
     plain["data"]["chat_template"] = str(tmp_path / "mine.jinja")
-    assert data.load_tokenizer(TrialSpec.from_plain(plain)).chat_template == tiny.CHATML
+    assert load_tokenizer(TrialSpec.from_plain(plain)).chat_template == tiny.CHATML
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
@@ -177,8 +184,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
 
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ModelError, match="rewrites earlier turns"):
-        data.encode(Conversation(turns=TURNS), other)
+    with pytest.raises(Unusable, match="rewrites earlier turns"):
+        encode(Conversation(turns=TURNS), other)
 
 
 def test_a_model_that_is_not_there_is_named(spec, tmp_path):

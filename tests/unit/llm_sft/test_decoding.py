@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny
+from transformers import AutoTokenizer
 from untracked import run
 
 from ray_peft.spec import ModelSpec, TrialSpec
@@ -93,3 +94,34 @@ def test_trained_weights_keep_the_model_s_own_settings(plain_folder, questions, 
     brings(plain_folder, {"repetition_penalty": 1.3, "temperature": 0.0, "do_sample": True})
     row, tracker = run(TrialSpec.from_plain(tiny.plain_spec(plain_folder, questions, {"name": "full"})), tmp_path / "t")
     assert row.status == "finished", row.error
+
+
+ENDS = {
+    "a special token that is no end of sequence": "<|stop|>",
+    "plain text": "##",
+    "text that begins with a line break": "\n\nHuman:",
+}
+
+
+@pytest.mark.parametrize("mark", ENDS.values(), ids=ENDS)
+def test_an_answer_ends_where_answers_end_in_the_training_rows(mark, shared, tmp_path):
+    """A base model's tokenizer under a template with another end mark: the model learns it, and is stopped by it."""
+    folder = tiny.build_model(shared / f"base-{abs(hash(mark))}", talkative=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if mark.startswith("<"):
+        tokenizer.add_special_tokens({"additional_special_tokens": [mark]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ '" + mark.replace("\n", "\\n") + "' }}{% endif %}{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{i}?", "completion": "yes"} for i in range(60)])
+    method = {"name": "full", "lr": 0.01, "weights": "float32"}
+    plain = tiny.plain_spec(folder, rows, method, train__steps=40, evaluation__max_new_tokens=40)
+    spec = TrialSpec.from_plain(plain)
+    bench = LlmSft().load(spec, "cpu")
+    ((stage, steps),) = spec.method.stages(40)
+    bench.attach(stage)
+    bench.train(stage, steps, 0, tmp_path / "train", lambda metrics, step: None)
+    assert set(bench.answer(bench.data.test)) == {"yes"}

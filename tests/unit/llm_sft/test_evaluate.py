@@ -10,6 +10,7 @@ from untracked import run
 
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.llm_sft import evaluate
+from ray_peft.tasks.llm_sft.scores import row_losses, score_answers
 from ray_peft.tasks.llm_sft.task import LlmSft
 
 
@@ -59,6 +60,37 @@ def test_scored_holds_samples_and_every_answer(bench):
     assert len(scored.samples) == 2
     assert len(scored.answers) == 4
     assert scored.samples[0].reference == scored.answers[0][1]
+
+
+def test_the_loss_of_every_row_is_kept_with_its_weight(bench, monkeypatch):
+    scored = bench.evaluate()
+    assert len(set(scored.loss_tokens)) > 1, "all answers have one length, so weights cannot be seen"
+    with torch.no_grad():
+        for row, loss, tokens in zip(bench.data.test, scored.losses, scored.loss_tokens, strict=True):
+            logits = bench.model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+            goal = torch.tensor(row["labels"])[1:]
+            assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, goal).item(), rel=1e-5)
+            assert tokens == int((goal != -100).sum())
+    weighed = sum(loss * tokens for loss, tokens in zip(scored.losses, scored.loss_tokens, strict=True))
+    assert scored.scores.eval_loss == pytest.approx(weighed / sum(scored.loss_tokens), rel=1e-9)
+    assert scored.scores.eval_loss == bench.eval_loss()
+
+
+def test_a_row_without_answer_tokens_has_no_loss():
+    from datasets import Dataset
+
+    rows = Dataset.from_dict({"input_ids": [[1, 2], [1, 2, 3], [1]], "labels": [[-100, 2], [5, -100, -100], [7]]})
+    assert row_losses(rows, torch.tensor([-0.5])) == ([0.5, 0.0, 0.0], [1, 0, 0])
+
+
+def test_scores_name_their_tokenizers_and_a_chinese_copy_is_perfect():
+    given = ["是的，没有任何问题。", "不，我们明天再谈这件事。"] * 4
+    found = score_answers(given, given)
+    assert (found.bleu_tokenizer, found.rouge_tokenizer, found.generated_rows) == ("zh", "unicode", 8)
+    assert (found.bleu4, found.rouge_l, found.chrf) == pytest.approx((1, 1, 1))
+    english = score_answers(["the cat sat on the mat"], ["the cat sat on the red mat"])
+    assert (english.bleu_tokenizer, english.rouge_tokenizer) == ("13a", "rouge_score")
+    assert english.rouge_l == pytest.approx(12 / 13, abs=1e-12)
 
 
 def log_probs(bench, lowered=None):

@@ -11,6 +11,7 @@ from ray_peft.tasks.llm_sft import data
 from ray_peft.tasks.llm_sft.overlap import Gate, HeldOutRow, Overlap, refusal
 from ray_peft.tasks.llm_sft.recipes import Conversation
 from ray_peft.tasks.llm_sft.rows import Row
+from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
 
 PASSAGE = "the harbour was closed for nine days because the northern ice had drifted further south than any pilot knew"
 
@@ -47,6 +48,25 @@ def found(train, held_out, others=(), split="test", **settings):
             ("What is it?", PASSAGE),
             ("Why?", "something else entirely that nobody had said in the harbour before"),
             None,
+        ),
+        # Scripts without spaces: each character is a word, and marks stay with their letters.
+        (
+            ("请翻译这一段", "天地玄黄宇宙洪荒日月盈昃辰宿列张"),
+            ("请翻译", "天地玄黄宇宙洪荒日月盈昃辰宿列张。"),
+            "near",
+        ),
+        (
+            ("请翻译这一段", "天地玄黄宇宙洪荒日月盈昃辰宿列张"),
+            ("请翻译", "寒来暑往秋收冬藏闰余成岁律吕调阳云腾致雨"),
+            None,
+        ),
+        (("请告诉我天空为什么是蓝色的？", "散射。"), ("请告诉我天空为什么是蓝色的？", "因为光。"), "question"),
+        (("你好吗？", "好。"), ("你好吗？", "不好。"), None),
+        (("บอกฉันว่าทำไมท้องฟ้าเป็นสีฟ้า", "แสง"), ("บอกฉันว่าทำไมท้องฟ้าเป็นสีฟ้า", "ลม"), "question"),
+        (
+            ("What is it?", "हिन्दी में एक बहुत लम्बा और पूरा वाक्य है यह"),
+            ("Why?", "हिन्दी में एक बहुत लम्बा और पूरा वाक्य है यह!"),
+            "near",
         ),
         (
             ("In the series of books, who is the founder of House Tarly?", "Harlon the Hunter was, with his brother."),
@@ -116,7 +136,7 @@ def test_what_was_found_survives_json_and_is_told_with_the_way_out():
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model):
-    return data.load_tokenizer(TrialSpec.from_plain(tiny.plain_spec(tiny_model, "d/d")))
+    return load_tokenizer(TrialSpec.from_plain(tiny.plain_spec(tiny_model, "d/d")))
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_rows_with_nothing_to_learn_are_counted_under_a_reason(recipe, row, reas
         ("alpaca", {"question": "x"}, "field 'instruction' must be text .found nothing; the row has question"),
         ("dolly", {"instruction": "x", "response": 3}, "field 'response' must be text .found int"),
         ("messages", {"messages": "x"}, "field 'messages' must be a list .found str"),
-        ("messages", {"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\].role is 'tool'"),
+        ("messages", {"messages": [{"role": "critic", "content": "x"}]}, r"messages\[0\].role is 'critic'"),
         ("messages", {"messages": ["x"]}, r"messages\[0\] must be a mapping"),
     ],
 )

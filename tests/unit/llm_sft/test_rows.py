@@ -1,14 +1,11 @@
-"""Files are read with their errors named, and splits are drawn disjoint."""
-
-import gzip
-import json
+"""Splits are drawn disjoint, and rows that cannot be used are counted and named."""
 
 import pytest
 import tiny
 
 from ray_peft.errors import DataError
 from ray_peft.spec import SourceSpec
-from ray_peft.tasks.llm_sft.rows import draw, read_rows
+from ray_peft.tasks.llm_sft.rows import draw
 
 EARLIER = ["q4", "q6", "q1", "q3", "q5", "q0", "q7", "q2"]
 """Test and training rows of eight, drawn with seed 42 before there were validation rows."""
@@ -110,50 +107,6 @@ def test_a_test_file_of_its_own(tmp_path):
     assert sizes(drawn) == (6, 3)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".parquet"])
-def test_every_kind_of_file_reads_the_same(tmp_path, suffix):
-    rows = [{"prompt": "q\u00fc", "completion": "a"}]
-    path = tmp_path / f"rows{suffix}"
-    if suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif suffix == ".json":
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    elif suffix.endswith(".gz"):
-        path.write_bytes(gzip.compress(json.dumps(rows[0]).encode()))
-    else:
-        tiny.write_rows(path, rows)
-    assert list(read_rows(str(path), "train")) == rows
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', "line 2: not valid JSON"),
-        ("a.jsonl", b"[1]\n", "line 1: must be a JSON object"),
-        ("a.jsonl", b"", "the file holds no rows"),
-        ("a.jsonl", b"\xff\xfe", "is not UTF-8 text"),
-        ("a.json", b'{"a": 1}', "must be a JSON list of objects"),
-        ("a.json", b'[{"a": 1},\n', "line 2: not valid JSON"),
-        ("a.txt", b"x", "unknown kind of file; known are .jsonl"),
-        ("a.jsonl.gz", b"no gzip", "cannot be read"),
-        ("a.parquet", b"no parquet", "cannot be read"),
-        ("a.parquet.gz", b"x", "unknown kind of file"),
-    ],
-)
-def test_a_malformed_file_is_named_with_its_line(tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=words):
-        list(read_rows(str(tmp_path / name), "train"))
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"gone.jsonl: no such file"):
-        list(read_rows(str(tmp_path / "gone.jsonl"), "train"))
-
-
 def test_too_few_rows_say_how_many_are_short(tmp_path):
     with pytest.raises(DataError, match="has 4 usable rows for train, but train: 6 are asked for; 2 short"):
         draw(source(numbered(tmp_path / "r.jsonl", 6), train=6, test=2), 0)
@@ -162,12 +115,88 @@ def test_too_few_rows_say_how_many_are_short(tmp_path):
 def test_a_source_without_a_usable_row_says_that_it_is_empty_and_why(tmp_path):
     rows = [{"prompt": "q", "completion": None}, {"prompt": " ", "completion": "a"}, {"prompt": "q", "completion": ""}]
     path = tiny.write_rows(tmp_path / "r.jsonl", rows)
-    words = r"is empty after filtering: recipe .* none of its 3 rows \(2 x empty answer, 1 x empty question\)"
+    words = (
+        r"is empty after filtering: .* none of its 3 rows \(2 x empty answer: rows 1, 3, 1 x empty question: row 2\)"
+    )
     with pytest.raises(DataError, match=words):
         draw(source(path), 0)
 
 
 def test_a_row_of_another_shape_is_named(tmp_path):
     path = tiny.write_rows(tmp_path / "r.jsonl", [{"prompt": "q", "completion": "a"}, {"prompt": "q"}])
-    with pytest.raises(DataError, match="row 2 does not fit recipe prompt_completion: field 'completion'"):
+    words = "row 2 does not fit recipe prompt_completion: field 'completion'.*data.unusable: skip"
+    with pytest.raises(DataError, match=words):
         draw(source(path), 0)
+
+
+BAD_LINES = {
+    "field 'completion' must be text (found int)": '{"prompt": "q", "completion": 7}',
+    "field 'completion' must be text (found nothing)": '{"prompt": "q"}',
+    "not valid JSON": '{"prompt": "q", "compl',
+    "bytes that are not UTF-8": b'{"prompt": "q", "completion": "caf\xe9"}',
+    "a key twice in one object": '{"prompt": "q", "completion": "a", "completion": "b"}',
+    "not a JSON object": "[1]",
+    "nested too deeply": '{"prompt": "q", "completion": ' + "[" * 100_000,
+    "a number of too many digits": '{"prompt": "q", "completion": ' + "9" * 5000 + "}",
+    "a lone surrogate, which is half a character": r'{"prompt": "q \ud83d", "completion": "a"}',
+    "a NUL character": r'{"prompt": "q", "completion": "\u0000"}',
+    "empty answer": '{"prompt": "q", "completion": null}',
+}
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Ten good rows, each followed by a bad one."""
+    lines = []
+    for number, line in enumerate(BAD_LINES.values()):
+        good = f'{{"prompt": "q{number}", "completion": "a"}}'.encode()
+        lines += [good, line if isinstance(line, bytes) else line.encode()]
+    path = tmp_path / "mixed.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
+def test_bad_rows_of_many_are_skipped_counted_and_named(mixed):
+    drawn = draw(source(mixed, train=1.0), 0, "skip")
+    assert drawn.unusable == dict.fromkeys(BAD_LINES, 1)
+    assert drawn.read == 2 * len(BAD_LINES)
+    numbers = [2 * index + 2 for index in range(len(BAD_LINES))]
+    assert drawn.left_out.named() == {
+        reason: f"row {number}" for reason, number in zip(BAD_LINES, numbers, strict=True)
+    }
+    assert sorted(texts(drawn.train + drawn.test)) == sorted(f"q{number}" for number in range(len(BAD_LINES)))
+
+
+def test_errors_about_too_few_rows_say_which_rows_cannot_be_used(tmp_path):
+    rows = [{"prompt": f"q{i}", "completion": "" if i % 2 else "a"} for i in range(14)]
+    path = tiny.write_rows(tmp_path / "r.jsonl", rows)
+    words = r"has 5 usable rows for train.*; 7 rows are unusable \(7 x empty answer: rows 2, 4, 6, 8, 10 and 2 more\)"
+    with pytest.raises(DataError, match=words):
+        draw(source(path, train=10, test=2), 0)
+
+
+def test_unusable_rows_of_two_files_are_told_apart(tmp_path):
+    bad = {"prompt": "q", "completion": ""}
+    train = tiny.write_rows(
+        tmp_path / "train.jsonl", [{"prompt": f"q{i}", "completion": "a"} for i in range(6)] + [bad]
+    )
+    test = tiny.write_rows(tmp_path / "test.jsonl", [{"prompt": "t", "completion": "a"}, bad])
+    drawn = draw(source(train, test_path=str(test), train=2, test=1), 0)
+    assert drawn.left_out.named() == {"empty answer": "row 7, row 2 of test.jsonl"}
+
+
+def test_a_shard_of_the_training_folder_is_no_test_file(tmp_path):
+    for number in range(2):
+        numbered(tmp_path / f"part-{number}.jsonl", 6)
+    with pytest.raises(DataError, match="would be tested on rows that it trains on"):
+        draw(source(tmp_path, test_path=str(tmp_path / "part-1.jsonl")), 0)
+
+
+def test_rows_of_a_folder_are_counted_through_its_shards(tmp_path):
+    numbered(tmp_path / "part-0.jsonl", 3)
+    tiny.write_rows(
+        tmp_path / "part-1.jsonl", [{"prompt": "p3", "completion": "a"}, {"prompt": "p4", "completion": ""}]
+    )
+    drawn = draw(source(tmp_path, train=2), 0)
+    assert {row.number: texts([row])[0] for row in drawn.train + drawn.test} == {1: "q0", 2: "q1", 3: "q2", 4: "p3"}
+    assert drawn.left_out.named() == {"empty answer": "row 2 of part-1.jsonl"}

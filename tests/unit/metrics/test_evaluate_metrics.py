@@ -1,15 +1,17 @@
-"""Bleu4 and RougeL through the interface of Hugging Face evaluate; the only test file that pays for its import."""
+"""The metrics through the interface of Hugging Face evaluate; the only test file that pays for its import."""
 
 import evaluate
 import pytest
 
 from ray_peft.metrics.bleu import Bleu4
+from ray_peft.metrics.chrf import Chrf
+from ray_peft.metrics.chrf_scores import chrf
 from ray_peft.metrics.rouge import RougeL
 from ray_peft.metrics.text_scores import bleu4, rouge_l
 
 PREDICTIONS = ["the cat sat on the mat", "well-\nknown facts, 3.14 or so-\n", ""]
 REFERENCES = ["the cat sat on the red mat", "well-known facts, 3.14 or more\n", "an answer"]
-METRICS = [(Bleu4, "bleu4", bleu4), (RougeL, "rouge_l", rouge_l)]
+METRICS = [(Bleu4, "bleu4", bleu4), (RougeL, "rouge_l", rouge_l), (Chrf, "chrf", chrf)]
 
 
 @pytest.fixture(autouse=True)

@@ -131,9 +131,21 @@ def test_costs_of_several_machines_are_not_compared():
 
 def test_few_rows_are_said_to_be_few():
     text, _ = said(material([(trial("none"), POOR[:9]), (trial("lora"), REFERENCES[:9])], REFERENCES[:9]))
-    assert "Answered rows: 9. Intervals of so few rows are narrower than they should be." in text
+    assert "Answered rows: 9. So few may hold none of the rare cases that decide which one is better." in text
 
 
 def test_the_rules_are_printed():
     rules = advice(material([(trial("lora"), POOR)]))[-1]
     assert any("A difference that is not shown never decides" in rule for rule in rules.items)
+
+
+def test_a_resumed_trial_is_said_and_one_whose_costs_are_lost_decides_no_budget():
+    resumed = trial("lora", memory=4.0).model_copy(update={"resumed_from_step": 6})
+    rows = [(trial("none", memory=0.5), POOR), (trial("full", memory=9.0), REFERENCES)]
+    text, tables = said(material([*rows, (resumed, REFERENCES)]))
+    assert "Interrupted, and gone on from a checkpoint: lora (from step 6). Time, tokens and peaks are those of" in text
+    assert "Peak memory at hand" in tables
+    lost = resumed.model_copy(update={"usage": resumed.usage.model_copy(update={"complete": False})})
+    text, tables = said(material([*rows, (lost, REFERENCES)]))
+    assert "Training time: which to take cannot be said, since a trial went on from a checkpoint of version" in text
+    assert not tables

@@ -7,13 +7,14 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import example_images
 import pytest
 from page import Page
 from PIL import Image
 
-from ray_peft.metrics.bootstrap import mean_difference
+from ray_peft.metrics.intervals import mean_difference
 from ray_peft.report import gallery
 from ray_peft.report.document import Gallery
 from ray_peft.report.files import read_results, write_report
@@ -82,7 +83,8 @@ def test_differences_of_losses_to_the_base_have_paired_intervals(painted):
     lora, none = (example_images.losses(method) for method in ("lora", "none"))
     by_method = {row.result.spec.method.name: row for row in found.rows}
     expected = mean_difference(lora, none)
-    assert found.loss_intervals[by_method["lora"].trial_id] == expected
+    # Three rows have this base, and the others' p-values are no smaller.
+    assert found.loss_intervals[by_method["lora"].trial_id] == replace(expected, p=3 * expected.p)
     assert expected.high < 0
     assert by_method["none"].trial_id not in found.loss_intervals
     line = next(

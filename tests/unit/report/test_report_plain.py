@@ -46,6 +46,11 @@ def test_trial_line_leaves_out_what_was_not_measured():
     assert trial_line(loss_only, 1, 1) == "[1/1] lora-1 finished in 0.0 s: eval loss 2.000, peak 1.00 GiB"
 
 
+def test_trial_line_says_that_a_trial_was_resumed():
+    resumed = trial("lora", trial_id="lora-1", scores=(2.0,)).model_copy(update={"resumed_from_step": 4})
+    assert trial_line(resumed, 1, 1) == "[1/1] lora-1 finished in 0.0 s: eval loss 2.000, resumed from step 4"
+
+
 @pytest.mark.parametrize(
     ("status", "wanted"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import tiny
 import tiny_diffusion
@@ -54,3 +56,15 @@ def train(tiny_painter, paintings):
 
     run.killed = Killed
     return run
+
+
+@pytest.fixture(scope="session")
+def gallery(tmp_path_factory):
+    """Twelve paintings of 100 x 80 pixels with metadata.jsonl; not to be changed."""
+    return tiny_diffusion.write_images(tmp_path_factory.mktemp("images") / "paintings", 12)
+
+
+@pytest.fixture
+def folder(gallery, tmp_path):
+    """The same, to be changed."""
+    return shutil.copytree(gallery, tmp_path / "paintings")

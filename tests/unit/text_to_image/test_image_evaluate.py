@@ -176,6 +176,9 @@ def test_an_image_of_nan_is_an_error_and_not_a_black_picture(pipeline):
             weight.fill_(float("nan"))
         with pytest.raises(TrialFailed, match="'a red house' with seed 4 is not finite"):
             make_images(pipeline, wanted, tiny.RESOLUTION)
+        with pytest.raises(TrialFailed, match="the model's own weights are, or its dtype") as caught:
+            make_images(pipeline, wanted, tiny.RESOLUTION, trained=False)
+        assert "method.lr" not in str(caught.value)
     finally:
         with torch.no_grad():
             weight.copy_(kept)

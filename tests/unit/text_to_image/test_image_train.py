@@ -12,7 +12,7 @@ import torch
 from ray_peft.errors import TrialFailed
 from ray_peft.methods.optimizers import trainable
 from ray_peft.spec import TrialSpec
-from ray_peft.tasks.text_to_image.four_bit import held
+from ray_peft.tasks.parameters import held_weights
 from ray_peft.tasks.text_to_image.latents import Encoded
 from ray_peft.tasks.text_to_image.noise import Draws
 
@@ -63,11 +63,12 @@ def test_gradient_checkpointing_changes_no_loss(train, tmp_path, method):
     [
         (LORA, {}),
         (LORA, {"train__ema_decay": 0.9}),
+        (LORA | {"dropout": 0.5}, {}),
         (QLORA, {}),
         (FULL, {"train__ema_decay": 0.9}),
         ({"name": "full", "lr": 0.002}, {"train__precision": "bf16"}),
     ],
-    ids=["lora", "lora-average", "qlora", "full-average", "full-bfloat16"],
+    ids=["lora", "lora-average", "lora-dropout", "qlora", "full-average", "full-bfloat16"],
 )
 def test_a_resumed_trial_goes_on_as_if_nothing_had_happened(train, tmp_path, method, more):
     changes = {"train__steps": 6, "train__checkpoint_every": 2, "train__warmup_steps": 2, **more}
@@ -78,6 +79,17 @@ def test_a_resumed_trial_goes_on_as_if_nothing_had_happened(train, tmp_path, met
     assert (rest.outcome.resumed_from_step, rest.outcome.steps, rest.outcome.timed_steps) == (4, 6, 6)
     assert rest.outcome.images == whole.outcome.images == 24
     assert rest.bench.eval_loss() == pytest.approx(whole.bench.eval_loss(), rel=1e-4)
+
+
+def test_a_checkpoint_of_version_0_1_0_is_gone_on_from(train, tmp_path):
+    changes = {"train__steps": 4, "train__checkpoint_every": 2}
+    whole = train(tmp_path / "a", **changes)
+    file = tmp_path / "a" / "checkpoint-2" / "state.pt"
+    state = torch.load(file, weights_only=True)
+    torch.save({name: value for name, value in state.items() if name != "random"}, file)
+    rest = train(tmp_path / "a", **changes)
+    assert rest.losses == pytest.approx(whole.losses[2:], rel=1e-5)
+    assert (rest.outcome.steps, rest.outcome.images) == (4, 16)
 
 
 def test_a_trial_that_is_killed_goes_on_from_its_last_checkpoint(train, tmp_path):
@@ -140,7 +152,7 @@ def test_weights_in_bfloat16_with_stochastic_rounding_train(train, tmp_path):
         train__micro_batch_size=6, train__log_every=4, train__schedule="constant",
     )  # fmt: skip
     assert found.losses[-1] < 0.8 * found.losses[0]
-    assert set(held(found.bench.model)) == {"bfloat16"}
+    assert set(held_weights(found.bench.model).num_bytes) == {"bfloat16"}
 
 
 @pytest.mark.parametrize("cause", ["loss", "gradient"])

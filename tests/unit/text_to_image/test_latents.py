@@ -78,7 +78,6 @@ def test_moments_and_embeddings_are_those_of_the_pipeline(pipeline_folder: Path,
     assert found.test.moments.shape == (2, 1, 8, 8, 8)
     assert found.train.embeddings.shape == (4, 77, 32)
     assert found.scaling_factor == 0.18215
-    assert found.shift_factor is None
     splits: list[tuple[Any, Any, list[int | None]]] = [
         (pictures.train, found.train, [0, 1, 2, 3]),
         (pictures.test, found.test, [None]),

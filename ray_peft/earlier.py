@@ -1,0 +1,143 @@
+"""What earlier runs of a sweep left in its folder, and which of today's trials it answers.
+
+A row answers a trial if their settings are the same and both were made of the same content, whatever the row's id is.
+So rows of release 0.1.0, whose ids held absolute paths, count as finished, and rows of a file that has changed under
+the same name do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from ray_peft.errors import RayPeftError
+from ray_peft.inspector import Inspector
+from ray_peft.result import TrialResult
+from ray_peft.spec import TrialSpec, is_local
+from ray_peft.spec.identity import Content, canonical, settings
+from ray_peft.tasks import TASKS
+
+
+@dataclass
+class Earlier:
+    """Today's trials beside what is there of them."""
+
+    trials: list[TrialSpec] = field(default_factory=list)
+    """In today's order; one that is finished goes under the id of its row."""
+    finished: dict[str, TrialResult] = field(default_factory=dict)
+    """The rows that answer them, by trial id."""
+    renewed: list[TrialResult] = field(default_factory=list)
+    """Those of them that must be written again, since release 0.1.0 called their content otherwise."""
+    notes: list[str] = field(default_factory=list)
+    """Trials that run again, and why."""
+
+
+class Rows:
+    """The finished rows of a folder."""
+
+    def __init__(self, rows: Sequence[TrialResult], inspector: Inspector) -> None:
+        self._inspector = inspector
+        self._by_settings: dict[str, list[TrialResult]] = {}
+        self._released: dict[str, Content | None] = {}
+        for row in rows:
+            self._by_settings.setdefault(canonical(settings(row.spec)), []).insert(0, row)  # the newest first
+
+    def answering(self, trial: TrialSpec) -> TrialResult | None:
+        """The row of a trial that is settled, under the keys of today; null if it must run."""
+        candidates = self._alike(trial)
+        if not candidates:
+            return None
+        content = self._inspector.content(trial)
+        for row in sorted(candidates, key=lambda row: row.trial_id != trial.trial_id):
+            if trial.members() and set(row.members) != {member.trial_id for member in trial.members()}:
+                continue
+            if self._same_content(row, trial, content):
+                made = {"model_fingerprint": content.model, "data_key": content.data}
+                return row.model_copy(update={"provenance": row.provenance.model_copy(update=made)})
+        return None
+
+    def changed(self, trial: TrialSpec, taken: set[str]) -> str | None:
+        """What has changed since a trial of these names was finished; null if there was none.
+
+        Args:
+            trial: one without an answer.
+            taken: ids of rows that answer other trials.
+        """
+        named = [row for row in self._alike(trial) if row.trial_id not in taken and _names(row.spec) == _names(trial)]
+        if not named or trial.members():
+            return None
+        released = self._of_release(named[0], trial)
+        models = {self._inspector.content(trial).model, released.model if released is not None else None}
+        return "rows" if named[0].provenance.model_fingerprint in models else "model"
+
+    def _alike(self, trial: TrialSpec) -> list[TrialResult]:
+        return self._by_settings.get(canonical(settings(trial)), [])
+
+    def _same_content(self, row: TrialResult, trial: TrialSpec, content: Content) -> bool:
+        made = row.provenance
+        if not is_local(trial.model.name) and row.spec.model.name != trial.model.name:
+            return False
+        if made.data_key is None and made.model_fingerprint is None:
+            return row.trial_id == trial.trial_id
+        if (made.model_fingerprint, made.data_key) == (content.model, content.data):
+            return True
+        released = self._of_release(row, trial)
+        return released is not None and (made.model_fingerprint, made.data_key) == (released.model, released.data)
+
+    def _of_release(self, row: TrialResult, trial: TrialSpec) -> Content | None:
+        """What release 0.1.0 would have called today's content; null if the row is of a later one."""
+        if row.provenance.versions.get("ray-peft", "0.1.0") != "0.1.0":
+            return None
+        key = canonical([row.spec.data.plain(), trial.model.plain(), trial.data.plain(), trial.loss_line()])
+        if key not in self._released:
+            try:
+                self._released[key] = TASKS[trial.task].released(trial, row.spec)
+            except RayPeftError:
+                self._released[key] = None
+        return self._released[key]
+
+
+def recall(trials: Sequence[TrialSpec], rows: Sequence[TrialResult], inspector: Inspector) -> Earlier:
+    """Which of today's trials are finished, and why others are not any more.
+
+    Args:
+        trials: settled, an ensemble after its members.
+        rows: the last row of every trial in the folder.
+        inspector: that settled the trials.
+    """
+    done = [row for row in rows if row.status == "finished"]
+    known, found = Rows(done, inspector), Earlier()
+    written = {row.trial_id: row for row in done}
+    ids: dict[str, str] = {}
+    for trial in trials:
+        members = [ids.get(member.trial_id, member.trial_id) for member in trial.members()]
+        now = trial.under(trial.trial_id, members)
+        row = known.answering(now) if done else None
+        if row is not None:
+            ids[trial.trial_id] = row.trial_id
+            now = trial.under(row.trial_id, members)
+            found.finished[row.trial_id] = row
+            found.renewed += [row] if row != written[row.trial_id] else []
+        found.trials.append(now)
+    open_trials = [trial for trial in found.trials if trial.trial_id not in found.finished] if done else []
+    reasons = [known.changed(trial, set(found.finished)) for trial in open_trials]
+    for what in ("rows", "model"):
+        if count := reasons.count(what):
+            found.notes.append(f"{count} trials run again: their {what} changed since; the earlier results are kept")
+    return found
+
+
+def _names(spec: TrialSpec) -> str:
+    """What a trial calls its model and data, and how it prepares them, wherever its files lie."""
+    return canonical(_short([spec.model.name, spec.model.tokenizer, spec.data.plain()]))
+
+
+def _short(plain: Any) -> Any:
+    """Plain data with the last part of every path in its place."""
+    if isinstance(plain, dict):
+        return {key: _short(value) for key, value in plain.items()}
+    if isinstance(plain, list):
+        return [_short(value) for value in plain]
+    return PurePath(plain).name if isinstance(plain, str) and plain.startswith(("/", "~", ".")) else plain

@@ -1,0 +1,67 @@
+"""What the names in trials stand for: each model and its rows are looked at once, before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ray_peft.errors import SpecError
+from ray_peft.spec import ModelSpec, TrialSpec
+from ray_peft.spec.identity import Content, canonical, trial_id
+from ray_peft.tasks import TASKS
+from ray_peft.tasks.base import Inspection
+from ray_peft.tasks.files import content_of
+
+
+class Inspector:
+    """Checks trials, and settles which of them are the same by what is in their files."""
+
+    def __init__(self) -> None:
+        self._inspections: dict[str, Inspection] = {}
+        self._fingerprints: dict[str, str] = {}
+
+    def inspect(self, trial: TrialSpec) -> Inspection:
+        """What its task finds out about a trial.
+
+        Raises:
+            DataError, ModelError: something is missing or malformed.
+            SpecError: a method's stage would be left without a step.
+        """
+        models = [each.model.plain() for each in (trial, *trial.members())]
+        asked = trial.evaluation.plain()
+        decides = [trial.task, models, trial.data.plain(), trial.loss_line(), asked, trial.looked_for()]
+        key = json.dumps(decides, sort_keys=True)
+        task = TASKS[trial.task]
+        if key not in self._inspections:
+            self._inspections[key] = task.inspect(trial)
+        found = self._inspections[key]
+        trial.method.stages(task.total_steps(trial, found.train_rows))
+        return found
+
+    def content(self, trial: TrialSpec) -> Content:
+        """What a trial's names stand for. Raises as `inspect`."""
+        benchmarks = getattr(trial.evaluation, "benchmarks", None)
+        folder = benchmarks.include_path if benchmarks is not None else None
+        files = content_of(Path(folder)) if folder is not None else ""
+        return Content(self._fingerprint(trial.task, trial.model), self.inspect(trial).data_key, files)
+
+    def settled(self, trial: TrialSpec) -> TrialSpec:
+        """The trial under the id of its content. Raises as `inspect`, and SpecError if two members are the same."""
+        content = self.content(trial)
+        # The members' rows are those of the ensemble; only their models may differ.
+        members = [
+            trial_id(member, Content(self._fingerprint(member.task, member.model), content.data, content.files))
+            for member in trial.members()
+        ]
+        if len(set(members)) < len(members):
+            raise SpecError(
+                f"method.members: two members of an ensemble are the same trial ({', '.join(members)}): their models "
+                "hold the same weights; give members that differ"
+            )
+        return trial.under(trial_id(trial, content, members), members)
+
+    def _fingerprint(self, task: str, model: ModelSpec) -> str:
+        key = canonical([task, model.plain()])
+        if key not in self._fingerprints:
+            self._fingerprints[key] = TASKS[task].fingerprint(model)  # type: ignore[index]
+        return self._fingerprints[key]

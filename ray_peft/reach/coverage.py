@@ -1,0 +1,85 @@
+"""How much of a model a method reaches, in words: by adapters, by projected gradients, by 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ray_peft.reach.targets import (
+    PROJECTIONS,
+    Targets,
+    endings,
+    fused_experts,
+    in_blocks,
+    linear,
+    numbers,
+    smaller_side,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MOST_OF = 0.9
+"""Share of the blocks' weights that goes without saying."""
+
+
+def adapter_notes(model: nn.Module, targets: Targets, rank: int, *, of: str, by_default: bool) -> list[str]:
+    """Where adapters go if the architecture decides it, what of the blocks has none, and ranks that restrict nothing.
+
+    Args:
+        model: on any device.
+        targets: what gets an adapter.
+        rank: of the adapters.
+        of: the model in words.
+        by_default: the user named no targets of their own.
+    """
+    notes = []
+    places = [*endings(targets.layers), *targets.parameters]
+    if by_default and set(places) != set(PROJECTIONS):
+        notes.append(f"adapters go beside {', '.join(places)}, the layers of a block of {of}")
+    if by_default:
+        notes += _without(model, targets)
+    experts = fused_experts(model)
+    sizes = [smaller_side(model.get_submodule(name)) for name in targets.layers]
+    sizes += [smaller_side(experts[name]) for name in targets.experts]
+    return notes + above(rank, sizes, "an adapter's rank", "an update of such a layer")
+
+
+def above(rank: int, sizes: Sequence[int], what: str, bounded: str) -> list[str]:
+    """A note on a rank that is above the smaller side of some layers, or of all."""
+    narrow = [size for size in sizes if rank > size]
+    if not narrow:
+        return []
+    which = "every target layer" if len(narrow) == len(sizes) else f"{len(narrow)} of {len(sizes)} target layers"
+    least, most = min(narrow), max(narrow)
+    span = f"{least} to {most}" if most > least else f"{least}"
+    return [f"{what} of {rank} is above the smaller side of {which} ({span}), which bounds the rank of {bounded}"]
+
+
+def _without(model: nn.Module, targets: Targets) -> list[str]:
+    """What of the blocks' weights has no adapter, if it is more than a small part."""
+    sizes = block_weights(model)
+    total = sum(sizes.values())
+    left = {name: size for name, size in sizes.items() if name not in {*targets.layers, *targets.experts}}
+    share = 1 - sum(left.values()) / total if total else 1.0
+    if share >= MOST_OF:
+        return []
+    return [
+        f"adapters reach {share:.0%} of the weights of the model's blocks; none goes beside {in_words(left, total)}"
+    ]
+
+
+def block_weights(model: nn.Module) -> dict[str, int]:
+    """Numbers of each linear layer and each fused expert parameter in the model's repeated blocks, by name."""
+    layers = linear(model)
+    sizes = {name: numbers(layers[name]) for name in in_blocks(layers)}
+    return sizes | {name: parameter.numel() for name, parameter in fused_experts(model).items()}
+
+
+def in_words(sizes: dict[str, int], total: int) -> str:
+    """Layers by the ends of their names with their share of `total`: "experts.down_proj (30 %)"."""
+    by_ending: dict[str, int] = {}
+    for name, size in sizes.items():
+        ending = ".".join(name.split(".")[-2:]) if "expert" in name else endings([name])[0]
+        by_ending[ending] = by_ending.get(ending, 0) + size
+    return ", ".join(f"{ending} ({size / total:.0%})" for ending, size in by_ending.items())

@@ -1,0 +1,84 @@
+"""A trial's own code on shapes, before anything starts: what fails there would fail in every trial like it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from ray_peft.errors import ModelError, RayPeftError, first_line
+from ray_peft.gpus import ANY
+from ray_peft.methods.base import ENOUGH_STEPS
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks import TASKS
+from ray_peft.vram import ATTACH, decides_memory, part_of
+
+
+def rehearse(trials: Iterable[TrialSpec]) -> list[str]:
+    """Attach, train a step, score and decode on shapes, for each distinct model and method.
+
+    That is what predicts memory (ray_peft/vram/), so a sweep on GPUs finds the same predictions made.
+
+    Returns:
+        A note on each model that cannot be tried so.
+
+    Raises:
+        ModelError: a line for every model and method that fails.
+    """
+    tried: set[str] = set()
+    problems: dict[str, None] = {}
+    notes: dict[str, None] = {}
+    for trial in trials:
+        for single in trial.members() or [trial]:
+            key = _what_is_tried(single)
+            if key in tried:
+                continue
+            tried.add(key)
+            problem, note = _tried(single)
+            problems |= dict.fromkeys(filter(None, [problem]))
+            notes |= dict.fromkeys(filter(None, [note]))
+    if problems:
+        raise ModelError("\n".join(problems))
+    return list(notes)
+
+
+def _what_is_tried(trial: TrialSpec) -> str:
+    """What decides whether a trial's code runs: not how long, how fast or on what it trains."""
+    stages = [decides_memory(stage) for stage, _ in trial.method.stages(ENOUGH_STEPS)]
+    train = [trial.train.precision, trial.train.gradient_checkpointing, trial.evaluation.plain().get("generate")]
+    return json.dumps([trial.task, trial.model.plain(), stages, train], sort_keys=True, default=str)
+
+
+def _tried(trial: TrialSpec) -> tuple[str | None, str | None]:
+    """Why a trial would fail, and why that cannot be told; None each where there is nothing to say."""
+    predictor = TASKS[trial.task].predictor(trial)
+    if predictor is None:
+        return None, None
+    what = f"method {trial.method.name} on model {trial.model.name}"
+    try:
+        predictor(trial, ANY)
+    except RayPeftError as error:
+        return f"{what}: {error}", None
+    except Exception as error:  # noqa: BLE001 - a model's or a library's code may raise anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        part = part_of(error)
+        if part is None or _of_shapes_alone(error) or (part != ATTACH and not _base_runs(trial)):
+            said = f"{what} cannot be tried on shapes ({reason}), so what fails in it shows when it runs"
+            return None, said
+        return f"{what}: {part} fails: {reason}", None
+    return None, None
+
+
+def _of_shapes_alone(error: Exception) -> bool:
+    """Whether the code asked for what only numbers have, or for an operation that shapes do not have."""
+    return isinstance(error, NotImplementedError) or "meta" in str(error)
+
+
+def _base_runs(trial: TrialSpec) -> bool:
+    """Whether the untouched model can be tried on shapes at all."""
+    predictor = TASKS[trial.task].predictor(trial)
+    assert predictor is not None
+    try:
+        predictor(trial.changed({"method": {"name": "none"}}), ANY)
+    except Exception:  # noqa: BLE001 - whatever it is, it is not the method's
+        return False
+    return True

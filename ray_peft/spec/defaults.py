@@ -1,0 +1,146 @@
+"""The defaults that a trial's identity is told against, and the settings that cannot change a result.
+
+A setting belongs to a trial's identity only where it differs from its default here. A default that changes later in a
+spec class stays as it is in this table: then the new value is another trial, and the old one keeps its id. A new
+setting is added here with the value that means what was done before it existed, which is its default.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+IDENTITY_VERSION = 1
+"""Raised when the identity of all trials changes; rows are recognised by settings and content, not by their id."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "Quantization": {"quant_type": "nf4", "double_quant": True, "compute_dtype": "bfloat16"},
+    "Stage": {"lr": 0.0001, "weight_decay": 0.0, "max_grad_norm": 1.0, "betas": [0.9, 0.999]},
+    "FullWeights": {"weights": "bfloat16_stochastic"},
+    "FullFineTuning": {"lr": 2e-05, "optim": "adamw"},
+    "GaLore": {
+        "rank": 128,
+        "update_proj_gap": 200,
+        "scale": 0.25,
+        "proj_type": "std",
+        "targets": ["attn", "mlp"],
+        "layerwise": False,
+        "eps": 1e-06,
+    },
+    "LowRankAdapter": {
+        "rank": 16,
+        "alpha": 32.0,
+        "dropout": 0.0,
+        "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "adapter_dtype": "float32",
+        "lr": 0.0002,
+        "optim": "adamw",
+    },
+    "QLoRA": {"quant_type": "nf4", "double_quant": True, "compute_dtype": "bfloat16"},
+    "QLoRAThenGaLore": {"switch_at": 2 / 3},
+    "Member": {"model": None, "seed": None},
+    "ModelSpec": {
+        "revision": None,
+        "tokenizer": None,
+        "dtype": "bfloat16",
+        "quantization": None,
+        "attention": None,
+        "random_weights": False,
+        "trust_remote_code": False,
+    },
+    "TrainSpec": {
+        "epochs": None,
+        "steps": None,
+        "batch_size": 16,
+        "micro_batch_size": 1,
+        "schedule": "cosine",
+        "warmup_steps": 0,
+        "warmup_ratio": 0.0,
+        "gradient_checkpointing": False,
+        "fit": None,
+        "precision": "bf16",
+        "log_every": 10,
+        "eval_every": None,
+        "checkpoint_every": None,
+        "save_dtype": "bfloat16",
+    },
+    "LlmTrainSpec": {"loss": "answers", "engine": "own"},
+    "ImageTrainSpec": {
+        "prediction": None,
+        "snr_gamma": None,
+        "noise_offset": 0.0,
+        "ema_decay": None,
+        "cuda_graphs": True,
+    },
+    "ResourcesSpec": {"num_workers": 1, "gpus_per_worker": None, "cpus_per_worker": None},
+    "TrialSpec": {"seed": 42},
+    "SourceSpec": {"test_path": None, "validation": 0, "name": None, "split": "train"},
+    "ContaminationSpec": {"action": "fail", "ngram": 8, "threshold": 0.7, "boilerplate": 10},
+    "DataSpec": {
+        "seed": 42,
+        "max_length": 512,
+        "too_long": "cut",
+        "chat_template": None,
+        "unusable": "fail",
+        "special_tokens": "text",
+        "template_date": "2024-07-26",
+    },
+    "BenchmarksSpec": {
+        "num_fewshot": None,
+        "limit": None,
+        "include_path": None,
+        "batch_size": 8,
+        "allow_code_execution": False,
+    },
+    "EvaluationSpec": {
+        "generate": True,
+        "rows": None,
+        "max_new_tokens": 256,
+        "batch_size": 32,
+        "samples": 10,
+        "benchmarks": None,
+    },
+    "ImageDataSpec": {
+        "train": 1.0,
+        "caption": None,
+        "split": "train",
+        "seed": 42,
+        "resolution": 512,
+        "crop": "center",
+        "flip": False,
+        "views": 1,
+        "min_side": None,
+        "unusable": "fail",
+    },
+    "ImageEvaluationSpec": {
+        "timesteps": 8,
+        "prompts": [],
+        "seeds": [0, 1],
+        "inference_steps": 25,
+        "guidance_scale": 7.5,
+        "batch_size": 4,
+        "style": "vae_gram",
+    },
+}
+"""By class and setting, as JSON-like data; a part that is a spec itself is told against its own class."""
+
+CHANGES_NO_RESULT: dict[str, frozenset[str]] = {
+    "TrialSpec": frozenset({"resources"}),
+    "TrainSpec": frozenset({"fit", "checkpoint_every"}),
+    "EvaluationSpec": frozenset({"samples"}),
+    "BenchmarksSpec": frozenset({"allow_code_execution"}),
+    "ImageDataSpec": frozenset({"unusable"}),
+    "DataSpec": frozenset({"unusable"}),
+}
+"""What decides where a trial runs, what it may do, and how much of it is shown. Rows of a pass and recomputed
+activations stay part of the identity: they change rounding in bfloat16, draws of dropout, and the memory that is
+compared. `fit` comes back for trials with dropout, whose draws depend on the rows that it chooses."""
+
+NAMES: dict[str, frozenset[str]] = {
+    "ModelSpec": frozenset({"name", "revision", "tokenizer"}),
+    "SourceSpec": frozenset({"path", "test_path"}),
+    "DataSpec": frozenset({"chat_template"}),
+    "BenchmarksSpec": frozenset({"include_path"}),
+    "ImageDataSpec": frozenset({"path"}),
+    "Member": frozenset({"model"}),
+}
+"""What only says where something is: content stands for it."""

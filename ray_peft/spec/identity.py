@@ -1,0 +1,122 @@
+"""What makes two trials the same one: the settings that decide a result, and the content that names stand for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic_core import PydanticUndefined
+
+from ray_peft.methods.base import ENOUGH_STEPS
+from ray_peft.spec.defaults import CHANGES_NO_RESULT, DEFAULTS, IDENTITY_VERSION, NAMES
+from ray_peft.strict import Strict
+
+if TYPE_CHECKING:
+    from ray_peft.spec.base import TrialSpec
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the names in a trial stand for, wherever it is kept."""
+
+    model: str
+    """Fingerprint of a local model; of a hub model, its commit."""
+    data: str
+    """Content hash of the prepared rows, which covers the tokenizer and its chat template."""
+    files: str = ""
+    """Content hash of the task files in `evaluation.benchmarks.include_path`."""
+
+
+def differing(value: Strict) -> dict[str, Any]:
+    """The settings that differ from the table of defaults, without names and what changes no result."""
+    found: dict[str, Any] = {}
+    for name, default in _defaults(type(value)).items():
+        given = getattr(value, name)
+        told = _told(given)
+        if name in ("name", "task") or not _same(told, default, given):
+            found[name] = told
+    return found
+
+
+def settings(spec: TrialSpec) -> dict[str, Any]:
+    """What decides a trial's result, apart from content and from how its rows are prepared."""
+    found = {name: told for name, told in differing(spec).items() if name != "data"}
+    stages = spec.method.stages(ENOUGH_STEPS)
+    if spec.train.fit is not None and any(getattr(stage, "dropout", 0) for stage, _ in stages):
+        found.setdefault("train", {})["fit"] = spec.train.fit
+    return found
+
+
+def canonical(told: object) -> str:
+    """One text for equal JSON-like data."""
+    return json.dumps(told, sort_keys=True, separators=(",", ":"))
+
+
+def trial_id(spec: TrialSpec, content: Content | None, members: Sequence[str] = ()) -> str:
+    """The method's name and eight digits of the hash of what the trial is.
+
+    Args:
+        spec: the trial.
+        content: null before anything was read: then the names stand for themselves.
+        members: of an ensemble, the ids of its members.
+    """
+    if content is None:
+        known: object = [spec.model.name, spec.model.revision, spec.model.tokenizer, spec.data.plain()]
+    else:
+        # A commit is one of its repository, so the name belongs to it; a folder may lie anywhere.
+        known = [hub_name(spec.model.name), asdict(content)]
+    text = canonical([IDENTITY_VERSION, settings(spec), known, list(members)])
+    return f"{spec.method.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def is_local(name: str) -> bool:
+    """True if `name` means a path on this machine rather than a hub id."""
+    return name.startswith((".", "/", "~")) or Path(name).is_absolute() or Path(name).exists()
+
+
+def hub_name(name: str) -> str:
+    """A hub id as it is, and nothing for a folder."""
+    return "" if is_local(name) else name
+
+
+@cache
+def _defaults(kind: type[Strict]) -> dict[str, Any]:
+    """The settings of a class that count, with what they are told against."""
+    table: dict[str, Any] = {}
+    left_out: set[str] = set()
+    for each in reversed(kind.__mro__):  # those of the nearest class count
+        table |= DEFAULTS.get(each.__name__, {})
+        left_out |= CHANGES_NO_RESULT.get(each.__name__, frozenset()) | NAMES.get(each.__name__, frozenset())
+    return {
+        name: table[name] if name in table else field.get_default(call_default_factory=True)
+        for name, field in kind.model_fields.items()
+        if name not in left_out
+    }
+
+
+def _told(value: Any) -> Any:
+    """A setting as JSON-like data, with parts that are specs told against their own defaults."""
+    if isinstance(value, Strict):
+        return differing(value)
+    if isinstance(value, tuple | list):
+        return [_told(entry) for entry in value]
+    if isinstance(value, date):
+        return value.isoformat()
+    return value
+
+
+def _same(told: Any, default: Any, given: Any) -> bool:
+    """True if a setting is its default; a part that is there is never the same as one that is not."""
+    if default is PydanticUndefined:
+        return False
+    if isinstance(given, Strict):
+        return default is not None and not told
+    plain = default.plain() if isinstance(default, Strict) else default
+    # As JSON, which tells the count 1 from the fraction 1.0.
+    return canonical(told) == canonical(plain)

@@ -1,0 +1,45 @@
+"""Scores of what a model answered, and the loss of each held-out row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ray_peft.metrics.chrf_scores import chrf
+from ray_peft.metrics.scripts import tokenizers
+from ray_peft.metrics.text_scores import bleu4, rouge_l
+from ray_peft.result import Scores
+from ray_peft.tasks.llm_sft.data import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+
+def score_answers(predictions: Sequence[str], references: Sequence[str]) -> Scores:
+    """BLEU-4, ROUGE-L and chrF with the tokenisers of the references' script, which are named."""
+    chosen = tokenizers(references)
+    return Scores(
+        bleu4=bleu4(predictions, references, chosen.bleu),
+        rouge_l=rouge_l(predictions, references, chosen.rouge),
+        chrf=chrf(predictions, references),
+        bleu_tokenizer=chosen.bleu,
+        rouge_tokenizer=chosen.rouge,
+        generated_rows=len(references),
+    )
+
+
+def row_losses(rows: Dataset, log_probs: Tensor) -> tuple[list[float], list[int]]:
+    """Mean loss of each row's answer tokens [nats], 0 without any, and how many they are; in the order of `rows`.
+
+    Args:
+        rows: with `input_ids` and `labels`.
+        log_probs: (answer tokens,) of all of them, the longest row first, as `evaluate.token_log_probs` gives them.
+    """
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    # The first token of a row has no token before it that could predict it.
+    tokens = [sum(label != IGNORED for label in labels[1:]) for labels in rows["labels"]]
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
+    parts: Sequence[Tensor] = log_probs.split([tokens[row] for row in order])  # type: ignore[no-untyped-call]
+    losses = {row: -float(part.mean()) if part.numel() else 0.0 for row, part in zip(order, parts, strict=True)}
+    return [losses[row] for row in range(len(order))], tokens

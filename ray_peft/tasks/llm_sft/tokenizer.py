@@ -1,0 +1,121 @@
+"""A trial's tokenizer: loaded, with a chat template that can be written."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray_peft.errors import DataError, ModelError, first_line
+from ray_peft.spec import LlmTrialSpec, is_local
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def load_tokenizer(spec: LlmTrialSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the chat template of the spec and padding on the left.
+
+    Raises:
+        ModelError: it cannot be loaded, has no usable chat template, or lacks a token that is needed.
+        DataError: the file in data.chat_template is missing or no template.
+    """
+    from transformers import AutoTokenizer
+
+    name = spec.model.tokenizer or spec.model.name
+    if is_local(name) and not Path(name).is_dir():
+        raise ModelError(f"model.{'tokenizer' if spec.model.tokenizer else 'name'}: {name}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=spec.model.revision, trust_remote_code=spec.model.trust_remote_code, padding_side="left"
+        )
+    except Exception as error:  # the hub client and tokenizers raise a dozen unrelated types
+        raise ModelError(f"{name}: the tokenizer cannot be loaded: {first_line(error)}") from None
+    if spec.data.chat_template is not None:
+        tokenizer.chat_template = _template_text(Path(spec.data.chat_template))
+    if any(source.recipe != "text" for source in spec.data.sources):
+        _check_template(tokenizer, name, spec.data.chat_template)
+    _check_tokens(tokenizer, name, [source.recipe for source in spec.data.sources])
+    # Longer rows are cut and counted here; the tokenizer's own warning about them would come before that.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
+
+
+def _template_text(file: Path) -> str:
+    """A template file as text: UTF-8, or UTF-16 with its byte order mark, as some editors save.
+
+    Raises:
+        DataError: it is missing, empty, or in another encoding.
+    """
+    if not file.is_file():
+        raise DataError(f"data.chat_template: {file}: no such file")
+    try:
+        content = file.read_bytes()
+        text = content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig")
+    except OSError as error:
+        raise DataError(f"data.chat_template: {file}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"data.chat_template: {file}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    if "\0" in text:
+        raise DataError(f"data.chat_template: {file}: holds NUL characters, so it is not UTF-8 text; save it as UTF-8")
+    if not text.strip():
+        raise DataError(f"data.chat_template: {file}: the file is empty; write a chat template in Jinja into it")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, name: str, file: str | None) -> None:
+    """Refuse a tokenizer whose conversations cannot be written, before a row is read.
+
+    Raises:
+        ModelError, DataError: no template, several without a default, or one that is not Jinja.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    template: object = tokenizer.chat_template
+    if not template:
+        raise ModelError(
+            f"{name}: the tokenizer has no chat template, so conversations cannot be written for this model; "
+            "use an instruction-tuned model, or name a .jinja file in data.chat_template"
+        )
+    if isinstance(template, dict) and "default" not in template:
+        raise ModelError(
+            f"{name}: the tokenizer has the chat templates {', '.join(sorted(map(str, template)))}, and none of them "
+            "is named default; write the one that is meant into a .jinja file and name it in data.chat_template"
+        )
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        reason = f"the chat template is not valid Jinja: line {error.lineno}: {first_line(error.message)}"
+        if file is not None:
+            raise DataError(f"data.chat_template: {file}: {reason}") from None
+        raise ModelError(f"{name}: {reason}; name a .jinja file that is in data.chat_template") from None
+    except Exception:  # noqa: S110  # a template may refuse this conversation; that of a row says so with its place
+        pass
+
+
+def _check_tokens(tokenizer: PreTrainedTokenizerBase, name: str, recipes: list[str]) -> None:
+    """Refuse a tokenizer that lacks what every row needs.
+
+    Raises:
+        ModelError: no token to pad with or to end plain text with, or no character offsets.
+    """
+    where = "set it in the tokenizer's tokenizer_config.json, or name another one in model.tokenizer"
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{name}: the tokenizer has neither a pad_token nor an eos_token, so rows of different length cannot be "
+            f"put into one batch; {where}"
+        )
+    if tokenizer.eos_token_id is None and "text" in recipes:
+        raise ModelError(f"{name}: the tokenizer has no eos_token, which ends the rows of recipe text; {where}")
+    if not tokenizer.is_fast and set(recipes) != {"text"}:
+        raise ModelError(
+            f"{name}: its tokenizer is written in Python and does not say which characters its tokens stand for, so "
+            "answers cannot be told from questions; name one with a tokenizer.json in model.tokenizer"
+        )

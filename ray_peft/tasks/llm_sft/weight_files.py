@@ -1,0 +1,334 @@
+"""A model's weight files: which ones are read, and the names, shapes and bytes of the weights in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.errors import ModelError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WHOLE = 256 * 2**20
+"""Files of at most these bytes together are read whole where content counts; of larger ones, samples of each weight."""
+
+SAMPLE = 4096
+"""Bytes of a sample: one at the start, the middle and the end of each weight."""
+
+LARGEST_HEADER = 100 * 10**6
+"""The safetensors format allows no larger header."""
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files that transformers reads for a model, in its order."""
+
+    files: tuple[Path, ...]
+    variant: str | None = None
+    """Such as fp16, where only files of that variant are there."""
+    index: Path | None = None
+    """The file that names the shards, if there is one."""
+
+    @property
+    def pickled(self) -> bool:
+        """Whether they are torch's own archives, which are read without running code from them."""
+        return self.files[0].suffix == ".bin"
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files together."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def stamps(self) -> tuple[tuple[str, int, int], ...]:
+        """What changes if a file does: paths, times and sizes."""
+        every = [*self.files, *([self.index] if self.index else [])]
+        return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in every)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One weight in a safetensors file."""
+
+    name: str
+    dtype: str
+    """As the file spells it, such as BF16."""
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    """First byte in the file."""
+    end: int
+
+
+def weight_files(folder: Path, named: str | None = None) -> WeightFiles:
+    """The files that transformers 5.23 would load from `folder`.
+
+    Args:
+        folder: of the model.
+        named: `transformers_weights` of its config, which names one file or index.
+
+    Raises:
+        ModelError: there are none, some are missing, or the index names files elsewhere.
+    """
+    plain = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    for name in (named,) if named else plain:
+        if (folder / name).is_file():
+            return _listed(folder / name, None)
+    single = [file for file in sorted(folder.glob("model.*.safetensors")) if not _SHARD.search(file.name)]
+    variants = {file.name.removeprefix("model.").removesuffix(".safetensors"): file for file in single}
+    for file in sorted(folder.glob("model.safetensors.index.*.json")):
+        variants[file.name.removeprefix("model.safetensors.index.").removesuffix(".json")] = file
+    if len(variants) > 1:
+        raise ModelError(
+            f"model.name: {folder} holds weights in the variants {', '.join(sorted(variants))} and none without a "
+            "variant; rename the file to use to model.safetensors"
+        )
+    for variant, file in variants.items():
+        return _listed(file, variant)
+    raise ModelError(_no_weights(folder))
+
+
+def _listed(file: Path, variant: str | None) -> WeightFiles:
+    """A single file, or all that an index names."""
+    if file.suffix != ".json":
+        return WeightFiles((file,), variant)
+    index = read_json(file)
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ModelError(f"{file}: weight_map does not say which file holds which weight; download the file again")
+    if not isinstance(index.get("metadata"), dict):
+        raise ModelError(f'{file}: has no "metadata", which transformers reads; download it again, or add {{}}')
+    shards = sorted(set(names.values()))
+    for name in shards:
+        inside = Path(name)
+        if inside.is_absolute() or ".." in inside.parts or "\\" in name or ":" in name:
+            raise ModelError(f"{file}: weight_map names {name!r}, which is not inside the model's folder")
+    missing = [name for name in shards if not (file.parent / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{file}: {len(missing)} of the {len(shards)} files that it names are missing: {some(missing)}; "
+            "download them, too"
+        )
+    if len({Path(name).suffix for name in shards}) > 1:
+        raise ModelError(f"{file}: weight_map names files of several formats ({some(shards)}); give those of one")
+    return WeightFiles(tuple(file.parent / name for name in shards), variant, file)
+
+
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+
+_FOREIGN = {
+    "*.gguf": "GGUF files are not read: they are made for running models, not for training them",
+    "*.safetensors": "the index model.safetensors.index.json, or the name model.safetensors, is missing",
+    "pytorch_model-*.bin": "the index pytorch_model.bin.index.json is missing",
+    "*.pth": "Meta's own format is not read: convert it with transformers",
+    "*.pt": "torch files of other names are not read",
+    "*.ckpt": "torch files of other names are not read",
+    "*.h5": "TensorFlow's format is not read",
+    "*.msgpack": "Flax's format is not read",
+    "*.onnx": "ONNX files are not read",
+    "*.npz": "NumPy's format is not read",
+}
+
+
+def _no_weights(folder: Path) -> str:
+    ways = (
+        "give a folder with model.safetensors, as save_pretrained writes it, or set model.random_weights: true to "
+        "measure memory and speed only"
+    )
+    for pattern, reason in _FOREIGN.items():
+        files = [file.name for file in sorted(folder.glob(pattern))]
+        if files:
+            return f"model.name: {folder} holds {some(files)}, but {reason}; {ways}"
+    return f"model.name: {folder} holds no weights (no model.safetensors); {ways}"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file that holds one object.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        pointer = _not_weights(file) if file.is_file() else None
+        raise ModelError(f"{file}: {pointer or f'no valid JSON: {first_line(error)}'}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def entries(files: WeightFiles) -> list[Entry]:
+    """Every weight of safetensors files, from their headers.
+
+    Raises:
+        ModelError: a file is cut, a pointer, or not of this format.
+    """
+    return [entry for file in files.files for entry in _header(file)]
+
+
+def _header(file: Path) -> Iterator[Entry]:
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        text = handle.read(length) if length <= LARGEST_HEADER else b""
+    try:
+        header = json.loads(text.decode("utf-8"))
+        header.pop("__metadata__", None)
+        listed = [
+            Entry(name, str(at["dtype"]), tuple(at["shape"]), file, *(8 + length + int(x) for x in at["data_offsets"]))
+            for name, at in header.items()
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ModelError(f"{file}: {_not_weights(file) or 'not a safetensors file, or a damaged one'}") from None
+    size, told = file.stat().st_size, max((entry.end for entry in listed), default=8 + length)
+    if size < told:
+        raise ModelError(f"{file}: is cut: it has {size:,} of {told:,} bytes; download it again")
+    _check_format(file)
+    yield from listed
+
+
+def _check_format(file: Path) -> None:
+    """The library's own check of the header: nothing of the content is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ModelError(f"{file}: damaged ({first_line(error)}); download it again") from None
+
+
+def _not_weights(file: Path) -> str | None:
+    """What a file is instead of what its name says; None if it cannot be told."""
+    with file.open("rb") as handle:
+        begin = handle.read(512)
+    if not begin:
+        return "is empty; download it again"
+    if begin.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder"
+    if b"/annex/objects/" in begin:
+        return "is a pointer of git-annex, not the file itself; run `git annex get` in its folder"
+    if begin.lstrip()[:9].lower() in (b"<!doctype", b"<html") or begin.lstrip()[:5].lower() == b"<html":
+        return "is a web page, not the file itself; download it again (a login may be needed)"
+    if begin.startswith(b"PK\x03\x04") and file.suffix == ".safetensors":
+        return "is a torch or zip archive with the wrong name, not a safetensors file"
+    if file.suffix == ".safetensors" and int.from_bytes(begin[:8], "little") < LARGEST_HEADER:
+        return "is cut or damaged: its header is not whole; download it again"
+    return None
+
+
+def on_meta(files: WeightFiles) -> dict[str, Tensor]:
+    """Every weight by name, with its shape and dtype and without its numbers.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    import torch
+    from transformers.modeling_utils import str_to_torch_dtype
+
+    if files.pickled:
+        state: dict[str, Tensor] = {}
+        for file in files.files:
+            state |= {name: value for name, value in _unpickled(file, "meta").items() if hasattr(value, "shape")}
+        return state
+    return {
+        entry.name: torch.empty(entry.shape, dtype=str_to_torch_dtype.get(entry.dtype, torch.uint8), device="meta")
+        for entry in entries(files)
+    }
+
+
+def _unpickled(file: Path, device: str) -> dict[str, Any]:
+    """A torch archive, read without running code from it; numbers stay in the file until they are used."""
+    import torch
+
+    try:
+        try:
+            loaded = torch.load(file, map_location=device, weights_only=True, mmap=device == "cpu")
+        except RuntimeError:  # torch's format before 1.6 cannot be mapped
+            loaded = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # unpickling raises whatever the file makes it raise
+        code = "it holds more than weights, and reading the rest could run code"
+        why = code if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        reason = _not_weights(file) or (
+            f"cannot be read ({why}); save the model again with save_pretrained, which writes model.safetensors"
+        )
+        raise ModelError(f"{file}: {reason}") from None
+    if not isinstance(loaded, dict):
+        raise ModelError(f"{file}: holds a {type(loaded).__name__}, not weights by name; save the model's state_dict")
+    return loaded
+
+
+def first_not_finite(files: WeightFiles) -> str | None:
+    """The first weight with a NaN or an infinity, from the files; None if all are finite. Reads all of them."""
+    from safetensors import safe_open
+
+    for file in files.files:
+        if files.pickled:
+            loaded = _unpickled(file, "cpu")
+            odd = _first_odd(list(loaded), loaded.__getitem__)
+        else:
+            with safe_open(file, framework="pt") as opened:
+                odd = _first_odd(list(opened.keys()), opened.get_tensor)
+        if odd is not None:
+            return odd
+    return None
+
+
+def _first_odd(names: list[str], value: Callable[[str], Tensor]) -> str | None:
+    import torch
+
+    for name in names:
+        tensor = value(name)
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            wide = tensor.float() if tensor.element_size() == 1 else tensor
+            if not bool(torch.isfinite(wide).all()):
+                return name
+    return None
+
+
+def digest(files: WeightFiles) -> str:
+    """SHA-256 over names, dtypes, shapes and content of all weights, however they are spread over files.
+
+    Content is read whole up to `WHOLE` bytes, else in three samples of each weight, so that a change of training shows.
+    """
+    total = hashlib.sha256()
+    whole = files.num_bytes <= WHOLE
+    if files.pickled:
+        for file in files.files:
+            total.update(file.name.encode())
+            with file.open("rb") as handle:
+                for begin, end in [(0, file.stat().st_size)] if whole else _samples(0, file.stat().st_size):
+                    handle.seek(begin)
+                    total.update(handle.read(end - begin))
+        return total.hexdigest()
+    by_file = {file: _mapped(file) for file in files.files}
+    for entry in sorted(entries(files), key=lambda entry: entry.name):
+        total.update(f"{entry.name}:{entry.dtype}:{entry.shape}:".encode())
+        content = by_file[entry.file]
+        for begin, end in [(entry.begin, entry.end)] if whole else _samples(entry.begin, entry.end):
+            total.update(content[begin:end])
+    return total.hexdigest()
+
+
+def _mapped(file: Path) -> mmap.mmap:
+    with file.open("rb") as handle:
+        return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _samples(begin: int, end: int) -> list[tuple[int, int]]:
+    """Start, middle and end."""
+    places = (begin, (begin + end) // 2, end - SAMPLE)
+    return [(max(begin, place), min(end, max(begin, place) + SAMPLE)) for place in places]
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,175 @@
+"""The weight files of a pipeline's parts: which are read, and whether they hold what the configurations say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.errors import ModelError, first_line
+
+if TYPE_CHECKING:
+    from torch import nn
+
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+"""How the weight files of each part are called, before the variant and .safetensors."""
+
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Of the attention of a VAE in files of diffusers before 0.18, which are read, too."""
+
+
+def variant_of(folder: Path, part: str) -> str | None:
+    """The variant of a part's weights, such as fp16; null where there are plain ones, which go first.
+
+    Raises:
+        ModelError: there are no weights as safetensors, or several variants and no plain ones.
+    """
+    stem = STEMS[part]
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    if f"{stem}.safetensors" in files or (folder / f"{stem}.safetensors.index.json").is_file():
+        return None
+    inner = {
+        name.removeprefix(f"{stem}.").removesuffix(".safetensors") for name in files if name.startswith(f"{stem}.")
+    }
+    inner |= {
+        file.name.removeprefix(f"{stem}.safetensors.index.").removesuffix(".json")
+        for file in folder.glob(f"{stem}.safetensors.index.*.json")
+    }
+    variants = sorted({name.partition("-")[0] for name in inner})
+    if len(variants) == 1:
+        return variants[0]
+    if variants:
+        raise ModelError(
+            f"model.name: {folder} holds weights in the variants {', '.join(variants)} and none without a variant; "
+            f"rename the one to use to {stem}.safetensors"
+        )
+    raise ModelError(f"model.name: {folder} holds no *.safetensors weights{_instead(folder, files, stem)}")
+
+
+def _instead(folder: Path, files: Sequence[str], stem: str) -> str:
+    random = "set model.random_weights: true to measure memory and speed only"
+    if files:
+        return f" called {stem}.safetensors (found {', '.join(files[:3])}); rename the file, or {random}"
+    pickles = sorted(file.name for ending in ("bin", "ckpt", "pt", "pth") for file in folder.glob(f"*.{ending}"))
+    if pickles:
+        return (
+            f" but {pickles[0]}, whose kind may run code and is not read; load the pipeline with diffusers and write "
+            f"it with save_pretrained(safe_serialization=True), or {random}"
+        )
+    return f"; give a folder with weights, or {random}"
+
+
+def files_of(folder: Path, part: str) -> list[Path]:
+    """The weight files that are read for a part.
+
+    Raises:
+        ModelError: there are none, or one that the index names is missing.
+    """
+    variant = variant_of(folder, part)
+    stem = STEMS[part] + (f".{variant}" if variant else "")
+    if (folder / f"{stem}.safetensors").is_file():
+        return [folder / f"{stem}.safetensors"]
+    index = folder / f"{STEMS[part]}.safetensors.index{f'.{variant}' if variant else ''}.json"
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"model.name: {index} is no index of weight files: {first_line(error)}") from None
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing or not shards:
+        raise ModelError(
+            f"model.name: {folder}: {len(missing)} of {len(shards)} files that {index.name} names are missing: "
+            f"{', '.join(missing[:3])}; download them, too"
+        )
+    return [folder / shard for shard in shards]
+
+
+def check_weights(folder: Path, part: str, model: nn.Module) -> None:
+    """Compare the names and shapes of a part's weights, from the files' headers, with those of its configuration.
+
+    Raises:
+        ModelError: a file is not whole, a weight is missing, one is left over, or one has another shape.
+    """
+    there: dict[str, tuple[int, ...]] = {}
+    for file in files_of(folder, part):
+        there |= _shapes(file)
+    there = _as_now(there, part)
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    wanted = {_short(name, part): shape for name, shape in wanted.items()}
+    say = f"model.name: {folder}: config.json and weights do not belong together: "
+    if missing := sorted(wanted.keys() - there.keys()):
+        raise ModelError(f"{say}{_some(missing)} of {len(wanted)} are missing in the files; download both again")
+    if more := sorted(there.keys() - wanted.keys()):
+        raise ModelError(f"{say}the files hold {_some(more)}, which the config has no layer for; download both again")
+    for name, shape in wanted.items():
+        if there[name] != shape:
+            raise ModelError(f"{say}{name} is {there[name]} in the files, and {shape} by the config")
+
+
+def _as_now(there: Mapping[str, tuple[int, ...]], part: str) -> dict[str, tuple[int, ...]]:
+    """Names as today's classes have them, without buffers that older versions stored."""
+    renamed = {}
+    for name, shape in there.items():
+        short = _short(name, part)
+        if short.endswith("position_ids") or (part == "text_encoder" and _is_of_clip(short)):
+            continue
+        if part == "vae" and ".attentions." in short:
+            *start, layer, kind = short.split(".")
+            short = ".".join([*start, _OLD_NAMES.get(layer, layer), kind])
+            shape = shape[:2] if kind == "weight" and len(shape) == 4 else shape
+        renamed[short] = shape
+    return renamed
+
+
+def _short(name: str, part: str) -> str:
+    return name.removeprefix("text_model.") if part == "text_encoder" else name
+
+
+def _is_of_clip(name: str) -> bool:
+    """True for the parts of a whole CLIP beside its text encoder, which some files hold and nobody reads."""
+    return name.startswith(("vision_model.", "visual_projection.", "text_projection.", "logit_scale"))
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"model.name: {file}: {_what_else(file) or f'is cut or damaged ({first_line(error)})'}"
+        ) from None
+
+
+def _what_else(file: Path) -> str | None:
+    """What a file is in place of weights."""
+    with file.open("rb") as opened:
+        start = opened.read(200).lstrip().lower()
+    if not start:
+        return "is empty; download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the file itself; run git lfs pull in its folder"
+    if start.startswith((b"<!doctype", b"<html")):
+        return "is a web page, not the file itself; download it again"
+    return None
+
+
+def _some(names: Iterable[str]) -> str:
+    chosen = list(names)
+    return ", ".join(chosen[:3]) + (f" and {len(chosen) - 3} more" if len(chosen) > 3 else "")
+
+
+def single_file_in(folder: Path) -> str | None:
+    """A checkpoint in one file, or an adapter, that lies where a pipeline should; in words."""
+    names: list[Any] = sorted(file.name for file in folder.iterdir() if file.is_file())
+    if adapters := [name for name in names if name in ("adapter_config.json", "pytorch_lora_weights.safetensors")]:
+        return f"it holds an adapter ({adapters[0]}): name the pipeline that it was trained on"
+    if whole := [name for name in names if name.lower().endswith((".safetensors", ".ckpt", ".gguf"))]:
+        return f"{whole[0]} is a checkpoint in one file: {FROM_SINGLE_FILE}"
+    return None
+
+
+FROM_SINGLE_FILE = (
+    "convert it with diffusers' StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), and name FOLDER"
+)

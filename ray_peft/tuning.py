@@ -1,0 +1,265 @@
+"""Tune, which hands trials out to the cluster and rows in; the only module that imports ray.tune.
+
+Trials pass through Tune as their place in a list, which the workers look up: Tune takes quadratic time over a grid of
+whole specs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from ray_peft import worker
+from ray_peft.allotment import Allotment
+from ray_peft.errors import first_line
+from ray_peft.experiment import Experiment
+from ray_peft.placement import Demand, Node, concurrent_trials
+from ray_peft.result import TrialResult
+from ray_peft.search import Draws
+from ray_peft.spec import TrialSpec
+
+_TRIAL = "trial"
+"""The only key of Tune's configurations: a place in the list of trials, or the text of a proposed trial."""
+
+
+class _OfThisProcess:
+    """Tune pickles what it is given into files that nobody reads here, and gets a blank for what cannot be pickled."""
+
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        return object, ()
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Self:
+        return self
+
+
+class Receiver(Protocol):
+    """Who is told of trials."""
+
+    def begin(self, spec: TrialSpec) -> None:
+        """A trial was handed out."""
+
+    def take(self, result: TrialResult) -> None:
+        """A row is there."""
+
+    def show(self, spec: TrialSpec, metrics: Mapping[str, Any]) -> None:
+        """A running trial reports a step."""
+
+    def lose(self, spec: TrialSpec, reason: str) -> None:
+        """A worker died."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call of Tune runs."""
+
+    trials: Sequence[TrialSpec]
+    """In the order of starting; empty if a search proposes them."""
+    draws: Draws | None
+    """The search; null where the trials are known."""
+    samples: int
+    """Proposals at most."""
+    members: Mapping[str, TrialResult]
+    """Rows of ensembles' members by trial id."""
+
+
+def quiet() -> None:
+    """Set before Ray starts what Tune reads."""
+    # Tune's own loggers write every metric to three more files, and its console output draws boxes that some
+    # consoles cannot print.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_RESULT_BUFFER_LENGTH", "0")
+    # Reports of training steps do not carry the scores that a search improves; the last report does.
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+
+
+def fit(
+    work: Work, opened: Experiment, allotment: Allotment, nodes: list[Node], demands: list[Demand], receiver: Receiver
+) -> None:
+    """Run trials at once on the cluster, until all have a row or the user stops them.
+
+    Args:
+        work: the trials, or what proposes them.
+        opened: where they are kept.
+        allotment: what each of them holds.
+        nodes: of the cluster.
+        demands: what the trials hold, of a search what one proposal holds.
+        receiver: is told of every event, in this process.
+    """
+    from ray import tune
+
+    several = [each for each in demands if each.num_workers > 1]
+    settings: dict[str, Any] = {"reuse_actors": True}
+    if several:
+        settings["max_concurrent_trials"] = concurrent_trials(several, nodes)
+    space: dict[str, Any] = {}
+    if work.draws is not None:
+        settings |= {"search_alg": _searcher(work.draws), "num_samples": work.samples}
+    else:
+        space = {_TRIAL: tune.grid_search(list(range(len(work.trials))))}
+    resolve, name = _resolver(work.trials), f"tune-{os.urandom(4).hex()}"
+    # Tune unpickles the trainable for every trial, so what grows with the trials travels through the object store.
+    hand = {"trials": list(work.trials), "allotment": allotment, "members": dict(work.members)}
+    trainable = tune.with_parameters(_trainable(opened), **hand)
+    _held[name] = lambda config: allotment.demand(resolve(config))
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, partial(_resources, name)),
+        param_space=space,
+        tune_config=tune.TuneConfig(**settings),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=str(opened.ledger.folder / "ray"),
+            verbose=0,
+            callbacks=[_callback(resolve, receiver)],
+            failure_config=tune.FailureConfig(max_failures=0),
+        ),
+    )
+    # Tune logs a traceback for each lost trial; its reason is in the trial's row and line.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    try:
+        with _own_sigint():
+            tuner.fit()
+    finally:
+        del _held[name]
+
+
+def _resolver(trials: Sequence[TrialSpec]) -> Callable[[Mapping[str, Any]], TrialSpec]:
+    """Tune's configuration of a trial -> its spec, under the id that was settled for it."""
+
+    def resolve(config: Mapping[str, Any]) -> TrialSpec:
+        where = config[_TRIAL]
+        if isinstance(where, int):
+            return trials[where]
+        told = json.loads(where)
+        return TrialSpec.from_plain(told["spec"]).under(told["trial_id"])
+
+    return resolve
+
+
+def _searcher(draws: Draws) -> Any:
+    """Tune's side of a search."""
+    from ray.tune.search import Searcher
+
+    class Proposals(_OfThisProcess, Searcher):
+        def suggest(self, trial_id: str) -> Any:
+            trial = draws.next()
+            if trial is None:
+                return Searcher.FINISHED
+            return {_TRIAL: json.dumps({"trial_id": trial.trial_id, "spec": trial.plain()})}
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            """Rows reach the search through the receiver, lost ones too."""
+
+        def save(self, checkpoint_path: str) -> None:
+            """Rows are the memory of a search: what Tune asks for stays empty."""
+            Path(checkpoint_path).touch()
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing was kept."""
+
+    return Proposals()
+
+
+def _trainable(opened: Experiment) -> Callable[..., None]:
+    """The function that Tune runs for each trial, in a process that it uses again for the next."""
+    ledger, store, parent, name = opened.ledger, opened.store, opened.parent_run_id, opened.name
+
+    def trial(
+        config: dict[str, Any], trials: list[TrialSpec], allotment: Allotment, members: dict[str, TrialResult]
+    ) -> None:
+        from ray import tune
+
+        spec = _resolver(trials)(config)
+        assignment = worker.Assignment(
+            spec=spec,
+            folder=ledger.trial_folder(spec.trial_id),
+            store=store,
+            parent_run_id=parent,
+            sweep=name,
+            demand=allotment.demand(spec),
+            members=tuple(members[each.trial_id] for each in spec.members() if each.trial_id in members),
+        )
+
+        def report(metrics: Mapping[str, float], step: int) -> None:
+            tune.report({"step": step, **metrics})
+
+        if assignment.demand.num_workers > 1:
+            result: TrialResult | None = worker.run_in_trainer(assignment, ledger.folder / "ray")
+        else:
+            result = worker.run_here(assignment, report)
+        assert result is not None
+        tune.report(worker.final_report(result))
+        worker.raise_if_broken(result)
+
+    return trial
+
+
+def _callback(resolve: Callable[[Mapping[str, Any]], TrialSpec], receiver: Receiver) -> Any:
+    """Tune's callback in the driver."""
+    from ray import tune
+
+    class Rows(_OfThisProcess, tune.Callback):
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            receiver.begin(resolve(trial.config))
+
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        ) -> None:
+            # Tune ends with an error in here, and with it all the other trials.
+            spec = resolve(trial.config)
+            try:
+                if worker.ROW in result:
+                    receiver.take(TrialResult.model_validate_json(result[worker.ROW]))
+                else:
+                    receiver.show(spec, result)
+            except Exception as error:
+                receiver.lose(spec, f"its row cannot be kept: {type(error).__name__}: {first_line(error)}")
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            receiver.lose(resolve(trial.config), _reason(trial))
+
+    return Rows()
+
+
+_held: dict[str, Callable[[Mapping[str, Any]], Demand]] = {}
+"""What Tune's configurations hold, by the name of the call of Tune: known in the driver alone, where it is asked."""
+
+
+def _resources(name: str, config: dict[str, Any]) -> Any:
+    """What Tune holds for a trial; the workers of a multi-worker trial are held by Ray Train."""
+    from ray import tune
+
+    needed = _held[name](config)
+    if needed.num_workers > 1:
+        # The driver that waits for the workers must not hold what they need: not even a hundredth of a core.
+        return tune.PlacementGroupFactory([{"memory": 1}])
+    return tune.PlacementGroupFactory([{"CPU": needed.cpus_per_worker, "GPU": needed.gpus_per_worker}])
+
+
+@contextlib.contextmanager
+def _own_sigint() -> Iterator[None]:
+    """Keep the caller's answer to Ctrl-C: Tune leaves its own in place, which stops nothing once it has come back."""
+    own = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, own)
+
+
+def _reason(trial: Any) -> str:
+    """Why Tune lost a trial that left no row: the last line of its error, which names the exception."""
+    path = getattr(trial, "error_file", None)
+    text = Path(path).read_text(encoding="utf-8", errors="replace") if path and Path(path).is_file() else ""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return f"the worker died: {lines[-1].strip()}\n\n{text}" if lines else "the worker died without a word"

@@ -1,0 +1,25 @@
+"""The parts of a trial that run on shapes, by name: an error says in which one it came up."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+ATTACH, STEP, SCORING, ANSWERING = "attaching the method", "a training step", "scoring a row", "decoding an answer"
+"""What a trial does, in this order."""
+
+
+@contextlib.contextmanager
+def during(part: str) -> Iterator[None]:
+    """Note on an error that comes up in here in which part it did."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(part)
+        raise
+
+
+def part_of(error: BaseException) -> str | None:
+    """The part of a trial in which an error came up; None if it was in none of them."""
+    notes = [note for note in getattr(error, "__notes__", []) if note in (ATTACH, STEP, SCORING, ANSWERING)]
+    return notes[0] if notes else None

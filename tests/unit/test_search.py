@@ -1,0 +1,161 @@
+"""A search proposes each trial once, and remembers the rows of its own space alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+
+from ray_peft.inspector import Inspector
+from ray_peft.result import Provenance, Scores, TrialResult
+from ray_peft.search import Draws
+from ray_peft.space import load
+from ray_peft.spec import TrialSpec
+
+LORA = {"name": "lora", "rank": 4, "lr": {"loguniform": [1.0e-3, 1.0e-1]}}
+METHODS = {"choice": [{"name": "lora", "rank": 4, "lr": 0.01}, {"name": "galore", "rank": 8}, {"name": "none"}]}
+
+
+class Search:
+    """A search space, what it proposes and what it says."""
+
+    def __init__(self, folder: Path, model: Path, rows: Path, method: dict[str, Any], samples: int, **changes) -> None:
+        plain = tiny.plain_spec(model, rows, **changes)
+        plain |= {"method": method, "search": {"samples": samples, "algorithm": "optuna"}}
+        (folder / "search.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
+        self.said: list[str] = []
+        self.inspector = Inspector()
+        self.draws = Draws(load(folder / "search.yaml"), self.inspector, self.said.append)
+
+    def run(self, most: int = 20) -> list[TrialResult]:
+        """Rows of up to so many proposals, better with each."""
+        rows = []
+        while len(rows) < most and (trial := self.draws.next()) is not None:
+            rows.append(self.row(trial, loss=5.0 - 0.1 * len(rows)))
+            self.draws.told(rows[-1])
+        return rows
+
+    def row(self, trial: TrialSpec, loss: float) -> TrialResult:
+        content = self.inspector.content(trial)
+        made = Provenance(model_fingerprint=content.model, data_key=content.data)
+        scores = Scores(eval_loss=loss)
+        row = TrialResult(trial_id=trial.trial_id, status="finished", spec=trial, scores=scores, provenance=made)
+        return TrialResult.model_validate_json(row.model_dump_json())
+
+
+@pytest.fixture
+def search(tiny_model, questions, tmp_path):
+    """Builds a search on the tiny model."""
+
+    def build(method, samples=4, **changes):
+        return Search(tmp_path, tiny_model, questions, method, samples, **changes)
+
+    return build
+
+
+def remembered(search: Search, rows: list[TrialResult], most: int = 20) -> list[str]:
+    return list(search.draws.remember(rows, most).finished)
+
+
+def ids(rows: list[TrialResult]) -> list[str]:
+    return [row.trial_id for row in rows]
+
+
+def test_rows_of_the_same_space_are_remembered_and_not_drawn_again(search):
+    first = search(LORA).run(3)
+    more = search(LORA, samples=5)
+    assert remembered(more, first) == ids(first)
+    assert not set(ids(more.run(2))) & set(ids(first))
+    assert remembered(search(LORA), first, most=2) == ids(first[:2])
+
+
+QUESTIONS = {
+    "longer training": (LORA, {"train__steps": 12}),
+    "another setting": ({**LORA, "rank": 8}, {}),
+    "other ranges": ({**LORA, "lr": {"loguniform": [1.0e-6, 1.0e-5]}}, {}),
+    "other rows": (LORA, {"data__max_length": 64}),
+    "another seed": (LORA, {"seed": 9}),
+    "other methods": (METHODS, {}),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_rows_are_no_answer_to_another_question(search, question):
+    rows = search(LORA).run(3)
+    method, changes = QUESTIONS[question]
+    other = search(method, **changes)
+    assert remembered(other, rows) == []
+    (row, *_) = other.run(1)
+    assert row.trial_id not in ids(rows)
+
+
+def test_wider_ranges_keep_the_rows_inside(search):
+    rows = search(LORA).run(3)
+    low = min(row.spec.method.lr for row in rows)
+    within = search({**LORA, "lr": {"loguniform": [low * 1.0001, 0.5]}})
+    assert remembered(within, rows) == [row.trial_id for row in rows if row.spec.method.lr > low * 1.0001]
+
+
+def test_whole_methods_are_drawn_once_each_and_remembered(search):
+    first = search(METHODS).run()
+    assert sorted(row.spec.method.name for row in first) == ["galore", "lora", "none"]
+    again = search(METHODS)
+    assert remembered(again, first) == ids(first)
+    assert again.run() == []
+    assert again.draws.exhausted
+    assert again.said == ["the search ends early: after 3 trials it proposes only repeats or no valid trial"]
+
+
+def test_a_finite_space_is_drawn_whole_without_repeats(search):
+    lora = {"name": "lora", "rank": {"randint": [1, 5]}, "targets": {"choice": [["q_proj"], ["q_proj", "v_proj"]]}}
+    rows = search(lora).run(20)
+    assert len({(row.spec.method.rank, row.spec.method.targets) for row in rows}) == len(rows) == 8
+
+
+def test_a_trial_that_is_running_is_not_proposed_again(search):
+    running = search(METHODS)
+    trials = [running.draws.next() for _ in range(3)]
+    assert len({trial.trial_id for trial in trials if trial is not None}) == 3
+    assert running.draws.next() is None
+
+
+def test_an_invalid_draw_is_passed_over_and_said_once(search, tmp_path):
+    """Half of the combinations break a rule; the file's own draws happen to keep it."""
+    found = search({"name": "lora", "rank": 4}, samples=1, train__batch_size={"choice": [8, 16]},
+                   train__micro_batch_size={"choice": [4, 8, 16]})  # fmt: skip
+    rows = found.run(20)
+    assert {(row.spec.train.batch_size, row.spec.train.micro_batch_size) for row in rows} == {
+        (8, 4), (8, 8), (16, 4), (16, 8), (16, 16)
+    }  # fmt: skip
+    (passed, _ends) = found.said
+    assert passed.startswith("passed over a proposal that makes no valid trial: ")
+    assert "train.batch_size (8) must be a multiple of train.micro_batch_size (16)" in passed
+
+
+def test_a_choice_of_rows_is_drawn_by_their_content(search, questions, tmp_path):
+    copy = tiny.write_rows(tmp_path / "copy.jsonl", tiny.QUESTIONS)
+    other = tiny.write_rows(tmp_path / "other.jsonl", tiny.QUESTIONS[::-1])
+    files = [[{"recipe": "prompt_completion", "path": str(path), "train": 40, "test": 8}] for path in
+             (questions, copy, other, tmp_path / "missing.jsonl")]  # fmt: skip
+    found = search({"name": "none"}, samples=1, data__sources={"choice": files[:3]})
+    assert len(found.run()) == 2
+    assert any("missing.jsonl" in line for line in _said(search, files))
+
+
+def _said(search, files) -> list[str]:
+    found = search({"name": "none"}, samples=1, data__sources={"choice": files})
+    assert len(found.run()) == 2
+    return found.said
+
+
+def test_failed_trials_teach_nothing_and_are_not_drawn_again(search):
+    found = search(METHODS)
+    for _ in range(3):
+        trial = found.draws.next()
+        found.draws.told(found.row(trial, 1.0).model_copy(update={"status": "failed"}))
+    assert found.draws.next() is None
+    rows = [found.row(trial, 1.0).model_copy(update={"status": "failed"})]
+    assert remembered(search(METHODS), rows) == []
