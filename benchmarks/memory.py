@@ -150,8 +150,9 @@ def measured(cell: dict[str, Any], folder: str, device: str) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoTokenizer, set_seed
 
+    from ray_peft.engine.member import Job
     from ray_peft.tasks.llm_sft.model import load_model
-    from ray_peft.tasks.llm_sft.train import StageJob, train_stage
+    from ray_peft.tasks.llm_sft.train import train_stage
 
     spec = spec_of(cell, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -170,8 +171,8 @@ def measured(cell: dict[str, Any], folder: str, device: str) -> dict[str, Any]:
     watch.start()
     try:
         attached = stage.attach(model)
-        job = StageJob(stage, steps, 0, Dataset.from_list(rows), work, device, lambda *_: None, lambda: 0.0)
-        train_stage(spec, job, attached, tokenizer)  # type: ignore[arg-type]
+        job = Job(spec, stage, steps, 0, work, device, lambda *_: None, lambda: 0.0)
+        train_stage(spec, job, Dataset.from_list(rows), attached, tokenizer)  # type: ignore[arg-type]
     finally:
         watch.stop()
         shutil.rmtree(work, ignore_errors=True)
@@ -184,6 +185,7 @@ def measured_unet(cell: dict[str, Any], folder: str, device: str) -> dict[str, A
     from diffusers import DDPMScheduler
     from transformers import set_seed
 
+    from ray_peft.engine.member import Job
     from ray_peft.tasks.text_to_image import latents, model, noise, passes, train
 
     spec = spec_of(cell, folder)
@@ -199,8 +201,8 @@ def measured_unet(cell: dict[str, Any], folder: str, device: str) -> dict[str, A
     try:
         attached = passes.attached(spec, stage, unet)
         draws = noise.Draws(spec, images, 0.18215, DDPMScheduler())
-        job = train.StageJob(stage, steps, 0, draws, work, device, lambda *_: None, lambda: 0.0)
-        train.train_stage(spec, job, attached)
+        job = Job(spec, stage, steps, 0, work, device, lambda *_: None, lambda: 0.0)
+        train.train_stage(spec, job, draws, attached)
     finally:
         watch.stop()
         shutil.rmtree(work, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from ray_peft.methods.base import Dtype, Quantization, Task
 from ray_peft.methods.lora import LowRankAdapter
@@ -47,7 +47,10 @@ class QLoRA(LowRankAdapter):
         name = adapted.active_adapter
         config = adapted.peft_config[name]
         adapters = get_peft_model_state_dict(adapted, adapter_name=name)
-        plain = _dequantised(adapted.unload())
+        plain: Any = _dequantised(adapted.unload())
+        # transformers 5.23 leaves its mark, for which TRL would round all weights of a later stage to bfloat16.
+        if hasattr(plain, "is_loaded_in_4bit"):
+            plain.is_loaded_in_4bit = False
         again = get_peft_model(plain, config)
         set_peft_model_state_dict(again, adapters)
         merged: nn.Module = again.merge_and_unload()

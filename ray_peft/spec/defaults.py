@@ -63,7 +63,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "checkpoint_every": None,
         "save_dtype": "bfloat16",
     },
-    "LlmTrainSpec": {"loss": "answers"},
+    "LlmTrainSpec": {"loss": "answers", "engine": "own"},
     "ImageTrainSpec": {
         "prediction": None,
         "snr_gamma": None,

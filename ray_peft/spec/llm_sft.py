@@ -93,6 +93,9 @@ class DataSpec(Strict):
 class LlmTrainSpec(TrainSpec):
     """Training, and which tokens carry loss."""
 
+    engine: Literal["own", "trl"] = "own"
+    """What runs the steps: our own loop, or TRL's SFTTrainer, whose numbers it has; the latter neither goes on with
+    fewer rows a pass where memory runs out, nor records passes."""
     loss: Literal["answers", "all"] = "answers"
     """The tokens that are trained: the assistant's turns with their end-of-turn token, or all tokens."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 
 import pytest
@@ -13,9 +14,11 @@ import torch
 from untracked import HYBRID, Notes
 
 from ray_peft import trial
+from ray_peft.engine import checkpoint
+from ray_peft.engine.checkpoint import STATE_FILE
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.cost import COST_FILE
-from ray_peft.tasks.llm_sft.checkpoints import last_checkpoint
+from ray_peft.tasks.llm_sft.trl_checkpoints import last_checkpoint
 
 SLEEP_S = 1.5
 
@@ -44,15 +47,10 @@ def spec(request, questions):
 
 def checkpoint_costs(folder, change):
     """Change the costs that the one checkpoint of a stage holds."""
-    (checkpoint,) = folder.glob("checkpoint-*")
-    if (checkpoint / COST_FILE).is_file():
-        kept = json.loads((checkpoint / COST_FILE).read_text())
-        change(kept)
-        (checkpoint / COST_FILE).write_text(json.dumps(kept))
-    else:
-        state = torch.load(checkpoint / "state.pt", weights_only=True)
-        change(state["cost"])
-        torch.save(state, checkpoint / "state.pt")
+    (place,) = folder.glob("checkpoint-*")
+    state = torch.load(place / STATE_FILE, weights_only=True)
+    change(state["cost"])
+    torch.save(state, place / STATE_FILE)
 
 
 def test_a_trial_that_is_stopped_twice_costs_all_its_attempts(spec, tmp_path):
@@ -95,19 +93,38 @@ def test_a_checkpoint_without_costs_is_gone_on_from_and_the_row_says_so(spec, tm
     """Those of version 0.1.0."""
     with pytest.raises(KeyboardInterrupt):
         attempt(spec, tmp_path, stop_at=5)
-    (checkpoint,) = (tmp_path / "stage1").glob("checkpoint-*")
-    (checkpoint / COST_FILE).unlink(missing_ok=True)
-    if (checkpoint / "state.pt").is_file():
-        state = torch.load(checkpoint / "state.pt", weights_only=True)
-        del state["cost"]
-        torch.save(state, checkpoint / "state.pt")
+    (place,) = (tmp_path / "stage1").glob("checkpoint-*")
+    state = torch.load(place / STATE_FILE, weights_only=True)
+    del state["cost"]
+    torch.save(state, place / STATE_FILE)
     with caplog.at_level(logging.WARNING):
         again = attempt(spec, tmp_path)
     assert (again.status, again.resumed_from_step, again.usage.complete) == ("finished", 4, False)
     assert "does not say what the steps before it took" in caplog.text
 
 
-def test_half_of_a_checkpoint_is_not_gone_on_from(tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "emptied", "removed", "of version 0.1.0"])
+def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_is_used(tmp_path, damage, caplog):
+    for step in (2, 10):
+        checkpoint.write(tmp_path / f"{step}", step, {"step": step})
+        shutil.move(tmp_path / f"{step}" / f"checkpoint-{step}", tmp_path)
+    file = tmp_path / "checkpoint-10" / STATE_FILE
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-40])
+    elif damage == "emptied":
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+    if damage == "of version 0.1.0":
+        (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        where, state = checkpoint.read_last(tmp_path, "cpu")
+    assert (where.name, state) == ("checkpoint-2", {"step": 2})
+    assert "checkpoint-10 cannot be read" in caplog.text
+    assert checkpoint.read_last(tmp_path / "gone", "cpu") is None
+
+
+def test_half_of_a_stock_checkpoint_is_not_gone_on_from(tmp_path):
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text('{"global_step"' + ": 2}" * (step == 2))

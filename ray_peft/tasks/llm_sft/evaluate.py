@@ -59,9 +59,9 @@ def token_log_probs(
     def score(part: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
         ids, labels = [row[0] for row in part], [row[1] for row in part]
         output = model(
-            input_ids=_padded(ids, pad, "right").to(model.device),
-            attention_mask=_padded([[1] * len(row) for row in ids], 0, "right").to(model.device),
-            labels=_padded(labels, IGNORED, "right").to(model.device),
+            input_ids=padded(ids, pad, "right").to(model.device),
+            attention_mask=padded([[1] * len(row) for row in ids], 0, "right").to(model.device),
+            labels=padded(labels, IGNORED, "right").to(model.device),
             fused_lm_head=True,  # never holds the logits of a whole batch: see model.py
         )
         return [output.log_probs[output.label_mask].double().cpu()]
@@ -112,8 +112,8 @@ def answers(
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
 
     def answer(chosen: Sequence[int]) -> list[str]:
-        batch = _padded([prompts[row] for row in chosen], tokenizer.pad_token_id, "left").to(model.device)
-        mask = _padded([[1] * len(prompts[row]) for row in chosen], 0, "left").to(model.device)
+        batch = padded([prompts[row] for row in chosen], tokenizer.pad_token_id, "left").to(model.device)
+        mask = padded([[1] * len(prompts[row]) for row in chosen], 0, "left").to(model.device)
         with torch.no_grad():
             output: Any = model.generate(  # type: ignore[operator]  # from GenerationMixin, in subclasses
                 input_ids=batch,
@@ -160,10 +160,11 @@ def inference(spec: LlmTrialSpec, model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _padded(rows: list[list[int]], value: int, side: str) -> Tensor:
-    """(row, longest) int64."""
+def padded(rows: Sequence[Sequence[int]], value: int, side: str) -> Tensor:
+    """Rows of unequal length as one tensor (row, longest) int64, filled up with `value` on one side, left or right."""
     import torch
 
     longest = max(len(row) for row in rows)
     pads = [[value] * (longest - len(row)) for row in rows]
-    return torch.tensor([row + pad if side == "right" else pad + row for row, pad in zip(rows, pads, strict=True)])
+    filled = zip(rows, pads, strict=True)
+    return torch.tensor([[*row, *pad] if side == "right" else [*pad, *row] for row, pad in filled])

@@ -232,16 +232,20 @@ class LlmBench(Bench):
         self.model = cast("PreTrainedModel", stage.attach(self.model))
 
     def train(self, stage: Stage, steps: int, first_step: int, folder: Path, report: Report) -> Trained:
-        """Train the attached stage with TRL's SFTTrainer."""
+        """Train the attached stage."""
+        from ray_peft.engine.member import Job
+        from ray_peft.tasks.llm_sft import train, trl_engine
         from ray_peft.tasks.llm_sft.routers import setting_kept
-        from ray_peft.tasks.llm_sft.train import StageJob, train_stage
 
-        job = StageJob(
-            stage, steps, first_step, self.data.train, folder, self.device, report, self.eval_loss,
-            lowered=self.lowered, rehearse=self.device != "cpu", costs=self.costs,
+        job = Job(
+            self.spec, stage, steps, first_step, folder, self.device, report, self.eval_loss,
+            lowered=self.lowered, costs=self.costs,
         )  # fmt: skip
-        with setting_kept(self.model):
-            return train_stage(self.spec, job, self.model, self.tokenizer)
+        given = (self.spec, job, self.data.train, self.model, self.tokenizer)
+        if self.spec.train.engine == "trl":
+            with setting_kept(self.model):
+                return trl_engine.train_stage(*given)
+        return train.train_stage(*given, rehearse=self.device != "cpu")
 
     def restore(self, folder: Path) -> None:
         """Load a saved adapter into the attached one."""

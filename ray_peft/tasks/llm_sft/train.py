@@ -1,247 +1,64 @@
-"""One stage of training on TRL's SFTTrainer."""
+"""One stage of training a causal language model."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ray_peft.methods.base import Stage
+from ray_peft.engine.loop import Engine
+from ray_peft.engine.member import Job, Member
 from ray_peft.spec import LlmTrialSpec
-from ray_peft.tasks.base import Costs, Report, Trained
-from ray_peft.tasks.finite import FiniteGuard
-from ray_peft.tasks.llm_sft.checkpoints import Meter, last_checkpoint
-from ray_peft.tasks.llm_sft.data import IGNORED
+from ray_peft.tasks.base import Trained
+from ray_peft.tasks.llm_sft.loss import TextLoss
+from ray_peft.tasks.llm_sft.steps import TextRows
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch.optim import Optimizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class StageJob:
-    """What one stage trains on, and where it keeps checkpoints."""
-
-    stage: Stage
-    steps: int
-    first_step: int
-    """Optimizer steps that earlier stages of the trial have done."""
-    rows: Dataset
-    folder: Path
-    device: str
-    report: Report
-    evaluate: Callable[[], float]
-    """The loss on the held-out rows, of the model as it is."""
-    lowered: dict[str, int] = field(default_factory=dict)
-    """What memory forced down in earlier stages; this stage starts with it, and adds to it (`Bench.lowered`)."""
-    rehearse: bool = False
-    """Try the pass that needs the most memory before the first steps."""
-    costs: Costs = field(default_factory=Costs)
-    """Of the trial; checkpoints carry them."""
-
-
-def train_rows(spec: LlmTrialSpec, rows: Dataset) -> Dataset:
-    """The training rows with the labels that the spec's loss asks for."""
-    kept = rows.select_columns(["input_ids", "labels"])
-    if spec.train.loss == "all":
-        return kept.map(lambda row: {"labels": row["input_ids"]}, keep_in_memory=True)
-    return kept
-
-
-def row_order(spec: LlmTrialSpec, rows: int, first_step: int, steps: int) -> list[int]:
-    """The rows that a trial of one stage sees from `first_step` on, so that a later stage goes on where one ended.
-
-    The order of an epoch is that of accelerate's seeded sampler, which the Trainer uses. An epoch's last batch may hold
-    fewer rows: it is filled up with the row number `rows`, which stands for a row without loss.
-
-    Args:
-        spec: the trial.
-        rows: training rows.
-        first_step: optimizer steps that are done.
-        steps: to come.
-    """
-    from accelerate.data_loader import SeedableRandomSampler
-
-    batch = spec.train.batch_size
-    sampler = SeedableRandomSampler(range(rows), data_seed=spec.seed)
-    per_epoch = math.ceil(rows / batch)
-    epoch, batches = divmod(first_step, per_epoch)
-    found: list[int] = []
-    while len(found) < steps * batch:
-        sampler.set_epoch(epoch)
-        order = list(sampler) + [rows] * (per_epoch * batch - rows)
-        found += order[batches * batch :]
-        epoch, batches = epoch + 1, 0
-    return found[: steps * batch]
-
-
-def _micro_batches(spec: LlmTrialSpec, job: StageJob, rows: int, done: int) -> list[list[int]]:
-    """The rows of each micro-batch of a stage on one worker, by their place among its `rows` rows.
-
-    Args:
-        spec: the trial.
-        job: the stage.
-        rows: of the stage's dataset, which a later stage has in order.
-        done: steps of the stage that a checkpoint holds.
-    """
-    if job.first_step:
-        order = list(range(done * spec.train.batch_size, rows))
-    else:
-        order = row_order(spec, rows, done, job.steps - done)
-    size = spec.train.micro_batch_size
-    batches = [[row for row in order[first : first + size] if row < rows] for first in range(0, len(order), size)]
-    return [batch for batch in batches if batch]
-
-
-def _rows_of_later_stage(spec: LlmTrialSpec, rows: Dataset, job: StageJob, filler: int) -> tuple[Dataset, int]:
-    """The stage's rows in order, and how many of them are fillers of one token without loss."""
-    from datasets import Dataset, concatenate_datasets
-
-    order = row_order(spec, len(rows), job.first_step, job.steps)
-    empty = Dataset.from_dict({"input_ids": [[filler]], "labels": [[IGNORED]]}, features=rows.features)
-    return concatenate_datasets([rows, empty]).select(order), order.count(len(rows))
-
-
 def train_stage(
-    spec: LlmTrialSpec, job: StageJob, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    spec: LlmTrialSpec,
+    job: Job,
+    rows: Dataset,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rehearse: bool = False,
 ) -> Trained:
-    """Train `model` in place for the stage's steps; goes on from the last checkpoint where there is one."""
-    from transformers.trainer_callback import PrinterCallback
+    """Train `model` in place for the stage's steps; goes on from the last checkpoint where there is one.
 
-    trained = Trained()
-    optimizer = job.stage.optimizer(model)
-    guard = FiniteGuard(spec, job.stage, job.first_step)
-    rows = train_rows(spec, job.rows)
-    fillers = 0
-    if job.first_step:
-        rows, fillers = _rows_of_later_stage(spec, rows, job, cast(int, tokenizer.pad_token_id))
-    trainer = _guarded_trainer(guard, optimizer)(
-        spec=spec,
-        job=job,
-        trained=trained,
-        micro_batches=partial(_micro_batches, spec, job, len(rows)),
-        model=model,
-        args=_arguments(spec, job),
-        train_dataset=rows,
-        processing_class=tokenizer,
-        optimizers=(optimizer, None),
-    )
-    trainer.remove_callback(PrinterCallback)
-    _keep_adapter_dtype(job.stage, model)
-    meter = Meter(trained, trainer, job.costs)
-    trainer.add_callback(_watcher(spec, job, trained, guard, meter))
-    checkpoint = last_checkpoint(job.folder)
-    meter.start(checkpoint, job.first_step)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    guard.check()
-    whole = meter.so_far()
-    trainer.accelerator.free_memory()
-    return replace(whole, tokens=whole.tokens - fillers)
+    Args:
+        spec: the trial.
+        job: its stage.
+        rows: the training rows, with columns input_ids and labels.
+        model: with the stage attached.
+        tokenizer: of the model.
+        rehearse: try the pass that needs the most memory before the first steps.
+    """
+    from transformers import set_seed
+
+    set_seed(spec.seed)
+    _start_as_trl(spec, model)
+    if spec.train.gradient_checkpointing:
+        _recompute_activations(model)
+    computation = TextLoss(spec, model, cast(int, tokenizer.pad_token_id))
+    return Engine(Member(job, model), model, TextRows(spec, rows), computation, rehearse=rehearse).run()
 
 
-def _arguments(spec: LlmTrialSpec, job: StageJob) -> Any:
-    from trl import SFTConfig  # type: ignore[attr-defined]  # not in __all__
+def _start_as_trl(spec: LlmTrialSpec, model: PreTrainedModel) -> None:
+    """Round new adapters on a quantised base to bf16 once, as TRL's SFTTrainer does; they keep their own dtype.
 
-    train = spec.train
-    warmup = train.warmup_steps or train.warmup_ratio
-    return SFTConfig(
-        output_dir=str(job.folder),
-        max_steps=job.steps,
-        per_device_train_batch_size=train.micro_batch_size,
-        gradient_accumulation_steps=spec.accumulation,
-        learning_rate=job.stage.lr,
-        weight_decay=job.stage.weight_decay,
-        max_grad_norm=job.stage.max_grad_norm or 0.0,
-        lr_scheduler_type=train.schedule if train.schedule != "constant" or not warmup else "constant_with_warmup",
-        warmup_steps=warmup,
-        gradient_checkpointing=train.gradient_checkpointing,
-        bf16=train.precision == "bf16",
-        use_cpu=job.device == "cpu",
-        seed=spec.seed,
-        data_seed=spec.seed,
-        train_sampling_strategy="sequential" if job.first_step else "random",
-        logging_steps=train.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if train.checkpoint_every else "no",
-        save_steps=train.checkpoint_every or 500,
-        save_total_limit=None,  # the watcher removes older ones, once this one is whole
-        max_length=None,
-        packing=False,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=job.device != "cpu",
-        ddp_find_unused_parameters=False,
-        optim="adamw_torch",
-    )
-
-
-def _keep_adapter_dtype(stage: Stage, model: PreTrainedModel) -> None:
-    """Undo SFTTrainer's cast of adapters on a quantised base to bf16 (TRL 1.16): the method's own dtype counts."""
-    asked = getattr(stage, "adapter_dtype", None)
-    if asked is None:
-        return
+    So a trial begins where it began under that trainer, and earlier results compare.
+    """
     import torch
 
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(getattr(torch, asked))
+    if getattr(model, "is_loaded_in_4bit", False) and hasattr(model, "peft_config"):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)
 
 
-def _guarded_trainer(guard: FiniteGuard, optimizer: Optimizer) -> Any:
-    """A trainer that shows every step's loss and gradient norm to `guard`, before the optimizer uses them."""
-    from ray_peft.tasks.llm_sft.recovery import RecoveringTrainer
-
-    class GuardedTrainer(RecoveringTrainer):
-        # The one place of transformers 5.23 that has both numbers in every step; callbacks get them when logged.
-        def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-            norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-            # A layer-wise optimizer has used and freed the gradients by now, and keeps their worst.
-            guard.see(self.state.global_step + 1, self._tr_loss, norm + getattr(optimizer, "worst", 0.0))
-            return norm
-
-    return GuardedTrainer
-
-
-def _watcher(spec: LlmTrialSpec, job: StageJob, trained: Trained, guard: FiniteGuard, meter: Meter) -> Any:
-    """A TrainerCallback that passes on logged metrics, measures held-out loss in between, and completes checkpoints."""
-    from transformers import TrainerCallback
-
-    class Watcher(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            logs: dict[str, Any] = given["logs"]
-            if "loss" not in logs:
-                return
-            guard.check()
-            trained.losses.append(float(logs["loss"]))
-            kept = {
-                "train_loss": logs["loss"],
-                "grad_norm": logs.get("grad_norm"),
-                "lr": logs.get("learning_rate"),
-                "epoch": logs.get("epoch"),
-            }
-            metrics = {name: float(value) for name, value in kept.items() if value is not None}
-            job.report(metrics, job.first_step + state.global_step)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if spec.train.checkpoint_every and state.global_step % spec.train.checkpoint_every == 0:
-                guard.check()
-            every = spec.train.eval_every
-            if every and state.global_step % every == 0 and state.global_step < job.steps:
-                begin = time.perf_counter()
-                loss = job.evaluate()
-                trained.seconds -= time.perf_counter() - begin
-                trained.eval_losses.append(loss)
-                job.report({"eval_loss": loss}, job.first_step + state.global_step)
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.is_world_process_zero:
-                meter.keep(job.folder)
-
-    return Watcher()
+def _recompute_activations(model: Any) -> None:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if hasattr(model, "peft_config"):
+        model.enable_input_require_grads()

@@ -9,7 +9,9 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ray_peft.engine.contract import Rows, Seen, Share
 from ray_peft.spec import ImageTrialSpec
+from ray_peft.tasks.memory import divisor
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +46,8 @@ class Batch:
         return self.samples, self.timesteps, self.texts, self.targets, self.weights
 
 
-class Draws:
-    """The batches of a trial."""
+class Draws(Rows[Batch]):
+    """The batches of a trial, step by step."""
 
     def __init__(self, spec: ImageTrialSpec, images: Encoded, scaling_factor: float, schedule: DDPMScheduler) -> None:
         self._spec, self._images, self._schedule = spec, images, schedule
@@ -56,6 +58,29 @@ class Draws:
     def count(self) -> int:
         """Training images."""
         return len(self._images.moments)
+
+    def parts(self, step: int, share: Share, rows: int) -> list[Batch]:
+        """A worker's rows of a step, `rows` in every pass."""
+        batch, size = self.batch(step), self._spec.train.batch_size // share.workers
+        begin = share.rank * size
+        return [batch.part(first, rows) for first in range(begin, begin + size, rows)]
+
+    def size(self, part: Batch) -> int:
+        """Rows of a pass."""
+        return len(part.samples)
+
+    def fitting(self, rows: int, share: Share) -> int:
+        """The greatest divisor of a worker's share: recorded passes have one shape."""
+        size = self._spec.train.batch_size // share.workers
+        return divisor(size, rows) if share.workers == 1 else rows
+
+    def seen(self, step: int) -> Seen:
+        """The images of a step."""
+        return Seen(images=self._spec.train.batch_size)
+
+    def epoch(self, steps: int) -> float:
+        """Epochs after so many steps."""
+        return steps * self._spec.train.batch_size / self.count
 
     def rows(self, step: int) -> list[int]:
         """The images of a step, from 0: every epoch sees all in another order, and a batch may span two epochs."""

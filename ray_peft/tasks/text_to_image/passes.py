@@ -1,24 +1,20 @@
-"""Forward and backward passes of a UNet: in which dtype they run, and recorded once for the GPU to replay."""
+"""Forward and backward passes of a UNet: in which dtype they run, what they compute, what they recompute."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from ray_peft.engine.contract import Computation
 from ray_peft.methods.base import Stage
 from ray_peft.spec import ImageTrialSpec
-from ray_peft.tasks.memory import free_memory, is_out_of_memory
 from ray_peft.tasks.text_to_image.noise import Batch
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-
-logger = logging.getLogger(__name__)
 
 
 def autocasts(spec: ImageTrialSpec) -> bool:
@@ -127,111 +123,26 @@ def recompute_feed_forward(unet: Any, run_again: Callable[..., Any] | None = Non
             cast(Any, layer).forward = partial(again, layer.forward)
 
 
-class Pass:
-    """One micro-batch forward and backward; gradients and the loss add up until they are cleared."""
+class UNetLoss(Computation[Batch]):
+    """A pass's share of the mean squared error of what the UNet predicts of a step's images."""
+
+    keeps_gradients = True
 
     def __init__(self, spec: ImageTrialSpec, model: nn.Module, device: str) -> None:
-        import torch
-
+        """Remember the UNet, with the stage attached."""
         self._spec, self._model, self._device = spec, model, device
-        self.loss = torch.zeros((), device=device)
-        """Sum of the passes' shares of their steps' mean losses since `loss.zero_()`."""
 
-    def __call__(self, batch: Batch) -> None:
-        """Add the gradients and the loss of `batch`, a part of one optimizer step."""
-        self._run(*self._moved(batch))
-
-    def _moved(self, batch: Batch) -> list[Tensor]:
-        return [value.to(self._device) for value in self._given(batch)]
-
-    def _given(self, batch: Batch) -> list[Tensor]:
-        """The batch in the UNet's dtype, on the CPU."""
+    def inputs(self, part: Batch) -> list[Tensor]:
+        """The batch in the UNet's dtype."""
         dtype = input_dtype(self._spec)
-        samples, timesteps, texts, targets, weights = batch.tensors()
+        samples, timesteps, texts, targets, weights = part.tensors()
         return [samples.to(dtype), timesteps, texts.to(dtype), targets, weights]
 
-    def _run(self, samples: Tensor, timesteps: Tensor, texts: Tensor, targets: Tensor, weights: Tensor) -> None:
+    def loss(self, *inputs: Tensor) -> Tensor:
+        """Given what `inputs` made, on the device."""
+        samples, timesteps, texts, targets, weights = inputs
         with computing(self._spec, self._device):
             predicted = self._model(samples, timesteps, encoder_hidden_states=texts).sample
         errors = (predicted.float() - targets).square().mean(dim=(1, 2, 3))
-        loss = (errors * weights).sum() / self._spec.train.batch_size
-        loss.backward()
-        self.loss += loss.detach()
-
-
-class _Staging:
-    """Page-locked memory that a batch is sent from while the GPU works on the one before."""
-
-    def __init__(self) -> None:
-        import torch
-
-        self._pages: list[Tensor] = []
-        self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-    def send(self, values: Sequence[Tensor], to: Sequence[Tensor]) -> None:
-        """Copy `values` to the GPU's tensors `to`, once the GPU has read what was sent from here before."""
-        self._sent.synchronize()
-        self._pages = self._pages or [value.pin_memory() for value in values]
-        for page, value, target in zip(self._pages, values, to, strict=True):
-            page.copy_(value)
-            target.copy_(page, non_blocking=True)
-        self._sent.record()
-
-
-class RecordedPass(Pass):
-    """The same on a GPU, recorded as a CUDA graph: at one image a step, the host would take most of the time.
-
-    The first call runs as usual, the second records; all calls have batches of one shape. Both run on one stream of
-    their own, as torch's documentation asks, so that there is one workspace of cuBLAS (32 MiB) and not three. Where
-    memory does not suffice for a recording, which has its own beside that of other work, all calls run as usual.
-    """
-
-    def __init__(self, spec: ImageTrialSpec, model: nn.Module, device: str) -> None:
-        import torch
-
-        super().__init__(spec, model, device)
-        self._inputs: list[Tensor] = []
-        self._staging = [_Staging(), _Staging()]
-        self._replay: Callable[[], None] | None = None
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-    def __call__(self, batch: Batch) -> None:
-        """Add the gradients and the loss of `batch`."""
-        if not self._inputs:
-            self._inputs = self._moved(batch)
-            self._aside()
-            return
-        self._staging.reverse()
-        self._staging[0].send(self._given(batch), self._inputs)
-        if self._replay is None:
-            self._replay = self._recorded() or self._aside
-        self._replay()
-
-    def _aside(self) -> None:
-        """Run as usual."""
-        import torch
-
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._run(*self._inputs)
-        torch.cuda.current_stream().wait_stream(self._stream)
-
-    def _recorded(self) -> Callable[[], None] | None:
-        """Replays what `_run` does to the inputs; null if memory ran out."""
-        import torch
-
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:
-            with torch.cuda.graph(graph, stream=self._stream):
-                self._run(*self._inputs)
-            return graph.replay
-        except RuntimeError as error:
-            # The end of a recording that failed may fail as well; the first error is the context of that.
-            if not any(is_out_of_memory(each) for each in (error, error.__context__) if each is not None):
-                raise
-        # torch.cuda.graph has not gone back to it where its end failed (torch 2.13).
-        torch.cuda.set_stream(stream)
-        del graph
-        free_memory(self._device)
-        logger.warning("there is no memory to record a pass; passes run unrecorded, which is slower")
-        return None
+        share: Tensor = (errors * weights).sum() / self._spec.train.batch_size
+        return share

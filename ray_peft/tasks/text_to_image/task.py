@@ -229,15 +229,16 @@ class ImageBench(Bench):
 
     def train(self, stage: Stage, steps: int, first_step: int, folder: Path, report: Report) -> Trained:
         """Train the attached stage on the cached latents."""
+        from ray_peft.engine.member import Job
         from ray_peft.tasks.text_to_image.noise import Draws
-        from ray_peft.tasks.text_to_image.train import StageJob, train_stage
+        from ray_peft.tasks.text_to_image.train import train_stage
 
         draws = Draws(self.spec, self.encoded.train, self.encoded.scaling_factor, self.schedule)
-        job = StageJob(
-            stage, steps, first_step, draws, folder, self.device, report, self.eval_loss,
-            lowered=self.lowered, costs=self.costs,
+        job = Job(
+            self.spec, stage, steps, first_step, folder, self.device, report, self.eval_loss,
+            lowered=self.lowered, costs=self.costs, logs_last=True,
         )  # fmt: skip
-        return train_stage(self.spec, job, self.model)
+        return train_stage(self.spec, job, draws, self.model)
 
     def restore(self, folder: Path) -> None:
         """Load a saved adapter into the attached one."""

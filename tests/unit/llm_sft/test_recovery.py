@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import tiny
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ray_peft.engine.contract import Share
+from ray_peft.engine.member import Job
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.llm_sft import train as training
-from ray_peft.tasks.llm_sft.recovery import heaviest, parts
+from ray_peft.tasks.llm_sft.loss import TextLoss
+from ray_peft.tasks.llm_sft.steps import TextPart, TextRows
 from ray_peft.tasks.llm_sft.task import LlmSft
-from ray_peft.tasks.llm_sft.train import StageJob
 
 LORA = {"name": "lora", "rank": 4, "lr": 0.01}
 FULL = {"name": "full", "lr": 0.003, "weights": "float32"}
@@ -68,11 +68,10 @@ class Run:
         bench = self.bench
         if not self.rehearse:
             return bench.train(stage, steps, first_step, folder, self.report)
-        job = StageJob(
-            stage, steps, first_step, bench.data.train, folder, "cpu", self.report, bench.eval_loss,
-            lowered=bench.lowered, rehearse=True,
-        )  # fmt: skip
-        return training.train_stage(self.spec, job, bench.model, bench.tokenizer)
+        job = Job(
+            self.spec, stage, steps, first_step, folder, "cpu", self.report, bench.eval_loss, lowered=bench.lowered
+        )
+        return training.train_stage(self.spec, job, bench.data.train, bench.model, bench.tokenizer, rehearse=True)
 
     def report(self, metrics, step):
         self.log.append({"step": step, **metrics})
@@ -220,27 +219,15 @@ def test_what_the_failed_pass_held_is_free_when_it_is_done_again(train):
     assert not any(alive)
 
 
-def test_each_part_is_as_long_as_its_own_longest_row():
-    batch = {
-        "input_ids": torch.tensor([[1, 2, 9, 9], [3, 9, 9, 9], [4, 5, 6, 7]]),
-        "attention_mask": torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]),
-    }
-    first, second = parts(batch, 2)
-    assert first["input_ids"].tolist() == [[1, 2], [3, 9]]
-    assert second["input_ids"].tolist() == [[4, 5, 6, 7]]
-    assert second["attention_mask"].tolist() == [[1, 1, 1, 1]]
-
-
-def test_metrics_of_parts_count_once_a_pass(train):
-    """TRL's own metrics, of which a checkpoint keeps the log."""
-
-    def logged(run):
-        (state,) = run.folder.glob("0/checkpoint-*/trainer_state.json")
-        names = ("entropy", "mean_token_accuracy", "num_tokens")
-        return [line[name] for line in json.loads(state.read_text())["log_history"] for name in names]
-
-    changes = {"train__checkpoint_every": 4, "train__log_every": 2}
-    assert logged(train(prepare=no_more_than(2), **changes)) == pytest.approx(logged(train(**changes)), rel=1e-5)
+def test_each_pass_is_as_long_as_its_own_longest_row(undisturbed):
+    run = undisturbed["lora"]
+    computation = TextLoss(run.spec, run.bench.model, 9)
+    part = TextPart([[1, 2], [3]], [[-100, 2], [-100]], loss_tokens=1, passes=1)
+    ids, mask, labels, loss_tokens, passes = computation.inputs(part)
+    assert ids.tolist() == [[1, 2], [3, 9]]
+    assert mask.tolist() == [[1, 1], [1, 0]]
+    assert labels.tolist() == [[-100, 2], [-100, -100]]
+    assert (float(loss_tokens), float(passes)) == (1, 1)
 
 
 def test_layerwise_galore_has_updated_weights_by_then_and_ends(train):
@@ -344,14 +331,6 @@ def test_a_single_step_needs_no_rehearsal(train):
     assert len(train(rehearse=True, train__steps=1).shapes) == 2
 
 
-def test_the_heaviest_pass_is_that_of_the_parts_that_pass():
-    lengths = dict(enumerate([10, 4, 5, 5, 6, 6, 6, 6, 20]))
-    batches = [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
-    assert heaviest(batches, lengths, 4) == [0, 1, 2, 3]
-    assert heaviest(batches, lengths, 1) == [8]
-    assert heaviest([[0, 1], [2, 3]], {0: 1, 1: 1, 2: 3, 3: 1}, 2) == [2, 3]
-
-
 @pytest.mark.parametrize(("rows", "first_step"), [(40, 0), (33, 0), (33, 3)])
 def test_a_rehearsal_is_chosen_from_the_passes_that_come(tiny_model, uneven, tmp_path, rows, first_step):
     """Through the short last batches of epochs too, and after a resume."""
@@ -359,11 +338,31 @@ def test_a_rehearsal_is_chosen_from_the_passes_that_come(tiny_model, uneven, tmp
     plain["data"]["sources"][0]["train"] = rows
     spec = TrialSpec.from_plain(plain)
     found = Run(spec, tmp_path, first_step=first_step)
-    dataset = training.train_rows(spec, found.bench.data.train)
-    job = StageJob(spec.method, 7, first_step, dataset, tmp_path, "cpu", found.report, found.bench.eval_loss)
-    if first_step:
-        dataset, _ = training._rows_of_later_stage(spec, dataset, job, 258)
+    data = TextRows(spec, found.bench.data.train)
     for done in (0, 2):
-        batches = training._micro_batches(spec, job, len(dataset), done)
-        planned = [(len(batch), max(len(dataset[row]["input_ids"]) for row in batch)) for batch in batches]
+        steps = range(first_step + done, first_step + 7)
+        parts = [part for step in steps for part in data.parts(step, Share(), 4)]
+        planned = [(len(part.ids), max(map(len, part.ids))) for part in parts]
         assert planned == [(rows, tokens) for step, rows, tokens in found.shapes if step > done]
+        heaviest = data.heaviest(steps, Share(), 4)
+        assert len(heaviest.ids) * max(map(len, heaviest.ids)) == max(rows * tokens for rows, tokens in planned)
+
+
+def test_the_heaviest_pass_is_that_of_the_parts_that_pass(tiny_model, uneven, undisturbed):
+    run = undisturbed["lora"]
+    data = TextRows(run.spec, run.bench.data.train)
+    for rows in (1, 2, 3):
+        parts = [part for step in range(4) for part in data.parts(step, Share(), rows)]
+        heaviest = data.heaviest(range(4), Share(), rows)
+        cost = max(len(part.ids) * max(map(len, part.ids)) for part in parts)
+        assert len(heaviest.ids) * max(map(len, heaviest.ids)) == cost
+
+
+def test_workers_share_a_step_without_rows_twice(undisturbed):
+    run = undisturbed["lora"]
+    data = TextRows(run.spec, run.bench.data.train)
+    for rows in (1, 3, 4):
+        whole = [row for part in data.parts(2, Share(), rows) for row in part.ids]
+        shared = [row for rank in range(3) for part in data.parts(2, Share(rank, 3), rows) for row in part.ids]
+        assert sorted(shared) == sorted(whole)
+        assert len(whole) == 8

@@ -1,0 +1,1 @@
+"""The one training loop of all tasks: members, passes, recovery, checkpoints."""

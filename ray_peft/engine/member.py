@@ -1,0 +1,158 @@
+"""What one trial is inside the process that trains it: its parameters, optimizer, schedule, counts and guard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.methods.base import Stage
+from ray_peft.methods.optimizers import trainable
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks import cost
+from ray_peft.tasks.base import Costs, Report, Trained
+from ray_peft.tasks.finite import FiniteGuard
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of one trial: what trains, for how long, and where it is kept."""
+
+    spec: TrialSpec
+    stage: Stage
+    steps: int
+    first_step: int
+    """Optimizer steps that earlier stages of the trial have done."""
+    folder: Path
+    """Keeps the stage's checkpoints."""
+    device: str
+    report: Report
+    evaluate: Callable[[], float]
+    """The loss on the held-out rows, of the model as it is."""
+    lowered: dict[str, int] = field(default_factory=dict)
+    """What memory forced down in earlier stages; this stage starts with it, and adds to it (`Bench.lowered`)."""
+    costs: Costs = field(default_factory=Costs)
+    """Of the trial; checkpoints carry them."""
+    logs_last: bool = False
+    """Log the last step, too, if it is none of every `train.log_every`."""
+
+
+class Member:
+    """A trial's part of the loop. Nothing here waits for the GPU, but where it logs or writes a checkpoint."""
+
+    def __init__(self, job: Job, model: nn.Module, average: Any = None) -> None:
+        """Prepare a stage for its first step.
+
+        Args:
+            job: the stage.
+            model: with the stage attached.
+            average: diffusers' EMAModel over the trained parameters; None without one.
+        """
+        from transformers import get_scheduler
+
+        self.job = job
+        self.parameters = trainable(model)
+        self.optimizer = job.stage.optimizer(model)
+        train = job.spec.train
+        self.rates = get_scheduler(
+            train.schedule if train.schedule != "constant" else "constant_with_warmup",
+            self.optimizer,
+            num_warmup_steps=train.warmup_steps or math.ceil(train.warmup_ratio * job.steps),
+            num_training_steps=job.steps,
+        )
+        self.average = average
+        self.guard = FiniteGuard(job.spec, job.stage, job.first_step)
+        self.trained = Trained()
+        self.done = 0
+        """Optimizer steps of the stage."""
+        self._unlogged = 0
+
+    def end_step(self, loss: Tensor, *, keep_gradients: bool) -> tuple[Tensor, float]:
+        """Clip, guard, update, and set the rate of the next step; returns the gradient's norm and this step's rate.
+
+        Args:
+            loss: (), the sum of losses since the last log.
+            keep_gradients: zero the gradients' tensors, where they are used again.
+        """
+        import torch
+
+        limit = self.job.stage.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        # A layer-wise optimizer has used and freed the gradients by now, and keeps their worst.
+        self.guard.see(self.done + 1, loss, norm + getattr(self.optimizer, "worst", 0.0))
+        rate = float(self.rates.get_last_lr()[0])
+        self.optimizer.step()
+        self.rates.step()
+        self.optimizer.zero_grad(set_to_none=not keep_gradients)
+        if self.average is not None:
+            self.average.step(self.parameters)
+        self.done += 1
+        self._unlogged += 1
+        self.trained.steps, self.trained.timed_steps = self.done, self.trained.timed_steps + 1
+        return norm, rate
+
+    def logs(self) -> bool:
+        """Whether the step that has just ended is logged."""
+        last = self.job.logs_last and self.done == self.job.steps
+        return self.done == 1 or self.done % self.job.spec.train.log_every == 0 or last
+
+    def log(self, loss: float, norm: Tensor, rate: float, epoch: float) -> None:
+        """Report the mean loss since the last log; `loss` is their sum."""
+        mean = loss / self._unlogged
+        self._unlogged = 0
+        self.trained.losses.append(mean)
+        metrics = {"train_loss": mean, "grad_norm": float(norm), "lr": rate, "epoch": epoch}
+        self.job.report(metrics, self.job.first_step + self.done)
+
+    def evaluate(self) -> None:
+        """Report the held-out loss of the weights, or of their average."""
+        if self.average is not None:
+            self.average.store(self.parameters)
+            self.average.copy_to(self.parameters)
+        loss = self.job.evaluate()
+        if self.average is not None:
+            self.average.restore(self.parameters)
+        self.trained.eval_losses.append(loss)
+        self.job.report({"eval_loss": loss}, self.job.first_step + self.done)
+
+    def end(self) -> None:
+        """Leave the trained weights, or their average, in the model, and no gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.copy_to(self.parameters)
+
+    def state(self, trained: Trained) -> dict[str, Any]:
+        """All that a checkpoint needs; `trained` counts up to now."""
+        return {
+            "step": self.done,
+            "unlogged": self._unlogged,
+            "parameters": [parameter.detach() for parameter in self.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "rates": self.rates.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "eval_losses": trained.eval_losses,
+            "cost": cost.plain(trained, self.job.costs),
+        }
+
+    def take_up(self, state: dict[str, Any], where: Path) -> None:
+        """Go on from `state`; `where` is its checkpoint."""
+        import torch
+
+        with torch.no_grad():
+            for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
+                parameter.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rates.load_state_dict(state["rates"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.done = int(state["step"])
+        self._unlogged = int(state.get("unlogged", 0))
+        cost.take_up(state.get("cost"), self.trained, self.job.costs, where)
+        self.trained.steps = self.done
+        self.trained.eval_losses = list(state["eval_losses"])
+        self.trained.resumed_from_step = self.job.first_step + self.done

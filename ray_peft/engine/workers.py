@@ -1,0 +1,48 @@
+"""Data-parallel workers: which one this is, and sums over all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ray_peft.engine.contract import Share
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def this_worker() -> Share:
+    """This worker's rank, and how many there are."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return Share()
+    return Share(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def add_up_gradients(parameters: list[nn.Parameter]) -> None:
+    """Sum the gradients over the workers, each of which divided by the whole step's rows or tokens.
+
+    A worker without rows in the step has no gradient, which counts as zero.
+    """
+    import torch
+
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        assert parameter.grad is not None
+        by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        totals = torch.split(flat, [gradient.numel() for gradient in gradients])
+        for gradient, total in zip(gradients, totals, strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+
+def add_up(value: Tensor) -> None:
+    """Sum a tensor over the workers, in place."""
+    import torch
+
+    torch.distributed.all_reduce(value)

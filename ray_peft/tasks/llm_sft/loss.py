@@ -1,0 +1,62 @@
+"""What a training pass of text computes: its share of the mean loss of a step's tokens, as TRL's SFTTrainer does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.engine.contract import Computation
+from ray_peft.spec import LlmTrialSpec
+from ray_peft.tasks.llm_sft.data import IGNORED
+from ray_peft.tasks.llm_sft.evaluate import padded
+from ray_peft.tasks.llm_sft.steps import TextPart
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class TextLoss(Computation[TextPart]):
+    """The negative log-likelihood of the tokens with loss, over their number in the whole step.
+
+    A mixture of experts adds the loss that balances its experts, weighed as its config says, a mean over its passes.
+    """
+
+    def __init__(self, spec: LlmTrialSpec, model: Any, pad: int) -> None:
+        """Look at the model.
+
+        Args:
+            spec: says in which precision products are computed.
+            model: with TRL's fused head (model.py), adapted or not.
+            pad: the padding token.
+        """
+        self._model, self._pad = model, pad
+        self._autocasts = spec.train.precision == "bf16"
+        config = model.config.get_text_config()
+        balance = getattr(config, "router_aux_loss_coef", 0.0) or 0.0
+        self._balance = float(balance) if hasattr(config, "output_router_logits") else 0.0
+
+    def inputs(self, part: TextPart) -> Sequence[Tensor]:
+        """ids, attention mask and labels (row, longest) int64; tokens with loss and passes of the step () float32."""
+        import torch
+
+        return [
+            padded(part.ids, self._pad, "right"),
+            padded([[1] * len(row) for row in part.ids], 0, "right"),
+            padded(part.labels, IGNORED, "right"),
+            torch.tensor(float(max(part.loss_tokens, 1))),
+            torch.tensor(float(part.passes)),
+        ]
+
+    def loss(self, *inputs: Tensor) -> Tensor:
+        """The pass's share of the step's mean loss [nats]."""
+        import torch
+
+        ids, mask, labels, loss_tokens, passes = inputs
+        given: dict[str, Any] = {"output_router_logits": True} if self._balance else {}
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self._autocasts):
+            output = self._model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, **given)
+        loss: torch.Tensor = -output.log_probs.float().sum() / loss_tokens
+        if self._balance:
+            loss = loss + self._balance * output.aux_loss.float() / passes
+        return loss

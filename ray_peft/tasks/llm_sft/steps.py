@@ -1,0 +1,127 @@
+"""What each optimizer step sees: the rows of a trial in the seeded order of accelerate's sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ray_peft.engine.contract import Rows, Seen, Share
+from ray_peft.spec import LlmTrialSpec
+from ray_peft.tasks.llm_sft.data import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MOST_STEPS_HELD = 4
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """Rows of one pass."""
+
+    ids: Sequence[Sequence[int]]
+    labels: Sequence[Sequence[int]]
+    """As long as `ids`, IGNORED where no loss is."""
+    loss_tokens: int
+    """Tokens with loss of the whole step, over all workers: the divisor of the pass's loss."""
+    passes: int
+    """Passes of the whole step, over all workers."""
+
+
+class TextRows(Rows[TextPart]):
+    """The training rows of a trial, step by step.
+
+    Every epoch sees all rows once, in an order of its own; its last step may hold fewer.
+    """
+
+    def __init__(self, spec: LlmTrialSpec, rows: Dataset) -> None:
+        """Look at the rows.
+
+        Args:
+            spec: the trial.
+            rows: with columns input_ids and labels.
+        """
+        self._spec, self._data = spec, rows
+        self._per_epoch = math.ceil(len(rows) / spec.train.batch_size)
+        self._orders: dict[int, list[int]] = {}
+        self._steps: dict[int, tuple[list[list[int]], list[list[int]]]] = {}
+        self._lengths: list[int] = []
+
+    def places(self, step: int) -> list[int]:
+        """The rows of a step by their place in the data, in order."""
+        epoch, batch = divmod(step, self._per_epoch)
+        if epoch not in self._orders:
+            from accelerate.data_loader import SeedableRandomSampler
+
+            sampler = SeedableRandomSampler(range(len(self._data)), data_seed=self._spec.seed)
+            sampler.set_epoch(epoch)
+            # Of this epoch and the one before: a rehearsal looks ahead, and training is where it was.
+            self._orders = {past: order for past, order in self._orders.items() if past >= epoch - 1}
+            self._orders[epoch] = list(sampler)
+        size = self._spec.train.batch_size
+        return self._orders[epoch][batch * size : (batch + 1) * size]
+
+    def parts(self, step: int, share: Share, rows: int) -> list[TextPart]:
+        """A worker's rows of a step: every so many micro-batches one, each in passes of at most `rows` rows."""
+        ids, labels = self._step(step)
+        loss_tokens = sum(label != IGNORED for row in labels for label in row[1:])
+        batches = self._batches(len(ids))
+        passes = sum(-(-len(batch) // rows) for batch in batches)
+        return [
+            TextPart(ids[first:last], labels[first:last], loss_tokens, passes)
+            for batch in batches[share.rank :: share.workers]
+            for first, last in _spans(batch, rows)
+        ]
+
+    def size(self, part: TextPart) -> int:
+        """Rows of a pass."""
+        return len(part.ids)
+
+    def seen(self, step: int) -> Seen:
+        """The tokens of a step."""
+        ids, _ = self._step(step)
+        return Seen(tokens=sum(map(len, ids)))
+
+    def epoch(self, steps: int) -> float:
+        """Epochs after so many steps; a partial last step counts as a whole one."""
+        return steps / self._per_epoch
+
+    def heaviest(self, steps: range, share: Share, rows: int) -> TextPart | None:
+        """Of the passes of some steps, one with the most rows times tokens of the longest of them."""
+        lengths = self._row_lengths()
+
+        def cost(step: int) -> tuple[int, int]:
+            own = [lengths[place] for place in self.places(step)]
+            spans = [span for batch in self._batches(len(own)) for span in _spans(batch, rows)]
+            costs = [(last - first) * max(own[first:last]) for first, last in spans]
+            return max(costs), costs.index(max(costs))
+
+        # The steps of one epoch hold every row; a later epoch mixes them anew.
+        heaviest = max(steps, key=lambda step: cost(step)[0])
+        return self.parts(heaviest, Share(), rows)[cost(heaviest)[1]]
+
+    def _batches(self, rows: int) -> list[range]:
+        size = self._spec.train.micro_batch_size
+        return [range(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+    def _step(self, step: int) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids and labels of a step's rows."""
+        if step not in self._steps:
+            while len(self._steps) >= MOST_STEPS_HELD:
+                self._steps.pop(next(iter(self._steps)))
+            rows = self._data[self.places(step)]
+            labels = rows["input_ids"] if self._spec.train.loss == "all" else rows["labels"]
+            self._steps[step] = (rows["input_ids"], labels)
+        return self._steps[step]
+
+    def _row_lengths(self) -> list[int]:
+        if not self._lengths:
+            self._lengths = [len(ids) for ids in self._data["input_ids"]]
+        return self._lengths
+
+
+def _spans(batch: range, rows: int) -> list[tuple[int, int]]:
+    """A micro-batch in pieces of at most `rows` rows: first and last, exclusive."""
+    return [(first, min(first + rows, batch.stop)) for first in range(batch.start, batch.stop, rows)]

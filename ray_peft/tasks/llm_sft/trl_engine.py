@@ -1,0 +1,204 @@
+"""One stage on TRL's SFTTrainer itself, for who wants the stock path: `train.engine: trl`.
+
+It neither goes on with fewer rows where memory runs out, nor tries the heaviest pass first.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from ray_peft.engine.member import Job
+from ray_peft.methods.base import Stage
+from ray_peft.spec import LlmTrialSpec
+from ray_peft.tasks.base import Trained
+from ray_peft.tasks.finite import FiniteGuard
+from ray_peft.tasks.llm_sft.data import IGNORED
+from ray_peft.tasks.llm_sft.trl_checkpoints import Meter, last_checkpoint
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch.optim import Optimizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def train_rows(spec: LlmTrialSpec, rows: Dataset) -> Dataset:
+    """The training rows with the labels that the spec's loss asks for."""
+    kept = rows.select_columns(["input_ids", "labels"])
+    if spec.train.loss == "all":
+        return kept.map(lambda row: {"labels": row["input_ids"]}, keep_in_memory=True)
+    return kept
+
+
+def row_order(spec: LlmTrialSpec, rows: int, first_step: int, steps: int) -> list[int]:
+    """The rows that a trial of one stage sees from `first_step` on, so that a later stage goes on where one ended.
+
+    The order of an epoch is that of accelerate's seeded sampler, which the Trainer uses. An epoch's last batch may hold
+    fewer rows: it is filled up with the row number `rows`, which stands for a row without loss.
+
+    Args:
+        spec: the trial.
+        rows: training rows.
+        first_step: optimizer steps that are done.
+        steps: to come.
+    """
+    from accelerate.data_loader import SeedableRandomSampler
+
+    batch = spec.train.batch_size
+    sampler = SeedableRandomSampler(range(rows), data_seed=spec.seed)
+    per_epoch = math.ceil(rows / batch)
+    epoch, batches = divmod(first_step, per_epoch)
+    found: list[int] = []
+    while len(found) < steps * batch:
+        sampler.set_epoch(epoch)
+        order = list(sampler) + [rows] * (per_epoch * batch - rows)
+        found += order[batches * batch :]
+        epoch, batches = epoch + 1, 0
+    return found[: steps * batch]
+
+
+def _rows_of_later_stage(spec: LlmTrialSpec, rows: Dataset, job: Job, filler: int) -> tuple[Dataset, int]:
+    """The stage's rows in order, and how many of them are fillers of one token without loss."""
+    from datasets import Dataset, concatenate_datasets
+
+    order = row_order(spec, len(rows), job.first_step, job.steps)
+    empty = Dataset.from_dict({"input_ids": [[filler]], "labels": [[IGNORED]]}, features=rows.features)
+    return concatenate_datasets([rows, empty]).select(order), order.count(len(rows))
+
+
+def train_stage(
+    spec: LlmTrialSpec, job: Job, rows: Dataset, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Trained:
+    """Train `model` in place for the stage's steps; goes on from the last checkpoint where there is one."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trained = Trained()
+    optimizer = job.stage.optimizer(model)
+    guard = FiniteGuard(spec, job.stage, job.first_step)
+    rows = train_rows(spec, rows)
+    fillers = 0
+    if job.first_step:
+        rows, fillers = _rows_of_later_stage(spec, rows, job, cast(int, tokenizer.pad_token_id))
+    trainer = _guarded_trainer(guard, optimizer)(
+        model=model,
+        args=_arguments(spec, job),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+    )
+    trainer.remove_callback(PrinterCallback)
+    _keep_adapter_dtype(job.stage, model)
+    meter = Meter(trained, trainer, job.costs)
+    trainer.add_callback(_watcher(spec, job, trained, guard, meter))
+    checkpoint = last_checkpoint(job.folder)
+    meter.start(checkpoint, job.first_step)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    guard.check()
+    whole = meter.so_far()
+    trainer.accelerator.free_memory()
+    return replace(whole, tokens=whole.tokens - fillers)
+
+
+def _arguments(spec: LlmTrialSpec, job: Job) -> Any:
+    from trl import SFTConfig  # type: ignore[attr-defined]  # not in __all__
+
+    train = spec.train
+    warmup = train.warmup_steps or train.warmup_ratio
+    return SFTConfig(
+        output_dir=str(job.folder),
+        max_steps=job.steps,
+        per_device_train_batch_size=train.micro_batch_size,
+        gradient_accumulation_steps=spec.accumulation,
+        learning_rate=job.stage.lr,
+        weight_decay=job.stage.weight_decay,
+        max_grad_norm=job.stage.max_grad_norm or 0.0,
+        lr_scheduler_type=train.schedule if train.schedule != "constant" or not warmup else "constant_with_warmup",
+        warmup_steps=warmup,
+        gradient_checkpointing=train.gradient_checkpointing,
+        bf16=train.precision == "bf16",
+        use_cpu=job.device == "cpu",
+        seed=spec.seed,
+        data_seed=spec.seed,
+        train_sampling_strategy="sequential" if job.first_step else "random",
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if train.checkpoint_every else "no",
+        save_steps=train.checkpoint_every or 500,
+        save_total_limit=None,  # the watcher removes older ones, once this one is whole
+        max_length=None,
+        packing=False,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=job.device != "cpu",
+        ddp_find_unused_parameters=False,
+        optim="adamw_torch",
+    )
+
+
+def _keep_adapter_dtype(stage: Stage, model: PreTrainedModel) -> None:
+    """Undo SFTTrainer's cast of adapters on a quantised base to bf16 (TRL 1.16): the method's own dtype counts."""
+    asked = getattr(stage, "adapter_dtype", None)
+    if asked is None:
+        return
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, asked))
+
+
+def _guarded_trainer(guard: FiniteGuard, optimizer: Optimizer) -> Any:
+    """A trainer that shows every step's loss and gradient norm to `guard`, before the optimizer uses them."""
+    from trl import SFTTrainer  # type: ignore[attr-defined]  # not in __all__
+
+    class GuardedTrainer(SFTTrainer):
+        # The one place of transformers 5.23 that has both numbers in every step; callbacks get them when logged.
+        def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+            # A layer-wise optimizer has used and freed the gradients by now, and keeps their worst.
+            guard.see(self.state.global_step + 1, self._tr_loss, norm + getattr(optimizer, "worst", 0.0))
+            return norm
+
+    return GuardedTrainer
+
+
+def _watcher(spec: LlmTrialSpec, job: Job, trained: Trained, guard: FiniteGuard, meter: Meter) -> Any:
+    """A TrainerCallback that passes on logged metrics, measures held-out loss in between, and completes checkpoints."""
+    from transformers import TrainerCallback
+
+    class Watcher(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            logs: dict[str, Any] = given["logs"]
+            if "loss" not in logs:
+                return
+            guard.check()
+            trained.losses.append(float(logs["loss"]))
+            kept = {
+                "train_loss": logs["loss"],
+                "grad_norm": logs.get("grad_norm"),
+                "lr": logs.get("learning_rate"),
+                "epoch": logs.get("epoch"),
+            }
+            metrics = {name: float(value) for name, value in kept.items() if value is not None}
+            job.report(metrics, job.first_step + state.global_step)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if spec.train.checkpoint_every and state.global_step % spec.train.checkpoint_every == 0:
+                guard.check()
+            every = spec.train.eval_every
+            if every and state.global_step % every == 0 and state.global_step < job.steps:
+                begin = time.perf_counter()
+                loss = job.evaluate()
+                trained.seconds -= time.perf_counter() - begin
+                trained.eval_losses.append(loss)
+                job.report({"eval_loss": loss}, job.first_step + state.global_step)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                meter.keep(job.folder)
+
+    return Watcher()
