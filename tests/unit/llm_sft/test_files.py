@@ -10,6 +10,12 @@ import tiny
 from ray_peft.errors import DataError
 from ray_peft.tasks.llm_sft.files import local_files, read
 
+
+def _packed(content):
+    """The same bytes at any time: they are in the names of tests, which all workers must agree on."""
+    return gzip.compress(content, mtime=0)
+
+
 ROWS = [{"prompt": f"q\u00fc\u2028{i}", "completion": "a \U0001f600"} for i in range(3)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 TABLE = "prompt,completion\n" + "".join(f'"{row["prompt"]}",{row["completion"]}\n' for row in ROWS)
@@ -54,16 +60,16 @@ def parquet(path, rows):
         ("wrapped_pretty.json", json.dumps({"note": [1], "rows": ROWS, "empty": []}, indent=1).encode()),
         ("wrapped.jsonl", json.dumps({"version": 1, "data": ROWS}).encode()),
         ("UPPER.JSONL", LINES.encode()),
-        ("UPPER.JSONL.GZ", gzip.compress(LINES.encode())),
-        ("two_members.jsonl.gz", gzip.compress(LINES[:40].encode()) + gzip.compress(LINES[40:].encode())),
-        ("list.json.gz", gzip.compress(json.dumps(ROWS).encode("utf-8-sig"))),
+        ("UPPER.JSONL.GZ", _packed(LINES.encode())),
+        ("two_members.jsonl.gz", _packed(LINES[:40].encode()) + _packed(LINES[40:].encode())),
+        ("list.json.gz", _packed(json.dumps(ROWS).encode("utf-8-sig"))),
         ("table.csv", TABLE.encode()),
         ("excel.csv", TABLE.replace("\n", "\r\n").encode("utf-8-sig")),
         ("semicolons.csv", TABLE.replace(",", ";").encode()),
         ("excel_unicode.csv", TABLE.replace(",", "\t").encode("utf-16")),
         ("blank_above.csv", ("\n \n" + TABLE).encode()),
         ("table.tsv", TABLE.replace(",", "\t").encode()),
-        ("TABLE.CSV.GZ", gzip.compress(TABLE.encode())),
+        ("TABLE.CSV.GZ", _packed(TABLE.encode())),
     ],
 )  # fmt: skip
 def test_every_way_to_write_rows_reads_the_same(tmp_path, name, content):
@@ -99,7 +105,7 @@ def test_fields_longer_than_the_csv_module_s_limit_are_read(tmp_path):
         ("a.json", b"[]", "holds no rows"),
         ("a.csv", b"prompt,completion\n", "holds no rows"),
         ("a.jsonl.gz", b"", "holds no rows"),
-        ("a.jsonl.gz", gzip.compress(b""), "holds no rows"),
+        ("a.jsonl.gz", _packed(b""), "holds no rows"),
         ("a.json", b'{"a": 1}', "must be a JSON list of objects.*no list of objects, but 'a'.*orient='records'"),
         ("a.json", b'{"train": [{}], "test": [{}]}', "found an object with lists 'train', 'test'.*a file of their own"),
         ("a.json", b'{"prompt": {"0": "q"}, "completion": {"0": "a"}}', "no list of objects, but 'prompt', 'com"),
@@ -118,7 +124,7 @@ def test_fields_longer_than_the_csv_module_s_limit_are_read(tmp_path):
         ("a.txt", b"x", "unknown kind of file; known are .jsonl, .json, .parquet, .csv, .tsv"),
         ("a.parquet.gz", b"x", "unknown kind of file"),
         ("a.jsonl.gz", b'{"a": 1}\n', "not packed by gzip, though its name ends in .gz; take .gz from its name"),
-        ("a.jsonl", gzip.compress(b'{"a": 1}'), "it is packed by gzip; add .gz to its name"),
+        ("a.jsonl", _packed(b'{"a": 1}'), "it is packed by gzip; add .gz to its name"),
         ("a.jsonl", b"PAR1....", "it is a Parquet file; let its name end in .parquet"),
         ("a.csv", b"PK\x03\x04....", "a zip archive or a spreadsheet"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS.*git lfs pull"),
@@ -180,7 +186,7 @@ def test_a_cut_file_is_no_shorter_file(tmp_path, packed):
     rows = [{"prompt": f"{i} {os.urandom(9).hex()}", "completion": "a"} for i in range(500)]
     path = tmp_path / ("cut.jsonl.gz" if packed else "cut.parquet")
     if packed:
-        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+        path.write_bytes(_packed("".join(json.dumps(row) + "\n" for row in rows).encode()))
     else:
         parquet(path, rows)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -189,7 +195,7 @@ def test_a_cut_file_is_no_shorter_file(tmp_path, packed):
 
 
 def test_a_damaged_gzip_file_is_said(tmp_path):
-    content = bytearray(gzip.compress(LINES.encode()))
+    content = bytearray(_packed(LINES.encode()))
     content[-6] ^= 1
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     with pytest.raises(DataError, match="cut or damaged"):
