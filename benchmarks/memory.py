@@ -28,6 +28,7 @@ from typing import Any
 from provenance import write
 
 from ray_peft import measure
+from ray_peft.foundation.units import GIB
 from ray_peft.gpus import known
 from ray_peft.spec import ImageTrialSpec, LlmTrialSpec
 from ray_peft.vram import ModelShape, predict
@@ -236,7 +237,7 @@ def released() -> float | None:
     torch.cuda.synchronize()
     torch._C._cuda_clearCublasWorkspaces()  # each cell is to pay for its own, as a trial's process does
     torch.cuda.empty_cache()
-    return torch.cuda.memory_allocated() / measure.GIB
+    return torch.cuda.memory_allocated() / GIB
 
 
 def run(target: Path, part: tuple[int, int], models: dict[str, str], chosen: list[dict[str, Any]]) -> dict[str, Any]:
@@ -304,7 +305,7 @@ def predicted(found: dict[str, Any], card: str) -> None:
         cell["error_reserved"] = cell["predicted"]["peak_reserved_gib"] / reserved - 1
         errors.append(cell["error"])
         reserved_errors.append(cell["error_reserved"])
-        taken = allocated + gpu.context / measure.GIB
+        taken = allocated + gpu.context / GIB
         for size in CARDS_GIB:
             says, true = gpu.holds(prediction.peak_reserved, memory_gib=size), taken <= size
             if says and not true:

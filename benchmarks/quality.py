@@ -67,7 +67,7 @@ def stock(name: str, folder: Path) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.utils import add_fused_lm_head
 
-    from ray_peft.measure import GIB
+    from ray_peft.foundation.units import GIB
     from ray_peft.metrics.text_scores import bleu4, rouge_l
     from ray_peft.reach.targets import PROJECTIONS
     from ray_peft.space import load
@@ -155,8 +155,8 @@ def compare(folder: Path) -> dict[str, Any]:
     """Our rows, the stock rows, and ours less stock with 95 % intervals over the held-out rows."""
     from ray_peft.metrics.intervals import bleu4_difference, mean_difference
     from ray_peft.metrics.text_scores import bleu_row_statistics, rouge_l_rows
-    from ray_peft.report.files import read_results
     from ray_peft.report.labels import labels
+    from ray_peft.results_file import read_results
 
     ours = read_results(folder / "ours")
     names = labels({row.trial_id: row.spec for row in ours}, without=("seed",))

@@ -89,7 +89,7 @@ def stock(name: str) -> dict[str, Any]:
     from peft import LoraConfig
     from PIL import Image
 
-    from ray_peft.measure import GIB
+    from ray_peft.foundation.units import GIB
     from ray_peft.space import load
     from ray_peft.tasks.text_to_image import model as parts
 

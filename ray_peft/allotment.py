@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ray_peft import cluster
-from ray_peft.console import Console
 from ray_peft.errors import first_line
 from ray_peft.forecast import Size, size
+from ray_peft.foundation.audience import Audience
+from ray_peft.foundation.units import GIB
 from ray_peft.gpus import ANY, Gpu, known
-from ray_peft.measure import GIB
 from ray_peft.placement import Demand, Node, demand, share_of
 from ray_peft.spec import TrialSpec
 
@@ -66,7 +66,7 @@ class Allotment:
             self._demands[spec.trial_id] = self._made(spec, self._size(spec), alone=alone)
         return self._demands[spec.trial_id]
 
-    def prepare(self, specs: Sequence[TrialSpec], console: Console) -> list[TrialSpec]:
+    def prepare(self, specs: Sequence[TrialSpec], console: Audience) -> list[TrialSpec]:
         """Make the demands of trials before they start, and say which do not fit and what takes less.
 
         Returns:

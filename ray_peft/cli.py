@@ -20,8 +20,9 @@ from typing import Literal
 
 from ray_peft.console import Console, abandon_output, prepare_streams
 from ray_peft.errors import RayPeftError, StorageError
+from ray_peft.foundation.masking import mask
+from ray_peft.foundation.storage import told
 from ray_peft.quiet import quiet_libraries
-from ray_peft.storage import told
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -281,8 +282,9 @@ def _data(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from ray_peft.errors import DataError
-    from ray_peft.report.files import read_results, write_report
+    from ray_peft.report.files import write_report
     from ray_peft.report.plain import console_table
+    from ray_peft.results_file import read_results
 
     folder = Path(options.sweep)
     finished = (folder / "results.jsonl").is_file()
@@ -322,11 +324,11 @@ def _ui(options: argparse.Namespace) -> int:
 
     uri = tracking_uri(options.tracking_uri, TrackingSpec())
     if uri.startswith(("http://", "https://")):
-        _say(f"MLflow runs at {tracking.mask(uri)}")
+        _say(f"MLflow runs at {mask(uri)}")
         return 0
     command = tracking.ui_command(uri, outputs_folder() / "mlartifacts", options.host, options.port)
     _check_port(options.host, options.port)
-    _say(f"MLflow UI: http://{options.host}:{options.port}  (store {tracking.mask(uri)}; Ctrl-C ends it)", flush=True)
+    _say(f"MLflow UI: http://{options.host}:{options.port}  (store {mask(uri)}; Ctrl-C ends it)", flush=True)
     # A group of its own: the command starts a server below it, and both must end.
     server = subprocess.Popen(command, env=tracking.ui_environment(), start_new_session=True)
     try:

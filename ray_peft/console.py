@@ -81,9 +81,3 @@ class Console:
     def _safe(self, text: str) -> str:
         encoding = self._stream.encoding or "ascii"
         return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def bar(done: int, total: int, width: int = 20) -> str:
-    """An ASCII progress bar such as `[#####...............]`."""
-    filled = width if total <= 0 else min(width, width * done // total)
-    return "[" + "#" * filled + "." * (width - filled) + "]"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_peft.errors import DataError
-from ray_peft.report.atomic import write_text
+from ray_peft.foundation.whole import write_text
 from ray_peft.report.digits import count
 from ray_peft.report.plain import aligned_line, ascii_line
 from ray_peft.space import load

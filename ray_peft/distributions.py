@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import random
-from collections.abc import Iterator
 from math import exp, log
 from typing import Any
+
+from ray_peft.foundation import dotted
 
 KINDS = {"uniform": 2, "loguniform": 2, "randint": 2, "choice": None}
 """Each kind and how many arguments it takes; None is any number."""
@@ -21,20 +22,11 @@ _OTHER_NAMES = {
 
 def distributions(template: Any, prefix: str = "") -> dict[str, tuple[str, list[Any]]]:
     """The distributions in a template: dotted key -> (kind, arguments); places in lists are numbers from 0."""
-    if isinstance(template, list):
-        inner: Iterator[tuple[Any, Any]] = iter(enumerate(template))
-    elif isinstance(template, dict):
-        kind = kind_of(template)
-        if kind:
-            given = template[kind]
-            return {prefix: (kind, given if isinstance(given, list) else [])}
-        inner = iter(template.items())
-    else:
-        return {}
+    ends = dotted.leaves(template, lambda value: kind_of(value) is not None, prefix)
     return {
-        place: how
-        for key, value in inner
-        for place, how in distributions(value, f"{prefix}.{key}" if prefix else str(key)).items()
+        key: (kind, value[kind] if isinstance(value[kind], list) else [])
+        for key, value in ends
+        if (kind := kind_of(value)) is not None
     }
 
 
@@ -78,24 +70,20 @@ def misspelt(template: Any, settings: list[str], prefix: str = "") -> dict[str, 
         settings: names of real settings, which are none.
         prefix: the dotted key of `template`.
     """
-    if isinstance(template, list):
-        inner: Iterator[tuple[Any, Any]] = iter(enumerate(template))
-    elif isinstance(template, dict):
-        if len(template) == 1:
-            ((name, value),) = template.items()
-            known = (*KINDS, "grid")
-            near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)
-            meant = _OTHER_NAMES.get(name.lower()) or (near[0] if near else None)
-            if isinstance(value, list) and meant and name not in known and name not in settings:
-                return {f"{prefix}.{name}".lstrip("."): meant}
-        inner = iter(template.items())
-    else:
-        return {}
-    return {
-        place: meant
-        for key, value in inner
-        for place, meant in misspelt(value, settings, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
+
+    def meant(value: Any) -> str | None:
+        """The name that a mapping's only key was to be, where it is none."""
+        if not isinstance(value, dict) or len(value) != 1:
+            return None
+        ((name, given),) = value.items()
+        known = (*KINDS, "grid")
+        if not isinstance(given, list) or name in known or name in settings:
+            return None
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)
+        return _OTHER_NAMES.get(name.lower()) or (near[0] if near else None)
+
+    ends = dotted.leaves(template, lambda value: meant(value) is not None, prefix)
+    return {dotted.join(key, next(iter(value))): name for key, value in ends if (name := meant(value)) is not None}
 
 
 def draw(generator: random.Random, kind: str, arguments: list[Any]) -> Any:
@@ -107,14 +95,3 @@ def draw(generator: random.Random, kind: str, arguments: list[Any]) -> Any:
         return generator.randrange(low, high)
     value = generator.uniform(low, high) if kind == "uniform" else exp(generator.uniform(log(low), log(high)))
     return float(f"{value:.6g}")
-
-
-def substitute(template: Any, values: dict[str, Any], prefix: str = "") -> Any:
-    """`template` with what stands at each dotted key of `values` replaced."""
-    if prefix in values:
-        return values[prefix]
-    if isinstance(template, dict):
-        return {k: substitute(v, values, f"{prefix}.{k}" if prefix else k) for k, v in template.items()}
-    if isinstance(template, list):
-        return [substitute(v, values, f"{prefix}.{i}" if prefix else str(i)) for i, v in enumerate(template)]
-    return template

@@ -10,7 +10,6 @@ import importlib.metadata
 import io
 import os
 import platform
-import re
 import shutil
 import socket
 import sys
@@ -26,7 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from ray_peft.measure import GIB
+from ray_peft.foundation.masking import mask_address
+from ray_peft.foundation.units import GIB
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ class GpuFacts:
 def examine() -> list[Finding]:
     """What was found, in the order of the table. Takes some seconds: it imports torch and bitsandbytes."""
     findings = [finding for name, probe in PROBES for finding in _guarded(name, probe)]
-    return [replace(f, value=mask_credentials(f.value), advice=mask_credentials(f.advice)) for f in findings]
+    return [replace(f, value=mask_address(f.value), advice=mask_address(f.advice)) for f in findings]
 
 
 def render(findings: list[Finding]) -> str:
@@ -79,13 +79,6 @@ def render(findings: list[Finding]) -> str:
     counts = {level: sum(finding.level == level for finding in findings) for level in ("problem", "note")}
     lines += ["", ", ".join(f"{count} {level}{'' if count == 1 else 's'}" for level, count in counts.items())]
     return "\n".join(lines)
-
-
-def mask_credentials(text: str) -> str:
-    """`text` with what stands before an address's @, and the values of secret query keys, replaced by ***."""
-    # Up to the last @, whatever lies between: passwords hold @, slashes and spaces, and are to be hidden whole.
-    text = re.sub(r"(?s)://(?!/).*@", "://***@", text)
-    return re.sub(r"(?i)([?&;][^=&;\s]*(?:token|passw|pwd|secret|key|sig)[^=&;\s]*=)[^&;\s]+", r"\1***", text)
 
 
 def _guarded(name: str, probe: Callable[[], list[Finding]]) -> list[Finding]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from ray_peft import tracking
-from ray_peft.console import Console
 from ray_peft.errors import StorageError, TrackingError
+from ray_peft.foundation.audience import Audience
+from ray_peft.foundation.masking import mask
 from ray_peft.inspector import Inspector
 from ray_peft.keeping import LastSteps, Rows
 from ray_peft.ledger import Ledger, SweepRecord
@@ -55,7 +56,7 @@ def open_store(uri: str, experiment: str) -> Store:
     return tracking.open_store(uri, experiment, artifacts)
 
 
-def inspect_trials(trials: Iterable[TrialSpec], console: Console, inspector: Inspector | None = None) -> Checked:
+def inspect_trials(trials: Iterable[TrialSpec], console: Audience, inspector: Inspector | None = None) -> Checked:
     """Check model, tokenizer and data of every trial once, prepare the data, and settle which trial each is.
 
     Args:
@@ -101,7 +102,7 @@ class Experiment:
     ledger: Ledger
     store: Store
     record: SweepRecord
-    console: Console
+    console: Audience
     rows: Rows
     """Takes the trials' rows."""
 
@@ -174,7 +175,7 @@ def open_experiment(
     store: Store,
     planned: list[str],
     notes: list[str],
-    console: Console,
+    console: Audience,
     source: str | None = None,
     report: ReportSpec | None = None,
 ) -> Experiment:
@@ -185,7 +186,7 @@ def open_experiment(
         StorageError: the folder cannot be written.
     """
     earlier = ledger.read_record()
-    masked = tracking.mask(store.uri)
+    masked = mask(store.uri)
     same = earlier is not None and (earlier.name, earlier.tracking_uri) == (name, masked)
     parent = earlier.parent_run_id if earlier is not None and same else None
     if parent is None:

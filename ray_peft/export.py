@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import tempfile
-import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +11,7 @@ from typing import Literal
 from ray_peft import tracking
 from ray_peft.consent import check_consent
 from ray_peft.errors import SpecError
+from ray_peft.foundation.whole import new_folder
 from ray_peft.rounding import check_same_loss
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
@@ -79,9 +77,7 @@ def export(
         device = _device()
         loaded = task.load_trained(spec, trained, device)
         before = loaded.eval_loss()
-        partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with new_folder(folder) as partial:
             _write(spec, trained, partial, merge=form == "merged" and adapted, dtype=dtype, device=device)
             exported = task.load_trained(_with(spec, save=dtype), partial, device)
             after, size = exported.eval_loss(), exported.stored_bytes(partial)
@@ -89,9 +85,6 @@ def export(
             check_same_loss(before, after, held, f"writing {form} weights in {dtype}")
             made = Exported(str(folder), run_id, spec.trial_id, form, dtype, size, before, after)
             (partial / "export.json").write_text(json.dumps(asdict(made), indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return made
 
 

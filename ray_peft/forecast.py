@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray_peft.errors import RayPeftError
+from ray_peft.foundation.units import GIB
 from ray_peft.gpus import ANY, Gpu
-from ray_peft.measure import GIB
 from ray_peft.methods.base import ENOUGH_STEPS
 from ray_peft.placement import Need, Packing, fit
 from ray_peft.spec import TrialSpec

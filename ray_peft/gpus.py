@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ray_peft.measure import GIB
-
-MIB = 2**20
+from ray_peft.foundation.units import GIB, MIB
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from ray_peft.console import Console
 from ray_peft.errors import StorageError, first_line
+from ray_peft.foundation.audience import Audience
 from ray_peft.ledger import Ledger
 from ray_peft.result import TrialResult
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 class Rows:
     """Puts rows into the ledger; on a full disk they wait in memory, and each new row tries again."""
 
-    def __init__(self, ledger: Ledger, console: Console) -> None:
+    def __init__(self, ledger: Ledger, console: Audience) -> None:
         self._ledger, self._console = ledger, console
         self._waiting: list[TrialResult] = []
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from ray_peft.errors import SearchSpaceError
-from ray_peft.locks import locked
-from ray_peft.names import one_part
-from ray_peft.report.atomic import write_text
-from ray_peft.report.files import read_results
+from ray_peft.foundation.locks import locked
+from ray_peft.foundation.names import one_part
+from ray_peft.foundation.storage import writing
+from ray_peft.foundation.whole import write_text
 from ray_peft.result import TrialResult
-from ray_peft.storage import writing
+from ray_peft.results_file import read_results
 
 WAY_OUT = "free some space, or give another --out; the same command then runs what is missing"
 

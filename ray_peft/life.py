@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 from ray_peft import measure
 from ray_peft.errors import RayPeftError, TrialFailed
-from ray_peft.measured import to_json
+from ray_peft.foundation.measured import to_json
+from ray_peft.foundation.storage import is_full, told
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype
 from ray_peft.result import Provenance, Scores, Status, TrialResult, Usage
 from ray_peft.spec import TrialSpec
-from ray_peft.storage import is_full, told
 from ray_peft.tasks.base import Bench, Costs, Report, Scored, Trained
 from ray_peft.tasks.finite import ways_out
 from ray_peft.tasks.images import IMAGES, write_images

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from ray_peft.errors import TrialFailed
+from ray_peft.foundation.units import GIB
 
-GIB = 2**30
 FREE_WITHIN_S = 60.0
 """Longest wait for memory of a GPU that a trial before should have given back."""
 

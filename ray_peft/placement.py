@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ray_peft.errors import PlacementError
-from ray_peft.measure import GIB
+from ray_peft.foundation.units import GIB
 from ray_peft.spec import ResourcesSpec, TrialSpec
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ray_peft.errors import SearchSpaceError
+from ray_peft.foundation import dotted
 
 
 def put(plain: dict[str, Any], key: str, value: Any, where: str) -> None:
@@ -22,30 +23,12 @@ def put(plain: dict[str, Any], key: str, value: Any, where: str) -> None:
     Raises:
         SearchSpaceError: something on the way is neither mapping nor list, or the list has no such entry.
     """
-    *parents, last = key.split(".")
-    holder: Any = plain
-    for place, parent in enumerate(parents):
-        if isinstance(holder, list):
-            holder = holder[_entry(holder, parent, ".".join(parents[:place]), where)]
-        else:
-            inner = holder.get(parent)
-            holder[parent] = {} if inner is None else inner
-            holder = holder[parent]
-        if not isinstance(holder, dict | list):
-            raise SearchSpaceError(f"{where}: {'.'.join(parents[: place + 1])} is not a mapping in the search space")
-    if isinstance(holder, list):
-        holder[_entry(holder, last, ".".join(parents), where)] = value
-    else:
-        holder[last] = value
-
-
-def _entry(entries: list[Any], place: str, key: str, where: str) -> int:
-    if not place.isdecimal() or int(place) >= len(entries):
-        raise SearchSpaceError(
-            f"{where}: {key} is a list with {len(entries)} entries; name one by its place from 0 to {len(entries) - 1} "
-            f"(found {place!r})"
-        )
-    return int(place)
+    try:
+        dotted.put(plain, key, value, add=True)
+    except dotted.NotAMapping as error:
+        raise SearchSpaceError(f"{where}: {error} in the search space") from None
+    except dotted.WrongKey as error:
+        raise SearchSpaceError(f"{where}: {error}") from None
 
 
 def settle(plain: dict[str, Any], profile: str | None, source: str) -> set[str]:

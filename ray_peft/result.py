@@ -6,10 +6,10 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from ray_peft.measured import Measured
-from ray_peft.names import PathPart
+from ray_peft.foundation.measured import Measured
+from ray_peft.foundation.names import PathPart
+from ray_peft.foundation.strict import Strict
 from ray_peft.spec import AnyTrialSpec
-from ray_peft.strict import Strict
 
 Status = Literal["finished", "failed", "out_of_memory", "cancelled"]
 

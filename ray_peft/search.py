@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ray_peft.distributions import distributions
 from ray_peft.earlier import Earlier, recall
 from ray_peft.errors import RayPeftError, first_line
+from ray_peft.foundation import dotted
 from ray_peft.inspector import Inspector
 from ray_peft.result import TrialResult
 from ray_peft.space import Space, fill
@@ -190,7 +191,7 @@ class Draws:
         plain = row.spec.plain()
         found = []
         for key, where in self._ranges.items():
-            found.append(where.draws_of(_at(plain, key)))
+            found.append(where.draws_of(dotted.get(plain, key)))
         for draws in itertools.product(*found):
             yield dict(zip(self._ranges, draws, strict=True))
 
@@ -200,19 +201,6 @@ class Draws:
         if len(found) == len(self._ranges) and math.prod(map(len, found)) <= MOST_COUNTED:
             for draws in itertools.product(*found):
                 yield dict(zip(self._ranges, draws, strict=True))
-
-
-_MISSING = object()
-
-
-def _at(plain: Any, key: str) -> Any:
-    """What stands at a dotted key, with places in lists as numbers from 0."""
-    for part in key.split("."):
-        if isinstance(plain, list) and part.isdecimal() and int(part) < len(plain):
-            plain = plain[int(part)]
-        else:
-            plain = plain.get(part, _MISSING) if isinstance(plain, dict) else _MISSING
-    return plain
 
 
 def _part_of(entry: Any, value: Any) -> bool:

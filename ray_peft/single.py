@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from ray_peft import cluster, experiment, worker
 from ray_peft.allotment import Allotment
-from ray_peft.console import Console
 from ray_peft.errors import SearchSpaceError, SpecError, TrialFailed
+from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.ledger import Ledger
 from ray_peft.placement import Demand
 from ray_peft.result import TrialResult
@@ -30,7 +30,7 @@ def run(
     overrides: list[str] | None = None,
     profile: str | None = None,
     gpu_memory_gib: float | None = None,
-    console: Console | None = None,
+    console: Audience | None = None,
 ) -> TrialResult:
     """Run one trial and return its row; a failed trial is a row too.
 
@@ -47,7 +47,7 @@ def run(
     Raises:
         RayPeftError: a wrong spec, missing data or model, a store or cluster out of reach.
     """
-    console = console or Console(quiet=True)
+    console = console or Silence()
     trial, tracking_spec, report = _trial(spec, overrides, profile)
     if trial.members():
         raise SpecError("method ensemble: a run makes one trial, but an ensemble needs its members; use a sweep")

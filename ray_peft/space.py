@@ -18,11 +18,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from ray_peft import profiles, yaml_text
-from ray_peft.distributions import distributions, draw, misspelt, substitute
+from ray_peft.distributions import distributions, draw, misspelt
 from ray_peft.distributions import problem as distribution_problem
 from ray_peft.errors import SearchSpaceError, SpecError
+from ray_peft.foundation import dotted
+from ray_peft.foundation.strict import Strict
 from ray_peft.spec import SPECS, TrialSpec
-from ray_peft.strict import Strict
 
 _PartT = TypeVar("_PartT", bound=Strict)
 
@@ -160,7 +161,7 @@ def fill(template: dict[str, Any], values: dict[str, Any], source: str) -> Trial
     Raises:
         SearchSpaceError: the values make no valid trial.
     """
-    return _validate([substitute(template, values)], source)[0][-1]
+    return _validate([dotted.replaced(template, values)], source)[0][-1]
 
 
 def _apply_override(plain: dict[str, Any], override: str) -> str:
@@ -259,7 +260,7 @@ def _draws(
     for index, (template, places) in enumerate(zip(templates, searched, strict=True)):
         generator = random.Random(f"{search.seed if search else 0}:{index}")
         for _ in range(search.samples if search and places else 1):
-            yield substitute(template, {key: draw(generator, *how) for key, how in places.items()})
+            yield dotted.replaced(template, {key: draw(generator, *how) for key, how in places.items()})
 
 
 def _draw_problems(

@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 
 from ray_peft.errors import TrialFailed
+from ray_peft.foundation.whole import write_text
 from ray_peft.life import Life, Place, keep
 from ray_peft.methods.base import Stage
-from ray_peft.report.atomic import write_text
 from ray_peft.rounding import check_same_loss
 from ray_peft.tasks import cost
 from ray_peft.tasks.base import Bench, Trained

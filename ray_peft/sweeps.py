@@ -10,10 +10,10 @@ from typing import Any
 
 from ray_peft import cluster, experiment, tuning
 from ray_peft.allotment import Allotment
-from ray_peft.console import Console, bar
 from ray_peft.earlier import Earlier, recall
 from ray_peft.errors import SearchSpaceError
 from ray_peft.experiment import Experiment
+from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.inspector import Inspector
 from ray_peft.ledger import Ledger
 from ray_peft.placement import Demand, Node, demand
@@ -54,7 +54,7 @@ def sweep(
     profile: str | None = None,
     fresh: bool = False,
     gpu_memory_gib: float | None = None,
-    console: Console | None = None,
+    console: Audience | None = None,
 ) -> SweepOutcome:
     """Run every trial of a search space that has no finished row in `out` yet.
 
@@ -72,7 +72,7 @@ def sweep(
     Raises:
         RayPeftError: a wrong search space, missing data or model, a store or cluster out of reach. Nothing was started.
     """
-    console = console or Console(quiet=True)
+    console = console or Silence()
     if isinstance(space, Space):
         source = None
     else:
@@ -146,7 +146,7 @@ class _Plan:
         return self.total - len(self.earlier.finished) if self.draws is not None else len(self.todo)
 
 
-def _plan(space: Space, rows: list[TrialResult], inspector: Inspector, console: Console) -> _Plan:
+def _plan(space: Space, rows: list[TrialResult], inspector: Inspector, console: Audience) -> _Plan:
     if space.search is not None and space.search.algorithm == "optuna":
         draws = Draws(space, inspector, console.say)
         total = space.search.samples
@@ -256,7 +256,7 @@ class _Sweep:
         """Show where a running trial is."""
         loss = next((f"{name} {metrics[name]:.3f}" for name in ("train_loss", "eval_loss") if name in metrics), "")
         done, total = len(self.rows), self.plan.total
-        self.console.progress(f"{bar(done, total)} {done}/{total} {spec.trial_id}: step {metrics.get('step')} {loss}")
+        self.console.progress(f"{_bar(done, total)} {done}/{total} {spec.trial_id}: step {metrics.get('step')} {loss}")
 
 
 def _placement_line(nodes: list[Node], demands: list[Demand], missing: int) -> str:
@@ -271,7 +271,7 @@ def plan(
     space: str | Path,
     overrides: list[str] | None = None,
     profile: str | None = None,
-    console: Console | None = None,
+    console: Audience | None = None,
 ) -> list[TrialSpec]:
     """The trials of a search space, checked, without loading weights or starting Ray; notes go to `console`.
 
@@ -281,7 +281,13 @@ def plan(
     loaded = load(space, overrides, profile)
     if not loaded.trials:
         raise SearchSpaceError(f"{space}: has no trials")
-    console = console or Console(quiet=True)
+    console = console or Silence()
     for note in loaded.notes:
         console.say(note)
     return experiment.inspect_trials(loaded.trials, console).trials
+
+
+def _bar(done: int, total: int, width: int = 20) -> str:
+    """An ASCII progress bar such as `[#####...............]`."""
+    filled = width if total <= 0 else min(width, width * done // total)
+    return "[" + "#" * filled + "." * (width - filled) + "]"

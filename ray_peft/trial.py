@@ -12,13 +12,14 @@ from ray_peft import measure
 from ray_peft.ensembles import run_ensemble
 from ray_peft.errors import TrackingError, first_line
 from ray_peft.forecast import ways
+from ray_peft.foundation.storage import told
+from ray_peft.foundation.units import GIB
+from ray_peft.foundation.whole import write_text
 from ray_peft.gpus import known
 from ray_peft.life import Life, Place, Tracker, evaluate, keep, predict, provenance
-from ray_peft.report.atomic import write_text
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.stages import STAGE_FILE, stage_folder, train_all
-from ray_peft.storage import told
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Bench, Report
 from ray_peft.tasks.memory import MICRO_BATCH, divisor, free_memory
@@ -85,7 +86,7 @@ def _with_advice(life: Life, error: str) -> str:
     import torch
 
     gpu = known(measure.device_name(place.device))
-    room = place.gpu_memory_gib or torch.cuda.get_device_properties(place.device).total_memory / measure.GIB
+    room = place.gpu_memory_gib or torch.cuda.get_device_properties(place.device).total_memory / GIB
     said = f"ran out of {room:.1f} GiB of GPU memory"
     if life.clock.last == "evaluate":
         return f"{said} in the evaluation, one row at a time\n\n{error}"
@@ -168,7 +169,7 @@ def _take_place(place: Place) -> None:
 
         torch.set_num_threads(place.threads if place.device == "cpu" else min(place.threads, GPU_TRIAL_THREADS))
     if place.needed_gib is not None and place.device != "cpu":
-        context = known(measure.device_name(place.device)).context / measure.GIB
+        context = known(measure.device_name(place.device)).context / GIB
         measure.wait_for_memory(place.device, place.needed_gib, context)
 
 

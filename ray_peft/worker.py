@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_peft import measure, trial
+from ray_peft import trial
 from ray_peft.errors import TrialFailed, first_line
+from ray_peft.foundation.units import GIB
 from ray_peft.gpus import known
 from ray_peft.placement import Demand
 from ray_peft.quiet import quiet_libraries
@@ -174,7 +175,7 @@ def _room(demand: Demand, device: str) -> float | None:
         return demand.gpu_memory_gib
     import torch
 
-    return demand.gpus_per_worker * torch.cuda.get_device_properties(device).total_memory / measure.GIB
+    return demand.gpus_per_worker * torch.cuda.get_device_properties(device).total_memory / GIB
 
 
 @contextlib.contextmanager
@@ -189,7 +190,7 @@ def _held_to(room_gib: float | None, device: str) -> Iterator[None]:
     import torch
 
     gpu = torch.cuda.get_device_properties(device)
-    share = (room_gib * measure.GIB - known(gpu.name).context) / gpu.total_memory
+    share = (room_gib * GIB - known(gpu.name).context) / gpu.total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.0)), device)
     try:
         yield

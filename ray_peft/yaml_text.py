@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ray_peft.errors import SearchSpaceError
+from ray_peft.foundation import dotted
 
 LARGEST = 2**53
 """Whole numbers beyond this are no setting of anything, and not exact in JSON everywhere."""
@@ -108,7 +109,7 @@ def parse(text: str, source: str) -> Any:
     """
     try:
         plain = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
-        infinite = _not_finite(plain, "")
+        infinite = _not_finite(plain)
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         code = error.character if isinstance(error.character, int) else ord(error.character)
@@ -130,9 +131,7 @@ def parse(text: str, source: str) -> Any:
     return plain
 
 
-def _not_finite(value: Any, key: str) -> list[tuple[str, float]]:
+def _not_finite(plain: Any) -> list[tuple[str, float]]:
     """Infinities and NaN with their dotted keys."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return [(key or "value", value)]
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [hit for part, entry in inner for hit in _not_finite(entry, f"{key}.{part}".lstrip("."))]
+    numbers = ((key, value) for key, value in dotted.leaves(plain) if isinstance(value, float))
+    return [(key or "value", value) for key, value in numbers if not math.isfinite(value)]

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ray_peft.foundation.whole import replaced_folder
+
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
@@ -18,15 +20,10 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> None:
     import torch
 
     target = folder / f"checkpoint-{step}"
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with (partial / STATE_FILE).open("wb") as file:
+    with replaced_folder(target) as partial, (partial / STATE_FILE).open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
     for old in folder.glob("checkpoint-*"):
         if old != target:
             shutil.rmtree(old, ignore_errors=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from ray_peft.strict import Strict
+from ray_peft.foundation.strict import Strict
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,9 +6,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from ray_peft.foundation.strict import Strict
 from ray_peft.methods.base import Dtype, Method, Stage, Task
 from ray_peft.methods.single import SingleMethod
-from ray_peft.strict import Strict
 
 
 class Member(Strict):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_peft.report.atomic import write_text
+from ray_peft.foundation.whole import write_text
 from ray_peft.report.flat import flatten
 from ray_peft.report.table import rows
 from ray_peft.result import TrialResult

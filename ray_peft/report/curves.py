@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeAlias
 
-from ray_peft.measured import from_json
+from ray_peft.foundation.measured import from_json
 
 logger = logging.getLogger(__name__)
 

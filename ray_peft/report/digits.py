@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-from ray_peft.measure import GIB
+from ray_peft.foundation.units import GIB, MIB
 from ray_peft.report.table import Spread
 
 MISSING = "-"
-MIB = 2**20
 _LONGEST = 9
 """Characters of a number in a table."""
 

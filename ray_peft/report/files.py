@@ -1,16 +1,15 @@
 """A sweep's folder -> its report; reads what a killed sweep has left, too."""
 
-import json
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ray_peft.errors import DataError
-from ray_peft.names import PathPart
-from ray_peft.report.atomic import write_text
+from ray_peft.foundation.json_lines import problem, read_lines
+from ray_peft.foundation.names import PathPart
+from ray_peft.foundation.strict import Strict
+from ray_peft.foundation.whole import write_text
 from ray_peft.report.content import build
 from ray_peft.report.csvfile import write_csv
 from ray_peft.report.curves import read_curve
@@ -18,15 +17,10 @@ from ray_peft.report.document import Figure
 from ray_peft.report.markdown import to_markdown
 from ray_peft.report.material import Material
 from ray_peft.report.rescore import rescored
-from ray_peft.report.table import latest
 from ray_peft.report.webpage import to_html
-from ray_peft.result import ImageFile, RowLoss, Sample, TrialResult
+from ray_peft.result import ImageFile, RowLoss, Sample
+from ray_peft.results_file import read_results
 from ray_peft.space import ReportSpec
-from ray_peft.strict import Strict
-
-logger = logging.getLogger(__name__)
-
-_ValueT = TypeVar("_ValueT", bound=BaseModel)
 
 
 class Sweep(Strict):
@@ -78,13 +72,13 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
     answers = {
         trial_id: _columns(found)
         for trial_id, path in trials.items()
-        if (found := _read_lines(path / "answers.jsonl", Answer))
+        if (found := read_lines(path / "answers.jsonl", Answer))
     }
     results = rescored(results, answers)
     losses = {
         trial_id: sorted(lines, key=lambda entry: entry.row)
         for trial_id, path in trials.items()
-        if (lines := _read_lines(path / "losses.jsonl", RowLoss))
+        if (lines := read_lines(path / "losses.jsonl", RowLoss))
     }
     material = Material(
         title=sweep.name or folder.absolute().name,
@@ -92,7 +86,7 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
         notes=sweep.notes,
         planned=sweep.planned,
         results=results,
-        samples={trial_id: _read_lines(path / "samples.jsonl", Sample) for trial_id, path in trials.items()},
+        samples={trial_id: read_lines(path / "samples.jsonl", Sample) for trial_id, path in trials.items()},
         answers=answers,
         losses={trial_id: [entry.loss for entry in lines] for trial_id, lines in losses.items()},
         loss_tokens={
@@ -128,20 +122,6 @@ def _write_plots(figures: Sequence[Figure], folder: Path) -> list[Path]:
     return paths
 
 
-def read_results(folder: Path) -> list[TrialResult]:
-    """The results of a sweep, each trial once: a later line of the same trial replaces an earlier one.
-
-    A broken last line, as a killed process leaves it, is passed over with a warning.
-
-    Raises:
-        DataError: there is no results.jsonl, or another line is broken, or a line is not a result.
-    """
-    path = Path(folder) / "results.jsonl"
-    if not path.exists():
-        raise DataError(f"{path}: no such file; give the folder that a sweep wrote (its --out)")
-    return latest(_read_lines(path, TrialResult))
-
-
 def _read_sweep(folder: Path) -> Sweep | None:
     path = folder / "sweep.json"
     try:
@@ -149,7 +129,7 @@ def _read_sweep(folder: Path) -> Sweep | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise DataError(f"{path}: {_problem(error)}") from None
+        raise DataError(f"{path}: {problem(error)}") from None
 
 
 def _columns(answers: list[Answer]) -> tuple[list[str], list[str]]:
@@ -166,38 +146,4 @@ def _read_images(path: Path) -> list[ImageFile]:
     try:
         return TypeAdapter(list[ImageFile]).validate_json(path.read_bytes())
     except ValidationError as error:
-        raise DataError(f"{path}: {_problem(error)}") from None
-
-
-def _read_lines(path: Path, kind: type[_ValueT]) -> list[_ValueT]:
-    """The values of a JSON Lines file; none if there is no file."""
-    found = []
-    for number, line in _whole_lines(path):
-        try:
-            found.append(kind.model_validate_json(line))
-        except ValidationError as error:
-            raise DataError(f"{path}: line {number}: {_problem(error)}") from None
-    return found
-
-
-def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines with their numbers from 1; a last one that is not JSON is left out with a warning."""
-    if not path.exists():
-        return
-    # Bytes, since str.splitlines also splits at characters that JSON text may hold, such as U+2028.
-    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
-    for index, (number, line) in enumerate(lines):
-        try:
-            json.loads(line)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-            if index < len(lines) - 1:
-                raise DataError(f"{path}: line {number}: not valid JSON: {error}") from None
-            logger.warning("%s: line %d, the last one, is incomplete and was passed over", path, number)
-            return
-        yield number, line
-
-
-def _problem(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
-    return f"{key}: {first['msg']}" if key else first["msg"]
+        raise DataError(f"{path}: {problem(error)}") from None

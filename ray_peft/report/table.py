@@ -10,6 +10,7 @@ from ray_peft.methods import METHODS
 from ray_peft.report.flat import flat_spec
 from ray_peft.report.labels import labels
 from ray_peft.result import Status, TrialResult
+from ray_peft.results_file import latest
 
 BASE_METHOD = "none"
 Phase = Literal["load_s", "train_s", "evaluate_s", "save_s", "wall_time_s"]
@@ -215,11 +216,6 @@ def base_of(result: TrialResult, results: Iterable[TrialResult]) -> TrialResult 
         key=lambda other: sum(flat.get(key) == value for key, value in flat_spec(other.spec).items()),
         default=None,
     )
-
-
-def latest(results: Iterable[TrialResult]) -> list[TrialResult]:
-    """Each trial once, at its first place with its last value."""
-    return list({result.trial_id: result for result in results}.values())
 
 
 def error_line(result: TrialResult) -> str:

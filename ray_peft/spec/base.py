@@ -10,11 +10,12 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
+from ray_peft.foundation import dotted
+from ray_peft.foundation.strict import Strict
 from ray_peft.methods import METHODS, AnyMethod
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization, Stage, Task
 from ray_peft.spec import identity
 from ray_peft.spec.identity import is_local as is_local
-from ray_peft.strict import Strict
 
 
 class ModelSpec(Strict):
@@ -201,13 +202,7 @@ class TrialSpec(Strict):
         """
         plain = self.plain()
         for key, value in settings.items():
-            *parents, last = key.split(".")
-            holder = plain
-            for parent in parents:
-                holder = holder[parent]
-            if last not in holder:
-                raise ValueError(f"{key}: no such setting")
-            holder[last] = value
+            dotted.put(plain, key, value, add=False)
         return type(self).from_plain(plain)
 
     def members(self) -> list[Self]:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import PydanticUndefined
 
+from ray_peft.foundation.strict import Strict
 from ray_peft.methods.base import ENOUGH_STEPS
 from ray_peft.spec.defaults import CHANGES_NO_RESULT, DEFAULTS, IDENTITY_VERSION, NAMES
-from ray_peft.strict import Strict
 
 if TYPE_CHECKING:
     from ray_peft.spec.base import TrialSpec

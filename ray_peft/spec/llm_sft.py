@@ -9,9 +9,9 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
+from ray_peft.foundation.strict import Strict
 from ray_peft.methods.ensemble import Ensemble
 from ray_peft.spec.base import TrainSpec, TrialSpec, check_parts, first_double
-from ray_peft.strict import Strict
 
 Recipe = Literal["alpaca", "dolly", "tulu", "ultrachat", "messages", "prompt_completion", "text"]
 

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from ray_peft.foundation.strict import Strict
 from ray_peft.methods.full_weights import FullWeights
 from ray_peft.methods.lora import LowRankAdapter
 from ray_peft.spec.base import TrainSpec, TrialSpec, check_parts, first_double
-from ray_peft.strict import Strict
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 """The attention projections of a diffusion UNet."""

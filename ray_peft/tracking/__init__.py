@@ -5,7 +5,7 @@ package does not import mlflow.
 """
 
 from ray_peft.tracking.runs import RunStatus, close_orphan, fetch, finish_sweep, load_spec, start_sweep
-from ray_peft.tracking.store import Store, default_uri, mask, open_store
+from ray_peft.tracking.store import Store, default_uri, open_store
 from ray_peft.tracking.trial import TrialTracker
 from ray_peft.tracking.ui import ui_command, ui_environment
 
@@ -18,7 +18,6 @@ __all__ = [
     "fetch",
     "finish_sweep",
     "load_spec",
-    "mask",
     "open_store",
     "start_sweep",
     "ui_command",

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray_peft.errors import TrackingError
-from ray_peft.locks import locked
+from ray_peft.foundation.locks import locked
+from ray_peft.foundation.masking import mask
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,18 +54,6 @@ _FINAL_CODES = {
     "RESOURCE_DOES_NOT_EXIST",
     "UNAUTHENTICATED",
 }
-_MASKS = (
-    # user:password@, where a password may hold "/" and "@"; a port before a path is no password.
-    (re.compile(r"://(?:[^/\s\"'\\]*|[^/\s:@\"'\\]*:(?!\d+/)[^\s\"'\\]*)@"), "://***@"),
-    (
-        re.compile(
-            r"([?&;][^=&\s\"']*(?:token|key|secret|passw|pwd|sig|auth|credential)[^=&\s\"']*=)[^&\s\"'\\#]+", re.I
-        ),
-        r"\1***",
-    ),
-    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "hf_***"),
-)
-_MASKED = re.compile(r"://\*\*\*@|=\*\*\*|\bhf_\*\*\*")
 # The part of a long message that says what happened: the system's, the connection's or the database's words.
 _CAUSE = re.compile(r"\[Errno -?\d+\] ([^'\")]+)|((?:Read|connect) timed? ?out)|\(sqlite3\.\w+\) (.+)")
 
@@ -86,22 +75,6 @@ class Store:
 def default_uri(outputs: Path) -> str:
     """The URI of a SQLite store inside the folder `outputs`."""
     return f"sqlite:///{(outputs.expanduser().absolute() / 'mlflow.db').as_posix()}"
-
-
-def mask(text: str) -> str:
-    """`text` without the passwords in URIs, token-like query values and Hugging Face tokens."""
-    for pattern, shown in _MASKS:
-        text = pattern.sub(shown, text)
-    return text
-
-
-def masked_keys(plain: object, key: str = "") -> dict[str, str]:
-    """The texts in JSON-like data of which `mask` has taken something away, by their dotted keys."""
-    if isinstance(plain, (dict, list)):
-        items = plain.items() if isinstance(plain, dict) else enumerate(plain)
-        nested = (masked_keys(value, f"{key}.{name}" if key else str(name)) for name, value in items)
-        return {path: text for leaves in nested for path, text in leaves.items()}
-    return {key: plain} if isinstance(plain, str) and _MASKED.search(plain) else {}
 
 
 def open_store(uri: str, experiment: str, artifact_root: Path | None) -> Store:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_peft.errors import first_line
+from ray_peft.foundation import dotted
+from ray_peft.foundation.masking import mask
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.tracking.runs import close, create_run, fetch, points, run_tags, running, upload
-from ray_peft.tracking.store import PATIENCE_S, Store, connect, failures, insist, mask, reason
+from ray_peft.tracking.store import PATIENCE_S, Store, connect, failures, insist, reason
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -201,14 +203,10 @@ class TrialTracker:
                 warned = True
 
 
-def flatten(plain: object, key: str = "") -> dict[str, str]:
+def flatten(plain: object) -> dict[str, str]:
     """Every leaf of JSON-like data by its dotted path; empty lists and objects are leaves."""
-    if isinstance(plain, (dict, list)) and plain:
-        items = plain.items() if isinstance(plain, dict) else enumerate(plain)
-        nested = (flatten(value, f"{key}.{name}" if key else str(name)) for name, value in items)
-        return {path: leaf for leaves in nested for path, leaf in leaves.items()}
     # MLflow's server refuses an empty value, so an empty text is shown as "".
-    return {key: plain if isinstance(plain, str) and plain else json.dumps(plain)}
+    return {key: leaf if isinstance(leaf, str) and leaf else json.dumps(leaf) for key, leaf in dotted.leaves(plain)}
 
 
 def final_metrics(result: TrialResult) -> dict[str, float]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_peft.errors import RayPeftError
-from ray_peft.measure import GIB
+from ray_peft.foundation import dotted
+from ray_peft.foundation.units import GIB
 from ray_peft.methods.lora import LowRankAdapter
 from ray_peft.methods.qlora import QLoRA
 from ray_peft.spec import TrialSpec
@@ -187,10 +188,4 @@ def _changed(spec: TrialSpec, changes: Mapping[str, Any]) -> TrialSpec | None:
     except (RayPeftError, ValueError):
         return None
     before, after = spec.plain(), made.plain()
-    return None if any(_at(before, key) == _at(after, key) for key in changes) else made
-
-
-def _at(plain: Any, key: str) -> Any:
-    for part in key.split("."):
-        plain = plain[part]
-    return plain
+    return None if any(dotted.get(before, key) == dotted.get(after, key) for key in changes) else made

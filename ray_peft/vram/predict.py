@@ -14,15 +14,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ray_peft.foundation.cache import cache_folder
+from ray_peft.foundation.units import GIB, MIB
+from ray_peft.foundation.whole import write_text
 from ray_peft.gpus import ANY, Gpu
-from ray_peft.measure import GIB
 from ray_peft.methods.base import ENOUGH_STEPS, Method, Stage
 from ray_peft.methods.galore import GaLore
 from ray_peft.methods.lora import LowRankAdapter
 from ray_peft.methods.qlora_galore import QLoRAThenGaLore
-from ray_peft.report.atomic import write_text
 from ray_peft.spec import ImageTrialSpec, LlmTrialSpec, TrialSpec
-from ray_peft.tasks.cache import cache_folder
 from ray_peft.vram.shape import ModelShape
 
 RUN_ON_SHAPES = (
@@ -31,10 +31,10 @@ RUN_ON_SHAPES = (
 )  # fmt: skip
 """Code of tasks that predictions run or read; predictions kept on disk are of this code."""
 
-SEGMENT = 2 * 2**20
+SEGMENT = 2 * MIB
 """The allocator's segments are multiples of this."""
 
-CONVOLUTIONS = 60 * 2**20
+CONVOLUTIONS = 60 * MIB
 """What cuDNN takes beside the tensors while images are made: the rest of three measured peaks of SD 1.5 on an H200."""
 
 _NO_MEMORY: dict[type[Any], frozenset[str]] = {

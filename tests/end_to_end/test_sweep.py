@@ -18,7 +18,7 @@ import yaml
 import ray_peft
 from ray_peft.console import Console
 from ray_peft.errors import PlacementError, TrackingError
-from ray_peft.report.files import read_results
+from ray_peft.results_file import read_results
 
 METHODS = [
     {"name": "none"},

@@ -10,14 +10,13 @@ import tiny
 from ray_peft.allotment import Allotment, card
 from ray_peft.console import Console
 from ray_peft.forecast import size
+from ray_peft.foundation.units import GIB, MIB
 from ray_peft.gpus import ANY
-from ray_peft.measure import GIB
 from ray_peft.placement import PARTS, Node
 from ray_peft.spec import TrialSpec
 
 SERVER = [Node(cpus=16, gpus=2, gpu_name="a card of no list", gpu_memory_gib=11.5)]
 LAPTOP = [Node(cpus=2, gpus=0)]
-MIB = 2**20
 
 
 class Heard(Console):

@@ -3,7 +3,7 @@
 import pytest
 
 from ray_peft.errors import StorageError
-from ray_peft.tasks.cache import made_whole
+from ray_peft.foundation.cache import made_whole
 
 
 def names(folder):

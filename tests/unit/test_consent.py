@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from ray_peft.cli import main
 from ray_peft.consent import check_consent
 from ray_peft.errors import DataError, SpecError
+from ray_peft.foundation.names import one_part
 from ray_peft.ledger import Ledger
-from ray_peft.names import one_part
 from ray_peft.report.files import write_report
 from ray_peft.result import ImageFile, TrialResult
 from ray_peft.spec import TrialSpec

@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from ray_peft import doctor
-from ray_peft.doctor import Finding, examine, mask_credentials, render
+from ray_peft.doctor import Finding, examine, render
+from ray_peft.foundation.masking import mask_address
 
 
 @pytest.fixture(autouse=True)
@@ -99,14 +100,14 @@ def test_this_machine_is_examined(monkeypatch, closed_port):
     ],
 )
 def test_credentials_are_masked(uri, shown):
-    assert mask_credentials(uri) == shown
+    assert mask_address(uri) == shown
 
 
 @pytest.mark.parametrize(
     "text", ["http://host:5000", "sqlite:////data/me@home/mlflow.db", "file:///x", "user@host", "3.17.2"]
 )
 def test_what_holds_no_credentials_stays(text):
-    assert mask_credentials(text) == text
+    assert mask_address(text) == text
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from ray_peft.console import Console
 from ray_peft.earlier import Earlier, recall
 from ray_peft.experiment import inspect_trials
 from ray_peft.inspector import Inspector
-from ray_peft.report.files import read_results, write_report
+from ray_peft.report.files import write_report
 from ray_peft.result import TrialResult
+from ray_peft.results_file import read_results
 from ray_peft.space import load
 
 

@@ -12,6 +12,7 @@ import tiny
 from ray_peft.console import Console
 from ray_peft.errors import SpecError
 from ray_peft.experiment import inspect_trials
+from ray_peft.foundation.strict import Strict
 from ray_peft.methods import METHODS
 from ray_peft.methods.base import Method, Quantization
 from ray_peft.methods.ensemble import Member
@@ -32,7 +33,6 @@ from ray_peft.spec import (
 )
 from ray_peft.spec.defaults import DEFAULTS
 from ray_peft.spec.identity import differing, settings
-from ray_peft.strict import Strict
 
 SPECS = [
     ModelSpec, SourceSpec, ContaminationSpec, DataSpec, BenchmarksSpec, EvaluationSpec, LlmTrainSpec, ResourcesSpec,

@@ -8,8 +8,8 @@ import math
 import pytest
 import tiny
 
+from ray_peft.foundation.measured import from_json, to_json
 from ray_peft.ledger import Ledger
-from ray_peft.measured import from_json, to_json
 from ray_peft.report.curves import read_curve
 from ray_peft.report.files import write_report
 from ray_peft.result import Scores, TrialResult, Usage

@@ -17,6 +17,7 @@ import pytest
 from tracked import artifact_text, client_of, free_port, loaded_table, result_of, spec_of, wait_for
 
 from ray_peft.errors import TrackingError
+from ray_peft.foundation.masking import mask
 from ray_peft.result import Provenance, Scores, TrialResult, Usage
 from ray_peft.tracking import (
     Store,
@@ -25,7 +26,6 @@ from ray_peft.tracking import (
     default_uri,
     finish_sweep,
     load_spec,
-    mask,
     open_store,
     start_sweep,
 )

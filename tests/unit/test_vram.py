@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import tiny
 
+from ray_peft.foundation.units import GIB
 from ray_peft.gpus import ANY, known
-from ray_peft.measure import GIB
 from ray_peft.spec import TrialSpec
 from ray_peft.vram import ModelShape, nearest, predict
 

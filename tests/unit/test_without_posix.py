@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 import ray_peft
-from ray_peft.locks import locked
+from ray_peft.foundation.locks import locked
 from ray_peft.processes import end_group
 
 PACKAGE = Path(ray_peft.__file__).parent
@@ -104,7 +104,7 @@ def test_what_a_process_started_ends_with_it(groups, monkeypatch):
 HOLD = """
 import sys
 from pathlib import Path
-from ray_peft.locks import locked
+from ray_peft.foundation.locks import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

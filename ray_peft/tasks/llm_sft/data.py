@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray_peft.errors import DataError
+from ray_peft.foundation.cache import cache_folder, made_whole
 from ray_peft.spec import DataSpec, LlmTrialSpec
-from ray_peft.tasks.cache import cache_folder, made_whole
 from ray_peft.tasks.llm_sft import counts as counting
 from ray_peft.tasks.llm_sft.content import data_key
 from ray_peft.tasks.llm_sft.conversation import Conversation, Unusable

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_peft.report.atomic import write_text
+from ray_peft.foundation.whole import write_text
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.base import DataReport, SplitReport
 from ray_peft.tasks.llm_sft.counts import SourceCounts, cautions, remarks

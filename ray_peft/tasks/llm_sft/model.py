@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import ModelError, first_line
+from ray_peft.foundation.cache import cache_folder, made_whole
 from ray_peft.methods.base import Dtype, Quantization
 from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
-from ray_peft.tasks.cache import cache_folder, made_whole
 from ray_peft.tasks.four_bit_layers import keep_as_stored
 from ray_peft.tasks.llm_sft.decoding import in_place_of_invalid
 from ray_peft.tasks.parameters import stored

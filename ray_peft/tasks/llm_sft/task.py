@@ -132,7 +132,7 @@ _MOST_LOOKED_AT = 4
 
 def _rows_to_look_at(spec: LlmTrialSpec) -> PreparedData:
     """A trial's prepared rows, kept for the next trial on the same ones: a large tokenizer takes seconds to read."""
-    from ray_peft.tasks.cache import cache_folder
+    from ray_peft.foundation.cache import cache_folder
 
     decides = [str(cache_folder()), spec.model.plain(), spec.data.plain(), spec.train.loss, _stamps(spec)]
     key = json.dumps(decides, sort_keys=True)

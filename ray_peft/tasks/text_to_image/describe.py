@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_peft.report.atomic import write_text
+from ray_peft.foundation.whole import write_text
 from ray_peft.spec.text_to_image import ImageDataSpec, ImageTrialSpec
 from ray_peft.tasks.base import DataReport, SplitReport
 from ray_peft.tasks.text_to_image.data import Picture, Pictures, prepare, seen

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import ModelError, first_line
+from ray_peft.foundation.cache import cache_folder, made_whole
 from ray_peft.methods.base import Dtype
 from ray_peft.spec import ImageTrialSpec, ModelSpec, is_local
-from ray_peft.tasks.cache import cache_folder, made_whole
 from ray_peft.tasks.text_to_image.fits import check_kinds
 from ray_peft.tasks.text_to_image.four_bit import quantise
 from ray_peft.tasks.text_to_image.part_files import FROM_SINGLE_FILE, single_file_in, variant_of

@@ -5,8 +5,8 @@ import tiny
 from datasets import load_from_disk
 
 from ray_peft.errors import DataError, ModelError
+from ray_peft.foundation.cache import cache_folder
 from ray_peft.spec import TrialSpec
-from ray_peft.tasks.cache import cache_folder
 from ray_peft.tasks.llm_sft import data
 from ray_peft.tasks.llm_sft.conversation import Conversation, Unusable
 from ray_peft.tasks.llm_sft.encode import encode

@@ -7,11 +7,12 @@ import logging
 import pytest
 
 from ray_peft.errors import DataError
-from ray_peft.report import atomic
+from ray_peft.foundation import whole as atomic
 from ray_peft.report.csvfile import write_csv
-from ray_peft.report.files import read_results, write_report
+from ray_peft.report.files import write_report
 from ray_peft.report.flat import flatten
 from ray_peft.result import Provenance, Scores, TrialResult, Usage
+from ray_peft.results_file import read_results
 from ray_peft.spec import TrialSpec
 
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 from pydantic import ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from ray_peft.strict import Strict
+from ray_peft.foundation.strict import Strict
 
 _TEXTS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ray_peft.storage import writing
+from ray_peft.foundation.storage import writing
+from ray_peft.foundation.whole import new_folder
 
 
 def cache_folder() -> Path:
@@ -32,15 +31,12 @@ def made_whole(folder: Path, last: str) -> Iterator[Path]:
     Raises:
         StorageError: it cannot be written, or not be moved, and `folder` is not whole either.
     """
-    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with writing(folder, "set RAY_PEFT_CACHE to a folder with space that may be written"):
-            partial.mkdir(parents=True)
-            yield partial
-            try:
-                partial.rename(folder)
-            except OSError:
-                if not (folder / last).is_file():
-                    raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    filled = False
+    with writing(folder, "set RAY_PEFT_CACHE to a folder with space that may be written"):
+        try:
+            with new_folder(folder) as partial:
+                yield partial
+                filled = True
+        except OSError:
+            if not filled or not (folder / last).is_file():
+                raise

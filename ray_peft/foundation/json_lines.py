@@ -1,0 +1,58 @@
+"""Files with one JSON value a line, as a killed process may leave them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from ray_peft.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+ValueT = TypeVar("ValueT", bound=BaseModel)
+
+
+def read_lines(path: Path, kind: type[ValueT]) -> list[ValueT]:
+    """The values of a JSON Lines file; none if there is no file.
+
+    A broken last line, as a killed process leaves it, is passed over with a warning.
+
+    Raises:
+        DataError: another line is broken, or one is no such value.
+    """
+    values = []
+    for number, line in _whole_lines(path):
+        try:
+            values.append(kind.model_validate_json(line))
+        except ValidationError as error:
+            raise DataError(f"{path}: line {number}: {problem(error)}") from None
+    return values
+
+
+def problem(error: ValidationError) -> str:
+    """The first problem of a value, with its dotted key."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    return f"{key}: {first['msg']}" if key else first["msg"]
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines with their numbers from 1; a last one that is not JSON is left out with a warning."""
+    if not path.exists():
+        return
+    # Bytes, since str.splitlines also splits at characters that JSON text may hold, such as U+2028.
+    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    for index, (number, line) in enumerate(lines):
+        try:
+            json.loads(line)
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            if index < len(lines) - 1:
+                raise DataError(f"{path}: line {number}: not valid JSON: {error}") from None
+            logger.warning("%s: line %d, the last one, is incomplete and was passed over", path, number)
+            return
+        yield number, line
