@@ -153,6 +153,8 @@ def test_a_plan_says_so_before_weights_are_read(tiny_model, questions, tmp_path)
 
     shutil.copytree(tiny_model, tmp_path / "small")
     config = json.loads((tmp_path / "small" / "config.json").read_text(encoding="utf-8"))
-    (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"vocab_size": 257}), encoding="utf-8")
+    (tmp_path / "small" / "config.json").write_text(
+        json.dumps(config | {"vocab_size": 257, "pad_token_id": None}), encoding="utf-8"
+    )
     with pytest.raises(RayPeftError, match="embedding of 257 tokens"):
         TASKS["llm_sft"].inspect(TrialSpec.from_plain(tiny.plain_spec(tmp_path / "small", questions)))
