@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ray_peft.foundation.whole import replaced_folder
 
@@ -21,12 +21,34 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> None:
 
     target = folder / f"checkpoint-{step}"
     with replaced_folder(target) as partial, (partial / STATE_FILE).open("wb") as file:
-        torch.save(state, file)
+        whole = _Whole(file)
+        try:
+            torch.save(state, whole)
+        except RuntimeError as error:  # torch has an error of its own for a file that could not be written
+            raise whole.failure or error from None
         file.flush()
         os.fsync(file.fileno())
     for old in folder.glob("checkpoint-*"):
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
+
+
+class _Whole:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.failure: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def read_last(folder: Path, device: str) -> tuple[Path, dict[str, Any]] | None:
