@@ -29,9 +29,11 @@ from provenance import write
 
 from ray_peft import measure
 from ray_peft.foundation.units import GIB
-from ray_peft.gpus import known
 from ray_peft.spec import ImageTrialSpec, LlmTrialSpec
-from ray_peft.vram import ModelShape, predict
+from ray_peft.tasks.llm_sft import memory as of_text
+from ray_peft.tasks.text_to_image import memory as of_images
+from ray_peft.vram import ModelShape
+from ray_peft.vram.cards import known
 
 MODELS = {"gemma-2-2b": "RAY_PEFT_GEMMA2", "gemma-3-1b": "RAY_PEFT_GEMMA3", "SmolLM2-135M": "RAY_PEFT_SMOLLM2",
           "gpt2": "RAY_PEFT_GPT2", "SD 1.5": "RAY_PEFT_SD15"}  # fmt: skip
@@ -293,9 +295,12 @@ def predicted(found: dict[str, Any], card: str) -> None:
             continue
         shape = ModelShape.from_config(found["shapes"][cell["model"]])
         begin = time.perf_counter()
-        prediction = predict(
-            spec_of(cell, cell["model"]), shape, longest_tokens=cell["tokens"], padded=cell["uneven"], gpu=gpu
-        )
+        trial = spec_of(cell, cell["model"])
+        if isinstance(trial, ImageTrialSpec):
+            prediction = of_images.predict(trial, shape, gpu=gpu)
+        else:
+            assert isinstance(trial, LlmTrialSpec)
+            prediction = of_text.predict(trial, shape, longest_tokens=cell["tokens"], padded=cell["uneven"], gpu=gpu)
         cell["predicted"] = prediction.gib()
         cell["predict_s"] = round(time.perf_counter() - begin, 2)
         if cell["peak_allocated_gib"] is None:

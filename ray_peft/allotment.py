@@ -11,9 +11,9 @@ from ray_peft.errors import first_line
 from ray_peft.forecast import Size, size
 from ray_peft.foundation.audience import Audience
 from ray_peft.foundation.units import GIB
-from ray_peft.gpus import ANY, Gpu, known
 from ray_peft.placement import Demand, Node, demand, share_of
 from ray_peft.spec import TrialSpec
+from ray_peft.vram.cards import ANY, Gpu, known
 
 PATIENCE_S = 1.0
 """Predictions that are on disk take milliseconds; after this long, the others are made elsewhere."""

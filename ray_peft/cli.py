@@ -247,8 +247,8 @@ def _plan(options: argparse.Namespace) -> int:
 
     trials = plan(options.space, options.overrides, options.profile, Console(quiet=options.json))
     from ray_peft import forecast
-    from ray_peft.gpus import ANY, known
     from ray_peft.report.labels import labels
+    from ray_peft.vram.cards import ANY, known
 
     gpu = known(options.gpu) if options.gpu else ANY
     memory = options.gpu_memory_gib or (gpu.memory_gib if options.gpu else None)

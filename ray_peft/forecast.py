@@ -8,12 +8,12 @@ from typing import Any
 
 from ray_peft.errors import RayPeftError
 from ray_peft.foundation.units import GIB
-from ray_peft.gpus import ANY, Gpu
 from ray_peft.methods.base import ENOUGH_STEPS
 from ray_peft.placement import Need, Packing, fit
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
 from ray_peft.vram import Prediction, Suggestion, choose, nearest, settings_text
+from ray_peft.vram.cards import ANY, Gpu
 
 Predictor = Callable[[TrialSpec, Gpu], Prediction]
 

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ray_peft import measure
+from ray_peft.engine.finite import ways_out
+from ray_peft.engine.recovery import is_out_of_memory
+from ray_peft.engine.trained import Costs, Report, Trained
 from ray_peft.errors import RayPeftError, TrialFailed
 from ray_peft.foundation.measured import to_json
 from ray_peft.foundation.storage import is_full, told
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype
 from ray_peft.result import Provenance, Scores, Status, TrialResult, Usage
 from ray_peft.spec import TrialSpec
-from ray_peft.tasks.base import Bench, Costs, Report, Scored, Trained
-from ray_peft.tasks.finite import ways_out
+from ray_peft.tasks.base import Bench, Scored
 from ray_peft.tasks.images import IMAGES, write_images
-from ray_peft.tasks.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

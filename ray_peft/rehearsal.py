@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterable
 
 from ray_peft.errors import ModelError, RayPeftError, first_line
-from ray_peft.gpus import ANY
 from ray_peft.methods.base import ENOUGH_STEPS
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
 from ray_peft.vram import ATTACH, decides_memory, part_of
+from ray_peft.vram.cards import ANY
 
 
 def rehearse(trials: Iterable[TrialSpec]) -> list[str]:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ray_peft import trial
+from ray_peft.engine.trained import Report
 from ray_peft.errors import TrialFailed, first_line
 from ray_peft.foundation.units import GIB
-from ray_peft.gpus import known
 from ray_peft.placement import Demand
 from ray_peft.quiet import quiet_libraries
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
-from ray_peft.tasks.base import Report
 from ray_peft.tracking import Store, TrialTracker
+from ray_peft.vram.cards import known
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ from ray_peft.engine import checkpoint
 from ray_peft.engine.contract import Computation, PartT, Rows
 from ray_peft.engine.member import Member
 from ray_peft.engine.passes import Pass
+from ray_peft.engine.recovery import free_memory, is_out_of_memory
+from ray_peft.engine.trained import Trained
 from ray_peft.engine.workers import add_up, add_up_gradients, this_worker
-from ray_peft.tasks.base import Trained
-from ray_peft.tasks.memory import MICRO_BATCH, free_memory, is_out_of_memory
+from ray_peft.spec.keys import MICRO_BATCH
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_peft.engine import cost
+from ray_peft.engine.finite import FiniteGuard
+from ray_peft.engine.trained import Costs, Report, Trained
 from ray_peft.methods.base import Stage
 from ray_peft.methods.optimizers import trainable
 from ray_peft.spec import TrialSpec
-from ray_peft.tasks import cost
-from ray_peft.tasks.base import Costs, Report, Trained
-from ray_peft.tasks.finite import FiniteGuard
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

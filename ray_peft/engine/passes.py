@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic
 
 from ray_peft.engine.contract import Computation, PartT
-from ray_peft.tasks.memory import free_memory, is_out_of_memory
+from ray_peft.engine.recovery import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor

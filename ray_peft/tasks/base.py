@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from ray_peft.engine.trained import Costs, Report, Trained
 from ray_peft.errors import SpecError
-from ray_peft.gpus import ANY, Gpu
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.result import Sample, Scores
 from ray_peft.spec import ModelSpec, TrialSpec
 from ray_peft.spec.identity import Content
+from ray_peft.vram.cards import ANY, Gpu
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from ray_peft.vram import Prediction
 
 SpecT = TypeVar("SpecT", bound=TrialSpec)
-
-Report = Callable[[Mapping[str, float], int], None]
-"""Takes metrics and the optimizer step of the trial that they belong to."""
 
 
 @dataclass(frozen=True)
@@ -54,38 +52,6 @@ class Scored:
     loss_tokens: list[int] = field(default_factory=list)
     """Answer tokens behind each of `losses`, which are its weight; a row without any has no loss. Empty if all rows
     weigh the same."""
-
-
-@dataclass
-class Trained:
-    """What a stage's training leaves beside the weights."""
-
-    steps: int = 0
-    tokens: int = 0
-    """Real tokens (no padding) of all workers."""
-    images: int = 0
-    """Images of all workers, each as often as it was seen."""
-    seconds: float = 0.0
-    """Wall seconds of training, without evaluations in between."""
-    timed_steps: int = 0
-    """Optimizer steps within `seconds`: all but those before a checkpoint that does not say what they took."""
-    losses: list[float] = field(default_factory=list)
-    eval_losses: list[float] = field(default_factory=list)
-    resumed_from_step: int | None = None
-
-
-class Costs:
-    """What a trial has cost so far, beside what `Trained` counts; checkpoints carry it. This one keeps nothing."""
-
-    def so_far(self) -> dict[str, Any]:
-        """Seconds and peaks from the trial's first start on, as JSON-like data."""
-        return {}
-
-    def take_up(self, earlier: dict[str, Any]) -> None:
-        """Count from what `so_far` returned when the checkpoint was written, in place of what was taken up before."""
-
-    def incomplete(self) -> None:
-        """Note that a checkpoint does not say what the steps before it took."""
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ on shapes; it is then kept on disk for every trial that takes the same memory.
 
 from ray_peft.vram.nearest import Suggestion, choose, nearest, settings_text
 from ray_peft.vram.parts import ATTACH, part_of
-from ray_peft.vram.predict import Prediction, decides_memory, predict
+from ray_peft.vram.predict import Prediction, decides_memory
 from ray_peft.vram.shape import ModelShape
 
 __all__ = [
-    "ATTACH", "ModelShape", "Prediction", "Suggestion", "choose", "decides_memory", "nearest", "part_of", "predict",
+    "ATTACH", "ModelShape", "Prediction", "Suggestion", "choose", "decides_memory", "nearest", "part_of",
     "settings_text",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from ray_peft.foundation.units import GIB
 from ray_peft.methods.lora import LowRankAdapter
 from ray_peft.methods.qlora import QLoRA
 from ray_peft.spec import TrialSpec
-from ray_peft.tasks.memory import MICRO_BATCH
+from ray_peft.spec.keys import CHECKPOINTING, MICRO_BATCH
 from ray_peft.vram.predict import Prediction
 
 
@@ -35,7 +35,7 @@ class Suggestion:
         return f"{settings_text(self.changes)} ({self.predicted.peak_allocated / GIB:.2f} GiB, {verdict})"
 
 
-WORTH_CHECKPOINTING = 4
+WORTHCHECKPOINTING = 4
 """Times the rows a pass for which `fit: auto` checkpoints: that takes a third more arithmetic, but each pass also costs
 what does not depend on its rows, such as launching kernels and dequantising weights."""
 
@@ -94,7 +94,7 @@ def choose(
 ) -> dict[str, int | bool]:
     """What `train.fit: auto` means for a memory: rows per pass and checkpointing, by their keys.
 
-    The largest pass that fits without checkpointing, unless checkpointing lets `WORTH_CHECKPOINTING` times its rows
+    The largest pass that fits without checkpointing, unless checkpointing lets `WORTHCHECKPOINTING` times its rows
     pass; where nothing fits, the least.
 
     Args:
@@ -105,7 +105,7 @@ def choose(
 
     def variant(size: int, checkpointing: bool) -> TrialSpec | None:
         try:
-            return spec.changed({MICRO_BATCH: size, _CHECKPOINTING: checkpointing})
+            return spec.changed({MICRO_BATCH: size, CHECKPOINTING: checkpointing})
         except (RayPeftError, ValueError):  # a method's rule
             return None
 
@@ -119,15 +119,12 @@ def choose(
         return made is not None and fits(predict(made))
 
     plain = _largest(sizes, lambda size: holds(size, False))
-    if plain is not None and plain * WORTH_CHECKPOINTING > sizes[-1]:
-        return {MICRO_BATCH: plain, _CHECKPOINTING: False}
+    if plain is not None and plain * WORTHCHECKPOINTING > sizes[-1]:
+        return {MICRO_BATCH: plain, CHECKPOINTING: False}
     spared = _largest(sizes, lambda size: holds(size, True)) or sizes[0]
-    if plain is not None and plain * WORTH_CHECKPOINTING > spared:
-        return {MICRO_BATCH: plain, _CHECKPOINTING: False}
-    return {MICRO_BATCH: spared, _CHECKPOINTING: True}
-
-
-_CHECKPOINTING = "train.gradient_checkpointing"
+    if plain is not None and plain * WORTHCHECKPOINTING > spared:
+        return {MICRO_BATCH: plain, CHECKPOINTING: False}
+    return {MICRO_BATCH: spared, CHECKPOINTING: True}
 
 
 def _rank(suggestion: Suggestion) -> tuple[int, int]:
@@ -153,12 +150,12 @@ def _smaller(spec: TrialSpec) -> list[int]:
 
 
 def _checkpointing(spec: TrialSpec) -> list[dict[str, Any]]:
-    return [{}] if spec.train.gradient_checkpointing else [{}, {_CHECKPOINTING: True}]
+    return [{}] if spec.train.gradient_checkpointing else [{}, {CHECKPOINTING: True}]
 
 
 def _least(spec: TrialSpec) -> dict[str, Any]:
     """The least that a pass can take: micro-batch 1 and checkpointing, where they are allowed."""
-    least: dict[str, Any] = {} if spec.train.gradient_checkpointing else {_CHECKPOINTING: True}
+    least: dict[str, Any] = {} if spec.train.gradient_checkpointing else {CHECKPOINTING: True}
     return least | ({MICRO_BATCH: 1} if _changed(spec, {MICRO_BATCH: 1}) is not None else {})
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ray_peft.methods.base import Stage
-from ray_peft.vram.ledger import Ledger
 from ray_peft.vram.stand_ins import Autocast
+from ray_peft.vram.tape import Tape
 
 
 @dataclass(frozen=True)
@@ -40,29 +40,29 @@ def components(model: nn.Module, stage: Stage, loss: Callable[[], Tensor], given
         weights, quantization, adapters, gradients, optimizer, projectors, activations (what the forward pass keeps for
         the backward pass), buffers (all else at the peak: logits tiles, recomputed layers, dequantised weights).
     """
-    ledger = Ledger(truth=not given.padded)
-    own_model(ledger, model)
+    tape = Tape(truth=not given.padded)
+    own_model(tape, model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         if given.accumulates:
             parameter.grad = torch.empty_like(parameter)
-            ledger.own(parameter.grad, "gradients")
-        parameter.register_post_accumulate_grad_hook(_own_gradient(ledger))  # type: ignore[no-untyped-call]
+            tape.own(parameter.grad, "gradients")
+        parameter.register_post_accumulate_grad_hook(_own_gradient(tape))  # type: ignore[no-untyped-call]
     optimizer = stage.optimizer(model)  # a layer-wise one frees each gradient in a hook of its own
-    with ledger:
-        kept = _pass(ledger, loss, given)
+    with tape:
+        kept = _pass(tape, loss, given)
         if _state(optimizer):  # made in the backward pass, so only a second pass has all of it
-            _own_state(ledger, optimizer)
-            kept = _pass(ledger, loss, given)
-        passes = ledger.at_peak
-        ledger.kind = "update"
-        ledger.restart()
+            _own_state(tape, optimizer)
+            kept = _pass(tape, loss, given)
+        passes = tape.at_peak
+        tape.kind = "update"
+        tape.restart()
         for _ in range(2):  # the first step makes the state
             optimizer.step()
-    update = ledger.at_peak
-    early = {kind: ledger.bytes[kind] for kind in _STATE}
-    _own_state(ledger, optimizer)
-    state = {kind: ledger.bytes[kind] for kind in _STATE}
+    update = tape.at_peak
+    early = {kind: tape.bytes[kind] for kind in _STATE}
+    _own_state(tape, optimizer)
+    state = {kind: tape.bytes[kind] for kind in _STATE}
     activations = min(kept, passes["buffers"])
     passes = passes + Counter({"activations": activations, "buffers": -activations})
     for kind, size in state.items():
@@ -76,39 +76,39 @@ def components(model: nn.Module, stage: Stage, loss: Callable[[], Tensor], given
 _STATE = ("optimizer", "projectors")
 
 
-def own_model(ledger: Ledger, model: nn.Module) -> None:
+def own_model(tape: Tape, model: nn.Module) -> None:
     """Count what a model holds."""
     adapted = any(not parameter.requires_grad for parameter in model.parameters())
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            ledger.own(parameter, "adapters" if adapted and parameter.requires_grad else "weights")
+            tape.own(parameter, "adapters" if adapted and parameter.requires_grad else "weights")
         for name, buffer in module.named_buffers(recurse=False):
-            ledger.own(buffer, "quantization" if name.startswith("scales") else "weights")
+            tape.own(buffer, "quantization" if name.startswith("scales") else "weights")
 
 
-def _own_gradient(ledger: Ledger) -> Callable[[Tensor], None]:
+def _own_gradient(tape: Tape) -> Callable[[Tensor], None]:
     def own(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            ledger.own(parameter.grad, "gradients")
+            tape.own(parameter.grad, "gradients")
 
     return own
 
 
-def _pass(ledger: Ledger, loss: Callable[[], Tensor], given: Conditions) -> int:
+def _pass(tape: Tape, loss: Callable[[], Tensor], given: Conditions) -> int:
     """Forward and backward; returns the bytes that lie between the two."""
-    ledger.restart()
+    tape.restart()
     autocast = Autocast(torch.bfloat16 if given.autocast else None)
     with autocast:
         value = loss()
     autocast.forget()
-    kept = ledger.bytes["buffers"]
+    kept = tape.bytes["buffers"]
     torch.autograd.backward(value)
     return kept
 
 
-def _own_state(ledger: Ledger, optimizer: Optimizer) -> None:
+def _own_state(tape: Tape, optimizer: Optimizer) -> None:
     for kind, tensor in _state(optimizer):
-        ledger.own(tensor, kind)
+        tape.own(tensor, kind)
 
 
 def _state(optimizer: Optimizer) -> list[tuple[str, Tensor]]:

@@ -15,11 +15,11 @@ import tiny_diffusion
 import ray_peft
 from ray_peft import measure
 from ray_peft.foundation.units import GIB
-from ray_peft.gpus import Gpu, known
 from ray_peft.ledger import Ledger
 from ray_peft.space import Space, TrackingSpec
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
+from ray_peft.vram.cards import Gpu, known
 
 pytestmark = pytest.mark.gpu
 

@@ -11,9 +11,9 @@ from ray_peft.allotment import Allotment, card
 from ray_peft.console import Console
 from ray_peft.forecast import size
 from ray_peft.foundation.units import GIB, MIB
-from ray_peft.gpus import ANY
 from ray_peft.placement import PARTS, Node
 from ray_peft.spec import TrialSpec
+from ray_peft.vram.cards import ANY
 
 SERVER = [Node(cpus=16, gpus=2, gpu_name="a card of no list", gpu_memory_gib=11.5)]
 LAPTOP = [Node(cpus=2, gpus=0)]

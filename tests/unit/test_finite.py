@@ -6,8 +6,8 @@ import pytest
 import tiny
 from untracked import HYBRID, run
 
+from ray_peft.engine.finite import ways_out
 from ray_peft.spec import TrialSpec
-from ray_peft.tasks.finite import ways_out
 from ray_peft.tasks.llm_sft.task import LlmBench
 
 

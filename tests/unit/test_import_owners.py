@@ -13,7 +13,7 @@ OWNERS = {
     "ray.train": {"worker.py"},
     "ray.tune": {"tuning.py"},
     "optuna": {"search.py"},
-    "trl": {"tasks/llm_sft", "vram"},  # vram runs it on shapes
+    "trl": {"tasks/llm_sft", "vram"},  # vram stands in for its kernels on shapes
     "lm_eval": {"tasks/llm_sft/benchmarks.py"},
     "galore_torch": {"methods/galore_adamw.py"},
     "yaml": {"yaml_text.py", "tasks/llm_sft/task_files.py"},  # search spaces; lm-eval's own tags

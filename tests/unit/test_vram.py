@@ -10,9 +10,10 @@ import pytest
 import tiny
 
 from ray_peft.foundation.units import GIB
-from ray_peft.gpus import ANY, known
 from ray_peft.spec import TrialSpec
-from ray_peft.vram import ModelShape, nearest, predict
+from ray_peft.tasks.llm_sft.memory import predict
+from ray_peft.vram import ModelShape, nearest
+from ray_peft.vram.cards import ANY, known
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, HIDDEN, INNER, VOCABULARY, KEYS = 2, 256, 512, 1024, 128
@@ -166,23 +167,22 @@ def test_activations_are_what_torch_keeps(shape):
 
 
 def test_a_prediction_is_kept_on_disk(shape, tmp_path, monkeypatch):
-    from ray_peft.vram import llm
-    from ray_peft.vram import predict as module
+    from ray_peft.tasks.llm_sft import memory as llm
 
     monkeypatch.setenv("RAY_PEFT_CACHE", str(tmp_path))
     trial = spec({"name": "lora", "rank": 2})
     monkeypatch.setattr(sys.modules["ray_peft.vram.predict"], "_known", {})
-    first = module(trial, shape, longest_tokens=16)
+    first = predict(trial, shape, longest_tokens=16)
     monkeypatch.setattr(sys.modules["ray_peft.vram.predict"], "_known", {})
     monkeypatch.setattr(llm, "components", lambda *_, **__: pytest.fail("computed again"))
     other = trial.model_copy(update={"method": trial.method.model_copy(update={"lr": 0.5})})
-    assert module(other, shape, longest_tokens=16) == first
+    assert predict(other, shape, longest_tokens=16) == first
 
 
 def test_a_ledger_knows_an_operation_again_and_counts_the_same(shared):
     import torch
 
-    from ray_peft.vram.ledger import BLOCK, Ledger
+    from ray_peft.vram.tape import BLOCK, Tape
 
     def made(device: str) -> list[torch.Tensor]:
         x = torch.empty(4, 6, 256, device=device)
@@ -204,15 +204,15 @@ def test_a_ledger_knows_an_operation_again_and_counts_the_same(shared):
     wanted = [(each.shape, each.stride(), each.dtype) for each in made("cpu")]
     own = sum(-(-each.untyped_storage().nbytes() // BLOCK) * BLOCK for each in made("cpu"))
     peaks = []
-    with Ledger(truth=True) as ledger:
+    with Tape(truth=True) as tape:
         for _ in range(2):
-            ledger.restart()
+            tape.restart()
             found = made("meta")
-            peaks.append(ledger.peak)
+            peaks.append(tape.peak)
             assert [(each.shape, each.stride(), each.dtype) for each in found] == wanted
-            assert ledger.now == own  # the slice is a view, and holds all of x
+            assert tape.now == own  # the slice is a view, and holds all of x
             del found
-            assert ledger.now == 0
+            assert tape.now == 0
     assert peaks[0] == peaks[1]
 
 
@@ -220,15 +220,15 @@ def test_two_gradients_of_one_weight_are_added_in_place(shared):
     """Without a dispatch mode autograd does so where nothing else holds the first one; under one it takes a third."""
     import torch
 
-    from ray_peft.vram.ledger import Ledger
+    from ray_peft.vram.tape import Tape
 
     weight = torch.empty(512, 512, device="meta", requires_grad=True)
-    with Ledger(truth=True) as ledger:
+    with Tape(truth=True) as tape:
         x = torch.empty(4, 512, device="meta")
         loss = (x @ weight).sum() + (x @ weight).sum()
-        ledger.restart()
+        tape.restart()
         torch.autograd.backward(loss)
-    assert 2 < ledger.peak / weight.nbytes < 2.1
+    assert 2 < tape.peak / weight.nbytes < 2.1
 
 
 def test_nothing_of_torch_stays_replaced(shape):
@@ -359,18 +359,18 @@ def test_only_a_method_s_own_settings_are_left_out_of_what_decides_memory():
     assert "scale" in decides_memory(Other())
 
 
-def test_predictions_on_disk_are_of_all_code_that_makes_them():
-    """Every file of a task that ray_peft/vram runs or reads is in the key; tasks.cache and tasks.memory are not run."""
+@pytest.mark.parametrize("task", ["llm_sft", "text_to_image"])
+def test_predictions_on_disk_are_of_all_code_that_makes_them(task):
+    """Every file of a task that its prediction runs or reads is in the key."""
     import ast
+    import importlib
 
-    from ray_peft.vram.predict import RUN_ON_SHAPES
-
-    used = set()
-    for file in (ROOT / "ray_peft" / "vram").glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ray_peft.tasks."):
-                used.add(node.module.removeprefix("ray_peft.").replace(".", "/") + ".py")
-    assert used - {"tasks/cache.py", "tasks/memory.py"} == set(RUN_ON_SHAPES)
+    memory = importlib.import_module(f"ray_peft.tasks.{task}.memory")
+    nodes = ast.walk(ast.parse(Path(memory.__file__).read_text(encoding="utf-8")))
+    imported = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    own = {name.rpartition(".")[2] for name in imported if name.startswith("ray_peft.tasks.")}
+    assert {*own, "memory"} == {file.stem for file in memory.CODE}
+    assert all(file.is_file() for file in memory.CODE)
 
 
 def test_rows_that_are_scored_may_be_longer_than_those_trained_on(shape):

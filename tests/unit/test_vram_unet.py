@@ -5,11 +5,11 @@ import json
 import pytest
 import tiny_diffusion
 
-from ray_peft.gpus import ANY
 from ray_peft.spec import TrialSpec
+from ray_peft.tasks.text_to_image.memory import CONVOLUTIONS, predict
 from ray_peft.tasks.text_to_image.task import TextToImage
-from ray_peft.vram import ModelShape, predict
-from ray_peft.vram.predict import CONVOLUTIONS
+from ray_peft.vram import ModelShape
+from ray_peft.vram.cards import ANY
 
 SIDE = 512
 CONFIG = {
@@ -41,7 +41,7 @@ def predicted(shared, method, **train):
         "model", "images", method, model__dtype="bfloat16", train__precision="bf16", data__resolution=SIDE
     )
     plain["train"] |= {"batch_size": 1, "micro_batch_size": 1, **train}
-    return predict(TrialSpec.from_plain(plain), ModelShape(json.dumps(CONFIG)), longest_tokens=0, gpu=ANY)
+    return predict(TrialSpec.from_plain(plain), ModelShape(json.dumps(CONFIG)), gpu=ANY)
 
 
 def test_the_untouched_unet_is_its_weights(shared, numbers):
@@ -124,14 +124,14 @@ def asked(method, resolution=SIDE, **evaluation):
 
 
 def outside(spec, others=None):
-    return predict(spec, ModelShape(json.dumps(CONFIG)), longest_tokens=0, gpu=ANY, others=others).evaluation
+    return predict(spec, ModelShape(json.dumps(CONFIG)), gpu=ANY, others=others).evaluation
 
 
 def test_scoring_is_the_unet_and_a_pass_of_the_evaluation_batch(shared):
     import torch
     from diffusers import UNet2DConditionModel
 
-    from ray_peft.vram import unet
+    from ray_peft.tasks.text_to_image import memory as unet
 
     with torch.device("meta"):
         counts = [parameter.numel() for parameter in UNet2DConditionModel.from_config(CONFIG).parameters()]
@@ -147,7 +147,7 @@ def test_scoring_is_the_unet_and_a_pass_of_the_evaluation_batch(shared):
 
 
 def test_an_adapter_is_scored_in_place_and_four_bits_stay(shared):
-    from ray_peft.vram import unet
+    from ray_peft.tasks.text_to_image import memory as unet
 
     def held(method):
         spec = asked(method)
@@ -162,7 +162,7 @@ def test_an_adapter_is_scored_in_place_and_four_bits_stay(shared):
 
 @pytest.mark.parametrize(("guidance", "prompts", "passes"), [(1.0, 8, 8), (7.5, 4, 8), (7.5, 2, 4)])
 def test_images_are_made_beside_both_encoders(shared, others, encoder_numbers, guidance, prompts, passes):
-    from ray_peft.vram import unet
+    from ray_peft.tasks.text_to_image import memory as unet
 
     shape, names = ModelShape(json.dumps(CONFIG)), [str(prompt) for prompt in range(prompts)]
     made = asked({"name": "none"}, batch_size=8, guidance_scale=guidance, prompts=names, seeds=[0])
@@ -178,7 +178,7 @@ def test_images_are_made_beside_both_encoders(shared, others, encoder_numbers, g
 
 def test_images_are_decoded_one_at_a_time(shared, others):
     def painting(images, resolution=SIDE, **more):
-        from ray_peft.vram import unet
+        from ray_peft.tasks.text_to_image import memory as unet
 
         small = ModelShape(json.dumps(CONFIG | {"block_out_channels": [8, 8], "attention_head_dim": 1}))
         names = [str(prompt) for prompt in range(images)]
@@ -193,7 +193,7 @@ def test_images_are_decoded_one_at_a_time(shared, others):
 
 
 def test_encoding_takes_both_encoders_in_float32_without_the_unet(shared, others, encoder_numbers):
-    from ray_peft.vram import unet
+    from ray_peft.tasks.text_to_image import memory as unet
 
     def encoding(resolution):
         found = unet.evaluation(asked({"name": "none"}, resolution), None, ModelShape(json.dumps(CONFIG)), others)
@@ -209,7 +209,7 @@ def test_an_evaluation_between_steps_may_be_the_peak_of_training(shared):
     def peak(**more):
         plain = asked({"name": "lora", "rank": 4}, batch_size=64).plain()
         plain["train"] |= {"batch_size": 1, "micro_batch_size": 1, **more}
-        return predict(TrialSpec.from_plain(plain), ModelShape(json.dumps(CONFIG)), longest_tokens=0, gpu=ANY)
+        return predict(TrialSpec.from_plain(plain), ModelShape(json.dumps(CONFIG)), gpu=ANY)
 
     seldom, often = peak(), peak(eval_every=2)
     assert seldom.peak_allocated < seldom.evaluation < often.peak_allocated

@@ -14,12 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
+from ray_peft.engine.recovery import free_memory, is_out_of_memory
 from ray_peft.errors import DataError, SpecError, first_line
 from ray_peft.result import Scores
 from ray_peft.spec import BenchmarksSpec, LlmTrialSpec
 from ray_peft.tasks.llm_sft.decoding import end_of_answers, greedy
 from ray_peft.tasks.llm_sft.task_files import python_in
-from ray_peft.tasks.memory import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor

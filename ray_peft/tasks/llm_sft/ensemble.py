@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ray_peft.engine.trained import Report, Trained
 from ray_peft.errors import ModelError, TrialFailed
 from ray_peft.methods.base import Dtype, Stage
 from ray_peft.result import Scores
 from ray_peft.spec import LlmTrialSpec
-from ray_peft.tasks.base import EnsembleBench, MemberModel, Report, Trained
+from ray_peft.tasks.base import EnsembleBench, MemberModel
 from ray_peft.tasks.llm_sft.evaluate import answers, inference, token_log_probs
 from ray_peft.tasks.llm_sft.task import LlmBench
 

@@ -6,10 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ray_peft.engine.recovery import in_parts
 from ray_peft.spec import LlmTrialSpec
+from ray_peft.spec.keys import EVALUATION_BATCH
 from ray_peft.tasks.llm_sft.data import IGNORED
 from ray_peft.tasks.llm_sft.decoding import end_of_answers, greedy
-from ray_peft.tasks.memory import EVALUATION_BATCH, in_parts
 
 if TYPE_CHECKING:
     from datasets import Dataset

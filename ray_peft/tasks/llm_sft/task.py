@@ -8,22 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from ray_peft.gpus import Gpu, known
+from ray_peft.engine.trained import Report, Trained
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.result import Sample, Scores
 from ray_peft.spec import LlmTrialSpec, ModelSpec
 from ray_peft.spec.identity import Content
-from ray_peft.tasks.base import (
-    Bench,
-    DataReport,
-    EnsembleBench,
-    Inspection,
-    MemberModel,
-    Report,
-    Scored,
-    TaskType,
-    Trained,
-)
+from ray_peft.tasks.base import Bench, DataReport, EnsembleBench, Inspection, MemberModel, Scored, TaskType
+from ray_peft.vram.cards import Gpu, known
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -156,8 +147,9 @@ def _stamps(spec: LlmTrialSpec) -> list[tuple[str, int, int]]:
 
 def _predictor(spec: LlmTrialSpec, rows: PreparedData) -> Callable[[LlmTrialSpec, Gpu], Prediction]:
     """Predicts a trial's peak memory, with passes as long as the longest rows that it trains on, and that it scores."""
+    from ray_peft.tasks.llm_sft.memory import predict
     from ray_peft.tasks.llm_sft.model import load_config
-    from ray_peft.vram import ModelShape, predict
+    from ray_peft.vram import ModelShape
 
     shape = ModelShape.from_config(load_config(spec.model))
     trained, scored = max(map(len, rows.train["input_ids"])), rows.facts.longest

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.engine.loop import Engine
 from ray_peft.engine.member import Job, Member
+from ray_peft.engine.trained import Trained
 from ray_peft.spec import LlmTrialSpec
-from ray_peft.tasks.base import Trained
 from ray_peft.tasks.llm_sft.loss import TextLoss
 from ray_peft.tasks.llm_sft.steps import TextRows
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ray_peft.tasks import cost
-from ray_peft.tasks.base import Costs, Trained
+from ray_peft.engine import cost
+from ray_peft.engine.trained import Costs, Trained
 
 _STATE = "trainer_state.json"
 

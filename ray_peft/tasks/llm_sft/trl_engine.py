@@ -10,11 +10,11 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+from ray_peft.engine.finite import FiniteGuard
 from ray_peft.engine.member import Job
+from ray_peft.engine.trained import Trained
 from ray_peft.methods.base import Stage
 from ray_peft.spec import LlmTrialSpec
-from ray_peft.tasks.base import Trained
-from ray_peft.tasks.finite import FiniteGuard
 from ray_peft.tasks.llm_sft.data import IGNORED
 from ray_peft.tasks.llm_sft.trl_checkpoints import Meter, last_checkpoint
 

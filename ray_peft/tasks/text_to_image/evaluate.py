@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ray_peft.engine.recovery import in_parts
 from ray_peft.errors import TrialFailed
+from ray_peft.spec.keys import EVALUATION_BATCH
 from ray_peft.spec.text_to_image import ImageEvaluationSpec
-from ray_peft.tasks.memory import EVALUATION_BATCH, in_parts
 
 if TYPE_CHECKING:
     import torch

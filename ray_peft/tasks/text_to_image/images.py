@@ -10,10 +10,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ray_peft.engine.recovery import free_memory
 from ray_peft.foundation.cache import cache_folder, made_whole
 from ray_peft.spec import ImageTrialSpec
 from ray_peft.tasks.base import GeneratedImage, Scored
-from ray_peft.tasks.memory import free_memory
 from ray_peft.tasks.text_to_image.evaluate import make_images
 from ray_peft.tasks.text_to_image.passes import computing, unwrapped
 from ray_peft.tasks.text_to_image.style import Likeness, compare, study, with_style

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_peft.engine.recovery import free_memory
 from ray_peft.errors import ModelError
 from ray_peft.foundation.cache import cache_folder, made_whole
 from ray_peft.spec.text_to_image import ImageDataSpec, ImageTrialSpec
-from ray_peft.tasks.memory import free_memory
 from ray_peft.tasks.text_to_image.data import Picture, Pictures, as_tensor, seen
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.engine.contract import Rows, Seen, Share
+from ray_peft.engine.recovery import divisor
 from ray_peft.spec import ImageTrialSpec
-from ray_peft.tasks.memory import divisor
 
 if TYPE_CHECKING:
     import torch

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ray_peft.engine.trained import Report, Trained
 from ray_peft.errors import ModelError
-from ray_peft.gpus import Gpu, known
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.methods.lora import LowRankAdapter
 from ray_peft.result import Scores
 from ray_peft.spec import ImageTrialSpec, ModelSpec
 from ray_peft.spec.identity import Content
-from ray_peft.tasks.base import Bench, DataReport, Inspection, Report, Scored, TaskType, Trained
+from ray_peft.tasks.base import Bench, DataReport, Inspection, Scored, TaskType
+from ray_peft.vram.cards import Gpu, known
 
 if TYPE_CHECKING:
     from torch import nn
@@ -113,14 +114,15 @@ class TextToImage(TaskType[ImageTrialSpec]):
 
 
 def _predictor(spec: ImageTrialSpec) -> Callable[[ImageTrialSpec, Gpu], Prediction]:
-    from ray_peft import vram
+    from ray_peft.tasks.text_to_image.memory import predict
     from ray_peft.tasks.text_to_image.model import load_configs
+    from ray_peft.vram import ModelShape
 
-    shapes = {part: vram.ModelShape.from_config(config) for part, config in load_configs(spec.model).parts.items()}
+    shapes = {part: ModelShape.from_config(config) for part, config in load_configs(spec.model).parts.items()}
     others = {part: shapes[part] for part in ("vae", "text_encoder")}
 
     def of(variant: ImageTrialSpec, gpu: Gpu) -> Prediction:
-        return vram.predict(variant, shapes["unet"], longest_tokens=0, gpu=gpu, others=others)
+        return predict(variant, shapes["unet"], gpu=gpu, others=others)
 
     return of
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from ray_peft.engine.loop import Engine
 from ray_peft.engine.member import Job, Member
 from ray_peft.engine.passes import Pass, RecordedPass
+from ray_peft.engine.trained import Trained
 from ray_peft.methods.optimizers import trainable
 from ray_peft.spec import ImageTrialSpec
-from ray_peft.tasks.base import Trained
 from ray_peft.tasks.text_to_image.noise import Batch, Draws
 from ray_peft.tasks.text_to_image.passes import UNetLoss, draws_in_passes, spare_activations, unwrapped
 

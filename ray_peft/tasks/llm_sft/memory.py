@@ -1,14 +1,17 @@
-"""A causal language model on the meta device: built from its config, stored and adapted as a trial does it."""
+"""The predicted peak of a causal language model: built from its config, adapted, trained and scored on shapes."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ray_peft.methods.base import Stage
+from ray_peft.methods.base import ENOUGH_STEPS, Stage
 from ray_peft.spec import LlmTrialSpec
+from ray_peft.vram.cards import ANY, Gpu
 from ray_peft.vram.parts import ANSWERING, ATTACH, SCORING, STEP, during
+from ray_peft.vram.predict import Prediction, common, evaluating, kept, segments
 from ray_peft.vram.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -17,6 +20,80 @@ if TYPE_CHECKING:
 
 _LIKE_SDPA = ("flex_attention", "flash_attention_2")
 """Attention that keeps what torch's fused kernels keep: q, k, v and the output, not the scores."""
+
+CODE = tuple(Path(__file__).with_name(name) for name in ("memory.py", "evaluate.py", "targets.py"))
+"""What of this task predictions run or read; those kept on disk are of this code."""
+
+
+def predict(
+    spec: LlmTrialSpec,
+    shape: ModelShape,
+    *,
+    longest_tokens: int,
+    longest_scored: int | None = None,
+    padded: bool | None = None,
+    gpu: Gpu = ANY,
+) -> Prediction:
+    """The peak of a trial: of its largest stage; of an ensemble, that of its members asked together.
+
+    Args:
+        spec: the trial.
+        shape: its model's.
+        longest_tokens: of a training row, at most `data.max_length`.
+        longest_scored: of a row or prompt outside of training; None takes that of training.
+        padded: rows of a pass differ in length; null assumes it where a pass holds several.
+        gpu: decides the workspace of matrix products and the slack of the allocator.
+
+    Raises:
+        ValueError: the config is of no known architecture.
+    """
+    outside = longest_scored or longest_tokens
+    members = [
+        predict(m, shape, longest_tokens=longest_tokens, longest_scored=outside, padded=padded, gpu=gpu)
+        for m in spec.members()
+    ]
+    if members:
+        together = sum(member.evaluation or 0 for member in members)
+        return Prediction({"evaluation": together}, together, segments(together, gpu.slack), together)
+    uneven = spec.train.micro_batch_size > 1 if padded is None else padded
+    stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
+    held_for: list[Stage | None] = [*stages] or [None]
+    scored = [_evaluation(spec, stage, shape, outside) for stage in held_for]
+    evaluation = max(found["model"] + max(found["scoring"], found["answering"]) for found in scored) + gpu.workspace
+    if not stages:
+        held = scored[0]["model"]
+        return Prediction({"weights": held}, held, segments(held, 0.0), evaluation)
+    steps = [_step(spec, stage, shape, longest_tokens, uneven) for stage in stages]
+    if spec.train.eval_every:
+        steps += [evaluating(step, found) for step, found in zip(steps, scored, strict=True)]
+    largest = max(steps, key=lambda step: sum(step.values())) + Counter(workspace=gpu.workspace)
+    if spec.resources.num_workers > 1:  # DistributedDataParallel holds the gradients twice
+        largest["buckets"] = largest["adapters"] or largest["weights"]
+    peak = sum(largest.values())
+    slack = gpu.slack + (gpu.slack_uneven if uneven else 0.0)
+    return Prediction({kind: size for kind, size in largest.items() if size}, peak, segments(peak, slack), evaluation)
+
+
+def _step(spec: LlmTrialSpec, stage: Stage, shape: ModelShape, longest: int, padded: bool) -> Counter[str]:
+    """Components at the peak of a step of one stage."""
+    train = spec.train
+    settings = [train.micro_batch_size, spec.accumulation > 1, train.gradient_checkpointing, train.precision, padded]
+
+    def compute() -> Counter[str]:
+        return components(spec, stage, shape, longest_tokens=longest, padded=padded)
+
+    return kept([*common(spec, stage, shape, longest), *settings], CODE, compute)
+
+
+def _evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longest: int) -> Counter[str]:
+    """The model, and what scoring and answering take beside it."""
+    asked = spec.evaluation
+    settings = [asked.generate, asked.batch_size, asked.max_new_tokens, spec.train.precision]
+
+    def compute() -> Counter[str]:
+        return evaluation(spec, stage, shape, longest)
+
+    return kept([*common(spec, stage, shape, longest), "evaluation", *settings], CODE, compute)
 
 
 def components(
@@ -93,9 +170,9 @@ def evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longe
     import torch
 
     from ray_peft.tasks.llm_sft.evaluate import LOSS_TOKENS
-    from ray_peft.vram.ledger import Ledger
     from ray_peft.vram.stand_ins import Autocast, on_meta
     from ray_peft.vram.step import own_model
+    from ray_peft.vram.tape import Tape
 
     autocast = spec.train.precision == "bf16"
     found: Counter[str] = Counter()
@@ -112,21 +189,21 @@ def evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longe
         answering: tuple[int, dict[str, Any]] = (spec.evaluation.batch_size, {"use_cache": True, "logits_to_keep": 1})
         asked = {"scoring": scoring, "answering": answering} if spec.evaluation.generate else {"scoring": scoring}
         for name, (rows, settings) in asked.items():
-            ledger = Ledger(truth=False)
-            own_model(ledger, model)
-            found["model"] = ledger.now
+            tape = Tape(truth=False)
+            own_model(tape, model)
+            found["model"] = tape.now
             ids = torch.ones(rows, longest_tokens, dtype=torch.long, device="meta")
             labels = {"labels": ids} if "fused_lm_head" in settings else {}
             with (
                 during(SCORING if name == "scoring" else ANSWERING),
                 torch.no_grad(),
                 Autocast(torch.bfloat16 if autocast else None),
-                ledger,
+                tape,
             ):
                 made: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), **labels, **settings)
-                cached = ledger.bytes["buffers"]  # keys and values of the prompts, and the last tokens' logits
+                cached = tape.bytes["buffers"]  # keys and values of the prompts, and the last tokens' logits
                 del made
-            found[name] = ledger.peak - found["model"]
+            found[name] = tape.peak - found["model"]
     if spec.evaluation.generate:
         # While tokens are added, one layer's keys and values are there twice, and next-token scores in float32.
         new, vocabulary = spec.evaluation.max_new_tokens, model.config.get_text_config().vocab_size

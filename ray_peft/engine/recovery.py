@@ -12,9 +12,6 @@ logger = logging.getLogger(__name__)
 ItemT = TypeVar("ItemT")
 MadeT = TypeVar("MadeT")
 
-MICRO_BATCH, EVALUATION_BATCH = "train.micro_batch_size", "evaluation.batch_size"
-"""The settings that memory may force down while a trial runs: keys of `Bench.lowered`."""
-
 _LIBRARIES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "Cannot allocate memory")
 
 

@@ -1,15 +1,19 @@
-"""A diffusion UNet on the meta device, adapted as a trial does it, and the VAE and text encoder beside it."""
+"""The predicted peak of a diffusion UNet, adapted, trained and scored on shapes, and of the VAE and text encoder."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.methods.base import Stage
+from ray_peft.foundation.units import MIB
+from ray_peft.methods.base import ENOUGH_STEPS, Stage
 from ray_peft.spec import ImageTrialSpec
+from ray_peft.vram.cards import ANY, Gpu
 from ray_peft.vram.parts import ATTACH, SCORING, STEP, during
+from ray_peft.vram.predict import Prediction, common, evaluating, kept, segments
 from ray_peft.vram.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -18,6 +22,69 @@ if TYPE_CHECKING:
 
 TEXT_TOKENS = 77
 """Length of a caption for CLIP's text encoder."""
+
+CODE = tuple(Path(__file__).with_name(name) for name in ("memory.py", "passes.py", "style.py"))
+"""What of this task predictions run or read; those kept on disk are of this code."""
+
+CONVOLUTIONS = 60 * MIB
+"""What cuDNN takes beside the tensors while images are made: the rest of three measured peaks of SD 1.5 on an H200."""
+
+
+def predict(
+    spec: ImageTrialSpec, shape: ModelShape, *, gpu: Gpu = ANY, others: Mapping[str, ModelShape] | None = None
+) -> Prediction:
+    """The peak of a UNet's training, and of all that is scored and made around it.
+
+    Args:
+        spec: the trial.
+        shape: of unet/config.json.
+        gpu: decides the workspace of matrix products and the slack of the allocator.
+        others: the shapes of `vae` and `text_encoder`; None predicts nothing of what they take.
+    """
+    train, found = spec.train, Counter[str]()
+    stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
+    held_for: list[Stage | None] = [*stages] or [None]
+    scored = [_painting(spec, stage, shape, others or {}) for stage in held_for]
+    last = scored[-1]
+    painting = last["painting"] + CONVOLUTIONS if last["painting"] else 0
+    evaluation = max(last["model"] + max(last["scoring"], painting), last["encoding"]) + gpu.workspace
+    for stage, beside in zip(stages, scored, strict=False):
+        settings = [train.micro_batch_size, train.gradient_checkpointing, train.precision]
+        decides = common(spec, stage, shape, spec.data.resolution)
+
+        def compute(stage: Stage = stage) -> Counter[str]:
+            return components(spec, stage, shape)
+
+        step = kept([*decides, "unet", train.ema_decay is not None, *settings], CODE, compute)
+        steps = [found, step]
+        if train.eval_every:
+            between = evaluating(step, beside) + Counter(average=step["average"])
+            between["gradients"] = step["adapters"] or step["weights"]  # they stay: a recorded pass adds to the same
+            steps.append(between)
+        found = max(steps, key=lambda kinds: sum(kinds.values()))
+    if found:
+        found["workspace"] = gpu.workspace
+        if spec.resources.num_workers > 1:  # gradients are summed over the workers in a copy of all
+            found["buckets"] = found["adapters"] or found["weights"]
+    else:
+        found = weights(spec, shape)
+    peak = sum(found.values())
+    return Prediction({kind: size for kind, size in found.items() if size}, peak, segments(peak, gpu.slack), evaluation)
+
+
+def _painting(
+    spec: ImageTrialSpec, stage: Stage | None, shape: ModelShape, others: Mapping[str, ModelShape]
+) -> Counter[str]:
+    """The UNet, what scoring and making images takes beside it, and what encoding images takes before it is there."""
+    asked = spec.evaluation
+    images = len(asked.prompts) * len(asked.seeds)
+    settings = [asked.batch_size, images, asked.guidance_scale > 1, asked.style, spec.train.precision]
+    shapes = [others[part].config for part in sorted(others)]
+
+    def compute() -> Counter[str]:
+        return evaluation(spec, stage, shape, others)
+
+    return kept([*common(spec, stage, shape, spec.data.resolution), "painting", *settings, *shapes], CODE, compute)
 
 
 def components(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Counter[str]:
@@ -82,9 +149,9 @@ def evaluation(
     import torch
 
     from ray_peft.tasks.text_to_image.passes import autocasts, input_dtype
-    from ray_peft.vram.ledger import Ledger
     from ray_peft.vram.stand_ins import Autocast, on_meta
     from ray_peft.vram.step import own_model
+    from ray_peft.vram.tape import Tape
 
     dtype, autocast = input_dtype(spec), autocasts(spec)
     low = torch.bfloat16 if autocast else None
@@ -92,35 +159,35 @@ def evaluation(
     found: Counter[str] = Counter()
     with on_meta(autocast=autocast), torch.no_grad():
         model = _scored(spec, stage, shape)
-        ledger = Ledger(truth=True)
-        own_model(ledger, model)
-        found["model"] = ledger.now
-        with during(SCORING), Autocast(low), ledger:
+        tape = Tape(truth=True)
+        own_model(tape, model)
+        found["model"] = tape.now
+        with during(SCORING), Autocast(low), tape:
             _denoise(model, asked.batch_size, side, dtype)
-        found["scoring"] = ledger.peak - found["model"]
+        found["scoring"] = tape.peak - found["model"]
         if not {"vae", "text_encoder"} <= others.keys():
             return found
         if asked.prompts:
             vae, text_encoder = _encoders(others, dtype)
-            own_model(ledger, vae)
-            own_model(ledger, text_encoder)
-            ledger.restart()
+            own_model(tape, vae)
+            own_model(tape, text_encoder)
+            tape.restart()
             rows = min(asked.batch_size, len(asked.prompts) * len(asked.seeds))
-            with Autocast(low), ledger:
+            with Autocast(low), tape:
                 _denoise(model, rows * (2 if asked.guidance_scale > 1 else 1), side, dtype)
                 _decode(vae, rows, side, dtype)
             if asked.style is not None:
-                with Autocast(None), ledger:
+                with Autocast(None), tape:
                     _look(vae, spec.data.resolution, dtype)
-            found["painting"] = ledger.peak - found["model"]
+            found["painting"] = tape.peak - found["model"]
     with on_meta(autocast=False), torch.no_grad():
-        ledger = Ledger(truth=True)
+        tape = Tape(truth=True)
         vae, text_encoder = _encoders(others, torch.float32)
-        own_model(ledger, vae)
-        own_model(ledger, text_encoder)
-        with Autocast(None), ledger:
+        own_model(tape, vae)
+        own_model(tape, text_encoder)
+        with Autocast(None), tape:
             vae.encode(_empty(1, 3, spec.data.resolution, torch.float32))
-        found["encoding"] = ledger.peak
+        found["encoding"] = tape.peak
     return found
 
 

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ray_peft.engine.trained import Costs, Trained
 from ray_peft.foundation.whole import write_text
-from ray_peft.tasks.base import Costs, Trained
 
 logger = logging.getLogger(__name__)
 

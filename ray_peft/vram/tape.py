@@ -16,7 +16,7 @@ BLOCK = 512
 """CUDA's caching allocator rounds every allocation up to this many bytes."""
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts every storage from its first appearance until nothing holds it, by what it is for."""
 
     def __init__(self, *, truth: bool) -> None:
