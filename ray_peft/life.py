@@ -25,7 +25,7 @@ from ray_peft.methods.base import ENOUGH_STEPS, Dtype
 from ray_peft.result import Provenance, Scores, Status, TrialResult, Usage
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import Bench, Scored
-from ray_peft.tasks.images import IMAGES, write_images
+from ray_peft.tasks.image_files import IMAGES, write_images
 
 logger = logging.getLogger(__name__)
 

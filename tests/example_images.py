@@ -12,7 +12,7 @@ from PIL import Image
 from ray_peft.result import Provenance, Scores, TrialResult, Usage
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import GeneratedImage
-from ray_peft.tasks.images import write_images
+from ray_peft.tasks.image_files import write_images
 
 PROMPTS = ("a wheat field with <b>crows</b> | and `sky`", "a portrait of a man with a straw hat")
 SEEDS = (0, 7)

@@ -8,7 +8,7 @@ from untracked import HYBRID, run
 
 from ray_peft.engine.finite import ways_out
 from ray_peft.spec import TrialSpec
-from ray_peft.tasks.llm_sft.task import LlmBench
+from ray_peft.tasks.llm_sft.bench import LlmBench
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from ray_peft.methods.base import Dtype, Stage
 from ray_peft.result import Scores
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.base import EnsembleBench, MemberModel
+from ray_peft.tasks.llm_sft.bench import LlmBench
 from ray_peft.tasks.llm_sft.evaluate import answers, inference, token_log_probs
-from ray_peft.tasks.llm_sft.task import LlmBench
 
 if TYPE_CHECKING:
     from datasets import Dataset

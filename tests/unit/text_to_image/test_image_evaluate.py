@@ -15,9 +15,9 @@ from PIL import Image
 from ray_peft.errors import TrialFailed
 from ray_peft.spec.text_to_image import ImageEvaluationSpec
 from ray_peft.tasks.base import GeneratedImage
-from ray_peft.tasks.images import write_images
+from ray_peft.tasks.image_files import write_images
+from ray_peft.tasks.image_grid import CELL, LABEL, grid
 from ray_peft.tasks.text_to_image.evaluate import even_timesteps, held_out_losses, make_images
-from ray_peft.tasks.text_to_image.grid import CELL, LABEL, grid
 
 SCALE = 0.18215
 PROMPTS = ("a red house", "stars at night")

@@ -45,7 +45,7 @@ def _write(image: GeneratedImage, stem: str, folder: Path) -> ImageFile:
 
 def _grid(images: Sequence[GeneratedImage], prompts: Sequence[str], path: Path) -> None:
     """A row for each prompt; for each seed a column, or two where there is a picture of the base."""
-    from ray_peft.tasks.text_to_image.grid import grid
+    from ray_peft.tasks.image_grid import grid
 
     made = {(image.prompt, image.seed): image for image in images}
     seeds = list(dict.fromkeys(image.seed for image in images))
