@@ -156,7 +156,7 @@ def compare(folder: Path) -> dict[str, Any]:
     from ray_peft.metrics.intervals import bleu4_difference, mean_difference
     from ray_peft.metrics.text_scores import bleu_row_statistics, rouge_l_rows
     from ray_peft.report.labels import labels
-    from ray_peft.results_file import read_results
+    from ray_peft.store.results_file import read_results
 
     ours = read_results(folder / "ours")
     names = labels({row.trial_id: row.spec for row in ours}, without=("seed",))

@@ -214,12 +214,12 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ray_peft import tracking
-    from ray_peft.consent import check_consent
     from ray_peft.errors import SpecError
     from ray_peft.experiment import tracking_uri
     from ray_peft.single import run
     from ray_peft.space import TrackingSpec
+    from ray_peft.store import tracking
+    from ray_peft.store.consent import check_consent
 
     if (options.spec is None) == (options.mlflow_run is None):
         raise SpecError("run: give a YAML file, or --mlflow-run RUN_ID")
@@ -284,7 +284,7 @@ def _report(options: argparse.Namespace) -> int:
     from ray_peft.errors import DataError
     from ray_peft.report.files import write_report
     from ray_peft.report.plain import console_table
-    from ray_peft.results_file import read_results
+    from ray_peft.store.results_file import read_results
 
     folder = Path(options.sweep)
     finished = (folder / "results.jsonl").is_file()
@@ -317,10 +317,10 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _ui(options: argparse.Namespace) -> int:
-    from ray_peft import tracking
     from ray_peft.experiment import outputs_folder, tracking_uri
     from ray_peft.processes import end_group
     from ray_peft.space import TrackingSpec
+    from ray_peft.store import tracking
 
     uri = tracking_uri(options.tracking_uri, TrackingSpec())
     if uri.startswith(("http://", "https://")):

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ray_peft import tracking
 from ray_peft.errors import StorageError, TrackingError
 from ray_peft.foundation.audience import Audience
 from ray_peft.foundation.masking import mask
 from ray_peft.inspector import Inspector
-from ray_peft.keeping import LastSteps, Rows
-from ray_peft.ledger import Ledger, SweepRecord
 from ray_peft.rehearsal import rehearse
 from ray_peft.report.files import write_report
 from ray_peft.report.plain import console_table
 from ray_peft.result import Status, TrialResult
 from ray_peft.space import ReportSpec, TrackingSpec
 from ray_peft.spec import TrialSpec
-from ray_peft.tracking import RunStatus, Store
+from ray_peft.store import tracking
+from ray_peft.store.keeping import LastSteps, Rows
+from ray_peft.store.ledger import Ledger, SweepRecord
+from ray_peft.store.tracking import RunStatus, Store
 
 
 @dataclass(frozen=True)

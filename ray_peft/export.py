@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from ray_peft import tracking
-from ray_peft.consent import check_consent
 from ray_peft.errors import SpecError
 from ray_peft.foundation.whole import new_folder
 from ray_peft.rounding import check_same_loss
 from ray_peft.spec import TrialSpec
+from ray_peft.store import tracking
+from ray_peft.store.consent import check_consent
 from ray_peft.tasks import TASKS
 
 Format = Literal["adapter", "merged"]

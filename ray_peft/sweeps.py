@@ -15,7 +15,6 @@ from ray_peft.errors import SearchSpaceError
 from ray_peft.experiment import Experiment
 from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.inspector import Inspector
-from ray_peft.ledger import Ledger
 from ray_peft.placement import Demand, Node, demand
 from ray_peft.report.plain import trial_line
 from ray_peft.result import TrialResult
@@ -23,6 +22,7 @@ from ray_peft.search import Draws
 from ray_peft.signals import callers_signals
 from ray_peft.space import Space, load
 from ray_peft.spec import TrialSpec
+from ray_peft.store.ledger import Ledger
 
 
 @dataclass(frozen=True)

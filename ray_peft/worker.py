@@ -18,7 +18,7 @@ from ray_peft.placement import Demand
 from ray_peft.quiet import quiet_libraries
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
-from ray_peft.tracking import Store, TrialTracker
+from ray_peft.store.tracking import Store, TrialTracker
 from ray_peft.vram.cards import known
 
 logger = logging.getLogger(__name__)

@@ -89,7 +89,7 @@ def paintings(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SQLite store without runs: building the schema takes seconds, so tests copy it."""
-    from ray_peft.tracking import default_uri, open_store
+    from ray_peft.store.tracking import default_uri, open_store
 
     folder = tmp_path_factory.mktemp("empty_store")
     open_store(default_uri(folder), "unused", folder / "artifacts")

@@ -12,7 +12,7 @@ from typing import Any
 
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
-from ray_peft.tracking import Store
+from ray_peft.store.tracking import Store
 
 
 def client_of(store: Store) -> Any:

@@ -18,7 +18,7 @@ import ray_peft
 from ray_peft import cli
 from ray_peft.console import Console
 from ray_peft.errors import TrackingError
-from ray_peft.results_file import read_results
+from ray_peft.store.results_file import read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 LORA = {"name": "lora", "rank": 4, "lr": 0.01}

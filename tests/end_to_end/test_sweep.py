@@ -18,7 +18,7 @@ import yaml
 import ray_peft
 from ray_peft.console import Console
 from ray_peft.errors import PlacementError, TrackingError
-from ray_peft.results_file import read_results
+from ray_peft.store.results_file import read_results
 
 METHODS = [
     {"name": "none"},
@@ -266,7 +266,7 @@ def test_the_same_command_again_runs_only_what_did_not_finish(swept, monkeypatch
 
 
 def test_a_trial_runs_again_from_its_mlflow_run_alone_with_the_same_result(swept, tmp_path):
-    from ray_peft import tracking
+    from ray_peft.store import tracking
 
     _, outcome = swept
     (lora,) = [result for result in outcome.results if result.spec.method.name == "lora"]

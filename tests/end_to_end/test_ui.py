@@ -17,7 +17,7 @@ import pytest
 from tracked import free_port, result_of, spec_of, wait_for
 
 from ray_peft.result import Scores
-from ray_peft.tracking import TrialTracker, default_uri, finish_sweep, open_store, start_sweep
+from ray_peft.store.tracking import TrialTracker, default_uri, finish_sweep, open_store, start_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

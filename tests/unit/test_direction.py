@@ -13,12 +13,12 @@ ROOMS = (
     # the bottom
     "errors", "foundation", "quiet", "signals", "processes",
     # what one trial is, and what it gave
-    "reach", "metrics", "methods", "spec", "yaml_text", "profiles", "distributions", "space", "result", "consent",
+    "reach", "metrics", "methods", "spec", "yaml_text", "profiles", "distributions", "space", "result",
     # one trial
     "vram", "measure", "engine", "tasks", "rehearsal", "placement", "forecast", "rounding", "life", "stages",
     "ensembles", "trial",
     # many trials: what is kept of them, what it says, and what runs where
-    "results_file", "ledger", "keeping", "tracking", "report", "worker", "cluster", "allotment", "inspector",
+    "store", "report", "worker", "cluster", "allotment", "inspector",
     "experiment", "earlier", "search", "tuning", "single", "sweeps",
     # what people call
     "export", "data_report", "quickstart", "doctor", "console", "cli", "__main__", "",

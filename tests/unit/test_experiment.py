@@ -8,10 +8,10 @@ from mlflow import MlflowClient
 
 from ray_peft.console import Console
 from ray_peft.experiment import open_experiment
-from ray_peft.ledger import Ledger
 from ray_peft.report.files import Sweep
 from ray_peft.space import ReportSpec
-from ray_peft.tracking import default_uri, open_store
+from ray_peft.store.ledger import Ledger
+from ray_peft.store.tracking import default_uri, open_store
 
 
 def test_the_report_is_kept_with_the_sweeps_run(tmp_path, empty_database):

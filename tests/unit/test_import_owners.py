@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "ray_peft"
 OWNERS = {
-    "mlflow": {"tracking"},
+    "mlflow": {"store/tracking"},
     "ray.train": {"worker.py"},
     "ray.tune": {"tuning.py"},
     "optuna": {"search.py"},

@@ -9,8 +9,8 @@ from contextlib import closing
 import pytest
 
 from ray_peft.errors import TrackingError
-from ray_peft.tracking import default_uri, open_store
-from ray_peft.tracking.store import _known_schemas, connect
+from ray_peft.store.tracking import default_uri, open_store
+from ray_peft.store.tracking.store import _known_schemas, connect
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tracked import artifact_text, client_of, free_port, loaded_table, result_of
 from ray_peft.errors import TrackingError
 from ray_peft.foundation.masking import mask
 from ray_peft.result import Provenance, Scores, TrialResult, Usage
-from ray_peft.tracking import (
+from ray_peft.store.tracking import (
     Store,
     TrialTracker,
     close_orphan,
@@ -29,7 +29,7 @@ from ray_peft.tracking import (
     open_store,
     start_sweep,
 )
-from ray_peft.tracking.trial import flatten
+from ray_peft.store.tracking.trial_run import flatten
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ def store(empty_database: Path, tmp_path: Path) -> Store:
 
 
 def test_importing_the_package_does_not_import_mlflow():
-    code = "import sys, ray_peft.tracking; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, ray_peft.store.tracking; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -365,7 +365,7 @@ def test_metrics_wait_out_a_broken_database(store, caplog):
 
 
 def test_a_result_that_cannot_be_stored_is_an_error(store, monkeypatch):
-    monkeypatch.setattr("ray_peft.tracking.trial.PATIENCE_S", 0.5)
+    monkeypatch.setattr("ray_peft.store.tracking.trial_run.PATIENCE_S", 0.5)
     tracker, spec = TrialTracker(store, None, "small"), spec_of()
     tracker.start(spec)
     sql(store, "ALTER TABLE metrics RENAME TO metrics_away")

@@ -19,7 +19,7 @@ from tracked import client_of, free_port, loaded_table, result_of, spec_of, wait
 
 from ray_peft.errors import TrackingError
 from ray_peft.result import Scores
-from ray_peft.tracking import (
+from ray_peft.store.tracking import (
     TrialTracker,
     default_uri,
     finish_sweep,
@@ -38,7 +38,7 @@ from pathlib import Path
 import mlflow.store.tracking.sqlalchemy_store
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
-from ray_peft.tracking import TrialTracker, default_uri, open_store
+from ray_peft.store.tracking import TrialTracker, default_uri, open_store
 
 outputs, plain = Path(sys.argv[1]), sys.argv[2]
 

@@ -12,8 +12,8 @@ from ray_peft.report.csvfile import write_csv
 from ray_peft.report.files import write_report
 from ray_peft.report.flat import flatten
 from ray_peft.result import Provenance, Scores, TrialResult, Usage
-from ray_peft.results_file import read_results
 from ray_peft.spec import TrialSpec
+from ray_peft.store.results_file import read_results
 
 
 def trial(method="lora", *, path="a.jsonl", **more):

@@ -22,8 +22,8 @@ from ray_peft.report.material import Material
 from ray_peft.report.plain import console_table, trial_line
 from ray_peft.report.table import rows
 from ray_peft.result import ImageFile, Provenance, Scores, TrialResult
-from ray_peft.results_file import read_results
 from ray_peft.spec import TrialSpec
+from ray_peft.store.results_file import read_results
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ray_peft.errors import TrackingError
 from ray_peft.foundation.masking import mask
-from ray_peft.tracking.store import is_server, sqlite_file
+from ray_peft.store.tracking.store import is_server, sqlite_file
 
 
 def ui_command(store_uri: str, artifact_root: Path | None, host: str, port: int) -> list[str]:

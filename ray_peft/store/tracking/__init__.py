@@ -4,10 +4,10 @@ Every call names its store through `MlflowClient`, so threads and several stores
 package does not import mlflow.
 """
 
-from ray_peft.tracking.runs import RunStatus, close_orphan, fetch, finish_sweep, load_spec, start_sweep
-from ray_peft.tracking.store import Store, default_uri, open_store
-from ray_peft.tracking.trial import TrialTracker
-from ray_peft.tracking.ui import ui_command, ui_environment
+from ray_peft.store.tracking.runs import RunStatus, close_orphan, fetch, finish_sweep, load_spec, start_sweep
+from ray_peft.store.tracking.store import Store, default_uri, open_store
+from ray_peft.store.tracking.trial_run import TrialTracker
+from ray_peft.store.tracking.ui import ui_command, ui_environment
 
 __all__ = [
     "RunStatus",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from ray_peft.errors import TrackingError, first_line
 from ray_peft.foundation.masking import mask, masked_keys
 from ray_peft.spec import TrialSpec
-from ray_peft.tracking.store import Store, connect, first_contact, insist, is_server
+from ray_peft.store.tracking.store import Store, connect, first_contact, insist, is_server
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -18,8 +18,8 @@ from ray_peft.foundation import dotted
 from ray_peft.foundation.masking import mask
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
-from ray_peft.tracking.runs import close, create_run, fetch, points, run_tags, running, upload
-from ray_peft.tracking.store import PATIENCE_S, Store, connect, failures, insist, reason
+from ray_peft.store.tracking.runs import close, create_run, fetch, points, run_tags, running, upload
+from ray_peft.store.tracking.store import PATIENCE_S, Store, connect, failures, insist, reason
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric

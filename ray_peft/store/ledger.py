@@ -17,7 +17,7 @@ from ray_peft.foundation.names import one_part
 from ray_peft.foundation.storage import writing
 from ray_peft.foundation.whole import write_text
 from ray_peft.result import TrialResult
-from ray_peft.results_file import read_results
+from ray_peft.store.results_file import read_results
 
 WAY_OUT = "free some space, or give another --out; the same command then runs what is missing"
 
