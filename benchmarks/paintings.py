@@ -48,7 +48,7 @@ def main(folder: Path, target: Path, size: Size) -> None:
     """Train the VAE, then the UNet; keep the grid of images beside the numbers."""
     import ray_peft
     from ray_peft.console import Console
-    from ray_peft.space import load
+    from ray_peft.space.read import load
     from ray_peft.tasks.text_to_image import data
 
     chosen = [f"data.resolution={size.resolution}", "data.train=40", f"data.min_side={size.resolution}"]

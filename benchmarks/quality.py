@@ -70,7 +70,7 @@ def stock(name: str, folder: Path) -> dict[str, Any]:
     from ray_peft.foundation.units import GIB
     from ray_peft.metrics.text_scores import bleu4, rouge_l
     from ray_peft.reach.targets import PROJECTIONS
-    from ray_peft.space import load
+    from ray_peft.space.read import load
     from ray_peft.tasks.llm_sft import data, evaluate
     from ray_peft.tasks.llm_sft.task import LlmSft
 

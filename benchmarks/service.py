@@ -116,7 +116,7 @@ def out_of_memory(out: Path, target: Path) -> list[dict[str, Any]]:
 
 def single_run(out: Path, target: Path) -> dict[str, Any]:
     """One trial as a TorchTrainer of its own."""
-    from ray_peft.space import load
+    from ray_peft.space.read import load
 
     begin = time.perf_counter()
     result = ray_peft.run(load(SPACE, list(SHORT)).trials[0], out=out, console=Console())

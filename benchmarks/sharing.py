@@ -35,7 +35,7 @@ import ray_peft
 from ray_peft import cluster
 from ray_peft.console import Console
 from ray_peft.foundation.units import GIB
-from ray_peft.space import Space, TrackingSpec
+from ray_peft.space.read import Space, TrackingSpec
 from ray_peft.spec import TrialSpec
 from ray_peft.store.ledger import Ledger
 from ray_peft.tasks import TASKS

@@ -28,7 +28,7 @@ from studies import ANSWERS, ROOT, SHORT, STEPS
 import ray_peft
 from ray_peft import cluster
 from ray_peft.console import Console
-from ray_peft.space import Space, load
+from ray_peft.space.read import Space, load
 
 CARD_GIB = 12.0
 PROFILE = "12gib"

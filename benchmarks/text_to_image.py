@@ -90,7 +90,7 @@ def stock(name: str) -> dict[str, Any]:
     from PIL import Image
 
     from ray_peft.foundation.units import GIB
-    from ray_peft.space import load
+    from ray_peft.space.read import load
     from ray_peft.tasks.text_to_image import model as parts
 
     spec = load(SPACE, RANDOM).trials[1]

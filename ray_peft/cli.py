@@ -217,7 +217,7 @@ def _run(options: argparse.Namespace) -> int:
     from ray_peft.errors import SpecError
     from ray_peft.experiment import tracking_uri
     from ray_peft.single import run
-    from ray_peft.space import TrackingSpec
+    from ray_peft.space.read import TrackingSpec
     from ray_peft.store import tracking
     from ray_peft.store.consent import check_consent
 
@@ -304,7 +304,7 @@ _DTYPES: dict[str, Literal["bfloat16", "float16", "float32"]] = {
 def _export(options: argparse.Namespace) -> int:
     from ray_peft.experiment import tracking_uri
     from ray_peft.export import export
-    from ray_peft.space import TrackingSpec
+    from ray_peft.space.read import TrackingSpec
 
     uri = tracking_uri(options.tracking_uri, TrackingSpec())
     made = export(
@@ -319,7 +319,7 @@ def _export(options: argparse.Namespace) -> int:
 def _ui(options: argparse.Namespace) -> int:
     from ray_peft.experiment import outputs_folder, tracking_uri
     from ray_peft.processes import end_group
-    from ray_peft.space import TrackingSpec
+    from ray_peft.space.read import TrackingSpec
     from ray_peft.store import tracking
 
     uri = tracking_uri(options.tracking_uri, TrackingSpec())

@@ -12,7 +12,7 @@ from ray_peft.errors import DataError
 from ray_peft.foundation.whole import write_text
 from ray_peft.report.digits import count
 from ray_peft.report.plain import aligned_line, ascii_line
-from ray_peft.space import load
+from ray_peft.space.read import load
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import DataReport, SplitReport

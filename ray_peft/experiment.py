@@ -16,7 +16,7 @@ from ray_peft.rehearsal import rehearse
 from ray_peft.report.files import write_report
 from ray_peft.report.plain import console_table
 from ray_peft.result import Status, TrialResult
-from ray_peft.space import ReportSpec, TrackingSpec
+from ray_peft.space.read import ReportSpec, TrackingSpec
 from ray_peft.spec import TrialSpec
 from ray_peft.store import tracking
 from ray_peft.store.keeping import LastSteps, Rows

@@ -10,11 +10,11 @@ from typing import Literal
 
 from ray_peft.errors import SpecError
 from ray_peft.foundation.whole import new_folder
-from ray_peft.rounding import check_same_loss
 from ray_peft.spec import TrialSpec
 from ray_peft.store import tracking
 from ray_peft.store.consent import check_consent
 from ray_peft.tasks import TASKS
+from ray_peft.trial.rounding import check_same_loss
 
 Format = Literal["adapter", "merged"]
 SaveDtype = Literal["bfloat16", "float16", "float32"]

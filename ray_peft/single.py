@@ -16,7 +16,7 @@ from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.placement import Demand
 from ray_peft.result import TrialResult
 from ray_peft.signals import callers_signals
-from ray_peft.space import ReportSpec, TrackingSpec, explain, load
+from ray_peft.space.read import ReportSpec, TrackingSpec, explain, load
 from ray_peft.spec import TrialSpec
 from ray_peft.store.ledger import Ledger
 

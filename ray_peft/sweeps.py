@@ -20,7 +20,7 @@ from ray_peft.report.plain import trial_line
 from ray_peft.result import TrialResult
 from ray_peft.search import Draws
 from ray_peft.signals import callers_signals
-from ray_peft.space import Space, load
+from ray_peft.space.read import Space, load
 from ray_peft.spec import TrialSpec
 from ray_peft.store.ledger import Ledger
 

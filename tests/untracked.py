@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ray_peft import trial
+from ray_peft.trial import trial
 
 HYBRID = {
     "name": "qlora_galore",

@@ -19,7 +19,7 @@ from ray_peft.report.material import Material
 from ray_peft.report.rescore import rescored
 from ray_peft.report.webpage import to_html
 from ray_peft.result import ImageFile, RowLoss, Sample
-from ray_peft.space import ReportSpec
+from ray_peft.space.read import ReportSpec
 from ray_peft.store.results_file import read_results
 
 

@@ -15,7 +15,7 @@ import tiny_diffusion
 import ray_peft
 from ray_peft import measure
 from ray_peft.foundation.units import GIB
-from ray_peft.space import Space, TrackingSpec
+from ray_peft.space.read import Space, TrackingSpec
 from ray_peft.spec import TrialSpec
 from ray_peft.store.ledger import Ledger
 from ray_peft.tasks import TASKS

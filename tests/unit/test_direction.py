@@ -13,10 +13,9 @@ ROOMS = (
     # the bottom
     "errors", "foundation", "quiet", "signals", "processes",
     # what one trial is, and what it gave
-    "reach", "metrics", "methods", "spec", "yaml_text", "profiles", "distributions", "space", "result",
+    "reach", "metrics", "methods", "spec", "space", "result",
     # one trial
-    "vram", "measure", "engine", "tasks", "rehearsal", "placement", "forecast", "rounding", "life", "stages",
-    "ensembles", "trial",
+    "vram", "measure", "engine", "tasks", "rehearsal", "placement", "forecast", "trial",
     # many trials: what is kept of them, what it says, and what runs where
     "store", "report", "worker", "cluster", "allotment", "inspector",
     "experiment", "earlier", "search", "tuning", "single", "sweeps",

@@ -15,7 +15,7 @@ from ray_peft.experiment import inspect_trials
 from ray_peft.inspector import Inspector
 from ray_peft.report.files import write_report
 from ray_peft.result import TrialResult
-from ray_peft.space import load
+from ray_peft.space.read import load
 from ray_peft.store.results_file import read_results
 
 

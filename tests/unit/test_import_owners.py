@@ -16,7 +16,7 @@ OWNERS = {
     "trl": {"tasks/llm_sft", "vram"},  # vram stands in for its kernels on shapes
     "lm_eval": {"tasks/llm_sft/benchmarks.py"},
     "galore_torch": {"methods/galore_adamw.py"},
-    "yaml": {"yaml_text.py", "tasks/llm_sft/task_files.py"},  # search spaces; lm-eval's own tags
+    "yaml": {"space/yaml_text.py", "tasks/llm_sft/task_files.py"},  # search spaces; lm-eval's own tags
     "matplotlib": {"report/plots.py"},
     "pynvml": {"measure.py", "doctor.py"},
 }

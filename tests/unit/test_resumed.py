@@ -13,12 +13,12 @@ import tiny_diffusion
 import torch
 from untracked import HYBRID, Notes
 
-from ray_peft import trial
 from ray_peft.engine import checkpoint
 from ray_peft.engine.checkpoint import STATE_FILE
 from ray_peft.engine.cost import COST_FILE
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.llm_sft.trl_checkpoints import last_checkpoint
+from ray_peft.trial import trial
 
 SLEEP_S = 1.5
 

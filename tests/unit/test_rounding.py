@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ray_peft.errors import TrialFailed
-from ray_peft.rounding import allowed, check_same_loss
+from ray_peft.trial.rounding import allowed, check_same_loss
 
 
 @pytest.mark.parametrize(

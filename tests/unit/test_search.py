@@ -12,7 +12,7 @@ import yaml
 from ray_peft.inspector import Inspector
 from ray_peft.result import Provenance, Scores, TrialResult
 from ray_peft.search import Draws
-from ray_peft.space import load
+from ray_peft.space.read import load
 from ray_peft.spec import TrialSpec
 
 LORA = {"name": "lora", "rank": 4, "lr": {"loguniform": [1.0e-3, 1.0e-1]}}

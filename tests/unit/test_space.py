@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ray_peft import space
 from ray_peft.errors import SearchSpaceError
+from ray_peft.space import read as space
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = """

@@ -10,7 +10,6 @@ import pytest
 import tiny
 from untracked import Notes, run
 
-from ray_peft import trial
 from ray_peft.console import Console
 from ray_peft.errors import StorageError, TrackingError
 from ray_peft.foundation.cache import made_whole
@@ -19,6 +18,7 @@ from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.store.keeping import LastSteps, Rows
 from ray_peft.store.ledger import Ledger
+from ray_peft.trial import trial
 
 
 @pytest.fixture

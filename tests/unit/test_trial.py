@@ -9,10 +9,11 @@ import pytest
 import tiny
 from untracked import HYBRID, Notes, run
 
-from ray_peft import measure, trial
-from ray_peft.life import Life
+from ray_peft import measure
 from ray_peft.spec import TrialSpec
 from ray_peft.spec.keys import MICRO_BATCH
+from ray_peft.trial import trial
+from ray_peft.trial.life import Life
 
 
 def test_a_hybrid_that_is_stopped_in_its_second_stage_goes_on_from_the_end_of_its_first(

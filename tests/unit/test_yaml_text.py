@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ray_peft.errors import SearchSpaceError
-from ray_peft.yaml_text import parse, read
+from ray_peft.space.yaml_text import parse, read
 
 
 def refused(text):

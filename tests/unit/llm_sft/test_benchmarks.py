@@ -11,7 +11,6 @@ import pytest
 import tiny
 from cramped import holds
 
-from ray_peft import trial
 from ray_peft.errors import DataError, SpecError
 from ray_peft.result import Scores, TrialResult
 from ray_peft.spec import TrialSpec
@@ -19,6 +18,7 @@ from ray_peft.store.tracking.trial_run import final_metrics
 from ray_peft.tasks.base import MemberModel
 from ray_peft.tasks.llm_sft import benchmarks
 from ray_peft.tasks.llm_sft.task import LlmSft
+from ray_peft.trial import trial
 
 LORA = {"name": "lora", "rank": 4, "lr": 0.05}
 CHOICE = r"""

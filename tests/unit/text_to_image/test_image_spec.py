@@ -9,8 +9,8 @@ import tiny_diffusion
 import yaml
 from pydantic import ValidationError
 
-from ray_peft import space
 from ray_peft.errors import SearchSpaceError
+from ray_peft.space import read as space
 from ray_peft.spec import ImageTrialSpec, TrialSpec
 from ray_peft.spec.text_to_image import ATTENTION
 

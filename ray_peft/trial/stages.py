@@ -12,10 +12,10 @@ from ray_peft.engine.recovery import free_memory
 from ray_peft.engine.trained import Trained
 from ray_peft.errors import TrialFailed
 from ray_peft.foundation.whole import write_text
-from ray_peft.life import Life, Place, keep
 from ray_peft.methods.base import Stage
-from ray_peft.rounding import check_same_loss
 from ray_peft.tasks.base import Bench
+from ray_peft.trial.life import Life, Place, keep
+from ray_peft.trial.rounding import check_same_loss
 
 STAGE_FILE = "stage.json"
 """In a stage's kept adapter: what the stages up to it took, for a trial that goes on from there."""

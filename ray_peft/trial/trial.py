@@ -11,19 +11,19 @@ import sys
 from ray_peft import measure
 from ray_peft.engine.recovery import divisor, free_memory
 from ray_peft.engine.trained import Report
-from ray_peft.ensembles import run_ensemble
 from ray_peft.errors import TrackingError, first_line
 from ray_peft.forecast import ways
 from ray_peft.foundation.storage import told
 from ray_peft.foundation.units import GIB
 from ray_peft.foundation.whole import write_text
-from ray_peft.life import Life, Place, Tracker, evaluate, keep, predict, provenance
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.spec.keys import MICRO_BATCH
-from ray_peft.stages import STAGE_FILE, stage_folder, train_all
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Bench
+from ray_peft.trial.ensembles import run_ensemble
+from ray_peft.trial.life import Life, Place, Tracker, evaluate, keep, predict, provenance
+from ray_peft.trial.stages import STAGE_FILE, stage_folder, train_all
 from ray_peft.vram.cards import known
 
 __all__ = ["RESULT_FILE", "STAGE_FILE", "Place", "Tracker", "run"]
