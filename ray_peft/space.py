@@ -45,7 +45,7 @@ class SearchSpec(Strict):
     """Trials drawn per cell of the grid, so that every method gets the same tuning budget."""
     algorithm: Literal["random", "optuna"] = "random"
     """`random` draws all trials beforehand; `optuna` (TPE) proposes each from the results so far."""
-    metric: Literal["eval_loss", "bleu4", "rouge_l"] = "eval_loss"
+    metric: Literal["eval_loss", "bleu4", "rouge_l", "chrf"] = "eval_loss"
     """What `optuna` improves: the loss downwards, the scores upwards."""
     seed: int = Field(default=0, ge=0)
 

@@ -20,7 +20,7 @@ from ray_peft.report.material import Material
 from ray_peft.report.rescore import rescored
 from ray_peft.report.table import latest
 from ray_peft.report.webpage import to_html
-from ray_peft.result import ImageFile, RowLoss, Sample, TrialResult
+from ray_peft.result import ImageFile, QuestionScores, RowLoss, Sample, TrialResult
 from ray_peft.space import ReportSpec
 from ray_peft.strict import Strict
 
@@ -99,6 +99,9 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
             trial_id: [entry.tokens for entry in lines if entry.tokens is not None]
             for trial_id, lines in losses.items()
             if all(entry.tokens is not None for entry in lines)
+        },
+        questions={
+            trial_id: _read_lines(path / "benchmarks.jsonl", QuestionScores) for trial_id, path in trials.items()
         },
         images={
             trial_id: made for trial_id, path in trials.items() if (made := _read_images(path / "images/images.json"))

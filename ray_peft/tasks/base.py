@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from ray_peft.errors import SpecError
 from ray_peft.gpus import ANY, Gpu
 from ray_peft.methods.base import Dtype, Stage, Task
-from ray_peft.result import Sample, Scores
+from ray_peft.result import QuestionScores, Sample, Scores
 from ray_peft.spec import ModelSpec, TrialSpec
 from ray_peft.spec.identity import Content
 
@@ -54,6 +54,8 @@ class Scored:
     loss_tokens: list[int] = field(default_factory=list)
     """Answer tokens behind each of `losses`, which are its weight; a row without any has no loss. Empty if all rows
     weigh the same."""
+    questions: list[QuestionScores] = field(default_factory=list)
+    """Of every question of the further benchmarks, what it was given; empty if only their means are known."""
 
 
 @dataclass
@@ -197,9 +199,9 @@ class Bench(ABC):
         """`scored` with what the model makes, for tasks that make things to look at."""
         return scored
 
-    def benchmark(self, scores: Scores) -> Scores:
-        """`scores` with those of the further benchmarks that the trial asks for."""
-        return scores
+    def benchmark(self, scored: Scored) -> Scored:
+        """`scored` with the scores and the questions of the further benchmarks that the trial asks for."""
+        return scored
 
     @abstractmethod
     def dtypes(self) -> set[str]:

@@ -299,15 +299,15 @@ class LlmBench(Bench):
         answered = list(zip(predictions, references, strict=True))
         return Scored(scores, samples, answered, losses=losses, loss_tokens=tokens)
 
-    def benchmark(self, scores: Scores) -> Scores:
-        """`scores` with those of the lm-eval tasks in `evaluation.benchmarks`."""
+    def benchmark(self, scored: Scored) -> Scored:
+        """`scored` with what the lm-eval tasks in `evaluation.benchmarks` say."""
         if self.spec.evaluation.benchmarks is None:
-            return scores
+            return scored
         from ray_peft.tasks.llm_sft.benchmarks import measure
         from ray_peft.tasks.llm_sft.evaluate import inference
 
         with inference(self.spec, self.model):
-            return measure(self.spec, self.model, self.tokenizer, scores, lowered=self.lowered)
+            return measure(self.spec, self.model, self.tokenizer, scored, lowered=self.lowered)
 
     def save(self, folder: Path, dtype: Dtype | None = None) -> None:
         """Write the adapter, or the weights with the tokenizer, as transformers and PEFT read them."""
