@@ -311,6 +311,19 @@ def _search_problem(
             "search.algorithm: optuna proposes one trial at a time, but an ensemble is made of several; "
             "search the members first, then write the best ones into an ensemble"
         )
+    return _metric_problem(templates[0], search.metric)
+
+
+def _metric_problem(template: dict[str, Any], metric: str) -> str | None:
+    """Why no trial has the score that Optuna is to improve, or None."""
+    if metric == "eval_loss":
+        return None
+    way_out = f"use eval_loss (found {metric})"
+    if template.get("task") == "text_to_image":
+        return f"search.metric: images have no text scores; {way_out}"
+    evaluation = template.get("evaluation")
+    if isinstance(evaluation, dict) and evaluation.get("generate") is False:
+        return f"search.metric: no answers are scored with evaluation.generate: false; {way_out}, or set it to true"
     return None
 
 
