@@ -48,7 +48,8 @@ def main(out: Path) -> None:
     start = time.perf_counter()
     coverages = {name: coverage(make(np.random.default_rng(1))) for name, make in DIFFERENCES.items()}
     coverages["bleu4"] = bleu_coverage(np.random.default_rng(2))
-    negative = {"rare large gains": coverage(skewed(np.random.default_rng(1)), sides=True)}
+    rare = skewed(np.random.default_rng(1))
+    negative = {"rare large gains": coverage(rare, sides=True)}
     false = {
         f"{name}, {systems} systems": false_differences(make(np.random.default_rng(3), systems))
         for name, make in SCORES.items()
@@ -59,7 +60,8 @@ def main(out: Path) -> None:
     print(f"{time.perf_counter() - start:.0f} s")
     write(out, {
         "population": POPULATION, "samples": SAMPLES, "families": FAMILIES, "coverage": coverages,
-        "negative": negative, "false_differences": false,
+        "negative": negative, "rare_share": RARE, "rare_skewness": skewness(rare[:, 0] - rare[:, 1]),
+        "false_differences": false,
     })  # fmt: skip
 
 
@@ -116,6 +118,11 @@ def skewed(generator: Generator) -> Numbers:
     rare = generator.random(POPULATION) < RARE
     gains = np.where(rare, generator.uniform(0.3, 0.6, POPULATION), generator.normal(0, 0.01, POPULATION))
     return np.stack([np.clip(before + gains, 0, 1), before], axis=1)
+
+
+def skewness(differences: Numbers) -> float:
+    """Third standardised moment."""
+    return round(float(np.mean(((differences - differences.mean()) / differences.std()) ** 3)), 2)
 
 
 DIFFERENCES: dict[str, Callable[[Generator], Numbers]] = {

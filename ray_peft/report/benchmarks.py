@@ -16,7 +16,7 @@ _HEADER = ("Benchmark", "Trial", "Score", "Standard error", "Questions", "vs bas
 _TEXT = (
     "Tasks of lm-eval. Standard errors are lm-eval's and speak of the choice of questions. In accuracies, exact_match "
     "and pass@k higher is better, in perplexities lower. vs base: the difference to the model without fine-tuning. "
-    "Taken as: where both answered the same questions and the score is a mean over questions, its trials are paired by "
+    "Taken as: where both answered the same questions and the score is a mean over questions, the two are paired by "
     "question, with the 95 % interval of the difference in brackets; a difference is shown if a permutation test of "
     "signs rejects equality and the interval leaves out zero. Else they are taken as two independent samples, which on "
     "the same questions makes the standard error (after +/-) rather too large than too small; a difference is shown "
