@@ -316,14 +316,11 @@ def _search_problem(
 
 def _metric_problem(template: dict[str, Any], metric: str) -> str | None:
     """Why no trial has the score that Optuna is to improve, or None."""
-    if metric == "eval_loss":
-        return None
-    way_out = f"use eval_loss (found {metric})"
-    if template.get("task") == "text_to_image":
-        return f"search.metric: images have no text scores; {way_out}"
     evaluation = template.get("evaluation")
-    if isinstance(evaluation, dict) and evaluation.get("generate") is False:
-        return f"search.metric: no answers are scored with evaluation.generate: false; {way_out}, or set it to true"
+    if metric != "eval_loss" and template.get("task") == "text_to_image":
+        return f"search.metric: images have no text scores; use eval_loss (found {metric})"
+    if metric != "eval_loss" and isinstance(evaluation, dict) and evaluation.get("generate") is False:
+        return f"search.metric: {metric} needs evaluation.generate: true (found false); or use eval_loss"
     return None
 
 
