@@ -321,6 +321,18 @@ def _search_problem(
             "search.algorithm: optuna proposes one trial at a time, but an ensemble is made of several; "
             "search the members first, then write the best ones into an ensemble"
         )
+    return _metric_problem(templates[0], search.metric)
+
+
+def _metric_problem(template: dict[str, Any], metric: str) -> str | None:
+    """Why no trial has the score that a search improves, or None."""
+    if metric == "eval_loss":
+        return None
+    if template.get("task", "llm_sft") != "llm_sft":
+        return f"search.metric: {metric} is a score of task llm_sft alone; use eval_loss"
+    evaluation = template.get("evaluation")
+    if isinstance(evaluation, dict) and evaluation.get("generate") is False:
+        return f"search.metric: {metric} needs answers; set evaluation.generate: true, or use eval_loss"
     return None
 
 

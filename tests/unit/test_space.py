@@ -112,6 +112,19 @@ def test_a_search_is_not_refused_for_draws_that_it_would_pass_over():
     assert any("rnk: unknown key, did you mean rank?" in line for line in refused(wrong))
 
 
+def test_a_search_for_a_score_that_no_trial_has_is_refused():
+    search = {"samples": 2, "algorithm": "optuna", "metric": "bleu4"}
+    method = {"name": "lora", "lr": {"loguniform": [1e-5, 1e-3]}}
+    assert parsed(changed(method=method, search=search)).trials
+    silent = changed(method=method, search=search, evaluation={"generate": False})
+    assert refused(silent) == [
+        "space.yaml: search.metric: bleu4 needs answers; set evaluation.generate: true, or use eval_loss"
+    ]
+    assert parsed(silent, ["search.metric=eval_loss"]).trials
+    (line,) = refused(changed(method=method, search=search, task="text_to_image"))
+    assert "search.metric: bleu4 is a score of task llm_sft alone" in line
+
+
 def test_problems_of_many_draws_are_cut_to_the_common_ones():
     lines = refused(changed(method={"name": "lora", "lr": {"uniform": [-2.0, -1.0]}}, search={"samples": 500}))
     assert len(lines) == 31
