@@ -98,6 +98,24 @@ def misspelt(template: Any, settings: list[str], prefix: str = "") -> dict[str, 
     }
 
 
+def not_alone(template: Any, prefix: str = "") -> dict[str, tuple[str, str]]:
+    """Mappings in which a distribution stands beside other keys: dotted key -> (kind, the others)."""
+    if isinstance(template, list):
+        inner: Iterator[tuple[Any, Any]] = iter(enumerate(template))
+    elif isinstance(template, dict):
+        kind = next((key for key in template if key in KINDS), None)
+        if kind is not None and len(template) > 1:
+            return {prefix or "the file": (kind, ", ".join(sorted(set(template) - {kind})))}
+        inner = iter(template.items())
+    else:
+        return {}
+    return {
+        place: how
+        for key, value in inner
+        for place, how in not_alone(value, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
 def draw(generator: random.Random, kind: str, arguments: list[Any]) -> Any:
     """One value; floats have six digits."""
     if kind == "choice":

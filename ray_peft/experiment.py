@@ -14,6 +14,7 @@ from ray_peft.errors import StorageError, TrackingError
 from ray_peft.inspector import Inspector
 from ray_peft.keeping import LastSteps, Rows
 from ray_peft.ledger import Ledger, SweepRecord
+from ray_peft.noted import Notes
 from ray_peft.rehearsal import rehearse
 from ray_peft.report.files import write_report
 from ray_peft.report.plain import console_table
@@ -69,16 +70,14 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Console, inspector: Ins
     """
     inspector = inspector or Inspector()
     settled: dict[str, TrialSpec] = {}
-    notes: dict[str, None] = {}
+    notes = Notes(console)
     same = 0
     for trial in trials:
         looked = inspector.inspect(trial)
         found = [note if note.startswith("caution: ") else f"data: {note}" for note in looked.notes]
         found += [f"method: {note}" for note in looked.method_notes]
         for note in found + [f"caution: {note}" for note in trial.cautions()]:
-            if note not in notes:
-                console.say(note)
-            notes[note] = None
+            notes.add(note)
         settled_trial = inspector.settled(trial)
         same += settled_trial.trial_id in settled
         settled.setdefault(settled_trial.trial_id, settled_trial)
@@ -88,9 +87,8 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Console, inspector: Ins
         )
     checked = list(settled.values())
     for note in rehearse(checked):
-        console.say(f"caution: {note}")
-        notes[f"caution: {note}"] = None
-    return Checked(checked, list(notes))
+        notes.add(f"caution: {note}")
+    return Checked(checked, notes.close())
 
 
 @dataclass
@@ -123,6 +121,21 @@ class Experiment:
         return TrialResult(
             trial_id=spec.trial_id, status=kind, spec=spec, error=reason, mlflow_run_id=run_id, untracked=untracked
         )
+
+    def track(self, row: TrialResult) -> TrialResult:
+        """A finished row that the store lacks, under a new run with its settings and result; as it was if that fails.
+
+        Live metrics and the trained weights went with the worker that made them.
+        """
+        tracker = tracking.TrialTracker(self.store, self.parent_run_id, self.name)
+        try:
+            run_id = tracker.start(row.spec)
+            told = row.model_copy(update={"untracked": None, "mlflow_run_id": run_id})
+            tracker.record(told)
+        except TrackingError as error:
+            return row.model_copy(update={"untracked": str(error)})
+        self.console.say(f"{row.trial_id}: its result, which the tracking store lacked, is there now")
+        return told
 
     def _close_untracked(self, results: list[TrialResult], last: LastSteps) -> None:
         """Say which results MLflow lacks, and close their runs, if the store is back."""

@@ -117,8 +117,7 @@ def sweep(
             source=source.read_text(encoding="utf-8") if source else None,
             report=space.report,
         )
-        for row in plan.earlier.renewed:
-            opened.rows.add(row)
+        _take_over(plan.earlier, opened)
         interrupted = False
         try:
             if plan.missing:
@@ -128,6 +127,15 @@ def sweep(
             raise
         results = opened.finish(opened.record.planned, interrupted)
     return SweepOutcome(ledger.folder, results, plan.total, interrupted, opened.record.tracking_uri)
+
+
+def _take_over(earlier: Earlier, opened: Experiment) -> None:
+    """Keep rows of earlier runs that are written otherwise today, and bring the store those that it lacks."""
+    for row in earlier.renewed:
+        opened.rows.add(row)
+    for row in [row for row in earlier.finished.values() if row.untracked is not None]:
+        earlier.finished[row.trial_id] = opened.track(row)
+        opened.rows.add(earlier.finished[row.trial_id])
 
 
 @dataclass(frozen=True)
@@ -282,6 +290,11 @@ def plan(
     if not loaded.trials:
         raise SearchSpaceError(f"{space}: has no trials")
     console = console or Console(quiet=True)
+    if loaded.search is not None and loaded.search.algorithm == "optuna":
+        console.say(
+            f"search: Optuna proposes {loaded.search.samples} trials one by one, from what earlier ones gave; the "
+            "trials below are random draws, which show their kind"
+        )
     for note in loaded.notes:
         console.say(note)
     return experiment.inspect_trials(loaded.trials, console).trials

@@ -142,7 +142,7 @@ class DataReport:
     overlap_lines: list[str]
     """The same in words."""
     error: str | None = None
-    """Why the preparation was refused."""
+    """Why the preparation was refused, or why the rows do not fit a model."""
     remarks: list[str] = field(default_factory=list)
     """What else a reader must know of the rows, a sentence each."""
     unusable_rows: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -281,6 +281,14 @@ class TaskType(ABC, Generic[SpecT]):
             DataError, ModelError: the user's to mend.
         """
         raise SpecError(f"task {self.name} has no data report; use `ray-peft plan` to check its data")
+
+    def rows_fit(self, spec: SpecT) -> list[str]:
+        """What a reader must know of how a trial's rows fit its model, a sentence each.
+
+        Raises:
+            DataError, ModelError: they do not.
+        """
+        return []
 
     def write_data(self, spec: SpecT, folder: Path) -> list[Path]:
         """Write the prepared rows of a trial for people to read; returns the files."""

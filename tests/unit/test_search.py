@@ -9,12 +9,14 @@ import pytest
 import tiny
 import yaml
 
+from ray_peft.console import Console
 from ray_peft.errors import SearchSpaceError
 from ray_peft.inspector import Inspector
 from ray_peft.result import Provenance, Scores, TrialResult
 from ray_peft.search import Draws
 from ray_peft.space import load
 from ray_peft.spec import TrialSpec
+from ray_peft.sweeps import plan
 
 LORA = {"name": "lora", "rank": 4, "lr": {"loguniform": [1.0e-3, 1.0e-1]}}
 METHODS = {"choice": [{"name": "lora", "rank": 4, "lr": 0.01}, {"name": "galore", "rank": 8}, {"name": "none"}]}
@@ -180,3 +182,12 @@ def test_a_metric_that_no_trial_has_is_refused(search, metric):
     says = rf"search.metric: {metric} needs evaluation.generate: true \(found false\)"
     with pytest.raises(SearchSpaceError, match=says):
         search(LORA, metric=metric, evaluation__generate=False)
+
+
+def test_plan_says_that_its_draws_are_examples(search, tmp_path, capsys):
+    search(LORA, samples=3)
+    assert len(plan(tmp_path / "search.yaml", console=Console())) == 3
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("search: Optuna proposes 3 trials one by one")
+    plan(tmp_path / "search.yaml", ["search.algorithm=random"], console=Console())
+    assert "Optuna" not in capsys.readouterr().out

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
+from ray_peft.errors import ModelError, first_line
 from ray_peft.gpus import Gpu, known
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.result import Sample, Scores
@@ -73,6 +74,20 @@ class LlmSft(TaskType[LlmTrialSpec]):
         from ray_peft.tasks.llm_sft import describe
 
         return describe.report(spec)
+
+    def rows_fit(self, spec: LlmTrialSpec) -> list[str]:
+        """Lengths and token numbers against the models' configs; weights are not looked at."""
+        from ray_peft.tasks.llm_sft import fits, model
+
+        said = []
+        for own in {part.model.name: part.model for part in (spec, *spec.members())}.values():
+            try:
+                config = model.load_config(own)
+            except ModelError as error:  # rows can be looked at with a tokenizer alone
+                said.append(f"the rows were not compared with the model: {first_line(error)}")
+            else:
+                said += fits.check(spec, own, config, _rows_to_look_at(spec))
+        return said
 
     def write_data(self, spec: LlmTrialSpec, folder: Path) -> list[Path]:
         """Write each split as JSON lines, and a few training rows of each source as the model sees them."""
