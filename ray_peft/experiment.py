@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ray_peft import tracking
+from ray_peft import repeats, tracking
 from ray_peft.console import Console
 from ray_peft.errors import StorageError, TrackingError
 from ray_peft.inspector import Inspector
@@ -16,7 +16,7 @@ from ray_peft.keeping import LastSteps, Rows
 from ray_peft.ledger import Ledger, SweepRecord
 from ray_peft.noted import Notes
 from ray_peft.rehearsal import rehearse
-from ray_peft.report.files import write_report
+from ray_peft.report.files import REPORT, write_report
 from ray_peft.report.plain import console_table
 from ray_peft.result import Status, TrialResult
 from ray_peft.space import ReportSpec, TrackingSpec
@@ -168,15 +168,22 @@ class Experiment:
         elif bad:
             status = "FAILED"
         counts = {"trials": float(len(results)), "trials_not_finished": float(len(bad))}
-        names = ("report.md", "report.html", "report.csv", "results.jsonl", "plots")
+        names = (REPORT, "report.html", "report.csv", "results.jsonl", "plots")
         files = {name: self.ledger.folder / name for name in names if (self.ledger.folder / name).exists()}
         self._close_untracked(results, last)
         with last.step():
             tracking.finish_sweep(self.store, self.parent_run_id, status, metrics=counts, files=files)
-        self.console.say("")
-        self.console.say(console_table(results))
+        show(results, self.console)
         last.done()
+        if status == "FINISHED":
+            repeats.close(self.ledger, self.record, results)
         return results
+
+
+def show(results: list[TrialResult], console: Console) -> None:
+    """Print the comparison."""
+    console.say("")
+    console.say(console_table(results))
 
 
 def open_experiment(

@@ -26,6 +26,9 @@ from ray_peft.strict import Strict
 
 logger = logging.getLogger(__name__)
 
+REPORT = "report.md"
+"""The report as text, in a sweep's folder and among the artifacts of its run."""
+
 _ValueT = TypeVar("_ValueT", bound=BaseModel)
 
 
@@ -111,7 +114,7 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
         loss_steps=sweep.report.loss_steps if loss_steps is None else loss_steps,
     )
     document = build(material)
-    markdown, page, table = (folder / f"report.{ending}" for ending in ("md", "html", "csv"))
+    markdown, page, table = (folder / name for name in (REPORT, "report.html", "report.csv"))
     plots = _write_plots(document.figures, folder / "plots")
     write_text(markdown, to_markdown(document))
     write_text(page, to_html(document))

@@ -258,6 +258,21 @@ class TaskType(ABC, Generic[SpecT]):
             DataError, ModelError: the user's to mend.
         """
 
+    def model_content(self, model: ModelSpec) -> str | None:
+        """Digest of the content of all files that decide what is found out about a model; null if there are others.
+
+        It is read without the libraries that load models, which take seconds to import.
+        """
+        return None
+
+    def content(self, spec: SpecT) -> str | None:
+        """Digest of the content of all files that decide what `inspect` says of a trial; null if there are others."""
+        return None
+
+    def is_prepared(self, spec: SpecT, data_key: str) -> bool:
+        """Whether what `inspect` prepared of the data is still there."""
+        return True
+
     @abstractmethod
     def fingerprint(self, model: ModelSpec) -> str:
         """What tells a base model apart by its content: what `Bench.model_fingerprint` says of a trial.

@@ -4,6 +4,7 @@ Every call names its store through `MlflowClient`, so threads and several stores
 package does not import mlflow.
 """
 
+from ray_peft.tracking.closed import is_closed
 from ray_peft.tracking.runs import RunStatus, close_orphan, fetch, finish_sweep, load_spec, start_sweep
 from ray_peft.tracking.store import Store, default_uri, mask, open_store
 from ray_peft.tracking.trial import TrialTracker
@@ -17,6 +18,7 @@ __all__ = [
     "default_uri",
     "fetch",
     "finish_sweep",
+    "is_closed",
     "load_spec",
     "mask",
     "open_store",

@@ -57,6 +57,24 @@ class LlmSft(TaskType[LlmTrialSpec]):
         notes = data.notes(prepared, spec.data) + [f"caution: {caution}" for caution in cautions]
         return Inspection(notes, prepared.key, len(prepared.train), reach)
 
+    def model_content(self, model: ModelSpec) -> str | None:
+        """Of its folder; null if its own code may read anything, or it is not here."""
+        from ray_peft.tasks.llm_sft import deciding
+
+        return deciding.model_content(model)
+
+    def content(self, spec: LlmTrialSpec) -> str | None:
+        """Of models, tokenizers, rows and chat template; null with benchmarks, which lm-eval reads from anywhere."""
+        from ray_peft.tasks.llm_sft import deciding
+
+        return deciding.content(spec)
+
+    def is_prepared(self, spec: LlmTrialSpec, data_key: str) -> bool:
+        """Whether the cache still holds the tokenised rows."""
+        from ray_peft.tasks.llm_sft import content
+
+        return (content.prepared_folder(spec.data, data_key) / "counts.json").is_file()
+
     def fingerprint(self, model: ModelSpec) -> str:
         """Content of a local model, commit of a hub model."""
         from ray_peft.tasks.llm_sft.model import fingerprint
