@@ -118,7 +118,7 @@ def test_a_search_for_a_score_that_no_trial_has_is_refused():
     assert parsed(changed(method=method, search=search)).trials
     silent = changed(method=method, search=search, evaluation={"generate": False})
     assert refused(silent) == [
-        "space.yaml: search.metric: bleu4 needs answers; set evaluation.generate: true, or use eval_loss"
+        "space.yaml: search.metric: bleu4 needs evaluation.generate: true (found false); or use eval_loss"
     ]
     assert parsed(silent, ["search.metric=eval_loss"]).trials
     (line,) = refused(changed(method=method, search=search, task="text_to_image"))
