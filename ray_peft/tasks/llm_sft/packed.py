@@ -136,7 +136,7 @@ class PackedLoss(Computation[PackedPart]):
             )
             hidden = body.last_hidden_state.flatten(0, 1).index_select(0, places)
             head = self._model.get_output_embeddings()
-            log_probs = ChunkedLogProbFunction.apply(
+            log_probs = ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
                 hidden, head.weight, getattr(head, "bias", None), targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE,
                 self._softcap, self._scale, ("log_probs",),
             )[0]  # fmt: skip
