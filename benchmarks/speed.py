@@ -9,6 +9,7 @@ have log-normal lengths like Dolly's (mean about 150 tokens), cut at the case's 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import tempfile
@@ -62,7 +63,7 @@ def spec_of(case: Case, folder: Path, steps: int, **train: Any) -> TrialSpec:
     """The case as a trial."""
     settings = {
         "steps": steps, "batch_size": case.batch, "micro_batch_size": case.micro, "precision": case.precision,
-        "gradient_checkpointing": case.checkpointing, "log_every": steps, "schedule": "constant", **train,
+        "gradient_checkpointing": case.checkpointing, "log_every": max(1, steps // 10), "schedule": "constant", **train,
     }  # fmt: skip
     return TrialSpec.from_plain(
         {
@@ -109,19 +110,20 @@ def run(case: Case, folder: Path, steps: int, way: str) -> dict[str, Any]:
     stock = way == "stock"
     if stock:
         case = replace(case, micro=STOCK_MICRO[case.batch])
-    spec = spec_of(case, folder, steps, log_every=1, cuda_graphs=way == "recorded")
+    spec = spec_of(case, folder, steps, cuda_graphs=way == "recorded")
     set_seed(0)
+    gc.collect()
     torch.cuda.empty_cache()
     model = load_model(spec, "cuda:0")
     ((stage, _),) = spec.method.stages(steps)
     model = stage.attach(model)
     rows = rows_of(case, steps)
-    stamps: list[float] = []
+    stamps: list[tuple[int, float]] = []
     losses: list[float] = []
 
     def report(metrics: Any, step: int) -> None:
         torch.cuda.synchronize()
-        stamps.append(time.perf_counter())
+        stamps.append((step, time.perf_counter()))
         losses.append(float(metrics["train_loss"]))
 
     torch.cuda.reset_peak_memory_stats()
@@ -132,16 +134,17 @@ def run(case: Case, folder: Path, steps: int, way: str) -> dict[str, Any]:
             passes = _stock(spec, job, rows, model, case, Path(work), report)
         else:
             passes = train.train_stage(spec, job, rows, model, Pad(), rehearse=way == "recorded").passes  # type: ignore[arg-type]
-    settled = steps // 3
-    seconds = stamps[-1] - stamps[settled - 1]
+    settled, start = next(stamp for stamp in stamps if stamp[0] >= steps // 3)
+    last, end = stamps[-1]
+    seconds = end - start
     order = _tokens(spec, rows)
     result = {
         "way": way,
         "passes": passes,
         "rows_a_pass": case.micro,
-        "s_per_step": seconds / (steps - settled),
-        "tokens_per_s": sum(order[settled:]) / seconds,
-        "first_step_s": stamps[0] - begin,
+        "s_per_step": seconds / (last - settled),
+        "tokens_per_s": sum(order[settled:last]) / seconds,
+        "first_step_s": stamps[0][1] - begin,
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / measure.GIB,
         "peak_reserved_gib": torch.cuda.max_memory_reserved() / measure.GIB,
         "losses": [losses[0], losses[len(losses) // 2], losses[-1]],
@@ -168,7 +171,8 @@ def _stock(spec: Any, job: Any, rows: Any, model: Any, case: Case, work: Path, r
     )
     config = SFTConfig(
         output_dir=str(work), max_steps=job.steps, per_device_train_batch_size=case.micro,
-        gradient_accumulation_steps=case.batch // case.micro, learning_rate=job.stage.lr, logging_steps=1,
+        gradient_accumulation_steps=case.batch // case.micro, learning_rate=job.stage.lr, 
+        logging_steps=max(1, job.steps // 10), logging_first_step=True,
         gradient_checkpointing=case.checkpointing, bf16=True, seed=spec.seed, data_seed=spec.seed, save_strategy="no",
         max_length=None, packing=False, report_to="none", disable_tqdm=True, lr_scheduler_type="constant",
     )  # fmt: skip

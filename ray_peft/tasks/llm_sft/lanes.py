@@ -8,10 +8,11 @@ inside the row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-CAPACITIES = tuple(sorted({64 << step for step in range(16)} | {96 << step for step in range(15)}))
-"""Tokens of a lane: powers of two, and one and a half times them."""
+CAPACITIES = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
+"""Tokens of a lane; few, since each shape is recorded once, which costs what some steps do."""
+WASTE = 1.5
 LANES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
@@ -38,12 +39,12 @@ class Pass:
     """The rows of each lane that has any, in order, by their place in the step."""
 
 
-def capacity_for(tokens: int) -> int:
-    """The least capacity that holds so many tokens."""
-    return next((capacity for capacity in CAPACITIES if capacity >= tokens), tokens)
+def largest_capacity(tokens: int) -> int:
+    """The capacity for rows of up to so many tokens: little more, since memory is predicted for them."""
+    return -(-tokens // 64) * 64
 
 
-def lay_out(lengths: Sequence[int], tokens: int) -> list[Pass]:
+def lay_out(lengths: Sequence[int], tokens: int, largest: int) -> list[Pass]:
     """Few passes of little padding for the rows of a step.
 
     Of the capacities that hold the longest row, the one that leaves the fewest tokens to pass is taken, of equal ones
@@ -52,13 +53,34 @@ def lay_out(lengths: Sequence[int], tokens: int) -> list[Pass]:
     Args:
         lengths: tokens of each row.
         tokens: most tokens of a pass; one that a single row exceeds passes that row alone.
+        largest: the capacity that holds every row of the trial.
     """
     if not lengths:
         return []
-    longest = capacity_for(max(lengths))
-    options = [capacity for capacity in CAPACITIES if longest <= capacity <= max(longest, tokens)] or [longest]
+    options = [capacity for capacity in CAPACITIES if max(lengths) <= capacity < largest] + [largest]
     plans = [_passes(_filled(lengths, capacity), capacity, tokens) for capacity in options]
     return min(plans, key=lambda plan: (sum(part.bucket.tokens for part in plan), len(plan), -plan[0].bucket.capacity))
+
+
+def reused(part: Pass, used: set[Bucket], tokens: int) -> Pass:
+    """The pass in a shape that was used before, if one is at most half as large again; else its own, used from now on.
+
+    Args:
+        part: a pass.
+        used: shapes, which its own is added to if none serves.
+        tokens: most tokens of a pass.
+    """
+    fitting = [
+        bucket
+        for bucket in used
+        if bucket.lanes >= len(part.lanes)
+        and bucket.capacity >= part.bucket.capacity
+        and bucket.tokens <= min(tokens, part.bucket.tokens * WASTE)
+    ]
+    if not fitting:
+        used.add(part.bucket)
+        return part
+    return replace(part, bucket=min(fitting, key=lambda bucket: (bucket.tokens, bucket.capacity)))
 
 
 def _filled(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ray_peft.engine.contract import Computation, Rows, Seen, Share
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.data import IGNORED
-from ray_peft.tasks.llm_sft.lanes import Bucket, capacity_for, lay_out
+from ray_peft.tasks.llm_sft.lanes import Bucket, largest_capacity, lay_out, reused
 from ray_peft.tasks.llm_sft.steps import TextRows
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ class PackedPart:
     """(ids, labels) of the rows of each lane."""
     loss_tokens: int
     """Tokens with loss of the whole step, over all workers: the divisor of the pass's loss."""
+    scored: float
+    """Share of the places that are scored, unless more carry loss."""
 
 
 class PackedRows(Rows[PackedPart]):
@@ -33,7 +35,9 @@ class PackedRows(Rows[PackedPart]):
     def __init__(self, rows: TextRows) -> None:
         """Look at the rows: as many tokens pass at a time as so many of the longest of them take."""
         self._rows = rows
-        self._longest = capacity_for(max(rows.lengths()))
+        self._largest = largest_capacity(max(rows.lengths()))
+        self._scored = rows.scored_share()
+        self._used: set[Bucket] = set()
 
     def parts(self, step: int, share: Share, rows: int) -> list[PackedPart]:
         """A worker's rows of a step, in passes of no more tokens than `rows` of the longest rows have."""
@@ -42,15 +46,16 @@ class PackedRows(Rows[PackedPart]):
             for part in self._rows.parts(step, share, self._rows.micro_batch)
             for ids, labels in zip(part.ids, part.labels, strict=True)
         ]
-        loss_tokens = self._rows.loss_tokens(step)
+        loss_tokens, most = self._rows.loss_tokens(step), rows * self._largest
+        laid = [reused(one, self._used, most) for one in lay_out([len(ids) for ids, _ in own], most, self._largest)]
         return [
-            PackedPart(one.bucket, [[own[row] for row in lane] for lane in one.lanes], loss_tokens)
-            for one in lay_out([len(ids) for ids, _ in own], rows * self._longest)
+            PackedPart(one.bucket, [[own[row] for row in lane] for lane in one.lanes], loss_tokens, self._scored)
+            for one in laid
         ]
 
     def size(self, part: PackedPart) -> int:
         """How many of the longest rows take as many tokens."""
-        return -(-part.bucket.tokens // self._longest)
+        return -(-part.bucket.tokens // self._largest)
 
     def seen(self, step: int) -> Seen:
         """The tokens of a step."""
@@ -66,7 +71,7 @@ class PackedRows(Rows[PackedPart]):
 
         def tokens(step: int) -> int:
             own = [lengths[place] for place in self._rows.places(step)]
-            return max(one.bucket.tokens for one in lay_out(own, rows * self._longest))
+            return max(one.bucket.tokens for one in lay_out(own, rows * self._largest, self._largest))
 
         heaviest = max(steps, key=tokens)
         return max(self.parts(heaviest, Share(), rows), key=lambda part: part.bucket.tokens)
@@ -90,8 +95,8 @@ class PackedLoss(Computation[PackedPart]):
         """The tensors of a bucket.
 
         ids, positions and document numbers (lanes, capacity) int64, of which document 0 is empty; the places that carry
-        loss in the flattened lanes, their targets (places,) int64 and weights (places,) float32. Places are half as
-        many as tokens, or as many.
+        loss in the flattened lanes, their targets (places,) int64 and weights (places,) float32. There are as many
+        places as `scored` says, or as tokens.
         """
         import torch
 
@@ -111,8 +116,8 @@ class PackedLoss(Computation[PackedPart]):
                 places += [lane * capacity + begin + place - 1 for place in scored]
                 targets += [labels[place] for place in scored]
                 begin = end
-        half = part.bucket.tokens // 2
-        fill = (half if len(places) <= half else part.bucket.tokens) - len(places)
+        usual = int(part.bucket.tokens * part.scored)
+        fill = (usual if len(places) <= usual else part.bucket.tokens) - len(places)
         weights = torch.tensor([1 / max(part.loss_tokens, 1)] * len(places) + [0.0] * fill)
         return [
             ids,
