@@ -221,6 +221,7 @@ class Life:
             boundary_losses=self.boundaries,
             steps=trained.steps,
             resumed_from_step=trained.resumed_from_step,
+            passes=trained.passes,
             members=self.weights,
             arithmetic=self.spec.method.arithmetic(self.spec.model.dtype, self.four_bit_share),
             chosen=dict(self.place.chosen),

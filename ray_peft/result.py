@@ -126,6 +126,8 @@ class TrialResult(Measured):
     resumed_from_step: int | None = None
     """Where the trial's last attempt went on; null for one that ran in one go. `usage` adds up over the attempts,
     without what was done twice."""
+    passes: str = ""
+    """How its training ran forward and backward passes: recorded, or why not."""
     arithmetic: str = ""
     """How the trained weights are held and updated, such as "bfloat16 weights, stochastic rounding"."""
     members: dict[PathPart, float] = {}

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> None:
     with (partial / STATE_FILE).open("wb") as file:
         whole = _Whole(file)
         try:
-            torch.save(state, whole)
+            torch.save(state, cast("IO[bytes]", whole))
         except RuntimeError as error:  # torch has an error of its own for a file that could not be written
             raise whole.failure or error from None
         file.flush()

@@ -189,6 +189,7 @@ def _stamps(spec: LlmTrialSpec) -> list[tuple[str, int, int]]:
 
 def _predictor(spec: LlmTrialSpec, rows: PreparedData) -> Callable[[LlmTrialSpec, Gpu], Prediction]:
     """Predicts a trial's peak memory, with passes as long as the longest rows that it trains on, and that it scores."""
+    from ray_peft.tasks.llm_sft.lanes import largest_capacity
     from ray_peft.tasks.llm_sft.model import load_config
     from ray_peft.vram import ModelShape, predict
 
@@ -198,6 +199,8 @@ def _predictor(spec: LlmTrialSpec, rows: PreparedData) -> Callable[[LlmTrialSpec
     def of(variant: LlmTrialSpec, gpu: Gpu) -> Prediction:
         limit = variant.data.max_length
         longest, longest_scored = min(trained, limit), min(scored, limit)
+        if variant.train.cuda_graphs:
+            longest = largest_capacity(longest)
         return predict(variant, shape, longest_tokens=longest, longest_scored=longest_scored, gpu=gpu)
 
     return of
