@@ -122,7 +122,7 @@ def test_a_search_for_a_score_that_no_trial_has_is_refused():
     ]
     assert parsed(silent, ["search.metric=eval_loss"]).trials
     (line,) = refused(changed(method=method, search=search, task="text_to_image"))
-    assert "search.metric: bleu4 is a score of task llm_sft alone" in line
+    assert "search.metric: images have no text scores; use eval_loss (found bleu4)" in line
 
 
 def test_problems_of_many_draws_are_cut_to_the_common_ones():
