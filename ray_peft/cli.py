@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import signal
 import socket
@@ -107,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--gpu-memory-gib", type=_positive, metavar="GIB", help="memory of a GPU: say what fits, and how"
     )
-    command.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of that memory; default: 1")
+    command.add_argument("--gpus", type=_count, default=1, metavar="N", help="GPUs of that memory; default: 1")
     command.add_argument("--gpu", metavar="NAME", help="the GPU's name, such as 'NVIDIA H200', for its own overheads")
     command.add_argument("--strict", action="store_true", help="exit code 1 if a trial does not fit")
     command.set_defaults(act=_plan)
@@ -150,18 +151,25 @@ def _parser() -> argparse.ArgumentParser:
 
 def _steps(text: str) -> tuple[int, ...]:
     """Steps from a comma-separated list."""
-    steps = tuple(int(part) for part in text.split(","))
-    if min(steps) < 1:
-        raise ValueError(f"steps begin at 1 (found {min(steps)})")
-    return steps
+    return tuple(_count(part.strip()) for part in text.split(","))
 
 
 def _positive(text: str) -> float:
-    """A number above 0."""
-    number = float(text)
-    if not number > 0:
-        raise ValueError(f"must be above 0 (found {text})")
+    """A finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 (found {text!r})")
     return number
+
+
+def _count(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0 (found {text!r})")
+    return int(text)
 
 
 def _add_common(command: argparse.ArgumentParser, out: str) -> None:
@@ -247,10 +255,14 @@ def _plan(options: argparse.Namespace) -> int:
 
     trials = plan(options.space, options.overrides, options.profile, Console(quiet=options.json))
     from ray_peft import forecast
+    from ray_peft.errors import SpecError
     from ray_peft.report.labels import labels
-    from ray_peft.vram.cards import ANY, known
+    from ray_peft.vram.cards import ANY, KNOWN, known
 
     gpu = known(options.gpu) if options.gpu else ANY
+    if options.gpu and gpu is ANY and options.gpu_memory_gib is None:
+        names = ", ".join(card.name for card in KNOWN)
+        raise SpecError(f"--gpu {options.gpu}: the known ones are {names}; of another, give --gpu-memory-gib, too")
     memory = options.gpu_memory_gib or (gpu.memory_gib if options.gpu else None)
     if memory is None:  # a prediction takes seconds where it was not made before
         made, packing = [forecast.Forecast(trial, None) for trial in trials], None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ray_peft.errors import DataError
+from ray_peft.errors import DataError, RayPeftError
 from ray_peft.foundation.whole import write_text
 from ray_peft.report.digits import count
 from ray_peft.report.plain import aligned_line, ascii_line
@@ -42,14 +42,30 @@ def report_data(space: str | Path, overrides: Sequence[str] = (), profile: str |
         tokenizer = [model["tokenizer"] or model["name"], model["revision"]]
         key = json.dumps([trial.task, tokenizer, trial.data.plain(), trial.loss_line()], sort_keys=True)
         alike.setdefault(key, []).append(trial)
-    return [SpaceData(same[0], len(same), TASKS[same[0].task].data_report(same[0])) for same in alike.values()]
+    return [SpaceData(same[0], len(same), _fitted(same)) for same in alike.values()]
+
+
+def _fitted(trials: Sequence[TrialSpec]) -> DataReport:
+    """The report of trials with the same rows, with what is to be said of how these fit the models."""
+    task = TASKS[trials[0].task]
+    report = task.data_report(trials[0])
+    if report.error is not None:
+        return report
+    cautions: dict[str, None] = {}
+    errors: dict[str, None] = {}
+    for trial in {json.dumps([each.model.plain(), each.evaluation.plain()]): each for each in trials}.values():
+        try:
+            cautions |= dict.fromkeys(f"caution: {text}" for text in task.rows_fit(trial))
+        except RayPeftError as error:
+            errors[str(error)] = None
+    return replace(report, remarks=[*report.remarks, *cautions], error="\n".join(errors) or None)
 
 
 def raise_if_refused(reports: Sequence[SpaceData]) -> None:
     """Raise the refusals that the reports hold.
 
     Raises:
-        DataError: training rows repeat held-out rows.
+        DataError: training rows repeat held-out rows, or rows do not fit a model.
     """
     errors = list(dict.fromkeys(each.report.error for each in reports if each.report.error is not None))
     if errors:

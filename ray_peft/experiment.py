@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ray_peft import repeats
 from ray_peft.errors import StorageError, TrackingError
 from ray_peft.foundation.audience import Audience
 from ray_peft.foundation.masking import mask
 from ray_peft.inspector import Inspector
+from ray_peft.noted import Notes
 from ray_peft.rehearsal import rehearse
-from ray_peft.report.files import write_report
+from ray_peft.report.files import REPORT, write_report
 from ray_peft.report.plain import console_table
 from ray_peft.result import Status, TrialResult
 from ray_peft.space.read import ReportSpec, TrackingSpec
@@ -70,16 +72,14 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Audience, inspector: In
     """
     inspector = inspector or Inspector()
     settled: dict[str, TrialSpec] = {}
-    notes: dict[str, None] = {}
+    notes = Notes(console)
     same = 0
     for trial in trials:
         looked = inspector.inspect(trial)
         found = [note if note.startswith("caution: ") else f"data: {note}" for note in looked.notes]
         found += [f"method: {note}" for note in looked.method_notes]
         for note in found + [f"caution: {note}" for note in trial.cautions()]:
-            if note not in notes:
-                console.say(note)
-            notes[note] = None
+            notes.add(note)
         settled_trial = inspector.settled(trial)
         same += settled_trial.trial_id in settled
         settled.setdefault(settled_trial.trial_id, settled_trial)
@@ -89,9 +89,8 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Audience, inspector: In
         )
     checked = list(settled.values())
     for note in rehearse(checked):
-        console.say(f"caution: {note}")
-        notes[f"caution: {note}"] = None
-    return Checked(checked, list(notes))
+        notes.add(f"caution: {note}")
+    return Checked(checked, notes.close())
 
 
 @dataclass
@@ -125,6 +124,21 @@ class Experiment:
             trial_id=spec.trial_id, status=kind, spec=spec, error=reason, mlflow_run_id=run_id, untracked=untracked
         )
 
+    def track(self, row: TrialResult) -> TrialResult:
+        """A finished row that the store lacks, under a new run with its settings and result; as it was if that fails.
+
+        Live metrics and the trained weights went with the worker that made them.
+        """
+        tracker = tracking.TrialTracker(self.store, self.parent_run_id, self.name)
+        try:
+            run_id = tracker.start(row.spec)
+            told = row.model_copy(update={"untracked": None, "mlflow_run_id": run_id})
+            tracker.record(told)
+        except TrackingError as error:
+            return row.model_copy(update={"untracked": str(error)})
+        self.console.say(f"{row.trial_id}: its result, which the tracking store lacked, is there now")
+        return told
+
     def _close_untracked(self, results: list[TrialResult], last: LastSteps) -> None:
         """Say which results MLflow lacks, and close their runs, if the store is back."""
         lacking = [result for result in results if result.untracked is not None]
@@ -156,15 +170,22 @@ class Experiment:
         elif bad:
             status = "FAILED"
         counts = {"trials": float(len(results)), "trials_not_finished": float(len(bad))}
-        names = ("report.md", "report.html", "report.csv", "results.jsonl", "plots")
+        names = (REPORT, "report.html", "report.csv", "results.jsonl", "plots")
         files = {name: self.ledger.folder / name for name in names if (self.ledger.folder / name).exists()}
         self._close_untracked(results, last)
         with last.step():
             tracking.finish_sweep(self.store, self.parent_run_id, status, metrics=counts, files=files)
-        self.console.say("")
-        self.console.say(console_table(results))
+        show(results, self.console)
         last.done()
+        if status == "FINISHED":
+            repeats.close(self.ledger, self.record, results)
         return results
+
+
+def show(results: list[TrialResult], console: Audience) -> None:
+    """Print the comparison."""
+    console.say("")
+    console.say(console_table(results))
 
 
 def open_experiment(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from ray_peft.errors import SpecError
 from ray_peft.spec import ModelSpec, TrialSpec
 from ray_peft.spec.identity import Content, canonical, trial_id
 from ray_peft.tasks import TASKS
-from ray_peft.tasks.base import Inspection
+from ray_peft.tasks.base import Inspection, TaskType
 from ray_peft.tasks.files import content_of
+from ray_peft.tasks.remembered import Mark
 
 
 class Inspector:
@@ -33,7 +35,7 @@ class Inspector:
         key = json.dumps(decides, sort_keys=True)
         task = TASKS[trial.task]
         if key not in self._inspections:
-            self._inspections[key] = task.inspect(trial)
+            self._inspections[key] = _inspected(trial, key)
         found = self._inspections[key]
         trial.method.stages(task.total_steps(trial, found.train_rows))
         return found
@@ -63,5 +65,31 @@ class Inspector:
     def _fingerprint(self, task: str, model: ModelSpec) -> str:
         key = canonical([task, model.plain()])
         if key not in self._fingerprints:
-            self._fingerprints[key] = TASKS[task].fingerprint(model)  # type: ignore[index]
+            self._fingerprints[key] = _fingerprinted(TASKS[task], model)  # type: ignore[index]
         return self._fingerprints[key]
+
+
+def _inspected(trial: TrialSpec, key: str) -> Inspection:
+    """What its task finds out about a trial, now or in an earlier run on the same content."""
+    task = TASKS[trial.task]
+    content = task.content(trial)
+    mark = Mark("inspection", [key, content])
+    known = mark.read() if content is not None else None
+    if known is not None and task.is_prepared(trial, known["data_key"]):
+        return Inspection(**known)
+    inspection = task.inspect(trial)
+    if content is not None and task.content(trial) == content:  # no file changed meanwhile
+        mark.write(asdict(inspection))
+    return inspection
+
+
+def _fingerprinted(task: TaskType[TrialSpec], model: ModelSpec) -> str:
+    content = task.model_content(model)
+    mark = Mark("fingerprint", [task.name, model.plain(), content])
+    known = mark.read() if content is not None else None
+    if known is not None:
+        return str(known["fingerprint"])
+    fingerprint = task.fingerprint(model)
+    if content is not None and task.model_content(model) == content:
+        mark.write({"fingerprint": fingerprint})
+    return fingerprint

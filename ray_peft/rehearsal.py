@@ -9,6 +9,7 @@ from ray_peft.errors import ModelError, RayPeftError, first_line
 from ray_peft.methods.base import ENOUGH_STEPS
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
+from ray_peft.tasks.remembered import Mark
 from ray_peft.vram import ATTACH, decides_memory, part_of
 from ray_peft.vram.cards import ANY
 
@@ -33,12 +34,26 @@ def rehearse(trials: Iterable[TrialSpec]) -> list[str]:
             if key in tried:
                 continue
             tried.add(key)
-            problem, note = _tried(single)
+            problem, note = _remembered(single, key)
             problems |= dict.fromkeys(filter(None, [problem]))
             notes |= dict.fromkeys(filter(None, [note]))
     if problems:
         raise ModelError("\n".join(problems))
     return list(notes)
+
+
+def _remembered(trial: TrialSpec, key: str) -> tuple[str | None, str | None]:
+    """As `_tried`, now or in an earlier run on the same content; a problem is looked at anew each time."""
+    task = TASKS[trial.task]
+    content = task.content(trial)
+    mark = Mark("rehearsal", [key, content])
+    known = mark.read() if content is not None else None
+    if known is not None:
+        return None, known["note"]
+    problem, note = _tried(trial)
+    if problem is None and content is not None and task.content(trial) == content:
+        mark.write({"note": note})
+    return problem, note
 
 
 def _what_is_tried(trial: TrialSpec) -> str:

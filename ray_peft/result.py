@@ -126,6 +126,8 @@ class TrialResult(Measured):
     resumed_from_step: int | None = None
     """Where the trial's last attempt went on; null for one that ran in one go. `usage` adds up over the attempts,
     without what was done twice."""
+    passes: str = ""
+    """How its training ran forward and backward passes: recorded, or why not."""
     arithmetic: str = ""
     """How the trained weights are held and updated, such as "bfloat16 weights, stochastic rounding"."""
     members: dict[PathPart, float] = {}
@@ -200,3 +202,17 @@ class RowLoss(Measured):
     """Of an image, or the mean over the answer's tokens."""
     tokens: int | None = None
     """Answer tokens behind it, which are its weight in the loss of all rows; null where all rows weigh the same."""
+
+
+class QuestionScores(Measured):
+    """What one question of a further benchmark was given: a line of `benchmarks.jsonl`. It holds no text of it."""
+
+    task: str
+    """lm-eval's name of it."""
+    question: int
+    """Index in the task's questions."""
+    hash: str
+    """The first half of a SHA-256 of the question, its prompt with the examples before it, and its answer."""
+    values: dict[str, float]
+    """By the keys of `Scores.benchmarks`, groups that the task is part of included. The score need not be their mean:
+    a perplexity is not. Values that are no numbers, such as the texts behind a corpus BLEU, are not kept."""

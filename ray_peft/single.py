@@ -12,11 +12,12 @@ from pydantic import ValidationError
 from ray_peft import cluster, experiment, worker
 from ray_peft.allotment import Allotment
 from ray_peft.errors import SearchSpaceError, SpecError, TrialFailed
+from ray_peft.explained import explain
 from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.placement import Demand
 from ray_peft.result import TrialResult
 from ray_peft.signals import callers_signals
-from ray_peft.space.read import ReportSpec, TrackingSpec, explain, load
+from ray_peft.space.read import ReportSpec, TrackingSpec, load
 from ray_peft.spec import TrialSpec
 from ray_peft.store.ledger import Ledger
 

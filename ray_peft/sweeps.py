@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ray_peft import cluster, experiment, tuning
+from ray_peft import cluster, experiment, repeats, tuning
 from ray_peft.allotment import Allotment
 from ray_peft.earlier import Earlier, recall
 from ray_peft.errors import SearchSpaceError
 from ray_peft.experiment import Experiment
 from ray_peft.foundation.audience import Audience, Silence
+from ray_peft.foundation.masking import mask
 from ray_peft.inspector import Inspector
 from ray_peft.placement import Demand, Node, demand
 from ray_peft.report.plain import trial_line
@@ -22,7 +23,7 @@ from ray_peft.search import Draws
 from ray_peft.signals import callers_signals
 from ray_peft.space.read import Space, load
 from ray_peft.spec import TrialSpec
-from ray_peft.store.ledger import Ledger
+from ray_peft.store.ledger import Ledger, SweepRecord
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ def sweep(
     notes += checked.notes
     space = replace(space, trials=checked.trials)
     uri = experiment.tracking_uri(tracking_uri, space.tracking)
+    repeated = None if fresh else _repeated(space, ledger, inspector, notes, uri)
+    if repeated is not None:
+        console.say(f"{space.name}: {repeated.planned} trials, {repeated.planned} finished before")
+        experiment.show(repeated.results, console)
+        return repeated
     store = experiment.open_store(uri, space.tracking.experiment or space.name)
     with ledger.locked(), callers_signals(), contextlib.ExitStack() as ray:
         plan = _plan(space, [] if fresh else ledger.results(), inspector, console)
@@ -117,8 +123,7 @@ def sweep(
             source=source.read_text(encoding="utf-8") if source else None,
             report=space.report,
         )
-        for row in plan.earlier.renewed:
-            opened.rows.add(row)
+        _take_over(plan.earlier, opened)
         interrupted = False
         try:
             if plan.missing:
@@ -128,6 +133,15 @@ def sweep(
             raise
         results = opened.finish(opened.record.planned, interrupted)
     return SweepOutcome(ledger.folder, results, plan.total, interrupted, opened.record.tracking_uri)
+
+
+def _take_over(earlier: Earlier, opened: Experiment) -> None:
+    """Keep rows of earlier runs that are written otherwise today, and bring the store those that it lacks."""
+    for row in earlier.renewed:
+        opened.rows.add(row)
+    for row in [row for row in earlier.finished.values() if row.untracked is not None]:
+        earlier.finished[row.trial_id] = opened.track(row)
+        opened.rows.add(earlier.finished[row.trial_id])
 
 
 @dataclass(frozen=True)
@@ -156,6 +170,25 @@ def _plan(space: Space, rows: list[TrialResult], inspector: Inspector, console: 
         console.say(note)
     todo = [trial for trial in earlier.trials if trial.trial_id not in earlier.finished]
     return _Plan(earlier.trials, todo, earlier, None, len(earlier.trials))
+
+
+def _repeated(space: Space, ledger: Ledger, inspector: Inspector, notes: list[str], uri: str) -> SweepOutcome | None:
+    """The outcome of a sweep whose every trial was finished, reported and tracked before; null if there is work."""
+    if (space.search is not None and space.search.algorithm == "optuna") or not ledger.folder.is_dir():
+        return None
+    with ledger.locked():
+        earlier = recall(space.trials, ledger.results(), inspector)
+        written = ledger.read_record()
+        if written is None or earlier.notes or earlier.renewed or len(earlier.finished) < len(earlier.trials):
+            return None
+        planned = [trial.trial_id for trial in earlier.trials]
+        record = SweepRecord(
+            space.name, space.description, notes, planned, written.parent_run_id, mask(uri), space.report.plain()
+        )
+        results = [earlier.finished[trial_id] for trial_id in planned]
+        if not repeats.is_closed(ledger, record, results, uri, space.tracking.experiment or space.name):
+            return None
+    return SweepOutcome(ledger.folder, results, len(planned), interrupted=False, tracking_uri=mask(uri))
 
 
 class _Sweep:
@@ -282,6 +315,11 @@ def plan(
     if not loaded.trials:
         raise SearchSpaceError(f"{space}: has no trials")
     console = console or Silence()
+    if loaded.search is not None and loaded.search.algorithm == "optuna":
+        console.say(
+            f"search: Optuna proposes {loaded.search.samples} trials one by one, from what earlier ones gave; the "
+            "trials below are random draws, which show their kind"
+        )
     for note in loaded.notes:
         console.say(note)
     return experiment.inspect_trials(loaded.trials, console).trials

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from ray_peft.foundation.whole import replaced_folder
 
@@ -23,7 +23,7 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> None:
     with replaced_folder(target) as partial, (partial / STATE_FILE).open("wb") as file:
         whole = _Whole(file)
         try:
-            torch.save(state, whole)
+            torch.save(state, cast("IO[bytes]", whole))
         except RuntimeError as error:  # torch has an error of its own for a file that could not be written
             raise whole.failure or error from None
         file.flush()

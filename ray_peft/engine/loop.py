@@ -79,7 +79,7 @@ class Engine(Generic[PartT]):
                 self._rehearse(range(first, job.steps), with_state=step > first)
             self._step(step)
         member.guard.check()  # waits for the last step
-        member.trained = self._so_far()
+        member.trained = replace(self._so_far(), passes=self._pass.how)
         self._model.eval()
         member.end()
         return member.trained
@@ -157,8 +157,8 @@ class Engine(Generic[PartT]):
             if not self._repeats:  # a backward pass would update weights
                 self._pass.forward_alone(part)
                 return
-            # If a step has several passes, the second meets the gradients of the first.
-            for _ in range(2 if with_state and self._accumulates else 1):
+            # If a step has several passes, the second meets the gradients of the first; or it is recorded.
+            for _ in range(2 if (with_state and self._accumulates) or self._computation.keeps_gradients else 1):
                 self._pass(part)
 
         with torch.random.fork_rng(devices):

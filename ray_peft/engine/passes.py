@@ -22,6 +22,8 @@ class Pass(Generic[PartT]):
         import torch
 
         self._computation, self._device = computation, device
+        self.how = "as they are"
+        """How passes run, for the trial's row."""
         self.loss = torch.zeros((), device=device)
         """Sum of the passes' shares of their steps' mean losses since `loss.zero_()`."""
 
@@ -124,3 +126,79 @@ class RecordedPass(Pass[PartT]):
         free_memory(self._device)
         logger.warning("there is no memory to record a pass; passes run unrecorded, which is slower")
         return None
+
+
+class RecordedPasses(Pass[PartT]):
+    """Passes of a few static shapes on a GPU, each recorded once as a CUDA graph, all on one memory pool.
+
+    The first pass of a shape runs as usual, in the pool; the second is recorded. What cannot be recorded runs as usual
+    from then on, and `unrecorded` says why.
+    """
+
+    def __init__(self, computation: Computation[PartT], device: str) -> None:
+        import torch
+
+        super().__init__(computation, device)
+        self._shapes: dict[tuple[object, ...], _Shape] = {}
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.MemPool()
+        self.unrecorded: str | None = None
+        self.how = "recorded"
+
+    def __call__(self, part: PartT) -> None:
+        """Add the gradients and the loss of `part`."""
+        inputs = self._computation.inputs(part)
+        key = tuple((tuple(value.shape), value.dtype) for value in inputs)
+        shape = self._shapes.get(key)
+        if shape is None:
+            shape = self._shapes[key] = _Shape([value.to(self._device) for value in inputs])
+            self._aside(shape)
+            return
+        shape.staging.reverse()
+        shape.staging[0].send(inputs, shape.inputs)
+        if shape.replay is None and self.unrecorded is None:
+            shape.replay = self._recorded(shape)
+        if shape.replay is None:
+            self._aside(shape)
+        else:
+            shape.replay()
+
+    def _aside(self, shape: _Shape) -> None:
+        """Run as usual, in the graphs' memory."""
+        import torch
+
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
+            self._run(*shape.inputs)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _recorded(self, shape: _Shape) -> Callable[[], None] | None:
+        """Replays what `_run` does to the inputs; None if it cannot be recorded."""
+        import torch
+
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            pool: Any = self._pool.id
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+                self._run(*shape.inputs)
+            replay: Callable[[], Any] = graph.replay
+            return replay
+        except RuntimeError as error:
+            # The end of a recording that failed may fail as well; the first error is the context of that.
+            first = error.__context__ or error
+            self.unrecorded = f"{type(first).__name__}: {str(first).splitlines()[0]}"
+            self.how = f"as they are, since they cannot be recorded ({self.unrecorded})"
+        torch.cuda.set_stream(stream)  # torch.cuda.graph has not gone back to it where its end failed (torch 2.13)
+        del graph
+        free_memory(self._device)
+        logger.warning("a pass cannot be recorded, so passes run unrecorded, which is slower: %s", self.unrecorded)
+        return None
+
+
+class _Shape:
+    """A static shape: the tensors that its passes read, and its recording."""
+
+    def __init__(self, inputs: list[Tensor]) -> None:
+        self.inputs = inputs
+        self.staging = [_Staging(), _Staging()]
+        self.replay: Callable[[], None] | None = None

@@ -26,6 +26,8 @@ class Trained:
     losses: list[float] = field(default_factory=list)
     eval_losses: list[float] = field(default_factory=list)
     resumed_from_step: int | None = None
+    passes: str = ""
+    """How forward and backward passes ran, such as "recorded"."""
 
 
 class Costs:

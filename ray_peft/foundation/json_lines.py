@@ -38,7 +38,9 @@ def problem(error: ValidationError) -> str:
     """The first problem of a value, with its dotted key."""
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
-    return f"{key}: {first['msg']}" if key else first["msg"]
+    reason = f"{key}: {first['msg']}" if key else first["msg"]
+    way = "read it with the version that wrote it, or give another folder"
+    return f"{reason}; {way}" if first["type"] in ("extra_forbidden", "missing") else reason
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -52,7 +54,8 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             json.loads(line)
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
             if index < len(lines) - 1:
-                raise DataError(f"{path}: line {number}: not valid JSON: {error}") from None
+                way = "remove the line; of results.jsonl, the sweep then runs its trial again"
+                raise DataError(f"{path}: line {number}: not valid JSON: {error}; {way}") from None
             logger.warning("%s: line %d, the last one, is incomplete and was passed over", path, number)
             return
         yield number, line

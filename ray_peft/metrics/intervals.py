@@ -16,7 +16,7 @@ rejective multiple test procedure, Scand. J. Statist. 6; Dror et al. 2018, ACL, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import fmean
 
@@ -132,6 +132,17 @@ def compare(pairs: Sequence[tuple[Numbers, Numbers]], *, confidence: float = CON
     Raises:
         ValueError: the systems of a pair have unequal numbers of rows; `confidence` out of range.
     """
+    return corrected(each_pair(pairs, confidence=confidence))
+
+
+def corrected(differences: Sequence[DifferenceInterval]) -> list[DifferenceInterval]:
+    """The differences with p-values that are corrected for the number of them (Holm)."""
+    p_values = holm([found.p for found in differences])
+    return [replace(found, p=p) for found, p in zip(differences, p_values, strict=True)]
+
+
+def each_pair(pairs: Sequence[tuple[Numbers, Numbers]], *, confidence: float = CONFIDENCE) -> list[DifferenceInterval]:
+    """What `compare` says of each pair for itself: p-values are not corrected, so that others can be taken in."""
     for first, second in pairs:
         if len(first) != len(second):
             raise ValueError(
@@ -143,9 +154,8 @@ def compare(pairs: Sequence[tuple[Numbers, Numbers]], *, confidence: float = CON
         places = [place for place, values in enumerate(differences) if len(values) == rows]
         for place, p in zip(places, sign_flip_p(np.array([differences[place] for place in places])), strict=True):
             p_values[place] = p
-    corrected = holm(p_values)
     found = []
-    for values, p in zip(differences, corrected, strict=True):
+    for values, p in zip(differences, p_values, strict=True):
         # The mean of differences, not the difference of means: exactly zero for identical systems.
         mean, half = fmean(values), _half_width(values, confidence)
         found.append(DifferenceInterval(difference=mean, low=mean - half, high=mean + half, p=p, confidence=confidence))

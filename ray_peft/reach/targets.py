@@ -260,6 +260,9 @@ def _those_there(target: str, model: nn.Module) -> str:
     head, tied, experts = output_layer(model), tied_layers(model), fused_experts(model)
     usable = [name for name, module in adaptable(model).items() if module is not head and name not in tied]
     known = [*endings(usable), *_endings(experts, experts)]
-    near = difflib.get_close_matches(target, known, n=1)
+    lower = {name.lower(): name for name in reversed(known)}
+    near = [lower[name] for name in difflib.get_close_matches(target.strip().lower(), lower, n=1)]
+    names = [name.strip() for name in target.split(",")]
+    near = [f"[{', '.join(names)}]"] if len(names) > 1 and set(names) <= set(known) else near
     shown = ", ".join(known[:MOST_NAMES]) + (f" and {len(known) - MOST_NAMES} more" if len(known) > MOST_NAMES else "")
     return f"{f'did you mean {near[0]}? ' if near else ''}the layers that can have one end in {shown}"

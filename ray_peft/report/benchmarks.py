@@ -1,42 +1,54 @@
-"""The section on further benchmarks: every score with its standard error, and whether it differs from the base."""
+"""The section on further benchmarks: every score with its standard error, and which differences are shown."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from ray_peft.report.benchmark_differences import FEWEST_QUESTIONS, STANDARD_ERRORS, Difference, Sides, differences
 from ray_peft.report.digits import MISSING, count, fixed
 from ray_peft.report.document import Block, Heading, Paragraph, Table
-from ray_peft.report.table import Row
+from ray_peft.report.lineage import lineages
+from ray_peft.report.questions import Questions
+from ray_peft.report.table import Row, SeedGroup
+from ray_peft.report.ties import FEWEST_ROWS, trial_pairs
 from ray_peft.result import TrialResult
 from ray_peft.spec import BenchmarksSpec, LlmTrialSpec
 
-STANDARD_ERRORS = 2
-"""A difference to the base within this many standard errors counts as tied."""
-FEWEST_QUESTIONS = 30
-"""With fewer questions a standard error is itself too uncertain to show a difference."""
-_HEADER = ("Benchmark", "Trial", "Score", "Standard error", "Questions", "vs base")
+_HEADER = ("Benchmark", "Trial", "Score", "Standard error", "Questions", "vs base", "Taken as")
 _TEXT = (
     "Tasks of lm-eval. Standard errors are lm-eval's and speak of the choice of questions. In accuracies, exact_match "
-    "and pass@k higher is better, in perplexities lower. vs base: the difference to the model without fine-tuning on "
-    "the same questions +/- its standard error, taken as that of two independent samples, which on the same questions "
-    'is rather too large than too small. "Tied with base": the difference is within {errors} standard errors. With '
-    "fewer than {questions} questions no difference is shown."
+    "and pass@k higher is better, in perplexities lower. vs base: the difference to the model without fine-tuning. "
+    "Taken as: where both answered the same questions and the score is a mean over questions, the two are paired by "
+    "question, with the 95 % interval of the difference in brackets; a difference is shown if a permutation test of "
+    "signs rejects equality and the interval leaves out zero. Else they are taken as two independent samples, which on "
+    "the same questions makes the standard error (after +/-) rather too large than too small; a difference is shown "
+    'beyond {errors} standard errors. "Tied": not shown. All tests of a table are corrected for their number (Holm). '
+    "With fewer than {rows} paired questions, or {questions} of independent samples, no difference is shown."
 )
+_PAIRS = "Score of the first less that of the second, on the same model; of several seeds the mean, seed by seed."
 
 
-def further(compared: Sequence[Row]) -> list[Block]:
-    """The tasks that were asked for; all that lm-eval scored below them, such as the subjects of MMLU, folded."""
+def further(
+    compared: Sequence[Row], questions: Questions | None = None, units: Sequence[SeedGroup] = ()
+) -> list[Block]:
+    """The tasks that were asked for; all that lm-eval scored below them, such as the subjects of MMLU, folded.
+
+    Args:
+        compared: the rows.
+        questions: what the rows' questions were given, of those that say it.
+        units: the rows over seeds, for differences between them.
+    """
     scored = [row for row in compared if row.result.scores.benchmarks]
     keys = list(dict.fromkeys(key for row in scored for key in row.result.scores.benchmarks))
     if not keys:
         return []
+    questions = questions or Questions()
     asked = {task for row in scored for task in _tasks(row)}
     named = [key for key in keys if key.partition("/")[0] in asked]
     # A tag, or a group without a score of its own, has no line: its tasks stand for it.
     first = named if asked <= {key.partition("/")[0] for key in named} else keys
-    text = _TEXT.format(errors=STANDARD_ERRORS, questions=FEWEST_QUESTIONS)
-    blocks: list[Block] = [_table(scored, first), Paragraph(text)]
+    text = _TEXT.format(errors=STANDARD_ERRORS, questions=FEWEST_QUESTIONS, rows=FEWEST_ROWS)
+    blocks: list[Block] = [_table(scored, first, questions), Paragraph(text), *_between(units, first, questions)]
     rest = [key for key in keys if key not in first]
-    return [*blocks, Heading("Tasks below them"), _table(scored, rest, folded=True)] if rest else blocks
+    return [*blocks, Heading("Tasks below them"), _table(scored, rest, questions, folded=True)] if rest else blocks
 
 
 def _tasks(row: Row) -> tuple[str, ...]:
@@ -49,7 +61,9 @@ def _asked(result: TrialResult) -> BenchmarksSpec | None:
     return spec.evaluation.benchmarks if isinstance(spec, LlmTrialSpec) else None
 
 
-def _table(scored: Sequence[Row], keys: Sequence[str], *, folded: bool = False) -> Table:
+def _table(scored: Sequence[Row], keys: Sequence[str], questions: Questions, *, folded: bool = False) -> Table:
+    cells = [(key, row) for key in keys for row in scored if key in row.result.scores.benchmarks]
+    found = _against_base(cells, questions)
     lines = tuple(
         (
             key,
@@ -57,38 +71,57 @@ def _table(scored: Sequence[Row], keys: Sequence[str], *, folded: bool = False) 
             fixed(row.result.scores.benchmarks[key], 4),
             fixed(row.result.scores.benchmark_stderr.get(key), 4),
             count(row.result.scores.benchmark_rows.get(key)),
-            _against_base(row, key),
+            *_said(found.get((key, row.trial_id)), "tied with base"),
         )
-        for key in keys
-        for row in scored
-        if key in row.result.scores.benchmarks
+        for key, row in cells
     )
     return Table(header=_HEADER, lines=lines, text_columns=2, folded=folded)
 
 
-def _against_base(row: Row, key: str) -> str:
-    """The difference, what it is uncertain by, and "tied" unless it is shown."""
-    if row.base is None or not _same_questions(row, key):
-        return MISSING
-    own, base = row.result.scores, row.base.scores
-    difference = own.benchmarks[key] - base.benchmarks[key]
-    text = fixed(difference, 4, signed=True)
-    if key not in own.benchmark_stderr or key not in base.benchmark_stderr:
-        return f"{text}, no standard error"
-    error = math.hypot(own.benchmark_stderr[key], base.benchmark_stderr[key])
-    text += f" +/- {fixed(error, 4)}"
-    if abs(difference) <= STANDARD_ERRORS * error:
-        return f"{text}, tied with base"
-    return text if own.benchmark_rows.get(key, 0) >= FEWEST_QUESTIONS else f"{text}, too few questions"
+def _against_base(
+    cells: Sequence[tuple[str, Row]], questions: Questions
+) -> Mapping[tuple[str, str], Difference | None]:
+    """By score and trial the difference to the base, of those that have one."""
+    sides = {
+        (key, row.trial_id): Sides(key=key, first=(row.result,), second=(row.base,))
+        for key, row in cells
+        if row.base is not None and key in row.base.scores.benchmarks
+    }
+    return dict(zip(sides, differences(list(sides.values()), questions), strict=True))
 
 
-def _same_questions(row: Row, key: str) -> bool:
-    assert row.base is not None
-    own, base = _asked(row.result), _asked(row.base)
-    return (
-        own is not None
-        and base is not None
-        and key in row.base.scores.benchmarks
-        and (own.num_fewshot, own.limit, own.include_path) == (base.num_fewshot, base.limit, base.include_path)
-        and row.result.scores.benchmark_rows.get(key) == row.base.scores.benchmark_rows.get(key)
-    )
+def _said(difference: Difference | None, tied: str) -> tuple[str, str]:
+    return (MISSING, MISSING) if difference is None else (difference.text(tied), difference.taken_as)
+
+
+def _between(units: Sequence[SeedGroup], keys: Sequence[str], questions: Questions) -> list[Block]:
+    """Every two fine-tuned units of one model, in the scores that were asked for."""
+    tuned = [
+        unit
+        for unit in units
+        if unit.finished and not unit.is_base and not unit.finished[0].result.spec.model.random_weights
+    ]
+    of = lineages([unit.finished[0] for unit in tuned])
+    sides: dict[tuple[str, str, str], Sides] = {}
+    for key in keys:
+        for lineage in dict.fromkeys(of):
+            members = [unit for unit, own in zip(tuned, of, strict=True) if own == lineage and _scored(unit, key)]
+            trials = {row.trial_id: row.result for unit in members for row in _scored(unit, key)}
+            by_seed = [{row.result.spec.seed: row.trial_id for row in _scored(unit, key)} for unit in members]
+            for (a, b), (first, second) in trial_pairs(members, by_seed).items():
+                sides[key, members[a].label, members[b].label] = Sides(
+                    key=key,
+                    first=tuple(trials[trial] for trial in first),
+                    second=tuple(trials[trial] for trial in second),
+                )
+    found = differences(list(sides.values()), questions)
+    lines = tuple((*names, *_said(one, "tied")) for names, one in zip(sides, found, strict=True) if one is not None)
+    if not lines:
+        return []
+    header = ("Benchmark", "First", "Second", "First less second", "Taken as")
+    table = Table(header=header, lines=lines, text_columns=3, folded=True)
+    return [Heading("Between fine-tuned trials"), Paragraph(_PAIRS), table]
+
+
+def _scored(unit: SeedGroup, key: str) -> list[Row]:
+    return [row for row in unit.finished if key in row.result.scores.benchmarks]

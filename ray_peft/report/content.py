@@ -21,7 +21,7 @@ def build(material: Material) -> Document:
         ("Images", gallery.images(material)),
         ("Which differences are shown", quality.differences(material.families, material.left_out)),
         ("Over seeds", quality.over_seeds(seed_groups(rows))),
-        ("Further benchmarks", benchmarks.further(rows)),
+        ("Further benchmarks", benchmarks.further(rows, material.benchmark_questions, material.units)),
         ("Quality against cost", _figures(plots.quality_against_cost(material))),
         ("Training metrics", training.metrics(rows)),
         ("Loss over steps", [*training.dynamics(material), *_figures(plots.losses(material))]),

@@ -18,9 +18,12 @@ from ray_peft.report.markdown import to_markdown
 from ray_peft.report.material import Material
 from ray_peft.report.rescore import rescored
 from ray_peft.report.webpage import to_html
-from ray_peft.result import ImageFile, RowLoss, Sample
+from ray_peft.result import ImageFile, QuestionScores, RowLoss, Sample
 from ray_peft.space.read import ReportSpec
 from ray_peft.store.results_file import read_results
+
+REPORT = "report.md"
+"""The report as text, in a sweep's folder and among the artifacts of its run."""
 
 
 class Sweep(Strict):
@@ -94,6 +97,9 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
             for trial_id, lines in losses.items()
             if all(entry.tokens is not None for entry in lines)
         },
+        questions={
+            trial_id: read_lines(path / "benchmarks.jsonl", QuestionScores) for trial_id, path in trials.items()
+        },
         images={
             trial_id: made for trial_id, path in trials.items() if (made := _read_images(path / "images/images.json"))
         },
@@ -102,7 +108,7 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
         loss_steps=sweep.report.loss_steps if loss_steps is None else loss_steps,
     )
     document = build(material)
-    markdown, page, table = (folder / f"report.{ending}" for ending in ("md", "html", "csv"))
+    markdown, page, table = (folder / name for name in (REPORT, "report.html", "report.csv"))
     plots = _write_plots(document.figures, folder / "plots")
     write_text(markdown, to_markdown(document))
     write_text(page, to_html(document))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ray_peft.metrics.intervals import DifferenceInterval
 from ray_peft.report.curves import Curve
+from ray_peft.report.questions import Questions
 from ray_peft.report.table import Row, SeedGroup, rows, units
 from ray_peft.report.ties import Family, families
 from ray_peft.report.uncertainty import (
@@ -20,7 +21,7 @@ from ray_peft.report.uncertainty import (
     intervals,
     loss_intervals,
 )
-from ray_peft.result import ImageFile, Sample, TrialResult
+from ray_peft.result import ImageFile, QuestionScores, Sample, TrialResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class Material:
     """By trial id, the loss of every held-out row."""
     loss_tokens: LossTokens = field(default_factory=dict)
     """By trial id, the answer tokens behind each of them; none where all rows weigh the same."""
+    questions: Mapping[str, Sequence[QuestionScores]] = field(default_factory=dict)
+    """By trial id, what each question of the further benchmarks was given."""
     images: Mapping[str, Sequence[ImageFile]] = field(default_factory=dict)
     """By trial id, the images that the trial made."""
     folder: Path | None = None
@@ -71,6 +74,11 @@ class Material:
     def loss_intervals(self) -> dict[str, DifferenceInterval]:
         """Differences of the held-out loss to the base, by trial id."""
         return loss_intervals(self.rows, self._statistics)
+
+    @cached_property
+    def benchmark_questions(self) -> Questions:
+        """The further benchmarks, question by question."""
+        return Questions(self.questions)
 
     @property
     def families(self) -> list[Family]:

@@ -169,7 +169,7 @@ def _by_row_losses(members: Sequence[SeedGroup], statistics: Statistics, rows: i
         return _mean([statistics.loss_parts(trial) for trial in trials])
 
     by_seed = [{row.result.spec.seed: row.trial_id for row in unit.finished} for unit in members]
-    places = _trial_pairs(members, by_seed)
+    places = trial_pairs(members, by_seed)
     found = compare([(losses(a), losses(b)) for a, b in places.values()])
     alone = [interval(losses(tuple(each.values()))) for each in by_seed]
     return Family(
@@ -202,7 +202,7 @@ def _by_answers(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
     def bleu(trials: tuple[str, ...]) -> Numbers:
         return bleu4_parts(_mean([statistics.bleu(trial) for trial in trials]))
 
-    places = _trial_pairs(members, by_seed)
+    places = trial_pairs(members, by_seed)
     qualities = compare([(rouge(a), rouge(b)) for a, b in places.values()])
     bleus = compare([(bleu(a), bleu(b)) for a, b in places.values()])
     alone = [interval(rouge(tuple(found.values()))) for found in by_seed]
@@ -225,10 +225,15 @@ def _mean(runs: Sequence[object]) -> Numbers:
     return mean
 
 
-def _trial_pairs(
+def trial_pairs(
     members: Sequence[SeedGroup], by_seed: Sequence[Mapping[int, str]]
 ) -> dict[tuple[int, int], tuple[tuple[str, ...], tuple[str, ...]]]:
-    """For every two units, by their places, the trials that stand beside each other."""
+    """For every two units, by their places, the trials that stand beside each other.
+
+    Args:
+        members: the units.
+        by_seed: of each unit, trial ids by seed; at least one.
+    """
     found = {}
     for first in range(len(members)):
         for second in range(first + 1, len(members)):

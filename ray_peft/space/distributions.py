@@ -86,6 +86,18 @@ def misspelt(template: Any, settings: list[str], prefix: str = "") -> dict[str, 
     return {dotted.join(key, next(iter(value))): name for key, value in ends if (name := meant(value)) is not None}
 
 
+def not_alone(template: Any, prefix: str = "") -> dict[str, tuple[str, str]]:
+    """Mappings in which a distribution stands beside other keys: dotted key -> (kind, the others)."""
+
+    def beside(value: Any) -> tuple[str, str] | None:
+        """A mapping's distribution and its other keys, where it has both."""
+        kind = next((key for key in value if key in KINDS), None) if isinstance(value, dict) else None
+        return (kind, ", ".join(sorted(set(value) - {kind}))) if kind is not None and len(value) > 1 else None
+
+    ends = dotted.leaves(template, lambda value: beside(value) is not None, prefix)
+    return {key or "the file": both for key, value in ends if (both := beside(value)) is not None}
+
+
 def draw(generator: random.Random, kind: str, arguments: list[Any]) -> Any:
     """One value; floats have six digits."""
     if kind == "choice":

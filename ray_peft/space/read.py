@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import os
@@ -11,31 +10,33 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
 from ray_peft.errors import SearchSpaceError, SpecError
+from ray_peft.explained import explain, field_names, short
 from ray_peft.foundation import dotted
 from ray_peft.foundation.strict import Strict
 from ray_peft.space import profiles, yaml_text
-from ray_peft.space.distributions import distributions, draw, misspelt
+from ray_peft.space.distributions import distributions, draw, misspelt, not_alone
 from ray_peft.space.distributions import problem as distribution_problem
-from ray_peft.spec import SPECS, TrialSpec
+from ray_peft.spec import TrialSpec
 
 _PartT = TypeVar("_PartT", bound=Strict)
 
 MAX_TRIALS = 10_000
 """More cells than this is taken for a mistake in the file."""
 
+MOST_PROBLEMS = 30
+"""Problems of a file in an error; each draw may have one of its own."""
+
 LONGEST_NAME = 120
 DEVICES = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))})
 """Names that Windows keeps for itself, with any ending."""
 _RESERVED = DEVICES if os.name == "nt" else frozenset()
 
-_NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
@@ -46,7 +47,7 @@ class SearchSpec(Strict):
     """Trials drawn per cell of the grid, so that every method gets the same tuning budget."""
     algorithm: Literal["random", "optuna"] = "random"
     """`random` draws all trials beforehand; `optuna` (TPE) proposes each from the results so far."""
-    metric: Literal["eval_loss", "bleu4", "rouge_l"] = "eval_loss"
+    metric: Literal["eval_loss", "bleu4", "rouge_l", "chrf"] = "eval_loss"
     """What `optuna` improves: the loss downwards, the scores upwards."""
     seed: int = Field(default=0, ge=0)
 
@@ -109,7 +110,7 @@ def parse(text: str, source: str, overrides: list[str] | None = None, profile: s
     """
     plain = yaml_text.parse(text, source)
     if not isinstance(plain, dict):
-        held = "an empty file" if plain is None else _short(plain)
+        held = "an empty file" if plain is None else short(plain)
         raise SearchSpaceError(f"{source}: must be a mapping of keys to values (found {held})")
     keys = profiles.settle(plain, profile, source)
     keys -= {_apply_override(plain, override) for override in overrides or []}
@@ -127,22 +128,26 @@ def _checked(plain: dict[str, Any], source: str) -> Space:
         raise SearchSpaceError("\n".join(problems))
     name = _name(plain.pop("name", Path(source).stem), source, problems)
     description = str(plain.pop("description", None) or "")
-    search = _part(SearchSpec, plain.pop("search", None), source, "search", problems)
+    asked = plain.pop("search", None)
+    search = _part(SearchSpec, asked, source, "search", problems)
     tracking = _part(TrackingSpec, plain.pop("tracking", {}), source, "tracking", problems) or TrackingSpec()
     report = _part(ReportSpec, plain.pop("report", {}), source, "report", problems) or ReportSpec()
+    if asked is not None and search is None:
+        raise SearchSpaceError("\n".join(problems))
     templates = _cells(plain, source)
     drawn = list(_draws(templates, search, source, problems))
     if problems:
         raise SearchSpaceError("\n".join(problems))
-    trials, repeated = _validate(drawn, source)
-    return Space(name, description, trials, search, tracking, templates, report, notes=tuple(repeated))
+    proposed = search is not None and search.algorithm == "optuna"
+    trials, found = _validate(drawn, source, proposed=proposed)
+    return Space(name, description, trials, search, tracking, templates, report, notes=tuple(found))
 
 
 def _name(value: Any, source: str, problems: list[str]) -> str:
     """The name of a search space, which names its folder and its MLflow experiment on every system."""
     way = "give it letters, digits, '.', '-', '_' or spaces, or leave it out to take the file's name"
     if not isinstance(value, str):
-        problems.append(f"{source}: name: must be text (found {_short(value)}); {way}")
+        problems.append(f"{source}: name: must be text (found {short(value)}); {way}")
     elif (
         not value.strip(" .")
         or value != value.strip()
@@ -151,7 +156,7 @@ def _name(value: Any, source: str, problems: list[str]) -> str:
         or any(character in '<>:"/\\|?*' or ord(character) < 32 or ord(character) == 127 for character in value)
         or value.partition(".")[0].upper() in _RESERVED
     ):
-        problems.append(f"{source}: name: cannot name a folder on every system (found {_short(value)}); {way}")
+        problems.append(f"{source}: name: cannot name a folder on every system (found {short(value)}); {way}")
     return str(value)
 
 
@@ -167,7 +172,7 @@ def fill(template: dict[str, Any], values: dict[str, Any], source: str) -> Trial
 def _apply_override(plain: dict[str, Any], override: str) -> str:
     """Put a `key.path=value` setting into `plain`; returns its key."""
     key, equals, value = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(part.strip() for part in key.split(".")):
         raise SearchSpaceError(f"--set {override}: must be key.path=value")
     profiles.put(plain, key, yaml_text.parse(value, f"--set {override}"), f"--set {override}")
     return key
@@ -234,7 +239,7 @@ def _expand(value: Any, source: str, key: str) -> Iterator[Any]:
             extra = ", ".join(sorted(set(value) - {"grid"}))
             raise SearchSpaceError(f"{source}: {key}: grid stands alone in its mapping (found also {extra})")
         if not isinstance(entries, list) or not entries:
-            raise SearchSpaceError(f"{source}: {key}.grid: must be a list with entries (found {_short(entries)})")
+            raise SearchSpaceError(f"{source}: {key}.grid: must be a list with entries (found {short(entries)})")
         for entry in entries:
             yield from _expand(entry, source, key)
     elif isinstance(value, dict):
@@ -276,7 +281,12 @@ def _draw_problems(
     problems += [
         f"{key}: no such distribution, did you mean {meant}?"
         for template in templates
-        for key, meant in misspelt(template, _field_names()).items()
+        for key, meant in misspelt(template, field_names()).items()
+    ]
+    problems += [
+        f"{key}: {kind} stands alone in its mapping (found also {others})"
+        for template in templates
+        for key, (kind, others) in not_alone(template).items()
     ]
     if problems:
         return list(dict.fromkeys(problems))
@@ -312,14 +322,24 @@ def _search_problem(
             "search.algorithm: optuna proposes one trial at a time, but an ensemble is made of several; "
             "search the members first, then write the best ones into an ensemble"
         )
+    return _metric_problem(templates[0], search.metric)
+
+
+def _metric_problem(template: dict[str, Any], metric: str) -> str | None:
+    """Why no trial has the score that Optuna is to improve, or None."""
+    evaluation = template.get("evaluation")
+    if metric != "eval_loss" and template.get("task") == "text_to_image":
+        return f"search.metric: images have no text scores; use eval_loss (found {metric})"
+    if metric != "eval_loss" and isinstance(evaluation, dict) and evaluation.get("generate") is False:
+        return f"search.metric: {metric} needs evaluation.generate: true (found false); or use eval_loss"
     return None
 
 
-def _validate(drawn: list[dict[str, Any]], source: str) -> tuple[list[TrialSpec], list[str]]:
+def _validate(drawn: list[dict[str, Any]], source: str, proposed: bool = False) -> tuple[list[TrialSpec], list[str]]:
     """All trials, each once, an ensemble's members before it, and notes on cells that are the same trial.
 
     Raises:
-        SearchSpaceError: every problem once.
+        SearchSpaceError: every problem once; of draws that only show what is `proposed`, if none makes a trial.
     """
     trials: dict[str, TrialSpec] = {}
     cells: Counter[str] = Counter()
@@ -333,58 +353,15 @@ def _validate(drawn: list[dict[str, Any]], source: str) -> tuple[list[TrialSpec]
             broken.update(dict.fromkeys(explain(error, "")).keys())
         except (TypeError, SpecError) as error:  # a type that JSON lacks; a task that is not there
             broken[str(error)] += 1
+    lines = [f"{line}, in {n} of {len(drawn)} trials" for line, n in broken.most_common(MOST_PROBLEMS)]
+    if proposed and trials:
+        return list(trials.values()), [f"caution: the search passes over such proposals: {line}" for line in lines]
     if broken:
-        total = len(drawn)
-        raise SearchSpaceError("\n".join(f"{source}: {line}, in {n} of {total} trials" for line, n in broken.items()))
+        lines += [f"and {len(broken) - len(lines):,} more problems"] if len(broken) > len(lines) else []
+        raise SearchSpaceError("\n".join(f"{source}: {line}" for line in lines))
     repeated = [
         f"{count} cells or draws of the search space are the same trial ({trials[trial_id].method.name}): it runs once"
         for trial_id, count in cells.items()
         if count > 1
     ]
     return list(trials.values()), repeated
-
-
-def explain(error: ValidationError, prefix: str = "") -> Iterator[str]:
-    """One line per problem: key, rule, value found."""
-    for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in (prefix, *_as_written(problem["loc"])) if str(part))
-        found = f" (found {_short(problem['input'])})"
-        if problem["type"] == "missing":
-            yield f"{key}: missing"
-        elif problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(problem["loc"][-1]), _field_names(), n=1)
-            yield f"{key}: unknown key{f', did you mean {near[0]}?' if near else ''}{found}"
-        elif problem["type"] == "value_error":
-            for line in problem["msg"].removeprefix("Value error, ").splitlines():
-                yield f"{key}: {line}" if key else line
-        else:
-            yield f"{key or 'trial'}: {problem['msg']}{found}{_quotes(problem['type'], problem['input'])}"
-
-
-def _quotes(kind: str, value: Any) -> str:
-    """The way out where quotes, or their absence, made YAML read something else than was meant."""
-    if kind == "string_type" and isinstance(value, bool | int | float):
-        return "; write it in quotes"
-    if kind in ("int_type", "float_type") and isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
-        return "; write it without quotes"
-    return ""
-
-
-def _as_written(location: tuple[int | str, ...]) -> list[int | str]:
-    """A place in an ensemble's members as it stands in the file: pydantic adds the method's name after `method`."""
-    if "members" not in location:
-        return list(location)
-    return [part for before, part in zip((None, *location), location, strict=False) if before != "method"]
-
-
-@cache
-def _field_names() -> list[str]:
-    """Every key that a spec knows, for suggestions."""
-    schemas = [part for spec in SPECS.values() for part in spec.model_json_schema()["$defs"].values()]
-    names = {name for schema in schemas for name in schema.get("properties", {})}
-    return sorted(names | set(TrialSpec.model_fields))
-
-
-def _short(value: Any, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."

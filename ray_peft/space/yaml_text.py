@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import codecs
-import math
 import re
+from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ray_peft.errors import SearchSpaceError
-from ray_peft.foundation import dotted
+
+MOST_VALUES = 1_000_000
+"""Values in a file; more come from aliases (*name) of lists that hold aliases, and would never be gone through."""
 
 LARGEST = 2**53
 """Whole numbers beyond this are no setting of anything, and not exact in JSON everywhere."""
+
+DEEPEST = 100
+"""Levels of lists and mappings in each other; a list that contains itself has no end of them."""
+
+
+class _TooMany(Exception):
+    """More values than a file can mean."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -109,7 +119,7 @@ def parse(text: str, source: str) -> Any:
     """
     try:
         plain = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
-        infinite = _not_finite(plain)
+        infinite = [(key, value) for key, value in _leaves(plain) if isinstance(value, float) and not isfinite(value)]
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         code = error.character if isinstance(error.character, int) else ord(error.character)
@@ -123,6 +133,8 @@ def parse(text: str, source: str) -> Any:
         raise SearchSpaceError(f"{source}: {where}: {reason}") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise SearchSpaceError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    except _TooMany as error:
+        raise SearchSpaceError(f"{source}: {error}") from None
     except RecursionError:
         raise SearchSpaceError(f"{source}: is nested too deeply, or contains itself") from None
     problems = [f"{source}: {key}: must be a finite number (found {value})" for key, value in infinite]
@@ -131,7 +143,23 @@ def parse(text: str, source: str) -> Any:
     return plain
 
 
-def _not_finite(plain: Any) -> list[tuple[str, float]]:
-    """Infinities and NaN with their dotted keys."""
-    numbers = ((key, value) for key, value in dotted.leaves(plain) if isinstance(value, float))
-    return [(key or "value", value) for key, value in numbers if not math.isfinite(value)]
+def _leaves(value: Any) -> Iterator[tuple[str, Any]]:
+    """Plain values with their dotted keys.
+
+    Raises:
+        _TooMany: there are more than MOST_VALUES.
+        RecursionError: they are nested more than DEEPEST levels deep.
+    """
+    waiting: list[tuple[tuple[Any, ...], Any]] = [((), value)]
+    for _ in range(MOST_VALUES):
+        if not waiting:
+            return
+        place, value = waiting.pop()
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+        if inner is None:
+            yield ".".join(map(str, place)) or "value", value
+        elif len(place) == DEEPEST:
+            raise RecursionError
+        else:
+            waiting += [((*place, part), entry) for part, entry in inner][::-1]
+    raise _TooMany(f"aliases (*name) repeat its values to more than {MOST_VALUES:,}; write fewer")

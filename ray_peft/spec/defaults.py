@@ -63,7 +63,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "checkpoint_every": None,
         "save_dtype": "bfloat16",
     },
-    "LlmTrainSpec": {"loss": "answers", "engine": "own"},
+    "LlmTrainSpec": {"loss": "answers", "engine": "own", "cuda_graphs": True},
     "ImageTrainSpec": {
         "prediction": None,
         "snr_gamma": None,

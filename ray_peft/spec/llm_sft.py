@@ -96,6 +96,9 @@ class LlmTrainSpec(TrainSpec):
     engine: Literal["own", "trl"] = "own"
     """What runs the steps: our own loop, or TRL's SFTTrainer, whose numbers it has; the latter neither goes on with
     fewer rows a pass where memory runs out, nor records passes."""
+    cuda_graphs: bool = True
+    """On a GPU, lay the rows of a step one after the other into few static shapes and record each as a CUDA graph: the
+    same numbers but for rounding, without waiting for the host. Models that cannot are trained as they are."""
     loss: Literal["answers", "all"] = "answers"
     """The tokens that are trained: the assistant's turns with their end-of-turn token, or all tokens."""
 

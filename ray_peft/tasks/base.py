@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from ray_peft.engine.trained import Costs, Report, Trained
 from ray_peft.errors import SpecError
 from ray_peft.methods.base import Dtype, Stage, Task
-from ray_peft.result import Sample, Scores
+from ray_peft.result import QuestionScores, Sample, Scores
 from ray_peft.spec import ModelSpec, TrialSpec
 from ray_peft.spec.identity import Content
 from ray_peft.vram.cards import ANY, Gpu
@@ -52,6 +52,8 @@ class Scored:
     loss_tokens: list[int] = field(default_factory=list)
     """Answer tokens behind each of `losses`, which are its weight; a row without any has no loss. Empty if all rows
     weigh the same."""
+    questions: list[QuestionScores] = field(default_factory=list)
+    """Of every question of the further benchmarks, what it was given; empty if only their means are known."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class DataReport:
     overlap_lines: list[str]
     """The same in words."""
     error: str | None = None
-    """Why the preparation was refused."""
+    """Why the preparation was refused, or why the rows do not fit a model."""
     remarks: list[str] = field(default_factory=list)
     """What else a reader must know of the rows, a sentence each."""
     unusable_rows: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -163,9 +165,9 @@ class Bench(ABC):
         """`scored` with what the model makes, for tasks that make things to look at."""
         return scored
 
-    def benchmark(self, scores: Scores) -> Scores:
-        """`scores` with those of the further benchmarks that the trial asks for."""
-        return scores
+    def benchmark(self, scored: Scored) -> Scored:
+        """`scored` with the scores and the questions of the further benchmarks that the trial asks for."""
+        return scored
 
     @abstractmethod
     def dtypes(self) -> set[str]:
@@ -222,6 +224,21 @@ class TaskType(ABC, Generic[SpecT]):
             DataError, ModelError: the user's to mend.
         """
 
+    def model_content(self, model: ModelSpec) -> str | None:
+        """Digest of the content of all files that decide what is found out about a model; null if there are others.
+
+        It is read without the libraries that load models, which take seconds to import.
+        """
+        return None
+
+    def content(self, spec: SpecT) -> str | None:
+        """Digest of the content of all files that decide what `inspect` says of a trial; null if there are others."""
+        return None
+
+    def is_prepared(self, spec: SpecT, data_key: str) -> bool:
+        """Whether what `inspect` prepared of the data is still there."""
+        return True
+
     @abstractmethod
     def fingerprint(self, model: ModelSpec) -> str:
         """What tells a base model apart by its content: what `Bench.model_fingerprint` says of a trial.
@@ -245,6 +262,14 @@ class TaskType(ABC, Generic[SpecT]):
             DataError, ModelError: the user's to mend.
         """
         raise SpecError(f"task {self.name} has no data report; use `ray-peft plan` to check its data")
+
+    def rows_fit(self, spec: SpecT) -> list[str]:
+        """What a reader must know of how a trial's rows fit its model, a sentence each.
+
+        Raises:
+            DataError, ModelError: they do not.
+        """
+        return []
 
     def write_data(self, spec: SpecT, folder: Path) -> list[Path]:
         """Write the prepared rows of a trial for people to read; returns the files."""

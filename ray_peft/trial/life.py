@@ -9,7 +9,7 @@ import platform
 import shutil
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,7 +57,8 @@ class Place:
     """Where a trial runs."""
 
     folder: Path
-    """The trial's own folder: metrics.jsonl, samples.jsonl, answers.jsonl, losses.jsonl and images, checkpoints."""
+    """The trial's own folder: metrics.jsonl, what is behind its scores (samples.jsonl, answers.jsonl, losses.jsonl,
+    benchmarks.jsonl), images and checkpoints."""
     device: str
     """"cpu" or "cuda:N"."""
     rank: int = 0
@@ -221,6 +222,7 @@ class Life:
             boundary_losses=self.boundaries,
             steps=trained.steps,
             resumed_from_step=trained.resumed_from_step,
+            passes=trained.passes,
             members=self.weights,
             arithmetic=self.spec.method.arithmetic(self.spec.model.dtype, self.four_bit_share),
             chosen=dict(self.place.chosen),
@@ -296,7 +298,19 @@ def evaluate(life: Life, bench: Bench) -> None:
         _report_scores(life, reported)
         if life.tracker is not None:
             life.tracker.artifact(folder / IMAGES, IMAGES)
-    life.scored = replace(life.scored, scores=bench.benchmark(life.scored.scores))
+    life.scored = bench.benchmark(life.scored)
+    _keep_questions(life)
+
+
+def _keep_questions(life: Life) -> None:
+    """Keep what the further benchmarks gave to each question."""
+    file = life.place.folder / "benchmarks.jsonl"
+    file.unlink(missing_ok=True)  # of an attempt before this one
+    if not life.scored.questions:
+        return
+    _write_lines(file, [question.plain() for question in life.scored.questions])
+    if life.tracker is not None:
+        life.tracker.artifact(file, "evaluation")
 
 
 def _row_losses(scored: Scored) -> list[dict[str, Any]]:

@@ -48,6 +48,7 @@ def _train(life: Life, bench: Bench, index: int, stage: Stage, steps: int) -> No
         losses=done.losses + more.losses,
         eval_losses=done.eval_losses + more.eval_losses,
         resumed_from_step=more.resumed_from_step if more.resumed_from_step is not None else done.resumed_from_step,
+        passes="; then ".join(dict.fromkeys(text for text in (done.passes, more.passes) if text)),
     )
 
 

@@ -189,6 +189,18 @@ def test_doctor_prints_on_any_console(capsys):
     capsys.readouterr().out.encode("gbk")
 
 
+def test_numbers_of_gpus_that_no_machine_has_are_refused(space, capsys):
+    name = space()
+    for option, number in (("--gpus", "0"), ("--gpus", "-1"), ("--gpu-memory-gib", "nan"), ("--gpu-memory-gib", "inf")):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["plan", name, f"{option}={number}"])
+        assert ended.value.code == 2
+        assert f"{option}: must be a" in capsys.readouterr().err
+    assert cli.main(["plan", name, "--gpu", "Voodoo 2"]) == 2
+    assert "--gpu Voodoo 2: the known ones are" in capsys.readouterr().err
+    assert cli.main(["plan", name, "--gpu", "Voodoo 2", "--gpu-memory-gib", "8"]) == 0
+
+
 def test_a_plan_predicts_memory_places_trials_and_says_what_fits_instead(space, capsys):
     """0.9 GiB is less than the CUDA context and the margin leave this trial; 8 GiB hold several of it."""
     name = space(train__batch_size=8, train__micro_batch_size=8, data__max_length=96)

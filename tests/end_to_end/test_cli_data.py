@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import tiny
@@ -52,6 +53,30 @@ def test_the_table_counts_rows_and_tokens_in_plain_ascii(space, capsys):
         "validation",
         "test",
     ]
+
+
+def test_rows_are_compared_with_the_model(space, tiny_model, tmp_path, capsys):
+    """Token numbers beyond its embedding are an error below the table, and lengths beyond its positions a caution."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    sizes = json.loads(config.read_text(encoding="utf-8"))
+    file = space()
+    plain = yaml.safe_load((tmp_path / file).read_text(encoding="utf-8"))
+    plain["model"]["name"] = "./model"
+    (tmp_path / file).write_text(yaml.safe_dump(plain), encoding="utf-8")
+    assert cli.main(["data", file]) == 0
+    assert "caution" not in capsys.readouterr().out
+    config.write_text(json.dumps(sizes | {"max_position_embeddings": 20}), encoding="utf-8")
+    assert cli.main(["data", file]) == 0
+    assert "rows: caution: ./model: the longest row has" in capsys.readouterr().out.replace(str(tmp_path), ".")
+    config.write_text(json.dumps(sizes | {"vocab_size": 200}), encoding="utf-8")
+    assert cli.main(["data", file]) == 2
+    told = capsys.readouterr()
+    assert "homes/1: 41 rows read" in told.out
+    assert "has an embedding of 200 tokens" in told.err
+    config.unlink()  # a tokenizer alone is enough to look at rows
+    assert cli.main(["data", file]) == 0
+    assert "the rows were not compared with the model" in capsys.readouterr().out
 
 
 def test_json_and_files_hold_the_rows_as_the_model_sees_them(space, tmp_path, capsys):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from mlflow import MlflowClient
 
 import ray_peft
 from ray_peft import cli
@@ -81,6 +82,15 @@ def test_a_store_that_goes_away_loses_no_row_and_signals_stay_the_caller_s(
     assert (first.status, first.untracked) == ("finished", None)
     assert second.untracked is not None
     assert (out / "report.md").is_file()
+    (tmp_path / "away.db").rename(store)  # it is back: the same call brings it what it lacks, and runs what failed
+    outcome = ray_peft.sweep(space, out=out, tracking_uri=f"sqlite:///{store}", console=Console())
+    assert outcome.complete
+    client = MlflowClient(f"sqlite:///{store}")
+    for row in read_results(out):
+        assert row.untracked is None
+        run = client.get_run(row.mlflow_run_id)
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics["scores.eval_loss"] == row.scores.eval_loss
 
 
 def test_a_ray_that_we_start_listens_on_this_machine_alone():

@@ -13,11 +13,11 @@ ROOMS = (
     # the bottom
     "errors", "foundation", "quiet", "signals", "processes",
     # what one trial is, and what it gave
-    "reach", "metrics", "methods", "spec", "space", "result",
+    "reach", "metrics", "methods", "spec", "explained", "space", "result",
     # one trial
     "vram", "measure", "engine", "tasks", "rehearsal", "placement", "forecast", "trial",
     # many trials: what is kept of them, what it says, and what runs where
-    "store", "report", "worker", "cluster", "allotment", "inspector",
+    "noted", "store", "report", "repeats", "worker", "cluster", "allotment", "inspector",
     "experiment", "earlier", "search", "tuning", "single", "sweeps",
     # what people call
     "export", "data_report", "quickstart", "doctor", "console", "cli", "__main__", "",

@@ -9,11 +9,14 @@ import pytest
 import tiny
 import yaml
 
+from ray_peft.console import Console
+from ray_peft.errors import SearchSpaceError
 from ray_peft.inspector import Inspector
 from ray_peft.result import Provenance, Scores, TrialResult
 from ray_peft.search import Draws
 from ray_peft.space.read import load
 from ray_peft.spec import TrialSpec
+from ray_peft.sweeps import plan
 
 LORA = {"name": "lora", "rank": 4, "lr": {"loguniform": [1.0e-3, 1.0e-1]}}
 METHODS = {"choice": [{"name": "lora", "rank": 4, "lr": 0.01}, {"name": "galore", "rank": 8}, {"name": "none"}]}
@@ -22,9 +25,11 @@ METHODS = {"choice": [{"name": "lora", "rank": 4, "lr": 0.01}, {"name": "galore"
 class Search:
     """A search space, what it proposes and what it says."""
 
-    def __init__(self, folder: Path, model: Path, rows: Path, method: dict[str, Any], samples: int, **changes) -> None:
+    def __init__(
+        self, folder: Path, model: Path, rows: Path, method: dict[str, Any], samples: int, metric: str, **changes
+    ) -> None:
         plain = tiny.plain_spec(model, rows, **changes)
-        plain |= {"method": method, "search": {"samples": samples, "algorithm": "optuna"}}
+        plain |= {"method": method, "search": {"samples": samples, "algorithm": "optuna", "metric": metric}}
         (folder / "search.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
         self.said: list[str] = []
         self.inspector = Inspector()
@@ -50,8 +55,8 @@ class Search:
 def search(tiny_model, questions, tmp_path):
     """Builds a search on the tiny model."""
 
-    def build(method, samples=4, **changes):
-        return Search(tmp_path, tiny_model, questions, method, samples, **changes)
+    def build(method, samples=4, metric="eval_loss", **changes):
+        return Search(tmp_path, tiny_model, questions, method, samples, metric, **changes)
 
     return build
 
@@ -159,3 +164,30 @@ def test_failed_trials_teach_nothing_and_are_not_drawn_again(search):
     assert found.draws.next() is None
     rows = [found.row(trial, 1.0).model_copy(update={"status": "failed"})]
     assert remembered(search(METHODS), rows) == []
+
+
+@pytest.mark.parametrize(("metric", "best"), [("eval_loss", 0), ("bleu4", 1), ("rouge_l", 2), ("chrf", 3)])
+def test_the_metric_is_what_optuna_improves(search, metric, best):
+    drawn = search(LORA, metric=metric, evaluation__generate=True)
+    for place in range(4):
+        row = drawn.row(drawn.draws.next(), loss=1.0)
+        scores = Scores(**dict.fromkeys(("bleu4", "rouge_l", "chrf"), 0.5), eval_loss=0.5)
+        better = {("eval_loss", "bleu4", "rouge_l", "chrf")[place]: 0.1 if place == 0 else 0.9}
+        drawn.draws.told(row.model_copy(update={"scores": scores.model_copy(update=better)}))
+    assert drawn.draws._study.best_trial.number == best
+
+
+@pytest.mark.parametrize("metric", ["bleu4", "rouge_l", "chrf"])
+def test_a_metric_that_no_trial_has_is_refused(search, metric):
+    says = rf"search.metric: {metric} needs evaluation.generate: true \(found false\)"
+    with pytest.raises(SearchSpaceError, match=says):
+        search(LORA, metric=metric, evaluation__generate=False)
+
+
+def test_plan_says_that_its_draws_are_examples(search, tmp_path, capsys):
+    search(LORA, samples=3)
+    assert len(plan(tmp_path / "search.yaml", console=Console())) == 3
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("search: Optuna proposes 3 trials one by one")
+    plan(tmp_path / "search.yaml", ["search.algorithm=random"], console=Console())
+    assert "Optuna" not in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Search spaces: expansion, and every problem once with file, key, rule, value and trials."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,37 @@ def test_optuna_searches_one_cell():
     method = {"grid": [{"name": "lora", "lr": {"loguniform": [1e-5, 1e-3]}}, {"name": "full"}]}
     lines = refused(changed(method=method, search={"samples": 2, "algorithm": "optuna"}))
     assert "the grid has 2 cells" in lines[0]
+
+
+def test_a_search_is_not_refused_for_draws_that_it_would_pass_over():
+    """Which draws show the kind of its trials is luck; what no draw can mend is still an error."""
+    method = {"name": "lora", "rank": {"choice": [0, 4]}, "lr": {"loguniform": [1e-5, 1e-3]}}
+    lines = refused(changed(method=method, search={"samples": 8}))
+    assert "method.lora.rank: Input should be greater than or equal to 1" in lines[0]
+    space = parsed(changed(method=method, search={"samples": 8, "algorithm": "optuna"}))
+    assert {trial.method.rank for trial in space.trials} == {4}
+    assert space.notes[0].startswith("caution: the search passes over such proposals: method.lora.rank")
+    wrong = changed(method=method | {"rnk": 3}, search={"samples": 8, "algorithm": "optuna"})
+    assert any("rnk: unknown key, did you mean rank?" in line for line in refused(wrong))
+
+
+def test_a_search_for_a_score_that_no_trial_has_is_refused():
+    search = {"samples": 2, "algorithm": "optuna", "metric": "bleu4"}
+    method = {"name": "lora", "lr": {"loguniform": [1e-5, 1e-3]}}
+    assert parsed(changed(method=method, search=search)).trials
+    silent = changed(method=method, search=search, evaluation={"generate": False})
+    assert refused(silent) == [
+        "space.yaml: search.metric: bleu4 needs evaluation.generate: true (found false); or use eval_loss"
+    ]
+    assert parsed(silent, ["search.metric=eval_loss"]).trials
+    (line,) = refused(changed(method=method, search=search, task="text_to_image"))
+    assert "search.metric: images have no text scores; use eval_loss (found bleu4)" in line
+
+
+def test_problems_of_many_draws_are_cut_to_the_common_ones():
+    lines = refused(changed(method={"name": "lora", "lr": {"uniform": [-2.0, -1.0]}}, search={"samples": 500}))
+    assert len(lines) == 31
+    assert re.fullmatch(r"space.yaml: and 4[67]\d more problems", lines[-1])
 
 
 def test_random_draws_repeat_and_stay_in_bounds():
@@ -266,6 +298,35 @@ def test_one_wrong_member_of_an_ensemble_is_one_error_with_its_place_in_the_file
     plain = changed(method={"name": "ensemble", "members": members[1:]})
     (line,) = refused(plain)
     assert "an ensemble needs at least two members (found 1)" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "line"),
+    [
+        (changed(), ["data.sources.0.train=80%"], "data.sources.0.train: Input should be a valid number"),
+        (changed(), ["data.sources.0=3"], "data.sources.0: Input should be an object (found 3)"),
+        (changed(), ["data.sources.0.test=0"], "data.sources.0.test: Input should be greater than 0 (found 0)"),
+        (changed(), ["data.sources=[]"], "data.sources: Tuple should have at least 1 item"),
+        (
+            changed(method={"name": "lora", "rank": {"choice": [4, 8]}}),
+            ["search={samples: 0}"],
+            "search.samples: Input should be greater than or equal to 1 (found 0)",
+        ),
+        (
+            changed(method={"name": "lora", "lr": {"loguniform": [1e-5, 1e-3], "uniform": [0, 1]}}),
+            ["search={samples: 2}"],
+            "method.lr: loguniform stands alone in its mapping (found also uniform)",
+        ),
+    ],
+)
+def test_one_mistake_is_one_line(text, overrides, line):
+    (said,) = refused(text, overrides)
+    assert said.startswith(f"space.yaml: {line}")
+
+
+@pytest.mark.parametrize("override", [".train=3", "train.=3", "train..steps=3", " =3", "train.steps"])
+def test_a_key_without_a_name_is_refused(override):
+    assert refused(changed(), [override]) == [f"--set {override}: must be key.path=value"]
 
 
 SEARCH = {"samples": 4}

@@ -142,8 +142,9 @@ def test_activations_are_what_torch_keeps(shape):
     from trl.trainer.utils import add_fused_lm_head
 
     trial = spec(
-        {"name": "lora", "rank": 4}, model__dtype="float32", train__precision="fp32", train__micro_batch_size=4
-    )
+        {"name": "lora", "rank": 4}, model__dtype="float32", train__precision="fp32", train__micro_batch_size=4,
+        train__cuda_graphs=False,
+    )  # fmt: skip
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape.plain()), dtype=torch.float32)
     add_fused_lm_head(model)
     model.requires_grad_(False)

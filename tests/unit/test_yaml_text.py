@@ -87,3 +87,12 @@ def test_numbers_stay_numbers():
     value = parse("lr: 1e-4", "f.yaml")["lr"]
     assert math.isclose(value, 1e-4)
     assert isinstance(value, float)
+
+
+def test_aliases_that_make_a_thousand_million_values_are_refused_at_once():
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True):
+        lines.append(f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]")
+    with pytest.raises(SearchSpaceError, match=r"^f.yaml: aliases \(\*name\) repeat its values to more than 1,000,000"):
+        parse("\n".join(lines), "f.yaml")
+    assert parse("a: &a [1, 2]\nb: [*a, *a]", "f.yaml") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}

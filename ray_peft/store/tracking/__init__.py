@@ -4,6 +4,7 @@ Every call names its store through `MlflowClient`, so threads and several stores
 package does not import mlflow.
 """
 
+from ray_peft.store.tracking.closed import is_closed
 from ray_peft.store.tracking.runs import RunStatus, close_orphan, fetch, finish_sweep, load_spec, start_sweep
 from ray_peft.store.tracking.store import Store, default_uri, open_store
 from ray_peft.store.tracking.trial_run import TrialTracker
@@ -17,6 +18,7 @@ __all__ = [
     "default_uri",
     "fetch",
     "finish_sweep",
+    "is_closed",
     "load_spec",
     "open_store",
     "start_sweep",

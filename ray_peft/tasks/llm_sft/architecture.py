@@ -122,7 +122,8 @@ def _built_type(model: ModelSpec, config: PretrainedConfig) -> type[PreTrainedMo
             )
         except Exception as error:  # a model's own code may raise anything
             raise ModelError(
-                f"model.name: {model.name}: no model can be built from its config.json: {first_line(error)}"
+                f"model.name: {model.name}: no model can be built from its config.json: "
+                f"{first_line(error)}{' is not known' if isinstance(error, KeyError) else ''}"
             ) from None
     return type(built)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 def predictor(spec: LlmTrialSpec, rows: PreparedData) -> Callable[[LlmTrialSpec, Gpu], Prediction]:
     """Predicts a trial's peak memory, with passes as long as the longest rows that it trains on, and that it scores."""
+    from ray_peft.tasks.llm_sft.lanes import largest_capacity
     from ray_peft.tasks.llm_sft.memory import predict
     from ray_peft.tasks.llm_sft.model import load_config
     from ray_peft.vram import ModelShape
@@ -35,6 +36,8 @@ def predictor(spec: LlmTrialSpec, rows: PreparedData) -> Callable[[LlmTrialSpec,
     def of(variant: LlmTrialSpec, gpu: Gpu) -> Prediction:
         limit = variant.data.max_length
         longest, longest_scored = min(trained, limit), min(scored, limit)
+        if variant.train.cuda_graphs:
+            longest = largest_capacity(longest)
         return predict(variant, shape, longest_tokens=longest, longest_scored=longest_scored, gpu=gpu)
 
     return of
@@ -177,15 +180,15 @@ class LlmBench(Bench):
         answered = list(zip(predictions, references, strict=True))
         return Scored(scores, samples, answered, losses=losses, loss_tokens=tokens)
 
-    def benchmark(self, scores: Scores) -> Scores:
-        """`scores` with those of the lm-eval tasks in `evaluation.benchmarks`."""
+    def benchmark(self, scored: Scored) -> Scored:
+        """`scored` with what the lm-eval tasks in `evaluation.benchmarks` say."""
         if self.spec.evaluation.benchmarks is None:
-            return scores
+            return scored
         from ray_peft.tasks.llm_sft.benchmarks import measure
         from ray_peft.tasks.llm_sft.evaluate import inference
 
         with inference(self.spec, self.model):
-            return measure(self.spec, self.model, self.tokenizer, scores, lowered=self.lowered)
+            return measure(self.spec, self.model, self.tokenizer, scored, lowered=self.lowered)
 
     def save(self, folder: Path, dtype: Dtype | None = None) -> None:
         """Write the adapter, or the weights with the tokenizer, as transformers and PEFT read them."""

@@ -6,18 +6,18 @@ import contextlib
 import copy
 import difflib
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import TYPE_CHECKING, Any
 
 from ray_peft.engine.recovery import free_memory, is_out_of_memory
 from ray_peft.errors import DataError, SpecError, first_line
-from ray_peft.result import Scores
 from ray_peft.spec import BenchmarksSpec, LlmTrialSpec
+from ray_peft.tasks.base import Scored
+from ray_peft.tasks.llm_sft.benchmark_results import by_question, collect
 from ray_peft.tasks.llm_sft.decoding import end_of_answers, greedy
 from ray_peft.tasks.llm_sft.task_files import python_in
 
@@ -63,12 +63,12 @@ def measure(
     spec: LlmTrialSpec,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    scores: Scores,
+    scored: Scored,
     mixture: Mixture | None = None,
     *,
     lowered: dict[str, int] | None = None,
-) -> Scores:
-    """`scores` with those of the benchmarks.
+) -> Scored:
+    """`scored` with the scores of the benchmarks, and what each of their questions was given.
 
     Where memory runs out, the questions of one kind of one task are asked again, half as many at a time.
 
@@ -76,7 +76,7 @@ def measure(
         spec: names the tasks and the precision.
         model: in evaluation mode; of a mixture, the first member's, at work.
         tokenizer: of the model; it is not changed.
-        scores: what is known already.
+        scored: what is known already.
         mixture: of an ensemble.
         lowered: `Bench.lowered`, read and written at `BATCH`; null remembers nothing.
 
@@ -96,48 +96,13 @@ def measure(
             num_fewshot=asked.num_fewshot,
             limit=asked.limit,
             bootstrap_iters=BOOTSTRAPS,
-            log_samples=False,
+            log_samples=True,
             confirm_run_unsafe_code=asked.allow_code_execution,
         )
     values, errors, rows = collect(found["results"])
-    return scores.model_copy(update={"benchmarks": values, "benchmark_stderr": errors, "benchmark_rows": rows})
-
-
-def collect(
-    results: Mapping[str, Mapping[str, Any]],
-) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
-    """Values, standard errors and questions by "task/metric", from lm-eval's `results`.
-
-    lm-eval's keys are "metric,filter" and "metric_stderr,filter"; the filter is named where a metric has several.
-    What is no finite number is left out.
-    """
-    values: dict[str, float] = {}
-    errors: dict[str, float] = {}
-    rows: dict[str, int] = {}
-    for task, entry in results.items():
-        measured = [key.partition(",")[::2] for key in entry if "," in key]
-        metrics = [(metric, chosen) for metric, chosen in measured if not metric.endswith("_stderr")]
-        names = [metric for metric, _ in metrics]
-        for metric, chosen in metrics:
-            key = f"{task}/{metric}" if names.count(metric) == 1 else f"{task}/{metric}/{chosen}"
-            value, error = _number(entry[f"{metric},{chosen}"]), _number(entry.get(f"{metric}_stderr,{chosen}"))
-            if value is None:
-                logger.warning("%s: %s is %r, no finite number: left out", KEY, key, entry[f"{metric},{chosen}"])
-                continue
-            values[key] = value
-            if error is not None:
-                errors[key] = error
-            counts = entry.get("sample_count", {})  # of a group, whose tasks need not all have the metric
-            asked = counts.get(f"{metric},{chosen}", entry.get("sample_len"))
-            if asked is not None:
-                rows[key] = int(asked)
-    return values, errors, rows
-
-
-def _number(value: Any) -> float | None:
-    """Null for what is no finite number, such as the "N/A" of a missing standard error."""
-    found = float(value) if isinstance(value, SupportsFloat) else math.nan
-    return found if math.isfinite(found) else None
+    update = {"benchmarks": values, "benchmark_stderr": errors, "benchmark_rows": rows}
+    questions = by_question(found["results"], found["samples"], found["group_subtasks"])
+    return replace(scored, scores=scored.scores.model_copy(update=update), questions=questions)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_peft.foundation.cache import cache_folder
 from ray_peft.spec import DataSpec, LlmTrialSpec, ModelSpec, is_local
 from ray_peft.spec.identity import Content, differing
 from ray_peft.tasks.files import content_of
@@ -28,6 +29,12 @@ def data_key(version: int, data: DataSpec, tokenizer: PreTrainedTokenizerBase, a
     template = [str(tokenizer.chat_template), _special_tokens(tokenizer)]
     decides = [version, answers_only, differing(data), files, template, _vocabulary(tokenizer)]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def prepared_folder(data: DataSpec, key: str) -> Path:
+    """Where rows of this content are kept, prepared."""
+    # The same rows, but those with bad rows among them are refused where `unusable` says to fail.
+    return cache_folder() / "prepared" / (key if data.unusable == "fail" else f"{key}-skip")
 
 
 def _content(path: str | None) -> str | None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray_peft.errors import DataError
-from ray_peft.foundation.cache import cache_folder, made_whole
+from ray_peft.foundation.cache import made_whole
 from ray_peft.spec import DataSpec, LlmTrialSpec
 from ray_peft.tasks.llm_sft import counts as counting
-from ray_peft.tasks.llm_sft.content import data_key
+from ray_peft.tasks.llm_sft.content import data_key, prepared_folder
 from ray_peft.tasks.llm_sft.conversation import Conversation, Unusable
 from ray_peft.tasks.llm_sft.counts import SourceCounts, TokenFacts, numbered
 from ray_peft.tasks.llm_sft.encode import IGNORED as IGNORED  # read by all that reads prepared rows
@@ -82,8 +82,7 @@ def prepare(spec: LlmTrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedD
     """
     answers_only = spec.train.loss == "answers"
     key = _content_key(spec.data, tokenizer, answers_only)
-    # The same rows, but those with bad rows among them are refused where `unusable` says to fail.
-    folder = cache_folder() / "prepared" / (key if spec.data.unusable == "fail" else f"{key}-skip")
+    folder = prepared_folder(spec.data, key)
     if not (folder / "counts.json").is_file():
         _build(spec.data, tokenizer, answers_only, folder)
     from datasets import load_from_disk

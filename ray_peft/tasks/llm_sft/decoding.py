@@ -18,6 +18,14 @@ _OF_NO_EFFECT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_
 """Settings that do not change which token is chosen, and the ids that end an answer, which are used."""
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "max_length", "max_new_tokens")
 """Settings that nearly every chat model brings along; the trial's `max_new_tokens` and greedy decoding replace them."""
+_BESIDE_ANSWERS = ("use_cache", "cache_implementation", "output_attentions", "output_hidden_states")
+"""What is computed or handed back beside the tokens: transformers writes it into every model that it saves."""
+_NEUTRAL: dict[str, float] = {
+    "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "repetition_penalty": 1, "length_penalty": 1,
+    "encoder_repetition_penalty": 1, "diversity_penalty": 0, "min_length": 0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "epsilon_cutoff": 0, "eta_cutoff": 0, "guidance_scale": 1,
+}  # fmt: skip
+"""Values that transformers 4 and earlier wrote out though they are the defaults, and change nothing."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +106,12 @@ def unused_settings(model: ModelSpec) -> list[str]:
     An absent or unreadable generation config has none: it is not needed.
     """
     settings = _written(model.name, model.revision)
-    unused = (name for name, value in settings.items() if value is not None and not name.startswith("_"))
-    return sorted(name for name in unused if name not in (*_OF_NO_EFFECT, *_SAMPLING))
+    unsaid = (*_OF_NO_EFFECT, *_SAMPLING, *_BESIDE_ANSWERS)
+    return sorted(
+        name
+        for name, value in settings.items()
+        if name not in unsaid and not name.startswith("_") and value not in (None, False, [], _NEUTRAL.get(name))
+    )
 
 
 def cautions(model: ModelSpec) -> list[str]:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from ray_peft.engine.trained import Report, Trained
 from ray_peft.errors import ModelError, TrialFailed
 from ray_peft.methods.base import Dtype, Stage
-from ray_peft.result import Scores
 from ray_peft.spec import LlmTrialSpec
-from ray_peft.tasks.base import EnsembleBench, MemberModel
+from ray_peft.tasks.base import EnsembleBench, MemberModel, Scored
 from ray_peft.tasks.llm_sft.bench import LlmBench
 from ray_peft.tasks.llm_sft.evaluate import answers, inference, token_log_probs
 
@@ -202,16 +201,16 @@ class LlmEnsemble(LlmBench, EnsembleBench):
         with self._ready(asked[1:]), asked[0][0].at_work() as model:
             return answers(self.spec, model, self.tokenizer, rows, _mixer(asked), lowered=self.lowered)
 
-    def benchmark(self, scores: Scores) -> Scores:
-        """`scores` with those of the lm-eval tasks, answered by the mixture; members without weight are not asked."""
+    def benchmark(self, scored: Scored) -> Scored:
+        """`scored` with what the lm-eval tasks say of the mixture's answers; members without weight are not asked."""
         if self.spec.evaluation.benchmarks is None:
-            return scores
+            return scored
         from ray_peft.tasks.llm_sft.benchmarks import Mixture, measure
 
         asked = self._asked()
         mixture = Mixture(partial(_mixed_log_probs, asked), _mixer(asked))
         with self._ready(asked), asked[0][0].at_work() as model:
-            return measure(self.spec, model, self.tokenizer, scores, mixture, lowered=self.lowered)
+            return measure(self.spec, model, self.tokenizer, scored, mixture, lowered=self.lowered)
 
     def _asked(self) -> list[tuple[LoadedMember, float]]:
         """Members with their weights, less those without weight."""

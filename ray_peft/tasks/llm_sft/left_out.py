@@ -11,6 +11,9 @@ TEMPLATE = "the chat template"
 
 NAMED = 5
 """Rows that are named for each reason; the others are counted."""
+MOST_REASONS = 20
+"""Reasons that are told apart: some hold a word of the row, and may be as many as the rows."""
+OTHERS = "other reasons"
 
 
 @dataclass
@@ -23,6 +26,7 @@ class LeftOut:
 
     def add(self, reason: str, file: str, number: int) -> None:
         """Note down a row."""
+        reason = self._kept(reason)
         self.counts[reason] += 1
         rows = self.first.setdefault(reason, [])
         if len(rows) < NAMED:
@@ -30,9 +34,13 @@ class LeftOut:
 
     def update(self, other: LeftOut) -> None:
         """Add the rows of another file of the source."""
-        self.counts.update(other.counts)
         for reason, rows in other.first.items():
-            self.first[reason] = (self.first.get(reason, []) + rows)[:NAMED]
+            kept = self._kept(reason)
+            self.counts[kept] += other.counts[reason]
+            self.first[kept] = (self.first.get(kept, []) + rows)[:NAMED]
+
+    def _kept(self, reason: str) -> str:
+        return reason if reason in self.counts or len(self.counts) < MOST_REASONS else OTHERS
 
     def rows(self, reason: str) -> str:
         """The first rows for a reason, such as `rows 3, 10, 17, 24, 31 and 2 more`."""

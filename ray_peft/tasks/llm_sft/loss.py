@@ -36,6 +36,11 @@ class TextLoss(Computation[TextPart]):
         balance = getattr(config, "router_aux_loss_coef", 0.0) or 0.0
         self._balance = float(balance) if hasattr(config, "output_router_logits") else 0.0
 
+    @property
+    def balances(self) -> bool:
+        """True for a mixture of experts, whose loss holds that of its experts' balance."""
+        return self._balance > 0
+
     def inputs(self, part: TextPart) -> Sequence[Tensor]:
         """ids, attention mask and labels (row, longest) int64; tokens with loss and passes of the step () float32."""
         import torch

@@ -129,9 +129,15 @@ def components(
             total: Tensor = made.log_probs.sum()
             return total
 
-        given = Conditions(autocast=autocast, accumulates=spec.accumulation > 1, padded=padded)
+        recorded = keeps_gradients(spec, stage)
+        given = Conditions(autocast=autocast, accumulates=spec.accumulation > 1 or recorded, padded=padded or recorded)
         with during(STEP):
             return of_step(model, stage, loss, given)
+
+
+def keeps_gradients(spec: LlmTrialSpec, stage: Stage) -> bool:
+    """Whether gradients lie in memory between steps: recorded passes add to the same tensors."""
+    return spec.train.cuda_graphs and not stage.conflicts(accumulates=True, num_workers=1)
 
 
 def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,7 @@ def check(model: ModelSpec) -> None:
     """
     import transformers
 
+    _check_attention(model)
     config = load_config(model)
     files = None if model.random_weights else files_of(model, config)
     code = [
@@ -103,6 +105,20 @@ def check(model: ModelSpec) -> None:
         with contextlib.suppress(OSError):  # a cache that others keep may be read-only, or full
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
+
+
+def _check_attention(model: ModelSpec) -> None:
+    """Refuse an implementation of attention that is not installed, which only loading would find out.
+
+    Raises:
+        ModelError: it is not.
+    """
+    # transformers also takes it from the hub, where `kernels` is installed.
+    if model.attention == "flash_attention_2" and not any(map(importlib.util.find_spec, ("flash_attn", "kernels"))):
+        raise ModelError(
+            "model.attention: flash_attention_2 needs the package flash-attn, which is not installed here; install it "
+            "here and where trials run, or take sdpa, which has kernels of the same kind and needs as much memory"
+        )
 
 
 def _check(model: ModelSpec, config: PretrainedConfig, files: WeightFiles | None) -> None:

@@ -49,6 +49,31 @@ class TextRows(Rows[TextPart]):
         self._steps: dict[int, tuple[list[list[int]], list[list[int]]]] = {}
         self._lengths: list[int] = []
 
+    @property
+    def micro_batch(self) -> int:
+        """Rows of a micro-batch."""
+        return self._spec.train.micro_batch_size
+
+    def loss_tokens(self, step: int) -> int:
+        """Tokens with loss of a whole step."""
+        _, labels = self._step(step)
+        return sum(label != IGNORED for row in labels for label in row[1:])
+
+    def scored_share(self) -> float:
+        """A quarter, half, three quarters or all: a quarter more than the share of all tokens that carries loss."""
+        if self._spec.train.loss == "all":
+            return 1.0
+        labels = self._data["labels"]
+        scored = sum(label != IGNORED for row in labels for label in row)
+        share: float = min(1.0, math.ceil(scored / max(sum(self.lengths()), 1) * 1.25 * 4) / 4)
+        return share
+
+    def lengths(self) -> list[int]:
+        """Tokens of every row of the data."""
+        if not self._lengths:
+            self._lengths = [len(ids) for ids in self._data["input_ids"]]
+        return self._lengths
+
     def places(self, step: int) -> list[int]:
         """The rows of a step by their place in the data, in order."""
         epoch, batch = divmod(step, self._per_epoch)
@@ -66,7 +91,7 @@ class TextRows(Rows[TextPart]):
     def parts(self, step: int, share: Share, rows: int) -> list[TextPart]:
         """A worker's rows of a step: every so many micro-batches one, each in passes of at most `rows` rows."""
         ids, labels = self._step(step)
-        loss_tokens = sum(label != IGNORED for row in labels for label in row[1:])
+        loss_tokens = self.loss_tokens(step)
         batches = self._batches(len(ids))
         passes = sum(-(-len(batch) // rows) for batch in batches)
         return [
@@ -90,7 +115,7 @@ class TextRows(Rows[TextPart]):
 
     def heaviest(self, steps: range, share: Share, rows: int) -> TextPart | None:
         """Of the passes of some steps, one with the most rows times tokens of the longest of them."""
-        lengths = self._row_lengths()
+        lengths = self.lengths()
 
         def cost(step: int) -> tuple[int, int]:
             own = [lengths[place] for place in self.places(step)]
@@ -115,11 +140,6 @@ class TextRows(Rows[TextPart]):
             labels = rows["input_ids"] if self._spec.train.loss == "all" else rows["labels"]
             self._steps[step] = (rows["input_ids"], labels)
         return self._steps[step]
-
-    def _row_lengths(self) -> list[int]:
-        if not self._lengths:
-            self._lengths = [len(ids) for ids in self._data["input_ids"]]
-        return self._lengths
 
 
 def _spans(batch: range, rows: int) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from ray_peft.errors import ModelError, first_line
 from ray_peft.methods.base import Task
 from ray_peft.spec import LlmTrialSpec, ModelSpec
 from ray_peft.spec.identity import Content
@@ -43,6 +44,24 @@ class LlmSft(TaskType[LlmTrialSpec]):
         notes = data.notes(prepared, spec.data) + [f"caution: {caution}" for caution in cautions]
         return Inspection(notes, prepared.key, len(prepared.train), reach)
 
+    def model_content(self, model: ModelSpec) -> str | None:
+        """Of its folder; null if its own code may read anything, or it is not here."""
+        from ray_peft.tasks.llm_sft import deciding
+
+        return deciding.model_content(model)
+
+    def content(self, spec: LlmTrialSpec) -> str | None:
+        """Of models, tokenizers, rows and chat template; null with benchmarks, which lm-eval reads from anywhere."""
+        from ray_peft.tasks.llm_sft import deciding
+
+        return deciding.content(spec)
+
+    def is_prepared(self, spec: LlmTrialSpec, data_key: str) -> bool:
+        """Whether the cache still holds the tokenised rows."""
+        from ray_peft.tasks.llm_sft import content
+
+        return (content.prepared_folder(spec.data, data_key) / "counts.json").is_file()
+
     def fingerprint(self, model: ModelSpec) -> str:
         """Content of a local model, commit of a hub model."""
         from ray_peft.tasks.llm_sft.model import fingerprint
@@ -60,6 +79,20 @@ class LlmSft(TaskType[LlmTrialSpec]):
         from ray_peft.tasks.llm_sft import describe
 
         return describe.report(spec)
+
+    def rows_fit(self, spec: LlmTrialSpec) -> list[str]:
+        """Lengths and token numbers against the models' configs; weights are not looked at."""
+        from ray_peft.tasks.llm_sft import fits, model
+
+        said = []
+        for own in {part.model.name: part.model for part in (spec, *spec.members())}.values():
+            try:
+                config = model.load_config(own)
+            except ModelError as error:  # rows can be looked at with a tokenizer alone
+                said.append(f"the rows were not compared with the model: {first_line(error)}")
+            else:
+                said += fits.check(spec, own, config, _rows_to_look_at(spec))
+        return said
 
     def write_data(self, spec: LlmTrialSpec, folder: Path) -> list[Path]:
         """Write each split as JSON lines, and a few training rows of each source as the model sees them."""

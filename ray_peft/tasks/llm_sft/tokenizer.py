@@ -32,7 +32,11 @@ def load_tokenizer(spec: LlmTrialSpec) -> PreTrainedTokenizerBase:
             name, revision=spec.model.revision, trust_remote_code=spec.model.trust_remote_code, padding_side="left"
         )
     except Exception as error:  # the hub client and tokenizers raise a dozen unrelated types
-        raise ModelError(f"{name}: the tokenizer cannot be loaded: {first_line(error)}") from None
+        reason = first_line(error)
+        if is_local(name) and not (Path(name) / "tokenizer.json").exists():
+            reason = f"it holds no tokenizer.json, and none can be made from its other files ({type(error).__name__})"
+        way = "give a folder with its tokenizer's files, or name the tokenizer in model.tokenizer"
+        raise ModelError(f"{name}: the tokenizer cannot be loaded: {reason}; {way}") from None
     if spec.data.chat_template is not None:
         tokenizer.chat_template = _template_text(Path(spec.data.chat_template))
     if any(source.recipe != "text" for source in spec.data.sources):
@@ -52,8 +56,11 @@ def _template_text(file: Path) -> str:
     Raises:
         DataError: it is missing, empty, or in another encoding.
     """
+    if "{%" in str(file) or "{{" in str(file):
+        raise DataError("data.chat_template: must be the path of a file; write this template into a .jinja file")
     if not file.is_file():
-        raise DataError(f"data.chat_template: {file}: no such file")
+        what = "is a folder; name a .jinja file" if file.is_dir() else "no such file"
+        raise DataError(f"data.chat_template: {file}: {what}")
     try:
         content = file.read_bytes()
         text = content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig")

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.engine.loop import Engine
 from ray_peft.engine.member import Job, Member
+from ray_peft.engine.passes import RecordedPasses
 from ray_peft.engine.trained import Trained
+from ray_peft.engine.workers import this_worker
+from ray_peft.methods.base import Stage
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.loss import TextLoss
-from ray_peft.tasks.llm_sft.steps import TextRows
+from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedRows
+from ray_peft.tasks.llm_sft.steps import TextPart, TextRows
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 def train_stage(
@@ -40,9 +48,60 @@ def train_stage(
     set_seed(spec.seed)
     _start_as_trl(spec, model)
     if spec.train.gradient_checkpointing:
-        _recompute_activations(model)
-    computation = TextLoss(spec, model, cast(int, tokenizer.pad_token_id))
-    return Engine(Member(job, model), model, TextRows(spec, rows), computation, rehearse=rehearse).run()
+        _recompute_activations(model, random=_draws(job.stage, model))
+    data = TextRows(spec, rows)
+    plain = TextLoss(spec, model, cast(int, tokenizer.pad_token_id))
+    member = Member(job, model)
+    reason = why_not_packed(spec, job, model, data, plain)
+    if reason is None:
+        packed = PackedLoss(spec, model)
+        return Engine(member, model, PackedRows(data), packed, RecordedPasses, rehearse=rehearse).run()
+    logger.info("%s: passes run as they are: %s", spec.trial_id, reason)
+    trained = Engine(member, model, data, plain, rehearse=rehearse).run()
+    return replace(trained, passes=f"as they are, since {reason}")
+
+
+def why_not_packed(spec: LlmTrialSpec, job: Job, model: PreTrainedModel, data: TextRows, plain: TextLoss) -> str | None:
+    """Why the passes of a stage cannot be recorded; None if they can.
+
+    The loss of the heaviest pass is computed both ways, so that no model is trained on other numbers than its own.
+    """
+    import torch
+
+    config = model.config.get_text_config()
+    stage = job.stage
+    if not job.device.startswith("cuda"):
+        return "there is no GPU"
+    if not spec.train.cuda_graphs:
+        return "train.cuda_graphs is false"
+    if stage.conflicts(accumulates=True, num_workers=1):
+        return f"{stage.name} updates weights in the backward pass"
+    if spec.train.gradient_checkpointing and _draws(stage, model):
+        return "checkpointing would have to draw its dropout again"
+    if plain.balances:
+        return "a mixture of experts sends rows where their content decides"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"attention is {config._attn_implementation}"
+    part = PackedRows(data).heaviest(range(job.first_step, job.first_step + 1), this_worker(), 1)
+    assert part is not None
+    packed = PackedLoss(spec, model)
+    rows = [row for lane in part.lanes for row in lane]
+    alone = TextPart([ids for ids, _ in rows], [labels for _, labels in rows], part.loss_tokens, 1)
+    model.eval()  # type: ignore[no-untyped-call]  # without dropout
+    try:
+        with torch.no_grad():
+            usual = float(plain.loss(*(value.to(job.device) for value in plain.inputs(alone))))
+            laid = float(packed.loss(*(value.to(job.device) for value in packed.inputs(part))))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a model's own code
+        return f"its attention does not take rows one after the other ({type(error).__name__})"
+    if abs(usual - laid) > _ROUNDING[spec.train.precision] * max(abs(usual), 1e-3):
+        return f"rows one after the other have another loss ({laid:.6g}, not {usual:.6g})"
+    return None
+
+
+_ROUNDING = {"fp32": 1e-4, "bf16": 2e-2}
 
 
 def _start_as_trl(spec: LlmTrialSpec, model: PreTrainedModel) -> None:
@@ -58,7 +117,17 @@ def _start_as_trl(spec: LlmTrialSpec, model: PreTrainedModel) -> None:
                 parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)
 
 
-def _recompute_activations(model: Any) -> None:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+def _recompute_activations(model: Any, *, random: bool) -> None:
+    """Recompute activations in the backward pass; without draws there is no random state to keep for it."""
+    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": random})
     if hasattr(model, "peft_config"):
         model.enable_input_require_grads()
+
+
+def _draws(stage: Stage, model: Any) -> bool:
+    """Whether a pass draws random numbers: dropout of the adapter, or of the model itself."""
+    import torch
+
+    own = any(isinstance(layer, torch.nn.Dropout) and layer.p > 0 for layer in model.modules())
+    config = model.config.get_text_config()
+    return own or getattr(stage, "dropout", 0.0) > 0 or bool(getattr(config, "attention_dropout", 0.0))

@@ -109,10 +109,11 @@ def prepare(data: ImageDataSpec) -> Pictures:
     unusable = {each.name: result for each, result in zip(found, results, strict=True) if isinstance(result, str)}
     usable = [result for result in results if isinstance(result, _Looked)]
     if unusable and data.unusable == "fail":
+        lower = "lower data.min_side, " if any(why.startswith("too small") for why in unusable.values()) else ""
         raise DataError(
             f"data.path: {data.path}: {len(unusable)} of {len(found)} images are unusable: "
             f"{named([f'{name} ({reason})' for name, reason in unusable.items()])}; mend or remove them, "
-            "lower data.min_side, or leave them out with data.unusable: skip"
+            f"{lower}or leave them out with data.unusable: skip"
         )
     train, test, repeats = _split(usable, data, len(found))
     key = _key(data, train, test)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from ray_peft.foundation.whole import write_text
 from ray_peft.spec.text_to_image import ImageDataSpec, ImageTrialSpec
 from ray_peft.tasks.base import DataReport, SplitReport
-from ray_peft.tasks.text_to_image.data import Picture, Pictures, prepare, seen
+from ray_peft.tasks.text_to_image.data import Picture, Pictures, notes, prepare, seen
+from ray_peft.tasks.text_to_image.listing import NAMED_AT_MOST
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,6 +46,7 @@ def data_report(spec: ImageTrialSpec) -> DataReport:
         ],
         overlap={"repeats": pictures.repeats},
         overlap_lines=_overlap_lines(pictures),
+        remarks=notes(pictures, data)[1:],  # the first one counts what the table counts
     )
 
 
@@ -72,7 +74,9 @@ def _split_report(data: ImageDataSpec, split: str, chosen: Sequence[Picture], *,
 
 def _overlap_lines(pictures: Pictures) -> list[str]:
     count = f"{len(pictures.repeats):,} training images repeat held-out images and are left out"
-    return [count, *(f"{name} shows the same as {held_out}" for name, held_out in pictures.repeats.items())]
+    pairs = [f"{name} shows the same as {held_out}" for name, held_out in pictures.repeats.items()]
+    more = [f"and {len(pairs) - NAMED_AT_MOST:,} more"] if len(pairs) > NAMED_AT_MOST else []
+    return [count, *pairs[:NAMED_AT_MOST], *more]
 
 
 def _contact_sheet(chosen: Sequence[Picture], data: ImageDataSpec, view: int | None) -> Image:

@@ -54,6 +54,18 @@ class TextToImage(TaskType[ImageTrialSpec]):
         found += [*fits.prompt_notes(spec.evaluation.prompts, tokenizer), *scored]
         return Inspection(found, pictures.key, len(pictures.train), reach)
 
+    def model_content(self, model: ModelSpec) -> str | None:
+        """Of the folders of its parts; null if it is not here."""
+        from ray_peft.tasks.text_to_image import deciding
+
+        return deciding.model_content(model)
+
+    def content(self, spec: ImageTrialSpec) -> str | None:
+        """Of the pipeline, and of every file in and below the folder of images; null for a data set of the hub."""
+        from ray_peft.tasks.text_to_image import deciding
+
+        return deciding.content(spec)
+
     def fingerprint(self, model: ModelSpec) -> str:
         """Content of a local pipeline, commit of a hub one."""
         from ray_peft.tasks.text_to_image.model import fingerprint

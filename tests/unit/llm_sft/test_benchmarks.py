@@ -15,7 +15,7 @@ from ray_peft.errors import DataError, SpecError
 from ray_peft.result import Scores, TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.store.tracking.trial_run import final_metrics
-from ray_peft.tasks.base import MemberModel
+from ray_peft.tasks.base import MemberModel, Scored
 from ray_peft.tasks.llm_sft import benchmarks
 from ray_peft.tasks.llm_sft.task import LlmSft
 from ray_peft.trial import trial
@@ -232,7 +232,7 @@ def test_the_model_answers_in_the_trial_s_precision_and_is_left_as_it_was(tiny_m
         bench.model.register_forward_pre_hook(
             lambda model, args, seen=seen: seen.add((torch.is_autocast_enabled("cpu"), model.training))
         )
-        scores = bench.benchmark(Scores(bleu4=0.5))
+        scores = bench.benchmark(Scored(Scores(bleu4=0.5))).scores
         assert seen == {(precision == "bf16", False)}
         assert scores.bleu4 == 0.5
         assert scores.benchmark_rows == {"after_word/acc": 4, "after_generated/exact_match": 4}
@@ -246,16 +246,16 @@ def test_where_memory_runs_out_fewer_questions_are_asked_at_a_time(tiny_model, q
 
     asked = {"tasks": ["after_word", "after_generated"], "include_path": str(folder), "limit": 12}
     bench = LlmSft().load(asks(tiny_model, questions, {"name": "none"}, **asked), "cpu")
-    free = bench.benchmark(Scores())
+    free = bench.benchmark(Scored(Scores()))
     with holds(bench.model.model, 3) as seen:
-        assert bench.benchmark(Scores()) == free
+        assert bench.benchmark(Scored(Scores())) == free
         assert bench.lowered == {"evaluation.benchmarks.batch_size": 2}
         tried = [rows for rows in seen if rows > 3]
         assert tried == [8, 4]
-        assert bench.benchmark(Scores()) == free
+        assert bench.benchmark(Scored(Scores())) == free
         assert [rows for rows in seen if rows > 3] == tried, "what was lowered stays so"
     with holds(bench.model.model, 0), pytest.raises(torch.OutOfMemoryError):
-        bench.benchmark(Scores())
+        bench.benchmark(Scored(Scores()))
 
 
 @pytest.mark.slow
@@ -276,14 +276,14 @@ def test_an_accuracy_is_the_share_of_questions_whose_answer_is_likelier(tiny_mod
                 logs = torch.log_softmax(bench.model(ids).logits[0, len(start) - 1 : -1], dim=-1)
             chances.append(logs.gather(1, ids[0, len(start) :, None]).sum().item())
         right += chances[row["label"]] > chances[1 - row["label"]]
-    assert bench.benchmark(Scores()).benchmarks == {"after_word/acc": right / len(rows)}
+    assert bench.benchmark(Scored(Scores())).scores.benchmarks == {"after_word/acc": right / len(rows)}
 
 
 @pytest.mark.slow
 def test_code_runs_only_with_leave(tiny_model, questions, folder):
     asked = {"tasks": ["after_code"], "include_path": str(folder), "limit": 4, "allow_code_execution": True}
     bench = LlmSft().load(asks(tiny_model, questions, {"name": "none"}, **asked), "cpu")
-    assert set(bench.benchmark(Scores()).benchmarks) == {"after_code/acc"}
+    assert set(bench.benchmark(Scored(Scores())).scores.benchmarks) == {"after_code/acc"}
     assert "HF_ALLOW_CODE_EVAL" not in os.environ
 
 
@@ -318,12 +318,12 @@ def trained(shared, questions, folder):
 def test_an_ensemble_of_one_weight_answers_as_that_member(trained):
     spec, members = trained
     ensemble = LlmSft().load_ensemble(spec, [member for member, _ in members], "cpu")
-    alone = [bench.benchmark(Scores()) for _, bench in members]
-    assert set(alone[0].benchmarks) == {"afters/acc", "after_word/acc", "after_generated/exact_match"}
-    assert alone[0].benchmarks != alone[1].benchmarks
+    alone = [bench.benchmark(Scored(Scores())) for _, bench in members]
+    assert set(alone[0].scores.benchmarks) == {"afters/acc", "after_word/acc", "after_generated/exact_match"}
+    assert alone[0].scores.benchmarks != alone[1].scores.benchmarks
     for place, scores in enumerate(alone):
         ensemble.weights = [1.0 if place == other else 0.0 for other in range(3)]
-        assert ensemble.benchmark(Scores()) == scores
+        assert ensemble.benchmark(Scored(Scores())) == scores
 
 
 @pytest.mark.slow
@@ -342,4 +342,4 @@ def test_the_mixture_is_that_of_the_probabilities(trained):
     expected = 0.5 * alone[0] + 0.2 * alone[1] + 0.3 * alone[2]
     assert torch.allclose(mixed, expected, atol=1e-5)
     assert torch.allclose(mixed.sum(-1), torch.ones(1, 4), atol=1e-5)
-    assert ensemble.benchmark(Scores()).benchmark_rows["after_word/acc"] == 24
+    assert ensemble.benchmark(Scored(Scores())).scores.benchmark_rows["after_word/acc"] == 24

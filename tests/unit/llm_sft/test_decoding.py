@@ -90,6 +90,15 @@ def test_what_is_not_used_is_named(plain_folder):
     assert unused_settings(ModelSpec(name=str(plain_folder))) == []
 
 
+def test_a_model_that_sets_nothing_of_its_own_is_not_cautioned_about(plain_folder):
+    """Transformers 5 writes use_cache and output_* into every model; earlier ones wrote out all their defaults."""
+    written = {"use_cache": True, "output_attentions": False, "output_hidden_states": False, "_from_model_config": True}
+    brings(plain_folder, written | {"repetition_penalty": 1.0, "num_beams": 1, "length_penalty": 1.0, "min_length": 0})
+    assert unused_settings(ModelSpec(name=str(plain_folder))) == []
+    brings(plain_folder, written | {"num_beams": 4, "return_dict_in_generate": True})
+    assert unused_settings(ModelSpec(name=str(plain_folder))) == ["num_beams", "return_dict_in_generate"]
+
+
 def test_trained_weights_keep_the_model_s_own_settings(plain_folder, questions, tmp_path):
     brings(plain_folder, {"repetition_penalty": 1.3, "temperature": 0.0, "do_sample": True})
     row, tracker = run(TrialSpec.from_plain(tiny.plain_spec(plain_folder, questions, {"name": "full"})), tmp_path / "t")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,18 @@ def test_settings_that_make_no_model_are_refused(whole, tmp_path):
     )
     said = refused(copied(whole, tmp_path / "stored", quantization_config={"quant_method": "gptq", "bits": 4}))
     assert "stored quantised (gptq)" in said
+
+
+def test_a_word_that_a_config_s_class_does_not_know_is_said_as_such(whole, tmp_path):
+    with pytest.raises(ModelError, match="no model can be built from its config.json: .*gelooo.* is not known"):
+        models.check(ModelSpec(name=str(copied(whole, tmp_path / "copy", hidden_act="gelooo"))))
+
+
+@pytest.mark.skipif(any(map(find_spec, ("flash_attn", "kernels"))), reason="flash attention is installed")
+def test_attention_that_is_not_installed_is_refused(whole):
+    with pytest.raises(ModelError, match="^model.attention: flash_attention_2 needs the package flash-attn"):
+        models.check(ModelSpec(name=str(whole), attention="flash_attention_2"))
+    models.check(ModelSpec(name=str(whole), attention="eager"))
 
 
 def test_a_generation_config_may_be_missing_but_its_ids_are_tokens(whole, tmp_path):

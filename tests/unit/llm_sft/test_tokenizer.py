@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import templates
@@ -93,3 +94,21 @@ def test_plain_text_needs_a_token_that_ends_it(spec):
         load_tokenizer(spec(recipe="text", eos_token=None))
     assert load_tokenizer(spec(eos_token=None)).eos_token_id is None
     assert load_tokenizer(spec(recipe="text", chat_template="{{ broken")).eos_token_id is not None
+
+
+def test_a_path_that_is_no_template_file_is_said(spec, tmp_path):
+    trial = spec()
+    for path, words in (
+        (tmp_path, "is a folder; name a .jinja file"),
+        ("{{ messages }}", "must be the path of a file"),
+    ):
+        with pytest.raises(DataError, match=f"data.chat_template: .*{words}") as caught:
+            load_tokenizer(trial.changed({"data.chat_template": str(path)}))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer_is_said_with_the_way_out(spec):
+    trial = spec()
+    (Path(trial.model.name) / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="it holds no tokenizer.json.*name the tokenizer in model.tokenizer"):
+        load_tokenizer(trial)

@@ -109,6 +109,9 @@ def test_words_that_no_model_can_have_are_refused(targets):
     ("architecture", "targets", "words"),
     [
         ("llama", ("q_proj", "vv_proj"), r"^method.targets: vv_proj is no layer of a model; did you mean v_proj\?"),
+        ("llama", ("Q_Proj",), r"did you mean q_proj\?"),
+        ("llama", (" k_proj",), r"did you mean k_proj\?"),
+        ("llama", ("q_proj, v_proj",), r"did you mean \[q_proj, v_proj\]\?"),
         ("llama", ("c_attn",), "c_attn is no layer .* end in embed_tokens, q_proj, k_proj, v_proj, o_proj"),
         ("gpt2", ("q_proj",), "q_proj is no layer .* end in wpe, c_attn, c_proj, c_fc$"),
         ("llama", (".*qq.*",), "is no layer"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,12 @@ class TestForPeople:
         assert counts == [(source, "train", 10 - left_out, left_out), (source, "test", 3, 0)]
         assert report.overlap == {"repeats": pictures.repeats}
         assert report.settings["resolution"] == 64
+        assert report.remarks[0].startswith(f"{folder.name}: left out 1 image that cannot be used: bad.png (broken:")
         assert report.overlap_lines[0] == f"{left_out} training images repeat held-out images and are left out"
+
+        many = {f"{number}.png": "first.png" for number in range(1000)}
+        lines = describe._overlap_lines(replace(pictures, repeats=many))
+        assert (len(lines), lines[-1]) == (22, "and 980 more")
 
         (tmp_path / "out").mkdir()
         written = describe.write_data(trial, tmp_path / "out")

@@ -1,0 +1,232 @@
+"""Training speed of text trials on a GPU: recorded passes, passes as they are, and TRL's SFTTrainer, in one session.
+
+    RAY_PEFT_CONFIGS=configs python benchmarks/speed.py --out results --steps 30
+
+RAY_PEFT_CONFIGS names a folder of folders that hold config.json alone; weights are random, of the true shape. Rows
+have log-normal lengths like Dolly's (mean about 150 tokens), cut at the case's limit; half of each carries loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ray_peft import measure
+from ray_peft.spec import TrialSpec
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting of a study."""
+
+    model: str
+    method: dict[str, Any]
+    batch: int
+    micro: int
+    tokens: int
+    checkpointing: bool = False
+    precision: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        recomputed = ", checkpointing" if self.checkpointing else ""
+        return f"{self.model} {self.method['name']}, {self.batch} rows a step, {self.tokens} tokens{recomputed}"
+
+
+LORA, QLORA = {"name": "lora", "rank": 16}, {"name": "qlora", "rank": 16}
+GALORE = {"name": "galore", "rank": 128, "update_proj_gap": 200}
+FULL = {"name": "full"}
+CASES = [
+    Case("gemma-3-1b-it", LORA, 8, 8, 512),
+    Case("gemma-3-1b-it", QLORA, 8, 8, 512),
+    Case("gemma-2-2b", LORA, 8, 8, 512),
+    Case("gemma-2-2b", QLORA, 8, 8, 512),
+    Case("gemma-3-1b-it", QLORA, 16, 16, 2048, checkpointing=True),
+    Case("gemma-3-1b-it", LORA, 1, 1, 512),
+    Case("smollm2-135m", LORA, 16, 16, 512),
+    Case("smollm2-135m", FULL, 16, 16, 512),
+]
+STOCK_MICRO = {8: 1, 16: 4, 1: 1}
+"""Rows of a pass in the studies' own settings."""
+
+
+def spec_of(case: Case, folder: Path, steps: int, **train: Any) -> TrialSpec:
+    """The case as a trial."""
+    settings = {
+        "steps": steps, "batch_size": case.batch, "micro_batch_size": case.micro, "precision": case.precision,
+        "gradient_checkpointing": case.checkpointing, "log_every": max(1, steps // 10), "schedule": "constant", **train,
+    }  # fmt: skip
+    return TrialSpec.from_plain(
+        {
+            "task": "llm_sft",
+            "model": {"name": str(folder / case.model), "random_weights": True},
+            "data": {"sources": [{"recipe": "text", "path": "rows.jsonl", "train": 1, "test": 1}]},
+            "method": case.method,
+            "train": {"loss": "answers", **settings} | {"loss": "all"},
+            "evaluation": {"generate": False},
+        }
+    )
+
+
+def rows_of(case: Case, steps: int) -> Any:
+    """Rows for all steps."""
+    import torch
+    from datasets import Dataset
+
+    draw = torch.Generator().manual_seed(0)
+    count = steps * case.batch
+    lengths = torch.empty(count).log_normal_(4.7, 0.8, generator=draw).round().clamp(16, case.tokens).int().tolist()
+    rows = []
+    for length in lengths:
+        ids = torch.randint(10, 1000, (length,), generator=draw).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (length // 2) + ids[length // 2 :]})
+    return Dataset.from_list(rows)
+
+
+class Pad:
+    """All that a loop asks of a tokenizer."""
+
+    pad_token_id = 0
+
+
+def run(case: Case, folder: Path, steps: int, way: str) -> dict[str, Any]:
+    """Train a case one way; speed without the first third, memory of all."""
+    import torch
+    from transformers import set_seed
+
+    from ray_peft.engine.member import Job
+    from ray_peft.tasks.llm_sft import train
+    from ray_peft.tasks.llm_sft.model import load_model
+
+    stock = way == "stock"
+    if stock:
+        case = replace(case, micro=STOCK_MICRO[case.batch])
+    spec = spec_of(case, folder, steps, cuda_graphs=way == "recorded")
+    set_seed(0)
+    gc.collect()
+    torch.cuda.empty_cache()
+    model = load_model(spec, "cuda:0")
+    ((stage, _),) = spec.method.stages(steps)
+    model = stage.attach(model)
+    rows = rows_of(case, steps)
+    stamps: list[tuple[int, float]] = []
+    losses: list[float] = []
+
+    def report(metrics: Any, step: int) -> None:
+        torch.cuda.synchronize()
+        stamps.append((step, time.perf_counter()))
+        losses.append(float(metrics["train_loss"]))
+
+    torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as work:
+        job = Job(spec, stage, steps, 0, Path(work), "cuda:0", report, lambda: 0.0)
+        if stock:
+            passes = _stock(spec, job, rows, model, case, Path(work), report)
+        else:
+            passes = train.train_stage(spec, job, rows, model, Pad(), rehearse=way == "recorded").passes  # type: ignore[arg-type]
+    settled, start = next(stamp for stamp in stamps if stamp[0] >= steps // 3)
+    last, end = stamps[-1]
+    seconds = end - start
+    order = _tokens(spec, rows)
+    result = {
+        "way": way,
+        "passes": passes,
+        "rows_a_pass": case.micro,
+        "s_per_step": seconds / (last - settled),
+        "tokens_per_s": sum(order[settled:last]) / seconds,
+        "first_step_s": stamps[0][1] - begin,
+        "peak_allocated_gib": torch.cuda.max_memory_allocated() / measure.GIB,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / measure.GIB,
+        "losses": [losses[0], losses[len(losses) // 2], losses[-1]],
+    }
+    del model
+    return result
+
+
+def _tokens(spec: Any, rows: Any) -> list[int]:
+    from ray_peft.tasks.llm_sft.steps import TextRows
+
+    data = TextRows(spec, rows)
+    return [data.seen(step).tokens for step in range(spec.train.steps)]
+
+
+def _stock(spec: Any, job: Any, rows: Any, model: Any, case: Case, work: Path, report: Any) -> str:
+    """TRL's SFTTrainer as the studies call it."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])), pad_token="a", eos_token="a"
+    )
+    config = SFTConfig(
+        output_dir=str(work), max_steps=job.steps, per_device_train_batch_size=case.micro,
+        gradient_accumulation_steps=case.batch // case.micro, learning_rate=job.stage.lr, 
+        logging_steps=max(1, job.steps // 10), logging_first_step=True,
+        gradient_checkpointing=case.checkpointing, bf16=True, seed=spec.seed, data_seed=spec.seed, save_strategy="no",
+        max_length=None, packing=False, report_to="none", disable_tqdm=True, lr_scheduler_type="constant",
+    )  # fmt: skip
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if "loss" in given["logs"]:
+                report({"train_loss": given["logs"]["loss"]}, state.global_step)
+
+    labelled = rows.map(lambda row: {"labels": row["input_ids"]}, keep_in_memory=True)
+    optimizer = job.stage.optimizer(model)
+    trainer = SFTTrainer(
+        model=model, args=config, train_dataset=labelled, processing_class=tokenizer, optimizers=(optimizer, None)
+    )
+    trainer.add_callback(Watch())
+    trainer.train()
+    trainer.accelerator.free_memory()
+    return "stock"
+
+
+def main() -> None:
+    """Measure all cases, and write them as they come."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--cases", default="", help="numbers of cases, such as 0,3; default: all")
+    parser.add_argument("--ways", default="stock,plain,recorded")
+    options = parser.parse_args()
+    folder = Path(os.environ["RAY_PEFT_CONFIGS"]).absolute()
+    options.out.mkdir(parents=True, exist_ok=True)
+    chosen = [int(number) for number in options.cases.split(",") if number] or range(len(CASES))
+    found: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "gpu": measure.device_name("cuda:0"),
+        "versions": measure.versions(),
+        "command": f"speed.py --steps {options.steps} --cases {options.cases or 'all'} --ways {options.ways}",
+        "cases": {},
+    }
+    for number in chosen:
+        case = CASES[number]
+        for way in options.ways.split(","):
+            try:
+                cell = run(case, folder, options.steps, way)
+            except Exception as error:  # a cell that fails is a row
+                cell = {
+                    "way": way,
+                    "error": f"{type(error).__name__}: {error}",
+                    "trace": traceback.format_exc()[-1500:],
+                }
+            found["cases"].setdefault(case.name, []).append(cell)
+            shown = {k: v for k, v in cell.items() if k != "trace"}
+            print(case.name, json.dumps(shown), flush=True)
+            (options.out / "speed.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Passes of static shape: rows one after the other in lanes, attention inside each row, the loss of chosen places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.engine.contract import Computation, Rows, Seen, Share
+from ray_peft.spec import LlmTrialSpec
+from ray_peft.tasks.llm_sft.data import IGNORED
+from ray_peft.tasks.llm_sft.lanes import Bucket, largest_capacity, lay_out, reused
+from ray_peft.tasks.llm_sft.steps import TextRows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedPart:
+    """Rows of one pass, laid into its lanes."""
+
+    bucket: Bucket
+    lanes: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]]
+    """(ids, labels) of the rows of each lane."""
+    loss_tokens: int
+    """Tokens with loss of the whole step, over all workers: the divisor of the pass's loss."""
+    scored: float
+    """Share of the places that are scored, unless more carry loss."""
+
+
+class PackedRows(Rows[PackedPart]):
+    """The rows of a trial's steps, in passes of few static shapes."""
+
+    def __init__(self, rows: TextRows) -> None:
+        """Look at the rows: as many tokens pass at a time as so many of the longest of them take."""
+        self._rows = rows
+        self._largest = largest_capacity(max(rows.lengths()))
+        self._scored = rows.scored_share()
+        self._used: set[Bucket] = set()
+
+    def parts(self, step: int, share: Share, rows: int) -> list[PackedPart]:
+        """A worker's rows of a step, in passes of no more tokens than `rows` of the longest rows have."""
+        own = [
+            (ids, labels)
+            for part in self._rows.parts(step, share, self._rows.micro_batch)
+            for ids, labels in zip(part.ids, part.labels, strict=True)
+        ]
+        loss_tokens, most = self._rows.loss_tokens(step), rows * self._largest
+        laid = [reused(one, self._used, most) for one in lay_out([len(ids) for ids, _ in own], most, self._largest)]
+        return [
+            PackedPart(one.bucket, [[own[row] for row in lane] for lane in one.lanes], loss_tokens, self._scored)
+            for one in laid
+        ]
+
+    def size(self, part: PackedPart) -> int:
+        """How many of the longest rows take as many tokens."""
+        return -(-part.bucket.tokens // self._largest)
+
+    def seen(self, step: int) -> Seen:
+        """The tokens of a step."""
+        return self._rows.seen(step)
+
+    def epoch(self, steps: int) -> float:
+        """Epochs after so many steps."""
+        return self._rows.epoch(steps)
+
+    def heaviest(self, steps: range, share: Share, rows: int) -> PackedPart | None:
+        """Of the passes of some steps, one with the most tokens."""
+        lengths = self._rows.lengths()
+
+        def tokens(step: int) -> int:
+            own = [lengths[place] for place in self._rows.places(step)]
+            return max(one.bucket.tokens for one in lay_out(own, rows * self._largest, self._largest))
+
+        heaviest = max(steps, key=tokens)
+        return max(self.parts(heaviest, Share(), rows), key=lambda part: part.bucket.tokens)
+
+
+class PackedLoss(Computation[PackedPart]):
+    """What `TextLoss` computes, on packed rows; every tensor has a shape that the bucket decides."""
+
+    keeps_gradients = True
+
+    def __init__(self, spec: LlmTrialSpec, model: Any) -> None:
+        """Look at the model: with or without PEFT's wrapper, its causal language model's body and head."""
+        self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._autocasts = spec.train.precision == "bf16"
+        config = self._model.config.get_text_config()
+        self._windows = _windows(config)
+        self._added = config._attn_implementation == "eager"  # which adds the mask to the scores
+        self._softcap, self._scale = head_settings(config)
+
+    def inputs(self, part: PackedPart) -> Sequence[Tensor]:
+        """The tensors of a bucket.
+
+        ids, positions and document numbers (lanes, capacity) int64, of which document 0 is empty; the places that carry
+        loss in the flattened lanes, their targets (places,) int64 and weights (places,) float32. There are as many
+        places as `scored` says, or as tokens.
+        """
+        import torch
+
+        lanes, capacity = part.bucket.lanes, part.bucket.capacity
+        ids = torch.zeros(lanes, capacity, dtype=torch.int64)
+        positions, documents = torch.zeros_like(ids), torch.zeros_like(ids)
+        places: list[int] = []
+        targets: list[int] = []
+        for lane, rows in enumerate(part.lanes):
+            begin = 0
+            for number, (row, labels) in enumerate(rows, start=1):
+                end = begin + len(row)
+                ids[lane, begin:end] = torch.tensor(row)
+                positions[lane, begin:end] = torch.arange(len(row))
+                documents[lane, begin:end] = number
+                scored = [place for place in range(1, len(row)) if labels[place] != IGNORED]
+                places += [lane * capacity + begin + place - 1 for place in scored]
+                targets += [labels[place] for place in scored]
+                begin = end
+        usual = int(part.bucket.tokens * part.scored)
+        fill = (usual if len(places) <= usual else part.bucket.tokens) - len(places)
+        weights = torch.tensor([1 / max(part.loss_tokens, 1)] * len(places) + [0.0] * fill)
+        return [
+            ids,
+            positions,
+            documents,
+            torch.tensor(places + [0] * fill),
+            torch.tensor(targets + [0] * fill),
+            weights,
+        ]
+
+    def loss(self, *inputs: Tensor) -> Tensor:
+        """The pass's share of the step's mean loss [nats]."""
+        import torch
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+        ids, positions, documents, places, targets, weights = inputs
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self._autocasts):
+            body = self._model.base_model(
+                input_ids=ids, position_ids=positions, attention_mask=self._masks(documents), use_cache=False
+            )
+            hidden = body.last_hidden_state.flatten(0, 1).index_select(0, places)
+            head = self._model.get_output_embeddings()
+            log_probs = ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
+                hidden, head.weight, getattr(head, "bias", None), targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE,
+                self._softcap, self._scale, ("log_probs",),
+            )[0]  # fmt: skip
+        share: Tensor = -(log_probs.float() * weights).sum()
+        return share
+
+    def _masks(self, documents: Tensor) -> Any:
+        """Who sees whom, (lanes, 1, capacity, capacity): a row itself alone, backwards, within the window if any.
+
+        Boolean, or as numbers that eager attention adds to the scores. By kind of layer where a model has several.
+        """
+        import torch
+
+        place = torch.arange(documents.shape[1], device=documents.device)
+        distance = place[:, None] - place[None, :]
+        same = documents[:, None, :, None] == documents[:, None, None, :]
+        masks = {}
+        for kind, window in self._windows.items():
+            seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            mask = same & seen
+            if self._added:
+                dtype = torch.bfloat16 if self._autocasts else self._model.dtype
+                least = torch.finfo(dtype).min
+                mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, least)
+            masks[kind] = mask
+        return masks if len(masks) > 1 or "" not in masks else masks[""]
+
+
+def _windows(config: Any) -> dict[str, int | None]:
+    """Kinds of attention layers, and on how many tokens each looks back; one kind, "", where the model has one mask."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" in kinds and "full_attention" in kinds or kinds == {"sliding_attention"}:
+        return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
+    return {"": None if kinds == {"full_attention"} else window}
+
+
+def head_settings(config: Any) -> tuple[float | None, float]:
+    """The output layer's soft cap, and the factor on its logits, as TRL 1.16 reads them (trainer/utils.py)."""
+    scale = next(
+        (
+            value
+            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
+            if (value := getattr(config, name, None)) is not None
+        ),
+        None,
+    )
+    divisor = getattr(config, "logits_scaling", None)
+    if scale is None and divisor is not None:
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    return getattr(config, "final_logit_softcapping", None), 1.0 if scale is None else float(scale)

@@ -1,0 +1,125 @@
+"""Rows laid one after the other have the losses and the gradients of rows apart."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from ray_peft.engine.contract import Share
+from ray_peft.engine.loop import Engine
+from ray_peft.engine.member import Job, Member
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks.llm_sft.loss import TextLoss
+from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedRows
+from ray_peft.tasks.llm_sft.steps import TextRows
+
+SIZES = {
+    "vocab_size": 272, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3, "pad_token_id": 258,
+}  # fmt: skip
+WINDOW = {"head_dim": 16, "sliding_window": 16}
+ARCHITECTURES = {
+    "llama": SIZES,
+    "qwen2": SIZES,
+    "qwen3": SIZES | {"head_dim": 16},
+    "mistral": SIZES | {"sliding_window": 16},
+    "gemma2": SIZES | WINDOW | {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
+    "gemma3_text": SIZES | WINDOW | {"layer_types": ["sliding_attention", "full_attention"]},
+    "granite": SIZES | {"logits_scaling": 4.0},
+    "phi3": SIZES,
+    "gpt_neox": SIZES,
+    "gpt2": {
+        "vocab_size": 272, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.3,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    with tiny.one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Rows of many lengths, the second half of each with loss."""
+    draw = torch.Generator().manual_seed(0)
+    made = []
+    for index in range(21):
+        ids = torch.randint(3, 250, (5 + 11 * (index % 8),), generator=draw).tolist()
+        made.append({"input_ids": ids, "labels": [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]})
+    return Dataset.from_list(made)
+
+
+def spec(method=None, **changes):
+    sizes = {"train__batch_size": 8, "train__micro_batch_size": 4}
+    return TrialSpec.from_plain(tiny.plain_spec("m", "rows.jsonl", method or {"name": "none"}, **sizes | changes))
+
+
+def model(name, **changes):
+    torch.manual_seed(0)
+    built = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **ARCHITECTURES[name], **changes)).float()
+    add_fused_lm_head(built)
+    return built.train()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_losses_and_gradients_are_those_of_rows_apart(name, rows):
+    trial, built = spec(), model(name)
+    apart = TextRows(trial, rows)
+    seen = []
+    for data, computation in ((apart, TextLoss(trial, built, 258)), (PackedRows(apart), PackedLoss(trial, built))):
+        built.zero_grad()
+        total = 0.0
+        for part in data.parts(1, Share(), 4):
+            loss = computation.loss(*computation.inputs(part))
+            loss.backward()
+            total += float(loss)
+        seen.append((total, [p.grad.clone() for p in built.parameters() if p.grad is not None]))
+    (usual, theirs), (packed, ours) = seen
+    assert packed == pytest.approx(usual, rel=1e-5)
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("micro", [1, 4, 8])
+@pytest.mark.parametrize("loss", ["answers", "all"])
+def test_a_whole_training_has_the_numbers_of_rows_apart(rows, tmp_path, micro, loss):
+    method = {"name": "full", "lr": 0.003, "weights": "float32"}
+    trial = spec(method, train__steps=7, train__micro_batch_size=micro, train__loss=loss)
+    logs = []
+    start = model("llama")
+    for way in ("apart", "packed"):
+        built = copy.deepcopy(start)
+        add_fused_lm_head(built)
+        built.requires_grad_(True)
+        log = []
+        job = Job(trial, trial.method, 7, 0, tmp_path / way, "cpu", lambda m, s, log=log: log.append(m), lambda: 0.0)
+        data = TextRows(trial, rows)
+        member = Member(job, built)
+        if way == "apart":
+            outcome = Engine(member, built, data, TextLoss(trial, built, 258)).run()
+        else:
+            outcome = Engine(member, built, PackedRows(data), PackedLoss(trial, built)).run()
+        logs.append((log, outcome.tokens))
+    (usual, tokens), (packed, as_many) = logs
+    assert len(usual) == len(packed) == 7
+    assert tokens == as_many
+    for one, other in zip(packed, usual, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_workers_share_the_rows_of_a_step(rows):
+    data = PackedRows(TextRows(spec(), rows))
+    whole = [ids for part in data.parts(0, Share(), 4) for lane in part.lanes for ids, _ in lane]
+    shared = [
+        ids for rank in range(2) for part in data.parts(0, Share(rank, 2), 4) for lane in part.lanes for ids, _ in lane
+    ]
+    assert sorted(shared) == sorted(whole)
+    assert len(whole) == 8
