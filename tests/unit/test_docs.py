@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from untracked import run
 
 import ray_peft
 from ray_peft import cli, space
@@ -160,3 +161,27 @@ def test_examples_run_up_to_the_start(page, text, request, monkeypatch, tmp_path
     assert cli.main(["data", str(file), *smaller]) == 0
     assert cli.main(["plan", str(file), *smaller]) == 0
     assert "trials, checked" in capsys.readouterr().out
+
+
+def test_the_trial_of_how_it_works_trains_and_is_scored(rows, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_PEFT_MODEL", str(tiny_model))
+    monkeypatch.setenv("RAY_PEFT_DATA", str(rows))
+    (text,) = blocks(ROOT / "docs" / "how_it_works.md", "yaml")
+    (trial,) = space.parse(text, "how_it_works.md").trials
+    row, _ = run(trial, tmp_path / "trial")
+    assert (row.status, row.steps) == ("finished", 4), row.error
+    assert row.scores.eval_loss is not None
+    assert row.scores.generated_rows == 4
+    # What results.md says of a trial's folder.
+    names = {path.name for path in (tmp_path / "trial").iterdir()}
+    assert names >= {"metrics.jsonl", "samples.jsonl", "answers.jsonl", "losses.jsonl", "adapter"}
+
+
+def test_the_tasks_of_make_and_bootstrap_in_documents_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[0].split())
+    tasks = set(re.findall(r"^    ([\w-]+)   ", (ROOT / "bootstrap.py").read_text(encoding="utf-8"), re.MULTILINE))
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        assert set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)?)\b(?=`|  )", text)) <= targets
+        assert set(re.findall(r"bootstrap\.py ([a-z]+)", text)) <= tasks
