@@ -64,7 +64,7 @@ class Work:
     trials: Sequence[TrialSpec]
     """In the order of starting; empty if a search proposes them."""
     draws: Draws | None
-    """The search; null where the trials are known."""
+    """The search; None where the trials are known."""
     samples: int
     """Proposals at most."""
     members: Mapping[str, TrialResult]
