@@ -20,7 +20,11 @@ def run_ensemble(life: Life) -> TrialResult:
     life.memory.start()  # before loading: that all members are held at once is what an ensemble costs
     with tempfile.TemporaryDirectory(prefix="ray_peft_members_") as scratch:
         with life.clock.phase("load"):
-            models = [MemberModel(row.spec, _weights(life, row, Path(scratch) / row.trial_id)) for row in rows]
+            # The members as they are named today: an earlier row's files may have been elsewhere.
+            models = [
+                MemberModel(member, _weights(life, row, Path(scratch) / row.trial_id))
+                for member, row in zip(spec.members(), rows, strict=True)
+            ]
             bench = TASKS[spec.task].load_ensemble(spec, models, place.device)
         life.provenance = life.provenance.model_copy(update=provenance(bench, place))
         life.lowered = bench.lowered

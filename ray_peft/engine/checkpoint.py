@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,11 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with (partial / STATE_FILE).open("wb") as file:
-        torch.save(state, file)
+        whole = _Whole(file)
+        try:
+            torch.save(state, whole)
+        except RuntimeError as error:  # torch has an error of its own for a file that could not be written
+            raise whole.failure or error from None
         file.flush()
         os.fsync(file.fileno())
     shutil.rmtree(target, ignore_errors=True)
@@ -30,6 +34,24 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> None:
     for old in folder.glob("checkpoint-*"):
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
+
+
+class _Whole:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.failure: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def read_last(folder: Path, device: str) -> tuple[Path, dict[str, Any]] | None:

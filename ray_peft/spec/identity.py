@@ -67,7 +67,9 @@ def trial_id(spec: TrialSpec, content: Content | None, members: Sequence[str] = 
         members: of an ensemble, the ids of its members.
     """
     if content is None:
-        known: object = [spec.model.name, spec.model.revision, spec.model.tokenizer, spec.data.plain()]
+        left_out = CHANGES_NO_RESULT.get(type(spec.data).__name__, frozenset())
+        data = {name: value for name, value in spec.data.plain().items() if name not in left_out}
+        known: object = [spec.model.name, spec.model.revision, spec.model.tokenizer, data]
     else:
         # A commit is one of its repository, so the name belongs to it; a folder may lie anywhere.
         known = [hub_name(spec.model.name), asdict(content)]

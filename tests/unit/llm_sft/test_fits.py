@@ -152,7 +152,9 @@ def test_a_plan_says_so_before_weights_are_read(tiny_model, questions, tmp_path)
     import shutil
 
     shutil.copytree(tiny_model, tmp_path / "small")
-    config = json.loads((tmp_path / "small" / "config.json").read_text(encoding="utf-8"))
-    (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"vocab_size": 257}), encoding="utf-8")
+    path = tmp_path / "small" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"vocab_size": 257, "pad_token_id": None}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    plain = tiny.plain_spec(tmp_path / "small", questions, model__random_weights=True)
     with pytest.raises(RayPeftError, match="embedding of 257 tokens"):
-        TASKS["llm_sft"].inspect(TrialSpec.from_plain(tiny.plain_spec(tmp_path / "small", questions)))
+        TASKS["llm_sft"].inspect(TrialSpec.from_plain(plain))

@@ -154,7 +154,7 @@ def test_a_mixture_in_4_bits_says_that_its_experts_are_not(built, questions):
 
 def test_notes_of_the_method_are_told_once_and_kept(built, questions, capsys):
     trials = [spec_of(built("gpt2"), questions, GALORE | {"lr": lr}) for lr in (0.001, 0.002)]
-    notes = inspect_trials(trials, Console())
+    notes = inspect_trials(trials, Console()).notes
     (said,) = [note for note in notes if note.startswith("method: ")]
     assert said in capsys.readouterr().out
     assert "of the trained weights of" in said
