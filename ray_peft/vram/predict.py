@@ -59,7 +59,7 @@ class Prediction:
     """Peak of the allocator's segments in training."""
     evaluation: int | None
     """Peak of tensors outside of training, at most: while held-out rows are scored and answered, or images encoded,
-    scored and made; null where nothing can say."""
+    scored and made; None where nothing can say."""
 
     @property
     def needed(self) -> int:
@@ -91,9 +91,9 @@ def predict(
         shape: its model's.
         longest_tokens: of a training row, at most `data.max_length`.
         longest_scored: of a row or prompt outside of training; None takes that of training.
-        padded: rows of a pass differ in length; null assumes it where a pass holds several.
+        padded: rows of a pass differ in length; None assumes it where a pass holds several.
         gpu: decides the workspace of matrix products and the slack of the allocator.
-        others: the shapes of `vae` and `text_encoder` beside a UNet; null predicts nothing of what they take.
+        others: the shapes of `vae` and `text_encoder` beside a UNet; None predicts nothing of what they take.
 
     Raises:
         NotImplementedError: the task has no prediction.
