@@ -143,8 +143,8 @@ def swept(out: Path, trials: list[TrialSpec], cap_gib: float | None = None) -> l
         templates=[trial.plain() for trial in trials],
     )  # fmt: skip
     outcome = ray_peft.sweep(space, out=out, gpu_memory_gib=cap_gib, console=Console())
-    rows = {result.trial_id: result for result in outcome.results}
-    return [row(rows[trial.trial_id], Ledger(out).trial_folder(trial.trial_id)) for trial in trials]
+    # In the order of the plan; ids are those of their content.
+    return [row(result, Ledger(out).trial_folder(result.trial_id)) for result in outcome.results]
 
 
 def row(result: ray_peft.TrialResult, folder: Path) -> dict[str, Any]:

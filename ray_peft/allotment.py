@@ -28,7 +28,7 @@ class Card:
 
 
 def card(nodes: Sequence[Node], gpu_memory_gib: float | None = None) -> Card | None:
-    """The GPU to plan for; null where there is none, or nothing says how large it is.
+    """The GPU to plan for; None where there is none, or nothing says how large it is.
 
     Args:
         nodes: the cluster's.
@@ -47,7 +47,7 @@ class Allotment:
     """The demands of trials, made once each."""
 
     def __init__(self, nodes: list[Node], gpu_memory_gib: float | None = None) -> None:
-        """`gpu_memory_gib` is what trials may take of a GPU, to see whether they fit a smaller one; null is all."""
+        """`gpu_memory_gib` is what trials may take of a GPU, to see whether they fit a smaller one; None is all."""
         self._nodes = nodes
         self._limit = gpu_memory_gib
         self._card = card(nodes, gpu_memory_gib)

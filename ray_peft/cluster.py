@@ -36,7 +36,7 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
     """Nodes of a Ray cluster, which is left at the end; a local one is stopped.
 
     Args:
-        address: of a cluster to join; null takes RAY_ADDRESS, else a cluster that this process is already part of,
+        address: of a cluster to join; None takes RAY_ADDRESS, else a cluster that this process is already part of,
             else starts a local one without a dashboard, which listens on this machine alone.
         verbose: print the workers' output.
 

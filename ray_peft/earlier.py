@@ -45,7 +45,7 @@ class Rows:
             self._by_settings.setdefault(canonical(settings(row.spec)), []).insert(0, row)  # the newest first
 
     def answering(self, trial: TrialSpec) -> TrialResult | None:
-        """The row of a trial that is settled, under the keys of today; null if it must run."""
+        """The row of a trial that is settled, under the keys of today; None if it must run."""
         candidates = self._alike(trial)
         if not candidates:
             return None
@@ -59,7 +59,7 @@ class Rows:
         return None
 
     def changed(self, trial: TrialSpec, taken: set[str]) -> str | None:
-        """What has changed since a trial of these names was finished; null if there was none.
+        """What has changed since a trial of these names was finished; None if there was none.
 
         Args:
             trial: one without an answer.
@@ -87,7 +87,7 @@ class Rows:
         return released is not None and (made.model_fingerprint, made.data_key) == (released.model, released.data)
 
     def _of_release(self, row: TrialResult, trial: TrialSpec) -> Content | None:
-        """What release 0.1.0 would have called today's content; null if the row is of a later one."""
+        """What release 0.1.0 would have called today's content; None if the row is of a later one."""
         if row.provenance.versions.get("ray-peft", "0.1.0") != "0.1.0":
             return None
         key = canonical([row.spec.data.plain(), trial.model.plain(), trial.data.plain(), trial.loss_line()])

@@ -1,25 +1,25 @@
-"""Every exception raised on purpose, as a tree.
+"""The exceptions that ray_peft raises on purpose, as a tree.
 
     RayPeftError
-        SpecError            one trial's settings cannot mean what they say
-        SearchSpaceError     a search space file is wrong: all problems at once
-        DataError            a data file is missing, malformed or too small, or rows repeat held-out rows
+        SpecError            the settings of one trial contradict each other or cannot be carried out
+        SearchSpaceError     a search space file is wrong; the text lists all of its problems
+        DataError            a data file is missing, malformed or too small, or training rows repeat held-out rows
         ModelError           a model or its tokenizer cannot be used
-        StorageError         a folder cannot be written: a full disk, one that is read-only, or went away
-        PlacementError       the cluster cannot hold what was asked for
-        TrackingError        the tracking store cannot be reached or lost a result
-        TrialFailed          a trial crashed: raised by single runs, a row in sweeps
+        StorageError         a folder cannot be written: the disk is full, read-only or gone
+        PlacementError       the cluster cannot be reached, or lacks the resources that a trial needs
+        TrackingError        the tracking store cannot be reached, or a result could not be stored in it
+        TrialFailed          a trial crashed; a single run raises this, a sweep keeps the trial as a failed row
 
-A `RayPeftError` is the user's to mend: the command line prints its text and exits with 2.
+The user can correct what a `RayPeftError` reports: the command line prints its text and exits with code 2.
 """
 
 
 class RayPeftError(Exception):
-    """Base of all errors that carry a message for the user; never shown with a traceback."""
+    """Base of all errors whose text is written for the user; it is shown without a traceback."""
 
 
 class SpecError(RayPeftError):
-    """A trial's settings cannot mean what they say."""
+    """The settings of a trial contradict each other or cannot be carried out."""
 
 
 class SearchSpaceError(RayPeftError):
@@ -27,7 +27,7 @@ class SearchSpaceError(RayPeftError):
 
 
 class DataError(RayPeftError):
-    """A data file is missing, malformed or holds fewer rows than asked for."""
+    """A data file is missing or malformed, has too few usable rows, or its training rows repeat held-out rows."""
 
 
 class ModelError(RayPeftError):
@@ -35,11 +35,11 @@ class ModelError(RayPeftError):
 
 
 class StorageError(RayPeftError):
-    """A folder cannot be written: the disk is full, read-only, or went away."""
+    """A folder cannot be written: the disk is full, read-only or gone."""
 
 
 class PlacementError(RayPeftError):
-    """The cluster cannot hold what a trial asks for."""
+    """The cluster cannot be reached, or lacks the resources that a trial needs."""
 
 
 class TrackingError(RayPeftError):
@@ -47,10 +47,10 @@ class TrackingError(RayPeftError):
 
 
 class TrialFailed(RayPeftError):
-    """A trial crashed; the text is its reason."""
+    """A trial crashed; the text says why."""
 
 
 def first_line(reason: BaseException | str | None) -> str:
-    """The first line of a reason, for where there is room for one; of an error without text its type's name."""
+    """The first line of a reason. If an error has no text, the name of its type stands in for it."""
     lines = str(reason or "").strip().splitlines()
     return lines[0] if lines else type(reason).__name__ if isinstance(reason, BaseException) else ""

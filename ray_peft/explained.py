@@ -31,8 +31,21 @@ def explain(error: ValidationError, prefix: str = "") -> Iterator[str]:
         elif problem["type"] == "value_error":
             for line in problem["msg"].removeprefix("Value error, ").splitlines():
                 yield f"{key}: {line}" if key else line
+        elif problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            yield f"{key}.{_of_known_names(problem)}"
         else:
-            yield f"{key or 'trial'}: {problem['msg']}{found}{_quotes(problem['type'], problem['input'])}"
+            yield f"{key or 'trial'}: {problem['msg']}{found}{_way_out(problem['type'], problem['input'])}"
+
+
+def _of_known_names(problem: ErrorDetails) -> str:
+    """What is said of a part whose name, such as that of a method, is unknown or missing."""
+    context = problem.get("ctx", {})
+    field, tag = str(context["discriminator"]).strip("'"), context.get("tag")
+    if tag is None:
+        return f"{field}: missing (found {short(problem['input'])})"
+    known = [name.strip(" '") for name in str(context["expected_tags"]).split(",")]
+    near = difflib.get_close_matches(str(tag).lower(), known, n=1)
+    return f"{field}: must be one of {', '.join(known)} (found {tag!r}){f'; did you mean {near[0]}?' if near else ''}"
 
 
 def _own(problems: list[ErrorDetails]) -> Iterator[ErrorDetails]:
@@ -54,8 +67,12 @@ def _own(problems: list[ErrorDetails]) -> Iterator[ErrorDetails]:
         yield problem
 
 
-def _quotes(kind: str, value: Any) -> str:
-    """The way out where quotes, or their absence, made YAML read something else than was meant."""
+def _way_out(kind: str, value: Any) -> str:
+    """The way out where YAML reads something else than was meant."""
+    if kind == "dict_type" and isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        return "; several stand in {grid: [...]}"
+    if kind == "dict_type" and isinstance(value, str) and value.isidentifier():
+        return f"; write {{name: {value}}}"
     if kind == "string_type" and isinstance(value, bool | int | float):
         return "; write it in quotes"
     if kind in ("int_type", "float_type") and isinstance(value, str) and _NUMBER.fullmatch(value.strip()):

@@ -47,7 +47,7 @@ def export(
         run_id: the run of a finished trial.
         form: `adapter` as PEFT reads it, or `merged`: the whole model, adapters added to the (dequantised) base.
         dtype: of the written weights.
-        out: the folder; null is `exports/<trial id>-<form>-<dtype>`.
+        out: the folder; None is `exports/<trial id>-<form>-<dtype>`.
         tracking_uri: the MLflow store.
         trust_remote_code: run Python code that the run's spec trusts; without it such a run is refused.
 

@@ -25,7 +25,7 @@ class Size:
     runs: TrialSpec
     """The trial, with what `train.fit: auto` chose in place."""
     prediction: Prediction | None
-    """Null where nothing can predict it."""
+    """None where nothing can predict it."""
     chosen: dict[str, int | bool] = field(default_factory=dict)
     """What `train.fit: auto` chose for it, by key."""
     less: tuple[Suggestion, ...] = ()
@@ -39,7 +39,7 @@ class Size:
         return (found.needed, found.peak_reserved) if found is not None else (0, 0)
 
     def need(self, trial_id: str, gpu: Gpu) -> Need | None:
-        """For its placement; null where nothing predicts it."""
+        """For its placement; None where nothing predicts it."""
         if self.prediction is None:
             return None
         most, least = gpu.footprint(self.prediction.needed), gpu.footprint(self.prediction.peak_reserved)
@@ -53,14 +53,14 @@ class Forecast:
 
     trial: TrialSpec
     prediction: Prediction | None
-    """Null where nothing can predict it."""
+    """None where nothing can predict it."""
     chosen: dict[str, int | bool] = field(default_factory=dict)
     """What `train.fit: auto` chooses for it, by key."""
     fits: bool | None = None
-    """Null where no GPU was named."""
+    """None where no GPU was named."""
     gpu_fraction: float | None = None
     order: int | None = None
-    """Place in the order of starting, from 1; null for what does not fit."""
+    """Place in the order of starting, from 1; None for what does not fit."""
     suggestions: tuple[Suggestion, ...] = ()
     """For what does not fit."""
 

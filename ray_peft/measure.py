@@ -60,7 +60,7 @@ class Clock:
 
 @dataclass
 class Peaks:
-    """Peak memory of a phase [GiB]; null where the device has no such number."""
+    """Peak memory of a phase [GiB]; None where the device has no such number."""
 
     allocated_gib: float | None = None
     reserved_gib: float | None = None
@@ -165,7 +165,7 @@ class _Sampler(threading.Thread):
         self.join()
 
     def peaks(self) -> tuple[float | None, float]:
-        """Peaks so far [GiB]: the whole GPU (null without NVML), resident memory."""
+        """Peaks so far [GiB]: the whole GPU (None without NVML), resident memory."""
         return (self._used / GIB if self._gpu is not None else None), self._rss / GIB
 
 
@@ -179,7 +179,7 @@ class GpuMemory:
 
 
 def gpu_memory(identity: str) -> GpuMemory | None:
-    """Name and memory of a GPU without a CUDA context on it; null where NVML does not answer.
+    """Name and memory of a GPU without a CUDA context on it; None where NVML does not answer.
 
     Args:
         identity: an entry of CUDA_VISIBLE_DEVICES: an index, or a UUID.
@@ -241,7 +241,7 @@ def gpu_holders() -> list[tuple[int, float]]:
 
 
 def _nvml_handle() -> object | None:
-    """NVML's handle of the GPU that torch calls current; null where NVML does not answer."""
+    """NVML's handle of the GPU that torch calls current; None where NVML does not answer."""
     import torch
 
     try:
@@ -251,7 +251,7 @@ def _nvml_handle() -> object | None:
         # The UUID holds across CUDA_VISIBLE_DEVICES, an index does not.
         uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
         handle: object = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-    except Exception:  # NVML raises its own family of errors; the measurement is then null
+    except Exception:  # NVML raises its own family of errors; the measurement is then None
         return None
     return handle
 
@@ -288,7 +288,7 @@ def device_name(device: str) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this package's working tree, with "+dirty" where it was changed; null outside a repository."""
+    """The commit of this package's working tree, with "+dirty" where it was changed; None outside a repository."""
     here = Path(__file__).resolve().parent
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:

@@ -18,9 +18,9 @@ class Node:
     cpus: int
     gpus: int
     gpu_name: str | None = None
-    """As the driver writes it; null where it was not asked or does not answer."""
+    """As the driver writes it; None where it was not asked or does not answer."""
     gpu_memory_gib: float | None = None
-    """What is free on the smallest of its GPUs before the first trial; null where that is not known."""
+    """What is free on the smallest of its GPUs before the first trial; None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Demand:
     cpus_per_worker: int
     gpus_per_worker: float
     gpu_memory_gib: float | None = None
-    """What it may take of each of its GPUs, the CUDA context included; null: its share of the GPU."""
+    """What it may take of each of its GPUs, the CUDA context included; None: its share of the GPU."""
     needed_gib: float | None = None
-    """What of each GPU must be free before it starts; null where nothing predicts it."""
+    """What of each GPU must be free before it starts; None where nothing predicts it."""
     chosen: Mapping[str, int | bool] = field(default_factory=dict)
     """What `train.fit: auto` chose for it, by key."""
 

@@ -15,7 +15,7 @@ Status = Literal["finished", "failed", "out_of_memory", "cancelled"]
 
 
 class Scores(Measured):
-    """Quality on the held-out rows; null where it was not measured."""
+    """Quality on the held-out rows; None where it was not measured."""
 
     eval_loss: float | None = None
     """Text: mean negative log-likelihood of the answers' tokens [nats]. Images: mean squared error of what the UNet
@@ -55,15 +55,15 @@ class Usage(Measured):
     """What the trial cost. GiB = 2**30 bytes; the training phase alone unless a field says otherwise."""
 
     peak_allocated_gib: float | None = None
-    """Peak of tensors on one GPU, reset after loading; null on a CPU."""
+    """Peak of tensors on one GPU, reset after loading; None on a CPU."""
     peak_reserved_gib: float | None = None
-    """Peak of the allocator's segments on one GPU; null on a CPU."""
+    """Peak of the allocator's segments on one GPU; None on a CPU."""
     evaluation_allocated_gib: float | None = None
-    """Peak of tensors on one GPU while the trial is scored and makes things to look at; null on a CPU."""
+    """Peak of tensors on one GPU while the trial is scored and makes things to look at; None on a CPU."""
     device_used_gib: float | None = None
-    """Peak in use on the whole GPU by all processes, from NVML; null on a CPU."""
+    """Peak in use on the whole GPU by all processes, from NVML; None on a CPU."""
     spilled_gib: float | None = None
-    """Reserved memory beyond what the GPU has, which lies in the host's memory and is slow; null on a CPU."""
+    """Reserved memory beyond what the GPU has, which lies in the host's memory and is slow; None on a CPU."""
     peak_rss_gib: float | None = None
     """Peak resident memory of the worker process."""
     wall_time_s: float = 0.0
@@ -98,7 +98,7 @@ class Provenance(Strict):
     gpus_per_worker: float = 0.0
     hostname: str = ""
     git_commit: str | None = None
-    """Commit of the working tree, with "+dirty" if it had changes; null outside a repository."""
+    """Commit of the working tree, with "+dirty" if it had changes; None outside a repository."""
     model_fingerprint: str | None = None
     """SHA-256 of the model's config and weight index, or its hub commit."""
     data_key: str | None = None
@@ -124,7 +124,7 @@ class TrialResult(Measured):
     steps: int = 0
     """Optimizer steps done."""
     resumed_from_step: int | None = None
-    """Where the trial's last attempt went on; null for one that ran in one go. `usage` adds up over the attempts,
+    """Where the trial's last attempt went on; None for one that ran in one go. `usage` adds up over the attempts,
     without what was done twice."""
     passes: str = ""
     """How its training ran forward and backward passes: recorded, or why not."""
@@ -150,7 +150,7 @@ class TrialResult(Measured):
     """Share of the base's weights that are in 4 bits; None where none is meant to be, or where it was not counted."""
     mlflow_run_id: str | None = None
     untracked: str | None = None
-    """Why the tracking store lacks this result; null if it has it."""
+    """Why the tracking store lacks this result; None if it has it."""
     error: str | None = None
     """Why a trial that is not finished ended; one line first, details below."""
     provenance: Provenance = Provenance()

@@ -62,7 +62,7 @@ class Range:
         return [float(value)]
 
     def all(self) -> Sequence[int] | None:
-        """Every draw; null where there are endlessly many."""
+        """Every draw; None where there are endlessly many."""
         if self.kind == "choice":
             return range(len(self.arguments))
         return range(*self.arguments) if self.kind == "randint" else None
@@ -131,7 +131,7 @@ class Draws:
         return {key: where.distribution() for key, where in self._ranges.items()}
 
     def next(self) -> TrialSpec | None:
-        """The next trial, settled; null if there is none that was not tried."""
+        """The next trial, settled; None if there is none that was not tried."""
         for _ in range(PATIENCE):
             if (trial := self._fresh()) is not None:
                 return trial
@@ -175,7 +175,7 @@ class Draws:
         return score
 
     def _made(self, draws: Mapping[str, Any]) -> TrialSpec | None:
-        """The trial that draws make, settled; null if they make no valid one, which is said once."""
+        """The trial that draws make, settled; None if they make no valid one, which is said once."""
         values = {key: self._ranges[key].value(draw) for key, draw in draws.items()}
         try:
             return self._inspector.settled(fill(self._space.templates[0], values, self._space.name))

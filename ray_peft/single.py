@@ -37,13 +37,13 @@ def run(
 
     Args:
         spec: a trial, its plain form, or a YAML file that holds exactly one.
-        out: folder for the trial's files; null is `outputs/<trial id>`.
-        address: Ray cluster to join; null starts a local one.
-        tracking_uri: MLflow store; null as in `experiment.tracking_uri`.
+        out: folder for the trial's files; None is `outputs/<trial id>`.
+        address: Ray cluster to join; None starts a local one.
+        tracking_uri: MLflow store; None as in `experiment.tracking_uri`.
         overrides: `key.path=value` settings that replace those of a YAML file.
         profile: a profile of the YAML file.
-        gpu_memory_gib: what the trial may take of a GPU, to see whether it fits a smaller one; null is all of it.
-        console: where progress is written; null is silent.
+        gpu_memory_gib: what the trial may take of a GPU, to see whether it fits a smaller one; None is all of it.
+        console: where progress is written; None is silent.
 
     Raises:
         RayPeftError: a wrong spec, missing data or model, a store or cluster out of reach.

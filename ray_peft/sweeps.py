@@ -61,14 +61,14 @@ def sweep(
 
     Args:
         space: a search space or its file.
-        out: folder for results; null is `outputs/<name of the space>`.
-        address: Ray cluster to join; null starts a local one.
-        tracking_uri: MLflow store; null as in `experiment.tracking_uri`.
+        out: folder for results; None is `outputs/<name of the space>`.
+        address: Ray cluster to join; None starts a local one.
+        tracking_uri: MLflow store; None as in `experiment.tracking_uri`.
         overrides: `key.path=value` settings that replace those of the file.
         profile: a profile of the search space, whose settings come before `overrides`.
         fresh: run finished trials again; their earlier rows are kept under another name.
-        gpu_memory_gib: what a trial may take of a GPU, to see whether it fits a smaller one; null is all of it.
-        console: where progress is written; null is silent.
+        gpu_memory_gib: what a trial may take of a GPU, to see whether it fits a smaller one; None is all of it.
+        console: where progress is written; None is silent.
 
     Raises:
         RayPeftError: a wrong search space, missing data or model, a store or cluster out of reach. Nothing was started.
@@ -151,7 +151,7 @@ class _Plan:
     todo: list[TrialSpec]
     earlier: Earlier
     draws: Draws | None
-    """What proposes the trials one by one; null where they are known."""
+    """What proposes the trials one by one; None where they are known."""
     total: int
     """Trials that the sweep is to end with."""
 

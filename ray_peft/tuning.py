@@ -64,7 +64,7 @@ class Work:
     trials: Sequence[TrialSpec]
     """In the order of starting; empty if a search proposes them."""
     draws: Draws | None
-    """The search; null where the trials are known."""
+    """The search; None where the trials are known."""
     samples: int
     """Proposals at most."""
     members: Mapping[str, TrialResult]
@@ -262,4 +262,6 @@ def _reason(trial: Any) -> str:
     path = getattr(trial, "error_file", None)
     text = Path(path).read_text(encoding="utf-8", errors="replace") if path and Path(path).is_file() else ""
     lines = [line for line in text.strip().splitlines() if line.strip()]
-    return f"the worker died: {lines[-1].strip()}\n\n{text}" if lines else "the worker died without a word"
+    if not lines:
+        return "the worker ended without leaving an error"
+    return f"the worker died: {lines[-1].strip()}\n\n{text}"

@@ -43,7 +43,7 @@ class Assignment:
 
 
 def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResult | None:
-    """Run a trial in this process; returns its row, or null on ranks above 0."""
+    """Run a trial in this process; returns its row, or None on ranks above 0."""
     demand = assignment.demand
     device = _device(demand)
     room = _room(demand, device)
@@ -170,7 +170,7 @@ def _device(demand: Demand) -> str:
 
 
 def _room(demand: Demand, device: str) -> float | None:
-    """GiB of the GPU that the trial may take; null if it has the GPU to itself."""
+    """GiB of the GPU that the trial may take; None if it has the GPU to itself."""
     if device == "cpu" or demand.gpu_memory_gib is not None or demand.gpus_per_worker >= 1:
         return demand.gpu_memory_gib
     import torch

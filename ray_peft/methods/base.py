@@ -83,7 +83,7 @@ class Stage(Method):
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Clip the gradient's global norm to this; null does not clip."""
+    """Clip the gradient's global norm to this; None does not clip."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
 

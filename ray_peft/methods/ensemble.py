@@ -16,7 +16,7 @@ class Member(Strict):
 
     method: Annotated[SingleMethod, Field(discriminator="name")]
     model: str | None = None
-    """Repository id or folder of another base with the same tokenizer; null takes the trial's."""
+    """Repository id or folder of another base with the same tokenizer; None takes the trial's."""
     seed: int | None = Field(default=None, ge=0, lt=2**32)
     """Another seed than the trial's."""
 

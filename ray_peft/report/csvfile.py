@@ -19,7 +19,7 @@ _STARTS_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 def write_csv(results: Sequence[TrialResult], path: Path) -> None:
     """Write every setting, score and cost of every trial, in UTF-8; a column is named by its path in results.jsonl.
 
-    Empty means null or that the trial has no such setting; lists are JSON. Text that a spreadsheet would take for a
+    Empty means None or that the trial has no such setting; lists are JSON. Text that a spreadsheet would take for a
     formula begins with an apostrophe.
     """
     lines = [

@@ -32,7 +32,7 @@ class Sweep(Strict):
     model_config = ConfigDict(extra="ignore")
 
     name: str | None = None
-    """The title; null takes the folder's name."""
+    """The title; None takes the folder's name."""
     description: str = ""
     notes: tuple[str, ...] = ()
     """What to know about the data, such as counts of rows."""
@@ -56,7 +56,7 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
 
     Args:
         folder: of the sweep.
-        loss_steps: the steps of the table of losses; null takes those of the search space, or some over the run.
+        loss_steps: the steps of the table of losses; None takes those of the search space, or some over the run.
 
     Returns:
         The paths written, in this order.

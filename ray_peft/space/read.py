@@ -56,9 +56,9 @@ class TrackingSpec(Strict):
     """Where results are kept."""
 
     uri: str | None = None
-    """MLflow tracking URI; null takes MLFLOW_TRACKING_URI, else a SQLite file beside the outputs."""
+    """MLflow tracking URI; None takes MLFLOW_TRACKING_URI, else a SQLite file beside the outputs."""
     experiment: str | None = None
-    """MLflow experiment; null takes the name of the search space."""
+    """MLflow experiment; None takes the name of the search space."""
 
 
 class ReportSpec(Strict):
@@ -84,7 +84,7 @@ class Space:
     notes: tuple[str, ...] = ()
     """What a reader of the file may not expect: cells that are the same trial."""
     profile: str | None = None
-    """The profile whose settings took the place of the file's; null leaves them as they are written."""
+    """The profile whose settings took the place of the file's; None leaves them as they are written."""
 
 
 def load(path: str | Path, overrides: list[str] | None = None, profile: str | None = None) -> Space:

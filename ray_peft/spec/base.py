@@ -24,15 +24,15 @@ class ModelSpec(Strict):
     name: str = Field(min_length=1)
     """Hugging Face repository id, or a local folder (`./name`, `/name` or any path that exists)."""
     revision: str | None = None
-    """Branch, tag or commit of a hub model; null is the default branch."""
+    """Branch, tag or commit of a hub model; None is the default branch."""
     tokenizer: str | None = None
-    """Repository id or folder of the tokenizer; null takes the model's own."""
+    """Repository id or folder of the tokenizer; None takes the model's own."""
     dtype: Dtype = "bfloat16"
     """The dtype of frozen weights. Methods that train the base choose their own (`method.weights`)."""
     quantization: Quantization | None = None
     """Store a frozen base in 4 bits; method qlora does so by itself."""
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] | None = None
-    """The attention implementation; null takes the model's default."""
+    """The attention implementation; None takes the model's default."""
     random_weights: bool = False
     """Build the model from its config.json with random weights: true shapes, so true memory and speed, no quality."""
     trust_remote_code: bool = False
@@ -62,14 +62,14 @@ class TrainSpec(Strict):
     fit: Literal["auto"] | None = None
     """auto: on a GPU, the largest `micro_batch_size` that is predicted to fit takes the place of what is written, with
     `gradient_checkpointing` only where that lets at least four times the rows pass; `batch_size` stays. What another
-    GPU would choose gives equal numbers with `precision: fp32` alone, see `micro_batch_size`. null leaves both as they
+    GPU would choose gives equal numbers with `precision: fp32` alone, see `micro_batch_size`. None leaves both as they
     are written."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """The dtype of matrix products while training and evaluating; weights keep their own."""
     log_every: int = Field(default=10, ge=1)
     """Optimizer steps between two logged losses."""
     eval_every: int | None = Field(default=None, ge=1)
-    """Optimizer steps between two evaluations of the loss on held-out rows; null evaluates at the end only."""
+    """Optimizer steps between two evaluations of the loss on held-out rows; None evaluates at the end only."""
     checkpoint_every: int | None = Field(default=None, ge=1)
     """Optimizer steps between two checkpoints; a trial that was interrupted goes on from the last one."""
     save_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -102,9 +102,9 @@ class ResourcesSpec(Strict):
     num_workers: int = Field(default=1, ge=1)
     """Data-parallel workers; more than one trains through Ray Train with the same effective batch."""
     gpus_per_worker: float | None = Field(default=None, ge=0)
-    """GPUs, or a share of one; null takes one GPU where the cluster has any, else the CPU. 0 is the CPU."""
+    """GPUs, or a share of one; None takes one GPU where the cluster has any, else the CPU. 0 is the CPU."""
     cpus_per_worker: int | None = Field(default=None, ge=1)
-    """CPU cores, and the threads of torch; null takes a node's cores, shared fairly among its GPUs if it has any."""
+    """CPU cores, and the threads of torch; None takes a node's cores, shared fairly among its GPUs if it has any."""
 
     @model_validator(mode="after")
     def _whole_gpus_together(self) -> Self:

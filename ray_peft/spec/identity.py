@@ -63,7 +63,7 @@ def trial_id(spec: TrialSpec, content: Content | None, members: Sequence[str] = 
 
     Args:
         spec: the trial.
-        content: null before anything was read: then the names stand for themselves.
+        content: None before anything was read: then the names stand for themselves.
         members: of an ensemble, the ids of its members.
     """
     if content is None:

@@ -24,7 +24,7 @@ class SourceSpec(Strict):
     """A .jsonl, .json, .csv or .tsv file (also as .gz), a .parquet file, a folder with shards of one of these kinds, or
     a hub data set id."""
     test_path: str | None = None
-    """A file or folder with the held-out rows; null takes them from `path`, apart from the training rows."""
+    """A file or folder with the held-out rows; None takes them from `path`, apart from the training rows."""
     train: int | float = Field(gt=0)
     """Training rows: a count (int), or a fraction of all rows (float up to 1.0, which means all others)."""
     test: int | float = Field(gt=0)
@@ -32,7 +32,7 @@ class SourceSpec(Strict):
     validation: int | float = Field(default=0, ge=0)
     """Rows of `path` for choices made after training, apart from the others: a count, or a fraction; 0 takes none."""
     name: str | None = None
-    """The `source_dataset` tag of its rows; null takes the recipe's name."""
+    """The `source_dataset` tag of its rows; None takes the recipe's name."""
     split: str = "train"
     """The split of a hub data set."""
 
@@ -71,7 +71,7 @@ class DataSpec(Strict):
     too_long: Literal["cut", "drop"] = "cut"
     """What happens to a longer training row: keep its first `max_length` tokens, or leave it out. Both are counted."""
     chat_template: str | None = None
-    """A .jinja file that replaces the tokenizer's chat template; null keeps the model's own."""
+    """A .jinja file that replaces the tokenizer's chat template; None keeps the model's own."""
     template_date: date = date(2024, 7, 26)
     """The day that a chat template prints if it prints one, so that equal rows are equal whenever they are prepared."""
     special_tokens: Literal["text", "control"] = "text"
@@ -112,9 +112,9 @@ class BenchmarksSpec(Strict):
     tasks: tuple[str, ...] = Field(min_length=1)
     """Names of lm-eval tasks, groups or tags, such as arc_easy or mmlu."""
     num_fewshot: int | None = Field(default=None, ge=0)
-    """Solved examples before each question; null takes each task's own number, and a task that is fixed at 0 stays."""
+    """Solved examples before each question; None takes each task's own number, and a task that is fixed at 0 stays."""
     limit: int | None = Field(default=None, ge=1)
-    """Questions of each task, the first of them; null asks all."""
+    """Questions of each task, the first of them; None asks all."""
     include_path: str | None = Field(default=None, min_length=1)
     """A folder with task files of your own (*.yaml). Relative paths in them, such as data_files, start there."""
     batch_size: int = Field(default=8, ge=1)
@@ -137,7 +137,7 @@ class EvaluationSpec(Strict):
     generate: bool = True
     """Answer the held-out prompts and score BLEU-4 and ROUGE-L; false gives the loss alone."""
     rows: int | None = Field(default=None, ge=1)
-    """Held-out rows to answer, the first of them; null answers all. The loss always uses all."""
+    """Held-out rows to answer, the first of them; None answers all. The loss always uses all."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Tokens of an answer; decoding is greedy."""
     batch_size: int = Field(default=32, ge=1)
@@ -146,7 +146,7 @@ class EvaluationSpec(Strict):
     samples: int = Field(default=10, ge=0)
     """Rows of the sample table: prompt, reference and answer."""
     benchmarks: BenchmarksSpec | None = None
-    """Tasks of lm-eval after that; null runs none."""
+    """Tasks of lm-eval after that; None runs none."""
 
 
 class LlmTrialSpec(TrialSpec):

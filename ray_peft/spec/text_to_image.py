@@ -25,7 +25,7 @@ class ImageDataSpec(Strict):
     train: int | float = Field(default=1.0, gt=0)
     """Training images: a count (int), or a fraction of all usable images (float up to 1.0, which means all others)."""
     caption: str | None = None
-    """The column with captions; null takes `text` or `caption` of metadata.jsonl, else a .txt file beside an image."""
+    """The column with captions; None takes `text` or `caption` of metadata.jsonl, else a .txt file beside an image."""
     split: str = "train"
     """The split of a hub data set."""
     seed: int = Field(default=42, ge=0)
@@ -39,7 +39,7 @@ class ImageDataSpec(Strict):
     views: int = Field(default=1, ge=1, le=1000)
     """Crops and flips of each training image that are encoded and cached; each visit of an image draws one of them."""
     min_side: int | None = Field(default=None, ge=1)
-    """Shortest side [pixels] of a usable image; null takes `resolution`, since smaller ones would be blown up."""
+    """Shortest side [pixels] of a usable image; None takes `resolution`, since smaller ones would be blown up."""
     unusable: Literal["fail", "skip"] = "fail"
     """What happens to an image that is broken, too small or without caption: nothing starts, or it is left out.
     Either way it is named."""
@@ -65,13 +65,13 @@ class ImageTrainSpec(TrainSpec):
     """Training, and the loss of a diffusion model. A row is an image."""
 
     prediction: Literal["epsilon", "v_prediction"] | None = None
-    """What the UNet predicts: the noise, or v (Salimans and Ho 2022, arXiv:2202.00512); null is the model's own."""
+    """What the UNet predicts: the noise, or v (Salimans and Ho 2022, arXiv:2202.00512); None is the model's own."""
     snr_gamma: float | None = Field(default=None, gt=0)
-    """Min-SNR weighting of timesteps (Hang et al. 2023, arXiv:2303.09556; 5.0 there); null weighs all alike."""
+    """Min-SNR weighting of timesteps (Hang et al. 2023, arXiv:2303.09556; 5.0 there); None weighs all alike."""
     noise_offset: float = Field(default=0.0, ge=0)
     """Strength of a constant that is added to the noise of each channel, for very dark and very bright images."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of an exponential moving average of what is trained, which is then scored and saved; null keeps none."""
+    """Decay of an exponential moving average of what is trained, which is then scored and saved; None keeps none."""
     cuda_graphs: bool = True
     """On a GPU, record the passes of the first step once and replay them: the same mathematics without the host's
     time. Not used with dropout under gradient checkpointing."""
@@ -93,7 +93,7 @@ class ImageEvaluationSpec(Strict):
     batch_size: int = Field(default=4, ge=1)
     """Images, or held-out images, that pass the UNet at a time."""
     style: Literal["vae_gram"] | None = "vae_gram"
-    """How the style of made images is compared with that of the paintings; null does not compare."""
+    """How the style of made images is compared with that of the paintings; None does not compare."""
 
     @field_validator("prompts", "seeds")
     @classmethod
@@ -174,7 +174,7 @@ class ImageTrialSpec(TrialSpec):
         return found
 
     def _narrow(self) -> str | None:
-        """The setting that holds what is trained in bfloat16; null if it is held in float32."""
+        """The setting that holds what is trained in bfloat16; None if it is held in float32."""
         method = self.method
         if isinstance(method, FullWeights) and method.dtype != "float32":
             return "method.weights"

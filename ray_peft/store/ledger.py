@@ -110,7 +110,7 @@ class Ledger:
         (self.folder / "sweep.json").unlink(missing_ok=True)
 
     def read_record(self) -> SweepRecord | None:
-        """What an earlier run of the sweep wrote; null where there is none.
+        """What an earlier run of the sweep wrote; None where there is none.
 
         Raises:
             SearchSpaceError: the file is not one of ours.

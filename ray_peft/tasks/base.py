@@ -33,7 +33,7 @@ class GeneratedImage:
     after: Image
     before: Image | None = None
     nearest: str | None = None
-    """The training image that is nearest to it in content; null if that was not looked for."""
+    """The training image that is nearest to it in content; None if that was not looked for."""
     nearest_likeness: float | None = None
     """How near: 1.0 is a copy."""
 
@@ -84,7 +84,7 @@ class SplitReport:
     overlapping: int
     """Rows left out and replaced: they repeat held-out rows."""
     tokens: int | None
-    """Of all rows, after cutting; null where the preparation was refused."""
+    """Of all rows, after cutting; None where the preparation was refused."""
     longest: int | None
     trained_tokens: int | None
     """Tokens that carry loss."""
@@ -95,7 +95,7 @@ class DataReport:
     """What became of the data of some trials."""
 
     key: str | None
-    """Content hash of the prepared rows; null where the preparation was refused."""
+    """Content hash of the prepared rows; None where the preparation was refused."""
     settings: dict[str, Any]
     """Tokenizer and data settings."""
     read: dict[str, int]
@@ -134,7 +134,7 @@ class Bench(ABC):
         """Parameters that take gradients, and all parameters (a 4-bit weight counts each of its numbers)."""
 
     def predicted(self) -> Prediction | None:
-        """The trial's peak memory, predicted from its model's config and its longest row; null if nothing can say."""
+        """The trial's peak memory, predicted from its model's config and its longest row; None if nothing can say."""
         return None
 
     @abstractmethod
@@ -200,7 +200,7 @@ class MemberModel(Generic[SpecT]):
 
     spec: SpecT
     weights: Path | None
-    """The folder that its `save` wrote; null for the untouched base."""
+    """The folder that its `save` wrote; None for the untouched base."""
 
 
 class EnsembleBench(Bench):
@@ -276,7 +276,7 @@ class TaskType(ABC, Generic[SpecT]):
         raise SpecError(f"task {self.name} cannot write its prepared data")
 
     def predictor(self, spec: SpecT) -> Callable[[SpecT, Gpu], Prediction] | None:
-        """What predicts the peak memory of a trial and of its variants; null if nothing can say.
+        """What predicts the peak memory of a trial and of its variants; None if nothing can say.
 
         Its model and its rows are looked at once; variants have the same.
 
@@ -286,7 +286,7 @@ class TaskType(ABC, Generic[SpecT]):
         return None
 
     def predict(self, spec: SpecT, gpu: Gpu = ANY) -> Prediction | None:
-        """A trial's peak memory, from its model's config and its prepared data; null if nothing can say.
+        """A trial's peak memory, from its model's config and its prepared data; None if nothing can say.
 
         Raises:
             DataError, ModelError: the user's to mend.

@@ -72,7 +72,7 @@ def _check_same_rows(rows: list[TrialResult], bench: Bench) -> None:
 
 
 def _weights(life: Life, row: TrialResult, scratch: Path) -> Path | None:
-    """The folder with what a member trained: its own, or brought from the tracker; null if nothing was trained."""
+    """The folder with what a member trained: its own, or brought from the tracker; None if nothing was trained."""
     if not row.adapter_bytes:
         return None
     beside = life.place.folder.parent / row.trial_id / "adapter"

@@ -65,15 +65,15 @@ class Place:
     num_workers: int = 1
     gpus_per_worker: float = 0.0
     threads: int | None = None
-    """CPU threads of torch; null leaves them as they are."""
+    """CPU threads of torch; None leaves them as they are."""
     members: tuple[TrialResult, ...] = ()
     """Of an ensemble, the rows of its members that have one; their folders are beside `folder`."""
     chosen: Mapping[str, int | bool] = field(default_factory=dict)
     """What `train.fit: auto` chose for the trial, by key."""
     gpu_memory_gib: float | None = None
-    """What the trial may take of its GPU, the CUDA context included; null is all of it."""
+    """What the trial may take of its GPU, the CUDA context included; None is all of it."""
     needed_gib: float | None = None
-    """What of the GPU must be free before it starts; null where nothing predicts it."""
+    """What of the GPU must be free before it starts; None where nothing predicts it."""
 
 
 class LifeCosts(Costs):

@@ -50,7 +50,7 @@ def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> Tr
         progress: called with every logged metric, by every rank.
 
     Returns:
-        The recorded result, failed trials included; null on ranks above 0 once they are done. `untracked` says why the
+        The recorded result, failed trials included; None on ranks above 0 once they are done. `untracked` says why the
         tracker lacks it, if it does: what was trained is not lost for that.
 
     Raises:

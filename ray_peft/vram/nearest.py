@@ -61,7 +61,7 @@ def nearest(
 
     Args:
         spec: the trial.
-        predict: the peak of a variant; null for one that cannot be built.
+        predict: the peak of a variant; None for one that cannot be built.
         fits: whether a peak fits.
     """
     found: list[Suggestion] = []
@@ -179,7 +179,7 @@ def _shorter(spec: TrialSpec) -> Iterator[int]:
 
 
 def _changed(spec: TrialSpec, changes: Mapping[str, Any]) -> TrialSpec | None:
-    """The trial with other settings; null where its rules forbid them, or one of them changes nothing."""
+    """The trial with other settings; None where its rules forbid them, or one of them changes nothing."""
     try:
         made = spec.changed(changes)
     except (RayPeftError, ValueError):

@@ -49,7 +49,7 @@ class Prediction:
     """Peak of the allocator's segments in training."""
     evaluation: int | None
     """Peak of tensors outside of training, at most: while held-out rows are scored and answered, or images encoded,
-    scored and made; null where nothing can say."""
+    scored and made; None where nothing can say."""
 
     @property
     def needed(self) -> int:

@@ -39,7 +39,7 @@ class Autocast(TorchFunctionMode):
     """Regions of `torch.autocast(..., enabled=False)` that the code is in."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
-        """`dtype` is that of matrix products; null casts nothing."""
+        """`dtype` is that of matrix products; None casts nothing."""
         super().__init__()
         self._dtype = dtype
         self._cast_once: dict[Tensor, Tensor] | None = {}

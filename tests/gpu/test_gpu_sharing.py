@@ -15,6 +15,7 @@ import tiny_diffusion
 import ray_peft
 from ray_peft import measure
 from ray_peft.foundation.units import GIB
+from ray_peft.inspector import Inspector
 from ray_peft.space.read import Space, TrackingSpec
 from ray_peft.spec import TrialSpec
 from ray_peft.store.ledger import Ledger
@@ -50,7 +51,7 @@ def text_trial(model: Path, rows: Path, method: dict[str, object], *, micro: int
         train__micro_batch_size=micro, train__steps=6, train__loss="all",
         evaluation={"generate": False}, resources={"gpus_per_worker": share, "cpus_per_worker": 2},
     )  # fmt: skip
-    return TrialSpec.from_plain(plain)
+    return Inspector().settled(TrialSpec.from_plain(plain))  # under the id that a sweep gives it
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_each_problem_is_reported_once_with_its_trials():
     train = {"steps": 5, "batch_size": 6, "micro_batch_size": 4}
     lines = refused(changed(method={"grid": methods}, train=train))
     assert lines[0] == "space.yaml: method.lora.rnak: unknown key, did you mean rank? (found 3), in 2 of 4 trials"
-    assert lines[1].startswith("space.yaml: method: Input tag 'lroa'")
+    assert lines[1].startswith("space.yaml: method.name: must be one of none, full, lora, ")
     assert lines[1].endswith("in 1 of 4 trials")
     assert lines[2].startswith("space.yaml: train.batch_size (6) must be a multiple of train.micro_batch_size (4)")
     assert len(lines) == 3
@@ -322,6 +322,21 @@ def test_one_wrong_member_of_an_ensemble_is_one_error_with_its_place_in_the_file
 def test_one_mistake_is_one_line(text, overrides, line):
     (said,) = refused(text, overrides)
     assert said.startswith(f"space.yaml: {line}")
+
+
+@pytest.mark.parametrize(
+    ("method", "line"),
+    [
+        ({"name": "loar"}, "method.name: must be one of none, full, lora, .* \\(found 'loar'\\); did you mean lora\\?"),
+        ({"name": "LoRA"}, "method.name: must be one of .*; did you mean lora\\?"),
+        ({"rank": 4}, "method.name: missing \\(found {'rank': 4}\\)"),
+        ("lora", "method: Input should be .*; write {name: lora}"),
+        ([{"name": "lora"}, {"name": "none"}], "method: Input should be .*; several stand in {grid: \\[...\\]}"),
+    ],
+)
+def test_a_method_that_is_none_is_said_with_those_that_are(method, line):
+    (said,) = refused(changed(method=method))
+    assert re.match(f"space.yaml: {line}", said), said
 
 
 @pytest.mark.parametrize("override", [".train=3", "train.=3", "train..steps=3", " =3", "train.steps"])

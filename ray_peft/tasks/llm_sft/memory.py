@@ -41,7 +41,7 @@ def predict(
         shape: its model's.
         longest_tokens: of a training row, at most `data.max_length`.
         longest_scored: of a row or prompt outside of training; None takes that of training.
-        padded: rows of a pass differ in length; null assumes it where a pass holds several.
+        padded: rows of a pass differ in length; None assumes it where a pass holds several.
         gpu: decides the workspace of matrix products and the slack of the allocator.
 
     Raises:

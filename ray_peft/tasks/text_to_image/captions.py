@@ -17,7 +17,7 @@ from ray_peft.spec.text_to_image import ImageDataSpec
 from ray_peft.tasks.text_to_image.listing import NOT_READ, SUFFIXES, Listing, named, plain_name, shown
 
 Caption = tuple[str | None, str]
-"""A caption, or null and why there is none."""
+"""A caption, or None and why there is none."""
 
 ENDINGS = (".txt", ".caption")
 """Text files that hold captions, the first one first."""
@@ -244,7 +244,7 @@ def _json_lines(file: Path) -> Iterator[_Line]:
 
 
 def _array(text: str) -> list[dict[str, Any]] | None:
-    """The objects of one JSON array in place of lines; null if it is something else."""
+    """The objects of one JSON array in place of lines; None if it is something else."""
     if not text.lstrip().startswith("["):
         return None
     try:

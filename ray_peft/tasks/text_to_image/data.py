@@ -143,7 +143,7 @@ def notes(pictures: Pictures, data: ImageDataSpec) -> list[str]:
 def pixels(picture: Picture, data: ImageDataSpec, view: int | None) -> torch.Tensor:
     """(3, resolution, resolution) float32 from -1 to 1: one view of a picture as the VAE takes it.
 
-    Views count from 0; null is the view of a held-out picture, which is its centre as it is.
+    Views count from 0; None is the view of a held-out picture, which is its centre as it is.
     """
     return as_tensor(seen(picture.open(), picture, data, view))
 

@@ -78,7 +78,7 @@ def held_out_losses(
         device: where the UNet is.
         dtype: of the UNet's inputs.
         context: opened around each pass.
-        lowered: `Bench.lowered`, read and written at `EVALUATION_BATCH`; null remembers nothing.
+        lowered: `Bench.lowered`, read and written at `EVALUATION_BATCH`; None remembers nothing.
 
     Raises:
         torch.OutOfMemoryError: a single pair does not fit.
@@ -127,7 +127,7 @@ def make_images(
         evaluation: prompts, seeds, steps, guidance and batch size.
         resolution: pixels of both sides.
         context: opened around each batch.
-        lowered: `Bench.lowered`, read and written at `EVALUATION_BATCH`; null remembers nothing.
+        lowered: `Bench.lowered`, read and written at `EVALUATION_BATCH`; None remembers nothing.
         trained: whether the UNet was trained, which decides what is said of numbers that are not finite.
 
     Raises:

@@ -133,7 +133,7 @@ def embed(captions: Sequence[str], encoders: Encoders, device: str) -> Tensor:
 
 
 def _read(folder: Path, key: str, pictures: Pictures) -> EncodedData | None:
-    """What the cache holds; null if that is nothing, or not whole."""
+    """What the cache holds; None if that is nothing, or not whole."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 

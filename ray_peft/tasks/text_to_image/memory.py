@@ -137,7 +137,7 @@ def evaluation(
 
     Args:
         spec: the trial.
-        stage: the one that was trained; null for the untouched UNet.
+        stage: the one that was trained; None for the untouched UNet.
         shape: of unet/config.json.
         others: of `vae` and `text_encoder`; without both, of the losses alone.
 

@@ -197,7 +197,7 @@ def load_pipeline(
 ) -> StableDiffusionPipeline:
     """The pipeline around a UNet that is already on `device`: VAE and text encoder beside it, without safety checker.
 
-    `dtype` is theirs; null takes the UNet's.
+    `dtype` is theirs; None takes the UNet's.
 
     Raises:
         ModelError: a part cannot be loaded.

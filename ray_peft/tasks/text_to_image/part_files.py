@@ -20,7 +20,7 @@ _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 
 
 def variant_of(folder: Path, part: str) -> str | None:
-    """The variant of a part's weights, such as fp16; null where there are plain ones, which go first.
+    """The variant of a part's weights, such as fp16; None where there are plain ones, which go first.
 
     Raises:
         ModelError: there are no weights as safetensors, or several variants and no plain ones.

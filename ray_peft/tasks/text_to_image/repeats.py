@@ -24,7 +24,7 @@ def look(image: Image) -> bytes:
 
 
 def repeated(candidates: Sequence[bytes], held_out: Sequence[bytes]) -> list[int | None]:
-    """For each candidate's look the first held-out one that shows the same picture, also mirrored, or null.
+    """For each candidate's look the first held-out one that shows the same picture, also mirrored, or None.
 
     Two images show the same picture if at most BITS of their 256 differences between horizontal neighbours have
     another sign (a difference hash) and their grey values correlate by CORRELATION or more. Measured on 60 paintings

@@ -27,7 +27,7 @@ class Found:
     """Its path relative to the folder, or `row N` of a hub data set, from 1."""
     read: Callable[[], bytes]
     caption: str | None
-    """Null where there is none."""
+    """None where there is none."""
     why_no_caption: str = ""
     why_not_read: str = ""
     """Of an image whose kind cannot be used; else nothing."""
