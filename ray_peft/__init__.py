@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ray_peft.spec import TrialSpec
     from ray_peft.sweeps import SweepOutcome, plan, sweep
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["SweepOutcome", "TrialResult", "TrialSpec", "__version__", "plan", "run", "sweep"]
 
 _HOMES = {
