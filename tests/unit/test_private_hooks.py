@@ -1,0 +1,83 @@
+"""What we use of other libraries without their promise: a renamed piece would switch a guard off without a word.
+
+transformers, trl and peft are pinned exactly; whoever moves a pin sees here what to look at.
+"""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", ["transformers", "trl", "peft"])
+def test_the_pins_are_exact_and_the_same_in_both_files(name):
+    asked = re.search(rf'"{name}==([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    locked = re.search(rf"^{name}==([\d.]+)$", (ROOT / "requirements.lock").read_text(encoding="utf-8"), re.M)
+    assert asked is not None
+    assert locked is not None
+    assert asked[1] == locked[1]
+
+
+def test_the_fused_loss_of_trl():
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, add_fused_lm_head
+
+    assert list(inspect.signature(ChunkedLogProbFunction.forward).parameters) == [
+        "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
+        "logit_scale", "outputs",
+    ]  # fmt: skip
+    assert _CHUNKED_LOGPROB_CHUNK_SIZE > 0
+    source = inspect.getsource(add_fused_lm_head)
+    for name in ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
+        assert name in source, "tasks/llm_sft/packed.py reads these as TRL does"
+
+
+def test_what_the_stock_path_watches():
+    from transformers import Trainer
+    from trl import SFTTrainer
+
+    assert "grad_norm" in inspect.signature(Trainer._get_grad_norm).parameters
+    assert "_tr_loss" in inspect.getsource(Trainer)
+    assert "self._get_grad_norm(" in inspect.getsource(Trainer), "the NaN guard hangs on it"
+    assert "_total_train_tokens" in inspect.getsource(SFTTrainer)
+
+
+def test_four_bit_layers_decide_by_their_attribute():
+    import bitsandbytes
+
+    source = inspect.getsource(bitsandbytes.nn.Linear4bit.forward)
+    assert "self.support_avx512bf16_for_cpu" in source
+    assert "_convert_weight_packed_for_cpu" in source
+
+
+def test_the_order_of_rows_is_that_of_accelerate():
+    from accelerate.data_loader import SeedableRandomSampler
+
+    sampler = SeedableRandomSampler(range(10), data_seed=1)
+    sampler.set_epoch(1)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) == first
+    assert sorted(first) == list(range(10))
+    other = SeedableRandomSampler(range(10), data_seed=2)
+    other.set_epoch(1)
+    assert list(other) != first
+
+
+def test_what_frees_the_workspaces_of_cublas():
+    import torch
+
+    if torch.version.cuda:
+        assert callable(torch._C._cuda_clearCublasWorkspaces)
+    assert hasattr(torch.cuda, "MemPool")
+    assert hasattr(torch.cuda, "use_mem_pool")
+
+
+def test_generation_fills_what_is_open_from_the_models_own_config():
+    from transformers import GenerationMixin
+
+    source = inspect.getsource(GenerationMixin._prepare_generation_config)
+    assert "self.generation_config" in source, "tasks/llm_sft/decoding.py replaces it"
