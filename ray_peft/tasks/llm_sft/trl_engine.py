@@ -1,11 +1,10 @@
-"""One stage on TRL's SFTTrainer itself, for who wants the stock path: `train.engine: trl`.
+"""One stage on TRL's SFTTrainer itself, for those who want the stock path: `train.engine: trl`.
 
 It neither goes on with fewer rows where memory runs out, nor tries the heaviest pass first.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +15,7 @@ from ray_peft.engine.trained import Trained
 from ray_peft.methods.base import Stage
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.data import IGNORED
+from ray_peft.tasks.llm_sft.steps import TextRows
 from ray_peft.tasks.llm_sft.trl_checkpoints import Meter, last_checkpoint
 
 if TYPE_CHECKING:
@@ -32,38 +32,18 @@ def train_rows(spec: LlmTrialSpec, rows: Dataset) -> Dataset:
     return kept
 
 
-def row_order(spec: LlmTrialSpec, rows: int, first_step: int, steps: int) -> list[int]:
-    """The rows that a trial of one stage sees from `first_step` on, so that a later stage goes on where one ended.
-
-    The order of an epoch is that of accelerate's seeded sampler, which the Trainer uses. An epoch's last batch may hold
-    fewer rows: it is filled up with the row number `rows`, which stands for a row without loss.
-
-    Args:
-        spec: the trial.
-        rows: training rows.
-        first_step: optimizer steps that are done.
-        steps: to come.
-    """
-    from accelerate.data_loader import SeedableRandomSampler
-
-    batch = spec.train.batch_size
-    sampler = SeedableRandomSampler(range(rows), data_seed=spec.seed)
-    per_epoch = math.ceil(rows / batch)
-    epoch, batches = divmod(first_step, per_epoch)
-    found: list[int] = []
-    while len(found) < steps * batch:
-        sampler.set_epoch(epoch)
-        order = list(sampler) + [rows] * (per_epoch * batch - rows)
-        found += order[batches * batch :]
-        epoch, batches = epoch + 1, 0
-    return found[: steps * batch]
-
-
 def _rows_of_later_stage(spec: LlmTrialSpec, rows: Dataset, job: Job, filler: int) -> tuple[Dataset, int]:
-    """The stage's rows in order, and how many of them are fillers of one token without loss."""
+    """The stage's rows in order, so that it goes on where the one before ended; and how many of them are fillers.
+
+    An epoch's last batch may hold fewer rows: it is filled up with rows of one token without loss.
+    """
     from datasets import Dataset, concatenate_datasets
 
-    order = row_order(spec, len(rows), job.first_step, job.steps)
+    data, batch = TextRows(spec, rows), spec.train.batch_size
+    order: list[int] = []
+    for step in range(job.first_step, job.first_step + job.steps):
+        places = data.places(step)
+        order += places + [len(rows)] * (batch - len(places))
     empty = Dataset.from_dict({"input_ids": [[filler]], "labels": [[IGNORED]]}, features=rows.features)
     return concatenate_datasets([rows, empty]).select(order), order.count(len(rows))
 
