@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from ray_peft.foundation.strict import Strict
+from ray_peft.reach.targets import check_words
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,6 +19,19 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 ENOUGH_STEPS = 1000
 """For a method of several stages to have a step in each."""
+
+
+def _one_name_is_a_list(value: object) -> object:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _that_can_match(targets: tuple[str, ...]) -> tuple[str, ...]:
+    check_words(targets)
+    return targets
+
+
+TargetNames = Annotated[tuple[str, ...], BeforeValidator(_one_name_is_a_list), AfterValidator(_that_can_match)]
+"""Words for layers, as a list or a single one; the method's field says what they match."""
 
 
 class Quantization(Strict):

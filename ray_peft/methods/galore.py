@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from ray_peft.errors import SpecError
-from ray_peft.methods.base import Task
+from ray_peft.methods.base import TargetNames, Task
 from ray_peft.methods.full_weights import FullWeights
 from ray_peft.methods.optimizers import trainable
 from ray_peft.reach.shared_weights import output_layer
-from ray_peft.reach.targets import ALL_LINEAR, check_words, endings, in_blocks, is_pattern, linear
+from ray_peft.reach.targets import ALL_LINEAR, endings, in_blocks, is_pattern, linear
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +34,7 @@ class GaLore(FullWeights):
     scale: float = Field(default=0.25, gt=0)
     """Factor on the update after it is projected back."""
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
-    targets: tuple[str, ...] = Field(default=ATTENTION_AND_MLP, min_length=1)
+    targets: TargetNames = Field(default=ATTENTION_AND_MLP, min_length=1)
     """Linear layers whose name contains one of these (or a match of a regular expression, or `all-linear`) are
     projected; all other weights get plain AdamW. The default means the linear layers of a block, whatever the
     architecture calls them. Each must match something."""
@@ -42,17 +42,6 @@ class GaLore(FullWeights):
     """Update each weight as soon as its gradient is there, then free the gradient."""
     eps: float = Field(default=1.0e-6, gt=0)
     """AdamW's term for numerical stability; the value of the reference implementation."""
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _one_name_is_a_list(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-    @field_validator("targets")
-    @classmethod
-    def _names_can_match(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
-        check_words(targets)
-        return targets
 
     def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
         """Layer-wise updates see one backward pass on one worker and no global norm."""

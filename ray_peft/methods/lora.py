@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from ray_peft.errors import SpecError
-from ray_peft.methods.base import Dtype, Stage, Task
+from ray_peft.methods.base import Dtype, Stage, TargetNames, Task
 from ray_peft.methods.optimizers import OptimizerName, adamw, trainable
-from ray_peft.reach.targets import ALL_LINEAR, PROJECTIONS, Targets, all_turned, check_words, resolve
+from ray_peft.reach.targets import ALL_LINEAR, PROJECTIONS, Targets, all_turned, resolve
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +25,7 @@ class LowRankAdapter(Stage):
     """Numerator of the scale alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    targets: tuple[str, ...] = Field(default=PROJECTIONS, min_length=1)
+    targets: TargetNames = Field(default=PROJECTIONS, min_length=1)
     """The layers that get an adapter: ends of their names, regular expressions that match a whole name or its end, or
     `all-linear`. The default means the linear layers of a block, whatever the architecture calls them, and the fused
     experts of a mixture. Each must match something."""
@@ -43,17 +43,6 @@ class LowRankAdapter(Stage):
                 "use method galore, or optim: adamw"
             )
         return value
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _one_name_is_a_list(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-    @field_validator("targets")
-    @classmethod
-    def _names_can_match(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
-        check_words(targets)
-        return targets
 
     def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
         """The dtypes of base and adapters."""

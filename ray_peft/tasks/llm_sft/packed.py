@@ -36,7 +36,7 @@ class PackedRows(Rows[PackedPart]):
         """Look at the rows: as many tokens pass at a time as so many of the longest of them take."""
         self._rows = rows
         self._largest = largest_capacity(max(rows.lengths()))
-        self._scored = rows.scored_share()
+        self._scored = rows.scored_share
         self._used: set[Bucket] = set()
 
     def parts(self, step: int, share: Share, rows: int) -> list[PackedPart]:

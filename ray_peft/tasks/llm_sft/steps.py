@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ray_peft.engine.contract import Rows, Seen, Share
@@ -46,7 +47,7 @@ class TextRows(Rows[TextPart]):
         self._spec, self._data = spec, rows
         self._per_epoch = math.ceil(len(rows) / spec.train.batch_size)
         self._orders: dict[int, list[int]] = {}
-        self._steps: dict[int, tuple[list[list[int]], list[list[int]]]] = {}
+        self._steps: dict[int, tuple[list[list[int]], list[list[int]], int]] = {}
         self._lengths: list[int] = []
 
     @property
@@ -56,9 +57,9 @@ class TextRows(Rows[TextPart]):
 
     def loss_tokens(self, step: int) -> int:
         """Tokens with loss of a whole step."""
-        _, labels = self._step(step)
-        return sum(label != IGNORED for row in labels for label in row[1:])
+        return self._step(step)[2]
 
+    @cached_property
     def scored_share(self) -> float:
         """A quarter, half, three quarters or all: a quarter more than the share of all tokens that carries loss."""
         if self._spec.train.loss == "all":
@@ -90,8 +91,7 @@ class TextRows(Rows[TextPart]):
 
     def parts(self, step: int, share: Share, rows: int) -> list[TextPart]:
         """A worker's rows of a step: every so many micro-batches one, each in passes of at most `rows` rows."""
-        ids, labels = self._step(step)
-        loss_tokens = self.loss_tokens(step)
+        ids, labels, loss_tokens = self._step(step)
         batches = self._batches(len(ids))
         passes = sum(-(-len(batch) // rows) for batch in batches)
         return [
@@ -106,7 +106,7 @@ class TextRows(Rows[TextPart]):
 
     def seen(self, step: int) -> Seen:
         """The tokens of a step."""
-        ids, _ = self._step(step)
+        ids = self._step(step)[0]
         return Seen(tokens=sum(map(len, ids)))
 
     def epoch(self, steps: int) -> float:
@@ -131,14 +131,15 @@ class TextRows(Rows[TextPart]):
         size = self._spec.train.micro_batch_size
         return [range(first, min(first + size, rows)) for first in range(0, rows, size)]
 
-    def _step(self, step: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids and labels of a step's rows."""
+    def _step(self, step: int) -> tuple[list[list[int]], list[list[int]], int]:
+        """Token ids and labels of a step's rows, and how many of their tokens carry loss."""
         if step not in self._steps:
             while len(self._steps) >= MOST_STEPS_HELD:
                 self._steps.pop(next(iter(self._steps)))
             rows = self._data[self.places(step)]
             labels = rows["input_ids"] if self._spec.train.loss == "all" else rows["labels"]
-            self._steps[step] = (rows["input_ids"], labels)
+            loss_tokens = sum(label != IGNORED for row in labels for label in row[1:])
+            self._steps[step] = (rows["input_ids"], labels, loss_tokens)
         return self._steps[step]
 
 
