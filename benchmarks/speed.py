@@ -23,8 +23,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ray_peft import measure
+from ray_peft.foundation.units import GIB
 from ray_peft.spec import TrialSpec
+from ray_peft.trial import provenance
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,8 @@ def run(case: Case, folder: Path, steps: int, way: str) -> dict[str, Any]:
         "s_per_step": seconds / (last - settled),
         "tokens_per_s": sum(order[settled:last]) / seconds,
         "first_step_s": stamps[0][1] - begin,
-        "peak_allocated_gib": torch.cuda.max_memory_allocated() / measure.GIB,
-        "peak_reserved_gib": torch.cuda.max_memory_reserved() / measure.GIB,
+        "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         "losses": [losses[0], losses[len(losses) // 2], losses[-1]],
     }
     del model
@@ -268,8 +269,8 @@ def main() -> None:
     chosen = [int(number) for number in options.cases.split(",") if number] or range(len(CASES))
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpu": measure.device_name("cuda:0"),
-        "versions": measure.versions(),
+        "gpu": provenance.device_name("cuda:0"),
+        "versions": provenance.versions(),
         "command": f"speed.py --steps {options.steps} --cases {options.cases or 'all'} --ways {options.ways}",
         "cases": {},
     }

@@ -22,8 +22,8 @@ from typing import Literal
 from ray_peft.console import Console, abandon_output, prepare_streams
 from ray_peft.errors import RayPeftError, StorageError
 from ray_peft.foundation.masking import mask
+from ray_peft.foundation.quiet import quiet_libraries
 from ray_peft.foundation.storage import told
-from ray_peft.quiet import quiet_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -199,7 +199,7 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from ray_peft.sweeps import sweep
+    from ray_peft.schedule.sweep import sweep
 
     console = Console()
     outcome = sweep(
@@ -223,8 +223,8 @@ def _sweep(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from ray_peft.errors import SpecError
-    from ray_peft.experiment import tracking_uri
-    from ray_peft.single import run
+    from ray_peft.schedule.experiment import tracking_uri
+    from ray_peft.schedule.single import run
     from ray_peft.space.read import TrackingSpec
     from ray_peft.store import tracking
     from ray_peft.store.consent import check_consent
@@ -251,12 +251,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ray_peft.sweeps import plan
+    from ray_peft.schedule.sweep import plan
 
     trials = plan(options.space, options.overrides, options.profile, Console(quiet=options.json))
-    from ray_peft import forecast
     from ray_peft.errors import SpecError
     from ray_peft.report.labels import labels
+    from ray_peft.schedule import forecast
     from ray_peft.vram.cards import ANY, KNOWN, known
 
     gpu = known(options.gpu) if options.gpu else ANY
@@ -314,8 +314,8 @@ _DTYPES: dict[str, Literal["bfloat16", "float16", "float32"]] = {
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ray_peft.experiment import tracking_uri
     from ray_peft.export import export
+    from ray_peft.schedule.experiment import tracking_uri
     from ray_peft.space.read import TrackingSpec
 
     uri = tracking_uri(options.tracking_uri, TrackingSpec())
@@ -329,8 +329,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _ui(options: argparse.Namespace) -> int:
-    from ray_peft.experiment import outputs_folder, tracking_uri
-    from ray_peft.processes import end_group
+    from ray_peft.foundation.processes import end_group
+    from ray_peft.schedule.experiment import outputs_folder, tracking_uri
     from ray_peft.space.read import TrackingSpec
     from ray_peft.store import tracking
 

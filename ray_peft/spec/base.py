@@ -161,7 +161,7 @@ class TrialSpec(Strict):
     def trial_id(self) -> str:
         """The method's name and eight digits of a hash of what the trial is.
 
-        Before model and data were read it holds their names; experiment.inspect_trials puts the id of their content
+        Before model and data were read it holds their names; checks.trials.inspect_trials puts the id of their content
         in its place, which then goes with the spec to every worker.
         """
         return identity.trial_id(self, None, [member.trial_id for member in self.members()])

@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 
 from ray_peft.errors import TrialFailed
-from ray_peft.result import TrialResult, Usage
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Bench, MemberModel
 from ray_peft.trial.life import Life, Place, evaluate, predict, provenance
+from ray_peft.trial.result import TrialResult, Usage
 
 
 def run_ensemble(life: Life) -> TrialResult:

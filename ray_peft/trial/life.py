@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from ray_peft import measure
 from ray_peft.engine.finite import ways_out
 from ray_peft.engine.recovery import is_out_of_memory
 from ray_peft.engine.trained import Costs, Report, Trained
@@ -22,10 +21,14 @@ from ray_peft.errors import RayPeftError, TrialFailed
 from ray_peft.foundation.measured import to_json
 from ray_peft.foundation.storage import is_full, told
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype
-from ray_peft.result import Provenance, Scores, Status, TrialResult, Usage
+from ray_peft.metrics.scores import Scores
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import Bench, Scored
 from ray_peft.tasks.image_files import IMAGES, write_images
+from ray_peft.trial.clock import Clock
+from ray_peft.trial.peaks import MemoryWatch, Peaks, larger_peaks
+from ray_peft.trial.provenance import device_name, git_commit, versions
+from ray_peft.trial.result import Provenance, Status, TrialResult, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +82,7 @@ class Place:
 class LifeCosts(Costs):
     """A trial's seconds and peaks over all its attempts."""
 
-    def __init__(self, clock: measure.Clock, memory: measure.MemoryWatch) -> None:
+    def __init__(self, clock: Clock, memory: MemoryWatch) -> None:
         self._clock, self._memory = clock, memory
         self._earlier: dict[str, Any] = {}
         self.complete = True
@@ -94,9 +97,9 @@ class LifeCosts(Costs):
         """Without what was done twice: from a checkpoint to the end of the attempt that wrote it."""
         return self._clock.total() + float(self._earlier.get("wall_s", 0.0))
 
-    def peaks(self) -> measure.Peaks:
+    def peaks(self) -> Peaks:
         """The larger ones."""
-        return measure.larger_peaks(self._memory.so_far(), measure.Peaks(**self._earlier.get("peaks", {})))
+        return larger_peaks(self._memory.so_far(), Peaks(**self._earlier.get("peaks", {})))
 
     def so_far(self) -> dict[str, Any]:
         """All of these as JSON-like data."""
@@ -127,9 +130,9 @@ class Life:
         self.place = place
         self.tracker = tracker
         self.run_id: str | None = None
-        self.clock = measure.Clock()
-        self.memory = measure.MemoryWatch(place.device)
-        self.evaluation_memory = measure.MemoryWatch(place.device)
+        self.clock = Clock()
+        self.memory = MemoryWatch(place.device)
+        self.evaluation_memory = MemoryWatch(place.device)
         self.costs = LifeCosts(self.clock, self.memory)
         self.trained = Trained()
         self.parameters = (0, 0)
@@ -337,9 +340,9 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 def provenance(bench: Bench, place: Place) -> dict[str, Any]:
     """With what a result is made: the fields of `Provenance` that the bench and this machine know."""
     return {
-        "versions": measure.versions(),
-        "device": measure.device_name(place.device),
-        "git_commit": measure.git_commit(),
+        "versions": versions(),
+        "device": device_name(place.device),
+        "git_commit": git_commit(),
         "model_fingerprint": bench.model_fingerprint,
         "data_key": bench.data_key,
     }

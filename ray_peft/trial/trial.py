@@ -8,23 +8,23 @@ import logging
 import shutil
 import sys
 
-from ray_peft import measure
 from ray_peft.engine.recovery import divisor, free_memory
 from ray_peft.engine.trained import Report
 from ray_peft.errors import TrackingError, first_line
-from ray_peft.forecast import ways
 from ray_peft.foundation.storage import told
 from ray_peft.foundation.units import GIB
 from ray_peft.foundation.whole import write_text
-from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.spec.keys import MICRO_BATCH
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Bench
 from ray_peft.trial.ensembles import run_ensemble
 from ray_peft.trial.life import Life, Place, Tracker, evaluate, keep, predict, provenance
+from ray_peft.trial.result import TrialResult
 from ray_peft.trial.stages import STAGE_FILE, stage_folder, train_all
-from ray_peft.vram.cards import known
+from ray_peft.trial.waiting import wait_for_memory
+from ray_peft.vram.cards import here
+from ray_peft.vram.fit import ways
 
 __all__ = ["RESULT_FILE", "STAGE_FILE", "Place", "Tracker", "run"]
 
@@ -87,7 +87,7 @@ def _with_advice(life: Life, error: str) -> str:
         return error
     import torch
 
-    gpu = known(measure.device_name(place.device))
+    gpu = here(place.device)
     room = place.gpu_memory_gib or torch.cuda.get_device_properties(place.device).total_memory / GIB
     said = f"ran out of {room:.1f} GiB of GPU memory"
     if life.clock.last == "evaluate":
@@ -96,8 +96,9 @@ def _with_advice(life: Life, error: str) -> str:
     share = spec.train.batch_size // spec.resources.num_workers
     try:
         lowest = spec.changed({MICRO_BATCH: divisor(share, rows)}) if rows is not None else spec
-        too_much = TASKS[spec.task].predict(lowest, gpu)
-        found = ways(lowest, gpu, room, below=too_much.peak_reserved if too_much is not None else None)
+        predictor = TASKS[spec.task].predictor(lowest)
+        too_much = predictor(lowest, gpu) if predictor is not None else None
+        found = ways(lowest, predictor, gpu, room, below=too_much.peak_reserved if too_much is not None else None)
     except Exception as failure:  # the row does not depend on the advice
         logger.warning("%s: no advice: %s: %s", spec.trial_id, type(failure).__name__, failure)
         found = ()
@@ -171,8 +172,8 @@ def _take_place(place: Place) -> None:
 
         torch.set_num_threads(place.threads if place.device == "cpu" else min(place.threads, GPU_TRIAL_THREADS))
     if place.needed_gib is not None and place.device != "cpu":
-        context = known(measure.device_name(place.device)).context / GIB
-        measure.wait_for_memory(place.device, place.needed_gib, context)
+        context = here(place.device).context / GIB
+        wait_for_memory(place.device, place.needed_gib, context)
 
 
 def _save(life: Life, bench: Bench) -> None:

@@ -11,14 +11,13 @@ PACKAGE = Path(__file__).resolve().parents[2] / "ray_peft"
 
 ROOMS = (
     # the bottom
-    "errors", "foundation", "quiet", "signals", "processes",
-    # what one trial is, and what it gave
-    "reach", "metrics", "methods", "spec", "explained", "space", "result",
+    "errors", "foundation",
+    # what one trial is
+    "reach", "metrics", "methods", "spec", "space",
     # one trial
-    "vram", "measure", "engine", "tasks", "rehearsal", "placement", "forecast", "trial",
+    "vram", "engine", "tasks", "checks", "trial",
     # many trials: what is kept of them, what it says, and what runs where
-    "noted", "store", "report", "repeats", "worker", "cluster", "allotment", "inspector",
-    "experiment", "earlier", "search", "tuning", "single", "sweeps",
+    "store", "report", "schedule",
     # what people call
     "export", "data_report", "quickstart", "doctor", "console", "cli", "__main__", "",
 )  # fmt: skip

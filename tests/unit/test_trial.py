@@ -9,7 +9,6 @@ import pytest
 import tiny
 from untracked import HYBRID, Notes, run
 
-from ray_peft import measure
 from ray_peft.spec import TrialSpec
 from ray_peft.spec.keys import MICRO_BATCH
 from ray_peft.trial import trial
@@ -93,7 +92,7 @@ def test_an_ensemble_refuses_members_that_were_trained_on_other_rows(tiny_model,
 
 def test_a_row_that_ran_out_of_memory_names_what_takes_less(tiny_model, questions, tmp_path, monkeypatch):
     """The GPU is a name and a size here; the ways are computed."""
-    monkeypatch.setattr(measure, "device_name", lambda device: "a card of no list")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a card of no list")
     changes = {"train__batch_size": 512, "train__micro_batch_size": 512}
     spec = TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions, **changes))
     life = Life(spec, trial.Place(tmp_path, "cuda:0", gpu_memory_gib=1.2), None, lambda metrics, step: None)

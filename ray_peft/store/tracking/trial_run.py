@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from ray_peft.errors import first_line
 from ray_peft.foundation import dotted
 from ray_peft.foundation.masking import mask
-from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.store.tracking.runs import close, create_run, fetch, points, run_tags, running, upload
 from ray_peft.store.tracking.store import PATIENCE_S, Store, connect, failures, insist, reason
+from ray_peft.trial.result import TrialResult
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
