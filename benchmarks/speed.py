@@ -181,7 +181,7 @@ def _fitted(spec: TrialSpec, case: Case, folder: Path, cap_gib: float | None) ->
     from ray_peft.vram.nearest import choose
     from ray_peft.vram.shape import ModelShape
 
-    gpu = known(measure.device_name("cuda:0") or "")
+    gpu = known(provenance.device_name("cuda:0") or "")
     shape = ModelShape.from_config(folder / case.model / "config.json")
     room = cap_gib or gpu.memory_gib
 
@@ -191,7 +191,7 @@ def _fitted(spec: TrialSpec, case: Case, folder: Path, cap_gib: float | None) ->
     chosen = choose(spec, prediction, lambda peak: gpu.holds(peak.peak_reserved, memory_gib=room))
     if cap_gib is not None:
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction((cap_gib * measure.GIB - gpu.context) / total)
+        torch.cuda.set_per_process_memory_fraction((cap_gib * GIB - gpu.context) / total)
     fitted = spec.changed(chosen)
     return fitted, prediction(fitted).gib()
 
