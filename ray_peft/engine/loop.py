@@ -102,6 +102,7 @@ class Engine(Generic[PartT]):
     def _round(self, number: int) -> None:
         before = self._pass.loss.clone()
         self._fitting(lambda: self._pass_all(number), before, number)
+        self._count_time()
         if self._share.workers > 1:
             add_up_gradients([parameter for member in self._members for parameter in member.parameters])
         for member in self._members.copy():
@@ -222,7 +223,7 @@ class Engine(Generic[PartT]):
         member.log(mean, norm, rate)
 
     def _count_time(self) -> None:
-        """Divide the seconds since the last count among the members, by what each has seen in its last step."""
+        """Divide the seconds since the last count among the members, by what each sees in a step."""
         now = time.perf_counter()
         weights = [member.weight() for member in self._members]
         for member, weight in zip(self._members, weights, strict=True):

@@ -92,8 +92,8 @@ class Member:
         return losses if self.slot is None else losses[self.slot]
 
     def weight(self) -> int:
-        """What its last step saw, tokens or images, by which the seconds of a pass are divided among members."""
-        seen = self.rows.seen(max(self.number - 1, self.job.first_step))
+        """What its step sees, tokens or images, by which the seconds of a round are divided among members."""
+        seen = self.rows.seen(self.number if self.left else self.number - 1)
         return seen.tokens + seen.images
 
     def clear_gradients(self, *, keep: bool) -> None:

@@ -87,7 +87,7 @@ def why_not_packed(spec: LlmTrialSpec, job: Job, model: PreTrainedModel, data: T
     assert part is not None
     packed = PackedLoss(spec, model)
     rows = [row for lane in part.lanes for row in lane]
-    alone = TextPart([ids for ids, _ in rows], [labels for _, labels in rows], part.loss_tokens, 1)
+    alone = TextPart([ids for ids, _ in rows], [labels for _, labels in rows], part.loss_tokens[0], 1)
     model.eval()  # type: ignore[no-untyped-call]  # without dropout
     try:
         with torch.no_grad():
