@@ -79,11 +79,20 @@ class Place:
     """What of the GPU must be free before it starts; None where nothing predicts it."""
 
 
+class Process:
+    """What belongs to the process that runs trials: its clock and its memory."""
+
+    def __init__(self, device: str) -> None:
+        self.clock = Clock()
+        self.memory = MemoryWatch(device)
+        self.evaluation_memory = MemoryWatch(device)
+
+
 class LifeCosts(Costs):
     """A trial's seconds and peaks over all its attempts."""
 
-    def __init__(self, clock: Clock, memory: MemoryWatch) -> None:
-        self._clock, self._memory = clock, memory
+    def __init__(self, process: Process) -> None:
+        self._clock, self._memory = process.clock, process.memory
         self._earlier: dict[str, Any] = {}
         self.complete = True
         """False if a checkpoint did not say what came before it."""
@@ -130,10 +139,8 @@ class Life:
         self.place = place
         self.tracker = tracker
         self.run_id: str | None = None
-        self.clock = Clock()
-        self.memory = MemoryWatch(place.device)
-        self.evaluation_memory = MemoryWatch(place.device)
-        self.costs = LifeCosts(self.clock, self.memory)
+        self.process = Process(place.device)
+        self.costs = LifeCosts(self.process)
         self.trained = Trained()
         self.parameters = (0, 0)
         self.scored = Scored(Scores())
@@ -156,7 +163,7 @@ class Life:
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         """Keep metrics in the trial's log and the tracker, and pass them on."""
         if self.place.rank == 0:
-            line = to_json({"step": step, "time_s": round(self.clock.total(), 3), **metrics})
+            line = to_json({"step": step, "time_s": round(self.process.clock.total(), 3), **metrics})
             with self._log.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
             text = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
@@ -181,8 +188,8 @@ class Life:
 
     def result(self, status: Status, error: str | None = None) -> TrialResult:
         """The trial's row, with what is known by now."""
-        self.memory.stop()
-        self.evaluation_memory.stop()
+        self.process.memory.stop()
+        self.process.evaluation_memory.stop()
         seconds, trained, peaks = self.costs.seconds(), self.trained, self.costs.peaks()
         if peaks.spilled_gib:
             logger.warning(
@@ -201,7 +208,7 @@ class Life:
             usage=Usage(
                 peak_allocated_gib=peaks.allocated_gib,
                 peak_reserved_gib=peaks.reserved_gib,
-                evaluation_allocated_gib=self.evaluation_memory.peaks.allocated_gib,
+                evaluation_allocated_gib=self.process.evaluation_memory.peaks.allocated_gib,
                 device_used_gib=peaks.device_used_gib,
                 spilled_gib=peaks.spilled_gib,
                 peak_rss_gib=peaks.rss_gib,

@@ -90,7 +90,7 @@ def _with_advice(life: Life, error: str) -> str:
     gpu = here(place.device)
     room = place.gpu_memory_gib or torch.cuda.get_device_properties(place.device).total_memory / GIB
     said = f"ran out of {room:.1f} GiB of GPU memory"
-    if life.clock.last == "evaluate":
+    if life.process.clock.last == "evaluate":
         return f"{said} in the evaluation, one row at a time\n\n{error}"
     rows = life.lowered.get(MICRO_BATCH)
     share = spec.train.batch_size // spec.resources.num_workers
@@ -136,7 +136,7 @@ def _run(life: Life) -> TrialResult:
     _take_place(place)
     if spec.members():
         return run_ensemble(life)
-    with life.clock.phase("load"):
+    with life.process.clock.phase("load"):
         bench = TASKS[spec.task].load(life.runs, place.device)
     life.provenance = life.provenance.model_copy(update=provenance(bench, place))
     life.parameters = (0, bench.parameters()[1])
@@ -147,17 +147,17 @@ def _run(life: Life) -> TrialResult:
         predict(life, bench)
     stages = spec.method.stages(bench.total_steps())
     if not stages:  # the weights alone
-        life.memory.start()
-        life.memory.stop()
+        life.process.memory.start()
+        life.process.memory.stop()
     train_all(life, bench, stages)
     if place.rank > 0:
         return life.result("finished")
     if stages:
-        with life.clock.phase("save"):
+        with life.process.clock.phase("save"):
             _save(life, bench)
     if place.device != "cpu":
-        life.evaluation_memory.start()
-    with life.clock.phase("evaluate"):
+        life.process.evaluation_memory.start()
+    with life.process.clock.phase("evaluate"):
         evaluate(life, bench)
     for index in range(len(stages)):
         shutil.rmtree(place.folder / f"stage{index + 1}", ignore_errors=True)

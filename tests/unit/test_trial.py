@@ -97,12 +97,12 @@ def test_a_row_that_ran_out_of_memory_names_what_takes_less(tiny_model, question
     spec = TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions, **changes))
     life = Life(spec, trial.Place(tmp_path, "cuda:0", gpu_memory_gib=1.2), None, lambda metrics, step: None)
     life.lowered = {MICRO_BATCH: 129}  # half of what a pass held, and no divisor of the batch
-    with life.clock.phase("train"):
+    with life.process.clock.phase("train"):
         first, _, rest = trial._with_advice(life, "CUDA out of memory").partition("\n")
     assert first.startswith("ran out of 1.2 GiB of GPU memory with 129 rows a pass; what takes less: train.micro_ba")
     assert "does not fit" not in first
     assert rest.strip() == "CUDA out of memory"
-    with life.clock.phase("evaluate"):
+    with life.process.clock.phase("evaluate"):
         assert trial._with_advice(life, "x").startswith("ran out of 1.2 GiB of GPU memory in the evaluation")
 
 

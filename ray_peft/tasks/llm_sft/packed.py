@@ -23,10 +23,12 @@ class PackedPart:
     bucket: Bucket
     lanes: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]]
     """(ids, labels) of the rows of each lane."""
-    loss_tokens: int
-    """Tokens with loss of the whole step, over all workers: the divisor of the pass's loss."""
+    loss_tokens: Sequence[int]
+    """For each of them, tokens with loss of its member's whole step, over all workers: the divisor of the loss."""
     scored: float
     """Share of the places that are scored, unless more carry loss."""
+    members: Sequence[int] = ()
+    """The place of each lane's member, where there are several."""
 
 
 class PackedRows(Rows[PackedPart]):
@@ -49,7 +51,12 @@ class PackedRows(Rows[PackedPart]):
         loss_tokens, most = self._rows.loss_tokens(step), rows * self._largest
         laid = [reused(one, self._used, most) for one in lay_out([len(ids) for ids, _ in own], most, self._largest)]
         return [
-            PackedPart(one.bucket, [[own[row] for row in lane] for lane in one.lanes], loss_tokens, self._scored)
+            PackedPart(
+                one.bucket,
+                [[own[row] for row in lane] for lane in one.lanes],
+                [loss_tokens] * len(one.lanes),
+                self._scored,
+            )
             for one in laid
         ]
 
@@ -105,6 +112,7 @@ class PackedLoss(Computation[PackedPart]):
         positions, documents = torch.zeros_like(ids), torch.zeros_like(ids)
         places: list[int] = []
         targets: list[int] = []
+        weights: list[float] = []
         for lane, rows in enumerate(part.lanes):
             begin = 0
             for number, (row, labels) in enumerate(rows, start=1):
@@ -115,21 +123,25 @@ class PackedLoss(Computation[PackedPart]):
                 scored = [place for place in range(1, len(row)) if labels[place] != IGNORED]
                 places += [lane * capacity + begin + place - 1 for place in scored]
                 targets += [labels[place] for place in scored]
+                weights += [1 / max(part.loss_tokens[lane], 1)] * len(scored)
                 begin = end
         usual = int(part.bucket.tokens * part.scored)
         fill = (usual if len(places) <= usual else part.bucket.tokens) - len(places)
-        weights = torch.tensor([1 / max(part.loss_tokens, 1)] * len(places) + [0.0] * fill)
         return [
             ids,
             positions,
             documents,
             torch.tensor(places + [0] * fill),
             torch.tensor(targets + [0] * fill),
-            weights,
+            torch.tensor(weights + [0.0] * fill),
         ]
 
     def loss(self, *inputs: Tensor) -> Tensor:
         """The pass's share of the step's mean loss [nats]."""
+        return self._losses(*inputs).sum()
+
+    def _losses(self, *inputs: Tensor) -> Tensor:
+        """What each place (places,) adds to the loss of its step."""
         import torch
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
@@ -145,8 +157,8 @@ class PackedLoss(Computation[PackedPart]):
                 hidden, head.weight, getattr(head, "bias", None), targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE,
                 self._softcap, self._scale, ("log_probs",),
             )[0]  # fmt: skip
-        share: Tensor = -(log_probs.float() * weights).sum()
-        return share
+        shares: Tensor = log_probs.float() * -weights
+        return shares
 
     def _masks(self, documents: Tensor) -> Any:
         """Who sees whom, (lanes, 1, capacity, capacity): a row itself alone, backwards, within the window if any.

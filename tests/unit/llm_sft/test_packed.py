@@ -102,12 +102,12 @@ def test_a_whole_training_has_the_numbers_of_rows_apart(rows, tmp_path, micro, l
         log = []
         job = Job(trial, trial.method, 7, 0, tmp_path / way, "cpu", lambda m, s, log=log: log.append(m), lambda: 0.0)
         data = TextRows(trial, rows)
-        member = Member(job, built)
+        member = Member(job, built, data)
         if way == "apart":
-            outcome = Engine(member, built, data, TextLoss(trial, built, 258)).run()
+            Engine([member], built, data, TextLoss(trial, built, 258)).run()
         else:
-            outcome = Engine(member, built, PackedRows(data), PackedLoss(trial, built)).run()
-        logs.append((log, outcome.tokens))
+            Engine([member], built, PackedRows(data), PackedLoss(trial, built)).run()
+        logs.append((log, member.trained.tokens))
     (usual, tokens), (packed, as_many) = logs
     assert len(usual) == len(packed) == 7
     assert tokens == as_many

@@ -100,7 +100,7 @@ def test_a_loss_that_is_no_number_fails_the_trial(tmp_path):
 
 def test_the_speed_in_images_is_that_of_all_stages(tmp_path):
     lived = life(tmp_path)
-    lived.memory.start = lived.memory.stop = lambda: None
+    lived.process.memory.start = lived.process.memory.stop = lambda: None
     stage = lived.spec.method
     train_all(lived, Painter(SCORED), [(stage, 5)])
     lived.storage = {"nf4": 100}
