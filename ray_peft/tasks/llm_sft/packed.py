@@ -10,6 +10,7 @@ from ray_peft.engine.contract import Computation, Rows, Seen, Share
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.data import IGNORED
 from ray_peft.tasks.llm_sft.lanes import Bucket, largest_capacity, lay_out, reused
+from ray_peft.tasks.llm_sft.masks import as_taken, windows
 from ray_peft.tasks.llm_sft.steps import TextRows
 
 if TYPE_CHECKING:
@@ -94,8 +95,7 @@ class PackedLoss(Computation[PackedPart]):
         self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._autocasts = spec.train.precision == "bf16"
         config = self._model.config.get_text_config()
-        self._windows = _windows(config)
-        self._added = config._attn_implementation == "eager"  # which adds the mask to the scores
+        self._windows = windows(config)
         self._softcap, self._scale = head_settings(config)
 
     def inputs(self, part: PackedPart) -> Sequence[Tensor]:
@@ -142,28 +142,32 @@ class PackedLoss(Computation[PackedPart]):
 
     def _losses(self, *inputs: Tensor) -> Tensor:
         """What each place (places,) adds to the loss of its step."""
+        *tokens, weights = inputs
+        shares: Tensor = self.log_probs(*tokens) * -weights
+        return shares
+
+    def log_probs(self, ids: Tensor, positions: Tensor, documents: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities (places,) float32 of the targets, of the tensors that `inputs` made."""
         import torch
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-        ids, positions, documents, places, targets, weights = inputs
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self._autocasts):
             body = self._model.base_model(
                 input_ids=ids, position_ids=positions, attention_mask=self._masks(documents), use_cache=False
             )
             hidden = body.last_hidden_state.flatten(0, 1).index_select(0, places)
             head = self._model.get_output_embeddings()
-            log_probs = ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
+            log_probs: Tensor = ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
                 hidden, head.weight, getattr(head, "bias", None), targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE,
                 self._softcap, self._scale, ("log_probs",),
             )[0]  # fmt: skip
-        shares: Tensor = log_probs.float() * -weights
-        return shares
+        return log_probs.float()
 
     def _masks(self, documents: Tensor) -> Any:
         """Who sees whom, (lanes, 1, capacity, capacity): a row itself alone, backwards, within the window if any.
 
-        Boolean, or as numbers that eager attention adds to the scores. By kind of layer where a model has several.
+        In the form that the model takes.
         """
         import torch
 
@@ -173,22 +177,9 @@ class PackedLoss(Computation[PackedPart]):
         masks = {}
         for kind, window in self._windows.items():
             seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            mask = same & seen
-            if self._added:
-                dtype = torch.bfloat16 if self._autocasts else self._model.dtype
-                least = torch.finfo(dtype).min
-                mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, least)
-            masks[kind] = mask
-        return masks if len(masks) > 1 or "" not in masks else masks[""]
-
-
-def _windows(config: Any) -> dict[str, int | None]:
-    """Kinds of attention layers, and on how many tokens each looks back; one kind, "", where the model has one mask."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    if "sliding_attention" in kinds and "full_attention" in kinds or kinds == {"sliding_attention"}:
-        return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
-    return {"": None if kinds == {"full_attention"} else window}
+            masks[kind] = same & seen
+        dtype = torch.bfloat16 if self._autocasts else self._model.dtype
+        return as_taken(masks, self._model.config.get_text_config(), dtype)
 
 
 def head_settings(config: Any) -> tuple[float | None, float]:
