@@ -13,22 +13,24 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from ray_peft.errors import first_line
 from ray_peft.schedule import worker
-from ray_peft.schedule.allotment import Allotment
+from ray_peft.schedule.decide import Demand, Run
 from ray_peft.schedule.experiment import Experiment
-from ray_peft.schedule.placement import Demand, Node, concurrent_trials
-from ray_peft.schedule.search import Draws
 from ray_peft.spec import TrialSpec
 from ray_peft.trial.result import TrialResult
 
 _TRIAL = "trial"
-"""The only key of Tune's configurations: a place in the list of trials, or the text of a proposed trial."""
+"""The only key of Tune's configurations: a place in the list of runs, or the text of a proposed one."""
+
+
+_Task = tuple[TrialSpec, Demand]
+"""A trial, and what it holds while it runs."""
 
 
 class _OfThisProcess:
@@ -61,12 +63,14 @@ class Receiver(Protocol):
 class Work:
     """What a call of Tune runs."""
 
-    trials: Sequence[TrialSpec]
+    runs: Sequence[Run]
     """In the order of starting; empty if a search proposes them."""
-    draws: Draws | None
-    """The search; None where the trials are known."""
+    propose: Callable[[], Run | None] | None
+    """The next run that a search proposes, None at its end; None where the runs are known."""
     samples: int
     """Proposals at most."""
+    most: int | None
+    """Runs at one time; None leaves it to what they hold."""
     members: Mapping[str, TrialResult]
     """Rows of ensembles' members by trial id."""
 
@@ -82,35 +86,30 @@ def quiet() -> None:
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 
 
-def fit(
-    work: Work, opened: Experiment, allotment: Allotment, nodes: list[Node], demands: list[Demand], receiver: Receiver
-) -> None:
+def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     """Run trials at once on the cluster, until all have a row or the user stops them.
 
     Args:
-        work: the trials, or what proposes them.
+        work: the trials with what they hold, or what proposes them.
         opened: where they are kept.
-        allotment: what each of them holds.
-        nodes: of the cluster.
-        demands: what the trials hold, of a search what one proposal holds.
         receiver: is told of every event, in this process.
     """
     from ray import tune
 
-    several = [each for each in demands if each.num_workers > 1]
     settings: dict[str, Any] = {"reuse_actors": True}
-    if several:
-        settings["max_concurrent_trials"] = concurrent_trials(several, nodes)
+    if work.most is not None:
+        settings["max_concurrent_trials"] = work.most
     space: dict[str, Any] = {}
-    if work.draws is not None:
-        settings |= {"search_alg": _searcher(work.draws), "num_samples": work.samples}
+    if work.propose is not None:
+        settings |= {"search_alg": _searcher(work.propose), "num_samples": work.samples}
     else:
-        space = {_TRIAL: tune.grid_search(list(range(len(work.trials))))}
-    resolve, name = _resolver(work.trials), f"tune-{os.urandom(4).hex()}"
+        space = {_TRIAL: tune.grid_search(list(range(len(work.runs))))}
+    tasks = [(run.trial, run.demand) for run in work.runs]
+    resolve, name = _resolver(tasks), f"tune-{os.urandom(4).hex()}"
     # Tune unpickles the trainable for every trial, so what grows with the trials travels through the object store.
-    hand = {"trials": list(work.trials), "allotment": allotment, "members": dict(work.members)}
+    hand = {"tasks": tasks, "members": dict(work.members)}
     trainable = tune.with_parameters(_trainable(opened), **hand)
-    _held[name] = lambda config: allotment.demand(resolve(config))
+    _held[name] = lambda config: resolve(config)[1]
     tuner = tune.Tuner(
         tune.with_resources(trainable, partial(_resources, name)),
         param_space=space,
@@ -132,29 +131,30 @@ def fit(
         del _held[name]
 
 
-def _resolver(trials: Sequence[TrialSpec]) -> Callable[[Mapping[str, Any]], TrialSpec]:
-    """Tune's configuration of a trial -> its spec, under the id that was settled for it."""
+def _resolver(tasks: Sequence[_Task]) -> Callable[[Mapping[str, Any]], _Task]:
+    """Tune's configuration of a trial -> its spec, under the id that was settled for it, and what it holds."""
 
-    def resolve(config: Mapping[str, Any]) -> TrialSpec:
+    def resolve(config: Mapping[str, Any]) -> _Task:
         where = config[_TRIAL]
         if isinstance(where, int):
-            return trials[where]
+            return tasks[where]
         told = json.loads(where)
-        return TrialSpec.from_plain(told["spec"]).under(told["trial_id"])
+        return TrialSpec.from_plain(told["spec"]).under(told["trial_id"]), Demand(**told["demand"])
 
     return resolve
 
 
-def _searcher(draws: Draws) -> Any:
+def _searcher(propose: Callable[[], Run | None]) -> Any:
     """Tune's side of a search."""
     from ray.tune.search import Searcher
 
     class Proposals(_OfThisProcess, Searcher):
         def suggest(self, trial_id: str) -> Any:
-            trial = draws.next()
-            if trial is None:
+            run = propose()
+            if run is None:
                 return Searcher.FINISHED
-            return {_TRIAL: json.dumps({"trial_id": trial.trial_id, "spec": trial.plain()})}
+            told = {"trial_id": run.trial.trial_id, "spec": run.trial.plain(), "demand": asdict(run.demand)}
+            return {_TRIAL: json.dumps(told)}
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             """Rows reach the search through the receiver, lost ones too."""
@@ -173,19 +173,17 @@ def _trainable(opened: Experiment) -> Callable[..., None]:
     """The function that Tune runs for each trial, in a process that it uses again for the next."""
     ledger, store, parent, name = opened.ledger, opened.store, opened.parent_run_id, opened.name
 
-    def trial(
-        config: dict[str, Any], trials: list[TrialSpec], allotment: Allotment, members: dict[str, TrialResult]
-    ) -> None:
+    def trial(config: dict[str, Any], tasks: list[_Task], members: dict[str, TrialResult]) -> None:
         from ray import tune
 
-        spec = _resolver(trials)(config)
+        spec, demand = _resolver(tasks)(config)
         assignment = worker.Assignment(
             spec=spec,
             folder=ledger.trial_folder(spec.trial_id),
             store=store,
             parent_run_id=parent,
             sweep=name,
-            demand=allotment.demand(spec),
+            demand=demand,
             members=tuple(members[each.trial_id] for each in spec.members() if each.trial_id in members),
         )
 
@@ -203,19 +201,19 @@ def _trainable(opened: Experiment) -> Callable[..., None]:
     return trial
 
 
-def _callback(resolve: Callable[[Mapping[str, Any]], TrialSpec], receiver: Receiver) -> Any:
+def _callback(resolve: Callable[[Mapping[str, Any]], _Task], receiver: Receiver) -> Any:
     """Tune's callback in the driver."""
     from ray import tune
 
     class Rows(_OfThisProcess, tune.Callback):
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            receiver.begin(resolve(trial.config))
+            receiver.begin(resolve(trial.config)[0])
 
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
             # Tune ends with an error in here, and with it all the other trials.
-            spec = resolve(trial.config)
+            spec, _ = resolve(trial.config)
             try:
                 if worker.ROW in result:
                     receiver.take(TrialResult.model_validate_json(result[worker.ROW]))
@@ -225,7 +223,7 @@ def _callback(resolve: Callable[[Mapping[str, Any]], TrialSpec], receiver: Recei
                 receiver.lose(spec, f"its row cannot be kept: {type(error).__name__}: {first_line(error)}")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            receiver.lose(resolve(trial.config), _reason(trial))
+            receiver.lose(resolve(trial.config)[0], _reason(trial))
 
     return Rows()
 

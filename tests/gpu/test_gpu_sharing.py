@@ -185,7 +185,7 @@ def test_trials_share_a_gpu_by_predicted_bytes(shared, gpu, long_rows, tmp_path)
 
 def test_a_share_that_was_too_small_is_mended_by_running_alone(shared, gpu, long_rows, tmp_path, monkeypatch):
     """The share is what is wrong here: with a thirty-second of 20 GiB the CUDA context leaves nothing."""
-    monkeypatch.setattr("ray_peft.schedule.allotment.share_of", lambda *_: 1 / 32)
+    monkeypatch.setattr("ray_peft.schedule.decide.share_of", lambda *_: 1 / 32)
     model = build_config(tmp_path / "small", hidden=256, layers=4)
     (row,) = swept(tmp_path / "alone", open_trials(model, long_rows, 1), cap_gib=20.0)
     assert (row.status, row.provenance.gpus_per_worker) == ("finished", 1.0)
