@@ -122,7 +122,7 @@ def card(nodes: Sequence[Node], gpu_memory_gib: float | None = None) -> Card | N
     sizes = [(node.gpu_memory_gib, node.gpu_name) for node in with_gpus if node.gpu_memory_gib is not None]
     if not with_gpus or (len(sizes) < len(with_gpus) and gpu_memory_gib is None):
         return None
-    smallest, name = min(sizes, default=(gpu_memory_gib or 0.0, None))
+    smallest, name = min(sizes, key=lambda size: size[0], default=(gpu_memory_gib or 0.0, None))
     memory = smallest if gpu_memory_gib is None else min(smallest, gpu_memory_gib)
     return Card(known(name) if name else ANY, memory)
 
@@ -157,13 +157,12 @@ def decide(
     runs: list[Run] = []
     impossible: dict[str, str] = {}
     for trial in trials:
-        size = sizes.get(trial.trial_id, Size())
+        size, share = sizes.get(trial.trial_id, Size()), None
+        may_share = trial.resources.num_workers == 1 and trial.trial_id not in alone
+        if gpu is not None and size.prediction is not None and may_share:
+            share = share_of(gpu.gpu.footprint(size.prediction.needed), gpu.memory_gib)
         try:
-            demand = _demand(trial, nodes)
-            if gpu is not None and demand.gpus_per_worker and size.prediction is not None:
-                share = trial.resources.num_workers == 1 and trial.trial_id not in alone
-                taken = gpu.gpu.footprint(size.prediction.needed)
-                demand = _demand(trial, nodes, share_of(taken, gpu.memory_gib) if share else None)
+            demand = _demand(trial, nodes, share)
         except PlacementError as error:
             impossible[trial.trial_id] = str(error)
             continue
@@ -208,7 +207,7 @@ def _predicted_bytes(run: Run) -> tuple[int, int]:
     return (prediction.needed, prediction.peak_reserved) if prediction is not None and used else (0, 0)
 
 
-def _demand(trial: TrialSpec, nodes: Sequence[Node], share: float | None = None) -> Demand:
+def _demand(trial: TrialSpec, nodes: Sequence[Node], share: float | None) -> Demand:
     """What a trial holds here, with what its spec leaves open filled in.
 
     An open `gpus_per_worker` is `share`, else one GPU where the cluster has any, else none. An open `cpus_per_worker`
