@@ -81,3 +81,12 @@ def test_generation_fills_what_is_open_from_the_models_own_config():
 
     source = inspect.getsource(GenerationMixin._prepare_generation_config)
     assert "self.generation_config" in source, "tasks/llm_sft/decoding.py replaces it"
+
+
+def test_the_cores_that_a_local_ray_counts():
+    from ray._private.utils import get_num_cpus
+
+    from ray_peft.schedule.cluster import cores_here
+
+    assert "override_docker_cpu_warning" in inspect.signature(get_num_cpus).parameters
+    assert cores_here() == int(get_num_cpus()) >= 1
