@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import tiny
 import tiny_diffusion
-from safetensors.torch import load_file
-from untracked import HYBRID, Notes
+from gone_on import assert_same_trial, attempt
+from untracked import HYBRID
 
 from ray_peft.spec import TrialSpec
-from ray_peft.trial import trial
 
 LORA = {"name": "lora", "rank": 4, "lr": 0.01}
 QLORA = {"name": "qlora", "rank": 4, "lr": 0.01, "compute_dtype": "float32"}
@@ -38,65 +35,6 @@ CASES = {
 }
 STEPS = 12
 SCHEDULE = {"train__steps": STEPS, "train__log_every": 2, "train__eval_every": 4, "train__warmup_steps": 3}
-
-
-class Curves(Notes):
-    """A tracker that keeps the points of its run."""
-
-    def __init__(self):
-        super().__init__()
-        self.points = []
-
-    def log(self, metrics, step):
-        self.points += [(step, name, value) for name, value in metrics.items()]
-
-
-def attempt(spec, folder, stop_at=None):
-    """One attempt, stopped where the loss of step `stop_at` is logged."""
-    tracker = Curves()
-
-    def progress(metrics, step):
-        if "train_loss" in metrics and step == stop_at:
-            raise KeyboardInterrupt
-
-    row = trial.run(spec, trial.Place(folder, "cpu"), tracker, progress)
-    return row, tracker.points
-
-
-def logged(folder):
-    """The points in metrics.jsonl, and whether its clock goes on."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    times = [line["time_s"] for line in lines]
-    assert times == sorted(times)
-    return [(line["step"], name, line[name]) for line in lines for name in line if name not in ("step", "time_s")]
-
-
-def assert_same_points(points, expected):
-    assert [point[:2] for point in points] == [point[:2] for point in expected]
-    assert [value for *_, value in points] == pytest.approx([value for *_, value in expected], rel=1e-6, abs=1e-9)
-
-
-def assert_same_trial(folder, row, points, whole):
-    """All that a row says of the numbers of training and scores, the curve with the tracker, and what was trained."""
-    expected_folder, expected, expected_points = whole
-    assert row.status == "finished"
-    assert_same_points(points, expected_points)
-    assert_same_points(logged(folder), expected_points)
-    usage, expected_usage = row.usage, expected.usage
-    assert (usage.train_tokens, usage.train_images) == (expected_usage.train_tokens, expected_usage.train_images)
-    assert usage.complete
-    exact = ("steps", "trainable_parameters", "total_parameters", "adapter_bytes", "passes", "lowered", "storage")
-    assert [getattr(row, name) for name in exact] == [getattr(expected, name) for name in exact]
-    for name in ("train_loss_final", "eval_loss_best", "boundary_losses"):
-        assert getattr(row, name) == pytest.approx(getattr(expected, name), rel=1e-6)
-    numbers = {name: value for name, value in row.scores.plain().items() if isinstance(value, float)}
-    assert numbers == pytest.approx({name: expected.scores.plain()[name] for name in numbers}, rel=1e-6)
-    for file in [*expected_folder.glob("adapter/*.safetensors")]:
-        weights, expected_weights = load_file(folder / "adapter" / file.name), load_file(file)
-        assert weights.keys() == expected_weights.keys()
-        for name, weight in weights.items():
-            assert weight.float() == pytest.approx(expected_weights[name].float(), rel=1e-5, abs=1e-7), name
-    assert [path.name for path in folder.iterdir() if path.name in ("stage1", "stage2")] == []
 
 
 @pytest.fixture(scope="module")
