@@ -5,10 +5,48 @@ from __future__ import annotations
 import json
 
 import pytest
+import tiny
+import tiny_diffusion
 from safetensors.torch import load_file
-from untracked import Notes
+from untracked import HYBRID, Notes
 
+from ray_peft.spec import TrialSpec
 from ray_peft.trial import trial
+
+LORA = {"name": "lora", "rank": 4, "lr": 0.01}
+QLORA = {"name": "qlora", "rank": 4, "lr": 0.01, "compute_dtype": "float32"}
+FULL = {"name": "full", "lr": 0.003, "weights": "float32"}
+GALORE = {"name": "galore", "rank": 4, "lr": 0.01, "update_proj_gap": 4, "weights": "float32"}
+CASES = {
+    "lora": ("llm_sft", LORA, {}),
+    "lora-dropout": ("llm_sft", LORA | {"dropout": 0.2}, {}),
+    "qlora": ("llm_sft", QLORA | {"dropout": 0.1}, {}),
+    "full": ("llm_sft", FULL, {}),
+    "full-bfloat16": ("llm_sft", {"name": "full", "lr": 0.003}, {}),
+    "galore": ("llm_sft", GALORE, {}),
+    "galore-bfloat16": ("llm_sft", GALORE | {"weights": "bfloat16"}, {}),
+    "galore-layerwise": (
+        "llm_sft",
+        GALORE | {"layerwise": True, "max_grad_norm": None},
+        {"train__micro_batch_size": 8},
+    ),
+    "hybrid": ("llm_sft", HYBRID, {}),
+    "images-lora": ("text_to_image", LORA, {"train__ema_decay": 0.9}),
+    "images-dropout": ("text_to_image", LORA | {"dropout": 0.2}, {}),
+    "images-qlora": ("text_to_image", QLORA, {}),
+    "images-full": ("text_to_image", FULL, {"train__ema_decay": 0.9}),
+}
+STEPS = 12
+SCHEDULE = {"train__steps": STEPS, "train__log_every": 2, "train__eval_every": 4, "train__warmup_steps": 3}
+
+
+def case_spec(case, text, images, **changes):
+    """One of `CASES`; `text` and `images` are the model and the data of each task."""
+    task, method, more = CASES[case]
+    more = {**SCHEDULE, **more, **changes}
+    if task == "llm_sft":
+        return TrialSpec.from_plain(tiny.plain_spec(*text, method, evaluation__generate=False, **more))
+    return TrialSpec.from_plain(tiny_diffusion.plain_spec(*images, method, evaluation__prompts=[], **more))
 
 
 class Curves(Notes):
@@ -22,7 +60,7 @@ class Curves(Notes):
         self.points += [(step, name, value) for name, value in metrics.items()]
 
 
-def attempt(spec, folder, stop_at=None):
+def attempt(spec, folder, stop_at=None, device="cpu"):
     """One attempt, stopped where the loss of step `stop_at` is logged."""
     tracker = Curves()
 
@@ -30,7 +68,7 @@ def attempt(spec, folder, stop_at=None):
         if "train_loss" in metrics and step == stop_at:
             raise KeyboardInterrupt
 
-    row = trial.run(spec, trial.Place(folder, "cpu"), tracker, progress)
+    row = trial.run(spec, trial.Place(folder, device), tracker, progress)
     return row, tracker.points
 
 
