@@ -10,12 +10,12 @@ import tiny
 from gone_on import logged, unheard
 from tracked import client_of
 
-from ray_peft.placement import Demand
-from ray_peft.result import TrialResult
+from ray_peft.schedule.placement import Demand
+from ray_peft.schedule.worker import Assignment, run_here
 from ray_peft.spec import TrialSpec
 from ray_peft.store.tracking import default_uri, open_store
 from ray_peft.trial import trial
-from ray_peft.worker import Assignment, run_here
+from ray_peft.trial.result import TrialResult
 
 STEPS = 60
 
