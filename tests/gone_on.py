@@ -1,8 +1,15 @@
-"""A trial that is stopped and goes on, and how it is compared with one that nobody stopped."""
+"""A trial that is stopped and goes on, and how it is compared with one that nobody stopped.
+
+Run as a script, it is one of two data-parallel workers.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -12,6 +19,7 @@ from untracked import HYBRID, Notes
 
 from ray_peft.spec import TrialSpec
 from ray_peft.trial import trial
+from ray_peft.trial.result import TrialResult
 
 LORA = {"name": "lora", "rank": 4, "lr": 0.01}
 QLORA = {"name": "qlora", "rank": 4, "lr": 0.01, "compute_dtype": "float32"}
@@ -60,7 +68,7 @@ class Curves(Notes):
         self.points += [(step, name, value) for name, value in metrics.items()]
 
 
-def attempt(spec, folder, stop_at=None, device="cpu"):
+def attempt(spec, folder, stop_at=None, device="cpu", **place):
     """One attempt, stopped where the loss of step `stop_at` is logged."""
     tracker = Curves()
 
@@ -68,7 +76,7 @@ def attempt(spec, folder, stop_at=None, device="cpu"):
         if "train_loss" in metrics and step == stop_at:
             raise KeyboardInterrupt
 
-    row = trial.run(spec, trial.Place(folder, device), tracker, progress)
+    row = trial.run(spec, trial.Place(folder, device, **place), tracker, progress)
     return row, tracker.points
 
 
@@ -110,3 +118,37 @@ def assert_same_trial(folder, row, points, whole):
 
 def unheard(metrics, step):
     """A report that nobody hears; a process of its own can import it."""
+
+
+def by_two_workers(spec, folder, stop_at):
+    """An undisturbed trial of two workers, and one that is stopped and goes on: their rows."""
+    (folder / "spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command += [str(folder), str(stop_at)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = ("undisturbed", "stopped")
+    rows = [(folder / name / trial.RESULT_FILE).read_text(encoding="utf-8") for name in names]
+    return [TrialResult.model_validate_json(row) for row in rows]
+
+
+def _work(folder, stop_at):
+    """What each of the two workers does."""
+    import torch
+
+    torch.distributed.init_process_group("gloo")
+    spec = TrialSpec.from_plain(json.loads((folder / "spec.json").read_text(encoding="utf-8")))
+    workers = {"rank": torch.distributed.get_rank(), "num_workers": 2}
+    attempt(spec, folder / "undisturbed", **workers)
+    torch.distributed.barrier()
+    try:
+        attempt(spec, folder / "stopped", stop_at, **workers)
+    except KeyboardInterrupt:
+        torch.distributed.barrier()
+    attempt(spec, folder / "stopped", **workers)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]), int(sys.argv[2]))
