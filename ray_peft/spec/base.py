@@ -90,8 +90,8 @@ class TrainSpec(Strict):
             if isinstance(value, str) and seconds_of(value):
                 return value.strip()
         raise ValueError(
-            "give optimizer steps between two checkpoints, such as 100, or a time, such as 5 minutes, 90 seconds or "
-            "1.5 hours, or null for none"
+            f"{value!r} is no distance between two checkpoints; give optimizer steps, such as 100, or a time, such as "
+            "5 minutes, 90 seconds or 1.5 hours, or null for none"
         )
 
     @field_validator("precision", mode="before")
