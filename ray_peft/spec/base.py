@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -12,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ray_peft.errors import SpecError
 from ray_peft.foundation import dotted
+from ray_peft.foundation.durations import seconds_of
 from ray_peft.foundation.strict import Strict
 from ray_peft.methods import METHODS, AnyMethod
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization, Stage, Task
@@ -71,10 +73,26 @@ class TrainSpec(Strict):
     """Optimizer steps between two logged losses."""
     eval_every: int | None = Field(default=None, ge=1)
     """Optimizer steps between two evaluations of the loss on held-out rows; None evaluates at the end only."""
-    checkpoint_every: int | None = Field(default=None, ge=1)
-    """Optimizer steps between two checkpoints; a trial that was interrupted goes on from the last one."""
+    checkpoint_every: int | str | None = "5 minutes"
+    """Optimizer steps between two checkpoints, such as 100, or the time, such as `5 minutes`, `90 seconds` or `1.5
+    hours`; a trial that was interrupted goes on from the last one. By time, a checkpoint comes later where writing the
+    one before took more than a twentieth of it, and the end of a stage is kept, too. None writes none inside a stage.
+    """
     save_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """The dtype of the saved adapter or weights."""
+
+    @field_validator("checkpoint_every", mode="before")
+    @classmethod
+    def _steps_or_time(cls, value: object) -> object:
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        with contextlib.suppress(ValueError):
+            if isinstance(value, str) and seconds_of(value):
+                return value.strip()
+        raise ValueError(
+            f"{value!r} is no distance between two checkpoints; give optimizer steps, such as 100, or a time, such as "
+            "5 minutes, 90 seconds or 1.5 hours, or null for none"
+        )
 
     @field_validator("precision", mode="before")
     @classmethod
