@@ -265,16 +265,16 @@ def _plan(options: argparse.Namespace) -> int:
         raise SpecError(f"--gpu {options.gpu}: the known ones are {names}; of another, give --gpu-memory-gib, too")
     memory = options.gpu_memory_gib or (gpu.memory_gib if options.gpu else None)
     if memory is None:  # a prediction takes seconds where it was not made before
-        made, packing = [forecast.Forecast(trial, None) for trial in trials], None
+        forecasts, packing = [forecast.Forecast(trial, None) for trial in trials], None
     else:
-        made, packing = forecast.forecast(trials, gpu_memory_gib=memory, gpus=options.gpus, gpu=gpu)
-    code = 1 if options.strict and any(each.fits is False for each in made) else 0
+        forecasts, packing = forecast.forecast(trials, gpu_memory_gib=memory, gpus=options.gpus, gpu=gpu)
+    code = 1 if options.strict and any(entry.fits is False for entry in forecasts) else 0
     if options.json:
-        rows = [{"trial_id": each.trial.trial_id, **each.plain(), "spec": each.trial.plain()} for each in made]
+        rows = [{"trial_id": entry.trial.trial_id, **entry.plain(), "spec": entry.trial.plain()} for entry in forecasts]
         _say(json.dumps(rows, indent=2))
         return code
     named = labels({trial.trial_id: trial for trial in trials})
-    _say("\n".join(forecast.lines(made, named, packing, memory or 0.0)))
+    _say("\n".join(forecast.lines(forecasts, named, packing, memory or 0.0)))
     _say(f"{len(trials)} trials, checked: no weights were loaded")
     return code
 
@@ -319,12 +319,13 @@ def _export(options: argparse.Namespace) -> int:
     from ray_peft.space.read import TrackingSpec
 
     uri = tracking_uri(options.tracking_uri, TrackingSpec())
-    made = export(
+    exported = export(
         options.run, form=options.format, dtype=_DTYPES[options.dtype], out=options.out, tracking_uri=uri,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
-    _say(f"{made.folder}: {made.format} of {made.trial_id} in {made.dtype}, {made.num_bytes / 2**20:.1f} MiB")
-    _say(f"held-out loss {made.eval_loss_before:.4f} as saved, {made.eval_loss_after:.4f} as exported")
+    size = f"{exported.num_bytes / 2**20:.1f} MiB"
+    _say(f"{exported.folder}: {exported.format} of {exported.trial_id} in {exported.dtype}, {size}")
+    _say(f"held-out loss {exported.eval_loss_before:.4f} as saved, {exported.eval_loss_after:.4f} as exported")
     return 0
 
 
@@ -382,7 +383,7 @@ def _short(path: Path) -> str:
 
 def _ui_command(uri: str | None) -> str:
     """The command as it must be typed here: inside a virtual environment that is not active, with its path."""
-    own = Path(sys.argv[0])
-    name = "python -m ray_peft" if own.name == "__main__.py" else _short(own)
+    program = Path(sys.argv[0])
+    name = "python -m ray_peft" if program.name == "__main__.py" else _short(program)
     name = "ray-peft" if shutil.which("ray-peft") else name
     return f"{name} ui --tracking-uri {uri}" if uri and "@" not in uri else f"{name} ui"

@@ -291,8 +291,8 @@ class TaskType(ABC, Generic[SpecT]):
         Raises:
             DataError, ModelError: the user's to mend.
         """
-        found = self.predictor(spec)
-        return found(spec, gpu) if found is not None else None
+        predictor = self.predictor(spec)
+        return predictor(spec, gpu) if predictor is not None else None
 
     @abstractmethod
     def total_steps(self, spec: SpecT, train_rows: int) -> int:

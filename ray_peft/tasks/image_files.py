@@ -47,13 +47,17 @@ def _grid(images: Sequence[GeneratedImage], prompts: Sequence[str], path: Path) 
     """A row for each prompt; for each seed a column, or two where there is a picture of the base."""
     from ray_peft.tasks.image_grid import grid
 
-    made = {(image.prompt, image.seed): image for image in images}
+    by_prompt_and_seed = {(image.prompt, image.seed): image for image in images}
     seeds = list(dict.fromkeys(image.seed for image in images))
     compared = any(image.before is not None for image in images)
     columns = [f"seed {seed}, {when}" if compared else f"seed {seed}" for seed in seeds for when in _moments(compared)]
     rows = [
         [
-            None if (image := made.get((prompt, seed))) is None else image.before if when == "before" else image.after
+            None
+            if (image := by_prompt_and_seed.get((prompt, seed))) is None
+            else image.before
+            if when == "before"
+            else image.after
             for seed in seeds
             for when in _moments(compared)
         ]

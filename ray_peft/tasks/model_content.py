@@ -45,15 +45,15 @@ def content(folder: Path, below: Iterable[str] = ()) -> str:
         folder: of the model; folders in it are passed over.
         below: those of them that count, too.
     """
-    files = sorted(file for each in (folder, *(folder / name for name in below)) for file in _files(each))
-    whole = sum(file.stat().st_size for file in files if file.suffix in WEIGHTS) <= WHOLE
+    files = sorted(file for place in (folder, *(folder / name for name in below)) for file in _files(place))
+    read_whole = sum(file.stat().st_size for file in files if file.suffix in WEIGHTS) <= WHOLE
     digest = hashlib.sha256(str(folder.absolute()).encode())
     for file in files:
         digest.update(f"\n{file.relative_to(folder).as_posix()}:".encode())
         if file.suffix in WEIGHTS:
             stat = file.stat()
             digest.update(f"{stat.st_size}:{stat.st_mtime_ns}:".encode())
-        sampled = file.suffix in WEIGHTS and not whole
+        sampled = file.suffix in WEIGHTS and not read_whole
         digest.update(_sampled(file) if sampled else content_of(file).encode())
     return digest.hexdigest()
 

@@ -28,7 +28,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class HeldWeights:
+class WeightStorage:
     """How a model's weights lie in memory."""
 
     num_bytes: dict[str, int]
@@ -37,9 +37,9 @@ class HeldWeights:
     """Of the weights themselves, each counted once."""
 
 
-def held_weights(model: nn.Module) -> HeldWeights:
+def weight_storage(model: nn.Module) -> WeightStorage:
     """How the frozen and trained weights of `model` are held."""
-    found: dict[str, int] = {}
+    num_bytes: dict[str, int] = {}
     numbers = in_four_bits = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -51,8 +51,8 @@ def held_weights(model: nn.Module) -> HeldWeights:
             size += sum(_bytes(value) for value in _constants(state))
             in_four_bits += count
         numbers += count
-        found[kind] = found.get(kind, 0) + size
-    return HeldWeights(found, in_four_bits / numbers if numbers else 0.0)
+        num_bytes[kind] = num_bytes.get(kind, 0) + size
+    return WeightStorage(num_bytes, in_four_bits / numbers if numbers else 0.0)
 
 
 def computed_in(spec: TrialSpec, model: nn.Module) -> set[str]:
@@ -83,10 +83,10 @@ def stored(name: str, weight: Tensor, dtype: Dtype) -> Tensor:
     """
     import torch
 
-    found = weight.detach().to(getattr(torch, dtype)) if weight.is_floating_point() else weight.detach()
-    if dtype == "float16" and found.is_floating_point() and found.isinf().any():
+    converted = weight.detach().to(getattr(torch, dtype)) if weight.is_floating_point() else weight.detach()
+    if dtype == "float16" and converted.is_floating_point() and converted.isinf().any():
         raise TrialFailed(f"{name} has values above 65,504, the largest of float16; save it in bfloat16 or float32")
-    return found
+    return converted
 
 
 def load_adapter(model: nn.Module, folder: Path, device: str) -> None:

@@ -63,14 +63,14 @@ class LlmBench(Bench):
         model: PreTrainedModel,
     ) -> None:
         from ray_peft.tasks.llm_sft.model import fingerprint
-        from ray_peft.tasks.parameters import held_weights
+        from ray_peft.tasks.parameters import weight_storage
 
         self.spec = spec
         self.device = device
         self.tokenizer = tokenizer
         self.data = data
         self.model = model
-        self.held = held_weights(model)
+        self.weight_storage = weight_storage(model)
         self.lowered = {}
         self.data_key = data.key
         self.model_fingerprint = fingerprint(spec.model)
@@ -93,11 +93,11 @@ class LlmBench(Bench):
 
     def storage(self) -> dict[str, int]:
         """Bytes of the model as it was loaded, by how they are held."""
-        return self.held.num_bytes
+        return self.weight_storage.num_bytes
 
     def four_bit_share(self) -> float | None:
         """Share of the model's weights that are in 4 bits; None where it is not quantised."""
-        return self.held.four_bit_share if self.spec.quantization is not None else None
+        return self.weight_storage.four_bit_share if self.spec.quantization is not None else None
 
     def predicted(self) -> Prediction:
         """The peak with passes as long as the longest training row, on the GPU that is here."""
@@ -114,17 +114,17 @@ class LlmBench(Bench):
         """Train the attached stage."""
         from ray_peft.engine.member import Job
         from ray_peft.tasks.llm_sft import train, trl_engine
-        from ray_peft.tasks.llm_sft.routers import setting_kept
+        from ray_peft.tasks.llm_sft.routers import setting_restored
 
         job = Job(
             self.spec, stage, steps, first_step, folder, self.device, report, self.eval_loss,
             lowered=self.lowered, costs=self.costs,
         )  # fmt: skip
-        given = (self.spec, job, self.data.train, self.model, self.tokenizer)
+        arguments = (self.spec, job, self.data.train, self.model, self.tokenizer)
         if self.spec.train.engine == "trl":
-            with setting_kept(self.model):
-                return trl_engine.train_stage(*given)
-        return train.train_stage(*given, rehearse=self.device != "cpu")
+            with setting_restored(self.model):
+                return trl_engine.train_stage(*arguments)
+        return train.train_stage(*arguments, rehearse=self.device != "cpu")
 
     def restore(self, folder: Path) -> None:
         """Load a saved adapter into the attached one."""

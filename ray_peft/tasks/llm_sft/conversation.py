@@ -44,8 +44,8 @@ class Conversation:
             Unusable: a NUL character, or half of a surrogate pair.
         """
         plain = self.is_plain
-        whole = self.text or "".join([turn["content"] for turn in self.turns])
-        for text in [whole] if plain else _texts([list(self.turns), list(self.tools)]):
+        all_text = self.text or "".join([turn["content"] for turn in self.turns])
+        for text in [all_text] if plain else _texts([list(self.turns), list(self.tools)]):
             if "\0" in text:
                 raise Unusable("a NUL character")
             try:

@@ -26,7 +26,7 @@ class LeftOut:
 
     def add(self, reason: str, file: str, number: int) -> None:
         """Note down a row."""
-        reason = self._kept(reason)
+        reason = self._counted_reason(reason)
         self.counts[reason] += 1
         rows = self.first.setdefault(reason, [])
         if len(rows) < NAMED:
@@ -35,11 +35,11 @@ class LeftOut:
     def update(self, other: LeftOut) -> None:
         """Add the rows of another file of the source."""
         for reason, rows in other.first.items():
-            kept = self._kept(reason)
-            self.counts[kept] += other.counts[reason]
-            self.first[kept] = (self.first.get(kept, []) + rows)[:NAMED]
+            counted = self._counted_reason(reason)
+            self.counts[counted] += other.counts[reason]
+            self.first[counted] = (self.first.get(counted, []) + rows)[:NAMED]
 
-    def _kept(self, reason: str) -> str:
+    def _counted_reason(self, reason: str) -> str:
         return reason if reason in self.counts or len(self.counts) < MOST_REASONS else OTHERS
 
     def rows(self, reason: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ray_peft.errors import ModelError
-from ray_peft.tasks.llm_sft.weight_files import read_json, some
+from ray_peft.foundation.lists import some
+from ray_peft.tasks.llm_sft.weight_files import read_json
 
 _LOOKED_INTO = 3
 """Levels of folders below the named one in which a model is looked for."""
@@ -63,12 +64,12 @@ def check_no_adapter(name: str, revision: str | None) -> None:
     from transformers.utils.peft_utils import find_adapter_config_file
 
     try:
-        found = find_adapter_config_file(name, revision=revision)
+        config_file = find_adapter_config_file(name, revision=revision)
     except Exception:  # noqa: BLE001 - a hub out of reach; who loads the config says so
         return
-    if found is None:
+    if config_file is None:
         return
-    base = read_json(Path(found)).get("base_model_name_or_path") or "its base model"
+    base = read_json(Path(config_file)).get("base_model_name_or_path") or "its base model"
     raise ModelError(
         f"model.name: {name} is an adapter (adapter_config.json) and no whole model; give {base}, or merge the adapter "
         "into it first (PEFT's merge_and_unload, then save_pretrained) and give that folder"

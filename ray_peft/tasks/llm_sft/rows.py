@@ -168,33 +168,33 @@ def _place(raw: RawRow) -> str:
     return row if raw.place in (row, f"line {raw.number}") else f"{row} ({raw.place})"
 
 
-def _same_file(one: str, other: str) -> bool:
+def _same_file(first: str, second: str) -> bool:
     """Whether two paths have a file in common, perhaps as a shard of a folder, or mean one hub data set."""
-    resolved = [{file.resolve() for file in files.local_files(path)} for path in (one, other)]
-    return one == other or bool(resolved[0] & resolved[1])
+    resolved = [{file.resolve() for file in files.local_files(path)} for path in (first, second)]
+    return first == second or bool(resolved[0] & resolved[1])
 
 
-def _test_count(asked: int | float, rows: int) -> int:
+def _test_count(amount: int | float, rows: int) -> int:
     """Test rows meant by a count or a fraction, which rounds up, as in scikit-learn's and datasets' splits."""
-    return asked if isinstance(asked, int) else math.ceil(round(asked * rows, 6))
+    return amount if isinstance(amount, int) else math.ceil(round(amount * rows, 6))
 
 
-def _count(asked: int | float, rows: int) -> int:
+def _count(amount: int | float, rows: int) -> int:
     """Other rows meant by a count or a fraction, which rounds down, so that fractions of 1 in all fit together."""
-    return asked if isinstance(asked, int) else math.floor(round(asked * rows, 6))
+    return amount if isinstance(amount, int) else math.floor(round(amount * rows, 6))
 
 
-def _check_enough(source: SourceSpec, split: str, asked: int, available: int, path: str, left_out: LeftOut) -> None:
-    if asked and available >= asked:
+def _check_enough(source: SourceSpec, split: str, required: int, available: int, path: str, left_out: LeftOut) -> None:
+    if required and available >= required:
         return
-    if not asked:
+    if not required:
         raise DataError(
             f"{path}: source {source.label}: {split}: {getattr(source, split):g} of its rows is less than one; "
             f"raise `{split}`, or write a count{left_out.clause()}"
         )
     raise DataError(
-        f"{path}: source {source.label} has {available} usable rows for {split}, but {split}: {asked} are asked for; "
-        f"{max(asked - available, 1)} short: lower `{split}`, or give a larger file{left_out.clause()}"
+        f"{path}: source {source.label} has {available} usable rows for {split}, but {split}: {required} are asked "
+        f"for; {max(required - available, 1)} short: lower `{split}`, or give a larger file{left_out.clause()}"
     )
 
 

@@ -117,12 +117,12 @@ def _four_bits(trial: LlmTrialSpec, model: PreTrainedModel, of: str) -> list[str
     if share >= LITTLE:
         return []
     blocks = {name: size for name, size in block_weights(model).items() if name not in names}
-    left = {name: size for name, size in blocks.items() if size / total >= 0.01}
-    others = 1 - share - sum(left.values()) / total
-    said = ([in_words(left, total)] if left else []) + [f"embeddings, norms and the like ({others:.0%})"]
+    remaining = {name: size for name, size in blocks.items() if size / total >= 0.01}
+    others = 1 - share - sum(remaining.values()) / total
+    parts = ([in_words(remaining, total)] if remaining else []) + [f"embeddings, norms and the like ({others:.0%})"]
     return [
         f"{trial.method.name}: {share:.0%} of the weights of {of} are in 4 bits; the others stay in "
-        f"{trial.model.dtype}: {', '.join(said)}"
+        f"{trial.model.dtype}: {', '.join(parts)}"
     ]
 
 

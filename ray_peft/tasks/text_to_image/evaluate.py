@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ItemT = TypeVar("ItemT")
-MadeT = TypeVar("MadeT")
+ResultT = TypeVar("ResultT")
 
 Context = Callable[[], AbstractContextManager[object]]
 """Opens what a pass through the model runs in, such as autocast."""
 
 
 @dataclass(frozen=True)
-class MadeImage:
+class PromptImage:
     """What the model makes of a prompt and a seed."""
 
     prompt: str
@@ -96,12 +96,12 @@ def held_out_losses(
         latents = means[places]
         noise = torch.stack([_noise(index, step, latents.shape[1:]) for index, step in part])
         noisy = scheduler.add_noise(latents, noise, times)
-        wanted = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, times)
+        targets = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, times)
         captions = embeddings[places].to(device, dtype)
         with context():
-            found = unet(noisy.to(device, dtype), times.to(device), encoder_hidden_states=captions).sample
+            predictions = unet(noisy.to(device, dtype), times.to(device), encoder_hidden_states=captions).sample
         # Element by element before the mean: float32 keeps what a sum over the whole batch would round.
-        return [(found.float() - wanted.to(device)).square().mean(dim=(1, 2, 3)).cpu()]
+        return [(predictions.float() - targets.to(device)).square().mean(dim=(1, 2, 3)).cpu()]
 
     with torch.no_grad(), _evaluating(unet):
         errors = _in_batches(pairs, batch_size, str(device), score, lowered)
@@ -116,7 +116,7 @@ def make_images(
     context: Context = nullcontext,
     lowered: dict[str, int] | None = None,
     trained: bool = True,
-) -> list[MadeImage]:
+) -> list[PromptImage]:
     """What the pipeline makes of every prompt with every seed, prompt by prompt.
 
     Each image has its own generator on the CPU, so it does not depend on the batch, nor on the device's random
@@ -143,7 +143,7 @@ def make_images(
     )
     pairs = [(prompt, seed) for prompt in evaluation.prompts for seed in evaluation.seeds]
 
-    def make(part: Sequence[tuple[str, int]]) -> list[MadeImage]:
+    def make(part: Sequence[tuple[str, int]]) -> list[PromptImage]:
         return _batch(pipeline, part, evaluation, resolution, context, advice)
 
     with _evaluating(pipeline.unet):
@@ -154,16 +154,16 @@ def _in_batches(
     items: Sequence[ItemT],
     size: int,
     device: str,
-    work: Callable[[Sequence[ItemT]], list[MadeT]],
+    work: Callable[[Sequence[ItemT]], list[ResultT]],
     lowered: dict[str, int] | None,
-) -> list[MadeT]:
+) -> list[ResultT]:
     """What `work` makes of at most `size` items at a time, or of as few as memory forced before; that is remembered."""
     lowered = {} if lowered is None else lowered
     first = lowered.get(EVALUATION_BATCH, size)
-    made, last = in_parts(items, first, device, work)
+    results, last = in_parts(items, first, device, work)
     if last < first:
         lowered[EVALUATION_BATCH] = last
-    return made
+    return results
 
 
 def _batch(
@@ -173,7 +173,7 @@ def _batch(
     resolution: int,
     context: Context,
     advice: str,
-) -> list[MadeImage]:
+) -> list[PromptImage]:
     import torch
 
     with context():
@@ -192,7 +192,7 @@ def _batch(
             raise TrialFailed(f"the image of prompt {prompt!r} with seed {seed} is not finite: {advice}")
     processor = pipeline.image_processor
     pictures = processor.numpy_to_pil(processor.pt_to_numpy(images))
-    return [MadeImage(prompt, seed, image) for (prompt, seed), image in zip(pairs, pictures, strict=True)]
+    return [PromptImage(prompt, seed, image) for (prompt, seed), image in zip(pairs, pictures, strict=True)]
 
 
 def _noise(index: int, step: int, shape: torch.Size) -> Tensor:

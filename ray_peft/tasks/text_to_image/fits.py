@@ -79,16 +79,16 @@ def _run(spec: ImageTrialSpec, configs: Configs, width: int) -> None:
         )
     side = spec.data.resolution // 2 ** (len(configs.parts["vae"].get("block_out_channels", [64])) - 1)
     try:
-        given, made = _passed(config, side, width)
+        shape, made_shape = _passed(config, side, width)
     except Exception as error:  # whatever layers raise of shapes that they do not take
         raise ModelError(
             f"data.resolution: {spec.data.resolution}: the UNet of {name} cannot take latents of {side} x {side}: "
             f"{first_line(error)}; use another resolution, or a pipeline like Stable Diffusion 1.5"
         ) from None
-    if made != given:
+    if made_shape != shape:
         raise ModelError(
-            f"model.name: {name}: its UNet makes {made} of latents of {given}, so that no noise can be compared with "
-            "it; give a pipeline like Stable Diffusion 1.5"
+            f"model.name: {name}: its UNet makes {made_shape} of latents of {shape}, so that no noise can be compared "
+            "with it; give a pipeline like Stable Diffusion 1.5"
         )
 
 
@@ -101,8 +101,8 @@ def _passed(config: str, side: int, width: int) -> tuple[tuple[int, ...], tuple[
     latents = torch.empty(1, unet.config.in_channels, side, side, device="meta")
     texts, steps = torch.empty(1, 2, width, device="meta"), torch.empty(1, dtype=torch.long, device="meta")
     with torch.no_grad():
-        made = unet(latents, steps, encoder_hidden_states=texts).sample
-    return tuple(latents.shape[1:]), tuple(made.shape[1:])
+        output = unet(latents, steps, encoder_hidden_states=texts).sample
+    return tuple(latents.shape[1:]), tuple(output.shape[1:])
 
 
 def _text(configs: Configs, part: str) -> str:
@@ -147,19 +147,19 @@ def prompt_notes(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> list[str]:
     longest = int(tokenizer.model_max_length)
     # verbose=False: the tokenizer would warn of each, and they are named here.
     ids = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
-    cut = [place for place, each in enumerate(ids, start=1) if len(each) > longest]
+    cut = [place for place, tokens in enumerate(ids, start=1) if len(tokens) > longest]
     notes = []
     if cut:
-        which = ", ".join(map(str, cut))
+        numbers = ", ".join(map(str, cut))
         are = "are" if len(cut) > 1 else "is"
-        notes.append(f"evaluation.prompts: {len(cut)} of {len(ids)} {are} cut to {longest} tokens (number {which})")
+        notes.append(f"evaluation.prompts: {len(cut)} of {len(ids)} {are} cut to {longest} tokens (number {numbers})")
     alike: dict[tuple[int, ...], list[int]] = {}
-    for place, each in enumerate(ids, start=1):
+    for place, tokens in enumerate(ids, start=1):
         # As the tokenizer cuts: its last token is the one that ends a text.
-        short = tuple(each) if len(each) <= longest else (*each[: longest - 1], each[-1])
+        short = tuple(tokens) if len(tokens) <= longest else (*tokens[: longest - 1], tokens[-1])
         alike.setdefault(short, []).append(place)
     for places in alike.values():
         if len(places) > 1:
-            which = " and ".join(map(str, places))
-            notes.append(f"evaluation.prompts: numbers {which} are the same to the model, and so are their images")
+            numbers = " and ".join(map(str, places))
+            notes.append(f"evaluation.prompts: numbers {numbers} are the same to the model, and so are their images")
     return notes

@@ -59,8 +59,8 @@ def dequantised(model: nn.Module) -> nn.Module:
     for parent, name, layer in list(_linears(model)):
         if not isinstance(layer, bitsandbytes.nn.Linear4bit):  # type: ignore[attr-defined]
             continue
-        held: Any = layer.weight
-        weight = bitsandbytes.functional.dequantize_4bit(held.data, held.quant_state)
+        stored: Any = layer.weight
+        weight = bitsandbytes.functional.dequantize_4bit(stored.data, stored.quant_state)
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight = torch.nn.Parameter(weight, requires_grad=False)
         if layer.bias is not None:

@@ -47,7 +47,7 @@ def generate(
     def make(trained: bool) -> list[Image]:
         size, context = spec.data.resolution, partial(computing, spec, device)
         images = make_images(pipeline, spec.evaluation, size, context=context, lowered=lowered, trained=trained)
-        return [each.image for each in images]
+        return [image.image for image in images]
 
     trained = spec.method.name != "none"
     after = make(trained)
@@ -69,16 +69,16 @@ def generate(
     return replace(scored, scores=with_style(scores, likeness), images=images)
 
 
-def _likeness(spec: ImageTrialSpec, vae: Any, made: list[Image], pictures: Pictures) -> list[Likeness]:
+def _likeness(spec: ImageTrialSpec, vae: Any, images: list[Image], pictures: Pictures) -> list[Likeness]:
     if spec.evaluation.style is None:
         return []
-    from ray_peft.tasks.text_to_image.data import seen
+    from ray_peft.tasks.text_to_image.data import view_of
 
     def square(picture: Picture) -> tuple[str, Image]:
-        return picture.name, seen(picture.open(), picture, spec.data, None)
+        return picture.name, view_of(picture.open(), picture, spec.data, None)
 
     train, held_out = (study(vae, map(square, split)) for split in (pictures.train, pictures.test))
-    return compare(vae, made, train, held_out)
+    return compare(vae, images, train, held_out)
 
 
 def _before(
@@ -96,10 +96,10 @@ def _before(
     count = len(evaluation.prompts) * len(evaluation.seeds)
     if not folder.is_dir():
         with _as_base(spec, device, model, pipeline):
-            made = make()
-        with made_whole(folder, f"{count - 1}.png") as beside:
-            for place, image in enumerate(made):
-                image.save(beside / f"{place}.png")
+            images = make()
+        with made_whole(folder, f"{count - 1}.png") as partial:
+            for place, image in enumerate(images):
+                image.save(partial / f"{place}.png")
     return [Image.open(folder / f"{place}.png").convert("RGB") for place in range(count)]
 
 

@@ -77,5 +77,5 @@ def _cast(state: dict[str, Any], dtype: Dtype) -> dict[str, torch.Tensor]:
 
 def adapter_bytes(folder: Path) -> int:
     """Bytes of the weights, the adapter counted once."""
-    one = folder / DIFFUSERS_FILE
-    return sum(file.stat().st_size for file in ([one] if one.is_file() else folder.rglob("*.safetensors")))
+    adapter = folder / DIFFUSERS_FILE
+    return sum(file.stat().st_size for file in ([adapter] if adapter.is_file() else folder.rglob("*.safetensors")))

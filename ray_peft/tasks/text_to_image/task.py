@@ -42,17 +42,17 @@ class TextToImage(TaskType[ImageTrialSpec]):
         tokenizer = model.load_tokenizer(spec.model)
         fits.check_parts(spec, configs, tokenizer)
         pictures = data.prepare(spec.data)
-        found = data.notes(pictures, spec.data)
+        sentences = data.notes(pictures, spec.data)
         longest = int(tokenizer.model_max_length)
         for split, chosen in (("training", pictures.train), ("held-out", pictures.test)):
             if cut := latents.long_captions(chosen, tokenizer):
                 many = f"{split} captions are" if len(cut) > 1 else f"{split} caption is"
-                found.append(f"{len(cut)} {many} cut to {longest} tokens, such as that of {cut[0].name}")
+                sentences.append(f"{len(cut)} {many} cut to {longest} tokens, such as that of {cut[0].name}")
         captions = [picture.caption for picture in (*pictures.train, *pictures.test)]
-        found += fits.special_token_notes("captions", captions, tokenizer)
-        found += fits.special_token_notes("prompts", spec.evaluation.prompts, tokenizer)
-        found += [*fits.prompt_notes(spec.evaluation.prompts, tokenizer), *scored]
-        return Inspection(found, pictures.key, len(pictures.train), reach)
+        sentences += fits.special_token_notes("captions", captions, tokenizer)
+        sentences += fits.special_token_notes("prompts", spec.evaluation.prompts, tokenizer)
+        sentences += [*fits.prompt_notes(spec.evaluation.prompts, tokenizer), *scored]
+        return Inspection(sentences, pictures.key, len(pictures.train), reach)
 
     def model_content(self, model: ModelSpec) -> str | None:
         """Of the folders of its parts; null if it is not here."""
@@ -188,7 +188,7 @@ class ImageBench(Bench):
     def __init__(
         self, spec: ImageTrialSpec, device: str, pictures: Pictures, encoded: EncodedData, unet: nn.Module
     ) -> None:
-        from ray_peft.tasks.parameters import held_weights
+        from ray_peft.tasks.parameters import weight_storage
         from ray_peft.tasks.text_to_image.model import fingerprint, load_noise
 
         self.spec = spec
@@ -197,7 +197,7 @@ class ImageBench(Bench):
         self.encoded = encoded
         self.model = unet
         self.lowered = {}
-        self._held = held_weights(unet)
+        self._weight_storage = weight_storage(unet)
         self.schedule = load_noise(spec)
         self.data_key = pictures.key
         self.model_fingerprint = fingerprint(spec.model)
@@ -220,11 +220,11 @@ class ImageBench(Bench):
 
     def storage(self) -> dict[str, int]:
         """Bytes of the UNet as it was loaded, by how they are held."""
-        return self._held.num_bytes
+        return self._weight_storage.num_bytes
 
     def four_bit_share(self) -> float | None:
         """Share of the UNet's weights that are in 4 bits; None where it is not quantised."""
-        return self._held.four_bit_share if self.spec.quantization is not None else None
+        return self._weight_storage.four_bit_share if self.spec.quantization is not None else None
 
     def predicted(self) -> Prediction:
         """The peak of the UNet's training, on the GPU that is here."""

@@ -134,9 +134,9 @@ class TestWeights:
     @pytest.mark.parametrize(
         ("content", "words"),
         [
-            (lambda whole: whole[: len(whole) // 2], "is cut or damaged ("),
-            (lambda whole: whole[:100], "is cut or damaged ("),
-            (lambda whole: b"", "is empty; download it again"),
+            (lambda whole: whole[: len(whole) // 2], "is cut: it has "),
+            (lambda whole: whole[:100], "is cut or damaged: its header is not whole"),
+            (lambda whole: b"", "is an empty file; download it again"),
             (lambda whole: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS"),
             (lambda whole: b"<!doctype html><html>404", "is a web page"),
         ],
