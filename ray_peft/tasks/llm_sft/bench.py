@@ -11,7 +11,9 @@ from ray_peft.engine.trained import Report, Trained
 from ray_peft.methods.base import Dtype, Stage
 from ray_peft.metrics.scores import Sample, Scores
 from ray_peft.spec import LlmTrialSpec
-from ray_peft.tasks.base import Bench, Scored
+from ray_peft.tasks.base import Scored
+from ray_peft.tasks.one_model import OneModelBench
+from ray_peft.tasks.parameters import weight_storage
 from ray_peft.vram.cards import Gpu, here
 
 if TYPE_CHECKING:
@@ -51,8 +53,10 @@ def total_steps(spec: LlmTrialSpec, train_rows: int) -> int:
     return max(1, math.ceil(spec.train.epochs * math.ceil(train_rows / spec.train.batch_size)))
 
 
-class LlmBench(Bench):
+class LlmBench(OneModelBench[LlmTrialSpec]):
     """A causal language model, its tokenizer and its rows."""
+
+    model: PreTrainedModel
 
     def __init__(
         self,
@@ -63,7 +67,6 @@ class LlmBench(Bench):
         model: PreTrainedModel,
     ) -> None:
         from ray_peft.tasks.llm_sft.model import fingerprint
-        from ray_peft.tasks.parameters import weight_storage
 
         self.spec = spec
         self.device = device
@@ -78,26 +81,6 @@ class LlmBench(Bench):
     def total_steps(self) -> int:
         """Optimizer steps of the whole trial."""
         return total_steps(self.spec, len(self.data.train))
-
-    def parameters(self) -> tuple[int, int]:
-        """Parameters that take gradients, and all parameters."""
-        from ray_peft.tasks.parameters import count_parameters
-
-        return count_parameters(self.model)
-
-    def dtypes(self) -> set[str]:
-        """The dtypes of its weights and of its matrix products."""
-        from ray_peft.tasks.parameters import computed_in
-
-        return computed_in(self.spec, self.model)
-
-    def storage(self) -> dict[str, int]:
-        """Bytes of the model as it was loaded, by how they are held."""
-        return self.weight_storage.num_bytes
-
-    def four_bit_share(self) -> float | None:
-        """Share of the model's weights that are in 4 bits; None where it is not quantised."""
-        return self.weight_storage.four_bit_share if self.spec.quantization is not None else None
 
     def predicted(self) -> Prediction:
         """The peak with passes as long as the longest training row, on the GPU that is here."""
@@ -125,16 +108,6 @@ class LlmBench(Bench):
             with setting_restored(self.model):
                 return trl_engine.train_stage(*arguments)
         return train.train_stage(*arguments, rehearse=self.device != "cpu")
-
-    def restore(self, folder: Path) -> None:
-        """Load a saved adapter into the attached one."""
-        from ray_peft.tasks.parameters import load_adapter
-
-        load_adapter(self.model, folder, self.device)
-
-    def merge(self, stage: Stage) -> None:
-        """Fold what the stage trained into plain weights."""
-        self.model = cast("PreTrainedModel", stage.merge(self.model))
 
     def eval_loss(self) -> float:
         """Mean loss of the held-out answers' tokens [nats]."""

@@ -15,6 +15,8 @@ from ray_peft.metrics.scores import Scores
 from ray_peft.spec import ImageTrialSpec, ModelSpec
 from ray_peft.spec.identity import Content
 from ray_peft.tasks.base import Bench, DataReport, Inspection, Scored, TaskType
+from ray_peft.tasks.one_model import OneModelBench
+from ray_peft.tasks.parameters import weight_storage
 from ray_peft.vram.cards import Gpu, here
 
 if TYPE_CHECKING:
@@ -182,13 +184,12 @@ def _encoded(spec: ImageTrialSpec, device: str) -> tuple[Pictures, EncodedData]:
     return pictures, latents.encode(spec, pictures, device, load, fingerprint=model.fingerprint(spec.model))
 
 
-class ImageBench(Bench):
+class ImageBench(OneModelBench[ImageTrialSpec]):
     """A UNet with the latents it is trained and scored on."""
 
     def __init__(
         self, spec: ImageTrialSpec, device: str, pictures: Pictures, encoded: EncodedData, unet: nn.Module
     ) -> None:
-        from ray_peft.tasks.parameters import weight_storage
         from ray_peft.tasks.text_to_image.model import fingerprint, load_noise
 
         self.spec = spec
@@ -197,7 +198,7 @@ class ImageBench(Bench):
         self.encoded = encoded
         self.model = unet
         self.lowered = {}
-        self._weight_storage = weight_storage(unet)
+        self.weight_storage = weight_storage(unet)
         self.schedule = load_noise(spec)
         self.data_key = pictures.key
         self.model_fingerprint = fingerprint(spec.model)
@@ -205,26 +206,6 @@ class ImageBench(Bench):
     def total_steps(self) -> int:
         """Optimizer steps of the whole trial."""
         return TextToImage().total_steps(self.spec, len(self.pictures.train))
-
-    def parameters(self) -> tuple[int, int]:
-        """Parameters that take gradients, and all parameters of the UNet."""
-        from ray_peft.tasks.parameters import count_parameters
-
-        return count_parameters(self.model)
-
-    def dtypes(self) -> set[str]:
-        """The dtypes of its weights and of its matrix products."""
-        from ray_peft.tasks.parameters import computed_in
-
-        return computed_in(self.spec, self.model)
-
-    def storage(self) -> dict[str, int]:
-        """Bytes of the UNet as it was loaded, by how they are held."""
-        return self._weight_storage.num_bytes
-
-    def four_bit_share(self) -> float | None:
-        """Share of the UNet's weights that are in 4 bits; None where it is not quantised."""
-        return self._weight_storage.four_bit_share if self.spec.quantization is not None else None
 
     def predicted(self) -> Prediction:
         """The peak of the UNet's training, on the GPU that is here."""
@@ -251,16 +232,6 @@ class ImageBench(Bench):
             lowered=self.lowered, costs=self.costs, logs_last=True,
         )  # fmt: skip
         return train_stage(self.spec, job, draws, self.model)
-
-    def restore(self, folder: Path) -> None:
-        """Load a saved adapter into the attached one."""
-        from ray_peft.tasks.parameters import load_adapter
-
-        load_adapter(self.model, folder, self.device)
-
-    def merge(self, stage: Stage) -> None:
-        """Fold what the stage trained into plain weights."""
-        self.model = stage.merge(self.model)
 
     def eval_loss(self) -> float:
         """Mean squared error of the prediction on the held-out images."""
