@@ -18,7 +18,7 @@ LIST_FILE = "images.json"
 def write_images(images: Sequence[GeneratedImage], folder: Path) -> list[ImageFile]:
     """Write p00_s0.png (after training), p00_s0_before.png (the base), grid.png and images.json; returns the list.
 
-    Prompts are numbered in their order. What an earlier run of the trial left in `folder` goes.
+    Prompts are numbered in their order. Files that an earlier run of the trial left in `folder` are removed.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

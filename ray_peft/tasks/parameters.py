@@ -29,16 +29,16 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class WeightStorage:
-    """How a model's weights lie in memory."""
+    """How a model's weights are stored in memory."""
 
     num_bytes: dict[str, int]
-    """By how they are held, such as {"nf4": 1, "bfloat16": 2}; the scales of 4-bit weights are with them."""
+    """By storage, such as {"nf4": 1, "bfloat16": 2}; 4-bit weights include their scales."""
     four_bit_share: float
-    """Of the weights themselves, each counted once."""
+    """Share of the weights that are in 4 bits, each counted once."""
 
 
 def weight_storage(model: nn.Module) -> WeightStorage:
-    """How the frozen and trained weights of `model` are held."""
+    """How the frozen and trained weights of `model` are stored."""
     num_bytes: dict[str, int] = {}
     numbers = in_four_bits = 0
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""What a model's config says it is: a causal language model, and one whose weights are all in its files."""
+"""Whether a model's config is of a causal language model, and whether its files hold all of its weights."""
 
 from __future__ import annotations
 
@@ -129,14 +129,14 @@ def _built_type(model: ModelSpec, config: PretrainedConfig) -> type[PreTrainedMo
 
 
 def raise_if_incomplete(name: str, report: Mapping[str, Any]) -> None:
-    """Refuse weights that are not all and only those of the config.
+    """Refuse weights if some of the config's are missing, or some belong to no layer of it.
 
     Args:
         name: of the model.
-        report: transformers' loading report, without what it knows to be tied or ignored.
+        report: transformers' loading report, without the weights that it knows to be tied or ignored.
 
     Raises:
-        ModelError: they are not.
+        ModelError: some are missing, left over, or of another shape.
     """
     missing = sorted(report["missing_keys"])
     left_over = sorted(key for key in report["unexpected_keys"] if not _NOT_TRAINED.search(key))
@@ -164,7 +164,7 @@ def raise_if_incomplete(name: str, report: Mapping[str, Any]) -> None:
 
 
 def _layers(names: list[str]) -> str:
-    """The names with all of a layer drawn together, the first three."""
+    """The first three names, with those of one layer as one."""
     return some(sorted({re.sub(r"(\.\d+)\..*", r"\1.*", name) for name in names}))
 
 
@@ -197,7 +197,7 @@ def raise_not_finite(name: str, weight: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar and tables of keys: what they say becomes one error."""
+    """Without transformers' progress bar and tables of keys, whose content becomes one error."""
     import logging
 
     from transformers.utils import logging as of_transformers

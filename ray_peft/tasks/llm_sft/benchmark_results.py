@@ -1,4 +1,4 @@
-"""What lm-eval returns, as scores by "task/metric" and as what each question adds to them."""
+"""The results of lm-eval as scores by "task/metric", and what each question adds to them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def by_question(
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
     groups: Mapping[str, Sequence[str]],
 ) -> list[QuestionScores]:
-    """What each question was given, in the order of tasks and questions.
+    """The scores of each question, in the order of tasks and questions.
 
     Args:
         results: lm-eval's.

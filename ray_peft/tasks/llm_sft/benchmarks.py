@@ -1,4 +1,4 @@
-"""Further benchmarks: tasks of EleutherAI's lm-eval, an optional dependency, asked of the trained model as it is."""
+"""Further benchmarks: tasks of EleutherAI's lm-eval, an optional dependency, that the trained model is scored on."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def check(spec: LlmTrialSpec) -> None:
     """Find every benchmark and its data, before a GPU is taken.
 
     Raises:
-        SpecError: lm-eval is not installed, a task is unknown, asked for twice, needs images or sound, or executes
-            code without leave; the folder of one's own tasks is missing.
-        DataError: a task's data set cannot be had here.
+        SpecError: lm-eval is not installed; a task is unknown, is named twice, needs images or sound, or executes code
+            without permission; or the folder of the user's own tasks is missing.
+        DataError: a task's data set cannot be loaded here.
     """
     benchmarks = spec.evaluation.benchmarks
     if benchmarks is not None:
@@ -68,21 +68,21 @@ def measure(
     *,
     lowered: dict[str, int] | None = None,
 ) -> Scored:
-    """`scored` with the scores of the benchmarks, and what each of their questions was given.
+    """`scored` with the scores of the benchmarks and of each of their questions.
 
-    Where memory runs out, the questions of one kind of one task are asked again, half as many at a time.
+    Where memory runs out, the questions of one kind of one task are repeated, half as many at a time.
 
     Args:
         spec: names the tasks and the precision.
-        model: in evaluation mode; of a mixture, the first member's, at work.
+        model: in evaluation mode; for a mixture, the first member's model, with its adapter active.
         tokenizer: of the model; it is not changed.
-        scored: what is known already.
-        mixture: of an ensemble.
-        lowered: `Bench.lowered`, read and written at `BATCH`; null remembers nothing.
+        scored: the scores so far.
+        mixture: of an ensemble; None for a single model.
+        lowered: `Bench.lowered`, read and written at `BATCH`; None remembers nothing.
 
     Raises:
         torch.OutOfMemoryError: a single question does not fit.
-        SpecError, DataError: as `check` does, on a worker that lacks what the driver has.
+        SpecError, DataError: as `check`, on a worker that lacks something that the driver has.
     """
     benchmarks = spec.evaluation.benchmarks
     assert benchmarks is not None
@@ -107,7 +107,7 @@ def measure(
 
 @contextlib.contextmanager
 def _task_manager(benchmarks: BenchmarksSpec) -> Iterator[Any]:
-    """lm-eval's task manager, which knows all tasks that are asked for, in the surroundings that it needs."""
+    """lm-eval's task manager, which knows all tasks of the trial, in the environment that it needs."""
     if benchmarks.include_path is not None and not Path(benchmarks.include_path).is_dir():
         raise SpecError(
             f"{KEY}.include_path: {benchmarks.include_path}: no such folder; give one with task files (*.yaml)"
@@ -144,7 +144,7 @@ def _require_lm_eval() -> None:
 
 
 def _task_index(benchmarks: BenchmarksSpec) -> Any:
-    """lm-eval's index of task files, of its own and of the folder's."""
+    """lm-eval's index of task files: its own, and those of the folder."""
     folder = benchmarks.include_path
     files = sorted(Path(folder).rglob("*.yaml")) if folder is not None else []
     return _read_task_index(folder, tuple((str(file), file.stat().st_mtime_ns) for file in files))
@@ -244,7 +244,7 @@ def _unloadable(index: Mapping[str, Any], name: str, error: Exception) -> str:
 
 @contextlib.contextmanager
 def _environment(benchmarks: BenchmarksSpec) -> Iterator[None]:
-    """How lm-eval works: quietly, in one process, with leave to execute code if given."""
+    """lm-eval's environment: quiet, in one process, with permission to execute code if the trial gives it."""
     # DISABLE_MULTIPROC: lm-eval would fork a process per core to bootstrap, from a process that holds a GPU.
     variables = {"DISABLE_MULTIPROC": "1"} | ({"HF_ALLOW_CODE_EVAL": "1"} if benchmarks.allow_code_execution else {})
     before = {name: os.environ.get(name) for name in variables}
@@ -279,7 +279,7 @@ def _language_model(
     mixture: Mixture | None,
     lowered: dict[str, int],
 ) -> Any:
-    """The model as lm-eval asks it."""
+    """The model in the form that lm-eval calls."""
     import torch
     from lm_eval.models.huggingface import HFLM
 
@@ -297,7 +297,7 @@ def _language_model(
             return self._fitting(lambda: ask(*args, **more))
 
         def _fitting(self, ask: Callable[[], Any]) -> Any:
-            """The longest questions come first, so little is asked twice."""
+            """The longest questions come first, so few are repeated."""
             while True:
                 size = self.batch_size_per_gpu
                 try:
@@ -326,7 +326,7 @@ def _language_model(
         pretrained=model,
         tokenizer=copy.deepcopy(tokenizer),  # lm-eval sets its padding
         batch_size=lowered.get(BATCH, benchmarks.batch_size if benchmarks else 1),
-        # HFLM opens an autocast of its own around the model, and null would switch ours off.
+        # HFLM opens an autocast of its own around the model, and None would switch ours off.
         mixed_precision_dtype=torch.bfloat16 if spec.train.precision == "bf16" else None,
         # Else the log-probabilities of bf16 logits are summed in bf16, which has three digits.
         softmax_dtype=torch.float32,

@@ -1,7 +1,7 @@
 """Conversations of several turns: `messages` with role and content, or ShareGPT's `conversations` with from and value.
 
-What a turn may hold besides its text is kept for the chat template: tool calls, the results of tools, and reasoning.
-What no template shows (images, a part that is no text) makes the row unusable, so that half a turn is never trained.
+Tool calls, the results of tools, and reasoning are kept for the chat template. Images and parts that are no text, which
+no template shows, make the row unusable, so that half a turn is never trained on.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _LOSS = ("train", "training", "loss")
 def messages(row: Mapping[str, Any]) -> Conversation:
     """A conversation: messages with role and content, as in Tulu v2 and UltraChat; empty turns are dropped.
 
-    System text is put before the user turn that it stands behind or, if that is answered already, before the next one:
-    before the first user turn where it opens the conversation. After the last answer it instructs nothing and goes.
-    A column `system` opens the conversation. Turns behind the last answer that is trained (`weight: 0`) go as well.
+    System text is put at the start of the user turn that it follows or, if that is answered already, of the next one. A
+    column `system` opens the conversation. System text after the last answer is dropped, and so are the turns after the
+    last answer that is trained on (`weight: 0` marks those that are not).
 
     Raises:
         WrongShape: the turns are no list of mappings with role and text.

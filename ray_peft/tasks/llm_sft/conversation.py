@@ -1,4 +1,4 @@
-"""What a recipe makes of a row, and why it can make nothing of one."""
+"""The conversation that a recipe makes of a row, and the reasons why it cannot."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class WrongShape(Exception):
 
 
 class Unusable(Exception):
-    """A row of the right shape has nothing to learn from; the text is the reason under which it is counted."""
+    """A row of the right shape that cannot be trained on; the text is the reason under which it is counted."""
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What became of the rows, counted, and in words."""
+"""How many rows were used, cut and left out: as numbers and as sentences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMED = 5
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """What became of the rows of one source."""
+    """How many rows of one source were used, cut and left out."""
 
     source: str
     read: int
@@ -49,7 +49,7 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """What must fit a model, and what the chat template does: of all rows of a data set."""
+    """What must fit a model, and what the chat template does; of all rows of a data set."""
 
     vocabulary: int
     """Tokens that the tokenizer knows."""
@@ -91,7 +91,7 @@ def notes(counts: Sequence[SourceCounts], data: DataSpec) -> list[str]:
 
 
 def remarks(counts: Sequence[SourceCounts], data: DataSpec, facts: TokenFacts) -> list[str]:
-    """What a reader must know of how rows became tokens."""
+    """What a reader must know about how rows became tokens."""
     sentences = []
     for source in counts:
         for split, numbers in source.unscored.items():
@@ -117,7 +117,7 @@ def remarks(counts: Sequence[SourceCounts], data: DataSpec, facts: TokenFacts) -
 
 
 def cautions(facts: TokenFacts) -> list[str]:
-    """What the chat template does that answers suffer from."""
+    """What the chat template does that makes answers worse."""
     sentences = []
     if facts.end == "":
         sentences.append(

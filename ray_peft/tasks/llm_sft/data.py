@@ -35,7 +35,7 @@ FORMAT = 8
 
 
 class ContaminationError(DataError):
-    """Training rows repeat held-out rows; carries what was found, for a report."""
+    """Training rows repeat held-out rows; carries the counts and the overlap, for a report."""
 
     def __init__(self, text: str, counts: list[SourceCounts], overlap: Overlap) -> None:
         super().__init__(text)
@@ -57,7 +57,7 @@ class PreparedData:
     facts: TokenFacts
     """What must fit the model, and what the chat template does."""
     validation: Dataset | None = None
-    """Columns as `test`: rows for choices made after training; null if no source sets any apart."""
+    """Columns as `test`: rows for choices made after training; None if no source has any."""
     overlap: Overlap | None = None
     """Training rows that repeat held-out rows, found when the rows were prepared."""
 
@@ -96,7 +96,7 @@ def prepare(spec: LlmTrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedD
 
 
 def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
-    """What became of the rows of each source; how they became tokens; and which of them repeat held-out ones."""
+    """How many rows of each source are used, how they became tokens, and which of them repeat held-out ones."""
     sentences = [*counting.notes(prepared.counts, data), *counting.remarks(prepared.counts, data, prepared.facts)]
     if prepared.overlap is not None and prepared.overlap.action == "allow" and prepared.overlap.offending:
         sentences.append(
@@ -156,7 +156,7 @@ def _empty_split(split: str, data: DataSpec, counts: Sequence[SourceCounts], dra
 
 
 def _facts(tokenizer: PreTrainedTokenizerBase, building: _Building, drawn: Sequence[DrawnRows]) -> TokenFacts:
-    """What is known of all rows together; needs one row at least."""
+    """Facts about all rows together; there must be at least one row."""
     template = building.encoder.template
     chats = [row.conversation for source in drawn for row in source.train[:1] if row.conversation.text is None]
     around = frame(template) if chats else None
@@ -176,7 +176,7 @@ def _facts(tokenizer: PreTrainedTokenizerBase, building: _Building, drawn: Seque
 
 
 def _without_test_repeats(source: DrawnRows, drawn: Sequence[DrawnRows], data: DataSpec) -> DrawnRows:
-    """The source without validation rows that repeat a test row, which would tune on what is scored."""
+    """The source without validation rows that repeat a test row: choices made on them would be made on the test."""
     if not source.validation or data.contamination.action == "allow":
         return source
     tested = [HeldOutRow(other.source, "test", row) for other in drawn for row in other.test]
@@ -191,7 +191,7 @@ def _without_test_repeats(source: DrawnRows, drawn: Sequence[DrawnRows], data: D
 
 
 def _gate(drawn: Sequence[DrawnRows], data: DataSpec) -> Gate:
-    """What training rows of all sources are held against."""
+    """The held-out rows of all sources, with which training rows are compared."""
     held_out = [
         HeldOutRow(source.source, split, row)
         for source in drawn
@@ -218,7 +218,7 @@ class _Building:
     longest: int = 0
     """Tokens of the longest row or prompt so far."""
     unscored: dict[str, list[int]] = field(default_factory=dict)
-    """Of the source that is being added, as in SourceCounts; so are the next three."""
+    """Counts of the source that is being added, as in SourceCounts; so are the next three."""
     unsound: Counter[str] = field(default_factory=Counter)
     typed: Counter[str] = field(default_factory=Counter)
     typed_rows: int = 0
@@ -313,7 +313,7 @@ class _Building:
         return added, cut
 
     def _encode_or_leave_out(self, encode: Callable[[Conversation], T], row: Row, drawn: DrawnRows) -> T | None:
-        """What `encode` makes of a row; None if it is unusable, which is counted.
+        """The result of `encode` for a row; None if the row is unusable, which is counted.
 
         Raises:
             DataError: the chat template or the tokenizer fails on it, and such rows are not skipped.

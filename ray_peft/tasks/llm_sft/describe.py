@@ -1,4 +1,4 @@
-"""The prepared rows for people: counts, JSON lines, and examples as the model sees them."""
+"""The prepared rows for people to read: counts, JSON lines, and examples as the model sees them."""
 
 from __future__ import annotations
 

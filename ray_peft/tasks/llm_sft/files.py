@@ -95,7 +95,7 @@ def local_files(path: str) -> list[Path]:
 
 
 def _other_meaning(path: str, file: Path) -> str:
-    """What else a path may mean that names no file."""
+    """What a path that names no file may mean instead."""
     if file.is_symlink():
         return f" (a link to {file.readlink()}, which is not there)"
     if "://" in path:
@@ -235,10 +235,10 @@ def _text_rows(name: str, content: BinaryIO, kind: str) -> Iterator[RawRow]:
 
 
 def _check_magic(name: str, head: bytes, expected: str) -> None:
-    """Refuse a file that is something else than its name says.
+    """Refuse a file whose content is not what its name says.
 
     Raises:
-        DataError: it is, with the way out.
+        DataError: with the way out.
     """
     if head and (text := substitute(head)) is not None:
         raise DataError(f"{name}: cannot be read: it is {text}")

@@ -110,7 +110,7 @@ def json_rows(file: str, text: TextIO, *, escaped: bool) -> Iterator[RawRow]:
 
 
 def _complete_rows(file: str, text: str, lines: Sequence[tuple[int, str]], escaped: bool) -> Iterator[RawRow]:
-    """The rows of a text whose first line alone is no row."""
+    """The rows of a text whose first line is not a row by itself."""
     parser = _Parser()
     try:
         value = parser.value(text)
@@ -177,7 +177,7 @@ def _row(file: str, number: int, place: str, value: object, parser: _Parser) -> 
             number,
             place,
             "a key twice in one object",
-            f"key {key!r} stands twice in one object, so its value is open",
+            f"key {key!r} stands twice in one object, so it is unclear which value is meant",
         )
     return RawRow(file, number, place, value)
 

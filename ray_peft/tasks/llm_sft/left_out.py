@@ -12,7 +12,7 @@ TEMPLATE = "the chat template"
 NAMED = 5
 """Rows that are named for each reason; the others are counted."""
 MOST_REASONS = 20
-"""Reasons that are told apart: some hold a word of the row, and may be as many as the rows."""
+"""Reasons that are counted apart: some hold a word of the row, so that there may be as many as rows."""
 OTHERS = "other reasons"
 
 
@@ -25,7 +25,7 @@ class LeftOut:
     """File and number of the first rows for each reason; no file where it is that of the source."""
 
     def add(self, reason: str, file: str, number: int) -> None:
-        """Note down a row."""
+        """Record a row."""
         reason = self._counted_reason(reason)
         self.counts[reason] += 1
         rows = self.first.setdefault(reason, [])

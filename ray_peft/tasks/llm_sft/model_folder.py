@@ -1,4 +1,4 @@
-"""Whether a folder that is named as a model is one: what else people give, each with the way out."""
+"""Whether a folder that is named as a model is one; each thing that people name instead has its own way out."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _LOOKED_INTO = 3
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is no folder with a readable config.json of a model.
+    """Refuse a path that is not a folder with a readable config.json of a model.
 
     Raises:
-        ModelError: it is not.
+        ModelError: with the way out.
     """
     if folder.is_file():
         raise ModelError(_file_given(folder))

@@ -5,7 +5,7 @@ A score on a held-out row that was trained on measures memory. Three kinds are f
 - `row`: the same normalised text (casefolded, white space collapsed) of the whole conversation.
 - `question`: the same normalised text up to a user turn, of at least `ngram` words. Every turn of a conversation is
   compared, as the loss counts every answer. A shorter question, such as a greeting, is asked twice in any instruction
-  set and tells little; those are counted, and do not offend.
+  set and tells little; those are counted, but allowed.
 - `near`: at least `threshold` of the held-out row's word n-grams stand in that one training row.
 
 The measure of `near` is the share of a test row's 8-grams seen in training, contaminated from 70 % on, of PaLM
@@ -107,7 +107,7 @@ class Overlap:
 
 
 class Gate:
-    """The held-out rows of all sources, against which training rows are held one by one."""
+    """The held-out rows of all sources, with which training rows are compared one by one."""
 
     def __init__(self, held_out: Sequence[HeldOutRow], train: Iterable[Row], spec: ContaminationSpec) -> None:
         """Index the held-out rows, and learn from all rows which n-grams are boilerplate.
@@ -134,7 +134,7 @@ class Gate:
         self._pairs: list[Pair] = []
 
     def offends(self, source: str, row: Row) -> bool:
-        """Whether a training row of `source` repeats a held-out row; it is noted down if so."""
+        """Whether a training row of `source` repeats a held-out row; if so, it is recorded."""
         repeated = self._near(row)
         text, questions = _normalised(row.conversation)
         for question in questions:
@@ -161,7 +161,7 @@ class Gate:
         return bool(repeated)
 
     def overlap(self) -> Overlap:
-        """What was noted down."""
+        """What was recorded."""
         return Overlap(
             action=self.spec.action,
             ngram=self.spec.ngram,

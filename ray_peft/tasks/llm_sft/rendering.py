@@ -1,6 +1,6 @@
 """Whether a chat template shows all of a conversation: tool calls, tools, tools' results and reasoning.
 
-Many templates print `message.content` and nothing else. A row whose calls they leave out would teach half of its turns,
+Many templates print `message.content` and nothing else. A row whose tool calls they leave out would be half trained on,
 so it is unusable with such a template, and is counted under that reason.
 """
 
@@ -86,9 +86,9 @@ def reference(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _missing(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What the chat template does not show of a conversation; None if it shows all.
+    """The parts of a conversation that the chat template leaves out; None if it shows all.
 
-    Every text is replaced by a mark of its own, so that a text that stands elsewhere by chance does not count.
+    Every text is replaced by a mark of its own, so that an equal text elsewhere does not count.
     """
     marks = _Marks()
     marked = replace(

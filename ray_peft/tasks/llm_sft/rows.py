@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class DrawnRows:
-    """What one source gives: the rows of its splits, and what was left out."""
+    """The rows of one source: those of its splits, and those that were left out."""
 
     source: str
     train: list[Row]
@@ -108,7 +108,7 @@ def draw(
 
 
 class _Reader:
-    """Reads the files of a source, and notes down the rows that cannot be used."""
+    """Reads the files of a source, and records the rows that cannot be used."""
 
     def __init__(self, source: SourceSpec, skip: bool, ready: Ready | None) -> None:
         self.source = source
@@ -139,11 +139,11 @@ class _Reader:
         return usable, number
 
     def _conversation(self, raw: RawRow) -> Conversation:
-        """What the recipe makes of a row.
+        """The conversation that the recipe makes of a row.
 
         Raises:
-            Unusable: nothing, for a reason that is counted.
-            DataError: nothing, since the row has another shape, and such rows are not skipped.
+            Unusable: the row has none, for a reason that is counted.
+            DataError: the row has another shape, and such rows are not skipped.
         """
         if raw.values is None:
             if self._skip:
@@ -199,10 +199,10 @@ def _check_enough(source: SourceSpec, split: str, required: int, available: int,
 
 
 def _check_disjoint(source: str, splits: Mapping[str, Sequence[Row]]) -> None:
-    """Hold the drawing to its promise, also under `python -O`.
+    """Check that no row was drawn twice, also under `python -O`.
 
     Raises:
-        DataError: a row was drawn for two splits, or twice for one: a defect here, not in the data.
+        DataError: a row was drawn for two splits, or twice for one. That is a defect here, not in the data.
     """
     drawn: dict[tuple[str, int], str] = {}
     for split, rows in splits.items():

@@ -34,9 +34,9 @@ class Encoding:
 class SpecialTokens:
     """The special tokens of a tokenizer, and a copy of it that knows them under other names.
 
-    A typed special token is replaced by a private character before the template writes the row. In what is written, the
-    template's own special tokens get the names that the copy knows, and the private characters become text again: to
-    the copy that text is nothing special, and all around it is tokenised as ever.
+    A typed special token is replaced by a private character before the template writes the row. In the written text,
+    the template's own special tokens get the names that the copy knows, and the private characters become text again.
+    For the copy that text is not special, and the text around it is tokenised as usual.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -76,7 +76,7 @@ class SpecialTokens:
         return re.sub(f"[{chr(_TYPED)}-\U0010ffff]", lambda match: self._names[ord(match[0]) - _TYPED], text)
 
     def encode(self, text: str, cuts: Sequence[int], *, add_special_tokens: bool = False) -> tuple[Encoding, list[int]]:
-        """The tokens of a text with private characters, and where places of that text are among its characters now.
+        """The tokens of a text with private characters, and the new positions of places in that text.
 
         Args:
             text: as `hidden` texts are written by a template.
@@ -99,7 +99,7 @@ class SpecialTokens:
         return Encoding(ids, encoded.offsets), places[:-1]
 
     def _check(self, ids: list[int], offsets: list[tuple[int, int]], text: str) -> None:
-        """Hold the copy to its promise: the special tokens are those of the template, and all of them."""
+        """Check that the special tokens are those of the template, and all of them."""
         special = {self._number(name) for name in self._names} - {self._tokenizer.unk_token_id}
         tokens = [text[begin:end] for token, (begin, end) in zip(ids, offsets, strict=True) if token in special]
         if sum(bool(_PRIVATE.search(token)) for token in tokens if token) != sum(map(bool, tokens)):

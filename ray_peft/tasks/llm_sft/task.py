@@ -45,13 +45,13 @@ class LlmSft(TaskType[LlmTrialSpec]):
         return Inspection(notes, prepared.key, len(prepared.train), reach)
 
     def model_content(self, model: ModelSpec) -> str | None:
-        """Of its folder; null if its own code may read anything, or it is not here."""
+        """Digest of its folder; None if the model brings code of its own, or is not here."""
         from ray_peft.tasks.llm_sft import deciding
 
         return deciding.model_content(model)
 
     def content(self, spec: LlmTrialSpec) -> str | None:
-        """Of models, tokenizers, rows and chat template; null with benchmarks, which lm-eval reads from anywhere."""
+        """Digest of models, tokenizers, rows and chat template; None with benchmarks, whose files lm-eval chooses."""
         from ray_peft.tasks.llm_sft import deciding
 
         return deciding.content(spec)
@@ -81,7 +81,7 @@ class LlmSft(TaskType[LlmTrialSpec]):
         return describe.report(spec)
 
     def rows_fit(self, spec: LlmTrialSpec) -> list[str]:
-        """Lengths and token numbers against the models' configs; weights are not looked at."""
+        """Compare lengths and token numbers with the models' configs; weights are not read."""
         from ray_peft.tasks.llm_sft import fits, model
 
         sentences = []

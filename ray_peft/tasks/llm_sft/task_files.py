@@ -1,4 +1,4 @@
-"""Task files of one's own for lm-eval, read as text: which of them run Python code when lm-eval loads them."""
+"""The user's own task files for lm-eval, read as text: which of them run Python code when lm-eval loads them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trial's tokenizer: loaded, with a chat template that can be written."""
+"""A trial's tokenizer, loaded and checked, with a chat template that works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations as text: what the chat template is given, what it writes, and where the answers stand in it."""
+"""Conversations as text: the input of the chat template, the text that it writes, and where the answers are in it."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class CannotWrite(Exception):
     def __init__(self, reason: str, way_out: str) -> None:
         super().__init__(f"{reason}; {way_out}")
         self.reason = reason
-        """The same without the way out: under it such rows are counted where they are skipped."""
+        """The same without the way out; skipped rows are counted under it."""
 
 
 def messages(conversation: Conversation) -> list[Message]:
-    """What a chat template is given of a conversation: the one place where turns become messages."""
+    """The messages of a conversation as a chat template takes them; nothing else turns turns into messages."""
     return [dict(turn) for turn in conversation.turns]
 
 
@@ -118,8 +118,8 @@ def answers(
 ) -> list[Answer]:
     """Where each answer stands in `text`, which is what the template writes of `turns` and `tools`.
 
-    An answer is sound if the text up to it is the prompt that the model gets for it, and what follows is what the
-    template writes for it, whatever comes later: then what is trained is what happens when the model is asked.
+    An answer is sound if the text before it is the prompt that the model gets for it, and if the template writes the
+    answer in the same way whatever turns follow. Then the model is trained on what it sees when it is used.
 
     Raises:
         CannotWrite: the template fails on the first turns of the conversation.
@@ -153,10 +153,10 @@ def _continuation(prompt: str, text: str) -> str:
 
 
 def _by_repetition(text: str, turns: Sequence[Message], places: list[int], template: Template) -> list[Answer] | None:
-    """The same in linear time: all gaps between turns are alike, and prefixes of doubling length are looked at.
+    """The same in linear time: the text between turns is always the same, which prefixes of doubling length confirm.
 
-    None if the template writes the turns in different ways. The last answer, which templates treat in ways of its own,
-    is always looked at by itself.
+    None if the template writes the turns in different ways. The last answer, which templates treat differently, is
+    always located by itself.
     """
     contents = _contents(text, turns, template)
     if contents is None or not places or not places[0]:

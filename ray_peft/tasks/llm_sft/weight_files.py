@@ -49,7 +49,7 @@ class WeightFiles:
         return sum(file.stat().st_size for file in self.files)
 
     def stamps(self) -> tuple[tuple[str, int, int], ...]:
-        """What changes if a file does: paths, times and sizes."""
+        """Paths, times and sizes, which change if a file changes."""
         every = [*self.files, *([self.index] if self.index else [])]
         return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in every)
 

@@ -1,4 +1,4 @@
-"""Images with captions -> usable pictures, split by content, and what the UNet sees of them."""
+"""Images with captions -> usable pictures, split by content, and the views of them that the UNet sees."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Picture:
     read: Callable[[], bytes] = field(repr=False, compare=False)
     """Gives the file's bytes."""
     traits: tuple[str, ...] = ()
-    """What of the file is not seen, as in `Decoded`."""
+    """The parts of the file that are not used, as in `Decoded`."""
 
     def open(self) -> Image:
         """The whole image, upright, in RGB.
@@ -82,9 +82,9 @@ class Pictures:
     unusable: dict[str, str]
     """Why an image is left out, by its name."""
     repeats: dict[str, str]
-    """Images left out of training since they show the same as a held-out one: its name, by theirs."""
+    """By the name of an image that is left out of training, the held-out image that it repeats."""
     remarks: tuple[str, ...] = ()
-    """What lies beside the images and is not used."""
+    """Sentences on files beside the images that are not used."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def prepare(data: ImageDataSpec) -> Pictures:
 
 
 def notes(pictures: Pictures, data: ImageDataSpec) -> list[str]:
-    """What a reader of the comparison must know: images used, left out, and blown up."""
+    """What a reader of the comparison must know: images used, left out, and enlarged."""
     name = Path(data.path).expanduser().absolute().name if is_local(data.path) else data.path
     counted = f"{len(pictures.train)} training and {len(pictures.test)} held-out images of {pictures.read} read"
     sentences = [f"{name}: {counted}"]

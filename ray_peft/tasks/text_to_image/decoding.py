@@ -30,7 +30,7 @@ class Decoded:
     image: Image
     """Upright, in RGB."""
     traits: tuple[str, ...]
-    """What of the file is not in `image`: FRAMES, TRANSPARENT."""
+    """The parts of the file that are not in `image`: FRAMES, TRANSPARENT."""
 
 
 def decoded(content: bytes) -> Decoded:

@@ -1,4 +1,4 @@
-"""The prepared images for people: counts, JSON lines, and what the UNet sees of each."""
+"""The prepared images for people to look at: counts, JSON lines, and the view of each that the UNet sees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of a latent diffusion model: losses on held-out images, and the images that it makes of given prompts."""
+"""Scores of a latent diffusion model: losses on held-out images, and the images that it generates for prompts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Context = Callable[[], AbstractContextManager[object]]
 
 @dataclass(frozen=True)
 class PromptImage:
-    """What the model makes of a prompt and a seed."""
+    """The image that the model generates for a prompt and a seed."""
 
     prompt: str
     seed: int
@@ -61,9 +61,9 @@ def held_out_losses(
 ) -> list[float]:
     """The loss of each held-out image: the squared error of the prediction, mean over latent numbers and timesteps.
 
-    The noise belongs to the image's place and the timestep alone, so it is equal for every trial, device and batch
-    size. The error is taken in float32, all timesteps weigh alike. A batch that does not fit into memory is halved for
-    the rest of the pairs.
+    The noise depends only on the image's place and the timestep, so it is equal for every trial, device and batch size.
+    The error is taken in float32, and all timesteps weigh the same. If a batch does not fit into memory, the batch size
+    is halved for the remaining pairs.
 
     Args:
         unet: called as a UNet2DConditionModel.
@@ -117,10 +117,10 @@ def make_images(
     lowered: dict[str, int] | None = None,
     trained: bool = True,
 ) -> list[PromptImage]:
-    """What the pipeline makes of every prompt with every seed, prompt by prompt.
+    """The pipeline's image of every prompt with every seed, prompt by prompt.
 
-    Each image has its own generator on the CPU, so it does not depend on the batch, nor on the device's random
-    numbers. A batch that does not fit into memory is halved for the rest of the images.
+    Each image has its own generator on the CPU, so it depends neither on the batch nor on the device's random numbers.
+    If a batch does not fit into memory, the batch size is halved for the remaining images.
 
     Args:
         pipeline: a StableDiffusionPipeline on its device.
@@ -128,7 +128,7 @@ def make_images(
         resolution: pixels of both sides.
         context: opened around each batch.
         lowered: `Bench.lowered`, read and written at `EVALUATION_BATCH`; None remembers nothing.
-        trained: whether the UNet was trained, which decides what is said of numbers that are not finite.
+        trained: whether the UNet was trained, which decides the advice if numbers are not finite.
 
     Raises:
         TrialFailed: an image holds numbers that are not finite.
@@ -157,7 +157,7 @@ def _in_batches(
     work: Callable[[Sequence[ItemT]], list[ResultT]],
     lowered: dict[str, int] | None,
 ) -> list[ResultT]:
-    """What `work` makes of at most `size` items at a time, or of as few as memory forced before; that is remembered."""
+    """The results of `work` on at most `size` items at a time, or fewer where memory ran out, which is remembered."""
     lowered = {} if lowered is None else lowered
     first = lowered.get(EVALUATION_BATCH, size)
     results, last = in_parts(items, first, device, work)
@@ -204,7 +204,7 @@ def _noise(index: int, step: int, shape: torch.Size) -> Tensor:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout, and after it as before."""
+    """Without dropout; afterwards the model is in its former mode."""
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Whether a pipeline's parts fit each other and the trial: they are built on shapes, and the UNet is run there."""
+"""Whether a pipeline's parts fit each other and the trial: they are built without weights, and the UNet is run once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from ray_peft.tasks.text_to_image.model import Configs
 
 CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
-"""Settings of a UNet that is told more than timestep and caption."""
+"""Settings of a UNet that takes more inputs than timestep and caption."""
 
 
 def check_kinds(configs: Configs, name: str) -> None:
-    """Refuse pipelines whose parts are of the right classes, and mean something else than Stable Diffusion's.
+    """Refuse pipelines whose parts have the right classes, but do not work as those of Stable Diffusion.
 
     Raises:
         ModelError: SDXL, conditions beside the caption, or latents that are scaled in another way.
@@ -36,8 +36,8 @@ def check_kinds(configs: Configs, name: str) -> None:
     for key in CONDITIONS:
         if unet.get(key) is not None:
             raise ModelError(
-                f"model.name: {name}: its UNet is told more than timestep and caption ({key}: {unet[key]}), which task "
-                "text_to_image has not; give a pipeline like Stable Diffusion 1.5"
+                f"model.name: {name}: its UNet takes more inputs than timestep and caption ({key}: {unet[key]}), which "
+                "task text_to_image does not have; give a pipeline like Stable Diffusion 1.5"
             )
     for key in ("latents_mean", "latents_std"):
         if vae.get(key) is not None:
@@ -132,18 +132,18 @@ def built(part: str, config: str) -> Any:
 
 
 def special_token_notes(kind: str, texts: Sequence[str], tokenizer: CLIPTokenizer) -> list[str]:
-    """Texts in which somebody typed one of the tokenizer's own words, which end a text and are none of its words."""
+    """Sentences on texts that hold one of the tokenizer's special tokens, such as the one that ends a text."""
     special = sorted(str(token) for token in tokenizer.all_special_tokens)
     typed = {token: sum(token in text for text in texts) for token in special}
     return [
-        f"{token}, which the tokenizer takes for its own sign, not for text, stands in {count} of {len(texts)} {kind}"
+        f"{count} of {len(texts)} {kind} hold {token}, which the tokenizer reads as a special token and not as text"
         for token, count in typed.items()
         if count
     ]
 
 
 def prompt_notes(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> list[str]:
-    """Prompts of which the end is lost, and prompts that are the same to the model: they make the same images."""
+    """Sentences on prompts whose end is cut, and on prompts that are equal for the model and give equal images."""
     longest = int(tokenizer.model_max_length)
     # verbose=False: the tokenizer would warn of each, and they are named here.
     ids = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
@@ -161,5 +161,5 @@ def prompt_notes(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> list[str]:
     for places in alike.values():
         if len(places) > 1:
             numbers = " and ".join(map(str, places))
-            notes.append(f"evaluation.prompts: numbers {numbers} are the same to the model, and so are their images")
+            notes.append(f"evaluation.prompts: numbers {numbers} are equal for the model, and so are their images")
     return notes

@@ -1,8 +1,8 @@
 """A UNet's linear layers in 4 bits, and back.
 
-diffusers quantises on a GPU alone and gives back weights without a way to merge into; these few lines do both anywhere.
-What is quantised is the same: every `nn.Linear`. Convolutions stay as they are: bitsandbytes has no 4-bit kernels for
-them.
+diffusers quantises on GPUs only, and adapters cannot be merged into its 4-bit weights; these lines do both anywhere.
+The same layers are quantised: every `nn.Linear`. Convolutions stay as they are, since bitsandbytes has no 4-bit kernels
+for them.
 """
 
 from __future__ import annotations

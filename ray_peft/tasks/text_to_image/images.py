@@ -1,4 +1,4 @@
-"""The images that a trial makes: of the trained model, of its base, and how near they are to the paintings."""
+"""The images that a trial generates, with the trained model and with its base, and their likeness to the data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def generate(
 ) -> Scored:
     """`scored` with images of the prompts and their likeness to the paintings.
 
-    Nothing of the training is held any more when VAE and text encoder come to `device`. `lowered` is as for
+    The memory of the training is freed before VAE and text encoder are loaded to `device`. `lowered` is as for
     `make_images`.
     """
     from ray_peft.tasks.text_to_image.model import load_pipeline
@@ -84,7 +84,7 @@ def _likeness(spec: ImageTrialSpec, vae: Any, images: list[Image], pictures: Pic
 def _before(
     spec: ImageTrialSpec, device: str, model: Any, pipeline: Any, fingerprint: str, make: Callable[[], list[Image]]
 ) -> list[Image]:
-    """What the base makes of the same prompts and seeds; made once for all trials on one base, and kept."""
+    """The base's images of the same prompts and seeds, generated once for all trials on one base, and cached."""
     from PIL import Image
 
     evaluation = spec.evaluation.model_copy(update={"timesteps": 1, "batch_size": 1, "style": None})  # change no image
@@ -105,7 +105,7 @@ def _before(
 
 @contextlib.contextmanager
 def _as_base(spec: ImageTrialSpec, device: str, model: Any, pipeline: Any) -> Iterator[None]:
-    """The pipeline with the untouched base inside: adapters switched off, or the base's own weights loaded again."""
+    """The pipeline with the untouched base: adapters are switched off, or the base's weights are loaded again."""
     if hasattr(model, "disable_adapter"):
         with model.disable_adapter():
             yield

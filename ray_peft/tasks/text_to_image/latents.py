@@ -37,10 +37,10 @@ _SETTINGS = "encoded.json"
 
 @dataclass
 class Encoders:
-    """What turns pictures and captions into what the UNet takes, each in the dtype that it was loaded in.
+    """The models that turn pictures and captions into the UNet's inputs, each in the dtype that it was loaded in.
 
-    The VAE belongs in float32: it runs once per picture, so its time does not count, while bfloat16 keeps 8 bits of
-    each activation and loses detail that every trial would then train on.
+    The VAE should be in float32. It runs once per picture, so its time does not matter; bfloat16 keeps only 8 bits of
+    each activation, and every trial would train on latents that lack detail.
     """
 
     vae: Any
@@ -79,13 +79,13 @@ class EncodedData:
 def encode(
     spec: ImageTrialSpec, pictures: Pictures, device: str, load: Callable[[], Encoders], *, fingerprint: str
 ) -> EncodedData:
-    """The encoded pictures from the cache, or made now and put there.
+    """The encoded pictures from the cache; if they are not there, they are encoded now and put there.
 
-    `load` is called on a cache miss alone; `fingerprint` tells encoders apart by weights and dtype. Afterwards
-    neither encoder is on the device.
+    `load` is only called if the cache lacks them; `fingerprint` differs for encoders of other weights or dtype.
+    Afterwards neither encoder is on the device.
 
     Raises:
-        ModelError: an encoder makes NaN or infinity of a picture or caption.
+        ModelError: an encoder gives NaN or infinity for a picture or caption.
     """
     key = hashlib.sha256(json.dumps([FORMAT, pictures.key, fingerprint]).encode()).hexdigest()[:24]
     folder = cache_folder() / "latents" / key
@@ -103,7 +103,7 @@ def encode(
     built = _build(spec.data, pictures, device, load, folder)
     count = len(pictures.train) + len(pictures.test)
     logger.info("encoded %d images in %.1f s: %s", count, time.perf_counter() - started, folder)
-    # Rather what is kept: where another process was first, both go on with the same numbers.
+    # Rather what is in the cache: if another process was first, both continue with the same numbers.
     return _read(folder, key, pictures) or built
 
 
@@ -133,7 +133,7 @@ def embed(captions: Sequence[str], encoders: Encoders, device: str) -> Tensor:
 
 
 def _read(folder: Path, key: str, pictures: Pictures) -> EncodedData | None:
-    """What the cache holds; None if that is nothing, or not whole."""
+    """The content of the cache; None if it is not there or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 

@@ -1,4 +1,4 @@
-"""The files in and below a folder of images, by the names that metadata and captions mean them by."""
+"""The files in and below a folder of images, by the names that metadata and captions use."""
 
 from __future__ import annotations
 

@@ -24,22 +24,22 @@ TEXT_TOKENS = 77
 """Length of a caption for CLIP's text encoder."""
 
 CODE = tuple(Path(__file__).with_name(name) for name in ("memory.py", "passes.py", "style.py"))
-"""What of this task predictions run or read; those kept on disk are of this code."""
+"""The files of this task that predictions run or read; predictions on disk are valid for this code only."""
 
 CONVOLUTIONS = 60 * MIB
-"""What cuDNN takes beside the tensors while images are made: the rest of three measured peaks of SD 1.5 on an H200."""
+"""Memory of cuDNN beside the tensors while images are made: the rest of three measured peaks of SD 1.5 on an H200."""
 
 
 def predict(
     spec: ImageTrialSpec, shape: ModelShape, *, gpu: Gpu = ANY, others: Mapping[str, ModelShape] | None = None
 ) -> Prediction:
-    """The peak of a UNet's training, and of all that is scored and made around it.
+    """The peak of a UNet's training, and of scoring and generating images.
 
     Args:
         spec: the trial.
         shape: of unet/config.json.
         gpu: decides the workspace of matrix products and the slack of the allocator.
-        others: the shapes of `vae` and `text_encoder`; None predicts nothing of what they take.
+        others: the shapes of `vae` and `text_encoder`; None leaves their memory out.
     """
     train, peak_kinds = spec.train, Counter[str]()
     stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
@@ -77,7 +77,7 @@ def predict(
 def _painting(
     spec: ImageTrialSpec, stage: Stage | None, shape: ModelShape, others: Mapping[str, ModelShape]
 ) -> Counter[str]:
-    """The UNet, what scoring and making images takes beside it, and what encoding images takes before it is there."""
+    """Bytes of the UNet, of scoring and generating images beside it, and of encoding images before it is loaded."""
     scoring = spec.evaluation
     images = len(scoring.prompts) * len(scoring.seeds)
     settings = [scoring.batch_size, images, scoring.guidance_scale > 1, scoring.style, spec.train.precision]

@@ -1,4 +1,4 @@
-"""What each optimizer step sees: images, views, timesteps and noise, drawn from the trial's seed and the step alone.
+"""The images, views, timesteps and noise of each optimizer step, drawn from the trial's seed and the step alone.
 
 So the draws do not depend on the micro-batch, the workers, the device or a resume, and are equal for all methods.
 """
@@ -34,7 +34,7 @@ class Batch:
     targets: Tensor
     """Like `samples`: the noise, or v."""
     weights: Tensor
-    """(rows,) float32: what each row's squared error counts."""
+    """(rows,) float32: the weight of each row's squared error."""
 
     def part(self, first: int, rows: int) -> Batch:
         """`rows` rows from `first` on."""

@@ -1,4 +1,4 @@
-"""The weight files of a pipeline's parts: which are read, and whether they hold what the configurations say."""
+"""The weight files of a pipeline's parts: which ones are read, and whether they fit the configurations."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-"""How the weight files of each part are called, before the variant and .safetensors."""
+"""The names of each part's weight files, before the variant and .safetensors."""
 
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Of the attention of a VAE in files of diffusers before 0.18, which are read, too."""
+"""Names in the attention of a VAE in files of diffusers before 0.18, which can be read, too."""
 
 
 def variant_of(folder: Path, part: str) -> str | None:
-    """The variant of a part's weights, such as fp16; None where there are plain ones, which go first.
+    """The variant of a part's weights, such as fp16; None if there are plain ones, which are preferred.
 
     Raises:
         ModelError: there are no weights as safetensors, or several variants and no plain ones.
@@ -109,7 +109,7 @@ def check_weights(folder: Path, part: str, model: nn.Module) -> None:
 
 
 def _with_current_names(shapes: Mapping[str, tuple[int, ...]], part: str) -> dict[str, tuple[int, ...]]:
-    """Names as today's classes have them, without buffers that older versions stored."""
+    """Names as in today's classes, without buffers that older versions stored."""
     renamed = {}
     for name, shape in shapes.items():
         short = _short(name, part)
@@ -128,7 +128,7 @@ def _short(name: str, part: str) -> str:
 
 
 def _is_of_clip(name: str) -> bool:
-    """True for the parts of a whole CLIP beside its text encoder, which some files hold and nobody reads."""
+    """True for the parts of a whole CLIP beside its text encoder: some files hold them, but they are not used."""
     return name.startswith(("vision_model.", "visual_projection.", "text_projection.", "logit_scale"))
 
 
@@ -142,7 +142,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def single_file_in(folder: Path) -> str | None:
-    """A checkpoint in one file, or an adapter, that lies where a pipeline should; in words."""
+    """A sentence on a checkpoint in one file, or an adapter, in place of a pipeline; None if there is none."""
     names: list[Any] = sorted(file.name for file in folder.iterdir() if file.is_file())
     if adapters := [name for name in names if name in ("adapter_config.json", "pytorch_lora_weights.safetensors")]:
         return f"it holds an adapter ({adapters[0]}): name the pipeline that it was trained on"

@@ -1,4 +1,4 @@
-"""What was trained, written as diffusers and PEFT read it, and read again."""
+"""The trained weights, written in the forms that diffusers and PEFT read."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-"""An adapter as `StableDiffusionPipeline.load_lora_weights` reads it."""
+"""An adapter in the form that `StableDiffusionPipeline.load_lora_weights` reads."""
 PEFT_CONFIG = "adapter_config.json"
-"""Beside adapter_model.safetensors, the same adapter as PEFT reads it."""
+"""With adapter_model.safetensors, the same adapter in the form that PEFT reads."""
 
 
 def save(model: nn.Module, folder: Path, dtype: Dtype) -> None:

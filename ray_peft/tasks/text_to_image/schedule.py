@@ -1,4 +1,4 @@
-"""The noise levels of a pipeline: those it is trained with, and whether its sampler makes images from them."""
+"""The noise levels of a pipeline: those that it is trained with, and whether its sampler can make images from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def training_schedule(spec: ImageTrialSpec, configs: Configs) -> DDPMScheduler:
     """The pipeline's noise levels, and what the UNet predicts.
 
     Raises:
-        ModelError: they are not of the diffusion that the task trains, or one of them cannot be learnt.
+        ModelError: the task cannot train this kind of diffusion, or one of the levels cannot be learnt.
     """
     from diffusers import DDPMScheduler
 
@@ -81,7 +81,7 @@ def sampler(spec: ImageTrialSpec, configs: Configs) -> Any:
 
 
 def check_evaluation(spec: ImageTrialSpec, configs: Configs, schedule: DDPMScheduler) -> list[str]:
-    """What a reader must know of how the trial is scored; the sampler is run once, on noise in the UNet's place.
+    """What a reader must know about the trial's scores; the sampler is run once, with noise in place of the UNet.
 
     Raises:
         ModelError: more timesteps are asked for than there are, or the sampler cannot do the steps that are asked for.

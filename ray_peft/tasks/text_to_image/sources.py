@@ -21,7 +21,7 @@ _REPEATS = re.compile(r"\d+_.+")
 
 @dataclass(frozen=True)
 class ImageSource:
-    """An image that is there, not yet opened."""
+    """An image of the data, not yet opened."""
 
     name: str
     """Its path relative to the folder, or `row N` of a hub data set, from 1."""
@@ -35,12 +35,12 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class Sources:
-    """What is there."""
+    """The images of the data, and remarks on other files."""
 
     images: list[ImageSource]
     """In the order of names or rows."""
     remarks: list[str]
-    """What lies beside them and is not used."""
+    """Files beside them that are not used."""
 
 
 def find(data: ImageDataSpec) -> Sources:
@@ -94,7 +94,7 @@ def _kinds(listing: Listing) -> list[str]:
 
 
 def _remarks(listing: Listing, uncaptioned: list[str], texts: TextFiles, has_metadata: bool) -> list[str]:
-    """What a reader would take for a part of the data, and is none."""
+    """Sentences on files that look like a part of the data and are not used."""
     remarks = []
     if uncaptioned:
         kinds = "of kinds that are not read, and without captions"

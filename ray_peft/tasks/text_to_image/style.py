@@ -1,13 +1,13 @@
-"""How near made images are to paintings: in style by the frozen VAE encoder's Gram matrices, in content by pixels.
+"""The likeness of generated images to paintings: in style by Gram matrices of the VAE's encoder, in content by pixels.
 
 A style vector holds, for each layer, which channels vary together over all places: texture, strokes and contrasts of
-colours, but not where anything is (Gatys et al. 2016, arXiv:1508.06576, there with a classifier's layers and without
-taking away each channel's mean). The layers
-of a VAE were trained to rebuild images, not to name what they show, so high layers say less about objects than those
-of a classifier. The numbers order images by likeness; their absolute size means nothing.
+colours, but not where anything is (Gatys et al. 2016, arXiv:1508.06576, who use a classifier's layers and do not
+subtract each channel's mean). The layers of a VAE were trained to rebuild images, not to name what they show, so its
+high layers say less about objects than those of a classifier. The numbers order images by likeness; their absolute size
+means nothing.
 
-A content vector is the image itself, averaged over squares of 8 pixels as coarse as a latent, less the mean colour. It
-finds copies whatever the VAE's weights are, also blurred and noisy ones; a mirrored copy it does not find.
+A content vector is the image itself, averaged over squares of 8 pixels, less the mean colour. It finds copies whatever
+the VAE's weights are, blurred and noisy ones included; it does not find mirrored copies.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Paintings:
-    """What some paintings are to the VAE."""
+    """The style and content vectors of some paintings."""
 
     names: tuple[str, ...]
     style: Tensor
@@ -41,18 +41,18 @@ class Paintings:
 
 @dataclass(frozen=True)
 class Likeness:
-    """One made image beside the paintings."""
+    """The likeness of one generated image to the paintings."""
 
     style_heldout: float
     style_train: float
     nearest: str
-    """The training painting that is nearest to it in content."""
+    """The training painting that is most similar to it in content."""
     nearest_likeness: float
     """Cosine of the two content vectors; a copy is 1.0."""
 
 
 def study(vae: Any, images: Iterable[tuple[str, Image]]) -> Paintings:
-    """Look at paintings, one at a time.
+    """Compute the vectors of paintings, one at a time.
 
     Args:
         vae: a frozen AutoencoderKL, in float32 or bfloat16.
@@ -76,7 +76,7 @@ def study(vae: Any, images: Iterable[tuple[str, Image]]) -> Paintings:
 
 
 def compare(vae: Any, images: Iterable[Image], train: Paintings, held_out: Paintings) -> list[Likeness]:
-    """Each made image beside the training paintings and the held-out paintings."""
+    """The likeness of each generated image to the training paintings and to the held-out paintings."""
     likenesses = []
     for image in images:
         style, content = vectors(vae, image)
@@ -96,7 +96,7 @@ def compare(vae: Any, images: Iterable[Image], train: Paintings, held_out: Paint
 
 
 def with_style(scores: Scores, likenesses: Sequence[Likeness]) -> Scores:
-    """`scores` with the means over the made images."""
+    """`scores` with the means over the generated images."""
     if not likenesses:
         return scores
     count = len(likenesses)
@@ -139,7 +139,7 @@ def _grams(encoder: Any) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def looking(encoder: Any, look: Callable[[Tensor], object]) -> Iterator[None]:
-    """Shows `look` what each layer of a VAE's encoder that tells style makes."""
+    """Calls `look` with the output of each layer of a VAE's encoder that style is computed from."""
 
     def hook(layer: object, inputs: object, activation: Tensor) -> None:
         look(activation)
@@ -161,7 +161,7 @@ def gram(activation: Tensor) -> Tensor:
     import torch
 
     flat = activation[0].float().flatten(1)
-    # Else the channels' means, which depend on colours alone, hide the texture: EXPERIMENTS.md has the numbers.
+    # Without this the channels' means, which depend on colours alone, hide the texture (numbers in EXPERIMENTS.md).
     flat = flat - flat.mean(dim=1, keepdim=True)
     matrix = flat @ flat.T / flat.shape[1]
     # Each number off the diagonal stands for two, so that the halves' product is that of the whole matrices.

@@ -33,7 +33,7 @@ class TextToImage(TaskType[ImageTrialSpec]):
     name: ClassVar[Task] = "text_to_image"
 
     def inspect(self, spec: ImageTrialSpec) -> Inspection:
-        """Read the pipeline's configurations and tokenizer, and look at every image."""
+        """Read the pipeline's configurations and tokenizer, and check every image."""
         from ray_peft.tasks.text_to_image import data, fits, latents, model
         from ray_peft.tasks.text_to_image.schedule import check_evaluation
 
@@ -57,13 +57,13 @@ class TextToImage(TaskType[ImageTrialSpec]):
         return Inspection(sentences, pictures.key, len(pictures.train), reach)
 
     def model_content(self, model: ModelSpec) -> str | None:
-        """Of the folders of its parts; null if it is not here."""
+        """Digest of the folders of its parts; None if it is not here."""
         from ray_peft.tasks.text_to_image import deciding
 
         return deciding.model_content(model)
 
     def content(self, spec: ImageTrialSpec) -> str | None:
-        """Of the pipeline, and of every file in and below the folder of images; null for a data set of the hub."""
+        """Digest of the pipeline and of every file in and below the folder of images; None for a hub data set."""
         from ray_peft.tasks.text_to_image import deciding
 
         return deciding.content(spec)
@@ -81,7 +81,7 @@ class TextToImage(TaskType[ImageTrialSpec]):
         return Content(self.fingerprint(spec.model), data.released_key(spec.data))
 
     def data_report(self, spec: ImageTrialSpec) -> DataReport:
-        """Look at every image and count them."""
+        """Decode every image and count them."""
         from ray_peft.tasks.text_to_image import describe
 
         return describe.data_report(spec)
@@ -93,7 +93,7 @@ class TextToImage(TaskType[ImageTrialSpec]):
         return describe.write_data(spec, folder)
 
     def predictor(self, spec: ImageTrialSpec) -> Callable[[ImageTrialSpec, Gpu], Prediction]:
-        """The peak of the UNet's training, and of what is scored and made around it."""
+        """The peak of the UNet's training, and of scoring and generating images."""
         return _predictor(spec)
 
     def total_steps(self, spec: ImageTrialSpec, train_rows: int) -> int:
@@ -151,10 +151,10 @@ def _check_resolution(spec: ImageTrialSpec, parts: dict[str, dict[str, Any]]) ->
 
 
 def _check_targets(spec: ImageTrialSpec, config: dict[str, Any]) -> list[str]:
-    """An adapter's targets are layers of the UNet, which a typing error would only show after loading.
+    """Check that an adapter's targets are layers of the UNet, before weights are loaded.
 
     Raises:
-        ModelError: one is not.
+        ModelError: one of them is not.
     """
     if not isinstance(spec.method, LowRankAdapter):
         return []
@@ -263,7 +263,7 @@ class ImageBench(OneModelBench[ImageTrialSpec]):
         return Scored(Scores(eval_loss=sum(losses) / len(losses), eval_rows=len(losses)), losses=losses)
 
     def illustrate(self, scored: Scored) -> Scored:
-        """`scored` with images of the prompts, before and after, and what they are like."""
+        """`scored` with images of the prompts, before and after training, and their likeness to the data."""
         from ray_peft.tasks.text_to_image.images import generate
 
         if not self.spec.evaluation.prompts:
