@@ -320,12 +320,13 @@ def _export(options: argparse.Namespace) -> int:
     from ray_peft.space.read import TrackingSpec
 
     uri = tracking_uri(options.tracking_uri, TrackingSpec())
-    made = export(
+    exported = export(
         options.run, form=options.format, dtype=_DTYPES[options.dtype], out=options.out, tracking_uri=uri,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
-    _say(f"{made.folder}: {made.format} of {made.trial_id} in {made.dtype}, {made.num_bytes / 2**20:.1f} MiB")
-    _say(f"held-out loss {made.eval_loss_before:.4f} as saved, {made.eval_loss_after:.4f} as exported")
+    size = f"{exported.num_bytes / 2**20:.1f} MiB"
+    _say(f"{exported.folder}: {exported.format} of {exported.trial_id} in {exported.dtype}, {size}")
+    _say(f"held-out loss {exported.eval_loss_before:.4f} as saved, {exported.eval_loss_after:.4f} as exported")
     return 0
 
 
@@ -383,7 +384,7 @@ def _short(path: Path) -> str:
 
 def _ui_command(uri: str | None) -> str:
     """The command as it must be typed here: inside a virtual environment that is not active, with its path."""
-    own = Path(sys.argv[0])
-    name = "python -m ray_peft" if own.name == "__main__.py" else _short(own)
+    program = Path(sys.argv[0])
+    name = "python -m ray_peft" if program.name == "__main__.py" else _short(program)
     name = "ray-peft" if shutil.which("ray-peft") else name
     return f"{name} ui --tracking-uri {uri}" if uri and "@" not in uri else f"{name} ui"

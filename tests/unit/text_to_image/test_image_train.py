@@ -12,7 +12,7 @@ import torch
 from ray_peft.errors import TrialFailed
 from ray_peft.methods.optimizers import trainable
 from ray_peft.spec import TrialSpec
-from ray_peft.tasks.parameters import held_weights
+from ray_peft.tasks.parameters import weight_storage
 from ray_peft.tasks.text_to_image.latents import Encoded
 from ray_peft.tasks.text_to_image.noise import Draws
 
@@ -152,7 +152,7 @@ def test_weights_in_bfloat16_with_stochastic_rounding_train(train, tmp_path):
         train__micro_batch_size=6, train__log_every=4, train__schedule="constant",
     )  # fmt: skip
     assert found.losses[-1] < 0.8 * found.losses[0]
-    assert set(held_weights(found.bench.model).num_bytes) == {"bfloat16"}
+    assert set(weight_storage(found.bench.model).num_bytes) == {"bfloat16"}
 
 
 @pytest.mark.parametrize("cause", ["loss", "gradient"])
