@@ -85,8 +85,8 @@ class HostGaLoreAdamW(GaLoreAdamW):
         grad, parameter.grad = parameter.grad, None
         grad = self._fetched(parameter, place).add_(grad)
         self._kept[place].copy_(grad, non_blocking=True)
-        self._norms[place] = torch.linalg.vector_norm(grad, dtype=torch.float32)
-        self._filled[place] = True
+        self._norms[place].copy_(torch.linalg.vector_norm(grad, dtype=torch.float32))
+        self._filled[place].fill_(True)
         self._taken[place] = True
 
 
