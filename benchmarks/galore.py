@@ -25,8 +25,8 @@ from typing import Any
 
 import speed
 
-from ray_peft import measure
 from ray_peft.foundation.units import GIB
+from ray_peft.trial import provenance
 
 STUDY = {"name": "galore", "rank": 128, "update_proj_gap": 200, "scale": 0.25, "weight_decay": 0.01}
 FRUGAL = {**STUDY, "moments": "8bit", "gradients": "host"}
@@ -47,8 +47,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpu": measure.device_name("cuda:0"),
-        "versions": measure.versions(),
+        "gpu": provenance.device_name("cuda:0"),
+        "versions": provenance.versions(),
         "command": f"galore.py --steps {options.steps} --model {options.model} --parts {options.parts}",
     }
     ways = {

@@ -65,7 +65,7 @@ def test_a_pass_and_a_step_ask_for_nothing(name, tmp_path, monkeypatch):
     )
     model = stage.attach(Model())
     job = Job(spec, stage, 10, 0, tmp_path, "cpu", lambda metrics, step: None, lambda: 0.0)
-    member = Member(job, model)
+    member = Member(job, model, None)
     loss = torch.zeros(())
 
     def step():
