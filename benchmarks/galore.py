@@ -133,7 +133,8 @@ def refresh(model: Path) -> dict[str, Any]:
             subspace.ROUNDS = usual
             shares = [_held(w.grad, other[place], exact[place]) for place, w in enumerate(weights)]
             result["rounds"][rounds] = {"s": seconds, "mean": statistics.mean(shares), "least": min(shares)}
-        grams = torch.stack([subspace._gram(w.grad) for w in weights if min(w.shape) == 1152][:12])  # noqa: SLF001
+        large = [w.grad.float() for w in weights if min(w.shape) == 1152][:12]
+        grams = torch.stack([w.mT @ w if w.shape[0] > w.shape[1] else w @ w.mT for w in large])
         if len(grams):
             timed(lambda: torch.linalg.eigh(grams[:2].float()))
             seconds, _ = timed(lambda: torch.linalg.eigh(grams.float()))

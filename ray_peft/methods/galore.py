@@ -86,6 +86,10 @@ class GaLore(FullWeights):
             )
         return found
 
+    def needs_own_loop(self) -> str | None:
+        """Gradients that are kept by the optimizer are clipped by it, and another loop would not ask it to."""
+        return "gradients: host" if self.gradients == "host" else None
+
     def attach(self, model: nn.Module) -> nn.Module:
         """Mark every parameter as trained, and prepare where gradients add up."""
         from ray_peft.methods.vocabulary import add_in_place

@@ -53,7 +53,8 @@ class HostGaLoreAdamW(GaLoreAdamW):
         norms = [torch.linalg.vector_norm(grad, dtype=torch.float32)[None] for grad in here]
         norm: Tensor = torch.linalg.vector_norm(torch.cat([self._norms, *norms]))
         self._factor = torch.clamp((math.inf if limit is None else limit) / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(here, self._factor)
+        for grad in here:
+            grad.mul_(self._factor)
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:

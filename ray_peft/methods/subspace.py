@@ -86,7 +86,10 @@ def iterated(
         for begin in range(0, len(places), count):
             part = places[begin : begin + count]
             columns = min(size, rank + -(-rank // _SPARE))
-            grams = torch.stack([_gram(gradient(weights[place])) for place in part])
+            first = weights[part[0]]
+            grams = torch.empty(len(part), size, size, dtype=torch.float64, device=first.device)
+            for gram, place in zip(grams, part, strict=True):
+                _fill_gram(gram, gradient(weights[place]))
             starts = torch.stack([start(weights[place], columns) for place in part])
             vectors = _leading(grams, starts, min(rank, size))
             for place, found in zip(part, vectors, strict=True):
@@ -96,14 +99,13 @@ def iterated(
     return bases
 
 
-def _gram(grad: Tensor) -> Tensor:
-    """(smaller side, smaller side) float64, with a mean eigenvalue of 1; products are in float32."""
+def _fill_gram(gram: Tensor, grad: Tensor) -> None:
+    """Make `gram` (smaller side, smaller side) the gradient's, with a mean eigenvalue of 1; products are in float32."""
     matrix = grad.float()
     # A trial whose gradient is not finite ends by its guard, which says more than a failed decomposition.
-    gram = (matrix.mT @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.mT).nan_to_num_().double()
+    gram.copy_((matrix.mT @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.mT).nan_to_num_())
     gram *= len(gram) / gram.trace().clamp_min(torch.finfo(torch.float32).tiny)
     gram.diagonal().add_(_RIDGE)
-    return gram
 
 
 def _leading(grams: Tensor, starts: Tensor, rank: int) -> Tensor:

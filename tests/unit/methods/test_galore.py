@@ -204,3 +204,21 @@ def test_a_step_has_the_same_basis_for_every_weight_of_a_shape_as_alone():
     for place, weight in enumerate(alone[:5]):
         (basis,) = subspace.exact(gradients(alone, 1, 0)[place], 4, subspace.side_of(weight.shape, "std"))
         torch.testing.assert_close(one.state[together[place]][BASIS], basis)
+
+
+def test_settings_that_cannot_go_together_are_refused():
+    import tiny
+
+    from ray_peft.errors import SpecError
+    from ray_peft.spec import TrialSpec
+
+    host = {"name": "galore", "gradients": "host"}
+    layerwise = {**host, "layerwise": True, "max_grad_norm": None}
+    for method, changes, words in (
+        (host, {"train__engine": "trl"}, "method.gradients: host cannot be trained by train.engine: trl"),
+        (host, {"resources": {"num_workers": 2}}, r"needs resources.num_workers: 1 \(found 2\)"),
+        (layerwise, {"train__micro_batch_size": 8}, "layerwise GaLore keeps no gradient, so method.gradients: host"),
+    ):
+        with pytest.raises((SpecError, ValueError), match=words):
+            TrialSpec.from_plain(tiny.plain_spec("m/m", "d/d", method, **changes))
+    assert TrialSpec.from_plain(tiny.plain_spec("m/m", "d/d", host, train__micro_batch_size=2)).accumulation == 4
