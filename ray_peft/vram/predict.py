@@ -50,6 +50,9 @@ class Prediction:
     evaluation: int | None
     """Peak of tensors outside of training, at most: while held-out rows are scored and answered, or images encoded,
     scored and made; None where nothing can say."""
+    fixed_rows: float | None = None
+    """What a recorded pass takes whatever its rows, in the time of so many rows; None where passes are not recorded, so
+    that the host takes most of a pass's time."""
 
     @property
     def needed(self) -> int:

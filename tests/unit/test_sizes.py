@@ -13,6 +13,8 @@ from ray_peft.schedule.plan import cautions
 from ray_peft.schedule.sizes import Scheduler, predicted
 from ray_peft.spec import TrialSpec
 from ray_peft.vram.cards import ANY
+from ray_peft.vram.nearest import choose
+from ray_peft.vram.predict import Prediction
 
 SERVER = [Node(cpus=16, gpus=2, gpu_name="a card of no list", gpu_memory_gib=11.5)]
 LAPTOP = [Node(cpus=2, gpus=0)]
@@ -120,20 +122,43 @@ def test_a_trial_that_fits_nowhere_keeps_its_prediction_and_what_was_chosen(tria
 
 
 def test_fit_auto_takes_the_largest_pass_that_fits_and_keeps_the_trial(trial):
-    asked = trial(train__fit="auto", train__batch_size=512, train__micro_batch_size=1)
+    """Where passes are not recorded, the host's time decides, and fewer passes are worth the recomputation."""
+    asked = trial(train__fit="auto", train__batch_size=512, train__micro_batch_size=1, train__cuda_graphs=False)
     roomy = demand(asked, SERVER)
     assert dict(roomy.chosen) == {"train.micro_batch_size": 512, "train.gradient_checkpointing": False}
-    some = trial(train__batch_size=512, train__micro_batch_size=64)
+    some = trial(train__batch_size=512, train__micro_batch_size=64, train__cuda_graphs=False)
     tight = demand(asked, SERVER, footprint(some, "peak_reserved") / GIB)
     # 64 rows fit without checkpointing, and four times as many with it.
     assert dict(tight.chosen) == {"train.micro_batch_size": 256, "train.gradient_checkpointing": True}
-    many = trial(train__batch_size=512, train__micro_batch_size=256)
+    many = trial(train__batch_size=512, train__micro_batch_size=256, train__cuda_graphs=False)
     wide = demand(asked, SERVER, footprint(many, "peak_reserved") / GIB)
     assert dict(wide.chosen) == {"train.micro_batch_size": 256, "train.gradient_checkpointing": False}
     least = demand(asked, SERVER, 0.5)
     assert dict(least.chosen) == {"train.micro_batch_size": 1, "train.gradient_checkpointing": True}
     runs = asked.changed(tight.chosen)
     assert (runs.train.batch_size, runs.accumulation) == (512, 2)
+
+
+@pytest.mark.parametrize(
+    ("fixed_rows", "room", "rows", "checkpointing"),
+    [
+        (1.4, 40, 4, False),  # 1.35 a row; with checkpointing 1.51 of 32
+        (1.4, 20, 16, True),  # 1.58 a row; without checkpointing 1.7 of two
+        (None, 40, 32, True),  # unrecorded passes: more than four times the rows
+        (None, 320, 32, False),
+        (1.4, 0, 1, True),
+    ],
+)
+def test_fit_auto_takes_the_pass_whose_rows_take_the_least_time(trial, fixed_rows, room, rows, checkpointing):
+    """Without checkpointing a row takes ten units of memory, with it one."""
+    written = trial(train__fit="auto", train__batch_size=64, train__micro_batch_size=1)
+
+    def predict(variant):
+        taken = variant.train.micro_batch_size * (1 if variant.train.gradient_checkpointing else 10)
+        return Prediction({}, taken, taken, None, fixed_rows)
+
+    chosen = choose(written, predict, lambda prediction: prediction.peak_allocated <= room)
+    assert chosen == {"train.micro_batch_size": rows, "train.gradient_checkpointing": checkpointing}
 
 
 def test_what_fit_chooses_for_a_gpu_makes_no_other_trial(trial):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _LIKE_SDPA = ("flex_attention", "flash_attention_2")
 """Attention that keeps what torch's fused kernels keep: q, k, v and the output, not the scores."""
 
+FIXED_TOKENS = 700
+"""What a recorded pass takes whatever its tokens, in the time of so many tokens (Gemma-3-1B: 650 to 850)."""
+
 CODE = tuple(Path(__file__).with_name(name) for name in ("memory.py", "evaluate.py", "targets.py", "head.py"))
 """What of this task predictions run or read; those kept on disk are of this code."""
 
@@ -71,7 +74,14 @@ def predict(
         largest["buckets"] = largest["adapters"] or largest["weights"]
     peak = sum(largest.values())
     slack = gpu.slack + (gpu.slack_uneven if uneven else 0.0)
-    return Prediction({kind: size for kind, size in largest.items() if size}, peak, segments(peak, slack), evaluation)
+    recorded = all(keeps_gradients(spec, stage) for stage in stages)
+    return Prediction(
+        {kind: size for kind, size in largest.items() if size},
+        peak,
+        segments(peak, slack),
+        evaluation,
+        FIXED_TOKENS / longest_tokens if recorded else None,
+    )
 
 
 def _step(spec: LlmTrialSpec, stage: Stage, shape: ModelShape, longest: int, padded: bool) -> Counter[str]:
