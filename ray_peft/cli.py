@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument(
-        "--gpu-memory-gib", type=_positive, metavar="GIB", help="memory of a GPU: say what fits, and how"
+        "--gpu-memory-gib", type=_positive, metavar="GIB", help="memory of a GPU: say which trials fit, and how"
     )
     command.add_argument("--gpus", type=_count, default=1, metavar="N", help="GPUs of that memory; default: 1")
     command.add_argument(
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--strict", action="store_true", help="exit code 1 if a trial does not fit")
     command.set_defaults(act=_plan)
 
-    command = commands.add_parser("data", help="prepare the rows of a search space and say what became of them")
+    command = commands.add_parser("data", help="prepare the rows of a search space and report what happened to them")
     command.add_argument("space")
     _add_settings(command)
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -182,7 +182,7 @@ def _add_common(command: argparse.ArgumentParser, out: str) -> None:
     command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
     command.add_argument(
         "--gpu-memory-gib", type=_positive, metavar="GIB",
-        help="go on as if every GPU had this much memory: trials are placed for it and held to it",
+        help="treat every GPU as if it had this much memory: trials are placed for it and cannot take more",
     )  # fmt: skip
     _add_settings(command)
 

@@ -11,7 +11,7 @@ from typing import TextIO
 
 
 def prepare_streams() -> None:
-    """Let standard output and error take every character, and be there: a shell's `>&-` closes them."""
+    """Let standard output and error take every character, and open them if a shell's `>&-` has closed them."""
     if sys.stdout is None or sys.stderr is None:
         # Else the next file that is opened would get their numbers, and what libraries print.
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -25,7 +25,7 @@ def prepare_streams() -> None:
 
 
 def abandon_output() -> None:
-    """Send what is still to be printed nowhere: nobody reads it, and Python would complain when it ends."""
+    """Discard further output: nobody reads it, and Python would raise an error at its end."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

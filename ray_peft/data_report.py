@@ -1,4 +1,4 @@
-"""What became of the rows of a search space: a table, JSON and files to read."""
+"""How many rows of a search space are used, cut and left out: a table, JSON and files to read."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def report_data(space: str | Path, overrides: Sequence[str] = (), profile: str |
 
 
 def _fitted(trials: Sequence[TrialSpec]) -> DataReport:
-    """The report of trials with the same rows, with what is to be said of how these fit the models."""
+    """The report of trials with the same rows, with notes on how the rows fit their models."""
     task = TASKS[trials[0].task]
     report = task.data_report(trials[0])
     if report.error is not None:

@@ -1,4 +1,4 @@
-"""What this machine can do for fine-tuning: one probe per question, ending in findings and never in a traceback."""
+"""What this machine can do for fine-tuning: one probe per question, which gives findings and never a traceback."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LINE_WIDTH = 110
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one probe."""
 
     name: str
     value: str
@@ -62,7 +62,7 @@ class GpuFacts:
 
 
 def examine() -> list[Finding]:
-    """What was found, in the order of the table. Takes some seconds: it imports torch and bitsandbytes."""
+    """All findings, in the order of the table. Takes some seconds: it imports torch and bitsandbytes."""
     findings = [finding for name, probe in PROBES for finding in _guarded(name, probe)]
     return [replace(f, value=mask_address(f.value), advice=mask_address(f.advice)) for f in findings]
 

@@ -22,7 +22,7 @@ SaveDtype = Literal["bfloat16", "float16", "float32"]
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made; also its `export.json`."""
+    """The result of an export; also its `export.json`."""
 
     folder: str
     mlflow_run_id: str
@@ -53,9 +53,9 @@ def export(
 
     Raises:
         TrackingError: the run or its weights are missing.
-        SpecError: the run has nothing of that form, or the folder exists.
+        SpecError: the run has no weights in that form, or the folder exists.
         DataError, ModelError: the trial's data or base model is missing.
-        TrialFailed: what was written has another held-out loss, by more than rounding; nothing is left in the folder.
+        TrialFailed: the written weights have another held-out loss, by more than rounding; the folder is removed.
     """
     spec = tracking.load_spec(tracking_uri, run_id)
     check_consent(spec, run_id, trust_remote_code=trust_remote_code)

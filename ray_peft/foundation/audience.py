@@ -1,4 +1,4 @@
-"""Who is told what happens while trials run. The command line's console is one; the core knows none by name."""
+"""Where messages go while trials run. The command line's console is one such place; the core knows none by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where prepared data is kept, and how a folder comes there whole."""
+"""The folder of prepared data, and how a new folder in it becomes visible in one step."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def cache_folder() -> Path:
 
 @contextmanager
 def made_whole(folder: Path, last: str) -> Iterator[Path]:
-    """An empty folder to fill, beside `folder` and moved there in one step afterwards, so that no reader sees a half.
+    """An empty folder to fill, which is moved to `folder` in one step afterwards, so that no reader sees half of it.
 
-    Where another process was first, what it made is kept: names are content hashes, so it is the same. What was filled
-    before an error is removed.
+    If another process was first, its folder is kept: names are content hashes, so it holds the same. After an error
+    the partial folder is removed.
 
     Args:
         folder: where it belongs; it may not be there yet.

@@ -10,7 +10,7 @@ MISSING = object()
 
 
 class WrongKey(ValueError):
-    """A key that leads nowhere; the text says where it ends."""
+    """A key that does not exist; the text says which part is missing."""
 
 
 class NotAMapping(WrongKey):

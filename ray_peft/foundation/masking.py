@@ -1,4 +1,4 @@
-"""Secrets in text: what is shown, logged or stored has *** in their place."""
+"""Secrets in text are replaced by *** before it is shown, logged or stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that were measured and need not be finite: JSON has no NaN and no infinity, so there they are text."""
+"""Measured numbers, which may be NaN or infinite: JSON has neither, so they are written as text."""
 
 from __future__ import annotations
 

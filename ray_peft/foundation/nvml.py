@@ -45,9 +45,9 @@ def gpu_holders() -> list[tuple[int, float]]:
     import pynvml
 
     with contextlib.suppress(pynvml.NVMLError):
-        found = pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)
-        held = [(int(each.pid), (each.usedGpuMemory or 0) / GIB) for each in found]
-        return sorted((each for each in held if each[0] != os.getpid()), key=lambda each: -each[1])
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)
+        holders = [(int(process.pid), (process.usedGpuMemory or 0) / GIB) for process in processes]
+        return sorted((holder for holder in holders if holder[0] != os.getpid()), key=lambda holder: -holder[1])
     return []
 
 

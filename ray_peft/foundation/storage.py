@@ -1,4 +1,4 @@
-"""Writing that fails: a full disk, a read-only folder, a mount that went away. Each is one error with its path."""
+"""Errors of writing: a full disk, a read-only folder, a lost mount. Each becomes one error that names the path."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def told(error: OSError, where: Path | None = None) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path, way_out: str) -> Iterator[None]:
-    """Turn what goes wrong with writing below `path` into one error.
+    """Turn any error of writing below `path` into one error.
 
     Args:
         path: what is written.

@@ -21,16 +21,16 @@ ENOUGH_STEPS = 1000
 """For a method of several stages to have a step in each."""
 
 
-def _one_name_is_a_list(value: object) -> object:
+def _as_list(value: object) -> object:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-def _that_can_match(targets: tuple[str, ...]) -> tuple[str, ...]:
+def _check_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
     check_words(targets)
     return targets
 
 
-TargetNames = Annotated[tuple[str, ...], BeforeValidator(_one_name_is_a_list), AfterValidator(_that_can_match)]
+TargetNames = Annotated[tuple[str, ...], BeforeValidator(_as_list), AfterValidator(_check_targets)]
 """Words for layers, as a list or a single one; the method's field says what they match."""
 
 

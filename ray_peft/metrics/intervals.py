@@ -31,7 +31,7 @@ Statistics = NDArray[np.int64] | Numbers
 
 CONFIDENCE = 0.95
 FLIPS = 10_000
-"""Drawn flips of the signs; up to `_ALL` rows all flips are looked at."""
+"""Drawn flips of the signs; up to `_ALL` rows all flips are counted."""
 
 _ALL = 13
 _ENOUGH = 10
@@ -144,7 +144,7 @@ def corrected(differences: Sequence[DifferenceInterval]) -> list[DifferenceInter
 def pair_differences(
     pairs: Sequence[tuple[Numbers, Numbers]], *, confidence: float = CONFIDENCE
 ) -> list[DifferenceInterval]:
-    """What `compare` says of each pair for itself: p-values are not corrected, so that others can be taken in."""
+    """As `compare`, but p-values are not corrected, so that more comparisons can be added before they are."""
     for first, second in pairs:
         if len(first) != len(second):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The script that texts are written in, and how they are cut into tokens because of it.
+"""The script that texts are written in, which decides how they are cut into tokens.
 
 The tokenisers of a comparison are chosen once, from its references, so all trials on the same rows are scored alike.
 
@@ -53,7 +53,7 @@ _DENSE = 3
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """What cuts the texts of a comparison."""
+    """The tokenisers of a comparison."""
 
     bleu: str = "13a"
     """Of `BLEU_TOKENIZERS`."""
@@ -62,7 +62,7 @@ class Tokenizers:
 
 
 def tokenizers(references: Iterable[str]) -> Tokenizers:
-    """What suits these references.
+    """The tokenisers that suit these references.
 
     Text without letters, such as emoji or formulas, takes `intl` if it holds symbols beyond ASCII: it splits them.
     """
@@ -70,7 +70,7 @@ def tokenizers(references: Iterable[str]) -> Tokenizers:
     counts = [_letters(text) for text in texts]
     rows = Counter(kind for kind in map(_script, counts) if kind is not None)
     beyond = sum(letters.total() - letters["latin"] for letters in counts if _script(letters) != "latin")
-    # Such a few letters hold no 4-gram, so nothing is lost where they decide nothing.
+    # So few letters hold no 4-gram, so nothing is lost if they decide nothing.
     if rows.total() - rows["latin"] >= BEYOND * rows.total() and beyond > FEWEST_LETTERS:
         del rows["latin"]
         return Tokenizers(_bleu_tokenizer(rows), "unicode")

@@ -67,7 +67,7 @@ def download(folder: Path) -> Path:
 
 
 def pip_reason(stderr: str) -> str:
-    """The one line of pip's messages that says most: a lost connection, else the last error."""
+    """The most useful line of pip's messages: a lost connection, else the last error."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     broken = [line for line in lines if line.startswith("WARNING: Retrying")]
     errors = [line for line in lines if line.startswith("ERROR:")]

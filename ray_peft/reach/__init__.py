@@ -1,1 +1,1 @@
-"""What of a model a method reaches: the layers that targets name, those that share weights, and shares in words."""
+"""Which part of a model a method reaches: layers that targets name, layers that share weights, and shares as text."""

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 MOST_OF = 0.9
-"""Share of the blocks' weights that goes without saying."""
+"""If adapters reach this share of the blocks' weights, no note is needed."""
 
 
 def adapter_notes(model: nn.Module, targets: Targets, rank: int, *, of: str, by_default: bool) -> list[str]:
-    """Where adapters go if the architecture decides it, what of the blocks has none, and ranks that restrict nothing.
+    """Notes on where adapters go if the architecture decides it, on layers without one, and on ranks without effect.
 
     Args:
         model: on any device.
@@ -57,7 +57,7 @@ def above(rank: int, sizes: Sequence[int], name: str, bounded: str) -> list[str]
 
 
 def _without(model: nn.Module, targets: Targets) -> list[str]:
-    """What of the blocks' weights has no adapter, if it is more than a small part."""
+    """A note on the blocks' weights that have no adapter, if they are more than a small part."""
     sizes = block_weights(model)
     total = sum(sizes.values())
     unreached = {name: size for name, size in sizes.items() if name not in {*targets.layers, *targets.experts}}

@@ -1,4 +1,4 @@
-"""Layers whose weights are used elsewhere, too: an adapter beside one of them is not what it seems."""
+"""Layers whose weights are used elsewhere, too: an adapter beside one of them does not do what it should."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def refuse_head_and_tied(model: nn.Module, layers: Iterable[str], *, of: str, ke
     """Refuse adapters beside a language model's output layer, and beside embeddings that share its weights.
 
     Training and scoring multiply hidden states with the output layer's plain weight in tiles, so that an adapter there
-    is never asked (TRL 1.16 refuses it, too). A merge adds an adapter to the one weight that both sides share, and
-    changes the side that was not trained: a held-out loss of 5.24 became 38.44.
+    is never used (TRL 1.16 refuses it, too). A merge would add an adapter to the weight that both layers share, and
+    change the layer that was not trained: a held-out loss of 5.24 became 38.44.
 
     Args:
         model: on any device.

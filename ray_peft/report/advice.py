@@ -1,4 +1,4 @@
-"""The recommendation in words: what to take for which memory and time, and what the rows cannot say."""
+"""The recommendation in words: which trial to take for which memory and time, and what the rows cannot show."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,8 +11,8 @@ from ray_peft.report.table import SeedGroup
 from ray_peft.report.ties import FEWEST_ROWS, LOSS_MARGIN, Family, heading
 
 _RULES = (
-    "Candidates are the finished trials, those that differ in their seed alone as one. Models with random weights are "
-    "none.",
+    "Candidates are the finished trials; trials that differ only in their seed are one candidate. Models with random "
+    "weights are no candidates.",
     "Quality is ROUGE-L where held-out rows were answered, else the held-out loss.",
     "One candidate is shown to be better than another if a permutation test of their differences in ROUGE-L, row by "
     "row and corrected for all pairs, says so, and the 95 % interval of the difference lies above zero. Else they are "
@@ -40,11 +40,11 @@ _ROW_LOSS_RULES = (
 """Where the loss of every held-out image is known."""
 
 _FEW_ROWS = 30
-"""Held-out rows below which intervals are right for scores that are spread evenly, and too narrow for rare extremes."""
+"""With fewer held-out rows, intervals are right for scores that are spread evenly, and too narrow for rare extremes."""
 
 
 def advice(material: Material) -> list[Block]:
-    """What can be recommended, what cannot be said, and the rules."""
+    """The recommendation, what the rows cannot show, and the rules."""
     if not material.rows:
         return []
     blocks: list[Block] = []
@@ -69,7 +69,7 @@ def _family(family: Family, needs: Costs) -> list[Block]:
         ("Training time", needs.time_s, needs.memory_gib, duration, needs.time_problem),
     ):
         if problem is not None:
-            blocks.append(Paragraph(f"{name}: which to take cannot be said, since {problem}."))
+            blocks.append(Paragraph(f"{name}: there is no recommendation, since {problem}."))
         elif choices := walk(values, others, family.better):
             blocks.append(_budgets(name, family, choices, [text(value) for value in values], text))
     return blocks
@@ -94,7 +94,7 @@ def _best(family: Family, needs: Costs) -> str:
 
 
 def _cheaper(family: Family, best: Sequence[int], needs: Costs) -> str:
-    """Which of tied candidates to take."""
+    """Which of the tied candidates to take."""
     memory = None if needs.memory_problem else cheapest(best, needs.memory_gib, needs.time_s)
     time = None if needs.time_problem else cheapest(best, needs.time_s, needs.memory_gib)
     reasons = []
@@ -151,7 +151,7 @@ def _budgets(
 
 
 def _cannot_say(material: Material) -> list[str]:
-    """What this report leaves open, one sentence each."""
+    """The questions that this report leaves open, one sentence each."""
     units, families = material.units, material.families
     finished = [unit for unit in units if unit.finished]
     sentences = []
@@ -182,8 +182,8 @@ def _cannot_say(material: Material) -> list[str]:
     if resumed := [row for unit in units for row in unit.finished if row.result.resumed_from_step is not None]:
         steps = listed([f"{row.label} (from step {row.result.resumed_from_step})" for row in resumed])
         sentences.append(
-            f"Interrupted, and gone on from a checkpoint: {steps}. Time, tokens and peaks are those of all attempts, "
-            "without what was done twice."
+            f"Interrupted, then continued from a checkpoint: {steps}. Time, tokens and peaks are those of all "
+            "attempts, without what was done twice."
         )
     memory = [
         f"{unit.label}: {gib(max(peaks))}"

@@ -1,4 +1,4 @@
-"""Whether two trials' scores on tasks of lm-eval differ: question by question if that can be, else by their errors."""
+"""Whether two trials' scores on tasks of lm-eval differ: question by question if known, else by standard errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Difference:
     questions: int
     """Of the system that has fewer."""
     why_not: str | None
-    """Why they are taken as two independent samples; None where they are paired by question."""
+    """Why they are compared as two independent samples; None where they are paired by question."""
     interval: DifferenceInterval | None
     """Of independent samples, two standard errors on both sides; None without standard errors."""
 
@@ -108,7 +108,7 @@ def _corrected(differences: Sequence[Difference | None]) -> list[Difference | No
 
 
 def _paired(two: Sides, questions: Questions) -> tuple[Numbers, Numbers] | str:
-    """What each question adds to both systems' scores, or else why they cannot stand beside each other."""
+    """What each question adds to both systems' scores, or else why they cannot be paired."""
     parts: list[Parts] = []
     for trial in (*two.first, *two.second):
         trial_parts = questions.parts(trial, two.key)

@@ -34,11 +34,11 @@ _PAIRS = "Score of the first less that of the second, on the same model; of seve
 def further(
     compared: Sequence[Row], questions: Questions | None = None, units: Sequence[SeedGroup] = ()
 ) -> list[Block]:
-    """The tasks that were asked for; all that lm-eval scored below them, such as the subjects of MMLU, folded.
+    """The tasks that the trials name; tasks below them, such as the subjects of MMLU, are in a folded table.
 
     Args:
         compared: the rows.
-        questions: what the rows' questions were given, of those that say it.
+        questions: the scores of single questions, for rows that have them.
         units: the rows over seeds, for differences between them.
     """
     scored = [row for row in compared if row.result.scores.benchmarks]
@@ -95,7 +95,7 @@ def _cells(difference: Difference | None, tied: str) -> tuple[str, str]:
 
 
 def _between(units: Sequence[SeedGroup], keys: Sequence[str], questions: Questions) -> list[Block]:
-    """Every two fine-tuned units of one model, in the scores that were asked for."""
+    """Every pair of fine-tuned units of one model, in the scores that the trials name."""
     tuned = [
         unit
         for unit in units

@@ -1,4 +1,4 @@
-"""What stands in a report, in which order."""
+"""The sections of a report and their order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What it takes to get a compared unit: memory and training time; a row of an ensemble holds those of its members."""
+"""The memory and the training time of a compared unit; a row of an ensemble holds those of its members."""
 
 from __future__ import annotations
 

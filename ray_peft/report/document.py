@@ -78,7 +78,7 @@ class Picture:
     file: str
     """Its path from the report's folder, with forward slashes."""
     alt: str
-    """What a reader is told who does not see it."""
+    """A description for readers who cannot see it."""
     jpeg: str | None
     """The small copy as JPEG in base64; None if the file could not be read."""
 

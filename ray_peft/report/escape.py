@@ -15,7 +15,7 @@ def inline(text: str) -> str:
 
 
 def paragraphs(text: str) -> str:
-    """`text` as paragraphs; line ends stay, indentation goes."""
+    """`text` as paragraphs; line ends are kept, indentation is removed."""
     return "\n".join(_at_line_start(inline(line)) for line in _LINE_ENDS.split(text)).strip("\n")
 
 

@@ -19,7 +19,7 @@ ray-peft run spec.json"""
 
 
 def head(material: Material) -> list[Block]:
-    """What the sweep asks, and of what it was made."""
+    """The question of the sweep, and facts about its trials."""
     compared = material.rows
     blocks: list[Block] = [Paragraph(material.description)] if material.description else []
     if not compared:
@@ -116,7 +116,7 @@ def _facts(compared: Sequence[Row]) -> list[str]:
 
 
 def _without_folders(model: str) -> str:
-    """A hub id as it is; of a local folder its name, since its place says nothing to a reader elsewhere."""
+    """A hub id as it is; for a local folder only its name, since its path means nothing to a reader elsewhere."""
     return Path(model).name if Path(model).is_absolute() else model
 
 

@@ -27,7 +27,7 @@ REPORT = "report.md"
 
 
 class Sweep(Strict):
-    """What `sweep.json` says about a sweep; keys that the report does not use are passed over."""
+    """The content of `sweep.json`; keys that the report does not use are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -65,6 +65,22 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
         DataError: the folder holds no sweep, or a file in it is malformed.
     """
     folder = Path(folder)
+    material = _read_material(folder, loss_steps)
+    document = build(material)
+    markdown, page, table = (folder / name for name in (REPORT, "report.html", "report.csv"))
+    plots = _write_plots(document.figures, folder / "plots")
+    write_text(markdown, to_markdown(document))
+    write_text(page, to_html(document))
+    write_csv(material.results, table)
+    return [markdown, page, table, *plots]
+
+
+def _read_material(folder: Path, loss_steps: Sequence[int] | None) -> Material:
+    """The results and files of a sweep's folder.
+
+    Raises:
+        DataError: the folder holds no sweep, or a file in it is malformed.
+    """
     sweep = _read_sweep(folder)
     # A sweep that was stopped before its first trial ended has a plan and no results.
     results = [] if sweep is not None and not (folder / "results.jsonl").exists() else read_results(folder)
@@ -83,7 +99,7 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
         for trial_id, path in trials.items()
         if (lines := read_lines(path / "losses.jsonl", RowLoss))
     }
-    material = Material(
+    return Material(
         title=sweep.name or folder.absolute().name,
         description=sweep.description,
         notes=sweep.notes,
@@ -109,17 +125,10 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
         curves={trial_id: read_curve(path / "metrics.jsonl") for trial_id, path in trials.items()},
         loss_steps=sweep.report.loss_steps if loss_steps is None else loss_steps,
     )
-    document = build(material)
-    markdown, page, table = (folder / name for name in (REPORT, "report.html", "report.csv"))
-    plots = _write_plots(document.figures, folder / "plots")
-    write_text(markdown, to_markdown(document))
-    write_text(page, to_html(document))
-    write_csv(results, table)
-    return [markdown, page, table, *plots]
 
 
 def _write_plots(figures: Sequence[Figure], folder: Path) -> list[Path]:
-    """Write the plots; those of an earlier report that this one does not have go."""
+    """Write the plots; plots of an earlier report that this one lacks are removed."""
     paths = [folder / f"{figure.name}.svg" for figure in figures]
     if paths:
         folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The section on made images: every prompt and seed, side by side over all trials."""
+"""The section on generated images: every prompt and seed, side by side over all trials."""
 
 from __future__ import annotations
 

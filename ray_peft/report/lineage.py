@@ -1,4 +1,4 @@
-"""Which rows were made of one model and of the same files: only those are compared."""
+"""Which rows have the same model and the same files: only those are compared."""
 
 from __future__ import annotations
 

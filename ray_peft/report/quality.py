@@ -98,7 +98,7 @@ def scores(
 
 
 def _cut(compared: Sequence[Row]) -> list[str]:
-    """How the texts were cut, of the trials that say it."""
+    """How the texts were cut into tokens, for trials that record it."""
     scored = [
         trial_scores
         for row in compared

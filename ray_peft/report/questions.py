@@ -35,7 +35,7 @@ class Parts:
 
 
 class Questions:
-    """What the trials' questions were given, put together by score, computed once a trial."""
+    """The scores of all questions of the trials, grouped by score, computed once a trial."""
 
     def __init__(self, questions: Mapping[str, Sequence[QuestionScores]] | None = None) -> None:
         """Take the lines of `benchmarks.jsonl` by trial id; rows of earlier versions have none."""
@@ -44,7 +44,7 @@ class Questions:
         self._parts: dict[tuple[str, str], Parts | str] = {}
 
     def parts(self, result: TrialResult, key: str) -> Parts | str:
-        """The score `key` of a trial by question, or else why it has none: `NO_FILE` or `NO_MEAN`.
+        """The score `key` of a trial by question, or the reason why it is not known: `NO_FILE` or `NO_MEAN`.
 
         A score of a group is the mean over its questions, or of its tasks' means.
         """

@@ -1,4 +1,4 @@
-"""Every pair of rows: is their difference one that the held-out rows can show, or are they tied?"""
+"""For every pair of rows: do the held-out rows show a difference, or are the two tied?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distributions in a search space: where they stand, whether they are right, and what is drawn from them."""
+"""Distributions in a search space: where they are, whether they are valid, and the values drawn from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OTHER_NAMES = {
     "int": "randint", "lograndint": "randint", "choices": "choice", "categorical": "choice", "options": "choice",
     "grid_search": "grid", "gridsearch": "grid",
 }  # fmt: skip
-"""How other tools call them."""
+"""The names of other tools for them."""
 
 
 def distributions(template: Any, prefix: str = "") -> dict[str, tuple[str, list[Any]]]:

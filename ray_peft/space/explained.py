@@ -22,30 +22,30 @@ def explain(error: ValidationError, prefix: str = "") -> Iterator[str]:
     """One line per problem: key, rule, value found."""
     for problem in _own(error.errors(include_url=False)):
         key = ".".join(str(part) for part in (prefix, *_as_written(problem["loc"])) if str(part))
-        found = f" (found {short(problem['input'])})"
+        value_text = f" (found {short(problem['input'])})"
         if problem["type"] == "missing":
             yield f"{key}: missing"
         elif problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(problem["loc"][-1]), field_names(), n=1)
-            yield f"{key}: unknown key{f', did you mean {near[0]}?' if near else ''}{found}"
+            yield f"{key}: unknown key{f', did you mean {near[0]}?' if near else ''}{value_text}"
         elif problem["type"] == "value_error":
             for line in problem["msg"].removeprefix("Value error, ").splitlines():
                 yield f"{key}: {line}" if key else line
         elif problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
             yield f"{key}.{_of_known_names(problem)}"
         else:
-            yield f"{key or 'trial'}: {problem['msg']}{found}{_way_out(problem['type'], problem['input'])}"
+            yield f"{key or 'trial'}: {problem['msg']}{value_text}{_way_out(problem['type'], problem['input'])}"
 
 
 def _of_known_names(problem: ErrorDetails) -> str:
-    """What is said of a part whose name, such as that of a method, is unknown or missing."""
+    """The message on a part whose name, such as that of a method, is unknown or missing."""
     context = problem.get("ctx", {})
     field, tag = str(context["discriminator"]).strip("'"), context.get("tag")
     if tag is None:
         return f"{field}: missing (found {short(problem['input'])})"
-    known = [name.strip(" '") for name in str(context["expected_tags"]).split(",")]
-    near = difflib.get_close_matches(str(tag).lower(), known, n=1)
-    return f"{field}: must be one of {', '.join(known)} (found {tag!r}){f'; did you mean {near[0]}?' if near else ''}"
+    names = [name.strip(" '") for name in str(context["expected_tags"]).split(",")]
+    near = difflib.get_close_matches(str(tag).lower(), names, n=1)
+    return f"{field}: must be one of {', '.join(names)} (found {tag!r}){f'; did you mean {near[0]}?' if near else ''}"
 
 
 def _own(problems: list[ErrorDetails]) -> Iterator[ErrorDetails]:

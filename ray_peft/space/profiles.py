@@ -32,7 +32,7 @@ def put(plain: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def settle(plain: dict[str, Any], profile: str | None, source: str) -> set[str]:
-    """Take `profiles` out of a search space and put the settings of the chosen one into it; returns their keys.
+    """Remove `profiles` from a search space and apply the settings of the chosen one; returns their keys.
 
     Raises:
         SearchSpaceError: no such profile, or one, chosen or not, whose settings cannot be put into the search space.

@@ -82,7 +82,7 @@ class Space:
     """The grid's cells with their distributions still in place."""
     report: ReportSpec = ReportSpec()
     notes: tuple[str, ...] = ()
-    """What a reader of the file may not expect: cells that are the same trial."""
+    """Sentences on what a reader may not expect: cells that are the same trial."""
     profile: str | None = None
     """The profile whose settings took the place of the file's; None leaves them as they are written."""
 
@@ -121,7 +121,7 @@ def parse(text: str, source: str, overrides: list[str] | None = None, profile: s
 
 
 def _checked(plain: dict[str, Any], source: str) -> Space:
-    """The space that a file says, with its profile and overrides in place."""
+    """The space of a file whose profile and overrides are already applied."""
     problems: list[str] = []
     plain = _expand_variables(plain, source, "", problems)
     if problems:
@@ -271,7 +271,7 @@ def _draws(
 def _draw_problems(
     templates: list[dict[str, Any]], searched: list[dict[str, tuple[str, list[Any]]]], search: SearchSpec | None
 ) -> list[str]:
-    """Why nothing can be drawn, each reason once; empty if all is well."""
+    """The reasons why nothing can be drawn, each once; empty if there are none."""
     problems = [
         f"{key}.{kind}: {text}"
         for places in searched
@@ -339,7 +339,7 @@ def _validate(drawn: list[dict[str, Any]], source: str, proposed: bool = False) 
     """All trials, each once, an ensemble's members before it, and notes on cells that are the same trial.
 
     Raises:
-        SearchSpaceError: every problem once; of draws that only show what is `proposed`, if none makes a trial.
+        SearchSpaceError: every problem once; for draws that Optuna only `proposed`, if none of them is a valid trial.
     """
     trials: dict[str, TrialSpec] = {}
     cells: Counter[str] = Counter()
@@ -355,7 +355,7 @@ def _validate(drawn: list[dict[str, Any]], source: str, proposed: bool = False) 
             broken[str(error)] += 1
     lines = [f"{line}, in {n} of {len(drawn)} trials" for line, n in broken.most_common(MOST_PROBLEMS)]
     if proposed and trials:
-        return list(trials.values()), [f"caution: the search passes over such proposals: {line}" for line in lines]
+        return list(trials.values()), [f"caution: the search skips such proposals: {line}" for line in lines]
     if broken:
         lines += [f"and {len(broken) - len(lines):,} more problems"] if len(broken) > len(lines) else []
         raise SearchSpaceError("\n".join(f"{source}: {line}" for line in lines))

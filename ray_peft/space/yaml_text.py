@@ -14,7 +14,7 @@ import yaml
 from ray_peft.errors import SearchSpaceError
 
 MOST_VALUES = 1_000_000
-"""Values in a file; more come from aliases (*name) of lists that hold aliases, and would never be gone through."""
+"""Values in a file; more come from aliases (*name) of lists that hold aliases, and would take forever to read."""
 
 LARGEST = 2**53
 """Whole numbers beyond this are no setting of anything, and not exact in JSON everywhere."""

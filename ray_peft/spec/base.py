@@ -105,7 +105,7 @@ class TrainSpec(Strict):
         return value
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _check_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"give exactly one of epochs (found {self.epochs}) and steps (found {self.steps})")
         if self.warmup_steps and self.warmup_ratio:
@@ -126,7 +126,7 @@ class ResourcesSpec(Strict):
     """CPU cores, and the threads of torch; None takes a node's cores, shared fairly among its GPUs if it has any."""
 
     @model_validator(mode="after")
-    def _whole_gpus_together(self) -> Self:
+    def _check_gpus(self) -> Self:
         gpus = self.gpus_per_worker
         if gpus is not None and gpus != int(gpus):
             if gpus > 1:
@@ -177,7 +177,7 @@ class TrialSpec(Strict):
         return {kind.model_fields["task"].default: kind for kind in TrialSpec.__subclasses__()}
 
     @model_validator(mode="after")
-    def _means_what_it_says(self) -> Self:
+    def _check_problems(self) -> Self:
         problems = self.problems()
         if problems:
             raise ValueError("\n".join(problems))

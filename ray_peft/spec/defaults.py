@@ -124,7 +124,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "style": "vae_gram",
     },
 }
-"""By class and setting, as JSON-like data; a part that is a spec itself is told against its own class."""
+"""By class and setting, as JSON-like data; a part that is a spec itself has the defaults of its own class."""
 
 CHANGES_NO_RESULT: dict[str, frozenset[str]] = {
     "TrialSpec": frozenset({"resources"}),
@@ -146,4 +146,4 @@ NAMES: dict[str, frozenset[str]] = {
     "ImageDataSpec": frozenset({"path"}),
     "Member": frozenset({"model"}),
 }
-"""What only says where something is: content stands for it."""
+"""Settings that only say where something is; its content counts instead."""

@@ -1,4 +1,4 @@
-"""What makes two trials the same one: the settings that decide a result, and the content that names stand for."""
+"""The identity of a trial: the settings that decide its result, and the content of the files that it names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Content:
-    """What the names in a trial stand for, wherever it is kept."""
+    """The content behind the names in a trial, wherever the files are."""
 
     model: str
     """Fingerprint of a local model; of a hub model, its commit."""
@@ -45,7 +45,7 @@ def differing(value: Strict) -> dict[str, Any]:
 
 
 def settings(spec: TrialSpec) -> dict[str, Any]:
-    """What decides a trial's result, apart from content and from how its rows are prepared."""
+    """The settings that decide a trial's result, apart from those of its data, which are part of its content."""
     decisive = {name: plain for name, plain in differing(spec).items() if name != "data"}
     stages = spec.method.stages(ENOUGH_STEPS)
     if spec.train.fit is not None and any(getattr(stage, "dropout", 0) for stage, _ in stages):
@@ -59,7 +59,7 @@ def canonical(data: object) -> str:
 
 
 def trial_id(spec: TrialSpec, content: Content | None, members: Sequence[str] = ()) -> str:
-    """The method's name and eight digits of the hash of what the trial is.
+    """The method's name and eight digits of a hash of the trial's settings and content.
 
     Args:
         spec: the trial.
@@ -89,10 +89,10 @@ def hub_name(name: str) -> str:
 
 @cache
 def _defaults(kind: type[Strict]) -> dict[str, Any]:
-    """The settings of a class that count, with what they are told against."""
+    """The settings of a class that count, with their defaults."""
     table: dict[str, Any] = {}
     left_out: set[str] = set()
-    for base in reversed(kind.__mro__):  # those of the nearest class count
+    for base in reversed(kind.__mro__):  # the defaults of the nearest class win
         table |= DEFAULTS.get(base.__name__, {})
         left_out |= CHANGES_NO_RESULT.get(base.__name__, frozenset()) | NAMES.get(base.__name__, frozenset())
     return {
@@ -103,7 +103,7 @@ def _defaults(kind: type[Strict]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON-like data, with parts that are specs told against their own defaults."""
+    """A setting as JSON-like data; of parts that are specs, the settings that differ from their own defaults."""
     if isinstance(value, Strict):
         return differing(value)
     if isinstance(value, tuple | list):
@@ -114,7 +114,7 @@ def _plain(value: Any) -> Any:
 
 
 def _same(plain: Any, default: Any, setting: Any) -> bool:
-    """True if a setting is its default; a part that is there is never the same as one that is not."""
+    """True if a setting is its default; a part that is there never equals one that is missing."""
     if default is PydanticUndefined:
         return False
     if isinstance(setting, Strict):

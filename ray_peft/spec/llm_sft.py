@@ -38,7 +38,7 @@ class SourceSpec(Strict):
     """The split of a hub data set."""
 
     @model_validator(mode="after")
-    def _fractions_are_parts(self) -> Self:
+    def _check_fractions(self) -> Self:
         check_parts(train=self.train, test=self.test, validation=self.validation)
         return self
 
@@ -52,7 +52,7 @@ class ContaminationSpec(Strict):
     """What happens to training rows that repeat test or validation rows (tasks/llm_sft/overlap.py says how)."""
 
     action: Literal["fail", "drop", "allow"] = "fail"
-    """fail: nothing starts. drop: the next drawn rows take their place. allow: they are trained on, and it is said."""
+    """fail: nothing starts. drop: the next drawn rows replace them. allow: they are trained on; the report says so."""
     ngram: int = Field(default=8, ge=2, le=100)
     """Words of the n-grams that are compared, and of the shortest question that counts by itself."""
     threshold: float = Field(default=0.7, gt=0, le=1)
@@ -84,7 +84,7 @@ class DataSpec(Strict):
     """The rule for training rows that repeat held-out rows of any source."""
 
     @model_validator(mode="after")
-    def _labels_differ(self) -> Self:
+    def _check_labels(self) -> Self:
         labels = [source.label for source in self.sources]
         if len(set(labels)) < len(labels):
             raise ValueError(f"two sources carry the tag {first_duplicate(labels)!r}; give one of them a `name`")
@@ -105,7 +105,7 @@ class LlmTrainSpec(TrainSpec):
 
 
 class BenchmarksSpec(Strict):
-    """Tasks of lm-eval (EleutherAI's Language Model Evaluation Harness) that every trial is scored on besides.
+    """Tasks of lm-eval (EleutherAI's Language Model Evaluation Harness) that every trial is also scored on.
 
     lm-eval is an extra: `pip install "ray-peft[benchmarks]"`.
     """
@@ -126,7 +126,7 @@ class BenchmarksSpec(Strict):
 
     @field_validator("tasks")
     @classmethod
-    def _tasks_differ(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(tasks)) < len(tasks):
             raise ValueError(f"{first_duplicate(tasks)!r} is there twice; name each task once")
         return tasks
@@ -175,7 +175,7 @@ class LlmTrialSpec(TrialSpec):
         return (self.evaluation.rows, self.evaluation.max_new_tokens)
 
     def looked_for(self) -> list[str]:
-        """The layers that its stages train and with which rank, and how the base is stored."""
+        """The layers that its stages train, their rank, and how the base is stored."""
         entries = []
         for trial in self.members() or [self]:
             storage = trial.quantization.plain() if trial.quantization else None

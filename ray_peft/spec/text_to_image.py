@@ -17,7 +17,7 @@ ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 
 
 class ImageDataSpec(Strict):
-    """The images, their captions, and what the UNet sees of them."""
+    """The images, their captions, and the views of them that the UNet sees."""
 
     path: str = Field(min_length=1)
     """A folder with images (and below it), or a hub data set id with a column of images."""
@@ -46,7 +46,7 @@ class ImageDataSpec(Strict):
     Either way it is named."""
 
     @model_validator(mode="after")
-    def _views_differ(self) -> Self:
+    def _check_views(self) -> Self:
         if self.resolution % 8:
             raise ValueError(f"resolution ({self.resolution}) must be a multiple of 8, the step of the VAE")
         check_parts(train=self.train, test=self.test)
@@ -90,15 +90,15 @@ class ImageEvaluationSpec(Strict):
     inference_steps: int = Field(default=25, ge=1)
     """Denoising steps of an image, with the model's own scheduler."""
     guidance_scale: float = Field(default=7.5, ge=1)
-    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598); 1 guides not at all."""
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598); 1 is no guidance."""
     batch_size: int = Field(default=4, ge=1)
     """Images, or held-out images, that pass the UNet at a time."""
     style: Literal["vae_gram"] | None = "vae_gram"
-    """How the style of made images is compared with that of the paintings; None does not compare."""
+    """How the style of generated images is compared with that of the paintings; None does not compare."""
 
     @field_validator("prompts", "seeds")
     @classmethod
-    def _differ(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _check_distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) < len(values):
             raise ValueError(f"{first_duplicate(values)!r} is there twice; name each once")
         return values
@@ -140,7 +140,7 @@ class ImageTrialSpec(TrialSpec):
         return (self.evaluation.timesteps, self.train.prediction)
 
     def looked_for(self) -> list[str]:
-        """The modules that an adapter is put on, and its rank; a UNet's differ from model to model."""
+        """The modules that get an adapter, and its rank; the modules of UNets differ from model to model."""
         method = self.method
         return [*method.targets, f"rank {method.rank}"] if isinstance(method, LowRankAdapter) else []
 

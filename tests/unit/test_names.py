@@ -16,11 +16,11 @@ EMPTY = frozenset(
 
 TO_DO = (
     "engine/", "trial/", "store/", "vram/", "schedule/", "checks/", "methods/galore", "methods/stochastic.py",
-    *(f"tasks/llm_sft/{name}.py" for name in ("decoding", "ensemble", "evaluate", "lanes", "loss", "memory", "packed",
-      "steps", "train", "trl_checkpoints", "trl_engine")),
-    "allotment.py", "cluster.py", "earlier.py", "experiment.py", "explained.py", "forecast.py", "inspector.py",
-    "measure.py", "noted.py", "placement.py", "rehearsal.py", "repeats.py", "result.py", "search.py", "single.py",
-    "space/explained.py", "sweeps.py", "tasks/text_to_image/train.py", "tuning.py", "worker.py",
+    *(f"methods/{name}.py" for name in ("host_gradients", "moments", "subspace", "vocabulary")),
+    *(f"tasks/llm_sft/{name}.py" for name in ("continuous", "decodable", "decoding", "ensemble", "evaluate", "head",
+      "in_lanes", "lane_cache", "lanes", "loss", "masks", "memory", "pack", "packed", "packed_scores", "steps",
+      "together", "train", "trl_checkpoints", "trl_engine")),
+    "tasks/text_to_image/train.py",
 )  # fmt: skip
 """Folders and files of ray_peft that still have such names; take out what is mended."""
 

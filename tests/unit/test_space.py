@@ -115,7 +115,7 @@ def test_a_search_is_not_refused_for_draws_that_it_would_pass_over():
     assert "method.lora.rank: Input should be greater than or equal to 1" in lines[0]
     space = parsed(changed(method=method, search={"samples": 8, "algorithm": "optuna"}))
     assert {trial.method.rank for trial in space.trials} == {4}
-    assert space.notes[0].startswith("caution: the search passes over such proposals: method.lora.rank")
+    assert space.notes[0].startswith("caution: the search skips such proposals: method.lora.rank")
     wrong = changed(method=method | {"rnk": 3}, search={"samples": 8, "algorithm": "optuna"})
     assert any("rnk: unknown key, did you mean rank?" in line for line in refused(wrong))
 

@@ -152,7 +152,7 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
         return Scored(scores, samples, answered, losses=losses, loss_tokens=tokens)
 
     def benchmark(self, scored: Scored) -> Scored:
-        """`scored` with what the lm-eval tasks in `evaluation.benchmarks` say."""
+        """`scored` with the scores of the lm-eval tasks in `evaluation.benchmarks`."""
         if self.spec.evaluation.benchmarks is None:
             return scored
         from ray_peft.tasks.llm_sft.benchmarks import measure

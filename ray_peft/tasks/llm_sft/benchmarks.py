@@ -202,7 +202,7 @@ def _load(benchmarks: BenchmarksSpec, manager: Any) -> list[Any]:
 
 
 def _unsafe_task(index: Mapping[str, Any], name: str) -> str | None:
-    """The first task below `name` that says that it executes code; found without building it."""
+    """The first task below `name` whose file says that it executes code; nothing is built."""
     return next((leaf for leaf in _leaves(index, name) if (index[leaf].cfg or {}).get("unsafe_code")), None)
 
 

@@ -27,7 +27,7 @@ class Conversation:
 
     @property
     def is_plain(self) -> bool:
-        """Whether any chat template shows all of it: it has nothing but what users and the assistant say."""
+        """Whether any chat template shows all of it: it holds only text of users and of the assistant."""
         return not self.tools and all(turn["role"] != "tool" and len(turn) == 2 for turn in self.turns)
 
     def plain(self) -> dict[str, Any]:

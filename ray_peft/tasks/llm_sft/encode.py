@@ -32,7 +32,7 @@ class Encoded:
     unsound: Counter[str] = field(default_factory=Counter)
     """Answers that carry no label, by reason."""
     problem: str | None = None
-    """Why the last answer, which a held-out row is asked for, carries no label; None if it does."""
+    """Why the last answer, which a held-out row is scored on, carries no label; None if it does."""
     typed: tuple[str, ...] = ()
     """Special tokens in the text of the row, each as often as it is there."""
 
@@ -94,7 +94,7 @@ class Encoder:
         return Encoded(encoding.ids, _labels(encoding, cuts), unsound, problem, chat.typed)
 
     def question(self, conversation: Conversation) -> dict[str, Any]:
-        """What a model is asked for the last answer, and that answer: prompt_ids, prompt and reference.
+        """The prompt of the last answer, and that answer: prompt_ids, prompt and reference.
 
         Raises:
             CannotWrite, Unusable: as `row`.
@@ -137,7 +137,7 @@ class Encoder:
             raise Unusable(str(error)) from None
 
     def _written(self, chat: _Chat, *, ask: bool = False) -> str:
-        """What the template writes; of hidden special tokens, the same as of typed ones."""
+        """The text of the template; it must be the same for hidden special tokens as for typed ones."""
         text = self.template.write(chat.turns, tools=chat.tools, ask=ask)
         if chat.original is not None:
             plain = self.template.write(chat.original.turns, tools=chat.original.tools, ask=ask)

@@ -160,7 +160,7 @@ def _check_shards(path: str, names: list[str]) -> None:
 
 
 def _ending(name: str) -> str | None:
-    """The ending that says how a file is read; None if it holds no rows by its name."""
+    """The ending that decides how a file is read; None if by its name the file holds no rows."""
     lower = name.lower()
     return next((end for end in (*(f"{kind}.gz" for kind in KINDS), *KINDS, *_UNPACK) if lower.endswith(end)), None)
 

@@ -14,7 +14,7 @@ _SETTING = "output_router_logits"
 
 @contextlib.contextmanager
 def setting_restored(model: PreTrainedModel) -> Iterator[None]:
-    """Give the setting back as it was: TRL 1.16 switches it on for good, and a saved config.json would say so."""
+    """Restore the setting afterwards: TRL 1.16 switches it on for good, and a saved config.json would keep that."""
     config: Any = model.config.get_text_config()
     before = getattr(config, _SETTING, None)
     try:
@@ -26,7 +26,7 @@ def setting_restored(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def switched_off(model: PreTrainedModel) -> Iterator[None]:
-    """Compute no balancing loss: in generation its mask and its logits differ in length, and it fails."""
+    """Compute no balancing loss, which fails in generation: its mask and its logits differ in length."""
     config: Any = model.config.get_text_config()
     with setting_restored(model):
         if getattr(config, _SETTING, None) is not None:

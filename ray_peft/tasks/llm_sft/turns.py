@@ -106,7 +106,7 @@ class Answer:
 
     turn: int
     begin: int
-    """Its first character: what the model is asked for begins here. 0 if there is a problem, as `end`."""
+    """Its first character, where the model starts to write. 0 if there is a problem, as `end`."""
     end: int
     """Behind its last character, the template's end mark included."""
     problem: str | None = None
@@ -148,7 +148,7 @@ def _by_prefix(
 
 
 def _continuation(prompt: str, text: str) -> str:
-    """How a generation prompt goes on where a text does not."""
+    """The rest of a generation prompt after the part that a text shares with it."""
     return prompt[len(commonprefix([prompt, text])) :][:40]
 
 

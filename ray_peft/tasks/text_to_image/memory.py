@@ -242,9 +242,9 @@ def _decode(vae: Any, rows: int, side: int, dtype: torch.dtype) -> None:
 
 def _look(vae: Any, resolution: int, dtype: torch.dtype) -> None:
     """The style of one image."""
-    from ray_peft.tasks.text_to_image.style import gram, looking
+    from ray_peft.tasks.text_to_image.style import gram, watched
 
-    with looking(vae.encoder, gram):
+    with watched(vae.encoder, gram):
         vae.encoder(_empty(1, 3, resolution, dtype))
 
 

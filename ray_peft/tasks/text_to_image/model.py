@@ -28,7 +28,7 @@ PARTS = ("unet", "vae", "text_encoder", "scheduler")
 """The folders of a pipeline that a trial needs, beside its tokenizer's."""
 
 CLIP_TOKENS = 77
-"""The longest text of CLIP, where a configuration does not say it."""
+"""The longest text of CLIP, for configurations without a limit."""
 
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 

@@ -133,12 +133,12 @@ def vectors(vae: Any, image: Image) -> tuple[Tensor, Tensor]:
 def _grams(encoder: Any) -> Iterator[list[Tensor]]:
     """Collects the Gram matrix of each layer while an image passes; the activations themselves are not kept."""
     grams: list[Tensor] = []
-    with looking(encoder, lambda activation: grams.append(gram(activation).cpu())):
+    with watched(encoder, lambda activation: grams.append(gram(activation).cpu())):
         yield grams
 
 
 @contextmanager
-def looking(encoder: Any, look: Callable[[Tensor], object]) -> Iterator[None]:
+def watched(encoder: Any, look: Callable[[Tensor], object]) -> Iterator[None]:
     """Calls `look` with the output of each layer of a VAE's encoder that style is computed from."""
 
     def hook(layer: object, inputs: object, activation: Tensor) -> None:

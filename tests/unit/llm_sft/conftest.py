@@ -1,4 +1,4 @@
-"""Rows of many lengths, and one thread: what tests of the training of text share."""
+"""Rows of many lengths, and one thread: what tests of the text task share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import tiny
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Passes of a tiny model are faster without waiting for each other."""
+    """Passes of a tiny model are faster without waiting for other threads."""
     with tiny.one_thread():
         yield
 

@@ -4,8 +4,6 @@ import pytest
 import torch
 from text_training import plain_spec, trained, trained_by_two
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LORA = {"name": "lora", "rank": 4, "lr": 0.01}
 QLORA = {"name": "qlora", "rank": 4, "lr": 0.01, "compute_dtype": "float32"}
 GALORE = {"name": "galore", "rank": 4, "lr": 0.01, "update_proj_gap": 7, "weights": "float32"}

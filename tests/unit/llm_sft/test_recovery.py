@@ -16,8 +16,6 @@ from ray_peft.tasks.llm_sft.loss import TextLoss
 from ray_peft.tasks.llm_sft.steps import TextPart, TextRows
 from ray_peft.tasks.llm_sft.task import LlmSft
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LORA = {"name": "lora", "rank": 4, "lr": 0.01}
 FULL = {"name": "full", "lr": 0.003, "weights": "float32"}
 GALORE = {"name": "galore", "rank": 4, "lr": 0.01, "weights": "float32", "layerwise": True, "max_grad_norm": None}

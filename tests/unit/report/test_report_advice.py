@@ -125,7 +125,7 @@ def test_costs_of_several_machines_are_not_compared():
             ]
         )
     )
-    assert "Training time: which to take cannot be said" in text
+    assert "Training time: there is no recommendation" in text
     assert list(tables) == ["Peak memory at hand"]
 
 
@@ -143,9 +143,11 @@ def test_a_resumed_trial_is_said_and_one_whose_costs_are_lost_decides_no_budget(
     resumed = trial("lora", memory=4.0).model_copy(update={"resumed_from_step": 6})
     rows = [(trial("none", memory=0.5), POOR), (trial("full", memory=9.0), REFERENCES)]
     text, tables = said(material([*rows, (resumed, REFERENCES)]))
-    assert "Interrupted, and gone on from a checkpoint: lora (from step 6). Time, tokens and peaks are those of" in text
+    assert (
+        "Interrupted, then continued from a checkpoint: lora (from step 6). Time, tokens and peaks are those of" in text
+    )
     assert "Peak memory at hand" in tables
     lost = resumed.model_copy(update={"usage": resumed.usage.model_copy(update={"complete": False})})
     text, tables = said(material([*rows, (lost, REFERENCES)]))
-    assert "Training time: which to take cannot be said, since a trial went on from a checkpoint of version" in text
+    assert "Training time: there is no recommendation, since a trial went on from a checkpoint of version" in text
     assert not tables

@@ -313,14 +313,16 @@ class TestPrompts:
         tokenizer = load_tokenizer(ModelSpec(name=str(tiny_painter)))
         for prompts in (["swirl " * 75, "swirl " * 76], ["swirl " * 74, "swirl " * 75], ["a", "b"]):
             given = tokenizer(prompts, padding="max_length", max_length=77, truncation=True).input_ids
-            assert (given[0] == given[1]) == bool([each for each in prompt_notes(prompts, tokenizer) if "same" in each])
+            assert (given[0] == given[1]) == bool(
+                [each for each in prompt_notes(prompts, tokenizer) if "equal for the model" in each]
+            )
 
     def test_signs_of_the_tokenizer_in_prompts_and_captions_are_counted(self, tiny_painter, paintings, tmp_path):
         shutil.copytree(paintings, tmp_path / "images")
         lines = (paintings / "metadata.jsonl").read_text().replace("number 3", "<|endoftext|> 3")
         (tmp_path / "images" / "metadata.jsonl").write_text(lines)
         notes = inspect(tiny_painter, tmp_path / "images", evaluation__prompts=["a <|startoftext|>", "b"]).notes
-        assert [each for each in notes if "own sign" in each] == [
+        assert [each for each in notes if "special token" in each] == [
             "1 of 8 captions hold <|endoftext|>, which the tokenizer reads as a special token and not as text",
             "1 of 2 prompts hold <|startoftext|>, which the tokenizer reads as a special token and not as text",
         ]
