@@ -232,7 +232,7 @@ class Answering:
         enough = max(1, self.lanes.count // 8) if self.static and self._held else 1
         while waiting and len(free) >= min(enough, len(waiting)):
             capacity = self._capacity(len(prompts[waiting[0]]))
-            most = min(len(free), len(waiting), max(1, PROMPT_TOKENS // capacity))
+            most = min(len(waiting), group_of(len(free), capacity))
             rows = [waiting.popleft() for _ in range(most)]
             self._begin([prompts[row] for row in rows], free[:most], capacity)
             for row, lane in zip(rows, free, strict=False):
@@ -309,6 +309,11 @@ class Answering:
         while count // 2 >= max(held, FEWEST_LANES):
             count //= 2
         return count
+
+
+def group_of(prompts: int, capacity: int) -> int:
+    """How many of so many prompts are read in one pass of rows of so many tokens."""
+    return min(prompts, max(1, PROMPT_TOKENS // capacity))
 
 
 _SPANS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)

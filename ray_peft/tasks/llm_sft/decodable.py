@@ -36,7 +36,7 @@ def why_not(voice: Voice, prompts: Sequence[Sequence[int]], pad: int, dtype: Any
     """
     if not all(prompts):
         return "a prompt is empty"
-    reason = _by_config(voice.model)
+    reason = by_config(voice.model)
     if reason is not None:
         return reason
     model: Any = voice.model
@@ -50,7 +50,8 @@ def why_not(voice: Voice, prompts: Sequence[Sequence[int]], pad: int, dtype: Any
     return None
 
 
-def _by_config(model: PreTrainedModel) -> str | None:
+def by_config(model: PreTrainedModel) -> str | None:
+    """Why a model's kind cannot answer in lanes; None if nothing is known against it."""
     config: Any = model.config.get_text_config()
     if not type(model).__module__.startswith("transformers."):
         return "its code is its own"
