@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from ray_peft.tasks.llm_sft.continuous import Voice
 
-TRIED_TOKENS = (24, 17)
+TRIED_TOKENS = (9, 6)
 """Tokens of the prompts that a model is tried on, at most."""
 TRIED_STEPS = 2
 _ROUNDING = {True: 1e-4, False: 5e-2}
