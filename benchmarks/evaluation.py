@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import os
 import sys
 import time
@@ -194,7 +195,23 @@ def equal(ours: dict[int, list[int]], theirs: dict[int, list[int]]) -> dict[str,
     return {"rows": len(theirs), "equal": same, "tokens": sum(map(len, theirs.values())), "lengths": lengths}
 
 
-def tiny_cases(found: dict[str, Any], save: Callable[[], None], left: Callable[[], float]) -> None:
+def recovery() -> dict[str, Any]:
+    """Work that waits for the GPU cannot be recorded: it runs as it is, and what comes after it is not harmed."""
+    numbers = torch.arange(4.0, device=DEVICE)
+    replays, done = Replays(records=DEVICE == "cuda"), []
+    for _ in range(4):
+        replays("waits", lambda: done.append(float(numbers.sum())))
+    drawn_after = torch.rand(3, device=DEVICE)
+    others, sums = Replays(records=DEVICE == "cuda"), torch.zeros(4, device=DEVICE)
+    for _ in range(4):
+        others("adds", lambda: sums.add_(numbers))
+    return {
+        "unrecorded": replays.unrecorded, "times": len(done), "drawn": drawn_after.tolist(),
+        "others_unrecorded": others.unrecorded, "sums": sums.tolist(),
+    }  # fmt: skip
+
+
+def tiny_cases(found: dict[str, Any], save: Callable[[], None], left: Callable[[], float], options: Any) -> None:
     """Answers and losses of tiny models in float32, recorded, beside transformers'."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from attention_kinds import ARCHITECTURES
@@ -208,8 +225,12 @@ def tiny_cases(found: dict[str, Any], save: Callable[[], None], left: Callable[[
         [{"input_ids": p, "labels": [-100] * (len(p) // 3) + p[len(p) // 3 :]} for p in drawn(80, 200, 250, 4.0)]
     )
     spec = spec_of("tiny", "fp32")
-    for name, settings in ARCHITECTURES.items():
-        if left() < 30:
+    found["recovery"] = recovery()
+    save()
+    first = ["gemma3_text", "gemma2", "llama", "gpt2", "qwen2", "gpt_neox"]
+    for name in [*first, *(name for name in ARCHITECTURES if name not in first)]:
+        settings = ARCHITECTURES[name]
+        if left() < options.seconds - 35:  # the larger cases need the rest
             return
         torch.manual_seed(0)
         config = AutoConfig.for_model(name, **settings, **{"tie_word_embeddings": False})
@@ -275,6 +296,17 @@ def big_cases(found: dict[str, Any], save: Callable[[], None], left: Callable[[]
                     lengths_right = all(len(answers[row]) == limit[row] for row in range(len(prompts)))
                     speed = {"tokens_per_s": total / how["seconds"], "right_lengths": lengths_right}
                     cells[cell] = {**cost, **how, **speed}
+                elif way == "lora":
+                    from ray_peft.methods.lora import LoRA
+
+                    adapted = LoRA(rank=16).attach(model).eval()
+                    found["big"]["lora"] = "in the cells from lora on"
+                    (_, how), cost = measured(
+                        lambda size=size: in_lanes(
+                            evaluate.bare(adapted), prompts, ends, limit, int(size), torch.bfloat16
+                        )
+                    )
+                    cells[cell] = {**cost, **how, "tokens_per_s": total / how["seconds"]}
                 elif way == "profile":
                     cells[cell] = profiled(bare, prompts, int(size))
                 elif way == "whole":  # all prompts, in batches of one size
@@ -314,6 +346,8 @@ def main() -> None:
     parser.add_argument("--cells", default="sorted:32,unsorted:32,ours:32,whole:500,ours:128,ours:256")
     parser.add_argument("--tiny", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    logging.getLogger("ray_peft.engine.replays").setLevel(logging.DEBUG)
     begin = time.perf_counter()
     found: dict[str, Any] = {"tiny_float32": {}}
 
@@ -326,7 +360,7 @@ def main() -> None:
     with torch.no_grad():
         if options.tiny:
             try:
-                tiny_cases(found, save, left)
+                tiny_cases(found, save, left, options)
             except Exception as error:
                 found["tiny_error"] = f"{type(error).__name__}: {error} {traceback.format_exc()[-1500:]}"
                 save()
