@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import os
 import sys
 import time
@@ -194,7 +195,23 @@ def equal(ours: dict[int, list[int]], theirs: dict[int, list[int]]) -> dict[str,
     return {"rows": len(theirs), "equal": same, "tokens": sum(map(len, theirs.values())), "lengths": lengths}
 
 
-def tiny_cases(found: dict[str, Any], save: Callable[[], None], left: Callable[[], float]) -> None:
+def recovery() -> dict[str, Any]:
+    """Work that waits for the GPU cannot be recorded: it runs as it is, and what comes after it is not harmed."""
+    numbers = torch.arange(4.0, device=DEVICE)
+    replays, done = Replays(records=DEVICE == "cuda"), []
+    for _ in range(4):
+        replays("waits", lambda: done.append(float(numbers.sum())))
+    drawn_after = torch.rand(3, device=DEVICE)
+    others, sums = Replays(records=DEVICE == "cuda"), torch.zeros(4, device=DEVICE)
+    for _ in range(4):
+        others("adds", lambda: sums.add_(numbers))
+    return {
+        "unrecorded": replays.unrecorded, "times": len(done), "drawn": drawn_after.tolist(),
+        "others_unrecorded": others.unrecorded, "sums": sums.tolist(),
+    }  # fmt: skip
+
+
+def tiny_cases(found: dict[str, Any], save: Callable[[], None], left: Callable[[], float], options: Any) -> None:
     """Answers and losses of tiny models in float32, recorded, beside transformers'."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from attention_kinds import ARCHITECTURES
@@ -208,8 +225,12 @@ def tiny_cases(found: dict[str, Any], save: Callable[[], None], left: Callable[[
         [{"input_ids": p, "labels": [-100] * (len(p) // 3) + p[len(p) // 3 :]} for p in drawn(80, 200, 250, 4.0)]
     )
     spec = spec_of("tiny", "fp32")
-    for name, settings in ARCHITECTURES.items():
-        if left() < 30:
+    found["recovery"] = recovery()
+    save()
+    first = ["gemma3_text", "gemma2", "llama", "gpt2", "qwen2", "gpt_neox"]
+    for name in [*first, *(name for name in ARCHITECTURES if name not in first)]:
+        settings = ARCHITECTURES[name]
+        if left() < options.seconds - 35:  # the larger cases need the rest
             return
         torch.manual_seed(0)
         config = AutoConfig.for_model(name, **settings, **{"tie_word_embeddings": False})
@@ -231,75 +252,98 @@ def tiny_cases(found: dict[str, Any], save: Callable[[], None], left: Callable[[
         save()
 
 
-def big_cases(found: dict[str, Any], save: Callable[[], None], left: Callable[[], float], options: Any) -> None:
-    """The study's prompts on the true shape."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+class Study:
+    """The study's prompts on a model of the true shape."""
 
-    folder = Path(os.environ["RAY_PEFT_CONFIGS"]).absolute() / options.model
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).eval()
-    model.generation_config.eos_token_id = None
-    if options.lora:
+    def __init__(self, folder: Path, count: int) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device(DEVICE):
+            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        self.model.generation_config.eos_token_id = None
+        self.prompts = drawn(count, LONGEST, 10000, 5.3)
+        self.limit, self.ends = limits(count, NEW), Ends(NEW, ())
+        self.tokens = sum(self.limit)
+
+    def adapt(self) -> None:
+        """Attach a LoRA adapter of rank 16."""
         from ray_peft.methods.lora import LoRA
 
-        model = LoRA(rank=16).attach(model).eval()
-    bare, spec = evaluate.bare(model), spec_of(str(folder), "bf16")
-    prompts = drawn(options.prompts, LONGEST, 10000, 5.3)
-    limit = limits(options.prompts, NEW)
-    ends = Ends(NEW, ())
-    by_length = sorted(prompts, key=len, reverse=True)
-    total = sum(limit)
-    found["big"] = {"model": options.model, "lora": options.lora, "prompts": len(prompts), "answer_tokens": total}
-    found["big"]["prompt_tokens"] = sum(map(len, prompts))
-    cells = found["big"]["cells"] = {}
+        self.model = LoRA(rank=16).attach(self.model).eval()
 
-    def batches(rows: list[list[int]], size: int) -> list[list[list[int]]]:
-        return [rows[first : first + size] for first in range(0, len(rows), size)]
+    def ours(self, lanes: int) -> dict[str, Any]:
+        """All prompts in lanes."""
+        bare = evaluate.bare(self.model)
+        (answers, how), cost = measured(
+            lambda: in_lanes(bare, self.prompts, self.ends, self.limit, lanes, torch.bfloat16)
+        )
+        right = all(len(answers[row]) == self.limit[row] for row in range(len(self.prompts)))
+        return {**cost, **how, "tokens_per_s": self.tokens / how["seconds"], "right_lengths": right}
 
-    def steps(rows: list[list[int]], size: int) -> int:
-        return sum(max(limit[row_of(prompt)] for prompt in batch) for batch in batches(rows, size))
+    def lora(self, lanes: int) -> dict[str, Any]:
+        """The same with an adapter, which stays."""
+        self.adapt()
+        return self.ours(lanes)
 
-    with evaluate.inference(spec, model):
+    def profile(self, lanes: int) -> dict[str, Any]:
+        """One step."""
+        return profiled(evaluate.bare(self.model), self.prompts, lanes)
+
+    def whole(self, size: int) -> dict[str, Any]:
+        """All prompts by `generate`, by length, in batches of one size."""
+        batches, steps = self._batches(size, by_length=True)
+        _, cost = measured(lambda: [stock(self.model, batch, self.ends, self.limit, NEW) for batch in batches])
+        return {**cost, "tokens_per_s": self.tokens / cost["seconds"], "steps": steps}
+
+    def sorted(self, size: int) -> dict[str, Any]:
+        """Reckoned from one batch of `generate`, prompts by length."""
+        return self._reckoned(size, by_length=True)
+
+    def unsorted(self, size: int) -> dict[str, Any]:
+        """The same, prompts as they come."""
+        return self._reckoned(size, by_length=False)
+
+    def _batches(self, size: int, *, by_length: bool) -> tuple[list[list[list[int]]], int]:
+        """Batches, and the tokens that their longest answers have together."""
+        rows = sorted(self.prompts, key=len, reverse=True) if by_length else self.prompts
+        batches = [rows[first : first + size] for first in range(0, len(rows), size)]
+        return batches, sum(max(self.limit[row_of(prompt)] for prompt in batch) for batch in batches)
+
+    def _reckoned(self, size: int, *, by_length: bool) -> dict[str, Any]:
+        """The first 129 tokens of the middle batch; later ones cost more, since they look back on more."""
+        batches, steps = self._batches(size, by_length=by_length)
+        batch = batches[len(batches) // 2]
+        _, one = measured(lambda: stock(self.model, batch, self.ends, None, 1))
+        _, cost = measured(lambda: stock(self.model, batch, self.ends, None, 129))
+        step = (cost["seconds"] - one["seconds"]) / 128
+        seconds = len(batches) * one["seconds"] + (steps - len(batches)) * step
+        return {
+            **cost, "steps": steps, "s_a_step": step, "s_a_prompt_pass": one["seconds"],
+            "reckoned_seconds": seconds, "reckoned_tokens_per_s": self.tokens / seconds,
+        }  # fmt: skip
+
+
+def big_cases(found: dict[str, Any], save: Callable[[], None], left: Callable[[], float], options: Any) -> None:
+    """The cells that were asked for, in order."""
+    folder = Path(os.environ["RAY_PEFT_CONFIGS"]).absolute() / options.model
+    study = Study(folder, options.prompts)
+    cells: dict[str, Any] = {}
+    found["big"] = {
+        "model": options.model, "prompts": len(study.prompts), "prompt_tokens": sum(map(len, study.prompts)),
+        "answer_tokens": study.tokens, "cells": cells,
+    }  # fmt: skip
+    with evaluate.inference(spec_of(str(folder), "bf16"), study.model):
         for cell in options.cells.split(","):
             way, _, size = cell.partition(":")
             if left() < 12:
                 cells[cell] = {"skipped": "no time was left"}
-                save()
-                continue
-            try:
-                if way == "ours":
-                    (answers, how), cost = measured(
-                        lambda size=size: in_lanes(bare, prompts, ends, limit, int(size), torch.bfloat16)
-                    )
-                    lengths_right = all(len(answers[row]) == limit[row] for row in range(len(prompts)))
-                    speed = {"tokens_per_s": total / how["seconds"], "right_lengths": lengths_right}
-                    cells[cell] = {**cost, **how, **speed}
-                elif way == "profile":
-                    cells[cell] = profiled(bare, prompts, int(size))
-                elif way == "whole":  # all prompts, in batches of one size
-                    answers, cost = measured(lambda size=size: [
-                        stock(bare, batch, ends, limit, NEW) for batch in batches(by_length, int(size))
-                    ])  # fmt: skip
-                    cells[cell] = {
-                        **cost,
-                        "tokens_per_s": total / cost["seconds"],
-                        "steps": steps(by_length, int(size)),
-                    }
-                else:  # some steps of one batch, from which the whole is reckoned
-                    rows = by_length if way == "sorted" else prompts
-                    some = batches(rows, int(size))
-                    batch = some[len(some) // 2]
-                    _, one = measured(lambda batch=batch: stock(bare, batch, ends, None, 1))
-                    _, cost = measured(lambda batch=batch: stock(bare, batch, ends, None, 129))
-                    step = (cost["seconds"] - one["seconds"]) / 128
-                    whole = len(some) * one["seconds"] + (steps(rows, int(size)) - len(some)) * step
-                    cells[cell] = {
-                        **cost, "steps": steps(rows, int(size)), "s_a_step": step, "s_a_prompt_pass": one["seconds"],
-                        "reckoned_seconds": whole, "reckoned_tokens_per_s": total / whole,
-                    }  # fmt: skip
-            except Exception as error:  # a cell that fails is a row
-                cells[cell] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-1500:]}
+            else:
+                try:
+                    cells[cell] = getattr(study, way)(int(size))
+                except Exception as error:  # a cell that fails is a row
+                    cells[cell] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-1500:]}
             save()
 
 
@@ -310,10 +354,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="nothing is begun that might not end in time")
     parser.add_argument("--model", default="gemma-3-1b-it")
     parser.add_argument("--prompts", type=int, default=PROMPTS)
-    parser.add_argument("--lora", action="store_true", help="with a LoRA adapter of rank 16 attached")
     parser.add_argument("--cells", default="sorted:32,unsorted:32,ours:32,whole:500,ours:128,ours:256")
     parser.add_argument("--tiny", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    logging.getLogger("ray_peft.engine.replays").setLevel(logging.DEBUG)
     begin = time.perf_counter()
     found: dict[str, Any] = {"tiny_float32": {}}
 
@@ -326,7 +371,7 @@ def main() -> None:
     with torch.no_grad():
         if options.tiny:
             try:
-                tiny_cases(found, save, left)
+                tiny_cases(found, save, left, options)
             except Exception as error:
                 found["tiny_error"] = f"{type(error).__name__}: {error} {traceback.format_exc()[-1500:]}"
                 save()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from ray_peft.engine.contract import Computation, PartT
 from ray_peft.engine.recovery import free_memory, is_out_of_memory
+from ray_peft.engine.replays import end_recording
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -177,8 +178,8 @@ class RecordedPasses(Pass[PartT]):
         import torch
 
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        pool: Any = self._pool.id
         try:
-            pool: Any = self._pool.id
             with torch.cuda.graph(graph, pool=pool, stream=self._stream):
                 self._run(*shape.inputs)
             replay: Callable[[], Any] = graph.replay
@@ -188,9 +189,8 @@ class RecordedPasses(Pass[PartT]):
             first = error.__context__ or error
             self.unrecorded = f"{type(first).__name__}: {str(first).splitlines()[0]}"
             self.how = f"as they are, since they cannot be recorded ({self.unrecorded})"
-        torch.cuda.set_stream(stream)  # torch.cuda.graph has not gone back to it where its end failed (torch 2.13)
         del graph
-        free_memory(self._device)
+        end_recording(pool, stream)
         logger.warning("a pass cannot be recorded, so passes run unrecorded, which is slower: %s", self.unrecorded)
         return None
 

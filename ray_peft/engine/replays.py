@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -70,11 +71,33 @@ class Replays:
         except RuntimeError as error:
             # The end of a recording that failed may fail as well; the first error is the context of that.
             failure = error.__context__ or error
-        torch.cuda.set_stream(stream)  # torch.cuda.graph has not gone back to it where its end failed (torch 2.13)
         del graph
-        free_memory("cuda")
+        end_recording(pool, stream)
         if is_out_of_memory(failure):
             raise torch.OutOfMemoryError(str(failure))
         self.unrecorded = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+        logger.debug("where it failed", exc_info=failure)
         logger.warning("work cannot be recorded, and runs unrecorded, which is slower: %s", self.unrecorded)
         return None
+
+
+def end_recording(pool: Any, stream: Any) -> None:
+    """End what `torch.cuda.graph` leaves open where its own end fails (torch 2.11 and 2.13), as after work that waits.
+
+    The pool would take no more work, the random numbers of the GPU could not be drawn, and the stream of the recording
+    would stay the current one.
+
+    Args:
+        pool: id of the recording's memory pool.
+        stream: the current one before.
+    """
+    import torch
+
+    torch.cuda.set_stream(stream)
+    index = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):  # where it was ended
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(generator.clone_state())  # the same numbers, outside of any recording
+    free_memory("cuda")

@@ -99,7 +99,8 @@ class LlmTrainSpec(TrainSpec):
     fewer rows a pass where memory runs out, nor records passes."""
     cuda_graphs: bool = True
     """On a GPU, lay the rows of a step one after the other into few static shapes and record each as a CUDA graph: the
-    same numbers but for rounding, without waiting for the host. Models that cannot are trained as they are."""
+    same numbers but for rounding, without waiting for the host. Models that cannot are trained as they are. Answers and
+    held-out losses are recorded, too."""
     loss: Literal["answers", "all"] = "answers"
     """The tokens that are trained: the assistant's turns with their end-of-turn token, or all tokens."""
 

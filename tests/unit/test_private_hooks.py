@@ -108,3 +108,19 @@ def test_the_cores_that_a_local_ray_counts():
 
     assert "override_docker_cpu_warning" in inspect.signature(get_num_cpus).parameters
     assert cores_here() == int(get_num_cpus()) >= 1
+
+
+def test_what_a_cache_of_lanes_stands_on():
+    import torch
+    from transformers import LlamaForCausalLM, MambaForCausalLM
+    from transformers.cache_utils import Cache, StaticLayer
+
+    assert LlamaForCausalLM._can_compile_fullgraph, "tasks/llm_sft/decodable.py asks it"
+    assert not MambaForCausalLM._can_compile_fullgraph
+    assert "self.layers[layer_idx].update(key_states, value_states" in inspect.getsource(Cache.update)
+    assert list(inspect.signature(StaticLayer.update).parameters)[:3] == ["self", "key_states", "value_states"]
+    for name in ("clone_state", "graphsafe_set_state"):
+        assert hasattr(torch.Generator, name), "engine/replays.py ends a failed recording with it"
+    if torch.version.cuda:
+        assert callable(torch._C._cuda_endAllocateToPool)
+        assert callable(torch._C._cuda_releasePool)

@@ -98,7 +98,7 @@ class Lanes:
         self.positions.index_copy_(0, lanes, lengths)
         self.written.index_copy_(0, lanes, torch.ones_like(lengths))
         self.answers.index_copy_(0, lanes, first[:, None].expand(-1, self._ends.new_tokens))
-        self.ended.index_copy_(0, lanes, torch.isin(first, self._stops) | (self._ends.new_tokens == 1))
+        self.ended.index_copy_(0, lanes, self._stop(first) | (self._ends.new_tokens == 1))
         return scores
 
     def add(self, lanes: int, span: int) -> Tensor:
@@ -114,7 +114,7 @@ class Lanes:
         self.tokens[:lanes].copy_(following)
         positions.add_(~ended)
         written.add_(~ended)
-        ended.logical_or_(torch.isin(following, self._stops) | (written >= self._ends.new_tokens))
+        ended.logical_or_(self._stop(following) | (written >= self._ends.new_tokens))
         return scores
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -125,6 +125,10 @@ class Lanes:
             voice.cache.move(given, taken)
         for state in (self.tokens, self.positions, self.written, self.ended, self.answers):
             state.index_copy_(0, taken, state.index_select(0, given))
+
+    def _stop(self, tokens: Tensor) -> Tensor:
+        """Which tokens (row,) end an answer. `torch.isin` waits for the GPU where many do (torch 2.11)."""
+        return (tokens[:, None] == self._stops).any(dim=-1)
 
     def _scores(self, tokens: TokensOfPass, ids: Tensor, positions: Tensor) -> Tensor:
         """Scores (row, token) float32 of what follows the last of `ids`: one model's logits, or a mixture's logs."""
@@ -232,7 +236,7 @@ class Answering:
         enough = max(1, self.lanes.count // 8) if self.static and self._held else 1
         while waiting and len(free) >= min(enough, len(waiting)):
             capacity = self._capacity(len(prompts[waiting[0]]))
-            most = min(len(free), len(waiting), max(1, PROMPT_TOKENS // capacity))
+            most = min(len(waiting), group_of(len(free), capacity))
             rows = [waiting.popleft() for _ in range(most)]
             self._begin([prompts[row] for row in rows], free[:most], capacity)
             for row, lane in zip(rows, free, strict=False):
@@ -309,6 +313,11 @@ class Answering:
         while count // 2 >= max(held, FEWEST_LANES):
             count //= 2
         return count
+
+
+def group_of(prompts: int, capacity: int) -> int:
+    """How many of so many prompts are read in one pass of rows of so many tokens."""
+    return min(prompts, max(1, PROMPT_TOKENS // capacity))
 
 
 _SPANS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)

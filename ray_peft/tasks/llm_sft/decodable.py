@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from ray_peft.tasks.llm_sft.continuous import Voice
 
-TRIED_TOKENS = (24, 17)
+TRIED_TOKENS = (9, 6)
 """Tokens of the prompts that a model is tried on, at most."""
 TRIED_STEPS = 2
 _ROUNDING = {True: 1e-4, False: 5e-2}
@@ -36,7 +36,7 @@ def why_not(voice: Voice, prompts: Sequence[Sequence[int]], pad: int, dtype: Any
     """
     if not all(prompts):
         return "a prompt is empty"
-    reason = _by_config(voice.model)
+    reason = by_config(voice.model)
     if reason is not None:
         return reason
     model: Any = voice.model
@@ -50,7 +50,8 @@ def why_not(voice: Voice, prompts: Sequence[Sequence[int]], pad: int, dtype: Any
     return None
 
 
-def _by_config(model: PreTrainedModel) -> str | None:
+def by_config(model: PreTrainedModel) -> str | None:
+    """Why a model's kind cannot answer in lanes; None if nothing is known against it."""
     config: Any = model.config.get_text_config()
     if not type(model).__module__.startswith("transformers."):
         return "its code is its own"

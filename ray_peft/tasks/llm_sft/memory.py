@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,13 +19,18 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from ray_peft.vram.tape import Tape
+
 _LIKE_SDPA = ("flex_attention", "flash_attention_2")
 """Attention that keeps what torch's fused kernels keep: q, k, v and the output, not the scores."""
 
 FIXED_TOKENS = 700
 """What a recorded pass takes whatever its tokens, in the time of so many tokens (Gemma-3-1B: 650 to 850)."""
 
-CODE = tuple(Path(__file__).with_name(name) for name in ("memory.py", "evaluate.py", "targets.py", "head.py"))
+CODE = tuple(Path(__file__).with_name(name) for name in (
+    "memory.py", "evaluate.py", "targets.py", "head.py", "continuous.py", "decodable.py", "lane_cache.py", "lanes.py",
+    "masks.py",
+))  # fmt: skip
 """What of this task predictions run or read; those kept on disk are of this code."""
 
 
@@ -192,7 +198,8 @@ def evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longe
     """Bytes of the model, and beside it while the held-out loss is measured and while prompts are answered."""
     import torch
 
-    from ray_peft.tasks.llm_sft.evaluate import LOSS_TOKENS
+    from ray_peft.tasks.llm_sft.decodable import by_config
+    from ray_peft.tasks.llm_sft.evaluate import LOSS_TOKENS, bare
     from ray_peft.vram.stand_ins import Autocast, on_meta
     from ray_peft.vram.step import own_model
     from ray_peft.vram.tape import Tape
@@ -205,31 +212,61 @@ def evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longe
             with during(ATTACH):
                 model = cast("PreTrainedModel", stage.attach(model))
         model.eval()  # type: ignore[no-untyped-call]
-        scoring: tuple[int, dict[str, Any]] = (
-            max(1, LOSS_TOKENS // longest_tokens),
-            {"fused_lm_head": True, "use_cache": False},
-        )
-        answering: tuple[int, dict[str, Any]] = (spec.evaluation.batch_size, {"use_cache": True, "logits_to_keep": 1})
-        asked = {"scoring": scoring, "answering": answering} if spec.evaluation.generate else {"scoring": scoring}
-        for name, (rows, settings) in asked.items():
+
+        def beside(part: str, work: Callable[[Tape], None]) -> int:
+            """Bytes of the work's peak beside the model."""
             tape = Tape(truth=False)
             own_model(tape, model)
             found["model"] = tape.now
-            ids = torch.ones(rows, longest_tokens, dtype=torch.long, device="meta")
-            labels = {"labels": ids} if "fused_lm_head" in settings else {}
-            with (
-                during(SCORING if name == "scoring" else ANSWERING),
-                torch.no_grad(),
-                Autocast(torch.bfloat16 if autocast else None),
-                tape,
-            ):
-                made: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), **labels, **settings)
-                cached = tape.bytes["buffers"]  # keys and values of the prompts, and the last tokens' logits
-                del made
-            found[name] = tape.peak - found["model"]
-    if spec.evaluation.generate:
-        # While tokens are added, one layer's keys and values are there twice, and next-token scores in float32.
-        new, vocabulary = spec.evaluation.max_new_tokens, model.config.get_text_config().vocab_size
-        grown = int(cached * (longest_tokens + new) / longest_tokens * 1.1)
-        found["answering"] = max(found["answering"], grown + spec.evaluation.batch_size * vocabulary * 12)
+            with during(part), torch.no_grad(), Autocast(torch.bfloat16 if autocast else None), tape:
+                work(tape)
+            return tape.peak - found["model"]
+
+        found["scoring"] = beside(
+            SCORING, lambda _: _score(model, max(1, LOSS_TOKENS // longest_tokens), longest_tokens)
+        )
+        if spec.evaluation.generate and by_config(bare(model)) is None:
+            found["answering"] = beside(ANSWERING, lambda _: _answer(spec, model, longest_tokens))
+        elif spec.evaluation.generate:
+            cached: list[int] = []
+            found["answering"] = beside(ANSWERING, lambda tape: cached.append(_read(spec, model, longest_tokens, tape)))
+            # While tokens are added, one layer's keys and values are there twice, and next-token scores in float32.
+            new, vocabulary = spec.evaluation.max_new_tokens, model.config.get_text_config().vocab_size
+            grown = int(cached[0] * (longest_tokens + new) / longest_tokens * 1.1)
+            found["answering"] = max(found["answering"], grown + spec.evaluation.batch_size * vocabulary * 12)
     return found
+
+
+def _score(model: PreTrainedModel, rows: int, tokens: int) -> None:
+    """Score rows of a length, on shapes."""
+    import torch
+
+    ids = torch.ones(rows, tokens, dtype=torch.long, device="meta")
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True, use_cache=False)
+
+
+def _read(spec: LlmTrialSpec, model: PreTrainedModel, tokens: int, tape: Tape) -> int:
+    """Read a batch of prompts as `generate` does, on shapes; returns the bytes of their cache and last scores."""
+    import torch
+
+    ids = torch.ones(spec.evaluation.batch_size, tokens, dtype=torch.long, device="meta")
+    output: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+    assert output is not None  # held until its bytes are counted
+    return tape.bytes["buffers"]
+
+
+def _answer(spec: LlmTrialSpec, model: PreTrainedModel, longest_tokens: int) -> None:
+    """Fill all lanes with prompts of a length and add a token to them at the end of their answers, on shapes."""
+    import torch
+
+    from ray_peft.tasks.llm_sft.continuous import Ends, Lanes, Voice, group_of
+    from ray_peft.tasks.llm_sft.evaluate import bare
+    from ray_peft.tasks.llm_sft.lanes import largest_capacity
+
+    count, new = spec.evaluation.batch_size, spec.evaluation.max_new_tokens
+    dtype = torch.bfloat16 if spec.train.precision == "bf16" else model.dtype
+    lanes = Lanes([Voice(bare(model))], count, longest_tokens + new, Ends(new, (0,)), dtype)
+    capacity = largest_capacity(longest_tokens)
+    group = torch.ones(group_of(count, capacity), dtype=torch.long, device="meta")
+    lanes.read(torch.ones(len(group), capacity, dtype=torch.long, device="meta"), group, group)
+    lanes.add(count, lanes.capacity)

@@ -5,6 +5,7 @@ import tiny
 import tiny_architectures
 import torch
 from attention_kinds import ARCHITECTURES
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ray_peft.engine.replays import Replays
@@ -153,3 +154,32 @@ def test_scores_that_differ_are_seen(prompts, monkeypatch):
     monkeypatch.setattr(decodable, "_right", set())
     monkeypatch.setattr(lane_cache.NextTokens, "_written", lambda self, places: torch.zeros(2, dtype=torch.int64))
     assert "would differ" in why_not(Voice(model("llama")), prompts, PAD, torch.float32)
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+WAITING = {"_local_scalar_dense", "item", "nonzero", "isin", "_unique2", "masked_select", "equal", "is_nonzero"}
+"""Operations whose result the host waits for, which cannot be recorded; `isin` does so with many elements."""
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_no_pass_waits_for_the_gpu(name):
+    built = model(name)
+    lanes = Lanes([Voice(built), Voice(built)], 4, 60, Ends(8, STOPS), torch.float32)
+    prompts, lengths, into = torch.full((2, 9), 5), torch.tensor([9, 4]), torch.tensor([2, 0])
+    lanes.read(prompts, lengths, into)
+    with Operations() as seen:
+        lanes.read(prompts, lengths, into)
+        lanes.add(4, 32)
+    assert "index_copy_" in seen.names
+    assert not seen.names & WAITING
