@@ -1,7 +1,8 @@
 """`ray-peft ...`: parse arguments, call one function, print.
 
 Exit codes: 0 all trials finished; 1 some trial failed, or with `plan --strict` does not fit; 2 bad input, nothing was
-started; 130 interrupted; 141 nobody reads the output any more.
+started; 3 all trials finished, but the tracking store lacks some of it; 130 interrupted; 141 nobody reads the output
+any more.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from ray_peft.errors import RayPeftError, StorageError
 from ray_peft.foundation.masking import mask
 from ray_peft.foundation.storage import told
 from ray_peft.quiet import quiet_libraries
+
+UNSENT = 3
+"""Exit code: all trials finished, but the tracking store lacks some of what they gave."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,6 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.set_defaults(act=_report)
 
+    command = commands.add_parser("sync", help="send what an MLflow server that was away lacks of a sweep")
+    command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart")
+    command.add_argument("--tracking-uri", help="MLflow store; default: the sweep's own")
+    command.set_defaults(act=_sync)
+
     command = commands.add_parser("export", help="write a trial's adapter or merged model in another dtype")
     command.add_argument("run", metavar="RUN_ID", help="the trial's MLflow run")
     command.add_argument("--format", choices=("adapter", "merged"), default="adapter")
@@ -218,6 +227,8 @@ def _sweep(options: argparse.Namespace) -> int:
     if outcome.interrupted:
         console.say("interrupted; the same command runs the missing trials")
         return 130
+    if outcome.finished and outcome.unsent:
+        return UNSENT
     return 0 if outcome.complete else 1
 
 
@@ -247,6 +258,8 @@ def _run(options: argparse.Namespace) -> int:
         gpu_memory_gib=options.gpu_memory_gib,
         console=Console(),
     )
+    if result.status == "finished" and result.untracked is not None:
+        return UNSENT
     return 0 if result.status == "finished" else 1
 
 
@@ -306,6 +319,15 @@ def _report(options: argparse.Namespace) -> int:
     _say(console_table(read_results(folder) if finished else []))
     _say("\n" + "\n".join(f"written: {_short(path)}" for path in written))
     return 0
+
+
+def _sync(options: argparse.Namespace) -> int:
+    from ray_peft.sync import sync
+
+    lacking = sync(Path(options.sweep), options.tracking_uri, Console())
+    if not lacking:
+        _say("the tracking store has all of this sweep")
+    return UNSENT if lacking else 0
 
 
 _DTYPES: dict[str, Literal["bfloat16", "float16", "float32"]] = {

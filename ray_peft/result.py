@@ -13,6 +13,9 @@ from ray_peft.spec import AnyTrialSpec
 
 Status = Literal["finished", "failed", "out_of_memory", "cancelled"]
 
+RESULT_FILE = "result.json"
+"""The trial's row, in its own folder: written by its worker, and there also if nothing else could be reached."""
+
 
 class Scores(Measured):
     """Quality on the held-out rows; None where it was not measured."""

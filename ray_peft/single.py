@@ -15,7 +15,7 @@ from ray_peft.errors import SearchSpaceError, SpecError, TrialFailed
 from ray_peft.explained import explain
 from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.placement import Demand
-from ray_peft.result import TrialResult
+from ray_peft.result import RESULT_FILE, TrialResult
 from ray_peft.signals import callers_signals
 from ray_peft.space.read import ReportSpec, TrackingSpec, load
 from ray_peft.spec import TrialSpec
@@ -74,11 +74,11 @@ def run(
         )
         interrupted = True
         try:
-            opened.rows.add(_run(trial, opened, held))
+            opened.keep(_run(trial, opened, held))
             interrupted = False
         except KeyboardInterrupt:
             ray.close()  # no worker may still write to the run that is closed here
-            opened.rows.add(opened.lost(trial, "cancelled", "interrupted by the user"))
+            opened.keep(opened.lost(trial, "cancelled", "interrupted by the user"))
             raise
         finally:
             results = opened.finish([trial.trial_id], interrupted)
@@ -86,6 +86,7 @@ def run(
 
 
 def _run(trial: TrialSpec, opened: experiment.Experiment, held: Demand) -> TrialResult:
+    (opened.ledger.trial_folder(trial.trial_id) / RESULT_FILE).unlink(missing_ok=True)  # of an earlier run of it
     assignment = worker.Assignment(
         spec=trial,
         folder=opened.ledger.trial_folder(trial.trial_id),

@@ -26,6 +26,7 @@ from ray_peft.placement import Demand, Node, concurrent_trials
 from ray_peft.result import TrialResult
 from ray_peft.search import Draws
 from ray_peft.spec import TrialSpec
+from ray_peft.store.adopted import left_row
 
 _TRIAL = "trial"
 """The only key of Tune's configurations: a place in the list of trials, or the text of a proposed trial."""
@@ -192,6 +193,10 @@ def _trainable(opened: Experiment) -> Callable[..., None]:
         def report(metrics: Mapping[str, float], step: int) -> None:
             tune.report({"step": step, **metrics})
 
+        left = left_row(assignment.folder, spec.trial_id)
+        if left is not None and left.status == "finished":  # its worker died before the driver had it
+            tune.report(worker.final_report(left))
+            return
         if assignment.demand.num_workers > 1:
             result: TrialResult | None = worker.run_in_trainer(assignment, ledger.folder / "ray")
         else:

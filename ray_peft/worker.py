@@ -17,6 +17,7 @@ from ray_peft.placement import Demand
 from ray_peft.quiet import quiet_libraries
 from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
+from ray_peft.store.adopted import left_row
 from ray_peft.store.tracking import Store, TrialTracker
 from ray_peft.trial import trial
 from ray_peft.vram.cards import known
@@ -60,7 +61,7 @@ def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResu
         needed_gib=demand.needed_gib,
     )
     quiet_libraries()
-    tracker = TrialTracker(assignment.store, assignment.parent_run_id, assignment.sweep)
+    tracker = TrialTracker(assignment.store, assignment.parent_run_id, assignment.sweep, assignment.folder)
     assignment.folder.mkdir(parents=True, exist_ok=True)
     with _log_file(assignment.folder / "log.txt", rank), _held_to(room, device):
         return trial.run(assignment.spec, place, tracker, report)
@@ -83,8 +84,6 @@ def run_in_trainer(assignment: Assignment, storage: Path) -> TrialResult:
     per_worker: dict[str, float] = {"CPU": demand.cpus_per_worker}
     if demand.gpus_per_worker:
         per_worker["GPU"] = demand.gpus_per_worker
-    left = assignment.folder / trial.RESULT_FILE
-    left.unlink(missing_ok=True)
     trainer = ray.train.torch.TorchTrainer(
         _train_function,  # type: ignore[arg-type]  # annotated as if it returned nothing
         train_loop_config={"assignment": assignment},
@@ -103,8 +102,8 @@ def run_in_trainer(assignment: Assignment, storage: Path) -> TrialResult:
     except SystemExit:  # Ray Train's answer to Ctrl-C
         raise KeyboardInterrupt from None
     except Exception as error:
-        if left.is_file():
-            return TrialResult.model_validate_json(left.read_text(encoding="utf-8"))
+        if (left := left_row(assignment.folder, assignment.spec.trial_id)) is not None:
+            return left
         raise TrialFailed(f"the workers of {assignment.spec.trial_id} died: {error}") from error
     if row is None:
         raise TrialFailed(f"the workers of {assignment.spec.trial_id} ended without a row")

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import platform
-import shutil
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -33,14 +32,14 @@ logger = logging.getLogger(__name__)
 class Tracker(Protocol):
     """Where a trial's metrics and results go."""
 
-    def start(self, spec: TrialSpec) -> str:
-        """Open the trial's run and return its id. Raises: a configured tracker must work."""
+    def start(self, spec: TrialSpec) -> str | None:
+        """Open the trial's run and return its id; None if that must wait. Never raises."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Keep metrics of one step. Never raises."""
 
-    def artifact(self, path: Path, folder: str) -> None:
-        """Keep a file, or all files of a folder."""
+    def artifact(self, path: Path, folder: str, *, remove: bool = False) -> None:
+        """Keep a file, or all files of a folder, which then goes if it is to `remove`; that may happen later."""
 
     def table(self, rows: list[dict[str, object]], artifact_file: str) -> None:
         """Keep a table that the tracker can show."""
@@ -48,8 +47,8 @@ class Tracker(Protocol):
     def fetch(self, run_id: str, folder: str, to: Path) -> Path:
         """Another run's artifacts in `folder`, brought below `to`. Raises if they are not there."""
 
-    def record(self, result: TrialResult) -> None:
-        """Keep the result and close the run. Raises: the result is the product."""
+    def record(self, result: TrialResult) -> TrialResult:
+        """Keep the result and close the run; the row says its run, and why it is `untracked` if it is. Never raises."""
 
 
 @dataclass(frozen=True)
@@ -257,9 +256,8 @@ def keep(life: Life, bench: Bench, name: str, dtype: Dtype | None = None) -> int
     bench.save(folder, dtype)
     size = bench.stored_bytes(folder)
     if life.tracker is not None:
-        life.tracker.artifact(folder, name)
-        if not (folder / "adapter_config.json").is_file():
-            shutil.rmtree(folder)  # full weights are large, and the tracker holds them now
+        # Full weights are large: they go once the tracker holds them.
+        life.tracker.artifact(folder, name, remove=not (folder / "adapter_config.json").is_file())
     return size
 
 

@@ -18,7 +18,7 @@ ROOMS = (
     "vram", "measure", "engine", "tasks", "rehearsal", "placement", "forecast", "trial",
     # many trials: what is kept of them, what it says, and what runs where
     "noted", "store", "report", "repeats", "worker", "cluster", "allotment", "inspector",
-    "experiment", "earlier", "search", "tuning", "single", "sweeps",
+    "experiment", "sync", "earlier", "search", "tuning", "single", "sweeps",
     # what people call
     "export", "data_report", "quickstart", "doctor", "console", "cli", "__main__", "",
 )  # fmt: skip

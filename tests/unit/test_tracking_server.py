@@ -15,12 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tracked import client_of, free_port, loaded_table, result_of, spec_of, wait_for
+from tracked import client_of, free_port, loaded_table, result_of, spec_of, tracker_of, wait_for
 
 from ray_peft.errors import TrackingError
 from ray_peft.result import Scores
 from ray_peft.store.tracking import (
-    TrialTracker,
     default_uri,
     finish_sweep,
     load_spec,
@@ -45,11 +44,11 @@ outputs, plain = Path(sys.argv[1]), sys.argv[2]
 def write(writer):
     store = open_store(default_uri(outputs), "comparison", outputs / "artifacts")
     spec = TrialSpec.from_plain(json.loads(plain)).model_copy(update={"seed": writer})
-    tracker = TrialTracker(store, None, "small")
+    tracker = TrialTracker(store, None, "small", outputs / f"trial{writer}")
     tracker.start(spec)
     for step in range(50):
         tracker.log({"loss": float(step), "lr": 1.0}, step)
-        tracker._flush()
+        tracker._send(60.0)
     tracker.record(TrialResult(trial_id=spec.trial_id, status="finished", spec=spec))
 
 children = []
@@ -150,7 +149,7 @@ def test_a_trial_through_a_server_survives_an_outage(server_port, tmp_path, capl
     wire, spec = Wire(server_port), spec_of(seed=3)
     store = open_store(f"http://me:secret@127.0.0.1:{wire.port}", "comparison", None)
     parent = start_sweep(store, "small", tags={}, files={"space.yaml": "seed: 3\n"})
-    tracker = TrialTracker(store, parent, "small")
+    tracker = tracker_of(tmp_path, store, parent)
     run_id = tracker.start(spec)
     tracker.log({"loss": math.nan, "high": math.inf}, 0)
     wire.cut()

@@ -1,0 +1,52 @@
+"""Rows that workers left in their trials' folders, and that never reached the driver's ledger."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ray_peft.result import RESULT_FILE, TrialResult
+from ray_peft.store.ledger import Ledger
+
+logger = logging.getLogger(__name__)
+
+
+def left_row(folder: Path, trial_id: str) -> TrialResult | None:
+    """The row that a trial's worker left in its folder; None if there is none, or if it cannot be read."""
+    path = folder / RESULT_FILE
+    try:
+        row = TrialResult.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        logger.warning("%s cannot be read, and is passed over: %s", path, error)
+        return None
+    return row if row.trial_id == trial_id else None
+
+
+def make_way(folder: Path, trial_id: str) -> None:
+    """Remove the row of an earlier attempt, unless it finished: a trial that finished need not run again."""
+    row = left_row(folder, trial_id)
+    if row is None or row.status != "finished":
+        (folder / RESULT_FILE).unlink(missing_ok=True)
+
+
+def adopt(ledger: Ledger) -> list[TrialResult]:
+    """Take rows into the ledger that it lacks, as after a driver that was killed; returns them.
+
+    Raises:
+        StorageError: the ledger cannot be written.
+    """
+    known = {row.trial_id: row.status for row in ledger.results()}
+    taken = []
+    for path in sorted((ledger.folder / "trials").glob(f"*/{RESULT_FILE}")):
+        trial_id = path.parent.name
+        if known.get(trial_id) == "finished":
+            continue
+        row = left_row(path.parent, trial_id)
+        if row is not None and (row.status == "finished" or trial_id not in known):
+            ledger.add(row)
+            taken.append(row)
+    return taken
