@@ -8,24 +8,27 @@ any more.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 from ray_peft.console import Console, abandon_output, prepare_streams
-from ray_peft.errors import RayPeftError, StorageError
+from ray_peft.errors import ClusterLost, RayPeftError, StorageError
 from ray_peft.foundation.masking import mask
 from ray_peft.foundation.storage import told
+from ray_peft.processes import end_now
 from ray_peft.quiet import quiet_libraries
+from ray_peft.signals import stopping
 
+INTERRUPTED = 130
 UNSENT = 3
 """Exit code: all trials finished, but the tracking store lacks some of what they gave."""
 
@@ -37,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         quiet_libraries()
         # `ray job stop` and `kill` send SIGTERM: end as after Ctrl-C, with every finished trial kept.
-        signal.signal(signal.SIGTERM, _as_ctrl_c)
-        code: int = options.act(options)
+        with stopping(_end_now):
+            code: int = options.act(options)
         _say(flush=True)
     except BrokenPipeError:  # as in `ray-peft plan FILE | head`
         abandon_output()
         return 141
+    except ClusterLost as error:
+        return min(1, _failed(str(error)))
     except RayPeftError as error:
         return _failed(str(error))
     except OSError as error:
@@ -52,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # CPython 3.11 remembers an interrupt inside an exec of text, as dataclasses do, and would end by the signal
         # whatever is returned here; the next eval of text makes it forget.
         eval("0")
-        return 130
+        return INTERRUPTED
     return code
 
 
@@ -79,10 +84,11 @@ def _say(text: str = "", *, flush: bool = False) -> None:
         raise StorageError(f"cannot write to standard output: {error.strerror}") from None
 
 
-def _as_ctrl_c(_number: int, _frame: FrameType | None) -> None:
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell script starts background commands so
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.raise_signal(signal.SIGINT)
+def _end_now() -> None:
+    """A second Ctrl-C."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nended at once; what finished is kept, and the same command goes on\n")
+    end_now(INTERRUPTED)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -226,7 +232,7 @@ def _sweep(options: argparse.Namespace) -> int:
     console.say(f"MLflow: {_ui_command(options.tracking_uri)}")
     if outcome.interrupted:
         console.say("interrupted; the same command runs the missing trials")
-        return 130
+        return INTERRUPTED
     if outcome.finished and outcome.unsent:
         return UNSENT
     return 0 if outcome.complete else 1

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from ray_peft import watch
 from ray_peft.errors import PlacementError
 from ray_peft.measure import GpuMemory
 from ray_peft.placement import Node
@@ -75,7 +76,7 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
     try:
         yield _nodes()
     finally:
-        ray.shutdown()
+        watch.leave()
 
 
 def each(

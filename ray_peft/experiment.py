@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ray_peft import repeats
-from ray_peft.errors import StorageError, TrackingError
+from ray_peft.errors import StorageError, TrackingError, first_line
 from ray_peft.foundation.audience import Audience
 from ray_peft.foundation.masking import mask
 from ray_peft.inspector import Inspector
@@ -18,11 +19,11 @@ from ray_peft.noted import Notes
 from ray_peft.rehearsal import rehearse
 from ray_peft.report.files import REPORT, write_report
 from ray_peft.report.plain import console_table
-from ray_peft.result import Status, TrialResult
+from ray_peft.result import RESTARTS_FILE, Status, TrialResult
 from ray_peft.space.read import ReportSpec, TrackingSpec
 from ray_peft.spec import TrialSpec
 from ray_peft.store import tracking
-from ray_peft.store.adopted import left_row, make_way
+from ray_peft.store.adopted import left_row, make_way, note_restart, restarts
 from ray_peft.store.keeping import LastSteps, Rows
 from ray_peft.store.ledger import Ledger, SweepRecord
 from ray_peft.store.outbox import Outbox
@@ -124,9 +125,20 @@ class Experiment:
         assert self.record.parent_run_id is not None
         return self.record.parent_run_id
 
-    def begin(self, spec: TrialSpec) -> None:
-        """A trial is about to start: what an earlier attempt left is not its row, unless that one finished."""
-        make_way(self.ledger.trial_folder(spec.trial_id), spec.trial_id)
+    def begin(self, spec: TrialSpec, *, again: bool = False) -> None:
+        """A trial is about to start, or to start `again` in this sweep.
+
+        What an earlier attempt left is not its row, unless that one finished.
+        """
+        folder = self.ledger.trial_folder(spec.trial_id)
+        make_way(folder, spec.trial_id)
+        if not again:
+            (folder / RESTARTS_FILE).unlink(missing_ok=True)
+
+    def again(self, spec: TrialSpec, reason: str) -> None:
+        """A trial's worker died, and it is started once more."""
+        note_restart(self.ledger.trial_folder(spec.trial_id), first_line(reason))
+        self.console.say(f"{spec.trial_id}: {first_line(reason)}; it is started again")
 
     def keep(self, row: TrialResult) -> None:
         """Take a trial's row; what the store lacks of it is sent later."""
@@ -140,7 +152,7 @@ class Experiment:
         row = left_row(folder, spec.trial_id)
         if row is None:
             kind: Status = "out_of_memory" if "OutOfMemoryError" in reason else status
-            row = TrialResult(trial_id=spec.trial_id, status=kind, spec=spec, error=reason)
+            row = TrialResult(trial_id=spec.trial_id, status=kind, spec=spec, error=reason, restarts=restarts(folder))
             outbox = Outbox(folder)
             if not outbox.exists:  # it died before it had anything to say
                 return row
@@ -215,6 +227,7 @@ class Experiment:
                 self.rows.add(row.model_copy(update={"untracked": None, "mlflow_run_id": run_id}))
         with last.step():
             self.rows.flush()
+        _clear_ray(self.ledger)
         with last.step():
             write_report(self.ledger.folder)
         rows = {result.trial_id: result for result in (*self.ledger.results(), *self.rows.waiting)}
@@ -244,6 +257,11 @@ class Experiment:
         return results
 
 
+def _clear_ray(ledger: Ledger) -> None:
+    """Remove what Ray Tune and Ray Train keep for themselves: nothing of it is read again."""
+    shutil.rmtree(ledger.folder / "ray", ignore_errors=True)
+
+
 def show(results: list[TrialResult], console: Audience) -> None:
     """Print the comparison."""
     console.say("")
@@ -268,6 +286,7 @@ def open_experiment(
         TrackingError: the store cannot be reached.
         StorageError: the folder cannot be written.
     """
+    _clear_ray(ledger)
     earlier = ledger.read_record()
     masked = mask(store.uri)
     parent = earlier.parent_run_id if earlier is not None and earlier.tracking_uri == masked else None

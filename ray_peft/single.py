@@ -9,13 +9,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ray_peft import cluster, experiment, worker
+from ray_peft import cluster, experiment, watch, worker
 from ray_peft.allotment import Allotment
-from ray_peft.errors import SearchSpaceError, SpecError, TrialFailed
+from ray_peft.errors import ClusterLost, SearchSpaceError, SpecError, TrialFailed
 from ray_peft.explained import explain
 from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.placement import Demand
-from ray_peft.result import RESULT_FILE, TrialResult
+from ray_peft.result import RESTARTS_FILE, RESULT_FILE, TrialResult
 from ray_peft.signals import callers_signals
 from ray_peft.space.read import ReportSpec, TrackingSpec, load
 from ray_peft.spec import TrialSpec
@@ -80,13 +80,18 @@ def run(
             ray.close()  # no worker may still write to the run that is closed here
             opened.keep(opened.lost(trial, "cancelled", "interrupted by the user"))
             raise
+        except ClusterLost as error:
+            ray.close()
+            opened.keep(opened.lost(trial, "cancelled", str(error)))
+            raise
         finally:
             results = opened.finish([trial.trial_id], interrupted)
     return results[0]
 
 
 def _run(trial: TrialSpec, opened: experiment.Experiment, held: Demand) -> TrialResult:
-    (opened.ledger.trial_folder(trial.trial_id) / RESULT_FILE).unlink(missing_ok=True)  # of an earlier run of it
+    for name in (RESULT_FILE, RESTARTS_FILE):  # of an earlier run of it
+        (opened.ledger.trial_folder(trial.trial_id) / name).unlink(missing_ok=True)
     assignment = worker.Assignment(
         spec=trial,
         folder=opened.ledger.trial_folder(trial.trial_id),
@@ -95,10 +100,18 @@ def _run(trial: TrialSpec, opened: experiment.Experiment, held: Demand) -> Trial
         sweep=opened.name,
         demand=held,
     )
-    try:
-        return worker.run_in_trainer(assignment, opened.ledger.folder / "ray")
-    except TrialFailed as error:
-        return opened.lost(trial, "failed", str(error))
+    rows: list[TrialResult] = []
+    failures = 0
+    while not rows:
+        try:
+            if not watch.waited(lambda: rows.append(worker.run_in_trainer(assignment, opened.ledger.folder / "ray"))):
+                raise KeyboardInterrupt
+        except TrialFailed as error:
+            failures += 1
+            if failures > trial.resources.max_failures:
+                return opened.lost(trial, "failed", str(error))
+            opened.again(trial, str(error))
+    return rows[0]
 
 
 def _trial(

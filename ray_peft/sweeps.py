@@ -11,7 +11,7 @@ from typing import Any
 from ray_peft import cluster, experiment, repeats, tuning
 from ray_peft.allotment import Allotment
 from ray_peft.earlier import Earlier, recall
-from ray_peft.errors import SearchSpaceError
+from ray_peft.errors import ClusterLost, SearchSpaceError
 from ray_peft.experiment import Experiment
 from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.foundation.masking import mask
@@ -213,6 +213,7 @@ class _Sweep:
 
     def run(self, nodes: list[Node], leave: Callable[[], None]) -> bool:
         """Run the missing trials and `leave` the cluster; true if the user interrupted them."""
+        why = "interrupted before the end"
         try:
             known = self.plan.todo or self.plan.trials
             demands = [self.allotment.demand(trial) for trial in known]
@@ -224,19 +225,22 @@ class _Sweep:
                     self._fit(again, nodes)
                 if self._interrupted(trials):
                     break
+        except ClusterLost as error:
+            why = str(error)
+            raise
         finally:
             try:
                 leave()  # no worker may still write to the runs that are closed here
             finally:  # also after a second Ctrl-C
                 lost = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
                 for trial in lost:
-                    self._take_lost(trial)
+                    self._take_lost(trial, why)
         lost = [trial for trial in lost if trial.trial_id not in self.rows]
         return bool(lost) or self._interrupted([] if self.plan.draws is not None else self.plan.todo)
 
-    def _take_lost(self, trial: TrialSpec) -> None:
+    def _take_lost(self, trial: TrialSpec, why: str) -> None:
         """Keep the row of a trial that was running when everything ended; it may have finished in that moment."""
-        row = self.opened.lost(trial, "cancelled", "interrupted before the end")
+        row = self.opened.lost(trial, "cancelled", why)
         self.opened.keep(row)
         if row.status != "cancelled":
             self.rows[trial.trial_id] = row
@@ -280,8 +284,9 @@ class _Sweep:
 
     def begin(self, spec: TrialSpec) -> None:
         """A trial was handed out; one that a search proposed is planned from now on."""
+        again = spec.trial_id in self.started
         self.started[spec.trial_id] = spec
-        self.opened.begin(spec)
+        self.opened.begin(spec, again=again)
         record = self.opened.record
         if spec.trial_id not in record.planned:
             record.planned.append(spec.trial_id)
@@ -301,6 +306,10 @@ class _Sweep:
         """Keep a row of a trial whose worker died, if it left none."""
         if spec.trial_id not in self.rows:
             self.take(self.opened.lost(spec, "failed", reason))
+
+    def again(self, spec: TrialSpec, reason: str) -> None:
+        """A worker died, and its trial is started once more."""
+        self.opened.again(spec, reason)
 
     def show(self, spec: TrialSpec, metrics: Mapping[str, Any]) -> None:
         """Show where a running trial is."""

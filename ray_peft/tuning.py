@@ -6,19 +6,19 @@ whole specs.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import signal
+import re
+import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from ray_peft import worker
+from ray_peft import watch, worker
 from ray_peft.allotment import Allotment
 from ray_peft.errors import first_line
 from ray_peft.experiment import Experiment
@@ -54,8 +54,11 @@ class Receiver(Protocol):
     def show(self, spec: TrialSpec, metrics: Mapping[str, Any]) -> None:
         """A running trial reports a step."""
 
+    def again(self, spec: TrialSpec, reason: str) -> None:
+        """A worker died, and its trial is started once more."""
+
     def lose(self, spec: TrialSpec, reason: str) -> None:
-        """A worker died."""
+        """A worker died for good."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,19 @@ def fit(
 ) -> None:
     """Run trials at once on the cluster, until all have a row or the user stops them.
 
+    A trial whose worker dies is started again, `resources.max_failures` times at most.
+
     Args:
         work: the trials, or what proposes them.
         opened: where they are kept.
         allotment: what each of them holds.
         nodes: of the cluster.
         demands: what the trials hold, of a search what one proposal holds.
-        receiver: is told of every event, in this process.
+        receiver: is told of every event, in this process, by a thread of Tune's.
+
+    Raises:
+        ClusterLost: the cluster died.
+        KeyboardInterrupt: the user stopped them a second time.
     """
     from ray import tune
 
@@ -112,6 +121,7 @@ def fit(
     hand = {"trials": list(work.trials), "allotment": allotment, "members": dict(work.members)}
     trainable = tune.with_parameters(_trainable(opened), **hand)
     _held[name] = lambda config: allotment.demand(resolve(config))
+    stopped = threading.Event()
     tuner = tune.Tuner(
         tune.with_resources(trainable, partial(_resources, name)),
         param_space=space,
@@ -120,17 +130,17 @@ def fit(
             name=name,
             storage_path=str(opened.ledger.folder / "ray"),
             verbose=0,
-            callbacks=[_callback(resolve, receiver)],
-            failure_config=tune.FailureConfig(max_failures=0),
+            callbacks=[_callback(resolve, receiver, stopped)],
+            failure_config=tune.FailureConfig(max_failures=0),  # each trial has its own, see the callback
         ),
     )
     # Tune logs a traceback for each lost trial; its reason is in the trial's row and line.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:
-        with _own_sigint():
-            tuner.fit()
+        watch.waited(tuner.fit, stopped.set)
     finally:
         del _held[name]
+        shutil.rmtree(opened.ledger.folder / "ray" / name, ignore_errors=True)
 
 
 def _resolver(trials: Sequence[TrialSpec]) -> Callable[[Mapping[str, Any]], TrialSpec]:
@@ -200,7 +210,7 @@ def _trainable(opened: Experiment) -> Callable[..., None]:
         if assignment.demand.num_workers > 1:
             result: TrialResult | None = worker.run_in_trainer(assignment, ledger.folder / "ray")
         else:
-            result = worker.run_here(assignment, report)
+            result = worker.run_alone(assignment, report)
         assert result is not None
         tune.report(worker.final_report(result))
         worker.raise_if_broken(result)
@@ -208,13 +218,23 @@ def _trainable(opened: Experiment) -> Callable[..., None]:
     return trial
 
 
-def _callback(resolve: Callable[[Mapping[str, Any]], TrialSpec], receiver: Receiver) -> Any:
+class _Stopped(Exception):
+    """Ends Tune's loop from within: the user stopped it, or the cluster is lost."""
+
+
+def _callback(resolve: Callable[[Mapping[str, Any]], TrialSpec], receiver: Receiver, stopped: threading.Event) -> Any:
     """Tune's callback in the driver."""
     from ray import tune
 
     class Rows(_OfThisProcess, tune.Callback):
+        def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            if stopped.is_set():
+                raise _Stopped
+
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            receiver.begin(resolve(trial.config))
+            spec = resolve(trial.config)
+            trial.max_failures = spec.resources.max_failures
+            receiver.begin(spec)
 
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -223,11 +243,16 @@ def _callback(resolve: Callable[[Mapping[str, Any]], TrialSpec], receiver: Recei
             spec = resolve(trial.config)
             try:
                 if worker.ROW in result:
+                    trial.max_failures = 0  # what its process does after that is not the trial's
                     receiver.take(TrialResult.model_validate_json(result[worker.ROW]))
                 else:
                     receiver.show(spec, result)
             except Exception as error:
                 receiver.lose(spec, f"its row cannot be kept: {type(error).__name__}: {first_line(error)}")
+
+        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            if not stopped.is_set():
+                receiver.again(resolve(trial.config), _reason(trial))
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             receiver.lose(resolve(trial.config), _reason(trial))
@@ -250,23 +275,17 @@ def _resources(name: str, config: dict[str, Any]) -> Any:
     return tune.PlacementGroupFactory([{"CPU": needed.cpus_per_worker, "GPU": needed.gpus_per_worker}])
 
 
-@contextlib.contextmanager
-def _own_sigint() -> Iterator[None]:
-    """Keep the caller's answer to Ctrl-C: Tune leaves its own in place, which stops nothing once it has come back."""
-    own = signal.getsignal(signal.SIGINT)
-    main = threading.current_thread() is threading.main_thread()
-    try:
-        yield
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, own)
+_DIED = re.compile(r"(?:Worker )?exit detail: ([^\n]+)|(\S*node \S* ?was terminated[^\n]*)", re.I)
+"""What Ray says of a worker that died: the last reason counts."""
 
 
 def _reason(trial: Any) -> str:
-    """Why Tune lost a trial that left no row: the last line of its error, which names the exception."""
+    """Why Tune lost a trial that left no row: one line, and the whole error below it."""
     path = getattr(trial, "error_file", None)
     text = Path(path).read_text(encoding="utf-8", errors="replace") if path and Path(path).is_file() else ""
     lines = [line for line in text.strip().splitlines() if line.strip()]
     if not lines:
         return "the worker ended without leaving an error"
-    return f"the worker died: {lines[-1].strip()}\n\n{text}"
+    details = [next(filter(None, found)) for found in _DIED.findall(text)]
+    line = details[-1] if details else lines[-1].strip()
+    return f"the worker died: {line.split('. ')[0]}\n\n{text}"

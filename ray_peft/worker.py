@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_peft.engine.trained import Report
-from ray_peft.errors import TrialFailed, first_line
+from ray_peft.errors import RayPeftError, TrialFailed, first_line
 from ray_peft.foundation.units import GIB
 from ray_peft.placement import Demand
 from ray_peft.quiet import quiet_libraries
@@ -67,6 +67,21 @@ def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResu
         return trial.run(assignment.spec, place, tracker, report)
 
 
+def run_alone(assignment: Assignment, report: Report) -> TrialResult:
+    """Run a trial of one worker in this process; returns its row, also if it could not begin.
+
+    So only a process that dies leaves none: a trial that fails by itself is not tried again.
+    """
+    try:
+        result = run_here(assignment, report)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}" if not isinstance(error, RayPeftError) else str(error)
+        spec = assignment.spec
+        return TrialResult(trial_id=spec.trial_id, status="failed", spec=spec, error=text)
+    assert result is not None
+    return result
+
+
 def run_in_trainer(assignment: Assignment, storage: Path) -> TrialResult:
     """Run a trial as a Ray Train TorchTrainer with its workers; returns its row, failed rows included.
 
@@ -99,8 +114,6 @@ def run_in_trainer(assignment: Assignment, storage: Path) -> TrialResult:
     )
     try:
         row: str | None = trainer.fit().return_value  # type: ignore[attr-defined]  # annotated as Train v1's Result
-    except SystemExit:  # Ray Train's answer to Ctrl-C
-        raise KeyboardInterrupt from None
     except Exception as error:
         if (left := left_row(assignment.folder, assignment.spec.trial_id)) is not None:
             return left

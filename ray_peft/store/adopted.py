@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from ray_peft.result import RESULT_FILE, TrialResult
+from ray_peft.foundation.whole import write_text
+from ray_peft.result import RESTARTS_FILE, RESULT_FILE, TrialResult
 from ray_peft.store.ledger import Ledger
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,18 @@ def left_row(folder: Path, trial_id: str) -> TrialResult | None:
         logger.warning("%s cannot be read, and is passed over: %s", path, error)
         return None
     return row if row.trial_id == trial_id else None
+
+
+def restarts(folder: Path) -> list[str]:
+    """Why earlier attempts of a trial ended in this sweep."""
+    path = folder / RESTARTS_FILE
+    return [str(line) for line in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+
+
+def note_restart(folder: Path, reason: str) -> None:
+    """Note why an attempt ended, for the row of the next one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / RESTARTS_FILE, json.dumps([*restarts(folder), reason]))
 
 
 def make_way(folder: Path, trial_id: str) -> None:

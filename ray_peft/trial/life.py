@@ -21,7 +21,7 @@ from ray_peft.errors import RayPeftError, TrialFailed
 from ray_peft.foundation.measured import to_json
 from ray_peft.foundation.storage import is_full, told
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype
-from ray_peft.result import Provenance, Scores, Status, TrialResult, Usage
+from ray_peft.result import RESTARTS_FILE, Provenance, Scores, Status, TrialResult, Usage
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import Bench, Scored
 from ray_peft.tasks.image_files import IMAGES, write_images
@@ -161,6 +161,11 @@ class Life:
             self.tracker.log(metrics, step)
         self._progress(metrics, step)
 
+    def _restarts(self) -> list[str]:
+        """Why earlier attempts ended, as whoever started this one has noted."""
+        path = self.place.folder / RESTARTS_FILE
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
     def failed(self, error: Exception) -> TrialResult:
         """The row of a trial that raised."""
         status: Status = "out_of_memory" if is_out_of_memory(error) else "failed"
@@ -221,6 +226,7 @@ class Life:
             boundary_losses=self.boundaries,
             steps=trained.steps,
             resumed_from_step=trained.resumed_from_step,
+            restarts=self._restarts(),
             passes=trained.passes,
             members=self.weights,
             arithmetic=self.spec.method.arithmetic(self.spec.model.dtype, self.four_bit_share),

@@ -17,7 +17,7 @@ ROOMS = (
     # one trial
     "vram", "measure", "engine", "tasks", "rehearsal", "placement", "forecast", "trial",
     # many trials: what is kept of them, what it says, and what runs where
-    "noted", "store", "report", "repeats", "worker", "cluster", "allotment", "inspector",
+    "noted", "store", "report", "repeats", "worker", "watch", "cluster", "allotment", "inspector",
     "experiment", "sync", "earlier", "search", "tuning", "single", "sweeps",
     # what people call
     "export", "data_report", "quickstart", "doctor", "console", "cli", "__main__", "",
