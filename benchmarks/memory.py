@@ -27,11 +27,11 @@ from typing import Any
 
 from provenance import write
 
-from ray_peft import measure
 from ray_peft.foundation.units import GIB
 from ray_peft.spec import ImageTrialSpec, LlmTrialSpec
 from ray_peft.tasks.llm_sft import memory as of_text
 from ray_peft.tasks.text_to_image import memory as of_images
+from ray_peft.trial.peaks import MemoryWatch
 from ray_peft.vram import ModelShape
 from ray_peft.vram.cards import known
 
@@ -162,7 +162,7 @@ def measured(cell: dict[str, Any], folder: str, device: str) -> dict[str, Any]:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     set_seed(spec.seed)
     model = load_model(spec, device)
-    watch = measure.MemoryWatch(device)
+    watch = MemoryWatch(device)
     ((stage, steps),) = spec.method.stages(STEPS)
     rows = []
     for row in range(STEPS * spec.train.batch_size):
@@ -196,7 +196,7 @@ def measured_unet(cell: dict[str, Any], folder: str, device: str) -> dict[str, A
     side = cell["pixels"] // 8
     images = latents.Encoded(torch.randn(8, 1, 8, side, side), torch.randn(8, 77, 768), 0)
     work = Path(tempfile.mkdtemp())
-    watch = measure.MemoryWatch(device)
+    watch = MemoryWatch(device)
     ((stage, steps),) = spec.method.stages(STEPS)
     unet = model.load_unet(spec, device)
     begin = time.perf_counter()
@@ -212,7 +212,7 @@ def measured_unet(cell: dict[str, Any], folder: str, device: str) -> dict[str, A
     return taken(watch, begin)
 
 
-def taken(watch: measure.MemoryWatch, begin: float) -> dict[str, Any]:
+def taken(watch: MemoryWatch, begin: float) -> dict[str, Any]:
     """What a cell took."""
     peaks = watch.peaks
     return {

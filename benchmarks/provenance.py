@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ray_peft import measure
+from ray_peft.trial.provenance import git_commit, versions
 
 
 def write(path: Path, measured: dict[str, Any]) -> None:
@@ -20,8 +20,8 @@ def write(path: Path, measured: dict[str, Any]) -> None:
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).date().isoformat(),
         "gpus": gpus,
-        "versions": measure.versions(),
-        "git_commit": measure.git_commit(),
+        "versions": versions(),
+        "git_commit": git_commit(),
         **measured,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,8 @@ from provenance import write
 
 import ray_peft
 from ray_peft.console import Console
-from ray_peft.result import TrialResult
-from ray_peft.sweeps import SweepOutcome
+from ray_peft.schedule.sweep import SweepOutcome
+from ray_peft.trial.result import TrialResult
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = ROOT / "search_spaces" / "smollm2_dolly_alpaca.yaml"

@@ -32,9 +32,9 @@ from long_rows import write_long_rows
 from provenance import write
 
 import ray_peft
-from ray_peft import cluster
 from ray_peft.console import Console
 from ray_peft.foundation.units import GIB
+from ray_peft.schedule import cluster
 from ray_peft.space.read import Space, TrackingSpec
 from ray_peft.spec import TrialSpec
 from ray_peft.store.ledger import Ledger
@@ -83,7 +83,7 @@ def main(target: Path, chosen: list[str]) -> None:
 
 def card() -> Gpu:
     """The GPU that is here, with the memory that NVML says: this process takes no CUDA context."""
-    from ray_peft.measure import gpu_memory
+    from ray_peft.foundation.nvml import gpu_memory
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     found = gpu_memory(visible)

@@ -26,8 +26,8 @@ from provenance import write
 from studies import ANSWERS, ROOT, SHORT, STEPS
 
 import ray_peft
-from ray_peft import cluster
 from ray_peft.console import Console
+from ray_peft.schedule import cluster
 from ray_peft.space.read import Space, load
 
 CARD_GIB = 12.0

@@ -4,6 +4,9 @@
 
 RAY_PEFT_CONFIGS names a folder of folders that hold config.json alone; weights are random, of the true shape. Rows
 have log-normal lengths like Dolly's (mean about 150 tokens), cut at the case's limit; half of each carries loss.
+`capped` trains under each memory cap of a case, with what `train.fit: auto` chooses for it; `free` with what it chooses
+for the whole GPU. The last tenth of the steps runs under the profiler, apart from the timed ones: `gpu_busy` is the
+share of its time in which a kernel or a copy ran.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ray_peft import measure
+from ray_peft.foundation.units import GIB
 from ray_peft.spec import TrialSpec
+from ray_peft.trial import provenance
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Case:
     tokens: int
     checkpointing: bool = False
     precision: str = "bf16"
+    caps: tuple[float, ...] = ()
+    """GiB of the GPU that trials may take, the CUDA context included."""
 
     @property
     def name(self) -> str:
@@ -48,9 +54,9 @@ FULL = {"name": "full"}
 CASES = [
     Case("gemma-3-1b-it", LORA, 8, 8, 512),
     Case("gemma-3-1b-it", QLORA, 8, 8, 512),
-    Case("gemma-2-2b", LORA, 8, 8, 512),
-    Case("gemma-2-2b", QLORA, 8, 8, 512),
-    Case("gemma-3-1b-it", QLORA, 16, 16, 2048, checkpointing=True),
+    Case("gemma-2-2b", LORA, 8, 8, 512, caps=(12.0,)),
+    Case("gemma-2-2b", QLORA, 8, 8, 512, caps=(8.0,)),
+    Case("gemma-3-1b-it", QLORA, 16, 16, 2048, checkpointing=True, caps=(6.0, 3.0)),
     Case("gemma-3-1b-it", LORA, 1, 1, 512),
     Case("smollm2-135m", LORA, 16, 16, 512),
     Case("smollm2-135m", FULL, 16, 16, 512),
@@ -110,10 +116,13 @@ def run(case: Case, folder: Path, steps: int, way: str) -> dict[str, Any]:
     stock = way == "stock"
     if stock:
         case = replace(case, micro=STOCK_MICRO[case.batch])
-    spec = spec_of(case, folder, steps, cuda_graphs=way == "recorded")
     set_seed(0)
     gc.collect()
     torch.cuda.empty_cache()
+    spec = spec_of(case, folder, steps, cuda_graphs=way not in ("stock", "plain"))
+    predicted = None
+    if way == "free" or way.startswith("under "):
+        spec, predicted = _fitted(spec, case, folder, float(way.split()[1]) if way != "free" else None)
     model = load_model(spec, "cuda:0")
     ((stage, _),) = spec.method.stages(steps)
     model = stage.attach(model)
@@ -121,10 +130,17 @@ def run(case: Case, folder: Path, steps: int, way: str) -> dict[str, Any]:
     stamps: list[tuple[int, float]] = []
     losses: list[float] = []
 
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    profiled = steps - max(1, steps // 10)
+
     def report(metrics: Any, step: int) -> None:
         torch.cuda.synchronize()
         stamps.append((step, time.perf_counter()))
         losses.append(float(metrics["train_loss"]))
+        if step == profiled:
+            profile.start()
+        elif step == steps:
+            profile.stop()
 
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
@@ -135,22 +151,67 @@ def run(case: Case, folder: Path, steps: int, way: str) -> dict[str, Any]:
         else:
             passes = train.train_stage(spec, job, rows, model, Pad(), rehearse=way == "recorded").passes  # type: ignore[arg-type]
     settled, start = next(stamp for stamp in stamps if stamp[0] >= steps // 3)
-    last, end = stamps[-1]
+    last, end = next(stamp for stamp in stamps if stamp[0] == profiled)
     seconds = end - start
     order = _tokens(spec, rows)
     result = {
         "way": way,
         "passes": passes,
-        "rows_a_pass": case.micro,
+        "rows_a_pass": spec.train.micro_batch_size,
+        "checkpointing": spec.train.gradient_checkpointing,
+        "gpu_busy": _busy_share(profile),
+        "predicted": predicted,
         "s_per_step": seconds / (last - settled),
         "tokens_per_s": sum(order[settled:last]) / seconds,
         "first_step_s": stamps[0][1] - begin,
-        "peak_allocated_gib": torch.cuda.max_memory_allocated() / measure.GIB,
-        "peak_reserved_gib": torch.cuda.max_memory_reserved() / measure.GIB,
+        "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         "losses": [losses[0], losses[len(losses) // 2], losses[-1]],
     }
     del model
     return result
+
+
+def _fitted(spec: TrialSpec, case: Case, folder: Path, cap_gib: float | None) -> tuple[TrialSpec, dict[str, float]]:
+    """The trial with what `train.fit: auto` chooses, and its prediction; this process is held to `cap_gib`."""
+    import torch
+
+    from ray_peft.tasks.llm_sft.memory import predict
+    from ray_peft.vram.cards import known
+    from ray_peft.vram.nearest import choose
+    from ray_peft.vram.shape import ModelShape
+
+    gpu = known(provenance.device_name("cuda:0") or "")
+    shape = ModelShape.from_config(folder / case.model / "config.json")
+    room = cap_gib or gpu.memory_gib
+
+    def prediction(variant: TrialSpec) -> Any:
+        return predict(variant, shape, longest_tokens=case.tokens, padded=True, gpu=gpu)  # type: ignore[arg-type]
+
+    chosen = choose(spec, prediction, lambda peak: gpu.holds(peak.peak_reserved, memory_gib=room))
+    if cap_gib is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((cap_gib * GIB - gpu.context) / total)
+    fitted = spec.changed(chosen)
+    return fitted, prediction(fitted).gib()
+
+
+def _busy_share(profile: Any) -> float | None:
+    """Of the time from the first kernel or copy to the end of the last, the share in which any ran."""
+    from torch.autograd import DeviceType
+
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profile.events()
+        if event.device_type == DeviceType.CUDA
+    )
+    if not spans:
+        return None
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return float(busy / (reached - spans[0][0]))
 
 
 def _tokens(spec: Any, rows: Any) -> list[int]:
@@ -195,6 +256,8 @@ def _stock(spec: Any, job: Any, rows: Any, model: Any, case: Case, work: Path, r
 
 def main() -> None:
     """Measure all cases, and write them as they come."""
+    import torch
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=30)
@@ -206,14 +269,17 @@ def main() -> None:
     chosen = [int(number) for number in options.cases.split(",") if number] or range(len(CASES))
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpu": measure.device_name("cuda:0"),
-        "versions": measure.versions(),
+        "gpu": provenance.device_name("cuda:0"),
+        "versions": provenance.versions(),
         "command": f"speed.py --steps {options.steps} --cases {options.cases or 'all'} --ways {options.ways}",
         "cases": {},
     }
     for number in chosen:
         case = CASES[number]
-        for way in options.ways.split(","):
+        ways = [way for way in options.ways.split(",") if way != "capped"]
+        if "capped" in options.ways:
+            ways += [f"under {cap:g} GiB" for cap in case.caps]
+        for way in ways:
             try:
                 cell = run(case, folder, options.steps, way)
             except Exception as error:  # a cell that fails is a row
@@ -222,6 +288,7 @@ def main() -> None:
                     "error": f"{type(error).__name__}: {error}",
                     "trace": traceback.format_exc()[-1500:],
                 }
+            torch.cuda.set_per_process_memory_fraction(1.0)
             found["cases"].setdefault(case.name, []).append(cell)
             shown = {k: v for k, v in cell.items() if k != "trace"}
             print(case.name, json.dumps(shown), flush=True)

@@ -11,20 +11,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ray_peft.result import TrialResult
-    from ray_peft.single import run
+    from ray_peft.schedule.single import run
+    from ray_peft.schedule.sweep import SweepOutcome, plan, sweep
     from ray_peft.spec import TrialSpec
-    from ray_peft.sweeps import SweepOutcome, plan, sweep
+    from ray_peft.trial.result import TrialResult
 
 __version__ = "0.2.0"
 __all__ = ["SweepOutcome", "TrialResult", "TrialSpec", "__version__", "plan", "run", "sweep"]
 
 _HOMES = {
-    "run": "ray_peft.single",
-    "sweep": "ray_peft.sweeps",
-    "plan": "ray_peft.sweeps",
-    "SweepOutcome": "ray_peft.sweeps",
-    "TrialResult": "ray_peft.result",
+    "run": "ray_peft.schedule.single",
+    "sweep": "ray_peft.schedule.sweep",
+    "plan": "ray_peft.schedule.sweep",
+    "SweepOutcome": "ray_peft.schedule.sweep",
+    "TrialResult": "ray_peft.trial.result",
     "TrialSpec": "ray_peft.spec",
 }
 

@@ -23,10 +23,10 @@ from typing import Literal
 from ray_peft.console import Console, abandon_output, prepare_streams
 from ray_peft.errors import ClusterLost, RayPeftError, StorageError
 from ray_peft.foundation.masking import mask
+from ray_peft.foundation.processes import end_now
+from ray_peft.foundation.quiet import quiet_libraries
 from ray_peft.foundation.storage import told
-from ray_peft.processes import end_now
-from ray_peft.quiet import quiet_libraries
-from ray_peft.signals import stopping
+from ray_peft.schedule.signals import stopping
 
 INTERRUPTED = 130
 UNSENT = 3
@@ -214,7 +214,7 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from ray_peft.sweeps import sweep
+    from ray_peft.schedule.sweep import sweep
 
     console = Console()
     outcome = sweep(
@@ -240,8 +240,8 @@ def _sweep(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from ray_peft.errors import SpecError
-    from ray_peft.experiment import tracking_uri
-    from ray_peft.single import run
+    from ray_peft.schedule.experiment import tracking_uri
+    from ray_peft.schedule.single import run
     from ray_peft.space.read import TrackingSpec
     from ray_peft.store import tracking
     from ray_peft.store.consent import check_consent
@@ -270,12 +270,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ray_peft.sweeps import plan
+    from ray_peft.schedule.sweep import plan
 
     trials = plan(options.space, options.overrides, options.profile, Console(quiet=options.json))
-    from ray_peft import forecast
     from ray_peft.errors import SpecError
     from ray_peft.report.labels import labels
+    from ray_peft.schedule import forecast
     from ray_peft.vram.cards import ANY, KNOWN, known
 
     gpu = known(options.gpu) if options.gpu else ANY
@@ -328,7 +328,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _sync(options: argparse.Namespace) -> int:
-    from ray_peft.sync import sync
+    from ray_peft.schedule.sync import sync
 
     lacking = sync(Path(options.sweep), options.tracking_uri, Console())
     if not lacking:
@@ -342,8 +342,8 @@ _DTYPES: dict[str, Literal["bfloat16", "float16", "float32"]] = {
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ray_peft.experiment import tracking_uri
     from ray_peft.export import export
+    from ray_peft.schedule.experiment import tracking_uri
     from ray_peft.space.read import TrackingSpec
 
     uri = tracking_uri(options.tracking_uri, TrackingSpec())
@@ -357,8 +357,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _ui(options: argparse.Namespace) -> int:
-    from ray_peft.experiment import outputs_folder, tracking_uri
-    from ray_peft.processes import end_group
+    from ray_peft.foundation.processes import end_group
+    from ray_peft.schedule.experiment import outputs_folder, tracking_uri
     from ray_peft.space.read import TrackingSpec
     from ray_peft.store import tracking
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray_peft.metrics.scores import Scores
 from ray_peft.report.material import Material
-from ray_peft.result import Scores, TrialResult, Usage
 from ray_peft.spec import TrialSpec
+from ray_peft.trial.result import TrialResult, Usage
 
 REFERENCES = [f"the cat number {i} sat on the red mat today" for i in range(40)]
 POOR = [f"the cat number {i} is here" for i in range(40)]

@@ -101,7 +101,7 @@ def ray_cluster(shared: Path) -> Iterator[object]:
     """One local Ray of two cores for all tests that need one."""
     import ray
 
-    from ray_peft import cluster
+    from ray_peft.schedule import cluster
 
     with cluster.connect() as nodes:
         yield nodes

@@ -9,10 +9,11 @@ from typing import Any
 
 from PIL import Image
 
-from ray_peft.result import Provenance, Scores, TrialResult, Usage
+from ray_peft.metrics.scores import Scores
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import GeneratedImage
 from ray_peft.tasks.image_files import write_images
+from ray_peft.trial.result import Provenance, TrialResult, Usage
 
 PROMPTS = ("a wheat field with <b>crows</b> | and `sky`", "a portrait of a man with a straw hat")
 SEEDS = (0, 7)

@@ -8,9 +8,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+from ray_peft.metrics.scores import Scores
 from ray_peft.metrics.text_scores import bleu4, rouge_l
-from ray_peft.result import Provenance, Scores, TrialResult, Usage
 from ray_peft.spec import TrialSpec
+from ray_peft.trial.result import Provenance, TrialResult, Usage
 
 STEPS = 300
 WORDS = [

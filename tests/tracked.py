@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.store.tracking import Store, TrialTracker, is_sent
+from ray_peft.trial.result import TrialResult
 
 
 def client_of(store: Store) -> Any:

@@ -72,6 +72,8 @@ class Computation(ABC, Generic[PartT]):
 
     keeps_gradients = False
     """Gradients are zeroed between steps, not freed: a recorded pass adds to the same tensors."""
+    members: int | None = None
+    """Places of members in the losses of a pass; None for one member, whose loss is a single number."""
 
     @abstractmethod
     def inputs(self, part: PartT) -> Sequence[Tensor]:
@@ -79,4 +81,7 @@ class Computation(ABC, Generic[PartT]):
 
     @abstractmethod
     def loss(self, *inputs: Tensor) -> Tensor:
-        """The pass's share of its step's mean loss, tensor (), given what `inputs` made, on the device."""
+        """The pass's share of its step's mean loss, given what `inputs` made, on the device.
+
+        Tensor (), or of several members (members,), of which none depends on what another sees.
+        """

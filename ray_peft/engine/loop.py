@@ -1,19 +1,18 @@
-"""One stage's optimizer steps: pass the rows, update, log, evaluate, keep checkpoints; go on where memory runs out."""
+"""Optimizer steps on one base: pass the members' rows, update, log, evaluate, keep; go on where memory runs out."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic
 
 from ray_peft.engine import checkpoint
 from ray_peft.engine.contract import Computation, PartT, Rows
+from ray_peft.engine.crew import Alone, Crew
 from ray_peft.engine.member import Member
 from ray_peft.engine.passes import Pass
 from ray_peft.engine.recovery import free_memory, is_out_of_memory
-from ray_peft.engine.trained import Trained
 from ray_peft.engine.workers import add_up, add_up_gradients, this_worker
 from ray_peft.spec.keys import MICRO_BATCH
 
@@ -24,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 class Engine(Generic[PartT]):
-    """Trains one member on one model.
+    """Trains members on one base: in each round, every member does one optimizer step.
 
-    Where memory runs out in a pass, the step is done again from its first row, with half as many rows a pass: each
+    Where memory runs out in a pass, the round is done again from its first row, with half as many rows a pass: each
     pass's loss is its share of the step's, so batch, order, losses and updates stay what they are. With dropout, the
     draws from there on are others. Workers cannot do so (the others would wait for the further passes), nor can a
     stage that updates weights in the backward pass.
@@ -34,79 +33,124 @@ class Engine(Generic[PartT]):
 
     def __init__(
         self,
-        member: Member,
+        members: Sequence[Member],
         model: nn.Module,
         rows: Rows[PartT],
         computation: Computation[PartT],
         make_pass: Callable[[Computation[PartT], str], Pass[PartT]] = Pass,
         *,
         rehearse: bool = False,
+        crew: Crew | None = None,
     ) -> None:
-        """Prepare to train, from the last checkpoint where there is one.
+        """Prepare to train.
 
         Args:
-            member: the trial's stage.
+            members: who trains at first; a trial alone is one member.
             model: with the stage attached; its mode is set to training, and to evaluation at the end.
-            rows: what each step sees.
+            rows: what each round sees; of one member, each of its steps.
             computation: what a pass computes.
             make_pass: how passes run.
-            rehearse: try the pass that needs the most memory before the first steps.
+            rehearse: try the pass that needs the most memory before the first rounds.
+            crew: who follows a member that ends; None is for one member.
         """
-        self._member, self._job = member, member.job
+        self._members, self._crew = list(members), crew or Alone()
+        jobs = [member.job for member in members]
+        self._device, self._lowered = jobs[0].device, jobs[0].lowered
         self._model, self._data, self._computation, self._make_pass = model, rows, computation, make_pass
         self._share = this_worker()
-        self._repeats = self._share.workers == 1 and not self._job.stage.conflicts(accumulates=True, num_workers=1)
-        asked = self._job.spec.train.micro_batch_size
-        most = min(asked, self._job.lowered.get(MICRO_BATCH, asked)) if self._repeats else asked
+        in_backward = any(job.stage.conflicts(accumulates=True, num_workers=1) for job in jobs)
+        self._repeats = self._share.workers == 1 and not in_backward
+        wanted = sum(job.spec.train.micro_batch_size for job in jobs)
+        most = min(wanted, self._lowered.get(MICRO_BATCH, wanted)) if self._repeats else wanted
         self._rows = rows.fitting(most, self._share)
-        self._accumulates = self._job.spec.accumulation > 1
-        self._pass = make_pass(computation, self._job.device)
+        self._accumulates = any(job.spec.accumulation > 1 for job in jobs)
+        self._pass = make_pass(computation, self._device)
         self._passing = 0
         """Rows of the pass that is running, or ran last."""
         self._rehearsals = 2 if rehearse and self._share.workers == 1 else 0
-        self._begin = 0.0
+        self._counted = 0.0
+        """Until when seconds have been counted."""
 
-    def run(self) -> Trained:
-        """Train for the stage's steps; returns what they took."""
-        member, job = self._member, self._job
-        self._resume()
-        first = member.done
+    def run(self) -> None:
+        """Train every member for its steps, from its last checkpoint where there is one."""
+        starting, self._members = self._members, []
+        for member in starting:
+            self._resume(member)
+        first = number = starting[0].number
+        to_come = range(first, first + max(member.left for member in starting))
         self._wait()
         self._model.train()
-        self._begin = time.perf_counter()
-        for step in range(first, job.steps):
-            if step - first < self._rehearsals and job.steps - first > 1:
-                self._rehearse(range(first, job.steps), with_state=step > first)
-            self._step(step)
-        member.guard.check()  # waits for the last step
-        member.trained = replace(self._so_far(), passes=self._pass.how)
+        self._counted = time.perf_counter()
+        for member in starting:
+            self._take_in(member, number)
+        while self._members:
+            if number - first < self._rehearsals and len(to_come) > 1:
+                self._rehearse(to_come, with_state=number > first)
+            self._round(number)
+            number += 1
         self._model.eval()
-        member.end()
-        return member.trained
 
-    def _step(self, step: int) -> None:
-        member, job, train = self._member, self._job, self._job.spec.train
-        number = job.first_step + step
+    def _take_in(self, member: Member | None, number: int) -> None:
+        """Let a member, where its checkpoint left it, take part from round `number` on."""
+        if member is None:
+            return
+        self._members.append(member)
+        self._crew.seat(member, number)
+        if not member.left:
+            self._end(member, number)
+
+    def _round(self, number: int) -> None:
         before = self._pass.loss.clone()
         self._fitting(lambda: self._pass_all(number), before, number)
+        self._count_time()
         if self._share.workers > 1:
-            add_up_gradients(member.parameters)
-        norm, rate = member.end_step(self._pass.loss, keep_gradients=self._computation.keeps_gradients)
-        seen = self._data.seen(number)
-        member.trained.tokens += seen.tokens
-        member.trained.images += seen.images
+            add_up_gradients([parameter for member in self._members for parameter in member.parameters])
+        for member in self._members.copy():
+            try:
+                self._end_step(member)
+            except Exception as error:  # of this member's own part; the crew knows whether the others go on
+                self._leave(member, number + 1, error)
+            else:
+                if not member.left:
+                    self._end(member, number + 1)
+
+    def _end_step(self, member: Member) -> None:
+        train = member.job.spec.train
+        norm, rate = member.end_step(member.own(self._pass.loss), keep_gradients=self._computation.keeps_gradients)
         if member.logs():
-            self._log(norm, rate)
-        if train.eval_every and member.done % train.eval_every == 0 and member.done < job.steps:
-            begin = time.perf_counter()
+            self._log(member, norm, rate)
+        if train.eval_every and member.done % train.eval_every == 0 and member.left:
+            self._count_time()
             member.evaluate()
             self._model.train()
-            self._begin += time.perf_counter() - begin
-        if train.checkpoint_every and member.done % train.checkpoint_every == 0 and member.done < job.steps:
-            self._save()
+            self._counted = time.perf_counter()
+        if train.checkpoint_every and member.done % train.checkpoint_every == 0 and member.left:
+            self._save(member)
+
+    def _end(self, member: Member, number: int) -> None:
+        """A member has done all its steps before round `number`."""
+        error = None
+        try:
+            member.guard.check()  # waits for the last step
+        except Exception as failure:
+            error = failure
+        self._leave(member, number, error)
+
+    def _leave(self, member: Member, number: int, error: Exception | None) -> None:
+        self._count_time()
+        self._members.remove(member)
+        if error is None:
+            member.trained.passes = self._pass.how
+            member.end()
+        following = self._crew.leave(member, error)
+        self._model.train()
+        if following is not None:
+            self._resume(following)
+            self._take_in(following, number)
+        self._counted = time.perf_counter()
 
     def _pass_all(self, number: int) -> None:
-        """Add the gradients and the loss of this worker's rows of a step."""
+        """Add the gradients and the losses of this worker's rows of a round."""
         for part in self._data.parts(number, self._share, self._rows):
             self._passing = self._data.size(part)
             self._pass(part)
@@ -124,33 +168,33 @@ class Engine(Generic[PartT]):
 
     def _lower(self, loss: Tensor, number: int) -> None:
         self._wait()  # what is replayed belongs to a recorded pass
-        self._member.optimizer.zero_grad(set_to_none=True)
+        for member in self._members:
+            member.clear_gradients(keep=member.slot is not None)
         del self._pass
-        free_memory(self._job.device)
-        self._rows = self._job.lowered[MICRO_BATCH] = self._data.fitting(self._passing // 2, self._share)
+        free_memory(self._device)
+        self._rows = self._lowered[MICRO_BATCH] = self._data.fitting(self._passing // 2, self._share)
         self._accumulates = True
-        self._pass = self._make_pass(self._computation, self._job.device)
+        self._pass = self._make_pass(self._computation, self._device)
         self._pass.loss.copy_(loss)
         logger.warning(
             "a pass of %d rows ran out of memory at step %d; going on with %d rows a pass",
             self._passing, number + 1, self._rows,
         )  # fmt: skip
 
-    def _rehearse(self, steps: range, *, with_state: bool) -> None:
-        """Try the heaviest pass of the steps to come, before the first and, with the optimizer's state, the second.
+    def _rehearse(self, rounds: range, *, with_state: bool) -> None:
+        """Try the heaviest pass of the rounds to come, before the first and, with the optimizers' state, the second.
 
-        Gradients, the loss and random numbers are then as if it had not been.
+        Gradients, losses and random numbers are then as if it had not been.
         """
         import torch
 
-        first = self._job.first_step
-        numbers = range(first + steps.start, first + steps.stop)
         self._wait()
-        begin, loss = time.perf_counter(), self._pass.loss.clone()
-        devices = [torch.cuda.current_device()] if self._job.device.startswith("cuda") else []
+        self._count_time()
+        loss = self._pass.loss.clone()
+        devices = [torch.cuda.current_device()] if self._device.startswith("cuda") else []
 
         def heaviest() -> None:
-            part = self._data.heaviest(numbers, self._share, self._rows)
+            part = self._data.heaviest(rounds, self._share, self._rows)
             if part is None:
                 return
             self._passing = self._data.size(part)
@@ -162,53 +206,57 @@ class Engine(Generic[PartT]):
                 self._pass(part)
 
         with torch.random.fork_rng(devices):
-            self._fitting(heaviest, loss, first + self._member.done)
-        self._member.optimizer.zero_grad(set_to_none=not self._computation.keeps_gradients)
+            self._fitting(heaviest, loss, rounds.start + with_state)
+        for member in self._members:
+            member.clear_gradients(keep=self._computation.keeps_gradients)
         self._pass.loss.copy_(loss)
         self._wait()
-        self._begin += time.perf_counter() - begin
+        self._counted = time.perf_counter()
 
-    def _log(self, norm: Tensor, rate: float) -> None:
-        member = self._member
+    def _log(self, member: Member, norm: Tensor, rate: float) -> None:
         member.guard.check()
+        loss = member.own(self._pass.loss)
         if self._share.workers > 1:
-            add_up(self._pass.loss)
-        loss = float(self._pass.loss)
-        self._pass.loss.zero_()
-        member.log(loss, norm, rate, self._data.epoch(self._job.first_step + member.done))
+            add_up(loss)
+        mean = float(loss)
+        loss.zero_()
+        member.log(mean, norm, rate)
 
-    def _so_far(self) -> Trained:
-        """The stage up to now, over all attempts."""
-        trained = self._member.trained
-        return replace(trained, seconds=trained.seconds + time.perf_counter() - self._begin)
+    def _count_time(self) -> None:
+        """Divide the seconds since the last count among the members, by what each sees in a step."""
+        now = time.perf_counter()
+        weights = [member.weight() for member in self._members]
+        for member, weight in zip(self._members, weights, strict=True):
+            member.trained.seconds += (now - self._counted) * (weight / sum(weights) if len(weights) > 1 else 1.0)
+        self._counted = now
 
-    def _save(self) -> None:
-        self._member.guard.check()
-        loss = self._pass.loss.clone()
+    def _save(self, member: Member) -> None:
+        member.guard.check()
+        loss = member.own(self._pass.loss).clone()
         if self._share.workers > 1:
             add_up(loss)
         if self._share.rank > 0:
             return
-        state = self._member.state(self._so_far()) | {
-            "loss": loss,
-            "random": checkpoint.random_state(self._job.device),
-        }
-        checkpoint.write(self._job.folder, self._member.done, state)
+        self._count_time()
+        state = member.state() | {"loss": loss, "random": checkpoint.random_state(self._device)}
+        checkpoint.write(member.job.folder, member.done, state)
 
-    def _resume(self) -> None:
-        last = checkpoint.read_last(self._job.folder, self._job.device)
+    def _resume(self, member: Member) -> None:
+        last = checkpoint.read_last(member.job.folder, self._device)
+        own = member.own(self._pass.loss)
+        own.zero_()
         if last is None:
             return
         where, state = last
-        self._member.take_up(state, where)
+        member.take_up(state, where)
         if "loss" in state and self._share.rank == 0:  # not in version 0.1.0
-            self._pass.loss.copy_(state["loss"])
+            own.copy_(state["loss"])
         if "random" in state:
-            checkpoint.draw_from(state["random"], self._job.device)
+            checkpoint.draw_from(state["random"], self._device)
 
     def _wait(self) -> None:
         """For the GPU to be done, so that seconds belong to what took them."""
-        if self._job.device.startswith("cuda"):
+        if self._device.startswith("cuda"):
             import torch
 
             torch.cuda.synchronize()

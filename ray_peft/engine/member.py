@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.engine import cost
+from ray_peft.engine.contract import Rows
 from ray_peft.engine.finite import FiniteGuard
 from ray_peft.engine.trained import Costs, Report, Trained
 from ray_peft.methods.base import Stage
@@ -45,17 +46,21 @@ class Job:
 class Member:
     """A trial's part of the loop. Nothing here waits for the GPU, but where it logs or writes a checkpoint."""
 
-    def __init__(self, job: Job, model: nn.Module, average: Any = None) -> None:
+    slot: int | None = None
+    """Its place in what passes compute for several members; None for one that has the base to itself."""
+
+    def __init__(self, job: Job, model: nn.Module, rows: Rows[Any], average: Any = None) -> None:
         """Prepare a stage for its first step.
 
         Args:
             job: the stage.
             model: with the stage attached.
+            rows: what its steps see.
             average: diffusers' EMAModel over the trained parameters; None without one.
         """
         from transformers import get_scheduler
 
-        self.job = job
+        self.job, self.rows = job, rows
         self.parameters = trainable(model)
         self.optimizer = job.stage.optimizer(model)
         train = job.spec.train
@@ -71,6 +76,29 @@ class Member:
         self.done = 0
         """Optimizer steps of the stage."""
         self._unlogged = 0
+
+    @property
+    def number(self) -> int:
+        """The step that comes next, counted over the whole trial, from 0."""
+        return self.job.first_step + self.done
+
+    @property
+    def left(self) -> int:
+        """Steps of the stage that are to be done."""
+        return self.job.steps - self.done
+
+    def own(self, losses: Tensor) -> Tensor:
+        """Its part () of the losses of all members, not a copy."""
+        return losses if self.slot is None else losses[self.slot]
+
+    def weight(self) -> int:
+        """What its step sees, tokens or images, by which the seconds of a round are divided among members."""
+        seen = self.rows.seen(self.number if self.left else self.number - 1)
+        return seen.tokens + seen.images
+
+    def clear_gradients(self, *, keep: bool) -> None:
+        """Drop the gradients, or zero their tensors, where passes go on using them."""
+        self.optimizer.zero_grad(set_to_none=not keep)
 
     def end_step(self, loss: Tensor, *, keep_gradients: bool) -> tuple[Tensor, float]:
         """Clip, guard, update, and set the rate of the next step; returns the gradient's norm and this step's rate.
@@ -88,11 +116,14 @@ class Member:
         rate = float(self.rates.get_last_lr()[0])
         self.optimizer.step()
         self.rates.step()
-        self.optimizer.zero_grad(set_to_none=not keep_gradients)
+        self.clear_gradients(keep=keep_gradients)
         if self.average is not None:
             self.average.step(self.parameters)
         self.done += 1
         self._unlogged += 1
+        seen = self.rows.seen(self.number - 1)
+        self.trained.tokens += seen.tokens
+        self.trained.images += seen.images
         self.trained.steps, self.trained.timed_steps = self.done, self.trained.timed_steps + 1
         return norm, rate
 
@@ -101,13 +132,13 @@ class Member:
         last = self.job.logs_last and self.done == self.job.steps
         return self.done == 1 or self.done % self.job.spec.train.log_every == 0 or last
 
-    def log(self, loss: float, norm: Tensor, rate: float, epoch: float) -> None:
+    def log(self, loss: float, norm: Tensor, rate: float) -> None:
         """Report the mean loss since the last log; `loss` is their sum."""
         mean = loss / self._unlogged
         self._unlogged = 0
         self.trained.losses.append(mean)
-        metrics = {"train_loss": mean, "grad_norm": float(norm), "lr": rate, "epoch": epoch}
-        self.job.report(metrics, self.job.first_step + self.done)
+        metrics = {"train_loss": mean, "grad_norm": float(norm), "lr": rate, "epoch": self.rows.epoch(self.number)}
+        self.job.report(metrics, self.number)
 
     def evaluate(self) -> None:
         """Report the held-out loss of the weights, or of their average."""
@@ -118,16 +149,16 @@ class Member:
         if self.average is not None:
             self.average.restore(self.parameters)
         self.trained.eval_losses.append(loss)
-        self.job.report({"eval_loss": loss}, self.job.first_step + self.done)
+        self.job.report({"eval_loss": loss}, self.number)
 
     def end(self) -> None:
         """Leave the trained weights, or their average, in the model, and no gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear_gradients(keep=False)
         if self.average is not None:
             self.average.copy_to(self.parameters)
 
-    def state(self, trained: Trained) -> dict[str, Any]:
-        """All that a checkpoint needs; `trained` counts up to now."""
+    def state(self) -> dict[str, Any]:
+        """All that a checkpoint needs."""
         return {
             "step": self.done,
             "unlogged": self._unlogged,
@@ -135,8 +166,8 @@ class Member:
             "optimizer": self.optimizer.state_dict(),
             "rates": self.rates.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "eval_losses": trained.eval_losses,
-            "cost": cost.plain(trained, self.job.costs),
+            "eval_losses": self.trained.eval_losses,
+            "cost": cost.plain(self.trained, self.job.costs),
         }
 
     def take_up(self, state: dict[str, Any], where: Path) -> None:
@@ -155,4 +186,4 @@ class Member:
         cost.take_up(state.get("cost"), self.trained, self.job.costs, where)
         self.trained.steps = self.done
         self.trained.eval_losses = list(state["eval_losses"])
-        self.trained.resumed_from_step = self.job.first_step + self.done
+        self.trained.resumed_from_step = self.number

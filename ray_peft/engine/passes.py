@@ -24,8 +24,8 @@ class Pass(Generic[PartT]):
         self._computation, self._device = computation, device
         self.how = "as they are"
         """How passes run, for the trial's row."""
-        self.loss = torch.zeros((), device=device)
-        """Sum of the passes' shares of their steps' mean losses since `loss.zero_()`."""
+        self.loss = torch.zeros(() if computation.members is None else (computation.members,), device=device)
+        """Sums, () or by member, of the passes' shares of their steps' mean losses since `loss.zero_()`."""
 
     def __call__(self, part: PartT) -> None:
         """Add the gradients and the loss of `part`, a part of one optimizer step."""
@@ -40,7 +40,7 @@ class Pass(Generic[PartT]):
 
     def _run(self, *inputs: Tensor) -> None:
         loss = self._computation.loss(*inputs)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss if loss.ndim == 0 else loss.sum()).backward()  # type: ignore[no-untyped-call]
         self.loss += loss.detach()
 
 

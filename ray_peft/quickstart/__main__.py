@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from ray_peft.errors import RayPeftError
+from ray_peft.foundation.quiet import quiet_libraries
 from ray_peft.quickstart import model, stdlib_docs
-from ray_peft.quiet import quiet_libraries
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 DOCS_FILES = ("train.jsonl", "test.jsonl")

@@ -13,8 +13,8 @@ from ray_peft.metrics.intervals import CONFIDENCE, DifferenceInterval, Numbers, 
 from ray_peft.report.digits import fixed
 from ray_peft.report.questions import OTHERS, Parts, Questions
 from ray_peft.report.ties import FEWEST_ROWS
-from ray_peft.result import TrialResult
 from ray_peft.spec import BenchmarksSpec, LlmTrialSpec
+from ray_peft.trial.result import TrialResult
 
 STANDARD_ERRORS = 2
 """A difference of independent samples within this many standard errors counts as tied."""

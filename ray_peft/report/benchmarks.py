@@ -9,8 +9,8 @@ from ray_peft.report.lineage import lineages
 from ray_peft.report.questions import Questions
 from ray_peft.report.table import Row, SeedGroup
 from ray_peft.report.ties import FEWEST_ROWS, trial_pairs
-from ray_peft.result import TrialResult
 from ray_peft.spec import BenchmarksSpec, LlmTrialSpec
+from ray_peft.trial.result import TrialResult
 
 _HEADER = ("Benchmark", "Trial", "Score", "Standard error", "Questions", "vs base", "Taken as")
 _TEXT = (

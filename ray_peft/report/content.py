@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ray_peft.metrics.scores import Sample
 from ray_peft.report import benchmarks, facts, gallery, plots, quality, training
 from ray_peft.report.advice import advice
 from ray_peft.report.document import Block, Document, Figure, Prompt, Section
 from ray_peft.report.material import Material
 from ray_peft.report.table import Row, seed_groups
-from ray_peft.result import Sample
 
 
 def build(material: Material) -> Document:

@@ -10,7 +10,7 @@ from typing import Any
 from ray_peft.foundation.whole import write_text
 from ray_peft.report.flat import flatten
 from ray_peft.report.table import rows
-from ray_peft.result import TrialResult
+from ray_peft.trial.result import TrialResult
 
 _FIRST = ("trial_id", "label", "status")
 _STARTS_FORMULA = ("=", "+", "-", "@", "\t", "\r")

@@ -10,7 +10,7 @@ from ray_peft.report.flat import flat_spec
 from ray_peft.report.labels import differing, setting_text
 from ray_peft.report.material import Material
 from ray_peft.report.table import Row, error_line
-from ray_peft.result import Provenance
+from ray_peft.trial.result import Provenance
 
 _RERUN = """\
 python -c "import json; rows = map(json.loads, open('results.jsonl', encoding='utf-8')); \\

@@ -10,6 +10,7 @@ from ray_peft.foundation.json_lines import problem, read_lines
 from ray_peft.foundation.names import PathPart
 from ray_peft.foundation.strict import Strict
 from ray_peft.foundation.whole import write_text
+from ray_peft.metrics.scores import ImageFile, QuestionScores, RowLoss, Sample
 from ray_peft.report.content import build
 from ray_peft.report.csvfile import write_csv
 from ray_peft.report.curves import read_curve
@@ -18,7 +19,6 @@ from ray_peft.report.markdown import to_markdown
 from ray_peft.report.material import Material
 from ray_peft.report.rescore import rescored
 from ray_peft.report.webpage import to_html
-from ray_peft.result import ImageFile, QuestionScores, RowLoss, Sample
 from ray_peft.space.read import ReportSpec
 from ray_peft.store.results_file import read_results
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ray_peft.metrics.scores import ImageFile
 from ray_peft.report.digits import count, fixed
 from ray_peft.report.document import Block, Gallery, Paragraph, Picture, Table
 from ray_peft.report.material import Material
 from ray_peft.report.table import Row, is_base
 from ray_peft.report.thumbnails import thumbnail
-from ray_peft.result import ImageFile
 
 MOST = 200
 """Pictures that a report shows: each is a copy of 10 to 20 KiB inside its page."""

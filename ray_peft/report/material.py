@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ray_peft.metrics.intervals import DifferenceInterval
+from ray_peft.metrics.scores import ImageFile, QuestionScores, Sample
 from ray_peft.report.curves import Curve
 from ray_peft.report.questions import Questions
 from ray_peft.report.table import Row, SeedGroup, rows, units
@@ -21,7 +22,7 @@ from ray_peft.report.uncertainty import (
     intervals,
     loss_intervals,
 )
-from ray_peft.result import ImageFile, QuestionScores, Sample, TrialResult
+from ray_peft.trial.result import TrialResult
 
 
 @dataclass(frozen=True, kw_only=True)

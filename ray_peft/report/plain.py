@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ray_peft.report.digits import MISSING, fixed, speed, spread_text
 from ray_peft.report.table import Row, Score, SeedGroup, error_line, rows, seed_groups
-from ray_peft.result import TrialResult
+from ray_peft.trial.result import TrialResult
 
 WIDTH = 118
 """Columns of the console that a table may fill."""

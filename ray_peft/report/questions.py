@@ -11,7 +11,8 @@ from statistics import fmean
 from typing import TypeAlias
 
 from ray_peft.metrics.intervals import Numbers, mean_parts
-from ray_peft.result import QuestionScores, TrialResult
+from ray_peft.metrics.scores import QuestionScores
+from ray_peft.trial.result import TrialResult
 
 CLOSE = 1e-9
 """How near, as a share, the mean over questions must come to the score that lm-eval gives."""

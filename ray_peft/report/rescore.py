@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ray_peft.metrics.scripts import Tokenizers, tokenizers
 from ray_peft.report.uncertainty import Answers
-from ray_peft.result import TrialResult
+from ray_peft.trial.result import TrialResult
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Literal
 from ray_peft.methods import METHODS
 from ray_peft.report.flat import flat_spec
 from ray_peft.report.labels import labels
-from ray_peft.result import Status, TrialResult
 from ray_peft.store.results_file import latest
+from ray_peft.trial.result import Status, TrialResult
 
 BASE_METHOD = "none"
 Phase = Literal["load_s", "train_s", "evaluate_s", "save_s", "wall_time_s"]

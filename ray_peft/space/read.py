@@ -16,12 +16,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from ray_peft.errors import SearchSpaceError, SpecError
-from ray_peft.explained import explain, field_names, short
 from ray_peft.foundation import dotted
 from ray_peft.foundation.strict import Strict
 from ray_peft.space import profiles, yaml_text
 from ray_peft.space.distributions import distributions, draw, misspelt, not_alone
 from ray_peft.space.distributions import problem as distribution_problem
+from ray_peft.space.explained import explain, field_names, short
 from ray_peft.spec import TrialSpec
 
 _PartT = TypeVar("_PartT", bound=Strict)

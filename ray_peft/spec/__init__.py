@@ -17,10 +17,9 @@ from ray_peft.spec.text_to_image import (
     ImageTrainSpec,
     ImageTrialSpec,
 )
-from ray_peft.spec.union import SPECS, AnyTrialSpec
+from ray_peft.spec.union import AnyTrialSpec
 
 __all__ = [
-    "SPECS",
     "AnyTrialSpec",
     "BenchmarksSpec",
     "ContaminationSpec",

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
+from ray_peft.errors import SpecError
 from ray_peft.foundation import dotted
 from ray_peft.foundation.strict import Strict
 from ray_peft.methods import METHODS, AnyMethod
@@ -146,12 +147,19 @@ class TrialSpec(Strict):
 
         Raises:
             pydantic.ValidationError: the data does not fit.
+            SpecError: no such task.
         """
         if cls is not TrialSpec:
             return super().from_plain(plain)
-        from ray_peft.spec.union import spec_type
+        kinds, task = TrialSpec.kinds(), task_of(plain)
+        if task not in kinds:
+            raise SpecError(f"task: must be one of {', '.join(kinds)} (found {task!r})")
+        return cast(Self, kinds[task].from_plain(plain))
 
-        return cast(Self, spec_type(plain).from_plain(plain))
+    @staticmethod
+    def kinds() -> dict[str, type[TrialSpec]]:
+        """The class of each task's trials, by the task: those that ray_peft.spec imports."""
+        return {kind.model_fields["task"].default: kind for kind in TrialSpec.__subclasses__()}
 
     @model_validator(mode="after")
     def _means_what_it_says(self) -> Self:
@@ -164,7 +172,7 @@ class TrialSpec(Strict):
     def trial_id(self) -> str:
         """The method's name and eight digits of a hash of what the trial is.
 
-        Before model and data were read it holds their names; experiment.inspect_trials puts the id of their content
+        Before model and data were read it holds their names; checks.trials.inspect_trials puts the id of their content
         in its place, which then goes with the spec to every worker.
         """
         return identity.trial_id(self, None, [member.trial_id for member in self.members()])
@@ -281,6 +289,11 @@ class TrialSpec(Strict):
         for holder, key in [(model, "name"), (model, "tokenizer"), *self._local_paths(plain)]:
             if holder[key] is not None and is_local(holder[key]):
                 holder[key] = str(Path(holder[key]).expanduser().absolute())
+
+
+def task_of(plain: Any) -> Any:
+    """The task that a trial or its plain data names; one that names none is `llm_sft`."""
+    return plain.get("task", "llm_sft") if isinstance(plain, dict) else getattr(plain, "task", "llm_sft")
 
 
 def check_parts(*, train: float, **held_out: float) -> None:

@@ -1,1 +1,1 @@
-"""What is kept of trials: their rows, their folders, and their runs in MLflow."""
+"""What is kept of trials: their rows, their folders, their runs in MLflow, and which of it answers today's trials."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ray_peft.foundation.whole import write_text
-from ray_peft.result import RESTARTS_FILE, RESULT_FILE, TrialResult
 from ray_peft.store.ledger import Ledger
+from ray_peft.trial.result import RESTARTS_FILE, RESULT_FILE, TrialResult
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from ray_peft.errors import StorageError, first_line
 from ray_peft.foundation.audience import Audience
-from ray_peft.result import TrialResult
 from ray_peft.store.ledger import Ledger
+from ray_peft.trial.result import TrialResult
 
 logger = logging.getLogger(__name__)
 

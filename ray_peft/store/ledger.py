@@ -16,8 +16,8 @@ from ray_peft.foundation.locks import locked
 from ray_peft.foundation.names import one_part
 from ray_peft.foundation.storage import writing
 from ray_peft.foundation.whole import write_text
-from ray_peft.result import TrialResult
 from ray_peft.store.results_file import read_results
+from ray_peft.trial.result import TrialResult
 
 WAY_OUT = "free some space, or give another --out; the same command then runs what is missing"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ray_peft.errors import DataError
 from ray_peft.foundation.json_lines import read_lines
-from ray_peft.result import TrialResult
+from ray_peft.trial.result import TrialResult
 
 
 def read_results(folder: Path) -> list[TrialResult]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from ray_peft.engine.trained import Costs, Report, Trained
 from ray_peft.errors import SpecError
 from ray_peft.methods.base import Dtype, Stage, Task
-from ray_peft.result import QuestionScores, Sample, Scores
+from ray_peft.metrics.scores import QuestionScores, Sample, Scores
 from ray_peft.spec import ModelSpec, TrialSpec
 from ray_peft.spec.identity import Content
 from ray_peft.vram.cards import ANY, Gpu

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ray_peft.result import ImageFile
+from ray_peft.metrics.scores import ImageFile
 from ray_peft.tasks.base import GeneratedImage
 
 IMAGES = "images"

@@ -6,20 +6,20 @@ import tempfile
 from pathlib import Path
 
 from ray_peft.errors import TrialFailed
-from ray_peft.result import TrialResult, Usage
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Bench, MemberModel
 from ray_peft.trial.life import Life, Place, evaluate, predict, provenance
+from ray_peft.trial.result import TrialResult, Usage
 
 
 def run_ensemble(life: Life) -> TrialResult:
     """Bring the members together, tune their weights, and answer; its cost is theirs and its own."""
     spec, place = life.spec, life.place
     rows = _member_rows(spec, place)
-    life.memory.start()  # before loading: that all members are held at once is what an ensemble costs
+    life.process.memory.start()  # before loading: that all members are held at once is what an ensemble costs
     with tempfile.TemporaryDirectory(prefix="ray_peft_members_") as scratch:
-        with life.clock.phase("load"):
+        with life.process.clock.phase("load"):
             # The members as they are named today: an earlier row's files may have been elsewhere.
             models = [
                 MemberModel(member, _weights(life, row, Path(scratch) / row.trial_id))
@@ -34,12 +34,12 @@ def run_ensemble(life: Life) -> TrialResult:
         _check_same_rows(rows, bench)
         life.parameters = (sum(row.trainable_parameters for row in rows), bench.parameters()[1])
         life.adapter_bytes = sum(row.adapter_bytes for row in rows)
-        with life.clock.phase("evaluate"):
+        with life.process.clock.phase("evaluate"):
             weights = bench.tune()
             life.weights = {row.trial_id: weight for row, weight in zip(rows, weights, strict=True)}
             life.report({f"weight.{trial}": weight for trial, weight in life.weights.items()}, 0)
             evaluate(life, bench)
-    life.memory.stop()
+    life.process.memory.stop()
     result = life.result("finished")
     return result.model_copy(update={"usage": _with_members(result.usage, [row.usage for row in rows])})
 

@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from ray_peft import measure
 from ray_peft.engine.finite import ways_out
 from ray_peft.engine.recovery import is_out_of_memory
 from ray_peft.engine.trained import Costs, Report, Trained
@@ -21,10 +20,14 @@ from ray_peft.errors import RayPeftError, TrialFailed
 from ray_peft.foundation.measured import to_json
 from ray_peft.foundation.storage import is_full, told
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype
-from ray_peft.result import RESTARTS_FILE, Provenance, Scores, Status, TrialResult, Usage
+from ray_peft.metrics.scores import Scores
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import Bench, Scored
 from ray_peft.tasks.image_files import IMAGES, write_images
+from ray_peft.trial.clock import Clock
+from ray_peft.trial.peaks import MemoryWatch, Peaks, larger_peaks
+from ray_peft.trial.provenance import device_name, git_commit, versions
+from ray_peft.trial.result import RESTARTS_FILE, Provenance, Status, TrialResult, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +78,20 @@ class Place:
     """What of the GPU must be free before it starts; None where nothing predicts it."""
 
 
+class Process:
+    """What belongs to the process that runs trials: its clock and its memory."""
+
+    def __init__(self, device: str) -> None:
+        self.clock = Clock()
+        self.memory = MemoryWatch(device)
+        self.evaluation_memory = MemoryWatch(device)
+
+
 class LifeCosts(Costs):
     """A trial's seconds and peaks over all its attempts."""
 
-    def __init__(self, clock: measure.Clock, memory: measure.MemoryWatch) -> None:
-        self._clock, self._memory = clock, memory
+    def __init__(self, process: Process) -> None:
+        self._clock, self._memory = process.clock, process.memory
         self._earlier: dict[str, Any] = {}
         self.complete = True
         """False if a checkpoint did not say what came before it."""
@@ -93,9 +105,9 @@ class LifeCosts(Costs):
         """Without what was done twice: from a checkpoint to the end of the attempt that wrote it."""
         return self._clock.total() + float(self._earlier.get("wall_s", 0.0))
 
-    def peaks(self) -> measure.Peaks:
+    def peaks(self) -> Peaks:
         """The larger ones."""
-        return measure.larger_peaks(self._memory.so_far(), measure.Peaks(**self._earlier.get("peaks", {})))
+        return larger_peaks(self._memory.so_far(), Peaks(**self._earlier.get("peaks", {})))
 
     def so_far(self) -> dict[str, Any]:
         """All of these as JSON-like data."""
@@ -126,10 +138,8 @@ class Life:
         self.place = place
         self.tracker = tracker
         self.run_id: str | None = None
-        self.clock = measure.Clock()
-        self.memory = measure.MemoryWatch(place.device)
-        self.evaluation_memory = measure.MemoryWatch(place.device)
-        self.costs = LifeCosts(self.clock, self.memory)
+        self.process = Process(place.device)
+        self.costs = LifeCosts(self.process)
         self.trained = Trained()
         self.parameters = (0, 0)
         self.scored = Scored(Scores())
@@ -152,7 +162,7 @@ class Life:
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         """Keep metrics in the trial's log and the tracker, and pass them on."""
         if self.place.rank == 0:
-            line = to_json({"step": step, "time_s": round(self.clock.total(), 3), **metrics})
+            line = to_json({"step": step, "time_s": round(self.process.clock.total(), 3), **metrics})
             with self._log.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
             text = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
@@ -182,8 +192,8 @@ class Life:
 
     def result(self, status: Status, error: str | None = None) -> TrialResult:
         """The trial's row, with what is known by now."""
-        self.memory.stop()
-        self.evaluation_memory.stop()
+        self.process.memory.stop()
+        self.process.evaluation_memory.stop()
         seconds, trained, peaks = self.costs.seconds(), self.trained, self.costs.peaks()
         if peaks.spilled_gib:
             logger.warning(
@@ -202,7 +212,7 @@ class Life:
             usage=Usage(
                 peak_allocated_gib=peaks.allocated_gib,
                 peak_reserved_gib=peaks.reserved_gib,
-                evaluation_allocated_gib=self.evaluation_memory.peaks.allocated_gib,
+                evaluation_allocated_gib=self.process.evaluation_memory.peaks.allocated_gib,
                 device_used_gib=peaks.device_used_gib,
                 spilled_gib=peaks.spilled_gib,
                 peak_rss_gib=peaks.rss_gib,
@@ -341,9 +351,9 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 def provenance(bench: Bench, place: Place) -> dict[str, Any]:
     """With what a result is made: the fields of `Provenance` that the bench and this machine know."""
     return {
-        "versions": measure.versions(),
-        "device": measure.device_name(place.device),
-        "git_commit": measure.git_commit(),
+        "versions": versions(),
+        "device": device_name(place.device),
+        "git_commit": git_commit(),
         "model_fingerprint": bench.model_fingerprint,
         "data_key": bench.data_key,
     }

@@ -24,12 +24,12 @@ STAGE_FILE = "stage.json"
 def train_all(life: Life, bench: Bench, stages: list[tuple[Stage, int]]) -> None:
     """Train every stage, and merge between two of them."""
     for index, (stage, steps) in enumerate(stages):
-        life.memory.start()
+        life.process.memory.start()
         if not _taken_up(life, bench, index, stage):
-            with life.clock.phase("train"):
+            with life.process.clock.phase("train"):
                 _train(life, bench, index, stage, steps)
             free_memory(life.place.device)  # trainer and optimizer refer to each other: by themselves they stay
-        life.memory.stop()
+        life.process.memory.stop()
         if index + 1 < len(stages):
             _cross(life, bench, index, stage)
 
@@ -87,7 +87,7 @@ def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
     first = life.place.rank == 0
     folder = stage_folder(life.place, index)
     if first:
-        with life.clock.phase("save"):
+        with life.process.clock.phase("save"):
             if not (folder / STAGE_FILE).is_file():
                 keep(life, bench, folder.name, "float32")  # as it is: the trial may go on from here
                 _write_stage(life, folder)
@@ -96,10 +96,10 @@ def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
     held = bench.dtypes()
     for moment in (f"after stage {index + 1}", f"after merge {index + 1}"):
         if moment.startswith("after merge"):
-            with life.clock.phase("train"):
+            with life.process.clock.phase("train"):
                 bench.merge(stage)
         if first:
-            with life.clock.phase("evaluate"):
+            with life.process.clock.phase("evaluate"):
                 life.boundaries[moment] = bench.eval_loss()
             life.report({f"boundary_loss.{moment.replace(' ', '_')}": life.boundaries[moment]}, life.trained.steps)
             if life.place.num_workers == 1:  # nothing that starts from these weights can end well

@@ -8,23 +8,23 @@ import logging
 import shutil
 import sys
 
-from ray_peft import measure
 from ray_peft.engine.recovery import divisor, free_memory
 from ray_peft.engine.trained import Report
 from ray_peft.errors import first_line
-from ray_peft.forecast import ways
 from ray_peft.foundation.storage import told
 from ray_peft.foundation.units import GIB
 from ray_peft.foundation.whole import write_text
-from ray_peft.result import RESULT_FILE, TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.spec.keys import MICRO_BATCH
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Bench
 from ray_peft.trial.ensembles import run_ensemble
 from ray_peft.trial.life import Life, Place, Tracker, evaluate, keep, predict, provenance
+from ray_peft.trial.result import RESULT_FILE, TrialResult
 from ray_peft.trial.stages import STAGE_FILE, stage_folder, train_all
-from ray_peft.vram.cards import known
+from ray_peft.trial.waiting import wait_for_memory
+from ray_peft.vram.cards import here
+from ray_peft.vram.fit import ways
 
 __all__ = ["RESULT_FILE", "STAGE_FILE", "Place", "Tracker", "run"]
 
@@ -81,17 +81,18 @@ def _with_advice(life: Life, error: str) -> str:
         return error
     import torch
 
-    gpu = known(measure.device_name(place.device))
+    gpu = here(place.device)
     room = place.gpu_memory_gib or torch.cuda.get_device_properties(place.device).total_memory / GIB
     said = f"ran out of {room:.1f} GiB of GPU memory"
-    if life.clock.last == "evaluate":
+    if life.process.clock.last == "evaluate":
         return f"{said} in the evaluation, one row at a time\n\n{error}"
     rows = life.lowered.get(MICRO_BATCH)
     share = spec.train.batch_size // spec.resources.num_workers
     try:
         lowest = spec.changed({MICRO_BATCH: divisor(share, rows)}) if rows is not None else spec
-        too_much = TASKS[spec.task].predict(lowest, gpu)
-        found = ways(lowest, gpu, room, below=too_much.peak_reserved if too_much is not None else None)
+        predictor = TASKS[spec.task].predictor(lowest)
+        too_much = predictor(lowest, gpu) if predictor is not None else None
+        found = ways(lowest, predictor, gpu, room, below=too_much.peak_reserved if too_much is not None else None)
     except Exception as failure:  # the row does not depend on the advice
         logger.warning("%s: no advice: %s: %s", spec.trial_id, type(failure).__name__, failure)
         found = ()
@@ -123,7 +124,7 @@ def _run(life: Life) -> TrialResult:
     _take_place(place)
     if spec.members():
         return run_ensemble(life)
-    with life.clock.phase("load"):
+    with life.process.clock.phase("load"):
         bench = TASKS[spec.task].load(life.runs, place.device)
     life.provenance = life.provenance.model_copy(update=provenance(bench, place))
     life.parameters = (0, bench.parameters()[1])
@@ -134,17 +135,17 @@ def _run(life: Life) -> TrialResult:
         predict(life, bench)
     stages = spec.method.stages(bench.total_steps())
     if not stages:  # the weights alone
-        life.memory.start()
-        life.memory.stop()
+        life.process.memory.start()
+        life.process.memory.stop()
     train_all(life, bench, stages)
     if place.rank > 0:
         return life.result("finished")
     if stages:
-        with life.clock.phase("save"):
+        with life.process.clock.phase("save"):
             _save(life, bench)
     if place.device != "cpu":
-        life.evaluation_memory.start()
-    with life.clock.phase("evaluate"):
+        life.process.evaluation_memory.start()
+    with life.process.clock.phase("evaluate"):
         evaluate(life, bench)
     for index in range(len(stages)):
         shutil.rmtree(place.folder / f"stage{index + 1}", ignore_errors=True)
@@ -159,8 +160,8 @@ def _take_place(place: Place) -> None:
 
         torch.set_num_threads(place.threads if place.device == "cpu" else min(place.threads, GPU_TRIAL_THREADS))
     if place.needed_gib is not None and place.device != "cpu":
-        context = known(measure.device_name(place.device)).context / GIB
-        measure.wait_for_memory(place.device, place.needed_gib, context)
+        context = here(place.device).context / GIB
+        wait_for_memory(place.device, place.needed_gib, context)
 
 
 def _save(life: Life, bench: Bench) -> None:

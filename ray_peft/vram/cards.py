@@ -58,6 +58,13 @@ ANY = Gpu("any GPU", 12.0)
 """A card of which nothing is known but its memory, which is given."""
 
 
+def here(device: str) -> Gpu:
+    """The card of "cuda:N"."""
+    import torch
+
+    return known(torch.cuda.get_device_name(device))
+
+
 def known(name: str) -> Gpu:
     """The card of that name, as torch and the driver write it; else one with the safest numbers."""
     exact = {gpu.name.lower(): gpu for gpu in KNOWN}

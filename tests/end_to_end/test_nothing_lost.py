@@ -100,7 +100,7 @@ def test_a_store_that_goes_away_loses_no_row_and_signals_stay_the_caller_s(
 def test_a_ray_that_we_start_listens_on_this_machine_alone():
     code = (
         "import ipaddress, os, psutil\n"
-        "from ray_peft.cluster import connect\n"
+        "from ray_peft.schedule.cluster import connect\n"
         "with connect() as nodes:\n"
         "    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]\n"
         "    found = [c.laddr.ip for p in processes for c in p.net_connections('inet') if c.status == 'LISTEN']\n"

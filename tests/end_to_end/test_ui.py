@@ -16,7 +16,7 @@ import psutil
 import pytest
 from tracked import free_port, result_of, spec_of, wait_for
 
-from ray_peft.result import Scores
+from ray_peft.metrics.scores import Scores
 from ray_peft.store.tracking import TrialTracker, default_uri, finish_sweep, open_store, start_sweep
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,9 +13,9 @@ import tiny
 import tiny_diffusion
 
 import ray_peft
-from ray_peft import measure
+from ray_peft.checks.inspector import Inspector
+from ray_peft.foundation.nvml import gpu_memory
 from ray_peft.foundation.units import GIB
-from ray_peft.inspector import Inspector
 from ray_peft.space.read import Space, TrackingSpec
 from ray_peft.spec import TrialSpec
 from ray_peft.store.ledger import Ledger
@@ -67,7 +67,7 @@ def long_rows(tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def gpu() -> Gpu:
     """The GPU that is here; asked without a CUDA context."""
-    found = measure.gpu_memory("0")
+    found = gpu_memory("0")
     if found is None:
         pytest.skip("NVML does not answer")
     return replace(known(found.name), memory_gib=found.total_gib)
@@ -185,7 +185,7 @@ def test_trials_share_a_gpu_by_predicted_bytes(shared, gpu, long_rows, tmp_path)
 
 def test_a_share_that_was_too_small_is_mended_by_running_alone(shared, gpu, long_rows, tmp_path, monkeypatch):
     """The share is what is wrong here: with a thirty-second of 20 GiB the CUDA context leaves nothing."""
-    monkeypatch.setattr("ray_peft.allotment.share_of", lambda *_: 1 / 32)
+    monkeypatch.setattr("ray_peft.schedule.allotment.share_of", lambda *_: 1 / 32)
     model = build_config(tmp_path / "small", hidden=256, layers=4)
     (row,) = swept(tmp_path / "alone", open_trials(model, long_rows, 1), cap_gib=20.0)
     assert (row.status, row.provenance.gpus_per_worker) == ("finished", 1.0)

@@ -7,11 +7,11 @@ import math
 import pytest
 import tiny
 
-from ray_peft.allotment import Allotment, card
 from ray_peft.console import Console
-from ray_peft.forecast import size
 from ray_peft.foundation.units import GIB, MIB
-from ray_peft.placement import PARTS, Node
+from ray_peft.schedule.allotment import Allotment, card
+from ray_peft.schedule.forecast import size_of
+from ray_peft.schedule.placement import PARTS, Node
 from ray_peft.spec import TrialSpec
 from ray_peft.vram.cards import ANY
 
@@ -41,7 +41,7 @@ def trial(tiny_model, questions):
 
 
 def footprint(spec, part="needed") -> int:
-    return ANY.footprint(getattr(size(spec, ANY, None).prediction, part))
+    return ANY.footprint(getattr(size_of(spec, ANY, None).prediction, part))
 
 
 def test_small_trials_share_a_gpu_by_predicted_bytes_and_are_held_to_their_share(trial):
@@ -122,7 +122,7 @@ def test_what_does_not_fit_says_so_with_what_takes_less_and_runs_all_the_same(tr
 def test_a_trial_that_fits_nowhere_keeps_its_prediction_and_what_was_chosen(trial):
     """Shorter rows would take less, but too few training rows are that short: advice needs no data."""
     spec = trial(train__fit="auto", data__max_length=512, train__batch_size=8, train__micro_batch_size=8)
-    found = size(spec, ANY, 0.5)
+    found = size_of(spec, ANY, 0.5)
     assert found.prediction is not None
     assert dict(found.chosen) == {"train.micro_batch_size": 1, "train.gradient_checkpointing": True}
     assert found.less

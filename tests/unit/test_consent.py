@@ -11,13 +11,14 @@ from pydantic import ValidationError
 from ray_peft.cli import main
 from ray_peft.errors import DataError, SpecError
 from ray_peft.foundation.names import one_part
+from ray_peft.metrics.scores import ImageFile
 from ray_peft.report.files import write_report
-from ray_peft.result import ImageFile, TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.store.consent import check_consent
 from ray_peft.store.ledger import Ledger
 from ray_peft.store.tracking import TrialTracker, default_uri, load_spec, open_store
 from ray_peft.tasks.llm_sft.benchmarks import check
+from ray_peft.trial.result import TrialResult
 
 BAD = ["../../etc", "a/b", "a\\b", "", "..", ". .", "c:x", "a\0b", "a\nb", "x" * 300]
 

@@ -9,14 +9,14 @@ import pytest
 import released
 import yaml
 
+from ray_peft.checks.inspector import Inspector
+from ray_peft.checks.trials import inspect_trials
 from ray_peft.console import Console
-from ray_peft.earlier import Earlier, recall
-from ray_peft.experiment import inspect_trials
-from ray_peft.inspector import Inspector
 from ray_peft.report.files import write_report
-from ray_peft.result import TrialResult
 from ray_peft.space.read import load
+from ray_peft.store.earlier import Earlier, recall
 from ray_peft.store.results_file import read_results
+from ray_peft.trial.result import TrialResult
 
 
 @pytest.fixture(scope="module")

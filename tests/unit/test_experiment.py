@@ -7,8 +7,8 @@ import example_sweep
 from mlflow import MlflowClient
 
 from ray_peft.console import Console
-from ray_peft.experiment import open_experiment
 from ray_peft.report.files import Sweep
+from ray_peft.schedule.experiment import open_experiment
 from ray_peft.space.read import ReportSpec
 from ray_peft.store.ledger import Ledger
 from ray_peft.store.tracking import default_uri, open_store

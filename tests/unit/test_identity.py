@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import tiny
 
+from ray_peft.checks.trials import inspect_trials
 from ray_peft.console import Console
 from ray_peft.errors import SpecError
-from ray_peft.experiment import inspect_trials
 from ray_peft.foundation.strict import Strict
 from ray_peft.methods import METHODS
 from ray_peft.methods.base import Method, Quantization
@@ -204,7 +204,7 @@ def test_two_members_of_an_ensemble_with_the_same_weights_are_refused(tiny_model
 def test_an_id_goes_with_its_spec(tiny_model, questions, moved):
     import pickle
 
-    from ray_peft.result import TrialResult
+    from ray_peft.trial.result import TrialResult
 
     sources = [{"recipe": "prompt_completion", "path": str(questions), "train": 24, "test": 8, "validation": 4}]
     members = [{"method": {"name": "lora", "rank": 2}}, {"method": {"name": "lora", "rank": 1}}]

@@ -6,9 +6,9 @@ import pytest
 import tiny
 
 from ray_peft.errors import SearchSpaceError
-from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.store.ledger import Ledger, SweepRecord
+from ray_peft.trial.result import TrialResult
 
 
 def row(seed: int, status: str = "finished") -> TrialResult:

@@ -9,12 +9,13 @@ import pytest
 import tiny
 
 from ray_peft.foundation.measured import from_json, to_json
+from ray_peft.metrics.scores import Scores
 from ray_peft.report.curves import read_curve
 from ray_peft.report.files import write_report
-from ray_peft.result import Scores, TrialResult, Usage
+from ray_peft.schedule.worker import final_report
 from ray_peft.spec import TrialSpec
 from ray_peft.store.ledger import Ledger
-from ray_peft.worker import final_report
+from ray_peft.trial.result import TrialResult, Usage
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Notes on trials: each once, all kept, and no flood on the console."""
 
+from ray_peft.checks.notes import LONGEST, SHOWN, Notes
 from ray_peft.console import Console
-from ray_peft.noted import LONGEST, SHOWN, Notes
 
 
 def test_each_note_is_shown_and_kept_once(capsys):

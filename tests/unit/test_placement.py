@@ -4,7 +4,7 @@ import pytest
 import tiny
 
 from ray_peft.errors import PlacementError
-from ray_peft.placement import Demand, Need, Node, concurrent_trials, demand, fit
+from ray_peft.schedule.placement import Demand, Need, Node, concurrent_trials, demand, fit
 from ray_peft.spec import TrialSpec
 
 LAPTOP = [Node(cpus=2, gpus=0)]

@@ -7,7 +7,7 @@ import sys
 import pytest
 import tiny
 
-from ray_peft import rehearsal
+from ray_peft.checks import rehearsal
 from ray_peft.errors import ModelError
 from ray_peft.methods.lora import LoRA
 from ray_peft.spec import TrialSpec

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import tiny
 
-from ray_peft import rehearsal
+from ray_peft.checks import rehearsal
+from ray_peft.checks.inspector import Inspector
+from ray_peft.checks.trials import inspect_trials
 from ray_peft.console import Console
 from ray_peft.errors import DataError, ModelError
-from ray_peft.experiment import inspect_trials
-from ray_peft.inspector import Inspector
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import remembered
 from ray_peft.tasks.files import _bytes as files_of_this_process

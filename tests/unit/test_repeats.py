@@ -13,14 +13,14 @@ from pathlib import Path
 import example_sweep
 import pytest
 
-from ray_peft import repeats
 from ray_peft.console import Console
-from ray_peft.experiment import open_experiment
-from ray_peft.result import TrialResult
+from ray_peft.schedule import repeats
+from ray_peft.schedule.experiment import open_experiment
 from ray_peft.store.ledger import Ledger
 from ray_peft.store.tracking import default_uri, is_closed, open_store
 from ray_peft.tasks import remembered
 from ray_peft.tasks.files import _bytes as files_of_this_process
+from ray_peft.trial.result import TrialResult
 
 
 class Closed:

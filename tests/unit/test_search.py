@@ -9,14 +9,15 @@ import pytest
 import tiny
 import yaml
 
+from ray_peft.checks.inspector import Inspector
 from ray_peft.console import Console
 from ray_peft.errors import SearchSpaceError
-from ray_peft.inspector import Inspector
-from ray_peft.result import Provenance, Scores, TrialResult
-from ray_peft.search import Draws
+from ray_peft.metrics.scores import Scores
+from ray_peft.schedule.search import Draws
+from ray_peft.schedule.sweep import plan
 from ray_peft.space.read import load
 from ray_peft.spec import TrialSpec
-from ray_peft.sweeps import plan
+from ray_peft.trial.result import Provenance, TrialResult
 
 LORA = {"name": "lora", "rank": 4, "lr": {"loguniform": [1.0e-3, 1.0e-1]}}
 METHODS = {"choice": [{"name": "lora", "rank": 4, "lr": 0.01}, {"name": "galore", "rank": 8}, {"name": "none"}]}

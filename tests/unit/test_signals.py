@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 
-from ray_peft.signals import callers_signals
+from ray_peft.schedule.signals import callers_signals
 
 
 def own(number, frame):

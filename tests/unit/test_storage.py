@@ -14,11 +14,11 @@ from ray_peft.console import Console
 from ray_peft.errors import StorageError
 from ray_peft.foundation.cache import made_whole
 from ray_peft.foundation.storage import is_full, told, writing
-from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.store.keeping import LastSteps, Rows
 from ray_peft.store.ledger import Ledger
 from ray_peft.trial import trial
+from ray_peft.trial.result import TrialResult
 
 
 @pytest.fixture

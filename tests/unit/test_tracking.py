@@ -18,7 +18,7 @@ from tracked import artifact_text, client_of, free_port, loaded_table, result_of
 
 from ray_peft.errors import TrackingError
 from ray_peft.foundation.masking import mask
-from ray_peft.result import Provenance, Scores, TrialResult, Usage
+from ray_peft.metrics.scores import Scores
 from ray_peft.store.tracking import (
     Store,
     close_open,
@@ -30,6 +30,7 @@ from ray_peft.store.tracking import (
     start_sweep,
 )
 from ray_peft.store.tracking.trial_run import flatten
+from ray_peft.trial.result import Provenance, TrialResult, Usage
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,7 +17,7 @@ from served import Wire
 from tracked import client_of, free_port, loaded_table, result_of, spec_of, tracker_of, wait_for
 
 from ray_peft.errors import TrackingError
-from ray_peft.result import Scores
+from ray_peft.metrics.scores import Scores
 from ray_peft.store.tracking import (
     default_uri,
     finish_sweep,
@@ -34,7 +34,7 @@ WRITERS = """
 import json, os, sys, traceback
 from pathlib import Path
 import mlflow.store.tracking.sqlalchemy_store
-from ray_peft.result import TrialResult
+from ray_peft.trial.result import TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.store.tracking import TrialTracker, default_uri, open_store
 

@@ -9,7 +9,6 @@ import pytest
 import tiny
 from untracked import HYBRID, Notes, run
 
-from ray_peft import measure
 from ray_peft.spec import TrialSpec
 from ray_peft.spec.keys import MICRO_BATCH
 from ray_peft.trial import trial
@@ -93,17 +92,17 @@ def test_an_ensemble_refuses_members_that_were_trained_on_other_rows(tiny_model,
 
 def test_a_row_that_ran_out_of_memory_names_what_takes_less(tiny_model, questions, tmp_path, monkeypatch):
     """The GPU is a name and a size here; the ways are computed."""
-    monkeypatch.setattr(measure, "device_name", lambda device: "a card of no list")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a card of no list")
     changes = {"train__batch_size": 512, "train__micro_batch_size": 512}
     spec = TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions, **changes))
     life = Life(spec, trial.Place(tmp_path, "cuda:0", gpu_memory_gib=1.2), None, lambda metrics, step: None)
     life.lowered = {MICRO_BATCH: 129}  # half of what a pass held, and no divisor of the batch
-    with life.clock.phase("train"):
+    with life.process.clock.phase("train"):
         first, _, rest = trial._with_advice(life, "CUDA out of memory").partition("\n")
     assert first.startswith("ran out of 1.2 GiB of GPU memory with 129 rows a pass; what takes less: train.micro_ba")
     assert "does not fit" not in first
     assert rest.strip() == "CUDA out of memory"
-    with life.clock.phase("evaluate"):
+    with life.process.clock.phase("evaluate"):
         assert trial._with_advice(life, "x").startswith("ran out of 1.2 GiB of GPU memory in the evaluation")
 
 

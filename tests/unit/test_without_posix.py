@@ -12,7 +12,7 @@ import pytest
 
 import ray_peft
 from ray_peft.foundation.locks import locked
-from ray_peft.processes import end_group
+from ray_peft.foundation.processes import end_group
 
 PACKAGE = Path(ray_peft.__file__).parent
 ROOT = PACKAGE.parent

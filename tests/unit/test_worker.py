@@ -2,9 +2,9 @@
 
 import tiny
 
-from ray_peft import worker
-from ray_peft.result import TrialResult
+from ray_peft.schedule import worker
 from ray_peft.spec import TrialSpec
+from ray_peft.trial.result import TrialResult
 
 
 def test_a_process_goes_on_after_a_failed_trial():

@@ -6,7 +6,7 @@ import json
 import re
 
 from ray_peft.errors import first_line
-from ray_peft.result import TrialResult
+from ray_peft.trial.result import TrialResult
 
 _REFUSED = re.compile(r"[^\w./ :-]")
 """Characters that MLflow refuses in the name of a metric, such as that of pass@1."""

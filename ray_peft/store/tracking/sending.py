@@ -16,11 +16,11 @@ from ray_peft.errors import TrackingError, first_line
 from ray_peft.foundation.masking import mask
 from ray_peft.foundation.measured import from_json
 from ray_peft.foundation.storage import told
-from ray_peft.result import TrialResult
 from ray_peft.store.outbox import Entry, Outbox, Sent
 from ray_peft.store.tracking.rows import final_metrics, final_tags
 from ray_peft.store.tracking.runs import close, create_run, points, run_tags, running, upload
 from ray_peft.store.tracking.store import Store, connect, insist
+from ray_peft.trial.result import TrialResult
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

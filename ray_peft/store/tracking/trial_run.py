@@ -14,12 +14,12 @@ from pathlib import Path
 from ray_peft.errors import TrackingError, first_line
 from ray_peft.foundation import dotted
 from ray_peft.foundation.masking import mask
-from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.store.outbox import Outbox
 from ray_peft.store.tracking.runs import fetch
 from ray_peft.store.tracking.sending import send, sent_to, why_unsent
 from ray_peft.store.tracking.store import PATIENCE_S, Store
+from ray_peft.trial.result import TrialResult
 
 logger = logging.getLogger(__name__)
 

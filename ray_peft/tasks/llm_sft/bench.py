@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, cast
 
 from ray_peft.engine.trained import Report, Trained
 from ray_peft.methods.base import Dtype, Stage
-from ray_peft.result import Sample, Scores
+from ray_peft.metrics.scores import Sample, Scores
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.base import Bench, Scored
-from ray_peft.vram.cards import Gpu, known
+from ray_peft.vram.cards import Gpu, here
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -101,9 +101,7 @@ class LlmBench(Bench):
 
     def predicted(self) -> Prediction:
         """The peak with passes as long as the longest training row, on the GPU that is here."""
-        from ray_peft.measure import device_name
-
-        return predictor(self.spec, self.data)(self.spec, known(device_name(self.device)))
+        return predictor(self.spec, self.data)(self.spec, here(self.device))
 
     def attach(self, stage: Stage) -> None:
         """Prepare the model for a stage, from the trial's seed."""

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, SupportsFloat
 
-from ray_peft.result import QuestionScores
+from ray_peft.metrics.scores import QuestionScores
 
 logger = logging.getLogger(__name__)
 

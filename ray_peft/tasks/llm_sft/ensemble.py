@@ -16,7 +16,7 @@ from ray_peft.methods.base import Dtype, Stage
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.base import EnsembleBench, MemberModel, Scored
 from ray_peft.tasks.llm_sft.bench import LlmBench
-from ray_peft.tasks.llm_sft.evaluate import answers, inference, token_log_probs
+from ray_peft.tasks.llm_sft.evaluate import Mixture, answers, bare, inference, token_log_probs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+    from ray_peft.tasks.llm_sft.continuous import Voice
     from ray_peft.tasks.llm_sft.data import PreparedData
 
 MOST_ROUNDS = 1000
@@ -92,6 +93,12 @@ class LoadedMember:
                 yield self.model
         else:
             yield self.model
+
+    def voice(self, weight: float) -> Voice:
+        """Its say in a mixture."""
+        from ray_peft.tasks.llm_sft.continuous import Voice
+
+        return Voice(bare(self.model), self.at_work, math.log(weight))
 
     @property
     def beneath(self) -> bool:
@@ -199,18 +206,19 @@ class LlmEnsemble(LlmBench, EnsembleBench):
         """Greedy answers; members without weight are not asked."""
         asked = self._asked()
         with self._ready(asked[1:]), asked[0][0].at_work() as model:
-            return answers(self.spec, model, self.tokenizer, rows, _mixer(asked), lowered=self.lowered)
+            mixture = Mixture([member.voice(weight) for member, weight in asked], _mixer(asked))
+            return answers(self.spec, model, self.tokenizer, rows, mixture, lowered=self.lowered)
 
     def benchmark(self, scored: Scored) -> Scored:
         """`scored` with what the lm-eval tasks say of the mixture's answers; members without weight are not asked."""
         if self.spec.evaluation.benchmarks is None:
             return scored
-        from ray_peft.tasks.llm_sft.benchmarks import Mixture, measure
+        from ray_peft.tasks.llm_sft import benchmarks
 
         asked = self._asked()
-        mixture = Mixture(partial(_mixed_log_probs, asked), _mixer(asked))
+        mixture = benchmarks.Mixture(partial(_mixed_log_probs, asked), _mixer(asked))
         with self._ready(asked), asked[0][0].at_work() as model:
-            return measure(self.spec, model, self.tokenizer, scored, mixture, lowered=self.lowered)
+            return benchmarks.measure(self.spec, model, self.tokenizer, scored, mixture, lowered=self.lowered)
 
     def _asked(self) -> list[tuple[LoadedMember, float]]:
         """Members with their weights, less those without weight."""

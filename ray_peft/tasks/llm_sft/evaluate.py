@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.engine.recovery import in_parts
@@ -11,11 +13,16 @@ from ray_peft.spec import LlmTrialSpec
 from ray_peft.spec.keys import EVALUATION_BATCH
 from ray_peft.tasks.llm_sft.data import IGNORED
 from ray_peft.tasks.llm_sft.decoding import end_of_answers, greedy
+from ray_peft.tasks.llm_sft.packed_scores import Row, packed_log_probs, packs
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
-    from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ray_peft.tasks.llm_sft.continuous import Voice
+
+logger = logging.getLogger(__name__)
 
 LOSS_TOKENS = 4096
 """Tokens, padding included, of one forward pass that measures the loss."""
@@ -23,6 +30,16 @@ LOSS_TOKENS = 4096
 LOSS_BATCH = "evaluation.loss_tokens"
 """What memory forced `LOSS_TOKENS` down to, as a key of `Bench.lowered`. It is none of the trial's settings, and apart
 from the rows that are answered at a time: passes of few tokens must not make answers slow."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """An ensemble's models, and how they mix."""
+
+    voices: Sequence[Voice]
+    processor: Callable[[Tensor], LogitsProcessor]
+    """Given the attention mask of a batch's prompts (row, longest), what turns the first model's scores of the next
+    tokens into those of the mixture."""
 
 
 def answer_loss(
@@ -56,10 +73,32 @@ def token_log_probs(
     import torch
 
     lowered = {} if lowered is None else lowered
+    ordered: list[Row] = list(zip(rows["input_ids"], rows["labels"], strict=True))
+    ordered.sort(key=lambda row: len(row[0]), reverse=True)
+    found = None
+    with inference(spec, model):
+        if ordered and packs(spec, model):
+            tokens = lowered.get(LOSS_BATCH, LOSS_TOKENS)
 
-    def score(part: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
+            def usual(part: Sequence[Row]) -> Tensor:
+                return torch.cat(_padded_log_probs(model, part, pad, {}))
+
+            found, fitting = packed_log_probs(spec, model, ordered, tokens, usual)
+            if fitting < tokens:
+                lowered[LOSS_BATCH] = fitting
+        if found is None:
+            found = _padded_log_probs(model, ordered, pad, lowered)
+    if not any(part.numel() for part in found):
+        raise ValueError("no held-out row has an answer token within data.max_length")
+    return torch.cat(found).double().cpu()
+
+
+def _padded_log_probs(model: PreTrainedModel, rows: Sequence[Row], pad: int, lowered: dict[str, int]) -> list[Tensor]:
+    """What `token_log_probs` gives, in parts, of rows that are padded to the longest of a pass."""
+
+    def score(part: Sequence[Row]) -> list[Tensor]:
         ids, labels = [row[0] for row in part], [row[1] for row in part]
-        output = model(
+        output: Any = model(
             input_ids=padded(ids, pad, "right").to(model.device),
             attention_mask=padded([[1] * len(row) for row in ids], 0, "right").to(model.device),
             labels=padded(labels, IGNORED, "right").to(model.device),
@@ -67,19 +106,15 @@ def token_log_probs(
         )
         return [output.log_probs[output.label_mask].double().cpu()]
 
-    left = sorted(zip(rows["input_ids"], rows["labels"], strict=True), key=lambda row: len(row[0]), reverse=True)
     found: list[Tensor] = []
-    with inference(spec, model):
-        while left:
-            longest = len(left[0][0])
-            batch = left[: max(1, lowered.get(LOSS_BATCH, LOSS_TOKENS) // longest)]
-            scored, size = in_parts(batch, len(batch), str(model.device), score)
-            found, left = found + scored, left[len(batch) :]
-            if size < len(batch):
-                lowered[LOSS_BATCH] = size * longest
-    if not any(part.numel() for part in found):
-        raise ValueError("no held-out row has an answer token within data.max_length")
-    return torch.cat(found)
+    while rows:
+        longest = len(rows[0][0])
+        batch = rows[: max(1, lowered.get(LOSS_BATCH, LOSS_TOKENS) // longest)]
+        scored, size = in_parts(batch, len(batch), str(model.device), score)
+        found, rows = found + scored, rows[len(batch) :]
+        if size < len(batch):
+            lowered[LOSS_BATCH] = size * longest
+    return found
 
 
 def answers(
@@ -87,32 +122,74 @@ def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
-    others: Callable[[Tensor], LogitsProcessor] | None = None,
+    mixture: Mixture | None = None,
     *,
     lowered: dict[str, int] | None = None,
 ) -> list[str]:
-    """The model's greedy answers, in the order of `rows`.
+    """The model's greedy answers, in the order of `rows`; those of its own `generate`.
 
-    Prompts are padded on the left and batched by length, so that little is padded. A batch that does not fit into
-    memory is halved for the rest of the rows.
+    The longest prompts come first, and a prompt takes the place of one that is answered (continuous.py). Where memory
+    runs out, half as many are answered at a time, for the rest of the rows. A model that does not take prompts so
+    answers with `generate`, batch by batch, and the log says why.
 
     Args:
         spec: how to evaluate.
         model: in any mode; its mode is restored.
         tokenizer: of the model.
         rows: with `prompt_ids`.
-        others: given the attention mask of a batch's prompts (row, longest), what changes the next tokens' scores.
+        mixture: of an ensemble, of which `model` is the first member's, at work.
         lowered: `Bench.lowered`, read and written at `EVALUATION_BATCH`; null remembers nothing.
 
     Raises:
         torch.OutOfMemoryError: a single row does not fit.
     """
-    import torch
+    from ray_peft.tasks.llm_sft.continuous import Voice
+    from ray_peft.tasks.llm_sft.in_lanes import InLanes
 
     prompts: list[list[int]] = list(rows["prompt_ids"])
+    if not prompts:
+        return []
+    end = end_of_answers(spec, tokenizer)
+    lowered = {} if lowered is None else lowered
+    first = lowered.get(EVALUATION_BATCH, spec.evaluation.batch_size)
+    voices = mixture.voices if mixture is not None else [Voice(bare(model))]
+    with inference(spec, model), greedy(model, tokenizer, end) as settings:
+        settings.stop_strings = [end.text] if end.text else None
+        settings.max_new_tokens = spec.evaluation.max_new_tokens
+        work = InLanes(spec, voices, tokenizer, prompts, settings)
+        reason = work.why_not()
+        if reason is None:
+            found, size = work.answers(first)
+        else:
+            logger.info("%s: answers are generated batch by batch: %s", spec.trial_id, reason)
+            processor = mixture.processor if mixture is not None else None
+            found, size = _generated(model, tokenizer, prompts, settings, first, processor)
+    if size < first:
+        lowered[EVALUATION_BATCH] = size
+    texts = tokenizer.batch_decode([found[row] for row in range(len(prompts))], skip_special_tokens=True)
+    return [(text.partition(end.text)[0] if end.text else text).strip() for text in texts]
+
+
+def bare(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without PEFT's wrapper; adapters stay in its layers."""
+    inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return inner
+
+
+def _generated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    size: int,
+    processor: Callable[[Tensor], LogitsProcessor] | None,
+) -> tuple[dict[int, list[int]], int]:
+    """The same with `generate`: prompts are padded on the left and batched by length, so that little is padded."""
+    import torch
+
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
 
-    def answer(chosen: Sequence[int]) -> list[str]:
+    def answer(chosen: Sequence[int]) -> list[list[int]]:
         batch = padded([prompts[row] for row in chosen], tokenizer.pad_token_id, "left").to(model.device)
         mask = padded([[1] * len(prompts[row]) for row in chosen], 0, "left").to(model.device)
         with torch.no_grad():
@@ -120,23 +197,14 @@ def answers(
                 input_ids=batch,
                 attention_mask=mask,
                 generation_config=settings,
-                tokenizer=tokenizer if end.text else None,  # finds the stop string in tokens
-                logits_processor=[others(mask)] if others is not None else None,
+                tokenizer=tokenizer if settings.stop_strings else None,  # finds the stop string in tokens
+                logits_processor=[processor(mask)] if processor is not None else None,
             )
-        texts = tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)
-        return [(text.partition(end.text)[0] if end.text else text).strip() for text in texts]
+        given: list[list[int]] = output[:, batch.shape[1] :].tolist()
+        return given
 
-    end = end_of_answers(spec, tokenizer)
-    lowered = {} if lowered is None else lowered
-    first = lowered.get(EVALUATION_BATCH, spec.evaluation.batch_size)
-    with inference(spec, model), greedy(model, tokenizer, end) as settings:
-        settings.stop_strings = [end.text] if end.text else None
-        settings.max_new_tokens = spec.evaluation.max_new_tokens
-        given, size = in_parts(order, first, str(model.device), answer)
-    if size < first:
-        lowered[EVALUATION_BATCH] = size
-    found = dict(zip(order, given, strict=True))
-    return [found[row] for row in range(len(prompts))]
+    given, size = in_parts(order, size, str(model.device), answer)
+    return dict(zip(order, given, strict=True)), size
 
 
 @contextlib.contextmanager

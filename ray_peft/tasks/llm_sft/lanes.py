@@ -44,7 +44,7 @@ def largest_capacity(tokens: int) -> int:
     return -(-tokens // 64) * 64
 
 
-def lay_out(lengths: Sequence[int], tokens: int, largest: int) -> list[Pass]:
+def lay_out(lengths: Sequence[int], tokens: int, largest: int, members: Sequence[int] | None = None) -> list[Pass]:
     """Few passes of little padding for the rows of a step.
 
     Of the capacities that hold the longest row, the one that leaves the fewest tokens to pass is taken, of equal ones
@@ -54,11 +54,13 @@ def lay_out(lengths: Sequence[int], tokens: int, largest: int) -> list[Pass]:
         lengths: tokens of each row.
         tokens: most tokens of a pass; one that a single row exceeds passes that row alone.
         largest: the capacity that holds every row of the trial.
+        members: whose each row is: no lane holds rows of several members; None for a single one.
     """
     if not lengths:
         return []
+    owners = members if members is not None else [0] * len(lengths)
     options = [capacity for capacity in CAPACITIES if max(lengths) <= capacity < largest] + [largest]
-    plans = [_passes(_filled(lengths, capacity), capacity, tokens) for capacity in options]
+    plans = [_passes(_filled(lengths, owners, capacity), capacity, tokens) for capacity in options]
     return min(plans, key=lambda plan: (sum(part.bucket.tokens for part in plan), len(plan), -plan[0].bucket.capacity))
 
 
@@ -83,12 +85,13 @@ def reused(part: Pass, used: set[Bucket], tokens: int) -> Pass:
     return replace(part, bucket=min(fitting, key=lambda bucket: (bucket.tokens, bucket.capacity)))
 
 
-def _filled(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Lanes of rows, first fit, the longest row first."""
+def _filled(lengths: Sequence[int], owners: Sequence[int], capacity: int) -> list[list[int]]:
+    """Lanes of rows of one owner, first fit, the longest row first."""
     lanes: list[list[int]] = []
     left: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        place = next((lane for lane, free in enumerate(left) if free >= lengths[row]), None)
+        free = (lane for lane, room in enumerate(left) if room >= lengths[row])
+        place = next((lane for lane in free if owners[lanes[lane][0]] == owners[row]), None)
         if place is None:
             lanes.append([])
             left.append(capacity)

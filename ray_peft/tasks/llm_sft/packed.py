@@ -10,6 +10,7 @@ from ray_peft.engine.contract import Computation, Rows, Seen, Share
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.data import IGNORED
 from ray_peft.tasks.llm_sft.lanes import Bucket, largest_capacity, lay_out, reused
+from ray_peft.tasks.llm_sft.masks import as_taken, windows
 from ray_peft.tasks.llm_sft.steps import TextRows
 
 if TYPE_CHECKING:
@@ -23,10 +24,12 @@ class PackedPart:
     bucket: Bucket
     lanes: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]]
     """(ids, labels) of the rows of each lane."""
-    loss_tokens: int
-    """Tokens with loss of the whole step, over all workers: the divisor of the pass's loss."""
+    loss_tokens: Sequence[int]
+    """For each of them, tokens with loss of its member's whole step, over all workers: the divisor of the loss."""
     scored: float
     """Share of the places that are scored, unless more carry loss."""
+    members: Sequence[int] = ()
+    """The place of each lane's member, where there are several."""
 
 
 class PackedRows(Rows[PackedPart]):
@@ -49,7 +52,12 @@ class PackedRows(Rows[PackedPart]):
         loss_tokens, most = self._rows.loss_tokens(step), rows * self._largest
         laid = [reused(one, self._used, most) for one in lay_out([len(ids) for ids, _ in own], most, self._largest)]
         return [
-            PackedPart(one.bucket, [[own[row] for row in lane] for lane in one.lanes], loss_tokens, self._scored)
+            PackedPart(
+                one.bucket,
+                [[own[row] for row in lane] for lane in one.lanes],
+                [loss_tokens] * len(one.lanes),
+                self._scored,
+            )
             for one in laid
         ]
 
@@ -87,8 +95,7 @@ class PackedLoss(Computation[PackedPart]):
         self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._autocasts = spec.train.precision == "bf16"
         config = self._model.config.get_text_config()
-        self._windows = _windows(config)
-        self._added = config._attn_implementation == "eager"  # which adds the mask to the scores
+        self._windows = windows(config)
         self._softcap, self._scale = head_settings(config)
 
     def inputs(self, part: PackedPart) -> Sequence[Tensor]:
@@ -105,6 +112,7 @@ class PackedLoss(Computation[PackedPart]):
         positions, documents = torch.zeros_like(ids), torch.zeros_like(ids)
         places: list[int] = []
         targets: list[int] = []
+        weights: list[float] = []
         for lane, rows in enumerate(part.lanes):
             begin = 0
             for number, (row, labels) in enumerate(rows, start=1):
@@ -115,43 +123,51 @@ class PackedLoss(Computation[PackedPart]):
                 scored = [place for place in range(1, len(row)) if labels[place] != IGNORED]
                 places += [lane * capacity + begin + place - 1 for place in scored]
                 targets += [labels[place] for place in scored]
+                weights += [1 / max(part.loss_tokens[lane], 1)] * len(scored)
                 begin = end
         usual = int(part.bucket.tokens * part.scored)
         fill = (usual if len(places) <= usual else part.bucket.tokens) - len(places)
-        weights = torch.tensor([1 / max(part.loss_tokens, 1)] * len(places) + [0.0] * fill)
         return [
             ids,
             positions,
             documents,
             torch.tensor(places + [0] * fill),
             torch.tensor(targets + [0] * fill),
-            weights,
+            torch.tensor(weights + [0.0] * fill),
         ]
 
     def loss(self, *inputs: Tensor) -> Tensor:
         """The pass's share of the step's mean loss [nats]."""
+        return self._losses(*inputs).sum()
+
+    def _losses(self, *inputs: Tensor) -> Tensor:
+        """What each place (places,) adds to the loss of its step."""
+        *tokens, weights = inputs
+        shares: Tensor = self.log_probs(*tokens) * -weights
+        return shares
+
+    def log_probs(self, ids: Tensor, positions: Tensor, documents: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities (places,) float32 of the targets, of the tensors that `inputs` made."""
         import torch
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-        ids, positions, documents, places, targets, weights = inputs
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self._autocasts):
             body = self._model.base_model(
                 input_ids=ids, position_ids=positions, attention_mask=self._masks(documents), use_cache=False
             )
             hidden = body.last_hidden_state.flatten(0, 1).index_select(0, places)
             head = self._model.get_output_embeddings()
-            log_probs = ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
+            log_probs: Tensor = ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
                 hidden, head.weight, getattr(head, "bias", None), targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE,
                 self._softcap, self._scale, ("log_probs",),
             )[0]  # fmt: skip
-        share: Tensor = -(log_probs.float() * weights).sum()
-        return share
+        return log_probs.float()
 
     def _masks(self, documents: Tensor) -> Any:
         """Who sees whom, (lanes, 1, capacity, capacity): a row itself alone, backwards, within the window if any.
 
-        Boolean, or as numbers that eager attention adds to the scores. By kind of layer where a model has several.
+        In the form that the model takes.
         """
         import torch
 
@@ -161,22 +177,9 @@ class PackedLoss(Computation[PackedPart]):
         masks = {}
         for kind, window in self._windows.items():
             seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            mask = same & seen
-            if self._added:
-                dtype = torch.bfloat16 if self._autocasts else self._model.dtype
-                least = torch.finfo(dtype).min
-                mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, least)
-            masks[kind] = mask
-        return masks if len(masks) > 1 or "" not in masks else masks[""]
-
-
-def _windows(config: Any) -> dict[str, int | None]:
-    """Kinds of attention layers, and on how many tokens each looks back; one kind, "", where the model has one mask."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    if "sliding_attention" in kinds and "full_attention" in kinds or kinds == {"sliding_attention"}:
-        return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
-    return {"": None if kinds == {"full_attention"} else window}
+            masks[kind] = same & seen
+        dtype = torch.bfloat16 if self._autocasts else self._model.dtype
+        return as_taken(masks, self._model.config.get_text_config(), dtype)
 
 
 def head_settings(config: Any) -> tuple[float | None, float]:

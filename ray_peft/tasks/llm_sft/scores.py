@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ray_peft.metrics.chrf_scores import chrf
+from ray_peft.metrics.scores import Scores
 from ray_peft.metrics.scripts import tokenizers
 from ray_peft.metrics.text_scores import bleu4, rouge_l
-from ray_peft.result import Scores
 from ray_peft.tasks.llm_sft.data import IGNORED
 
 if TYPE_CHECKING:

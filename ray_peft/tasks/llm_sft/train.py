@@ -46,19 +46,20 @@ def train_stage(
     from transformers import set_seed
 
     set_seed(spec.seed)
-    _start_as_trl(spec, model)
+    start_as_trl(spec, model)
     if spec.train.gradient_checkpointing:
-        _recompute_activations(model, random=_draws(job.stage, model))
+        recompute_activations(model, random=_draws(job.stage, model))
     data = TextRows(spec, rows)
     plain = TextLoss(spec, model, cast(int, tokenizer.pad_token_id))
-    member = Member(job, model)
+    member = Member(job, model, data)
     reason = why_not_packed(spec, job, model, data, plain)
     if reason is None:
         packed = PackedLoss(spec, model)
-        return Engine(member, model, PackedRows(data), packed, RecordedPasses, rehearse=rehearse).run()
+        Engine([member], model, PackedRows(data), packed, RecordedPasses, rehearse=rehearse).run()
+        return member.trained
     logger.info("%s: passes run as they are: %s", spec.trial_id, reason)
-    trained = Engine(member, model, data, plain, rehearse=rehearse).run()
-    return replace(trained, passes=f"as they are, since {reason}")
+    Engine([member], model, data, plain, rehearse=rehearse).run()
+    return replace(member.trained, passes=f"as they are, since {reason}")
 
 
 def why_not_packed(spec: LlmTrialSpec, job: Job, model: PreTrainedModel, data: TextRows, plain: TextLoss) -> str | None:
@@ -86,7 +87,7 @@ def why_not_packed(spec: LlmTrialSpec, job: Job, model: PreTrainedModel, data: T
     assert part is not None
     packed = PackedLoss(spec, model)
     rows = [row for lane in part.lanes for row in lane]
-    alone = TextPart([ids for ids, _ in rows], [labels for _, labels in rows], part.loss_tokens, 1)
+    alone = TextPart([ids for ids, _ in rows], [labels for _, labels in rows], part.loss_tokens[0], 1)
     model.eval()  # type: ignore[no-untyped-call]  # without dropout
     try:
         with torch.no_grad():
@@ -104,7 +105,7 @@ def why_not_packed(spec: LlmTrialSpec, job: Job, model: PreTrainedModel, data: T
 _ROUNDING = {"fp32": 1e-4, "bf16": 2e-2}
 
 
-def _start_as_trl(spec: LlmTrialSpec, model: PreTrainedModel) -> None:
+def start_as_trl(spec: LlmTrialSpec, model: PreTrainedModel) -> None:
     """Round new adapters on a quantised base to bf16 once, as TRL's SFTTrainer does; they keep their own dtype.
 
     So a trial begins where it began under that trainer, and earlier results compare.
@@ -117,7 +118,7 @@ def _start_as_trl(spec: LlmTrialSpec, model: PreTrainedModel) -> None:
                 parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)
 
 
-def _recompute_activations(model: Any, *, random: bool) -> None:
+def recompute_activations(model: Any, *, random: bool) -> None:
     """Recompute activations in the backward pass; without draws there is no random state to keep for it."""
     model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": random})
     if hasattr(model, "peft_config"):

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.result import Scores
+from ray_peft.metrics.scores import Scores
 from ray_peft.tasks.text_to_image.data import as_tensor
 
 SQUARE = 8

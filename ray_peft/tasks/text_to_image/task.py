@@ -11,11 +11,11 @@ from ray_peft.engine.trained import Report, Trained
 from ray_peft.errors import ModelError
 from ray_peft.methods.base import Dtype, Stage, Task
 from ray_peft.methods.lora import LowRankAdapter
-from ray_peft.result import Scores
+from ray_peft.metrics.scores import Scores
 from ray_peft.spec import ImageTrialSpec, ModelSpec
 from ray_peft.spec.identity import Content
 from ray_peft.tasks.base import Bench, DataReport, Inspection, Scored, TaskType
-from ray_peft.vram.cards import Gpu, known
+from ray_peft.vram.cards import Gpu, here
 
 if TYPE_CHECKING:
     from torch import nn
@@ -228,9 +228,7 @@ class ImageBench(Bench):
 
     def predicted(self) -> Prediction:
         """The peak of the UNet's training, on the GPU that is here."""
-        from ray_peft.measure import device_name
-
-        return _predictor(self.spec)(self.spec, known(device_name(self.device)))
+        return _predictor(self.spec)(self.spec, here(self.device))
 
     def attach(self, stage: Stage) -> None:
         """Prepare the UNet for a stage, from the trial's seed."""

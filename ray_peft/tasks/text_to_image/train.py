@@ -31,11 +31,11 @@ def train_stage(spec: ImageTrialSpec, job: Job, draws: Draws, model: nn.Module) 
     if job.device != "cpu":
         torch._C._cuda_clearCublasWorkspaces()  # of evaluations before, on another stream
     spare_activations(spec, job.stage, unwrapped(model))
-    member = Member(job, model, _average(spec, model))
-    trained = Engine(member, model, draws, UNetLoss(spec, model, job.device), _kind_of_pass(spec, job)).run()
+    member = Member(job, model, draws, _average(spec, model))
+    Engine([member], model, draws, UNetLoss(spec, model, job.device), _kind_of_pass(spec, job)).run()
     if job.device != "cpu":
         torch._C._cuda_clearCublasWorkspaces()  # one a stream, which would stay for ever
-    return trained
+    return member.trained
 
 
 def _kind_of_pass(spec: ImageTrialSpec, job: Job) -> type[Pass[Batch]]:

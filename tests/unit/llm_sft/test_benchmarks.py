@@ -12,13 +12,14 @@ import tiny
 from cramped import holds
 
 from ray_peft.errors import DataError, SpecError
-from ray_peft.result import Scores, TrialResult
+from ray_peft.metrics.scores import Scores
 from ray_peft.spec import TrialSpec
 from ray_peft.store.tracking.rows import final_metrics
 from ray_peft.tasks.base import MemberModel, Scored
 from ray_peft.tasks.llm_sft import benchmarks
 from ray_peft.tasks.llm_sft.task import LlmSft
 from ray_peft.trial import trial
+from ray_peft.trial.result import TrialResult
 
 LORA = {"name": "lora", "rank": 4, "lr": 0.05}
 CHOICE = r"""

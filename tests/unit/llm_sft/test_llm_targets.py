@@ -7,9 +7,9 @@ import tiny
 import tiny_architectures
 import torch
 
+from ray_peft.checks.trials import inspect_trials
 from ray_peft.console import Console
 from ray_peft.errors import ModelError, SpecError
-from ray_peft.experiment import inspect_trials
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.llm_sft import targets
 from ray_peft.tasks.llm_sft.task import LlmSft

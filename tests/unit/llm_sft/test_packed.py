@@ -5,6 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
+from attention_kinds import ARCHITECTURES
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
@@ -16,27 +17,6 @@ from ray_peft.spec import TrialSpec
 from ray_peft.tasks.llm_sft.loss import TextLoss
 from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedRows
 from ray_peft.tasks.llm_sft.steps import TextRows
-
-SIZES = {
-    "vocab_size": 272, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3, "pad_token_id": 258,
-}  # fmt: skip
-WINDOW = {"head_dim": 16, "sliding_window": 16}
-ARCHITECTURES = {
-    "llama": SIZES,
-    "qwen2": SIZES,
-    "qwen3": SIZES | {"head_dim": 16},
-    "mistral": SIZES | {"sliding_window": 16},
-    "gemma2": SIZES | WINDOW | {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
-    "gemma3_text": SIZES | WINDOW | {"layer_types": ["sliding_attention", "full_attention"]},
-    "granite": SIZES | {"logits_scaling": 4.0},
-    "phi3": SIZES,
-    "gpt_neox": SIZES,
-    "gpt2": {
-        "vocab_size": 272, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.3,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-    },
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,12 +82,12 @@ def test_a_whole_training_has_the_numbers_of_rows_apart(rows, tmp_path, micro, l
         log = []
         job = Job(trial, trial.method, 7, 0, tmp_path / way, "cpu", lambda m, s, log=log: log.append(m), lambda: 0.0)
         data = TextRows(trial, rows)
-        member = Member(job, built)
+        member = Member(job, built, data)
         if way == "apart":
-            outcome = Engine(member, built, data, TextLoss(trial, built, 258)).run()
+            Engine([member], built, data, TextLoss(trial, built, 258)).run()
         else:
-            outcome = Engine(member, built, PackedRows(data), PackedLoss(trial, built)).run()
-        logs.append((log, outcome.tokens))
+            Engine([member], built, PackedRows(data), PackedLoss(trial, built)).run()
+        logs.append((log, member.trained.tokens))
     (usual, tokens), (packed, as_many) = logs
     assert len(usual) == len(packed) == 7
     assert tokens == as_many

@@ -4,7 +4,7 @@ from answered import NEARLY, POOR, REFERENCES, WORSE, material, trial
 
 from ray_peft.report.advice import advice
 from ray_peft.report.document import Bullets, Heading, Paragraph, Table
-from ray_peft.result import Provenance
+from ray_peft.trial.result import Provenance
 
 
 def said(found):

@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from ray_peft.metrics.scores import QuestionScores, Scores
 from ray_peft.report.benchmark_differences import Sides, differences
 from ray_peft.report.benchmarks import further
 from ray_peft.report.content import build
@@ -16,8 +17,8 @@ from ray_peft.report.document import Table
 from ray_peft.report.material import Material
 from ray_peft.report.questions import Questions
 from ray_peft.report.table import rows, units
-from ray_peft.result import QuestionScores, Scores, TrialResult
 from ray_peft.spec import TrialSpec
+from ray_peft.trial.result import TrialResult
 
 
 def trial(method, values, errors=None, questions=100, seed=0, **asked):

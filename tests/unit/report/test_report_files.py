@@ -8,12 +8,13 @@ import pytest
 
 from ray_peft.errors import DataError
 from ray_peft.foundation import whole as atomic
+from ray_peft.metrics.scores import Scores
 from ray_peft.report.csvfile import write_csv
 from ray_peft.report.files import write_report
 from ray_peft.report.flat import flatten
-from ray_peft.result import Provenance, Scores, TrialResult, Usage
 from ray_peft.spec import TrialSpec
 from ray_peft.store.results_file import read_results
+from ray_peft.trial.result import Provenance, TrialResult, Usage
 
 
 def trial(method="lora", *, path="a.jsonl", **more):

@@ -15,15 +15,16 @@ from page import Page
 from PIL import Image
 
 from ray_peft.metrics.intervals import mean_difference
+from ray_peft.metrics.scores import ImageFile, Scores
 from ray_peft.report import gallery
 from ray_peft.report.document import Gallery
 from ray_peft.report.files import write_report
 from ray_peft.report.material import Material
 from ray_peft.report.plain import console_table, trial_line
 from ray_peft.report.table import rows
-from ray_peft.result import ImageFile, Provenance, Scores, TrialResult
 from ray_peft.spec import TrialSpec
 from ray_peft.store.results_file import read_results
+from ray_peft.trial.result import Provenance, TrialResult
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 
 from ray_peft.report.flat import flatten
 from ray_peft.report.labels import labels, setting_text
-from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec
+from ray_peft.trial.result import TrialResult
 
 SOURCE = {"recipe": "alpaca", "path": "/data/alpaca.jsonl", "train": 100, "test": 10}
 

@@ -5,12 +5,13 @@ import re
 
 import pytest
 
+from ray_peft.metrics.scores import Sample, Scores
 from ray_peft.report.content import build
 from ray_peft.report.escape import entry, fenced, inline, paragraphs, table
 from ray_peft.report.markdown import to_markdown
 from ray_peft.report.material import Material
-from ray_peft.result import Provenance, Sample, Scores, TrialResult, Usage
 from ray_peft.spec import TrialSpec
+from ray_peft.trial.result import Provenance, TrialResult, Usage
 
 markdown_it = pytest.importorskip("markdown_it")
 

@@ -2,9 +2,10 @@
 
 import pytest
 
+from ray_peft.metrics.scores import Scores
 from ray_peft.report.plain import WIDTH, ascii_line, console_table, trial_line
-from ray_peft.result import Scores, TrialResult, Usage
 from ray_peft.spec import TrialSpec
+from ray_peft.trial.result import TrialResult, Usage
 
 
 def trial(method, *, trial_id=None, model="org/tiny", seed=42, status="finished", error=None, scores=(), **usage):

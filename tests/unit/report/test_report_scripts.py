@@ -7,8 +7,8 @@ import json
 
 from answered import POOR, REFERENCES, trial
 
+from ray_peft.metrics.scores import Scores
 from ray_peft.report.files import write_report
-from ray_peft.result import Scores
 from ray_peft.tasks.llm_sft.scores import score_answers
 
 CHINESE = [f"是的，第{number}个问题没有任何错误。" for number in range(12)]

@@ -2,10 +2,11 @@
 
 import pytest
 
+from ray_peft.metrics.scores import Scores
 from ray_peft.report.digits import fixed, percent, size, speed, spread_text
 from ray_peft.report.table import Score, rows, seed_groups
-from ray_peft.result import Provenance, Scores, TrialResult, Usage
 from ray_peft.spec import TrialSpec
+from ray_peft.trial.result import Provenance, TrialResult, Usage
 
 
 def trial(method, *, model="org/tiny", seed=42, status="finished", error=None, data_seed=1, train=None, **more):

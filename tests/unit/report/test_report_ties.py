@@ -6,7 +6,7 @@ from answered import NEARLY, POOR, REFERENCES, WORSE, material, trial
 
 from ray_peft.report.material import Material
 from ray_peft.report.uncertainty import Statistics
-from ray_peft.result import Provenance
+from ray_peft.trial.result import Provenance
 
 
 def test_pairs_and_tiers_by_hand():

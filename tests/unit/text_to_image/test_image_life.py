@@ -11,7 +11,7 @@ import tiny_pipeline_eval as tiny
 
 from ray_peft.engine.trained import Trained
 from ray_peft.errors import TrialFailed
-from ray_peft.result import Scores
+from ray_peft.metrics.scores import Scores
 from ray_peft.store.tracking.rows import final_metrics
 from ray_peft.tasks.base import GeneratedImage, Scored
 from ray_peft.trial.life import Life, Place, evaluate
@@ -100,7 +100,7 @@ def test_a_loss_that_is_no_number_fails_the_trial(tmp_path):
 
 def test_the_speed_in_images_is_that_of_all_stages(tmp_path):
     lived = life(tmp_path)
-    lived.memory.start = lived.memory.stop = lambda: None
+    lived.process.memory.start = lived.process.memory.stop = lambda: None
     stage = lived.spec.method
     train_all(lived, Painter(SCORED), [(stage, 5)])
     lived.storage = {"nf4": 100}

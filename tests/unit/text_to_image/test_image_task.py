@@ -13,9 +13,9 @@ from cramped import holds
 from PIL import Image
 from untracked import run
 
+from ray_peft.checks.trials import inspect_trials
 from ray_peft.console import Console
 from ray_peft.errors import ModelError
-from ray_peft.experiment import inspect_trials
 from ray_peft.spec import ModelSpec, TrialSpec
 from ray_peft.tasks.text_to_image import images
 from ray_peft.tasks.text_to_image.model import fingerprint

@@ -8,7 +8,7 @@ import tiny_pipeline_eval as tiny
 import torch
 from PIL import Image
 
-from ray_peft.result import Scores
+from ray_peft.metrics.scores import Scores
 from ray_peft.tasks.text_to_image.style import compare, study, vectors, with_style
 
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.earlier import Earlier, recall
+from ray_peft.checks.inspector import Inspector
 from ray_peft.errors import RayPeftError, first_line
 from ray_peft.foundation import dotted
-from ray_peft.inspector import Inspector
-from ray_peft.result import TrialResult
 from ray_peft.space.distributions import distributions
 from ray_peft.space.read import Space, fill
 from ray_peft.spec import TrialSpec, is_local
+from ray_peft.store.earlier import Earlier, recall
+from ray_peft.trial.result import TrialResult
 
 if TYPE_CHECKING:
     import optuna

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from ray_peft.errors import DataError, TrackingError
-from ray_peft.experiment import Experiment
 from ray_peft.foundation.audience import Audience
 from ray_peft.foundation.masking import masked_keys
+from ray_peft.schedule.experiment import Experiment
 from ray_peft.store import tracking
 from ray_peft.store.adopted import adopt
 from ray_peft.store.keeping import Rows

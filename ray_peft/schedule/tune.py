@@ -18,15 +18,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from ray_peft import watch, worker
-from ray_peft.allotment import Allotment
 from ray_peft.errors import first_line
-from ray_peft.experiment import Experiment
-from ray_peft.placement import Demand, Node, concurrent_trials
-from ray_peft.result import TrialResult
-from ray_peft.search import Draws
+from ray_peft.schedule import watch, worker
+from ray_peft.schedule.allotment import Allotment
+from ray_peft.schedule.experiment import Experiment
+from ray_peft.schedule.placement import Demand, Node, concurrent_trials
+from ray_peft.schedule.search import Draws
 from ray_peft.spec import TrialSpec
 from ray_peft.store.adopted import left_row
+from ray_peft.trial.result import TrialResult
 
 _TRIAL = "trial"
 """The only key of Tune's configurations: a place in the list of trials, or the text of a proposed trial."""

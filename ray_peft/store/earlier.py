@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+from ray_peft.checks.inspector import Inspector
 from ray_peft.errors import RayPeftError
-from ray_peft.inspector import Inspector
 from ray_peft.methods.base import ENOUGH_STEPS
-from ray_peft.result import TrialResult
 from ray_peft.spec import TrialSpec, is_local
 from ray_peft.spec.identity import Content, canonical, settings
 from ray_peft.tasks import TASKS
+from ray_peft.trial.result import TrialResult
 
 
 @dataclass

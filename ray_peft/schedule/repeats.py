@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ray_peft.report.files import REPORT
-from ray_peft.result import TrialResult
 from ray_peft.store import tracking
 from ray_peft.store.ledger import Ledger, SweepRecord
 from ray_peft.tasks.files import content_of
 from ray_peft.tasks.model_content import WEIGHTS
 from ray_peft.tasks.remembered import Mark
+from ray_peft.trial.result import TrialResult
 
 
 def close(ledger: Ledger, record: SweepRecord, results: Sequence[TrialResult]) -> None:

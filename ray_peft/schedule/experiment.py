@@ -1,4 +1,4 @@
-"""What single runs and sweeps share: the checks before anything starts, the store, the output folder, the report."""
+"""What single runs and sweeps share: the store, the output folder, the report."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ray_peft import repeats
 from ray_peft.errors import StorageError, TrackingError, first_line
 from ray_peft.foundation.audience import Audience
 from ray_peft.foundation.masking import mask
-from ray_peft.inspector import Inspector
-from ray_peft.noted import Notes
-from ray_peft.rehearsal import rehearse
 from ray_peft.report.files import REPORT, write_report
 from ray_peft.report.plain import console_table
-from ray_peft.result import RESTARTS_FILE, Status, TrialResult
+from ray_peft.schedule import repeats
 from ray_peft.space.read import ReportSpec, TrackingSpec
 from ray_peft.spec import TrialSpec
 from ray_peft.store import tracking
@@ -29,21 +25,12 @@ from ray_peft.store.ledger import Ledger, SweepRecord
 from ray_peft.store.outbox import Outbox
 from ray_peft.store.tracking import Store
 from ray_peft.store.unsent import Unsent
+from ray_peft.trial.result import RESTARTS_FILE, Status, TrialResult
 
 SHORT_PATIENCE_S = 3.0
 """How long a store that is away is waited for while trials run."""
 END_PATIENCE_S = 15.0
 """And at the end of a sweep."""
-
-
-@dataclass(frozen=True)
-class Checked:
-    """Trials that may start."""
-
-    trials: list[TrialSpec]
-    """Under the ids of their content, each once."""
-    notes: list[str]
-    """What to know about their data and settings."""
 
 
 def outputs_folder() -> Path:
@@ -66,41 +53,6 @@ def open_store(uri: str, experiment: str) -> Store:
     """
     artifacts = outputs_folder() / "mlartifacts" if uri.startswith("sqlite:") else None
     return tracking.open_store(uri, experiment, artifacts)
-
-
-def inspect_trials(trials: Iterable[TrialSpec], console: Audience, inspector: Inspector | None = None) -> Checked:
-    """Check model, tokenizer and data of every trial once, prepare the data, and settle which trial each is.
-
-    Args:
-        trials: an ensemble after its members, or alone.
-        console: where notes are written: rows that were cut, left out or unusable, settings known to go wrong.
-        inspector: keeps what was found, for trials that are proposed later; None keeps nothing.
-
-    Raises:
-        DataError, ModelError: something is missing or malformed, or a method fails on its model.
-        SpecError: a method's stage would be left without a step, or two members of an ensemble are the same.
-    """
-    inspector = inspector or Inspector()
-    settled: dict[str, TrialSpec] = {}
-    notes = Notes(console)
-    same = 0
-    for trial in trials:
-        looked = inspector.inspect(trial)
-        found = [note if note.startswith("caution: ") else f"data: {note}" for note in looked.notes]
-        found += [f"method: {note}" for note in looked.method_notes]
-        for note in found + [f"caution: {note}" for note in trial.cautions()]:
-            notes.add(note)
-        settled_trial = inspector.settled(trial)
-        same += settled_trial.trial_id in settled
-        settled.setdefault(settled_trial.trial_id, settled_trial)
-    if same:
-        console.say(
-            f"{same} of {same + len(settled)} trials run once with others: they differ only in what changes no result"
-        )
-    checked = list(settled.values())
-    for note in rehearse(checked):
-        notes.add(f"caution: {note}")
-    return Checked(checked, notes.close())
 
 
 @dataclass

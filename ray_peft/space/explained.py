@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.spec import SPECS, TrialSpec
+from ray_peft.spec import TrialSpec
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -90,7 +90,7 @@ def _as_written(location: tuple[int | str, ...]) -> list[int | str]:
 @cache
 def field_names() -> list[str]:
     """Every key that a spec knows, for suggestions."""
-    schemas = [part for spec in SPECS.values() for part in spec.model_json_schema()["$defs"].values()]
+    schemas = [part for spec in TrialSpec.kinds().values() for part in spec.model_json_schema()["$defs"].values()]
     names = {name for schema in schemas for name in schema.get("properties", {})}
     return sorted(names | set(TrialSpec.model_fields))
 

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from ray_peft import watch
 from ray_peft.errors import PlacementError
-from ray_peft.measure import GpuMemory
-from ray_peft.placement import Node
+from ray_peft.foundation.nvml import GpuMemory
+from ray_peft.schedule import watch
+from ray_peft.schedule.placement import Node
 
 ItemT = TypeVar("ItemT")
 MadeT = TypeVar("MadeT")
@@ -206,7 +206,7 @@ def _gpu_memory(gpus: dict[str, int]) -> dict[str, list[GpuMemory]]:
 
     @ray.remote(num_cpus=0, num_gpus=0.51, max_retries=0)  # more than half, so that no two look at the same
     def look() -> GpuMemory | None:
-        from ray_peft.measure import gpu_memory
+        from ray_peft.foundation.nvml import gpu_memory
 
         visible = [str(each) for each in ray.get_gpu_ids()]
         found = gpu_memory(visible[0]) if visible else None

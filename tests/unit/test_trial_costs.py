@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ray_peft import measure
 from ray_peft.errors import TrialFailed
-from ray_peft.measure import Clock, spilled
+from ray_peft.trial import waiting
+from ray_peft.trial.clock import Clock
+from ray_peft.trial.peaks import spilled
 
 
 def test_memory_beyond_the_card_is_spilled():
@@ -26,14 +27,14 @@ def test_a_trial_waits_until_its_memory_is_free(monkeypatch):
     answers = iter([2, 2, 6])
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (next(answers) * 2**30, 12 * 2**30))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 2**30)
-    measure.wait_for_memory("cuda:0", needed_gib=7.5, context_gib=0.5)
+    waiting.wait_for_memory("cuda:0", needed_gib=7.5, context_gib=0.5)
     assert next(answers, None) is None
 
 
 def test_memory_that_somebody_holds_is_a_clear_error(monkeypatch):
-    monkeypatch.setattr(measure, "FREE_WITHIN_S", 0.0)
-    monkeypatch.setattr(measure, "gpu_holders", lambda: [(4711, 9.5)])
+    monkeypatch.setattr(waiting, "FREE_WITHIN_S", 0.0)
+    monkeypatch.setattr(waiting, "gpu_holders", lambda: [(4711, 9.5)])
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2 * 2**30, 12 * 2**30))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 0)
     with pytest.raises(TrialFailed, match=r"needs 8.0 GiB of the GPU, but 2.5 GiB are free .* 4711 \(9.5 GiB\); end"):
-        measure.wait_for_memory("cuda:0", needed_gib=8.0, context_gib=0.5)
+        waiting.wait_for_memory("cuda:0", needed_gib=8.0, context_gib=0.5)

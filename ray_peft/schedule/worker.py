@@ -12,14 +12,14 @@ from typing import Any
 
 from ray_peft.engine.trained import Report
 from ray_peft.errors import RayPeftError, TrialFailed, first_line
+from ray_peft.foundation.quiet import quiet_libraries
 from ray_peft.foundation.units import GIB
-from ray_peft.placement import Demand
-from ray_peft.quiet import quiet_libraries
-from ray_peft.result import TrialResult
+from ray_peft.schedule.placement import Demand
 from ray_peft.spec import TrialSpec
 from ray_peft.store.adopted import left_row
 from ray_peft.store.tracking import Store, TrialTracker
 from ray_peft.trial import trial
+from ray_peft.trial.result import TrialResult
 from ray_peft.vram.cards import known
 
 logger = logging.getLogger(__name__)

@@ -9,17 +9,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ray_peft import cluster, experiment, watch, worker
-from ray_peft.allotment import Allotment
+from ray_peft.checks.trials import inspect_trials
 from ray_peft.errors import ClusterLost, SearchSpaceError, SpecError, TrialFailed
-from ray_peft.explained import explain
 from ray_peft.foundation.audience import Audience, Silence
-from ray_peft.placement import Demand
-from ray_peft.result import RESTARTS_FILE, RESULT_FILE, TrialResult
-from ray_peft.signals import callers_signals
+from ray_peft.schedule import cluster, experiment, watch, worker
+from ray_peft.schedule.allotment import Allotment
+from ray_peft.schedule.placement import Demand
+from ray_peft.schedule.signals import callers_signals
+from ray_peft.space.explained import explain
 from ray_peft.space.read import ReportSpec, TrackingSpec, load
 from ray_peft.spec import TrialSpec
 from ray_peft.store.ledger import Ledger
+from ray_peft.trial.result import RESTARTS_FILE, RESULT_FILE, TrialResult
 
 
 def run(
@@ -52,7 +53,7 @@ def run(
     trial, tracking_spec, report = _trial(spec, overrides, profile)
     if trial.members():
         raise SpecError("method ensemble: a run makes one trial, but an ensemble needs its members; use a sweep")
-    checked = experiment.inspect_trials([trial], console)
+    checked = inspect_trials([trial], console)
     (trial,), notes = checked.trials, checked.notes
     ledger = Ledger(Path(out) if out else experiment.outputs_folder() / trial.trial_id)
     store = experiment.open_store(

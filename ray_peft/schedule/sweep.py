@@ -8,23 +8,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ray_peft import cluster, experiment, repeats, tuning
-from ray_peft.allotment import Allotment
-from ray_peft.earlier import Earlier, recall
+from ray_peft.checks.inspector import Inspector
+from ray_peft.checks.trials import inspect_trials
 from ray_peft.errors import ClusterLost, SearchSpaceError
-from ray_peft.experiment import Experiment
 from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.foundation.masking import mask
-from ray_peft.inspector import Inspector
-from ray_peft.placement import Demand, Node, demand
 from ray_peft.report.plain import trial_line
-from ray_peft.result import TrialResult
-from ray_peft.search import Draws
-from ray_peft.signals import callers_signals
+from ray_peft.schedule import cluster, experiment, repeats, tune
+from ray_peft.schedule.allotment import Allotment
+from ray_peft.schedule.experiment import Experiment
+from ray_peft.schedule.placement import Demand, Node, demand
+from ray_peft.schedule.search import Draws
+from ray_peft.schedule.signals import callers_signals
 from ray_peft.space.read import Space, load
 from ray_peft.spec import TrialSpec
 from ray_peft.store.adopted import adopt
+from ray_peft.store.earlier import Earlier, recall
 from ray_peft.store.ledger import Ledger, SweepRecord
+from ray_peft.trial.result import TrialResult
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def sweep(
         for note in space.notes:
             console.say(note)
     inspector = Inspector()
-    checked = experiment.inspect_trials(space.trials, console, inspector)
+    checked = inspect_trials(space.trials, console, inspector)
     notes += checked.notes
     space = replace(space, trials=checked.trials)
     uri = experiment.tracking_uri(tracking_uri, space.tracking)
@@ -112,7 +113,7 @@ def sweep(
         nodes: list[Node] = []
         allotment = Allotment(nodes, gpu_memory_gib)
         if plan.missing:
-            tuning.quiet()
+            tune.quiet()
             nodes = ray.enter_context(cluster.connect(address))
             allotment = Allotment(nodes, gpu_memory_gib)
             for trial in plan.trials:
@@ -279,8 +280,8 @@ class _Sweep:
         held = [self.allotment.demand(trial) for trial in trials or self.plan.trials]
         wanted = {member.trial_id for trial in trials for member in trial.members()}
         members = {trial_id: row for trial_id, row in self.rows.items() if trial_id in wanted}
-        work = tuning.Work(trials, None if trials else self.plan.draws, self.plan.missing, members)
-        tuning.fit(work, self.opened, self.allotment, nodes, held, self)
+        work = tune.Work(trials, None if trials else self.plan.draws, self.plan.missing, members)
+        tune.fit(work, self.opened, self.allotment, nodes, held, self)
 
     def begin(self, spec: TrialSpec) -> None:
         """A trial was handed out; one that a search proposed is planned from now on."""
@@ -348,7 +349,7 @@ def plan(
         )
     for note in loaded.notes:
         console.say(note)
-    return experiment.inspect_trials(loaded.trials, console).trials
+    return inspect_trials(loaded.trials, console).trials
 
 
 def _bar(done: int, total: int, width: int = 20) -> str:

@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ray_peft import cluster
 from ray_peft.errors import first_line
-from ray_peft.forecast import Size, size
 from ray_peft.foundation.audience import Audience
 from ray_peft.foundation.units import GIB
-from ray_peft.placement import Demand, Node, demand, share_of
+from ray_peft.schedule import cluster
+from ray_peft.schedule.forecast import need, size_of
+from ray_peft.schedule.placement import Demand, Node, demand, share_of
 from ray_peft.spec import TrialSpec
 from ray_peft.vram.cards import ANY, Gpu, known
+from ray_peft.vram.fit import Size
 
 PATIENCE_S = 1.0
 """Predictions that are on disk take milliseconds; after this long, the others are made elsewhere."""
@@ -94,7 +95,7 @@ class Allotment:
         if self._card is None or not demand(spec, self._nodes).gpus_per_worker:
             return Size(spec, None)
         try:
-            return size(spec, self._card.gpu, self._card.memory_gib)
+            return size_of(spec, self._card.gpu, self._card.memory_gib)
         except Exception as error:  # no trial depends on its prediction
             return _unknown(spec, error)
 
@@ -107,13 +108,13 @@ class Allotment:
         if not plain.gpus_per_worker or self._card is None:
             return plain
         gpu, memory = self._card.gpu, self._card.memory_gib
-        need = found.need(spec.trial_id, gpu)
+        needed = need(spec.trial_id, found, gpu)
         share = None
-        if need is not None and plain.num_workers == 1 and not alone:
-            share = share_of(need.footprint, memory)
+        if needed is not None and plain.num_workers == 1 and not alone:
+            share = share_of(needed.footprint, memory)
         made = demand(spec, self._nodes, share)
         room = memory * made.gpus_per_worker
-        least = need.least if need is not None else None
+        least = needed.least if needed is not None else None
         # An evaluation can go on with less than it would take, so only training waits for its memory.
         free = (least - gpu.margin) / GIB if least is not None and least <= room * GIB else None
         if least is not None and free is None:

@@ -1,0 +1,338 @@
+"""Answers to 500 prompts on a GPU: lanes of recorded passes beside transformers' `generate`, in one session.
+
+    RAY_PEFT_CONFIGS=configs python benchmarks/evaluation.py --out results --seconds 140
+
+RAY_PEFT_CONFIGS names a folder of folders that hold config.json alone; weights are random, of the true shape. Random
+weights end no answer, so every row has a limit of its own, which both ways obey: log-normal, 1 to 1,024 tokens (the
+study's `max_new_tokens`). Prompts have log-normal lengths of up to 1,024 tokens. First, tiny models of every kind of
+attention answer in float32, which must be equal to the token, and score held-out rows, which must be equal to 1e-6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import write
+
+from ray_peft.engine.replays import Replays
+from ray_peft.foundation.units import GIB
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks.llm_sft import evaluate
+from ray_peft.tasks.llm_sft.continuous import Answering, Ends, Lanes, Voice
+from ray_peft.tasks.llm_sft.decodable import why_not
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""On the CPU nothing is recorded: that only shows that the script runs."""
+PAD = 0
+PROMPTS, LONGEST, NEW = 500, 1024, 1024
+
+
+def spec_of(model: str, precision: str) -> TrialSpec:
+    """What decides the precision; no rows are read."""
+    return TrialSpec.from_plain(
+        {
+            "task": "llm_sft",
+            "model": {"name": model, "random_weights": True},
+            "data": {"sources": [{"recipe": "prompt_completion", "path": "rows.jsonl", "train": 1, "test": 1}]},
+            "method": {"name": "none"},
+            "train": {"steps": 1, "precision": precision},
+            "evaluation": {"max_new_tokens": NEW},
+        }
+    )
+
+
+def drawn(count: int, longest: int, vocabulary: int, mean: float) -> list[list[int]]:
+    """Prompts of log-normal lengths; the first two tokens of each are its number."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.empty(count).log_normal_(mean, 0.8, generator=draw).round().clamp(8, longest).int().tolist()
+    return [
+        [10 + row % 100, 10 + row // 100, *torch.randint(10, vocabulary, (length - 2,), generator=draw).tolist()]
+        for row, length in enumerate(lengths)
+    ]
+
+
+def row_of(tokens: Any) -> int:
+    """The number of a prompt."""
+    return int(tokens[0]) - 10 + 100 * (int(tokens[1]) - 10)
+
+
+def limits(count: int, most: int) -> list[int]:
+    """Tokens after which answers end."""
+    draw = torch.Generator().manual_seed(1)
+    return torch.empty(count).log_normal_(5.0, 0.8, generator=draw).round().clamp(1, most).int().tolist()
+
+
+def stock(model: Any, prompts: list[list[int]], ends: Ends, limit: list[int] | None, most: int) -> dict[int, list[int]]:
+    """One batch of `generate`, of at most `most` new tokens."""
+    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+    class Limits(StoppingCriteria):  # type: ignore[misc]
+        """A row ends at its limit."""
+
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+            return own <= input_ids.shape[1] - longest
+
+    longest = max(map(len, prompts))
+    own = torch.tensor([limit[row_of(prompt)] if limit else most for prompt in prompts], device=model.device)
+    config = GenerationConfig(
+        do_sample=False, eos_token_id=list(ends.tokens) or [10**9], pad_token_id=PAD, max_new_tokens=most
+    )
+    output = model.generate(
+        input_ids=evaluate.padded(prompts, PAD, "left").to(model.device),
+        attention_mask=evaluate.padded([[1] * len(prompt) for prompt in prompts], 0, "left").to(model.device),
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList([Limits()]),
+    )
+    found = {}
+    for prompt, tokens in zip(prompts, output[:, longest:].tolist(), strict=True):
+        stops = [place + 1 for place, token in enumerate(tokens) if token in ends.tokens]
+        end = min([*stops, limit[row_of(prompt)] if limit else most])
+        found[row_of(prompt)] = tokens[:end]
+    return found
+
+
+def in_lanes(
+    model: Any, prompts: list[list[int]], ends: Ends, limit: list[int] | None, lanes: int, dtype: Any
+) -> tuple[dict[int, list[int]], dict[str, Any]]:
+    """Ours, and how it passed."""
+
+    def stop(tokens: Any, looked_at: int) -> int | None:
+        assert limit is not None
+        row = row_of(tokens)
+        end = len(prompts[row]) + limit[row]
+        return end if end <= len(tokens) else None
+
+    shapes: Counter[Any] = Counter()
+    replays = Replays(records=DEVICE == "cuda")
+
+    class Counted:
+        def __call__(self, shape: Any, work: Callable[[], object]) -> None:
+            shapes[shape] += 1
+            replays(shape, work)
+
+    begin = time.perf_counter()
+    held = Lanes([Voice(model)], lanes, max(map(len, prompts)) + ends.new_tokens, ends, dtype)
+    answering = Answering(held, PAD, Counted(), static=True, stop=stop if limit else None)  # type: ignore[arg-type]
+    found = dict(answering.answers(prompts, range(len(prompts))))
+    wait()
+    seconds = round(time.perf_counter() - begin, 3)
+    timed = {}
+    for shape in [shape for shape, count in shapes.items() if shape[0] != "read" and count > 2][:8]:
+        begin = time.perf_counter()
+        for _ in range(20):
+            replays(shape, lambda: None)
+        wait()
+        timed[str(shape)] = round((time.perf_counter() - begin) / 20 * 1000, 3)
+    passes = {str(shape): count for shape, count in sorted(shapes.items(), key=str)}
+    return found, {"seconds": seconds, "passes": passes, "unrecorded": replays.unrecorded, "ms_a_replayed_step": timed}
+
+
+def wait() -> None:
+    """Until the GPU has done all work."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def measured(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What it gives, with its seconds and its peak."""
+    gc.collect()
+    wait()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    given = work()
+    wait()
+    return given, {
+        "seconds": round(time.perf_counter() - begin, 3),
+        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
+        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
+    }
+
+
+def profiled(model: Any, prompts: list[list[int]], lanes: int) -> dict[str, Any]:
+    """Where the GPU's time of adding a token goes, as passes run unrecorded."""
+    from torch.profiler import ProfilerActivity, profile
+
+    held = Lanes([Voice(model)], lanes, 2048, Ends(NEW, ()), torch.bfloat16)
+    first = torch.tensor([prompt[:8] for prompt in prompts[:lanes]], device=DEVICE)
+    held.read(first, torch.full((lanes,), 8, device=DEVICE), torch.arange(lanes, device=DEVICE))
+    held.add(lanes, 1024)
+    wait()
+    begin = time.perf_counter()
+    for _ in range(5):
+        held.add(lanes, 1024)
+    wait()
+    eager = (time.perf_counter() - begin) / 5
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as watch:
+        held.add(lanes, 1024)
+        wait()
+    kernels = [event for event in watch.key_averages() if event.self_device_time_total > 0]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    return {
+        "eager_s_a_step": eager,
+        "gpu_ms": sum(event.self_device_time_total for event in kernels) / 1000,
+        "kernels": sum(event.count for event in kernels),
+        "largest": [[e.key[:90], e.count, round(e.self_device_time_total / 1000, 4)] for e in kernels[:25]],
+    }
+
+
+def equal(ours: dict[int, list[int]], theirs: dict[int, list[int]]) -> dict[str, Any]:
+    """How many rows are equal to the token."""
+    same = sum(ours[row] == theirs[row] for row in theirs)
+    lengths = len({len(tokens) for tokens in theirs.values()})
+    return {"rows": len(theirs), "equal": same, "tokens": sum(map(len, theirs.values())), "lengths": lengths}
+
+
+def tiny_cases(found: dict[str, Any], save: Callable[[], None], left: Callable[[], float]) -> None:
+    """Answers and losses of tiny models in float32, recorded, beside transformers'."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from attention_kinds import ARCHITECTURES
+    from datasets import Dataset
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
+
+    prompts = drawn(24, 90, 250, 3.3)
+    ends = Ends(48, list(range(0, 250, 12)))
+    rows = Dataset.from_list(
+        [{"input_ids": p, "labels": [-100] * (len(p) // 3) + p[len(p) // 3 :]} for p in drawn(80, 200, 250, 4.0)]
+    )
+    spec = spec_of("tiny", "fp32")
+    for name, settings in ARCHITECTURES.items():
+        if left() < 30:
+            return
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(name, **settings, **{"tie_word_embeddings": False})
+        model = AutoModelForCausalLM.from_config(config).float().to(DEVICE).eval()
+        add_fused_lm_head(model)
+        reason = why_not(Voice(model), prompts, PAD, torch.float32)
+        begin = time.perf_counter()
+        ours, how = in_lanes(model, prompts, ends, None, 8, torch.float32)
+        seconds = time.perf_counter() - begin
+        theirs = stock(model, prompts, ends, None, 48)
+        packed = evaluate.token_log_probs(spec, model, rows, PAD)  # type: ignore[arg-type]
+        plain = TrialSpec.from_plain({**spec.plain(), "train": {**spec.plain()["train"], "cuda_graphs": False}})
+        padded = evaluate.token_log_probs(plain, model, rows, PAD)  # type: ignore[arg-type]
+        found["tiny_float32"][name] = {
+            **equal(ours, theirs), "why_not": reason, "unrecorded": how["unrecorded"], "seconds": round(seconds, 2),
+            "loss_padded": -float(padded.mean()), "loss_packed": -float(packed.mean()),
+            "largest_difference": float((packed - padded).abs().max()),
+        }  # fmt: skip
+        save()
+
+
+def big_cases(found: dict[str, Any], save: Callable[[], None], left: Callable[[], float], options: Any) -> None:
+    """The study's prompts on the true shape."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(os.environ["RAY_PEFT_CONFIGS"]).absolute() / options.model
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).eval()
+    model.generation_config.eos_token_id = None
+    if options.lora:
+        from ray_peft.methods.lora import LoRA
+
+        model = LoRA(rank=16).attach(model).eval()
+    bare, spec = evaluate.bare(model), spec_of(str(folder), "bf16")
+    prompts = drawn(options.prompts, LONGEST, 10000, 5.3)
+    limit = limits(options.prompts, NEW)
+    ends = Ends(NEW, ())
+    by_length = sorted(prompts, key=len, reverse=True)
+    total = sum(limit)
+    found["big"] = {"model": options.model, "lora": options.lora, "prompts": len(prompts), "answer_tokens": total}
+    found["big"]["prompt_tokens"] = sum(map(len, prompts))
+    cells = found["big"]["cells"] = {}
+
+    def batches(rows: list[list[int]], size: int) -> list[list[list[int]]]:
+        return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+    def steps(rows: list[list[int]], size: int) -> int:
+        return sum(max(limit[row_of(prompt)] for prompt in batch) for batch in batches(rows, size))
+
+    with evaluate.inference(spec, model):
+        for cell in options.cells.split(","):
+            way, _, size = cell.partition(":")
+            if left() < 12:
+                cells[cell] = {"skipped": "no time was left"}
+                save()
+                continue
+            try:
+                if way == "ours":
+                    (answers, how), cost = measured(
+                        lambda size=size: in_lanes(bare, prompts, ends, limit, int(size), torch.bfloat16)
+                    )
+                    lengths_right = all(len(answers[row]) == limit[row] for row in range(len(prompts)))
+                    speed = {"tokens_per_s": total / how["seconds"], "right_lengths": lengths_right}
+                    cells[cell] = {**cost, **how, **speed}
+                elif way == "profile":
+                    cells[cell] = profiled(bare, prompts, int(size))
+                elif way == "whole":  # all prompts, in batches of one size
+                    answers, cost = measured(lambda size=size: [
+                        stock(bare, batch, ends, limit, NEW) for batch in batches(by_length, int(size))
+                    ])  # fmt: skip
+                    cells[cell] = {
+                        **cost,
+                        "tokens_per_s": total / cost["seconds"],
+                        "steps": steps(by_length, int(size)),
+                    }
+                else:  # some steps of one batch, from which the whole is reckoned
+                    rows = by_length if way == "sorted" else prompts
+                    some = batches(rows, int(size))
+                    batch = some[len(some) // 2]
+                    _, one = measured(lambda batch=batch: stock(bare, batch, ends, None, 1))
+                    _, cost = measured(lambda batch=batch: stock(bare, batch, ends, None, 129))
+                    step = (cost["seconds"] - one["seconds"]) / 128
+                    whole = len(some) * one["seconds"] + (steps(rows, int(size)) - len(some)) * step
+                    cells[cell] = {
+                        **cost, "steps": steps(rows, int(size)), "s_a_step": step, "s_a_prompt_pass": one["seconds"],
+                        "reckoned_seconds": whole, "reckoned_tokens_per_s": total / whole,
+                    }  # fmt: skip
+            except Exception as error:  # a cell that fails is a row
+                cells[cell] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-1500:]}
+            save()
+
+
+def main() -> None:
+    """Measure all cases, and write them as they come."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=600, help="nothing is begun that might not end in time")
+    parser.add_argument("--model", default="gemma-3-1b-it")
+    parser.add_argument("--prompts", type=int, default=PROMPTS)
+    parser.add_argument("--lora", action="store_true", help="with a LoRA adapter of rank 16 attached")
+    parser.add_argument("--cells", default="sorted:32,unsorted:32,ours:32,whole:500,ours:128,ours:256")
+    parser.add_argument("--tiny", action=argparse.BooleanOptionalAction, default=True)
+    options = parser.parse_args()
+    begin = time.perf_counter()
+    found: dict[str, Any] = {"tiny_float32": {}}
+
+    def left() -> float:
+        return float(options.seconds - (time.perf_counter() - begin))
+
+    def save() -> None:
+        write(options.out / "evaluation.json", found)
+
+    with torch.no_grad():
+        if options.tiny:
+            try:
+                tiny_cases(found, save, left)
+            except Exception as error:
+                found["tiny_error"] = f"{type(error).__name__}: {error} {traceback.format_exc()[-1500:]}"
+                save()
+        if options.cells:
+            big_cases(found, save, left, options)
+
+
+if __name__ == "__main__":
+    main()

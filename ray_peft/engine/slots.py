@@ -1,0 +1,236 @@
+"""LoRA adapters of several members on one frozen base: their memory, and what they add to its layers' outputs.
+
+A slot holds one member's adapter, as PEFT's A (rank, in) and transposed B (rank, out) of every layer, one after the
+other in one row of memory; a member of a smaller rank, or of fewer layers, leaves zeros, whose gradients are zero. So
+the parameter of a member is its row, and its optimizer and its gradient's norm are the plain ones. Passes hold lanes,
+each of one slot. Nothing that one slot holds, not a number is none, reaches another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+ALIGNED = 64
+"""Numbers at whose multiples a matrix begins: the fast kernels of a GPU ask for 16 bytes."""
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """One layer's A and B of all slots: views of their memory."""
+
+    down: Tensor
+    """A, (slots, rank, in)."""
+    up: Tensor
+    """B transposed, (slots, rank, out)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers that a layer takes and gives."""
+
+    inputs: int
+    outputs: int
+
+
+class Slots:
+    """The adapters of all members on one base."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[str],
+        *,
+        slots: int,
+        rank: int,
+        dtype: torch.dtype,
+        computed: torch.dtype,
+    ) -> None:
+        """Take memory, and watch the layers.
+
+        Args:
+            model: the base, without adapters.
+            layers: names of all layers that any member targets: linear ones, in 4 bits or not, and Conv1D.
+            slots: members at a time.
+            rank: the largest of all members.
+            dtype: holds adapters and gradients.
+            computed: the dtype of the adapters' products.
+        """
+        self._watched = {name: model.get_submodule(name) for name in layers}
+        self.sizes = {name: sizes(module) for name, module in self._watched.items()}
+        self.rank = rank
+        numbers = sum(rank * (_aligned(size.inputs) + _aligned(size.outputs)) for size in self.sizes.values())
+        device = cast(Tensor, next(iter(self._watched.values())).weight).device
+        self.weights = torch.zeros(slots, numbers, dtype=dtype, device=device)
+        self.gradients = torch.zeros_like(self.weights)
+        self._used = self.weights if computed == dtype else self.weights.to(computed)
+        """The weights as products take them, written at the begin of each pass."""
+        self.scales = torch.zeros(slots, device=device)
+        """alpha / rank."""
+        self._held, self._grown = self._matrices(self.weights), self._matrices(self.gradients)
+        self._products = self._matrices(self._used)
+        self._lanes: Tensor | None = None
+        self._anchor = torch.zeros((), device=device, requires_grad=True)  # so that the layers' outputs take gradients
+        self._hooks = [module.register_forward_hook(self._hook(name)) for name, module in self._watched.items()]
+
+    def __len__(self) -> int:
+        """How many members at a time."""
+        return len(self.weights)
+
+    def remove(self) -> None:
+        """Leave the layers alone from now on."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def fill(self, slot: int, adapted: nn.Module, scale: float) -> None:
+        """Copy a member's adapter into a slot; its gradients are zero.
+
+        Args:
+            slot: whose content is lost.
+            adapted: the base in PEFT's wrapper with one LoRA adapter.
+            scale: alpha / rank.
+
+        Raises:
+            KeyError: it has a layer that these slots have not.
+        """
+        self.clear(slot)
+        with torch.no_grad():
+            for name, down, up in adapters(adapted):
+                rank = len(down)
+                self._held[name].down[slot, :rank].copy_(down)
+                self._held[name].up[slot, :rank].copy_(up.T)
+        self.scales[slot] = scale
+
+    def read(self, slot: int, adapted: nn.Module) -> None:
+        """Copy a slot into the adapter of `adapted`, which is one of the same rank and layers as filled the slot."""
+        with torch.no_grad():
+            for name, down, up in adapters(adapted):
+                rank = len(down)
+                down.copy_(self._held[name].down[slot, :rank])
+                up.copy_(self._held[name].up[slot, :rank].T)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        self.weights[slot].zero_()
+        self.gradients[slot].zero_()
+        self.scales[slot] = 0.0
+
+    def member(self, slot: int) -> nn.Module:
+        """A module whose only parameter (1, numbers) is the slot, with its gradient; pads stay zero in any AdamW."""
+        holder = nn.Module()
+        holder.adapter = nn.Parameter(self.weights[slot : slot + 1])
+        holder.adapter.grad = self.gradients[slot : slot + 1]
+        return holder
+
+    def begin(self, lanes: Tensor) -> None:
+        """Begin a pass.
+
+        Args:
+            lanes: (lanes,) int64, the slot of each; the pass's activations are (lanes * tokens, numbers) in this order,
+                or have any axes that flatten to it. It must stay as it is until the pass has gone backward.
+        """
+        self._lanes = lanes
+        if self._used is not self.weights:
+            self._used.copy_(self.weights)
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """The layers are the base's own inside."""
+        lanes, self._lanes = self._lanes, None
+        try:
+            yield
+        finally:
+            self._lanes = lanes
+
+    def _hook(self, name: str) -> Any:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if self._lanes is None:
+                return None
+            return _Added.apply(  # type: ignore[no-any-return, no-untyped-call]
+                inputs[0], output, self._anchor, self._lanes, self.scales, self._products[name], self._grown[name]
+            )
+
+        return add
+
+    def _matrices(self, memory: Tensor) -> dict[str, Matrices]:
+        slots, begin, views = len(memory), 0, {}
+        for name, size in self.sizes.items():
+            parts = []
+            for width in (size.inputs, size.outputs):
+                parts.append(memory[:, begin : begin + self.rank * width].view(slots, self.rank, width))
+                begin += self.rank * _aligned(width)
+            views[name] = Matrices(*parts)
+        return views
+
+
+class _Added(torch.autograd.Function):
+    """output + scale * B A input, by lanes. The gradients of A and B go straight into their memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, output: Tensor, _: Tensor, lanes: Tensor, scales: Tensor, used: Matrices, grown: Matrices
+    ) -> Tensor:
+        down, up = used.down.index_select(0, lanes), used.up.index_select(0, lanes)
+        scale = scales.index_select(0, lanes)[:, None, None]
+        rows = x.reshape(len(lanes), -1, x.shape[-1]).to(down.dtype)
+        thin = (torch.bmm(rows, down.transpose(1, 2)) * scale).to(down.dtype)
+        ctx.save_for_backward(x, thin, lanes, scale)
+        ctx.used, ctx.grown = used, grown
+        if output.dtype == down.dtype:
+            return torch.baddbmm(output.reshape(len(lanes), -1, output.shape[-1]), thin, up).view(output.shape)
+        return (output + torch.bmm(thin, up).view(output.shape)).to(output.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, thin, lanes, scale = ctx.saved_tensors
+        down, up = ctx.used.down.index_select(0, lanes), ctx.used.up.index_select(0, lanes)
+        rows = x.reshape(len(lanes), -1, x.shape[-1]).to(down.dtype)
+        above = gradient.reshape(len(lanes), -1, gradient.shape[-1]).to(down.dtype)
+        through = (torch.bmm(above, up.transpose(1, 2)) * scale).to(down.dtype)
+        dtype = ctx.grown.down.dtype
+        ctx.grown.down.index_add_(0, lanes, torch.bmm(through.transpose(1, 2), rows).to(dtype))
+        ctx.grown.up.index_add_(0, lanes, torch.bmm(thin.transpose(1, 2), above).to(dtype))
+        below = torch.bmm(through, down).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return below, gradient, None, None, None, None, None
+
+
+def sizes(module: nn.Module) -> Sizes:
+    """What a linear layer, in 4 bits or not, or a Conv1D takes and gives.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return Sizes(module.in_features, module.out_features)
+    if isinstance(module, Conv1D):
+        return Sizes(module.nx, module.nf)
+    raise TypeError(f"{type(module).__name__} is no linear layer")
+
+
+def adapters(adapted: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Layer, A (rank, in) and B (out, rank) of the only LoRA adapter of a model in PEFT's wrapper.
+
+    Raises:
+        TypeError: an adapter is of another kind than two matrices.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    base = adapted.get_base_model()  # type: ignore[operator]
+    for name, module in base.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        sizes(module.get_base_layer())
+        ((_, down),), ((_, up),) = module.lora_A.items(), module.lora_B.items()
+        yield name, cast(Tensor, down.weight), cast(Tensor, up.weight)
+
+
+def _aligned(numbers: int) -> int:
+    return math.ceil(numbers / ALIGNED) * ALIGNED

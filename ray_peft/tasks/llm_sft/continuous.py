@@ -1,0 +1,333 @@
+"""Greedy answers to many prompts: a lane whose prompt is answered takes the next one while the others go on.
+
+All shapes are static, so that a GPU can replay recorded passes: few sizes of groups of new prompts, few numbers of
+lanes, and few spans of the cache that are looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ray_peft.engine.replays import Replays
+from ray_peft.tasks.llm_sft.lane_cache import LaneCache, NextTokens, TokensOfPass, WholePrompts
+from ray_peft.tasks.llm_sft.lanes import CAPACITIES, LANES, largest_capacity
+from ray_peft.tasks.llm_sft.masks import as_taken, windows, windows_of_layers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPT_TOKENS = 4096
+"""Tokens, padding included, of one pass that reads prompts."""
+STEPS = 8
+"""Tokens that a GPU adds before the host looks which prompts are answered."""
+FEWEST_LANES = 8
+"""A GPU's pass takes as long for fewer."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A model that has a say in the next token."""
+
+    model: PreTrainedModel
+    at_work: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    """The surroundings in which it is itself: of several adapters on one base, its own is on."""
+    log_weight: float = 0.0
+    """Of its distribution in the mixture, where there are several."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends an answer."""
+
+    new_tokens: int
+    """Most tokens of an answer."""
+    tokens: Sequence[int]
+    """Each of them does."""
+    text: str | None = None
+    """It does, as soon as it is written out; None if nothing does."""
+
+
+class Lanes:
+    """What the lanes hold on the device, and the two passes that change it: reading prompts, and adding a token."""
+
+    def __init__(self, voices: Sequence[Voice], lanes: int, capacity: int, ends: Ends, dtype: Any) -> None:
+        """Take memory for the lanes, all of them empty.
+
+        Args:
+            voices: the models, in evaluation mode, on one device.
+            lanes: prompts that are answered at a time.
+            capacity: tokens of a prompt and its answer.
+            ends: what ends an answer; of it, text is left to the caller.
+            dtype: of attention scores, where attention adds masks to them.
+        """
+        device = voices[0].model.device
+        self.count, self.capacity, self._ends, self._dtype = lanes, capacity, ends, dtype
+        self._voices = [
+            _Reading(voice, LaneCache(windows_of_layers(voice.model.config.get_text_config()), lanes, capacity))
+            for voice in voices
+        ]
+        # One lane more, which is spare: groups of prompts are filled up with empty ones.
+        self.tokens, self.positions, self.written = (
+            torch.zeros(lanes + 1, dtype=torch.int64, device=device) for _ in range(3)
+        )
+        self.ended = torch.ones(lanes + 1, dtype=torch.bool, device=device)
+        self.answers = torch.zeros(lanes + 1, ends.new_tokens, dtype=torch.int64, device=device)
+        self._stops = torch.tensor(list(ends.tokens), dtype=torch.int64, device=device)
+
+    def read(self, ids: Tensor, lengths: Tensor, lanes: Tensor) -> Tensor:
+        """Put prompts into lanes, with the first token of each answer; returns that token's scores (prompt, token).
+
+        Args:
+            ids: (prompt, longest) int64, padded on the left.
+            lengths: (prompt,) int64.
+            lanes: (prompt,) int64, the lane of each; `count` for an empty prompt.
+        """
+        tokens = WholePrompts(lengths, lanes, ids.shape[1], spare=self.count)
+        scores = self._scores(tokens, ids, tokens.positions.clamp(min=0))
+        first = scores.argmax(dim=-1)
+        self.tokens.index_copy_(0, lanes, first)
+        self.positions.index_copy_(0, lanes, lengths)
+        self.written.index_copy_(0, lanes, torch.ones_like(lengths))
+        self.answers.index_copy_(0, lanes, first[:, None].expand(-1, self._ends.new_tokens))
+        self.ended.index_copy_(0, lanes, torch.isin(first, self._stops) | (self._ends.new_tokens == 1))
+        return scores
+
+    def add(self, lanes: int, span: int) -> Tensor:
+        """Add a token to each of the first lanes that has not ended; returns its scores (lane, token)."""
+        ended, written = self.ended[:lanes], self.written[:lanes]
+        positions = self.positions[:lanes]
+        scores = self._scores(NextTokens(positions, span), self.tokens[:lanes, None], positions[:, None])
+        following = torch.where(ended, self.tokens[:lanes], scores.argmax(dim=-1))
+        place = written.clamp(max=self._ends.new_tokens - 1)[:, None]  # an answer that ended is written over its end
+        self.answers[:lanes].scatter_(
+            1, place, torch.where(ended[:, None], self.answers[:lanes].gather(1, place), following[:, None])
+        )
+        self.tokens[:lanes].copy_(following)
+        positions.add_(~ended)
+        written.add_(~ended)
+        ended.logical_or_(torch.isin(following, self._stops) | (written >= self._ends.new_tokens))
+        return scores
+
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Put what some lanes hold into others."""
+        device = self.tokens.device
+        given, taken = (torch.tensor(list(lanes), device=device) for lanes in (sources, targets))
+        for voice in self._voices:
+            voice.cache.move(given, taken)
+        for state in (self.tokens, self.positions, self.written, self.ended, self.answers):
+            state.index_copy_(0, taken, state.index_select(0, given))
+
+    def _scores(self, tokens: TokensOfPass, ids: Tensor, positions: Tensor) -> Tensor:
+        """Scores (row, token) float32 of what follows the last of `ids`: one model's logits, or a mixture's logs."""
+        scores = [voice.scores(tokens, ids, positions, self.capacity, self._dtype) for voice in self._voices]
+        if len(scores) == 1:
+            return scores[0]
+        weights = [voice.voice.log_weight for voice in self._voices]
+        logs = [torch.log_softmax(given, dim=-1) + weight for given, weight in zip(scores, weights, strict=True)]
+        return torch.logsumexp(torch.stack(logs), dim=0)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A voice, and what it has read."""
+
+    voice: Voice
+    cache: LaneCache
+
+    def scores(self, tokens: TokensOfPass, ids: Tensor, positions: Tensor, capacity: int, dtype: Any) -> Tensor:
+        """Logits (row, token) float32 behind the last of `ids`."""
+        model: Any = self.voice.model
+        config = model.config.get_text_config()
+        masks = {kind: tokens.mask(window, capacity) for kind, window in windows(config).items()}
+        self.cache.state.tokens = tokens
+        with self.voice.at_work():
+            output = model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=as_taken(masks, config, dtype),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self.cache.state.tokens = None
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
+
+
+@dataclass
+class _Prompt:
+    """A prompt in a lane."""
+
+    row: int
+    length: int
+    written: int = 1
+    """Tokens of the answer, as far as the host knows; more once it has ended."""
+    looked_at: int = 0
+    """Of these, such as were searched for the text that ends an answer."""
+
+
+@dataclass
+class Answering:
+    """Answers prompts, the longest first."""
+
+    lanes: Lanes
+    pad: int
+    """The padding token."""
+    replays: Replays
+    static: bool
+    """Passes come in few shapes, to be recorded; else in the smallest, which is right for the CPU."""
+    stop: Callable[[Sequence[int], int], int | None] | None = None
+    """Given tokens and how many of them were looked at, after how many the text that ends an answer is complete; None
+    if it is not."""
+    _held: dict[int, _Prompt] = field(default_factory=dict)
+    """What lanes hold, by lane."""
+    _buffers: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+
+    def answers(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """(row, tokens of its answer, the end token included) of each of `rows`, as they end.
+
+        Args:
+            prompts: token ids.
+            rows: places of the prompts to answer.
+        """
+        waiting = deque(sorted(rows, key=lambda row: len(prompts[row]), reverse=True))
+        self._largest = largest_capacity(len(prompts[waiting[0]])) if waiting else 0
+        while waiting or self._held:
+            self._read(prompts, waiting)
+            yield from self._ended(prompts)
+            if not self._held:
+                continue
+            lanes, steps = self._close_up(bool(waiting)), self._steps()
+            span = self._span(max(held.length + held.written for held in self._held.values()) + steps)
+            for _ in range(steps):
+                self.replays((lanes, span), partial(self.lanes.add, lanes, span))
+            for held in self._held.values():
+                held.written += steps
+            yield from self._ended(prompts)
+
+    def _steps(self) -> int:
+        """Tokens to add before the next look; on the CPU, looking costs nothing."""
+        most = self.lanes.answers.shape[1]
+        left = max(most - held.written for held in self._held.values())
+        return min(STEPS, left) if self.static else 1
+
+    def _span(self, tokens: int) -> int:
+        """Places to look at for so many tokens."""
+        if not self.static:
+            return min(tokens, self.lanes.capacity)
+        return next((size for size in _SPANS if tokens <= size < self.lanes.capacity), self.lanes.capacity)
+
+    def _read(self, prompts: Sequence[Sequence[int]], waiting: deque[int]) -> None:
+        """Put waiting prompts into free lanes, once there are enough of either."""
+        free = [lane for lane in range(self.lanes.count) if lane not in self._held]
+        enough = max(1, self.lanes.count // 8) if self.static and self._held else 1
+        while waiting and len(free) >= min(enough, len(waiting)):
+            capacity = self._capacity(len(prompts[waiting[0]]))
+            most = min(len(free), len(waiting), max(1, PROMPT_TOKENS // capacity))
+            rows = [waiting.popleft() for _ in range(most)]
+            self._begin([prompts[row] for row in rows], free[:most], capacity)
+            for row, lane in zip(rows, free, strict=False):
+                self._held[lane] = _Prompt(row, len(prompts[row]))
+            free = free[most:]
+
+    def _capacity(self, tokens: int) -> int:
+        if not self.static:
+            return tokens
+        return next((size for size in CAPACITIES if tokens <= size < self._largest), self._largest)
+
+    def _begin(self, prompts: Sequence[Sequence[int]], lanes: Sequence[int], capacity: int) -> None:
+        """Read a group of prompts, filled up with empty ones to one of few sizes."""
+        size = next(count for count in LANES if count >= len(prompts)) if self.static else len(prompts)
+        ids = torch.full((size, capacity), self.pad)
+        lengths, targets = torch.ones(size, dtype=torch.int64), torch.full((size,), self.lanes.count)
+        for place, (prompt, lane) in enumerate(zip(prompts, lanes, strict=True)):
+            ids[place, capacity - len(prompt) :] = torch.tensor(prompt)
+            lengths[place], targets[place] = len(prompt), lane
+        given = [ids, lengths, targets]
+        if not self.static:
+            self.lanes.read(*given)
+            return
+        device = self.lanes.tokens.device
+        buffers = self._buffers.setdefault(
+            (size, capacity), [torch.empty_like(value, device=device) for value in given]
+        )
+        for buffer, value in zip(buffers, given, strict=True):
+            buffer.copy_(value)
+        self.replays(("read", size, capacity), partial(self.lanes.read, *buffers))
+
+    def _ended(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
+        """The answers that ended since the last look; their lanes are free from then on."""
+        if not self._held:
+            return
+        lanes = self.lanes
+        last = max(self._held) + 1
+        state = torch.stack([lanes.ended[:last].long(), lanes.written[:last]]).tolist()
+        ended = {lane: state[1][lane] for lane in self._held if state[0][lane]}
+        if self.stop is not None:
+            texts = lanes.answers[:last].tolist()
+            for lane, held in self._held.items():
+                written = state[1][lane]
+                tokens = [*prompts[held.row], *texts[lane][:written]]
+                end = self.stop(tokens, held.length + held.looked_at)
+                held.looked_at = written
+                if end is not None:
+                    ended[lane] = end - held.length
+                    lanes.ended[lane] = True
+        if not ended:
+            return
+        given = lanes.answers[torch.tensor(list(ended), device=lanes.answers.device)].tolist()
+        for (lane, written), answer in zip(ended.items(), given, strict=True):
+            yield self._held.pop(lane).row, answer[:written]
+
+    def _close_up(self, more: bool) -> int:
+        """How many of the first lanes the next tokens are added to; none is free there that could be held."""
+        if more:
+            return self.lanes.count
+        count = self._fewest(len(self._held))
+        beyond = sorted(lane for lane in self._held if lane >= count)
+        free = [lane for lane in range(count) if lane not in self._held][: len(beyond)]
+        if beyond:
+            self.lanes.move(beyond, free)
+            for source, target in zip(beyond, free, strict=True):
+                self._held[target] = self._held.pop(source)
+        return count
+
+    def _fewest(self, held: int) -> int:
+        """Lanes for so many prompts."""
+        if not self.static:
+            return held
+        count = self.lanes.count
+        while count // 2 >= max(held, FEWEST_LANES):
+            count //= 2
+        return count
+
+
+_SPANS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+def text_stop(tokenizer: PreTrainedTokenizerBase, text: str) -> Callable[[Sequence[int], int], int | None]:
+    """What `Answering.stop` asks for, as `generate` decides it."""
+    from transformers import StopStringCriteria
+
+    criteria = StopStringCriteria(tokenizer, [text])
+    width, pad = criteria.maximum_token_len, tokenizer.pad_token_id
+
+    def stop(tokens: Sequence[int], looked_at: int) -> int | None:
+        ends = range(looked_at + 1, len(tokens) + 1)
+        if not ends:
+            return None
+        lasts = [list(tokens[max(0, end - width) : end]) for end in ends]
+        windows = torch.tensor([[pad] * (width - len(last)) + last for last in lasts])
+        complete = criteria(windows, None).tolist()
+        return next((end for end, found in zip(ends, complete, strict=True) if found), None)
+
+    return stop

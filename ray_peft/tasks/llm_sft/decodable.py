@@ -1,0 +1,112 @@
+"""Which models may answer prompts in lanes (continuous.py): those whose scores are their own there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ray_peft.tasks.llm_sft.continuous import Voice
+
+TRIED_TOKENS = (24, 17)
+"""Tokens of the prompts that a model is tried on, at most."""
+TRIED_STEPS = 2
+_ROUNDING = {True: 1e-4, False: 5e-2}
+"""Largest difference of scores, relative to the largest score, by whether all is computed in float32."""
+
+_right: set[str] = set()
+"""Kinds of models whose scores were found right in this process, by all that this depends on."""
+
+
+def why_not(voice: Voice, prompts: Sequence[Sequence[int]], pad: int, dtype: Any) -> str | None:
+    """Why a model's answers must come from its own `generate`; None if lanes give the same.
+
+    The scores of two short prompts are computed both ways, once for every kind of model of a process.
+
+    Args:
+        voice: the model, in the mode and under the autocast in which it answers.
+        prompts: token ids.
+        pad: the padding token.
+        dtype: of attention scores.
+
+    Raises:
+        torch.OutOfMemoryError: memory ran out.
+    """
+    if not all(prompts):
+        return "a prompt is empty"
+    reason = _by_config(voice.model)
+    if reason is not None:
+        return reason
+    model: Any = voice.model
+    settings = model.config.to_json_string(), model.config._attn_implementation
+    key = repr((type(model), *settings, model.device.type, dtype))
+    if key not in _right:
+        reason = _by_trial(voice, prompts, pad, dtype)
+        if reason is not None:
+            return reason
+        _right.add(key)
+    return None
+
+
+def _by_config(model: PreTrainedModel) -> str | None:
+    config: Any = model.config.get_text_config()
+    if not type(model).__module__.startswith("transformers."):
+        return "its code is its own"
+    if model.config.is_encoder_decoder:
+        return "it is an encoder and a decoder"
+    if not getattr(model, "_can_compile_fullgraph", False):
+        return "transformers has no static cache for it"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of kind {', '.join(sorted(kinds))}"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "its layers share keys and values"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"attention is {config._attn_implementation}"
+    by_length = _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"}
+    if by_length:
+        return f"its positions ({', '.join(by_length)}) depend on the longest row of a batch"
+    return None
+
+
+def _rope_types(settings: Any) -> set[str]:
+    """The kinds of rotary positions in a config, of each kind of layer where they differ."""
+    if not isinstance(settings, dict):
+        return set()
+    inner = [_rope_types(value) for value in settings.values()]
+    return set().union({str(settings.get("rope_type", "default"))}, *inner)
+
+
+def _by_trial(voice: Voice, prompts: Sequence[Sequence[int]], pad: int, dtype: Any) -> str | None:
+    import torch
+
+    from ray_peft.engine.recovery import is_out_of_memory
+    from ray_peft.tasks.llm_sft.continuous import Ends, Lanes, Voice
+
+    model: Any = voice.model
+    device = model.device
+    tried = [list(prompt[:most]) for prompt, most in zip((prompts[0], prompts[-1]), TRIED_TOKENS, strict=True)]
+    longest = max(map(len, tried))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in tried], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in tried], device=device)
+    exact = dtype == torch.float32 and not getattr(model, "is_loaded_in_4bit", False)
+    try:
+        alone = Voice(model, voice.at_work)
+        lanes = Lanes([alone], 2, longest + TRIED_STEPS + 9, Ends(TRIED_STEPS + 1, ()), dtype)
+        scores = [lanes.read(ids, lengths, torch.arange(2, device=device))]
+        scores += [lanes.add(2, longest + TRIED_STEPS + 5) for _ in range(TRIED_STEPS)]
+        for place, prompt in enumerate(tried):
+            whole = torch.tensor([[*prompt, *lanes.answers[place].tolist()[:TRIED_STEPS]]], device=device)
+            with voice.at_work():
+                usual = model(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 :].float()
+            ours = torch.stack([step[place] for step in scores])
+            apart = float((usual - ours).abs().max() / usual.abs().max().clamp(min=1e-3))
+            if not apart <= _ROUNDING[exact]:
+                return f"its scores would differ by {apart:.2g} of the largest ({dtype})"
+    except Exception as error:  # of a model's own code
+        if is_out_of_memory(error):
+            raise
+        return f"it does not take a prompt in a lane ({type(error).__name__})"
+    return None

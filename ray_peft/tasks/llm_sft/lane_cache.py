@@ -1,0 +1,176 @@
+"""Keys and values of prompts that are being answered: every lane holds one prompt, and writes at a place of its own.
+
+transformers' StaticCache writes all rows of a batch at one place, and its sliding layers decide in Python which. So no
+new prompt could take the lane of one that ended, and sliding layers could not be recorded while they fill. Here a layer
+with a window is a ring of as many places as the window, so all that it holds is in sight.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, StaticLayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TokensOfPass(ABC):
+    """The tokens of one pass: where they are written, and what they see."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, Tensor] = {}
+
+    def rows(self, places: int) -> Tensor:
+        """The rows (tokens,) int64 that the pass's tokens take in a layer with so many places a lane."""
+        if places not in self._rows:
+            self._rows[places] = self._written(places)
+        return self._rows[places]
+
+    @abstractmethod
+    def _written(self, places: int) -> Tensor:
+        """What `rows` gives."""
+
+    @abstractmethod
+    def seen(self, layer: LaneLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values (row, head, place, size) that a layer's new ones are scored against."""
+
+    @abstractmethod
+    def mask(self, window: int | None, capacity: int) -> Tensor:
+        """Which of them are in sight, (row, 1, token, place) bool, in layers with such a window."""
+
+
+class WholePrompts(TokensOfPass):
+    """Prompts of up to `capacity` tokens, padded on the left, that see themselves alone."""
+
+    def __init__(self, lengths: Tensor, lanes: Tensor, capacity: int, spare: int) -> None:
+        """Look at the prompts.
+
+        Args:
+            lengths: (prompt,) int64, in tokens.
+            lanes: (prompt,) int64, the lane of each.
+            capacity: tokens of the pass's rows.
+            spare: the lane that takes what nobody reads: padding, and what a window has left behind.
+        """
+        super().__init__()
+        self._lengths, self._lanes, self._spare = lengths[:, None], lanes[:, None], spare
+        self._index = torch.arange(capacity, device=lengths.device)
+        self.positions = self._index - (capacity - self._lengths)
+        """(prompt, capacity) int64, negative in the padding."""
+
+    def _written(self, places: int) -> Tensor:
+        read = (self.positions >= 0) & (self.positions >= self._lengths - places)
+        lanes = torch.where(read, self._lanes, self._spare)
+        return (lanes * places + self.positions.clamp(min=0) % places).flatten()
+
+    def seen(self, layer: LaneLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The prompts' own."""
+        return keys, values
+
+    def mask(self, window: int | None, capacity: int) -> Tensor:
+        """Backwards, within the window, and no padding; padding sees itself, since a row must see something."""
+        distance = self._index[:, None] - self._index[None, :]
+        backwards = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        return ((backwards & (self.positions >= 0)[:, None, :]) | (distance == 0))[:, None]
+
+
+class NextTokens(TokensOfPass):
+    """One token of each of the first lanes, that sees all that its lane holds."""
+
+    def __init__(self, positions: Tensor, span: int) -> None:
+        """Look at the lanes.
+
+        Args:
+            positions: (lane,) int64 of the tokens, below `span`.
+            span: places that are looked at, of layers that hold more.
+        """
+        super().__init__()
+        self._positions, self._span = positions, span
+
+    def _written(self, places: int) -> Tensor:
+        lanes = torch.arange(len(self._positions), device=self._positions.device)
+        return lanes * places + self._positions % places
+
+    def seen(self, layer: LaneLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What the lanes hold."""
+        return layer.held(len(self._positions), self._span)
+
+    def mask(self, window: int | None, capacity: int) -> Tensor:
+        """Places that were written: in a ring of `places`, those whose latest position is none before the first."""
+        places = capacity if window is None else min(window, capacity)
+        place = torch.arange(min(self._span, places), device=self._positions.device)
+        positions = self._positions[:, None]
+        return (positions - (positions - place) % places >= 0)[:, None, None]
+
+
+class LaneLayer(StaticLayer):  # type: ignore[no-untyped-call]  # transformers has no types for it
+    """One layer's keys and values, (lane x place, head, size): of each lane the last `max_cache_len` tokens."""
+
+    def __init__(self, lanes: int, capacity: int, window: int | None, state: LaneState) -> None:
+        """Memory is taken when the first keys show their shape and dtype; one lane more than `lanes` is spare."""
+        super().__init__(max_cache_len=capacity if window is None else min(window, capacity))
+        self._lanes, self._state = lanes + 1, state
+        self._memory: list[Tensor] = []
+        """Keys and values."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take memory like these, which may differ in dtype: under autocast, positions turn keys into float32."""
+        rows = self._lanes * self.max_cache_len
+        self._memory = [
+            torch.zeros(rows, given.shape[1], given.shape[-1], dtype=given.dtype, device=given.device)
+            for given in (key_states, value_states)
+        ]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the tokens of the pass, (row, head, token, size); returns what they see."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        tokens = self._state.tokens
+        assert tokens is not None
+        rows = tokens.rows(self.max_cache_len)
+        for memory, given in zip(self._memory, (key_states, value_states), strict=True):
+            memory.index_copy_(0, rows, given.transpose(1, 2).flatten(0, 1))
+        return tokens.seen(self, key_states, value_states)
+
+    def held(self, lanes: int, span: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (lane, head, place, size) of the first lanes and places."""
+        keys, values = (self._by_lane(memory)[:lanes, :span].transpose(1, 2) for memory in self._memory)
+        return keys, values
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy lanes (lane,) int64 to the place of others."""
+        for memory in map(self._by_lane, self._memory):
+            memory.index_copy_(0, targets, memory.index_select(0, sources))
+
+    def _by_lane(self, memory: Tensor) -> Tensor:
+        return memory.view(self._lanes, self.max_cache_len, *memory.shape[1:])
+
+    def get_seq_length(self) -> int:
+        """Nothing that all lanes share: positions are given with every pass."""
+        return 0
+
+
+class LaneState:
+    """What all layers of a cache look at."""
+
+    tokens: TokensOfPass | None = None
+    """Of the pass that runs."""
+
+
+class LaneCache(Cache):
+    """The cache of one model."""
+
+    def __init__(self, windows: Sequence[int | None], lanes: int, capacity: int) -> None:
+        """A layer for each of `windows`, which is None for one that looks back on everything."""
+        self.state = LaneState()
+        self._own = [LaneLayer(lanes, capacity, window, self.state) for window in windows]
+        super().__init__(layers=[*self._own])
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy lanes (lane,) int64 to the place of others."""
+        for layer in self._own:
+            layer.move(sources, targets)

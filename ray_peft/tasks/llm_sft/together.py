@@ -1,0 +1,115 @@
+"""Passes of several members: their rows in lanes of one shape, and the loss of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.engine.contract import Rows, Seen, Share
+from ray_peft.spec import LlmTrialSpec
+from ray_peft.tasks.llm_sft.lanes import Bucket, largest_capacity, lay_out, reused
+from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedPart
+from ray_peft.tasks.llm_sft.steps import TextRows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ray_peft.engine.slots import Slots
+
+
+@dataclass(frozen=True)
+class _Seated:
+    rows: TextRows
+    ahead: int
+    """The member's step less the number of the round."""
+
+
+class RowsTogether(Rows[PackedPart]):
+    """What the members see in each round: each of them its own next step."""
+
+    def __init__(self, rows: Sequence[TextRows]) -> None:
+        """Look at the rows of all who may ever be members: their longest row decides the largest shape."""
+        self._largest = largest_capacity(max(max(data.lengths()) for data in rows))
+        self._scored = max(data.scored_share for data in rows)
+        self._seats: dict[int, _Seated] = {}
+        self._used: set[Bucket] = set()
+
+    def seat(self, slot: int, rows: TextRows, ahead: int) -> None:
+        """From now on, `slot` sees step `number + ahead` of its own rows in round `number`."""
+        self._seats[slot] = _Seated(rows, ahead)
+
+    def free(self, slot: int) -> None:
+        """From now on, `slot` sees nothing."""
+        del self._seats[slot]
+
+    def parts(self, step: int, share: Share, rows: int) -> list[PackedPart]:
+        """The rows of a round, in passes of no more tokens than `rows` of the longest rows have."""
+        own = [
+            (slot, ids, labels, seat.rows.loss_tokens(step + seat.ahead))
+            for slot, seat in sorted(self._seats.items())
+            for part in seat.rows.parts(step + seat.ahead, share, seat.rows.micro_batch)
+            for ids, labels in zip(part.ids, part.labels, strict=True)
+        ]
+        most = rows * self._largest
+        laid = lay_out([len(ids) for _, ids, _, _ in own], most, self._largest, [slot for slot, *_ in own])
+        return [
+            PackedPart(
+                one.bucket,
+                [[own[row][1:3] for row in lane] for lane in one.lanes],
+                [own[lane[0]][3] for lane in one.lanes],
+                self._scored,
+                [own[lane[0]][0] for lane in one.lanes],
+            )
+            for one in (reused(plan, self._used, most) for plan in laid)
+        ]
+
+    def size(self, part: PackedPart) -> int:
+        """How many of the longest rows take as many tokens."""
+        return -(-part.bucket.tokens // self._largest)
+
+    def seen(self, step: int) -> Seen:
+        """The tokens of a round."""
+        return Seen(tokens=sum(seat.rows.seen(step + seat.ahead).tokens for seat in self._seats.values()))
+
+    def epoch(self, steps: int) -> float:
+        """Epochs of the member that is furthest."""
+        return max(seat.rows.epoch(steps + seat.ahead) for seat in self._seats.values())
+
+    def heaviest(self, steps: range, share: Share, rows: int) -> PackedPart | None:
+        """A pass as large as any may be: of the most tokens, and full of the longest rows."""
+        slot = min(self._seats)
+        bucket = lay_out([self._largest] * rows, rows * self._largest, self._largest)[0].bucket
+        row = [0] * self._largest
+        labels = row if self._scored == 1 else row[: int(self._largest * self._scored)]
+        labels = [-100] * (self._largest - len(labels)) + labels
+        count = bucket.lanes
+        return PackedPart(bucket, [[(row, labels)]] * count, [1] * count, self._scored, [slot] * count)
+
+
+class LossTogether(PackedLoss):
+    """What `PackedLoss` computes, for the members one by one."""
+
+    def __init__(self, spec: LlmTrialSpec, model: Any, slots: Slots) -> None:
+        """Look at the model, the base of all members; `spec` is any of them: they agree in what is looked at."""
+        super().__init__(spec, model)
+        self._slots = slots
+        self.members = len(slots)
+
+    def inputs(self, part: PackedPart) -> Sequence[Tensor]:
+        """As for one member, and the slots of the lanes (lanes,) int64; empty lanes count to the first lane's."""
+        import torch
+
+        lanes = list(part.members) + [part.members[0]] * (part.bucket.lanes - len(part.members))
+        return [*super().inputs(part), torch.tensor(lanes)]
+
+    def loss(self, *inputs: Tensor) -> Tensor:
+        """Each slot's share (slots,) of the mean loss of its member's step [nats]."""
+        import torch
+
+        *given, lanes = inputs
+        ids, places = given[0], given[3]
+        self._slots.begin(lanes)
+        shares = self._losses(*given)
+        members = lanes.index_select(0, places // ids.shape[1])
+        return torch.zeros(len(self._slots), device=shares.device).index_add(0, members, shares)

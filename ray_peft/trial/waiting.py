@@ -1,0 +1,41 @@
+"""The wait for a GPU's memory that the trial before gives back."""
+
+from __future__ import annotations
+
+import time
+
+from ray_peft.errors import TrialFailed
+from ray_peft.foundation.nvml import gpu_holders
+from ray_peft.foundation.units import GIB
+
+FREE_WITHIN_S = 60.0
+"""Longest wait for memory of a GPU that a trial before should have given back."""
+
+
+def wait_for_memory(device: str, needed_gib: float, context_gib: float) -> None:
+    """Wait until `needed_gib` of the GPU are free, or this process's own: a trial that has ended may still hold some.
+
+    Args:
+        device: "cuda:N".
+        needed_gib: what the trial takes, its CUDA context included.
+        context_gib: what of it is the CUDA context, which this process has by now.
+
+    Raises:
+        TrialFailed: somebody holds it for longer than `FREE_WITHIN_S`.
+    """
+    import torch
+
+    until = time.monotonic() + FREE_WITHIN_S
+    while True:
+        free, _ = torch.cuda.mem_get_info(device)
+        found = (free + torch.cuda.memory_reserved(device)) / GIB + context_gib
+        if found >= needed_gib:
+            return
+        if time.monotonic() > until:
+            others = ", ".join(f"{pid} ({held:.1f} GiB)" for pid, held in gpu_holders())
+            raise TrialFailed(
+                f"needs {needed_gib:.1f} GiB of the GPU, but {found:.1f} GiB are free after {FREE_WITHIN_S:g} s"
+                f"{f'; processes that hold memory: {others}' if others else ''}; end them, or use a "
+                "smaller train.micro_batch_size"
+            )
+        time.sleep(0.25)
