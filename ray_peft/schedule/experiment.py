@@ -102,6 +102,8 @@ class Experiment:
         """The row of a trial whose worker died: what it left in its folder, else a row that says why it has none."""
         folder = self.ledger.trial_folder(spec.trial_id)
         row = left_row(folder, spec.trial_id)
+        if row is not None and row.status == "cancelled":
+            row = row.model_copy(update={"error": reason})  # its worker did not know why
         if row is None:
             kind: Status = "out_of_memory" if "OutOfMemoryError" in reason else status
             row = TrialResult(trial_id=spec.trial_id, status=kind, spec=spec, error=reason, restarts=restarts(folder))

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -117,9 +118,11 @@ def fit(
     else:
         space = {_TRIAL: tune.grid_search(list(range(len(work.trials))))}
     resolve, name = _resolver(work.trials), f"tune-{os.urandom(4).hex()}"
-    # Tune unpickles the trainable for every trial, so what grows with the trials travels through the object store.
-    hand = {"trials": list(work.trials), "allotment": allotment, "members": dict(work.members)}
-    trainable = tune.with_parameters(_trainable(opened), **hand)
+    folder = opened.ledger.folder / "ray" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    hand = folder / "hand.pickle"
+    hand.write_bytes(pickle.dumps(_Hand(list(work.trials), allotment, dict(work.members))))
+    trainable = _trainable(opened, hand)
     _held[name] = lambda config: allotment.demand(resolve(config))
     stopped = threading.Event()
     tuner = tune.Tuner(
@@ -140,7 +143,7 @@ def fit(
         watch.waited(tuner.fit, stopped.set)
     finally:
         del _held[name]
-        shutil.rmtree(opened.ledger.folder / "ray" / name, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _resolver(trials: Sequence[TrialSpec]) -> Callable[[Mapping[str, Any]], TrialSpec]:
@@ -180,24 +183,43 @@ def _searcher(draws: Draws) -> Any:
     return Proposals()
 
 
-def _trainable(opened: Experiment) -> Callable[..., None]:
+@dataclass(frozen=True)
+class _Hand:
+    """What the workers need of a call of Tune. It grows with the trials, and Tune unpickles its function for each.
+
+    It travels as a file, not through Ray's object store: a driver that has put something there is ended by Ray 2.60,
+    without a word, when its node dies.
+    """
+
+    trials: list[TrialSpec]
+    allotment: Allotment
+    members: dict[str, TrialResult]
+
+
+@cache
+def _hand(path: Path) -> _Hand:
+    """The file's content, read once by each worker process."""
+    given: _Hand = pickle.loads(path.read_bytes())
+    return given
+
+
+def _trainable(opened: Experiment, hand: Path) -> Callable[..., None]:
     """The function that Tune runs for each trial, in a process that it uses again for the next."""
     ledger, store, parent, name = opened.ledger, opened.store, opened.parent_run_id, opened.name
 
-    def trial(
-        config: dict[str, Any], trials: list[TrialSpec], allotment: Allotment, members: dict[str, TrialResult]
-    ) -> None:
+    def trial(config: dict[str, Any]) -> None:
         from ray import tune
 
-        spec = _resolver(trials)(config)
+        given = _hand(hand)
+        spec = _resolver(given.trials)(config)
         assignment = worker.Assignment(
             spec=spec,
             folder=ledger.trial_folder(spec.trial_id),
             store=store,
             parent_run_id=parent,
             sweep=name,
-            demand=allotment.demand(spec),
-            members=tuple(members[each.trial_id] for each in spec.members() if each.trial_id in members),
+            demand=given.allotment.demand(spec),
+            members=tuple(given.members[each.trial_id] for each in spec.members() if each.trial_id in given.members),
         )
 
         def report(metrics: Mapping[str, float], step: int) -> None:

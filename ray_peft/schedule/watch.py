@@ -69,6 +69,10 @@ def waited(call: Callable[[], object], stop: Callable[[], None] | None = None) -
         ClusterLost: the cluster died meanwhile.
         KeyboardInterrupt: the user interrupted a second time.
     """
+    from ray._private import auto_init_hook
+
+    # A call that is left behind would start another Ray as soon as this one is gone.
+    auto_init_hook.enable_auto_connect = False
     raised: list[BaseException] = []
 
     def body() -> None:

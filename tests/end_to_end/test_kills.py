@@ -71,6 +71,7 @@ def test_a_cluster_that_dies_ends_the_sweep_with_one_error(sweep, tmp_path, vict
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_worker_that_is_killed_goes_on_from_its_checkpoint_in_the_same_sweep(sweep, tmp_path):
     changes = {"train__checkpoint_every": 20, "train__log_every": 10}
     running = sweep(steps=400, **changes)
@@ -104,7 +105,7 @@ def test_a_driver_that_is_killed_leaves_no_process_and_the_next_start_no_open_ru
     running.until(lambda: running.steps("lora") > 0 and "none" in running.rows())
     running.send(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL
-    assert running.left() == []
+    assert running.left(patience_s=60) == []  # Ray's agents look from time to time whether their raylet is there
     assert runs(tmp_path)["lora RUNNING"] == 1
     again = sweep(steps=20)  # another trial: what the kill left is closed all the same
     assert again.wait() == 0
