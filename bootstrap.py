@@ -91,7 +91,7 @@ def interpreter():
         if version(chosen) < OLDEST:
             raise Failed(f"ray_peft needs Python 3.11 or later, but PYTHON={chosen} is {version_text(chosen)}")
         return chosen
-    candidates = [sys.executable] + [found for found in map(shutil.which, NEWER) if found]
+    candidates = [sys.executable] + [python for python in map(shutil.which, NEWER) if python]
     for python in candidates:
         if version(python) >= OLDEST:
             return python

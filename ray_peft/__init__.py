@@ -11,8 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ray_peft.schedule.plan import plan
     from ray_peft.schedule.single import run
-    from ray_peft.schedule.sweep import SweepOutcome, plan, sweep
+    from ray_peft.schedule.sweep import SweepOutcome, sweep
     from ray_peft.spec import TrialSpec
     from ray_peft.trial.result import TrialResult
 
@@ -22,7 +23,7 @@ __all__ = ["SweepOutcome", "TrialResult", "TrialSpec", "__version__", "plan", "r
 _HOMES = {
     "run": "ray_peft.schedule.single",
     "sweep": "ray_peft.schedule.sweep",
-    "plan": "ray_peft.schedule.sweep",
+    "plan": "ray_peft.schedule.plan",
     "SweepOutcome": "ray_peft.schedule.sweep",
     "TrialResult": "ray_peft.trial.result",
     "TrialSpec": "ray_peft.spec",

@@ -119,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
         "--gpu-memory-gib", type=_positive, metavar="GIB", help="memory of a GPU: say what fits, and how"
     )
     command.add_argument("--gpus", type=_count, default=1, metavar="N", help="GPUs of that memory; default: 1")
+    command.add_argument(
+        "--cpus", type=_count, metavar="N",
+        help="CPU cores beside them; default: those of this machine, or what a trial asks for if that is more",
+    )  # fmt: skip
     command.add_argument("--gpu", metavar="NAME", help="the GPU's name, such as 'NVIDIA H200', for its own overheads")
     command.add_argument("--strict", action="store_true", help="exit code 1 if a trial does not fit")
     command.set_defaults(act=_plan)
@@ -270,30 +274,27 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ray_peft.schedule.sweep import plan
-
-    trials = plan(options.space, options.overrides, options.profile, Console(quiet=options.json))
     from ray_peft.errors import SpecError
     from ray_peft.report.labels import labels
-    from ray_peft.schedule import forecast
+    from ray_peft.schedule import plan
     from ray_peft.vram.cards import ANY, KNOWN, known
+
+    trials = plan.plan(options.space, options.overrides, options.profile, Console(quiet=options.json))
 
     gpu = known(options.gpu) if options.gpu else ANY
     if options.gpu and gpu is ANY and options.gpu_memory_gib is None:
         names = ", ".join(card.name for card in KNOWN)
         raise SpecError(f"--gpu {options.gpu}: the known ones are {names}; of another, give --gpu-memory-gib, too")
     memory = options.gpu_memory_gib or (gpu.memory_gib if options.gpu else None)
-    if memory is None:  # a prediction takes seconds where it was not made before
-        made, packing = [forecast.Forecast(trial, None) for trial in trials], None
-    else:
-        made, packing = forecast.forecast(trials, gpu_memory_gib=memory, gpus=options.gpus, gpu=gpu)
-    code = 1 if options.strict and any(each.fits is False for each in made) else 0
+    decision = None
+    if memory is not None:  # a prediction takes seconds where it was not made before
+        decision = plan.planned(trials, memory, gpus=options.gpus, gpu_name=options.gpu, cpus=options.cpus)
+    code = 1 if options.strict and decision is not None and not decision.all_fit else 0
     if options.json:
-        rows = [{"trial_id": each.trial.trial_id, **each.plain(), "spec": each.trial.plain()} for each in made]
-        _say(json.dumps(rows, indent=2))
+        _say(json.dumps([plan.plain(trial, decision) for trial in trials], indent=2))
         return code
     named = labels({trial.trial_id: trial for trial in trials})
-    _say("\n".join(forecast.lines(made, named, packing, memory or 0.0)))
+    _say("\n".join(plan.lines(trials, named, decision)))
     _say(f"{len(trials)} trials, checked: no weights were loaded")
     return code
 
@@ -347,12 +348,13 @@ def _export(options: argparse.Namespace) -> int:
     from ray_peft.space.read import TrackingSpec
 
     uri = tracking_uri(options.tracking_uri, TrackingSpec())
-    made = export(
+    exported = export(
         options.run, form=options.format, dtype=_DTYPES[options.dtype], out=options.out, tracking_uri=uri,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
-    _say(f"{made.folder}: {made.format} of {made.trial_id} in {made.dtype}, {made.num_bytes / 2**20:.1f} MiB")
-    _say(f"held-out loss {made.eval_loss_before:.4f} as saved, {made.eval_loss_after:.4f} as exported")
+    size = f"{exported.num_bytes / 2**20:.1f} MiB"
+    _say(f"{exported.folder}: {exported.format} of {exported.trial_id} in {exported.dtype}, {size}")
+    _say(f"held-out loss {exported.eval_loss_before:.4f} as saved, {exported.eval_loss_after:.4f} as exported")
     return 0
 
 
@@ -410,7 +412,7 @@ def _short(path: Path) -> str:
 
 def _ui_command(uri: str | None) -> str:
     """The command as it must be typed here: inside a virtual environment that is not active, with its path."""
-    own = Path(sys.argv[0])
-    name = "python -m ray_peft" if own.name == "__main__.py" else _short(own)
+    program = Path(sys.argv[0])
+    name = "python -m ray_peft" if program.name == "__main__.py" else _short(program)
     name = "ray-peft" if shutil.which("ray-peft") else name
     return f"{name} ui --tracking-uri {uri}" if uri and "@" not in uri else f"{name} ui"

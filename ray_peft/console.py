@@ -37,7 +37,7 @@ class Console:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._shown = 0
+        self._progress_width = 0
 
     @property
     def _stream(self) -> TextIO:
@@ -58,9 +58,9 @@ class Console:
             return
         text = self._safe(text)[:110]
         with self._fallible():
-            self._stream.write("\r" + text + " " * max(0, self._shown - len(text)))
+            self._stream.write("\r" + text + " " * max(0, self._progress_width - len(text)))
             self._stream.flush()
-            self._shown = len(text)
+            self._progress_width = len(text)
 
     @contextlib.contextmanager
     def _fallible(self) -> Iterator[None]:
@@ -74,9 +74,9 @@ class Console:
             self._quiet = True
 
     def _clear(self) -> None:
-        if self._shown:
-            self._stream.write("\r" + " " * self._shown + "\r")
-            self._shown = 0
+        if self._progress_width:
+            self._stream.write("\r" + " " * self._progress_width + "\r")
+            self._progress_width = 0
 
     def _safe(self, text: str) -> str:
         encoding = self._stream.encoding or "ascii"

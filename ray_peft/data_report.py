@@ -36,13 +36,13 @@ def report_data(space: str | Path, overrides: Sequence[str] = (), profile: str |
     Raises:
         RayPeftError: a wrong search space, or missing or malformed data or tokenizer.
     """
-    alike: dict[str, list[TrialSpec]] = {}
+    groups: dict[str, list[TrialSpec]] = {}
     for trial in load(space, list(overrides), profile).trials:
         model = trial.model.plain()
         tokenizer = [model["tokenizer"] or model["name"], model["revision"]]
         key = json.dumps([trial.task, tokenizer, trial.data.plain(), trial.loss_line()], sort_keys=True)
-        alike.setdefault(key, []).append(trial)
-    return [SpaceData(same[0], len(same), _fitted(same)) for same in alike.values()]
+        groups.setdefault(key, []).append(trial)
+    return [SpaceData(group[0], len(group), _fitted(group)) for group in groups.values()]
 
 
 def _fitted(trials: Sequence[TrialSpec]) -> DataReport:
@@ -53,7 +53,8 @@ def _fitted(trials: Sequence[TrialSpec]) -> DataReport:
         return report
     cautions: dict[str, None] = {}
     errors: dict[str, None] = {}
-    for trial in {json.dumps([each.model.plain(), each.evaluation.plain()]): each for each in trials}.values():
+    distinct = {json.dumps([trial.model.plain(), trial.evaluation.plain()]): trial for trial in trials}
+    for trial in distinct.values():
         try:
             cautions |= dict.fromkeys(f"caution: {text}" for text in task.rows_fit(trial))
         except RayPeftError as error:
@@ -67,19 +68,19 @@ def raise_if_refused(reports: Sequence[SpaceData]) -> None:
     Raises:
         DataError: training rows repeat held-out rows, or rows do not fit a model.
     """
-    errors = list(dict.fromkeys(each.report.error for each in reports if each.report.error is not None))
+    errors = list(dict.fromkeys(data.report.error for data in reports if data.report.error is not None))
     if errors:
         raise DataError("\n".join(errors))
 
 
 def plain(reports: Sequence[SpaceData]) -> list[dict[str, Any]]:
     """The reports as JSON-like data."""
-    return [{"trials": each.trials, **asdict(each.report)} for each in reports]
+    return [{"trials": data.trials, **asdict(data.report)} for data in reports]
 
 
 def table(reports: Sequence[SpaceData]) -> str:
     """The reports as lines of printable ASCII."""
-    return "\n\n".join(_one_table(each) for each in reports)
+    return "\n\n".join(_one_table(data) for data in reports)
 
 
 def write(reports: Sequence[SpaceData], folder: Path) -> list[Path]:
@@ -92,11 +93,11 @@ def write(reports: Sequence[SpaceData], folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         written = [folder / "data.json"]
         write_text(written[0], json.dumps(plain(reports), indent=2, ensure_ascii=False) + "\n")
-        for each in reports:
-            if each.report.key is not None:
-                target = folder if len(reports) == 1 else folder / each.report.key
+        for data in reports:
+            if data.report.key is not None:
+                target = folder if len(reports) == 1 else folder / data.report.key
                 target.mkdir(exist_ok=True)
-                written += TASKS[each.trial.task].write_data(each.trial, target)
+                written += TASKS[data.trial.task].write_data(data.trial, target)
     except OSError as error:
         raise DataError(f"--out {folder}: cannot be written: {error.strerror or error}") from None
     return written

@@ -94,8 +94,8 @@ def _ascii(text: str) -> str:
     return "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
-def _wrap(text: str, first: str, other: str) -> list[str]:
-    return textwrap.wrap(text, LINE_WIDTH, initial_indent=first, subsequent_indent=other, break_on_hyphens=False)
+def _wrap(text: str, first: str, rest: str) -> list[str]:
+    return textwrap.wrap(text, LINE_WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:
@@ -183,7 +183,7 @@ def _cuda_build() -> str:
         newest = number // 1000 * 10 + number % 1000 // 10
     except pynvml.NVMLError:
         newest = CUDA_BUILDS[0]
-    build = next((each for each in CUDA_BUILDS if each <= newest), None)
+    build = next((version for version in CUDA_BUILDS if version <= newest), None)
     if build is None:
         return f"This driver is for CUDA {newest / 10:g}; torch needs {CUDA_BUILDS[-1] / 10:g} or later: update it."
     if torch.version.cuda:
@@ -426,16 +426,16 @@ def _hub() -> list[Finding]:
     """Whether the hub answers; not asked where a flag forbids it."""
     name = "Hugging Face hub"
     flags = [f"{flag}={os.environ[flag]}" for flag in OFFLINE_FLAGS if os.environ.get(flag)]
-    said = "".join(f", {flag}" for flag in flags)
+    flag_list = "".join(f", {flag}" for flag in flags)
     advice = "Models and data sets must be local folders, or in the cache already."
     if any(flag.partition("=")[2].upper() in ("1", "TRUE", "YES", "ON") for flag in flags):
-        return [Finding(name, f"offline{said}", "note", advice)]
+        return [Finding(name, f"offline{flag_list}", "note", advice)]
     address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
         _within(NETWORK_TIMEOUT_S, lambda: _answers(address))
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return [Finding(name, f"{address}: not reachable ({_reason(error)}){said}", "note", advice)]
-    return [Finding(name, f"{address}: reachable{said}")]
+        return [Finding(name, f"{address}: not reachable ({_reason(error)}){flag_list}", "note", advice)]
+    return [Finding(name, f"{address}: reachable{flag_list}")]
 
 
 def _answers(address: str) -> None:

@@ -81,11 +81,11 @@ def export(
             _write(spec, trained, partial, merge=form == "merged" and adapted, dtype=dtype, device=device)
             exported = task.load_trained(_with(spec, save=dtype), partial, device)
             after, size = exported.eval_loss(), exported.stored_bytes(partial)
-            held = {*loaded.dtypes(), *exported.dtypes(), dtype}
-            check_same_loss(before, after, held, f"writing {form} weights in {dtype}")
-            made = Exported(str(folder), run_id, spec.trial_id, form, dtype, size, before, after)
-            (partial / "export.json").write_text(json.dumps(asdict(made), indent=2) + "\n", encoding="utf-8")
-    return made
+            dtypes = {*loaded.dtypes(), *exported.dtypes(), dtype}
+            check_same_loss(before, after, dtypes, f"writing {form} weights in {dtype}")
+            summary = Exported(str(folder), run_id, spec.trial_id, form, dtype, size, before, after)
+            (partial / "export.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    return summary
 
 
 def _write(spec: TrialSpec, trained: Path, folder: Path, *, merge: bool, dtype: SaveDtype, device: str) -> None:

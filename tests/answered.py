@@ -41,7 +41,7 @@ def trial(
     )
 
 
-def material(given: list[tuple[TrialResult, list[str] | None]], references: list[str] = REFERENCES) -> Material:
+def material(pairs: list[tuple[TrialResult, list[str] | None]], references: list[str] = REFERENCES) -> Material:
     """Of (result, predictions) pairs; None answered nothing."""
-    answers = {result.trial_id: (texts, references) for result, texts in given if texts is not None}
-    return Material(title="t", results=[result for result, _ in given], answers=answers)
+    answers = {result.trial_id: (texts, references) for result, texts in pairs if texts is not None}
+    return Material(title="t", results=[result for result, _ in pairs], answers=answers)

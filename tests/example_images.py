@@ -44,9 +44,9 @@ def spec(method: str, seed: int = 42, **more: Any) -> TrialSpec:
 
 def losses(method: str, seed: int = 42) -> list[float]:
     """Of each held-out image: its own difficulty, shared by all, and what the method changes of it."""
-    shared, own = random.Random("images"), random.Random(f"{method} {seed}")
+    shared, of_method = random.Random("images"), random.Random(f"{method} {seed}")
     mean = float(KINDS[method]["loss"])
-    return [mean + shared.gauss(0, 0.04) + own.gauss(0, 0.001) for _ in range(HELD_OUT)]
+    return [mean + shared.gauss(0, 0.04) + of_method.gauss(0, 0.001) for _ in range(HELD_OUT)]
 
 
 def build(
@@ -55,7 +55,7 @@ def build(
     """One trial for each method and seed; of the last trial the pictures lie beside those of the base."""
     results = [_trial(folder, method, seed, before=before) for method in methods for seed in seeds]
     (folder / "results.jsonl").write_text("".join(json.dumps(result.row()) + "\n" for result in results))
-    record = {"name": "van_gogh", "description": "Which adapter?", "planned": [one.trial_id for one in results]}
+    record = {"name": "van_gogh", "description": "Which adapter?", "planned": [result.trial_id for result in results]}
     (folder / "sweep.json").write_text(json.dumps(record))
     return folder
 
@@ -64,17 +64,20 @@ def _trial(folder: Path, method: str, seed: int, *, before: bool) -> TrialResult
     kind, trial = KINDS[method], spec(method, seed)
     place = folder / "trials" / trial.trial_id
     place.mkdir(parents=True)
-    found = losses(method, seed)
-    (place / "losses.jsonl").write_text("".join(json.dumps({"row": i, "loss": x}) + "\n" for i, x in enumerate(found)))
+    image_losses = losses(method, seed)
+    (place / "losses.jsonl").write_text(
+        "".join(json.dumps({"row": i, "loss": x}) + "\n" for i, x in enumerate(image_losses))
+    )
     for name in ("answers", "samples"):
         (place / f"{name}.jsonl").write_text("")
     write_images(_images(method, kind, before=before), place / "images")
     speed = kind["speed"]
-    held = {"nf4": 130_000_000, "bfloat16": 1_180_000_000} if method == "qlora" else {"bfloat16": 1_720_000_000}
+    storage = {"nf4": 130_000_000, "bfloat16": 1_180_000_000} if method == "qlora" else {"bfloat16": 1_720_000_000}
     return TrialResult(
         trial_id=trial.trial_id, status="finished", spec=trial,
         scores=Scores(
-            eval_loss=sum(found) / len(found), style_heldout=kind["style"], style_train=kind["style"] + 0.01,
+            eval_loss=sum(image_losses) / len(image_losses),
+            style_heldout=kind["style"], style_train=kind["style"] + 0.01,
             nearest_train=kind["nearest"], eval_rows=HELD_OUT, generated_rows=len(PROMPTS) * len(SEEDS),
         ),
         usage=Usage(
@@ -84,7 +87,7 @@ def _trial(folder: Path, method: str, seed: int, *, before: bool) -> TrialResult
         ),
         train_loss_final=0.13 if speed else None, steps=200 if speed else 0,
         trainable_parameters=3_188_736 if "lora" in method else 859_520_964 if method == "full" else 0,
-        total_parameters=862_709_700, adapter_bytes=6_400_000 if speed else 0, storage=held,
+        total_parameters=862_709_700, adapter_bytes=6_400_000 if speed else 0, storage=storage,
         provenance=Provenance(device="NVIDIA H200", data_key="d"),
     )  # fmt: skip
 

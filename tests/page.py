@@ -10,7 +10,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.seen, self.ids, self.links, self.text, self.headings = [], set(), [], [], [], []
+        self.open, self.tags, self.ids, self.links, self.text, self.headings = [], set(), [], [], [], []
         self.feed(text)
         self.close()
         assert not self.open, self.open
@@ -24,12 +24,12 @@ class Page(HTMLParser):
         self.note(tag, attrs)
 
     def note(self, tag, attrs):
-        self.seen.add(tag)
-        given = dict(attrs)
-        assert len(given) == len(attrs), (tag, attrs)
-        assert not [name for name in given if name.startswith("on")]
-        self.ids += [given["id"]] if "id" in given else []
-        self.links += [given[name] for name in ("href", "src", "xlink:href", "action") if name in given]
+        self.tags.add(tag)
+        attributes = dict(attrs)
+        assert len(attributes) == len(attrs), (tag, attrs)
+        assert not [name for name in attributes if name.startswith("on")]
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.links += [attributes[name] for name in ("href", "src", "xlink:href", "action") if name in attributes]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, (tag, self.open)

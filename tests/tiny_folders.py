@@ -20,7 +20,7 @@ def spec(folder: Path | str, **settings: Any) -> ImageDataSpec:
 
 
 def names(pictures: Pictures) -> tuple[list[str], list[str]]:
-    return [each.name for each in pictures.train], [each.name for each in pictures.test]
+    return [picture.name for picture in pictures.train], [picture.name for picture in pictures.test]
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

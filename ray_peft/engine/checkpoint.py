@@ -1,10 +1,15 @@
-"""Checkpoints of a stage: written aside, moved whole, and the last whole one found again."""
+"""Checkpoints of a stage: written aside, moved whole, two kept, and the last whole one found again.
+
+A checkpoint is one file, as torch writes it: a zip archive whose directory comes last and has a checksum of each part.
+So the file itself proves that it is whole. torch does not look at the checksums; `read_last` does.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -16,7 +21,7 @@ STATE_FILE = "state.pt"
 
 
 def write(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write `checkpoint-<step>` into `folder` in one move; older ones go after that."""
+    """Write `checkpoint-<step>` into `folder` in one move; all but it and the one before it go after that."""
     import torch
 
     target = folder / f"checkpoint-{step}"
@@ -28,9 +33,15 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> None:
             raise whole.failure or error from None
         file.flush()
         os.fsync(file.fileno())
-    for old in folder.glob("checkpoint-*"):
-        if old != target:
-            shutil.rmtree(old, ignore_errors=True)
+    remove_older(folder, step)
+
+
+def remove_older(folder: Path, step: int) -> None:
+    """Keep the checkpoint of `step` and the one before it; later ones cannot be whole, or it would not be written."""
+    kept = [path for path in numbered(folder) if step_of(path) <= step][:2]
+    for path in [*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*.partial")]:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class _Whole:
@@ -51,36 +62,45 @@ class _Whole:
         self._file.flush()
 
 
-def read_last(folder: Path, device: str) -> tuple[Path, dict[str, Any]] | None:
-    """The last checkpoint in `folder` that can be read, and its state on `device`; None without one.
+def read_last(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The last checkpoint in `folder` that is whole, and its state on the CPU; None without one.
 
-    One that cannot be read, such as one of version 0.1.0's text trials, is passed over with a warning.
+    One that is not whole, such as one of version 0.1.0's text trials, is passed over with a warning.
     """
-    import torch
-
-    numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    for path in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    checkpoints = numbered(folder)
+    for path in checkpoints:
         try:
-            state: dict[str, Any] = torch.load(path / STATE_FILE, map_location=device, weights_only=True)
+            return path, _read(path / STATE_FILE)
         except Exception as error:  # torch and zipfile raise a dozen unrelated types for a file that is cut
-            logger.warning("%s cannot be read, and is passed over: %s: %s", path, type(error).__name__, error)
-            continue
-        return path, state
+            warn_of_damage(path, f"{type(error).__name__}: {error}")
+    if checkpoints:
+        logger.warning("%s: no checkpoint is whole, so the stage starts anew", folder)
     return None
 
 
-def random_state(device: str) -> dict[str, Any]:
-    """What dropout draws from, on the CPU and on the GPU; the same on every worker, since all start from one seed."""
+def _read(file: Path) -> dict[str, Any]:
     import torch
 
-    state = {"cpu": torch.get_rng_state()}
-    return state if device == "cpu" else state | {"cuda": torch.cuda.get_rng_state(device)}
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} in {file.name} has other content than was written")
+    # Onto the CPU: on the GPU, the copies would stand beside the weights and count as the trial's peak.
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return state
 
 
-def draw_from(state: dict[str, Any], device: str) -> None:
-    """Go on drawing where `random_state` was taken. A pass that is recorded afterwards draws from there on, too."""
-    import torch
+def warn_of_damage(checkpoint: Path, reason: str) -> None:
+    """Say that a checkpoint is not used, and why, in one line."""
+    logger.warning("%s is not whole, and is passed over: %s", checkpoint, " ".join(reason.split()))
 
-    torch.set_rng_state(state["cpu"].cpu())  # loaded onto the device, as all of a checkpoint
-    if device != "cpu" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, whole or not, the last one first."""
+    paths = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(paths, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps of the stage that a checkpoint holds."""
+    return int(checkpoint.name.rpartition("-")[2])

@@ -14,7 +14,7 @@ from ray_peft.foundation.whole import write_text
 logger = logging.getLogger(__name__)
 
 COST_FILE = "cost.json"
-"""In a checkpoint; written last, so that it also vouches for the rest."""
+"""In a checkpoint of several files."""
 
 
 def plain(trained: Trained, costs: Costs) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from ray_peft.engine.contract import Computation, PartT, Rows
 from ray_peft.engine.crew import Alone, Crew
 from ray_peft.engine.member import Member
 from ray_peft.engine.passes import Pass
+from ray_peft.engine.random_state import draw_from, random_state
 from ray_peft.engine.recovery import free_memory, is_out_of_memory
-from ray_peft.engine.workers import add_up, add_up_gradients, this_worker
+from ray_peft.engine.workers import add_up, add_up_gradients, from_all, this_worker
 from ray_peft.spec.keys import MICRO_BATCH
 
 if TYPE_CHECKING:
@@ -60,9 +61,8 @@ class Engine(Generic[PartT]):
         self._share = this_worker()
         in_backward = any(job.stage.conflicts(accumulates=True, num_workers=1) for job in jobs)
         self._repeats = self._share.workers == 1 and not in_backward
-        wanted = sum(job.spec.train.micro_batch_size for job in jobs)
-        most = min(wanted, self._lowered.get(MICRO_BATCH, wanted)) if self._repeats else wanted
-        self._rows = rows.fitting(most, self._share)
+        self._wanted = sum(job.spec.train.micro_batch_size for job in jobs)
+        self._rows = self._rows_a_pass()
         self._accumulates = any(job.spec.accumulation > 1 for job in jobs)
         self._pass = make_pass(computation, self._device)
         self._passing = 0
@@ -70,6 +70,11 @@ class Engine(Generic[PartT]):
         self._rehearsals = 2 if rehearse and self._share.workers == 1 else 0
         self._counted = 0.0
         """Until when seconds have been counted."""
+
+    def _rows_a_pass(self) -> int:
+        """As the trials say, or as few as memory has forced by now."""
+        most = min(self._wanted, self._lowered.get(MICRO_BATCH, self._wanted)) if self._repeats else self._wanted
+        return self._data.fitting(most, self._share)
 
     def run(self) -> None:
         """Train every member for its steps, from its last checkpoint where there is one."""
@@ -95,6 +100,7 @@ class Engine(Generic[PartT]):
         if member is None:
             return
         self._members.append(member)
+        member.due.start()
         self._crew.seat(member, number)
         if not member.left:
             self._end(member, number)
@@ -117,15 +123,20 @@ class Engine(Generic[PartT]):
     def _end_step(self, member: Member) -> None:
         train = member.job.spec.train
         norm, rate = member.end_step(member.own(self._pass.loss), keep_gradients=self._computation.keeps_gradients)
-        if member.logs():
+        logged = member.logs()
+        if logged:
             self._log(member, norm, rate)
         if train.eval_every and member.done % train.eval_every == 0 and member.left:
             self._count_time()
             member.evaluate()
             self._model.train()
             self._counted = time.perf_counter()
-        if train.checkpoint_every and member.done % train.checkpoint_every == 0 and member.left:
-            self._save(member)
+        if member.due.after(member.done, member.job.steps, logged=logged):
+            self._count_time()
+            with member.job.costs.saving():
+                self._save(member)
+            member.due.written()
+            self._counted = time.perf_counter()
 
     def _end(self, member: Member, number: int) -> None:
         """A member has done all its steps before round `number`."""
@@ -235,14 +246,17 @@ class Engine(Generic[PartT]):
         loss = member.own(self._pass.loss).clone()
         if self._share.workers > 1:
             add_up(loss)
+        random = random_state(self._device)
+        states = from_all(random) if self._share.workers > 1 else [random]
         if self._share.rank > 0:
             return
-        self._count_time()
-        state = member.state() | {"loss": loss, "random": checkpoint.random_state(self._device)}
+        state = member.state() | {"loss": loss, "random": states}
+        if member.slot is None:
+            state["lowered"] = dict(self._lowered)
         checkpoint.write(member.job.folder, member.done, state)
 
     def _resume(self, member: Member) -> None:
-        last = checkpoint.read_last(member.job.folder, self._device)
+        last = checkpoint.read_last(member.job.folder)
         own = member.own(self._pass.loss)
         own.zero_()
         if last is None:
@@ -251,8 +265,14 @@ class Engine(Generic[PartT]):
         member.take_up(state, where)
         if "loss" in state and self._share.rank == 0:  # not in version 0.1.0
             own.copy_(state["loss"])
-        if "random" in state:
-            checkpoint.draw_from(state["random"], self._device)
+        if member.slot is None:
+            self._lowered.update(state.get("lowered", {}))
+            self._rows = self._rows_a_pass()
+        states = state.get("random")
+        if isinstance(states, dict):  # of version 0.1.0, from the first worker alone
+            states = [states]
+        if states:
+            draw_from(states[min(self._share.rank, len(states) - 1)], self._device)
 
     def _wait(self) -> None:
         """For the GPU to be done, so that seconds belong to what took them."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.engine import cost
 from ray_peft.engine.contract import Rows
+from ray_peft.engine.due import Due
 from ray_peft.engine.finite import FiniteGuard
 from ray_peft.engine.trained import Costs, Report, Trained
 from ray_peft.methods.base import Stage
@@ -71,6 +72,7 @@ class Member:
             num_training_steps=job.steps,
         )
         self.average = average
+        self.due = Due(train.checkpoint_every, job.device)
         self.guard = FiniteGuard(job.spec, job.stage, job.first_step)
         self.trained = Trained()
         self.done = 0
@@ -181,6 +183,7 @@ class Member:
         self.rates.load_state_dict(state["rates"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+            self.average.to(device=self.job.device)
         self.done = int(state["step"])
         self._unlogged = int(state.get("unlogged", 0))
         cost.take_up(state.get("cost"), self.trained, self.job.costs, where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,10 @@ class Costs:
 
     def take_up(self, earlier: dict[str, Any]) -> None:
         """Count from what `so_far` returned when the checkpoint was written, in place of what was taken up before."""
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Around the writing of a checkpoint: its seconds are none of training, which is compared."""
+        return nullcontext()
 
     def incomplete(self) -> None:
         """Note that a checkpoint does not say what the steps before it took."""

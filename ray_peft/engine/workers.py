@@ -46,3 +46,21 @@ def add_up(value: Tensor) -> None:
     import torch
 
     torch.distributed.all_reduce(value)
+
+
+def told_by_first(value: bool, device: str) -> bool:
+    """What the first worker says, on all of them."""
+    import torch
+
+    told = torch.tensor([value], dtype=torch.int32, device=device)
+    torch.distributed.broadcast(told, src=0)
+    return bool(told)
+
+
+def from_all(value: object) -> list[object]:
+    """Every worker's value, in the order of ranks; small ones, which are pickled."""
+    import torch
+
+    values: list[object] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

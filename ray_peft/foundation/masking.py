@@ -22,8 +22,8 @@ _MASKED = re.compile(r"://\*\*\*@|=\*\*\*|\bhf_\*\*\*")
 
 def mask(text: str) -> str:
     """`text` without the passwords in URIs, token-like query values and Hugging Face tokens."""
-    for pattern, shown in _MASKS:
-        text = pattern.sub(shown, text)
+    for pattern, replacement in _MASKS:
+        text = pattern.sub(replacement, text)
     return text
 
 

@@ -59,16 +59,16 @@ class Method(Strict, ABC):
     def parts(self) -> list[tuple[str, Stage]]:
         """Its stages in order, each with its place in the trial's settings: `method`, or `method.qlora`."""
         stages = [stage for stage, _ in self.stages(ENOUGH_STEPS)]
-        own = {id(getattr(self, name)): f"method.{name}" for name in type(self).model_fields}
-        return [(own.get(id(stage), "method"), stage) for stage in stages]
+        keys = {id(getattr(self, name)): f"method.{name}" for name in type(self).model_fields}
+        return [(keys.get(id(stage), "method"), stage) for stage in stages]
 
     def quantization(self) -> Quantization | None:
         """How the base must be stored when the first stage starts; None keeps plain weights."""
         return None
 
-    def weights_dtype(self, asked: Dtype) -> Dtype:
+    def weights_dtype(self, dtype: Dtype) -> Dtype:
         """The dtype in which the base is held when the first stage starts, given the model's own setting."""
-        return asked
+        return dtype
 
     def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
         """How weights are held and updated, for the comparison's reader.

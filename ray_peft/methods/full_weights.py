@@ -26,7 +26,7 @@ class FullWeights(Stage):
         """The dtype that holds the trained weights."""
         return "float32" if self.weights == "float32" else "bfloat16"
 
-    def weights_dtype(self, asked: Dtype) -> Dtype:
+    def weights_dtype(self, dtype: Dtype) -> Dtype:
         """The dtype of the trained weights, whatever the model's setting."""
         return self.dtype
 

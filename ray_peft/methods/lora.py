@@ -100,8 +100,10 @@ class LowRankAdapter(Stage):
         from ray_peft.reach.coverage import adapter_notes
 
         targets = self.placed(model, of=of, key=key)
-        own = self.targets in (PROJECTIONS, (ALL_LINEAR,))
-        return [f"{self.name}: {note}" for note in adapter_notes(model, targets, self.rank, of=of, by_default=own)]
+        by_default = self.targets in (PROJECTIONS, (ALL_LINEAR,))
+        return [
+            f"{self.name}: {note}" for note in adapter_notes(model, targets, self.rank, of=of, by_default=by_default)
+        ]
 
     def optimizer(self, model: nn.Module) -> Optimizer:
         """AdamW over the adapters."""

@@ -58,11 +58,11 @@ def chrf_from_statistics(statistics: NDArray[np.int64] | NDArray[np.float64]) ->
     Returns:
         (...) float64; the mean over the orders that both sides have, 0 where nothing matches.
     """
-    made, wanted, both = (np.asarray(statistics[..., part::3], dtype=np.float64) for part in range(3))
-    known = (made > 0) & (wanted > 0)
-    orders = np.maximum(known.sum(axis=-1), 1)
-    precision = np.divide(both, made, out=np.zeros_like(both), where=known).sum(axis=-1) / orders
-    recall = np.divide(both, wanted, out=np.zeros_like(both), where=known).sum(axis=-1) / orders
+    predicted, expected, matched = (np.asarray(statistics[..., part::3], dtype=np.float64) for part in range(3))
+    defined = (predicted > 0) & (expected > 0)
+    orders = np.maximum(defined.sum(axis=-1), 1)
+    precision = np.divide(matched, predicted, out=np.zeros_like(matched), where=defined).sum(axis=-1) / orders
+    recall = np.divide(matched, expected, out=np.zeros_like(matched), where=defined).sum(axis=-1) / orders
     below = _RECALL * precision + recall
     scores: NDArray[np.float64] = np.zeros_like(below)
     np.divide((1 + _RECALL) * precision * recall, below, out=scores, where=below > 0)
@@ -70,15 +70,15 @@ def chrf_from_statistics(statistics: NDArray[np.int64] | NDArray[np.float64]) ->
 
 
 def _statistics(prediction: str, reference: str) -> list[int]:
-    wanted, sizes = _reference_ngrams(reference)
-    made = _ngrams(prediction)
-    both = [0] * CHRF_ORDERS
-    for ngram in made.keys() & wanted.keys():
-        both[len(ngram) - 1] += min(made[ngram], wanted[ngram])
+    expected, sizes = _reference_ngrams(reference)
+    predicted = _ngrams(prediction)
+    matched = [0] * CHRF_ORDERS
+    for ngram in predicted.keys() & expected.keys():
+        matched[len(ngram) - 1] += min(predicted[ngram], expected[ngram])
     length = len("".join(prediction.split()))
     # As sacrebleu: an order that the reference does not have counts no n-gram of the prediction either.
-    own = [max(0, length - order) if size else 0 for order, size in enumerate(sizes)]
-    return list(chain.from_iterable(zip(own, sizes, both, strict=True)))
+    predicted_sizes = [max(0, length - order) if size else 0 for order, size in enumerate(sizes)]
+    return list(chain.from_iterable(zip(predicted_sizes, sizes, matched, strict=True)))
 
 
 @lru_cache(maxsize=1024)  # the trials of a sweep answer the same rows

@@ -132,16 +132,18 @@ def compare(pairs: Sequence[tuple[Numbers, Numbers]], *, confidence: float = CON
     Raises:
         ValueError: the systems of a pair have unequal numbers of rows; `confidence` out of range.
     """
-    return corrected(each_pair(pairs, confidence=confidence))
+    return corrected(pair_differences(pairs, confidence=confidence))
 
 
 def corrected(differences: Sequence[DifferenceInterval]) -> list[DifferenceInterval]:
     """The differences with p-values that are corrected for the number of them (Holm)."""
-    p_values = holm([found.p for found in differences])
-    return [replace(found, p=p) for found, p in zip(differences, p_values, strict=True)]
+    p_values = holm([difference.p for difference in differences])
+    return [replace(difference, p=p) for difference, p in zip(differences, p_values, strict=True)]
 
 
-def each_pair(pairs: Sequence[tuple[Numbers, Numbers]], *, confidence: float = CONFIDENCE) -> list[DifferenceInterval]:
+def pair_differences(
+    pairs: Sequence[tuple[Numbers, Numbers]], *, confidence: float = CONFIDENCE
+) -> list[DifferenceInterval]:
     """What `compare` says of each pair for itself: p-values are not corrected, so that others can be taken in."""
     for first, second in pairs:
         if len(first) != len(second):
@@ -154,12 +156,14 @@ def each_pair(pairs: Sequence[tuple[Numbers, Numbers]], *, confidence: float = C
         places = [place for place, values in enumerate(differences) if len(values) == rows]
         for place, p in zip(places, sign_flip_p(np.array([differences[place] for place in places])), strict=True):
             p_values[place] = p
-    found = []
+    intervals = []
     for values, p in zip(differences, p_values, strict=True):
         # The mean of differences, not the difference of means: exactly zero for identical systems.
         mean, half = fmean(values), _half_width(values, confidence)
-        found.append(DifferenceInterval(difference=mean, low=mean - half, high=mean + half, p=p, confidence=confidence))
-    return found
+        intervals.append(
+            DifferenceInterval(difference=mean, low=mean - half, high=mean + half, p=p, confidence=confidence)
+        )
+    return intervals
 
 
 def mean_difference(
@@ -200,7 +204,7 @@ def sign_flip_p(differences: Numbers, *, flips: int = FLIPS, seed: int = 0) -> l
     rows = [values[values != 0] for values in differences]
     few = [place for place, values in enumerate(rows) if len(values) <= _ALL]
     many = [place for place, values in enumerate(rows) if len(values) > _ALL]
-    found = {place: _all_flips(rows[place]) for place in few}
+    p_values = {place: _all_flips(rows[place]) for place in few}
     if many:
         beyond = np.zeros(len(many))
         columns = differences[many].T
@@ -210,10 +214,10 @@ def sign_flip_p(differences: Numbers, *, flips: int = FLIPS, seed: int = 0) -> l
             beyond += (np.abs(signs @ columns) >= observed).sum(axis=0)
         for place, count in zip(many, beyond, strict=True):
             drawn = float((count + 1) / (flips + 1))
-            found[place] = (
+            p_values[place] = (
                 drawn if count >= _ENOUGH else min(drawn, max(_t_p(differences[place]), 0.5 ** (len(rows[place]) - 1)))
             )
-    return [found[place] for place in range(len(differences))]
+    return [p_values[place] for place in range(len(differences))]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

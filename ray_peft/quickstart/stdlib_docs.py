@@ -84,22 +84,24 @@ def collect() -> tuple[list[Documented], list[str]]:
     script = Path(__file__).with_name("stdlib_walk.py")
     command = [sys.executable, "-I", "-S", "-B", str(script)]
     try:
-        done = subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL, timeout=WALK_LIMIT_S)
+        process = subprocess.run(
+            command, capture_output=True, check=True, stdin=subprocess.DEVNULL, timeout=WALK_LIMIT_S
+        )
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         raise DataError(f"the walk over the standard library of {sys.executable} failed: {reason}") from error
     except subprocess.TimeoutExpired as error:
         raise DataError(f"the walk over the standard library took more than {WALK_LIMIT_S} s") from error
-    found = json.loads(done.stdout)
-    return found["rows"], found["skipped"]
+    walk = json.loads(process.stdout)
+    return walk["rows"], walk["skipped"]
 
 
 def build(documented: Iterable[Documented], *, seed: int = SEED) -> Split:
     """Rows from docstrings, shuffled and split by top-level module; the same for the same input and seed."""
     rows = [
-        Row(prompt=question(one), completion=answer, module=one["module"], name=one["name"])
-        for one in sorted(documented, key=lambda one: one["name"])
-        if (answer := first_paragraph(one["doc"], one["name"])) is not None
+        Row(prompt=question(entry), completion=answer, module=entry["module"], name=entry["name"])
+        for entry in sorted(documented, key=lambda entry: entry["name"])
+        if (answer := first_paragraph(entry["doc"], entry["name"])) is not None
     ]
     random.Random(seed).shuffle(rows)
     rows = limited(distinct(rows))
@@ -110,10 +112,10 @@ def build(documented: Iterable[Documented], *, seed: int = SEED) -> Split:
     )
 
 
-def question(one: Documented) -> str:
+def question(entry: Documented) -> str:
     """The user's turn: one of a few wordings, fixed by the callable's name."""
-    wordings = QUESTIONS_ABOUT_CLASSES if one["kind"] in ("class", "exception") else QUESTIONS
-    return wordings[hashed(one["name"]) % len(wordings)].format(kind=one["kind"], call=one["call"])
+    wordings = QUESTIONS_ABOUT_CLASSES if entry["kind"] in ("class", "exception") else QUESTIONS
+    return wordings[hashed(entry["name"]) % len(wordings)].format(kind=entry["kind"], call=entry["call"])
 
 
 def first_paragraph(doc: str, name: str) -> str | None:
@@ -134,15 +136,15 @@ def without_signatures(paragraph: str, name: str) -> str:
         arrow = ARROW.match(line)
         if not arrow and call.group(1) != name:
             return text
-        said = line[arrow.end() :] if arrow else line.removesuffix(":")
-        if said.count("(") > said.count(")"):
+        remainder = line[arrow.end() :] if arrow else line.removesuffix(":")
+        if remainder.count("(") > remainder.count(")"):
             return ""  # the type goes on below: "-> (tm_year, tm_mon, / tm_mday)"
-        spoken = SPOKEN.search(said)
+        spoken = SPOKEN.search(remainder)
         if spoken:
-            return f"{said[spoken.end() :]}\n{below}"
+            return f"{remainder[spoken.end() :]}\n{below}"
         if arrow and below.lstrip()[:1].islower() and not CALL.match(below.lstrip()):
-            return f"{said}\n{below}"  # one sentence over two lines: "-> create an iterator which ... / for ..."
-        if said.strip() and not arrow:
+            return f"{remainder}\n{below}"  # one sentence over two lines: "-> create an iterator which ... / for ..."
+        if remainder.strip() and not arrow:
             return text  # prose that begins with the call: "foo(x) returns ..."
         text = CONTINUED.sub("", below).strip()
     return text.partition(": ")[2] if text.partition(": ")[0].rpartition(".")[2] == name else text
@@ -160,21 +162,21 @@ def after_parentheses(text: str) -> str:
 
 def distinct(rows: Iterable[Row]) -> list[Row]:
     """The first row of each wording of an answer (letters and digits compared, case ignored)."""
-    kept: dict[str, Row] = {}
+    first_rows: dict[str, Row] = {}
     for row in rows:
-        kept.setdefault(re.sub(r"\W+", " ", row["completion"]).casefold().strip(), row)
-    return list(kept.values())
+        first_rows.setdefault(re.sub(r"\W+", " ", row["completion"]).casefold().strip(), row)
+    return list(first_rows.values())
 
 
 def limited(rows: Iterable[Row]) -> list[Row]:
     """At most ROWS_PER_MODULE rows of each top-level module, the first ones."""
-    seen: Counter[str] = Counter()
-    kept = []
+    counts: Counter[str] = Counter()
+    chosen = []
     for row in rows:
-        seen[top_level(row)] += 1
-        if seen[top_level(row)] <= ROWS_PER_MODULE:
-            kept.append(row)
-    return kept
+        counts[top_level(row)] += 1
+        if counts[top_level(row)] <= ROWS_PER_MODULE:
+            chosen.append(row)
+    return chosen
 
 
 def test_modules(rows_of: Counter[str], seed: int) -> set[str]:

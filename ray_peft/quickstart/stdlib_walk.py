@@ -130,10 +130,10 @@ def signature(value: Any, *, bound: bool) -> str:
         bound: leave out the first parameter (`self`).
     """
     try:
-        found = list(inspect.signature(value).parameters.values())
+        parameters = list(inspect.signature(value).parameters.values())
     except (ValueError, TypeError, NameError, AttributeError):
         return ""
-    plain = [one.replace(annotation=inspect.Parameter.empty) for one in found[bool(bound) :]]
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters[bool(bound) :]]
     text = str(inspect.Signature(plain))
     # The default "<object object at 0x7f...>" differs between runs and tells a reader nothing.
     return "" if "<" in text else text
@@ -142,11 +142,11 @@ def signature(value: Any, *, bound: bool) -> str:
 def walk() -> tuple[list[Documented], list[str]]:
     """All documented callables under their shortest public name, sorted by name, and the modules left out."""
     skipped: list[str] = []
-    kept: dict[int, tuple[Any, Documented]] = {}
-    found = [pair for place, module in modules(skipped) for pair in documented(place, module)]
-    for entry, row in sorted(found, key=lambda pair: (pair[1]["module"].count("."), pair[1]["name"])):
-        kept.setdefault(id(entry), (entry, row))
-    return sorted((row for _, row in kept.values()), key=lambda row: row["name"]), sorted(skipped)
+    by_object: dict[int, tuple[Any, Documented]] = {}
+    pairs = [pair for place, module in modules(skipped) for pair in documented(place, module)]
+    for entry, row in sorted(pairs, key=lambda pair: (pair[1]["module"].count("."), pair[1]["name"])):
+        by_object.setdefault(id(entry), (entry, row))
+    return sorted((row for _, row in by_object.values()), key=lambda row: row["name"]), sorted(skipped)
 
 
 if __name__ == "__main__":

@@ -45,28 +45,27 @@ def adapter_notes(model: nn.Module, targets: Targets, rank: int, *, of: str, by_
     return notes + above(rank, sizes, "an adapter's rank", "an update of such a layer")
 
 
-def above(rank: int, sizes: Sequence[int], what: str, bounded: str) -> list[str]:
+def above(rank: int, sizes: Sequence[int], name: str, bounded: str) -> list[str]:
     """A note on a rank that is above the smaller side of some layers, or of all."""
     narrow = [size for size in sizes if rank > size]
     if not narrow:
         return []
-    which = "every target layer" if len(narrow) == len(sizes) else f"{len(narrow)} of {len(sizes)} target layers"
+    layers = "every target layer" if len(narrow) == len(sizes) else f"{len(narrow)} of {len(sizes)} target layers"
     least, most = min(narrow), max(narrow)
     span = f"{least} to {most}" if most > least else f"{least}"
-    return [f"{what} of {rank} is above the smaller side of {which} ({span}), which bounds the rank of {bounded}"]
+    return [f"{name} of {rank} is above the smaller side of {layers} ({span}), which bounds the rank of {bounded}"]
 
 
 def _without(model: nn.Module, targets: Targets) -> list[str]:
     """What of the blocks' weights has no adapter, if it is more than a small part."""
     sizes = block_weights(model)
     total = sum(sizes.values())
-    left = {name: size for name, size in sizes.items() if name not in {*targets.layers, *targets.experts}}
-    share = 1 - sum(left.values()) / total if total else 1.0
+    unreached = {name: size for name, size in sizes.items() if name not in {*targets.layers, *targets.experts}}
+    share = 1 - sum(unreached.values()) / total if total else 1.0
     if share >= MOST_OF:
         return []
-    return [
-        f"adapters reach {share:.0%} of the weights of the model's blocks; none goes beside {in_words(left, total)}"
-    ]
+    names = in_words(unreached, total)
+    return [f"adapters reach {share:.0%} of the weights of the model's blocks; none goes beside {names}"]
 
 
 def block_weights(model: nn.Module) -> dict[str, int]:

@@ -53,5 +53,5 @@ def output_layer(model: nn.Module) -> nn.Module | None:
 def tied_layers(model: nn.Module) -> dict[str, str]:
     """Layers that share their weight with another one, and that one; from what transformers ties by the config."""
     pairs: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    known = {name.removesuffix(".weight"): other.removesuffix(".weight") for name, other in pairs.items()}
-    return {other: name for name, other in known.items()} | known
+    tied = {name.removesuffix(".weight"): partner.removesuffix(".weight") for name, partner in pairs.items()}
+    return {partner: name for name, partner in tied.items()} | tied

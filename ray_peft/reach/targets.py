@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import ModelError
+from ray_peft.foundation.lists import some
 from ray_peft.reach.shared_weights import output_layer, tied_layers
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def resolve(targets: Sequence[str], model: nn.Module, *, of: str = "the model", 
         usable = [name for name in matched if name in layers]
         inside = [name for name in experts if named_by(target, name)]
         if not usable and not inside:
-            raise ModelError(f"{key}: {_why_not(target, matched, model, of)}; {_those_there(target, model)}")
+            raise ModelError(f"{key}: {_why_unusable(target, matched, model, of)}; {_available_names(target, model)}")
         plain = plain and not is_pattern(target) and len(usable) == len(matched) and not inside
         chosen |= dict.fromkeys(usable)
         parameters |= dict.fromkeys(inside)
@@ -206,8 +207,8 @@ def _by_architecture(model: nn.Module, layers: dict[str, nn.Module], experts: di
 def _all_linear(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
     plain, head = linear(model), output_layer(model)
     chosen = [name for name, module in layers.items() if name in plain and module is not head]
-    taken = {ending for ending in endings(chosen) if taken_for_experts(model, ending)}
-    return [name for name in chosen if name.rpartition(".")[2] not in taken]
+    mistaken = {ending for ending in endings(chosen) if taken_for_experts(model, ending)}
+    return [name for name in chosen if name.rpartition(".")[2] not in mistaken]
 
 
 def taken_for_experts(model: nn.Module, name: str) -> bool:
@@ -230,11 +231,11 @@ def taken_for_experts(model: nn.Module, name: str) -> bool:
 
 
 def _refuse_taken_for_experts(model: nn.Module, chosen: Iterable[str], key: str, experts: Iterable[str]) -> None:
-    taken = [name for name in endings(chosen) if experts and taken_for_experts(model, name)]
-    if taken:
+    mistaken = [name for name in endings(chosen) if experts and taken_for_experts(model, name)]
+    if mistaken:
         raise ModelError(
-            f"{key}: PEFT takes {', '.join(taken)} of this architecture for its fused experts; name "
-            f"{', '.join(_endings(experts, experts))} to train those, and leave {', '.join(taken)} out"
+            f"{key}: PEFT takes {', '.join(mistaken)} of this architecture for its fused experts; name "
+            f"{', '.join(_endings(experts, experts))} to train those, and leave {', '.join(mistaken)} out"
         )
 
 
@@ -246,7 +247,7 @@ def _endings(names: Iterable[str], experts: Iterable[str]) -> tuple[str, ...]:
     return tuple(short if len(everywhere) == len(names) else names)
 
 
-def _why_not(target: str, matched: list[str], model: nn.Module, of: str) -> str:
+def _why_unusable(target: str, matched: list[str], model: nn.Module, of: str) -> str:
     if not matched:
         return f"{target} is no layer of {of}"
     module = model.get_submodule(matched[0])
@@ -256,13 +257,13 @@ def _why_not(target: str, matched: list[str], model: nn.Module, of: str) -> str:
     return f"{target} is a {kind} of {of}, beside which no adapter can be put"
 
 
-def _those_there(target: str, model: nn.Module) -> str:
+def _available_names(target: str, model: nn.Module) -> str:
     head, tied, experts = output_layer(model), tied_layers(model), fused_experts(model)
     usable = [name for name, module in adaptable(model).items() if module is not head and name not in tied]
-    known = [*endings(usable), *_endings(experts, experts)]
-    lower = {name.lower(): name for name in reversed(known)}
+    available = [*endings(usable), *_endings(experts, experts)]
+    lower = {name.lower(): name for name in reversed(available)}
     near = [lower[name] for name in difflib.get_close_matches(target.strip().lower(), lower, n=1)]
     names = [name.strip() for name in target.split(",")]
-    near = [f"[{', '.join(names)}]"] if len(names) > 1 and set(names) <= set(known) else near
-    shown = ", ".join(known[:MOST_NAMES]) + (f" and {len(known) - MOST_NAMES} more" if len(known) > MOST_NAMES else "")
-    return f"{f'did you mean {near[0]}? ' if near else ''}the layers that can have one end in {shown}"
+    near = [f"[{', '.join(names)}]"] if len(names) > 1 and set(names) <= set(available) else near
+    suggestion = f"did you mean {near[0]}? " if near else ""
+    return f"{suggestion}the layers that can have one end in {some(available, MOST_NAMES)}"

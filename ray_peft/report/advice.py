@@ -48,10 +48,10 @@ def advice(material: Material) -> list[Block]:
     if not material.rows:
         return []
     blocks: list[Block] = []
-    shown = [family for family in material.families if len(family.units) > 1]
-    for number, family in enumerate(shown, 1):
-        if len(shown) > 1:
-            blocks.append(Heading(heading(family, number, shown)))
+    compared = [family for family in material.families if len(family.units) > 1]
+    for number, family in enumerate(compared, 1):
+        if len(compared) > 1:
+            blocks.append(Heading(heading(family, number, compared)))
         blocks += _family(family, costs(family.units))
     if silence := _cannot_say(material):
         blocks.append(Bullets(tuple(silence)))
@@ -105,8 +105,10 @@ def _cheaper(family: Family, best: Sequence[int], needs: Costs) -> str:
     picks: dict[int, list[str]] = {}
     for place, reason in reasons:
         picks.setdefault(place, []).append(reason)
-    said = [f"{_name(family.units[place])}, which takes {listed(found)}" for place, found in picks.items()]
-    return f"Of these the cheaper is recommended: {'; or '.join(said)}." if said else ""
+    sentences = [
+        f"{_name(family.units[place])}, which takes {listed(advantages)}" for place, advantages in picks.items()
+    ]
+    return f"Of these the cheaper is recommended: {'; or '.join(sentences)}." if sentences else ""
 
 
 def _against_base(family: Family) -> list[str]:
@@ -125,15 +127,15 @@ def _against_base(family: Family) -> list[str]:
         better: [place for place, base in bases.items() if family.better(place, base)],
         worse: [place for place, base in bases.items() if family.better(base, place)],
     }
-    seen = {place for places in groups.values() for place in places}
+    decided = {place for places in groups.values() for place in places}
     alike = "no difference that these rows can show" if by_score else "no difference beyond the margin"
-    groups[alike] = [place for place in bases if place not in seen]
-    said = "; ".join(
+    groups[alike] = [place for place in bases if place not in decided]
+    sentence = "; ".join(
         f"{name}: {listed([_name(family.units[place]) for place in places])}"
         for name, places in groups.items()
         if places
     )
-    return [f"Against the model without fine-tuning: {said}."]
+    return [f"Against the model without fine-tuning: {sentence}."]
 
 
 def _budgets(
@@ -152,32 +154,34 @@ def _cannot_say(material: Material) -> list[str]:
     """What this report leaves open, one sentence each."""
     units, families = material.units, material.families
     finished = [unit for unit in units if unit.finished]
-    found = []
+    sentences = []
     if not finished:
-        found.append("No trial finished, so nothing can be recommended.")
+        sentences.append("No trial finished, so nothing can be recommended.")
     elif not families:
-        found.append("No finished trial has a quality, so nothing can be recommended.")
+        sentences.append("No finished trial has a quality, so nothing can be recommended.")
     elif all(len(family.units) == 1 for family in families):
-        found.append(
+        sentences.append(
             "Only one row is finished and scored, so there is nothing to compare it with."
             if len(families) == 1
             else "No two rows were scored on the same held-out rows, so nothing can be compared."
         )
     if any(not family.paired for family in families):
-        found.append(
+        sentences.append(
             "No answers are on file, so quality is the held-out loss, and whether a difference in it is more than the "
             "choice of held-out rows cannot be said."
         )
     if few := sorted((family.rows, family.measure) for family in families if family.paired and family.rows < _FEW_ROWS):
-        what = "Answered rows" if few[0][1] == "rouge_l" else "Held-out rows"
-        found.append(f"{what}: {few[0][0]}. So few may hold none of the rare cases that decide which one is better.")
+        subject = "Answered rows" if few[0][1] == "rouge_l" else "Held-out rows"
+        sentences.append(
+            f"{subject}: {few[0][0]}. So few may hold none of the rare cases that decide which one is better."
+        )
     if single := [unit.label for family in families for unit in family.units if _one_seed(unit)]:
         trained = sum(not unit.is_base for family in families for unit in family.units)
         names = "Every trained row" if len(single) == trained else listed(single)
-        found.append(f"{names}: one seed, so how much another seed would change it cannot be said.")
+        sentences.append(f"{names}: one seed, so how much another seed would change it cannot be said.")
     if resumed := [row for unit in units for row in unit.finished if row.result.resumed_from_step is not None]:
         steps = listed([f"{row.label} (from step {row.result.resumed_from_step})" for row in resumed])
-        found.append(
+        sentences.append(
             f"Interrupted, and gone on from a checkpoint: {steps}. Time, tokens and peaks are those of all attempts, "
             "without what was done twice."
         )
@@ -189,15 +193,15 @@ def _cannot_say(material: Material) -> list[str]:
         if not unit.finished and any(row.status == "out_of_memory" for row in unit.rows)
     ]
     if memory:
-        found.append(f"Ran out of memory here, so no candidate: {listed(memory)}.")
-    rest = [
+        sentences.append(f"Ran out of memory here, so no candidate: {listed(memory)}.")
+    others = [
         f"{label} ({reason})"
         for label, reason in material.left_out.items()
         if reason != "did not finish" or not any(entry.startswith(label) for entry in memory)
     ]
-    if rest and finished:
-        found.append(f"No candidates: {listed(rest)}.")
-    return found
+    if others and finished:
+        sentences.append(f"No candidates: {listed(others)}.")
+    return sentences
 
 
 def _name(unit: SeedGroup) -> str:

@@ -9,7 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
-from ray_peft.metrics.intervals import CONFIDENCE, DifferenceInterval, Numbers, corrected, each_pair
+from ray_peft.metrics.intervals import CONFIDENCE, DifferenceInterval, Numbers, corrected, pair_differences
 from ray_peft.report.digits import fixed
 from ray_peft.report.questions import OTHERS, Parts, Questions
 from ray_peft.report.ties import FEWEST_ROWS
@@ -49,7 +49,7 @@ class Difference:
         return self.questions >= (FEWEST_ROWS if self.why_not is None else FEWEST_QUESTIONS)
 
     @property
-    def taken_as(self) -> str:
+    def compared_as(self) -> str:
         """How the two were compared, in words."""
         return "paired by question" if self.why_not is None else f"two independent samples: {self.why_not}"
 
@@ -74,32 +74,36 @@ def differences(sides: Sequence[Sides], questions: Questions) -> list[Difference
     None where the two were not asked the same questions by their settings, nor by what is on file.
     """
     paired = [_paired(two, questions) for two in sides]
-    places = [place for place, found in enumerate(paired) if not isinstance(found, str)]
-    tested = each_pair([pair for pair in paired if not isinstance(pair, str)])
+    places = [place for place, results in enumerate(paired) if not isinstance(results, str)]
+    tested = pair_differences([pair for pair in paired if not isinstance(pair, str)])
     intervals = dict(zip(places, tested, strict=True))
-    found: list[Difference | None] = []
+    results: list[Difference | None] = []
     for place, (two, pair) in enumerate(zip(sides, paired, strict=True)):
         if not isinstance(pair, str):
             interval = intervals[place]
-            found.append(Difference(value=interval.difference, questions=len(pair[0]), why_not=None, interval=interval))
+            results.append(
+                Difference(value=interval.difference, questions=len(pair[0]), why_not=None, interval=interval)
+            )
         else:
-            found.append(_independent(two, pair) if _asked_alike(two) else None)
-    return _corrected(found)
+            results.append(_independent(two, pair) if _same_questions_by_settings(two) else None)
+    return _corrected(results)
 
 
-def _corrected(found: Sequence[Difference | None]) -> list[Difference | None]:
+def _corrected(differences: Sequence[Difference | None]) -> list[Difference | None]:
     """The differences with corrected p-values."""
     tested = {
-        place: one.interval
-        for place, one in enumerate(found)
-        if one is not None and one.enough and one.interval is not None
+        place: difference.interval
+        for place, difference in enumerate(differences)
+        if difference is not None and difference.enough and difference.interval is not None
     }
     new = dict(zip(tested, corrected(list(tested.values())), strict=True))
     return [
-        one
-        if one is None or place not in new
-        else Difference(value=one.value, questions=one.questions, why_not=one.why_not, interval=new[place])
-        for place, one in enumerate(found)
+        difference
+        if difference is None or place not in new
+        else Difference(
+            value=difference.value, questions=difference.questions, why_not=difference.why_not, interval=new[place]
+        )
+        for place, difference in enumerate(differences)
     ]
 
 
@@ -107,11 +111,11 @@ def _paired(two: Sides, questions: Questions) -> tuple[Numbers, Numbers] | str:
     """What each question adds to both systems' scores, or else why they cannot stand beside each other."""
     parts: list[Parts] = []
     for trial in (*two.first, *two.second):
-        read = questions.parts(trial, two.key)
-        if isinstance(read, str):
-            return read
-        parts.append(read)
-    if len({read.questions for read in parts}) > 1:
+        trial_parts = questions.parts(trial, two.key)
+        if isinstance(trial_parts, str):
+            return trial_parts
+        parts.append(trial_parts)
+    if len({trial_parts.questions for trial_parts in parts}) > 1:
         return OTHERS
     return _mean(parts[: len(two.first)]), _mean(parts[len(two.first) :])
 
@@ -129,24 +133,25 @@ def _independent(two: Sides, why_not: str) -> Difference:
     value = fmean(first) - fmean(second)
     questions = min(trial.scores.benchmark_rows.get(two.key, 0) for trial in (*two.first, *two.second))
     errors = [[trial.scores.benchmark_stderr.get(two.key) for trial in trials] for trials in (two.first, two.second)]
-    known = [[error for error in side if error is not None] for side in errors]
-    if known != errors:
+    known_errors = [[error for error in side if error is not None] for side in errors]
+    if known_errors != errors:
         return Difference(value=value, questions=questions, why_not=why_not, interval=None)
-    error = math.hypot(*(fmean(side) for side in known))
+    error = math.hypot(*(fmean(side) for side in known_errors))
     low, high = value - STANDARD_ERRORS * error, value + STANDARD_ERRORS * error
     p = float(erfc(abs(value) / error / math.sqrt(2))) if error else float(value == 0)
     interval = DifferenceInterval(difference=value, low=low, high=high, p=p, confidence=CONFIDENCE)
     return Difference(value=value, questions=questions, why_not=why_not, interval=interval)
 
 
-def _asked_alike(two: Sides) -> bool:
+def _same_questions_by_settings(two: Sides) -> bool:
     """Whether all were asked the same questions by their settings and their number."""
-    specs = [_asked(trial) for trial in (*two.first, *two.second)]
+    specs = [benchmarks_of(trial) for trial in (*two.first, *two.second)]
     settings = {(spec.num_fewshot, spec.limit, spec.include_path) for spec in specs if spec is not None}
     counts = {trial.scores.benchmark_rows.get(two.key) for trial in (*two.first, *two.second)}
     return None not in specs and len(settings) == 1 and len(counts) == 1
 
 
-def _asked(result: TrialResult) -> BenchmarksSpec | None:
+def benchmarks_of(result: TrialResult) -> BenchmarksSpec | None:
+    """The further benchmarks that a trial was asked to run; None if there are none."""
     spec = result.spec
     return spec.evaluation.benchmarks if isinstance(spec, LlmTrialSpec) else None

@@ -2,15 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 
-from ray_peft.report.benchmark_differences import FEWEST_QUESTIONS, STANDARD_ERRORS, Difference, Sides, differences
+from ray_peft.report.benchmark_differences import (
+    FEWEST_QUESTIONS,
+    STANDARD_ERRORS,
+    Difference,
+    Sides,
+    benchmarks_of,
+    differences,
+)
 from ray_peft.report.digits import MISSING, count, fixed
 from ray_peft.report.document import Block, Heading, Paragraph, Table
 from ray_peft.report.lineage import lineages
 from ray_peft.report.questions import Questions
 from ray_peft.report.table import Row, SeedGroup
 from ray_peft.report.ties import FEWEST_ROWS, trial_pairs
-from ray_peft.spec import BenchmarksSpec, LlmTrialSpec
-from ray_peft.trial.result import TrialResult
 
 _HEADER = ("Benchmark", "Trial", "Score", "Standard error", "Questions", "vs base", "Taken as")
 _TEXT = (
@@ -41,29 +46,24 @@ def further(
     if not keys:
         return []
     questions = questions or Questions()
-    asked = {task for row in scored for task in _tasks(row)}
-    named = [key for key in keys if key.partition("/")[0] in asked]
+    requested = {task for row in scored for task in _tasks(row)}
+    named = [key for key in keys if key.partition("/")[0] in requested]
     # A tag, or a group without a score of its own, has no line: its tasks stand for it.
-    first = named if asked <= {key.partition("/")[0] for key in named} else keys
+    first = named if requested <= {key.partition("/")[0] for key in named} else keys
     text = _TEXT.format(errors=STANDARD_ERRORS, questions=FEWEST_QUESTIONS, rows=FEWEST_ROWS)
     blocks: list[Block] = [_table(scored, first, questions), Paragraph(text), *_between(units, first, questions)]
-    rest = [key for key in keys if key not in first]
-    return [*blocks, Heading("Tasks below them"), _table(scored, rest, questions, folded=True)] if rest else blocks
+    others = [key for key in keys if key not in first]
+    return [*blocks, Heading("Tasks below them"), _table(scored, others, questions, folded=True)] if others else blocks
 
 
 def _tasks(row: Row) -> tuple[str, ...]:
-    benchmarks = _asked(row.result)
+    benchmarks = benchmarks_of(row.result)
     return benchmarks.tasks if benchmarks is not None else ()
-
-
-def _asked(result: TrialResult) -> BenchmarksSpec | None:
-    spec = result.spec
-    return spec.evaluation.benchmarks if isinstance(spec, LlmTrialSpec) else None
 
 
 def _table(scored: Sequence[Row], keys: Sequence[str], questions: Questions, *, folded: bool = False) -> Table:
     cells = [(key, row) for key in keys for row in scored if key in row.result.scores.benchmarks]
-    found = _against_base(cells, questions)
+    to_base = _against_base(cells, questions)
     lines = tuple(
         (
             key,
@@ -71,7 +71,7 @@ def _table(scored: Sequence[Row], keys: Sequence[str], questions: Questions, *, 
             fixed(row.result.scores.benchmarks[key], 4),
             fixed(row.result.scores.benchmark_stderr.get(key), 4),
             count(row.result.scores.benchmark_rows.get(key)),
-            *_said(found.get((key, row.trial_id)), "tied with base"),
+            *_cells(to_base.get((key, row.trial_id)), "tied with base"),
         )
         for key, row in cells
     )
@@ -90,8 +90,8 @@ def _against_base(
     return dict(zip(sides, differences(list(sides.values()), questions), strict=True))
 
 
-def _said(difference: Difference | None, tied: str) -> tuple[str, str]:
-    return (MISSING, MISSING) if difference is None else (difference.text(tied), difference.taken_as)
+def _cells(difference: Difference | None, tied: str) -> tuple[str, str]:
+    return (MISSING, MISSING) if difference is None else (difference.text(tied), difference.compared_as)
 
 
 def _between(units: Sequence[SeedGroup], keys: Sequence[str], questions: Questions) -> list[Block]:
@@ -101,11 +101,15 @@ def _between(units: Sequence[SeedGroup], keys: Sequence[str], questions: Questio
         for unit in units
         if unit.finished and not unit.is_base and not unit.finished[0].result.spec.model.random_weights
     ]
-    of = lineages([unit.finished[0] for unit in tuned])
+    unit_lineages = lineages([unit.finished[0] for unit in tuned])
     sides: dict[tuple[str, str, str], Sides] = {}
     for key in keys:
-        for lineage in dict.fromkeys(of):
-            members = [unit for unit, own in zip(tuned, of, strict=True) if own == lineage and _scored(unit, key)]
+        for lineage in dict.fromkeys(unit_lineages):
+            members = [
+                unit
+                for unit, unit_lineage in zip(tuned, unit_lineages, strict=True)
+                if unit_lineage == lineage and _scored(unit, key)
+            ]
             trials = {row.trial_id: row.result for unit in members for row in _scored(unit, key)}
             by_seed = [{row.result.spec.seed: row.trial_id for row in _scored(unit, key)} for unit in members]
             for (a, b), (first, second) in trial_pairs(members, by_seed).items():
@@ -114,8 +118,12 @@ def _between(units: Sequence[SeedGroup], keys: Sequence[str], questions: Questio
                     first=tuple(trials[trial] for trial in first),
                     second=tuple(trials[trial] for trial in second),
                 )
-    found = differences(list(sides.values()), questions)
-    lines = tuple((*names, *_said(one, "tied")) for names, one in zip(sides, found, strict=True) if one is not None)
+    results = differences(list(sides.values()), questions)
+    lines = tuple(
+        (*names, *_cells(difference, "tied"))
+        for names, difference in zip(sides, results, strict=True)
+        if difference is not None
+    )
     if not lines:
         return []
     header = ("Benchmark", "First", "Second", "First less second", "Taken as")

@@ -44,8 +44,8 @@ def build(material: Material) -> Document:
     )
 
 
-def _figures(found: Sequence[Figure]) -> list[Block]:
-    return list(found)
+def _figures(figures: Sequence[Figure]) -> list[Block]:
+    return list(figures)
 
 
 def _samples(compared: Sequence[Row], samples: Mapping[str, Sequence[Sample]]) -> list[Block]:
@@ -56,6 +56,6 @@ def _samples(compared: Sequence[Row], samples: Mapping[str, Sequence[Sample]]) -
             key = (sample.row, sample.source_dataset, sample.prompt, sample.reference)
             prompts.setdefault(key, []).append((row.label, sample.answer))
     return [
-        Prompt(title=f"Row {number}, {source}", prompt=prompt, reference=reference, answers=tuple(given))
-        for (number, source, prompt, reference), given in sorted(prompts.items(), key=lambda item: item[0])
+        Prompt(title=f"Row {number}, {source}", prompt=prompt, reference=reference, answers=tuple(answers))
+        for (number, source, prompt, reference), answers in sorted(prompts.items(), key=lambda item: item[0])
     ]

@@ -30,8 +30,8 @@ def costs(units: Sequence[SeedGroup]) -> Costs:
     finished = [row for unit in units for row in unit.finished]
     kinds = {row.on_gpu for row in finished if row.peak_memory_gib is not None}
     timed = [row.result.provenance for row in finished if row.result.usage.train_s]
-    places = {(made.device, made.num_workers) for made in timed}
-    shared = any(0 < made.gpus_per_worker < 1 for made in timed)
+    places = {(provenance.device, provenance.num_workers) for provenance in timed}
+    shared = any(0 < provenance.gpus_per_worker < 1 for provenance in timed)
     resumed = any(not row.result.usage.complete for row in finished)
     passes = {_passes(row) for row in finished if row.on_gpu and row.result.trainable_parameters}
     return Costs(
@@ -56,8 +56,8 @@ def costs(units: Sequence[SeedGroup]) -> Costs:
 
 def _passes(row: Row) -> tuple[object, ...]:
     """What memory decided of a trial's passes: by `fit: auto`, or by running out of it."""
-    found = row.result.chosen | row.result.lowered
-    return tuple(sorted((key, value) for key, value in found.items() if key.startswith("train.")))
+    settings = row.result.chosen | row.result.lowered
+    return tuple(sorted((key, value) for key, value in settings.items() if key.startswith("train.")))
 
 
 def _over_seeds(

@@ -44,11 +44,11 @@ def read_curve(path: Path) -> Curve:
         if not line.strip():
             continue
         try:
-            found = json.loads(line)
+            logged = json.loads(line)
         except ValueError:  # JSONDecodeError and UnicodeDecodeError
-            found = None
-        if isinstance(found, dict) and isinstance(found.get("step"), int):
-            lines.append(found)
+            logged = None
+        if isinstance(logged, dict) and isinstance(logged.get("step"), int):
+            lines.append(logged)
         else:
             logger.warning("%s: line %d is no logged step and was passed over", path, number)
     return curve(lines)
@@ -82,9 +82,9 @@ def mean_points(several: Sequence[Points]) -> Points:
     """The mean at every step that all of them logged."""
     if not several:
         return ()
-    found = [dict(points) for points in several]
-    shared = sorted(set(found[0]).intersection(*found))
-    return tuple((step, fmean(one[step] for one in found)) for step in shared)
+    by_step = [dict(points) for points in several]
+    shared = sorted(set(by_step[0]).intersection(*by_step))
+    return tuple((step, fmean(losses[step] for losses in by_step)) for step in shared)
 
 
 def thinned(points: Points, most: int = 400) -> Points:

@@ -12,9 +12,9 @@ def default_steps(curves: Iterable[Points], number: int = DEFAULT_STEPS) -> tupl
     logged = sorted({step for points in curves for step, _ in points})
     if len(logged) <= number:
         return tuple(logged)
-    wanted = [logged[-1] * part / number for part in range(1, number)]
-    near = {min(logged, key=lambda step: (abs(step - place), step)) for place in wanted}
-    return tuple(sorted(near | {logged[-1]}))
+    places = [logged[-1] * part / number for part in range(1, number)]
+    steps = {min(logged, key=lambda step: (abs(step - place), step)) for place in places}
+    return tuple(sorted(steps | {logged[-1]}))
 
 
 def point_at(points: Points, step: int, *, steps: int) -> tuple[int, float] | None:
@@ -24,6 +24,6 @@ def point_at(points: Points, step: int, *, steps: int) -> tuple[int, float] | No
     return min(points, key=lambda point: (abs(point[0] - step), point[0]), default=None)
 
 
-def losses_at(points: Points, wanted: Sequence[int], *, steps: int) -> list[tuple[int, float] | None]:
+def losses_at(points: Points, chosen: Sequence[int], *, steps: int) -> list[tuple[int, float] | None]:
     """The points nearest to the wanted steps."""
-    return [point_at(points, step, steps=steps) for step in wanted]
+    return [point_at(points, step, steps=steps) for step in chosen]

@@ -39,7 +39,7 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], *, text_columns
 
 def _at_line_start(text: str) -> str:
     def escape(match: re.Match[str]) -> str:
-        found = match.group()
-        return f"{found}\\" if found.isdigit() else f"\\{found}"
+        character = match.group()
+        return f"{character}\\" if character.isdigit() else f"\\{character}"
 
     return _BLOCK_START.sub(escape, text)

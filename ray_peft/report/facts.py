@@ -54,29 +54,33 @@ def unfinished(compared: Sequence[Row]) -> list[Block]:
 
 def not_run(material: Material) -> list[Block]:
     """Planned trials without a result."""
-    known = {row.trial_id for row in material.rows}
-    items = tuple(trial_id for trial_id in dict.fromkeys(material.planned) if trial_id not in known)
+    with_result = {row.trial_id for row in material.rows}
+    items = tuple(trial_id for trial_id in dict.fromkeys(material.planned) if trial_id not in with_result)
     return [Bullets(items)] if items else []
 
 
 def machine(compared: Sequence[Row]) -> list[Block]:
     """Where and with what the trials ran."""
     # A trial that failed early may have recorded nothing, which says nothing about the machine.
-    made = [row.result.provenance for row in compared if row.result.provenance != Provenance()]
-    if not made:
+    provenances = [row.result.provenance for row in compared if row.result.provenance != Provenance()]
+    if not provenances:
         return []
     facts: dict[str, Sequence[str | None]] = {
-        "Device": [one.device for one in made],
-        "Workers per trial": [f"{one.num_workers} with {one.gpus_per_worker:g} GPU each" for one in made],
-        "Git commit": [one.git_commit for one in made],
-        "Model fingerprint": [one.model_fingerprint for one in made],
-        "Prepared data": [one.data_key for one in made],
-        "Started": _first_and_last(one.started_at for one in made if one.started_at),
+        "Device": [provenance.device for provenance in provenances],
+        "Workers per trial": [
+            f"{provenance.num_workers} with {provenance.gpus_per_worker:g} GPU each" for provenance in provenances
+        ],
+        "Git commit": [provenance.git_commit for provenance in provenances],
+        "Model fingerprint": [provenance.model_fingerprint for provenance in provenances],
+        "Prepared data": [provenance.data_key for provenance in provenances],
+        "Started": _first_and_last(provenance.started_at for provenance in provenances if provenance.started_at),
     }
-    packages = sorted({name for one in made for name in one.versions})
+    packages = sorted({name for provenance in provenances for name in provenance.versions})
     items = [f"{name}: {_distinct(values)}" for name, values in facts.items()]
     if packages:
-        versions = ", ".join(f"{name} {_distinct([one.versions.get(name) for one in made])}" for name in packages)
+        versions = ", ".join(
+            f"{name} {_distinct([provenance.versions.get(name) for provenance in provenances])}" for name in packages
+        )
         items.append(f"Versions: {versions}")
     return [Bullets(tuple(items))]
 

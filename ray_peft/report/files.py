@@ -73,9 +73,9 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
         results = [result for result in results if result.trial_id in sweep.planned]
     trials = {result.trial_id: folder / "trials" / result.trial_id for result in results}
     answers = {
-        trial_id: _columns(found)
+        trial_id: _columns(answer_lines)
         for trial_id, path in trials.items()
-        if (found := read_lines(path / "answers.jsonl", Answer))
+        if (answer_lines := read_lines(path / "answers.jsonl", Answer))
     }
     results = rescored(results, answers)
     losses = {
@@ -101,7 +101,9 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
             trial_id: read_lines(path / "benchmarks.jsonl", QuestionScores) for trial_id, path in trials.items()
         },
         images={
-            trial_id: made for trial_id, path in trials.items() if (made := _read_images(path / "images/images.json"))
+            trial_id: image_files
+            for trial_id, path in trials.items()
+            if (image_files := _read_images(path / "images/images.json"))
         },
         folder=folder,
         curves={trial_id: read_curve(path / "metrics.jsonl") for trial_id, path in trials.items()},

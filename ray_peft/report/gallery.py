@@ -30,7 +30,7 @@ _NEAREST = (
 class _Column:
     label: str
     trial_id: str
-    made: dict[tuple[str, int], str]
+    files: dict[tuple[str, int], str]
     """By prompt and seed, the file in the trial's folder of images."""
 
 
@@ -40,24 +40,26 @@ def images(material: Material) -> list[Block]:
     if not rows:
         return []
     columns = _columns(rows, material)
-    places = list(dict.fromkeys(place for column in columns for place in column.made))
-    total = sum(len(column.made) for column in columns)
+    places = list(dict.fromkeys(place for column in columns for place in column.files))
+    total = sum(len(column.files) for column in columns)
     shown_columns = columns[:MOST]
     shown_places: list[tuple[str, int]] = []
-    shown = 0
+    picture_count = 0
     for place in places:
-        shown += sum(place in column.made for column in shown_columns)
-        if shown > MOST:
+        picture_count += sum(place in column.files for column in shown_columns)
+        if picture_count > MOST:
             break
         shown_places.append(place)
     lines = tuple(
         (f"{prompt} (seed {seed})", tuple(_picture(column, (prompt, seed), material) for column in shown_columns))
         for prompt, seed in shown_places
     )
-    shown = sum(one is not None for _, pictures in lines for one in pictures)
+    picture_count = sum(picture is not None for _, pictures in lines for picture in pictures)
     gallery = Gallery(header=("Prompt", *(column.label for column in shown_columns)), lines=lines)
-    left = f" Shown are {count(shown)} of {count(total)} images; the others are in those folders." * (shown < total)
-    return [gallery, Paragraph(_WHERE + left), *_nearest(rows, material)]
+    omitted = f" Shown are {count(picture_count)} of {count(total)} images; the others are in those folders." * (
+        picture_count < total
+    )
+    return [gallery, Paragraph(_WHERE + omitted), *_nearest(rows, material)]
 
 
 def _base_first(row: Row) -> bool:
@@ -67,23 +69,23 @@ def _base_first(row: Row) -> bool:
 def _columns(rows: Sequence[Row], material: Material) -> list[_Column]:
     """One a trial; where there is no row of the untouched base, what a trial kept of it comes first."""
     columns = [_Column(row.label, row.trial_id, _files(material.images[row.trial_id])) for row in rows]
-    kept = [(row, _files(material.images[row.trial_id], before=True)) for row in rows]
-    before = next(((row, made) for row, made in kept if made), None)
+    bases = [(row, _files(material.images[row.trial_id], before=True)) for row in rows]
+    before = next(((row, files) for row, files in bases if files), None)
     if before is None or is_base(rows[0].result):
         return columns
-    row, made = before
-    return [_Column(f"without fine-tuning (before {row.label})", row.trial_id, made), *columns]
+    row, files = before
+    return [_Column(f"without fine-tuning (before {row.label})", row.trial_id, files), *columns]
 
 
-def _files(made: Sequence[ImageFile], *, before: bool = False) -> dict[tuple[str, int], str]:
-    files = {(one.prompt, one.seed): one.before if before else one.file for one in made}
+def _files(images: Sequence[ImageFile], *, before: bool = False) -> dict[tuple[str, int], str]:
+    files = {(image.prompt, image.seed): image.before if before else image.file for image in images}
     return {place: file for place, file in files.items() if file is not None}
 
 
 def _picture(column: _Column, place: tuple[str, int], material: Material) -> Picture | None:
-    if place not in column.made:
+    if place not in column.files:
         return None
-    file = f"trials/{column.trial_id}/images/{column.made[place]}"
+    file = f"trials/{column.trial_id}/images/{column.files[place]}"
     jpeg = thumbnail(material.folder / file) if material.folder is not None else None
     return Picture(file=file, alt=f"{column.label}: {place[0]}, seed {place[1]}", jpeg=jpeg)
 
@@ -91,13 +93,13 @@ def _picture(column: _Column, place: tuple[str, int], material: Material) -> Pic
 def _nearest(rows: Sequence[Row], material: Material) -> list[Block]:
     lines = []
     for row in rows:
-        found = [
-            (one.nearest_likeness, one.nearest, one)
-            for one in material.images[row.trial_id]
-            if one.nearest_likeness is not None and one.nearest is not None
+        nearest = [
+            (image.nearest_likeness, image.nearest, image)
+            for image in material.images[row.trial_id]
+            if image.nearest_likeness is not None and image.nearest is not None
         ]
-        if found:
-            likeness, painting, one = max(found, key=lambda entry: entry[0])
-            lines.append((row.label, f"{one.prompt} (seed {one.seed})", painting, fixed(likeness, 4)))
+        if nearest:
+            likeness, painting, image = max(nearest, key=lambda entry: entry[0])
+            lines.append((row.label, f"{image.prompt} (seed {image.seed})", painting, fixed(likeness, 4)))
     header = ("Trial", "Image", "Nearest training painting", "Likeness")
     return [Paragraph(_NEAREST), Table(header=header, lines=tuple(lines), text_columns=3)] if lines else []

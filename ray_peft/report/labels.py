@@ -28,29 +28,29 @@ def labels(trials: Mapping[str, TrialSpec], *, without: Collection[str] = ()) ->
     """
     flats = [_brief(flat_spec(spec)) for spec in trials.values()]
     texts = _value_texts(flats)
-    shown = differing(flats)
-    found = []
-    for flat, keys in zip(flats, shown, strict=True):
+    keys_to_name = differing(flats)
+    names = []
+    for flat, keys in zip(flats, keys_to_name, strict=True):
         words = [f"{_short_key(key, flat)}={texts[key][_identity(flat[key])]}" for key in keys if key not in without]
-        found.append(" ".join([str(flat["method.name"]), *words]))
-    often = Counter(found)
+        names.append(" ".join([str(flat["method.name"]), *words]))
+    often = Counter(names)
     return {
         trial_id: f"{label} ({trial_id})" if often[label] > 1 else label
-        for trial_id, label in zip(trials, found, strict=True)
+        for trial_id, label in zip(trials, names, strict=True)
     }
 
 
 def _brief(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with the members of an ensemble as a list of their methods: all their settings would be no name."""
     members: dict[str, list[str]] = {}
-    kept: dict[str, Any] = {}
+    brief: dict[str, Any] = {}
     for key, value in flat.items():
-        place, found, own = key.removeprefix(_MEMBERS).partition(".")
-        if not key.startswith(_MEMBERS) or not found:
-            kept[key] = value
-        elif own in ("method.name", "model", "seed") and value is not None:
+        place, in_member, setting = key.removeprefix(_MEMBERS).partition(".")
+        if not key.startswith(_MEMBERS) or not in_member:
+            brief[key] = value
+        elif setting in ("method.name", "model", "seed") and value is not None:
             members.setdefault(place, []).append(str(value))
-    return kept | ({"method.members": [":".join(words) for words in members.values()]} if members else {})
+    return brief | ({"method.members": [":".join(words) for words in members.values()]} if members else {})
 
 
 def differing(flats: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -62,8 +62,8 @@ def differing(flats: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     }
     chosen = []
     for flat in flats:
-        own = by_method[flat["method.name"]]
-        keys = [key for key in flat if key in (own if key.startswith("method.") else shared)]
+        of_method = by_method[flat["method.name"]]
+        keys = [key for key in flat if key in (of_method if key.startswith("method.") else shared)]
         chosen.append(sorted(keys, key=_rank))
     return chosen
 
@@ -98,7 +98,7 @@ def _value_texts(flats: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]
     for flat in flats:
         for key, value in flat.items():
             values.setdefault(key, {})[_identity(value)] = value
-    return {key: dict(zip(found, _texts(found.values()), strict=True)) for key, found in values.items()}
+    return {key: dict(zip(distinct, _texts(distinct.values()), strict=True)) for key, distinct in values.items()}
 
 
 def _texts(values: Iterable[Any]) -> list[str]:

@@ -27,13 +27,13 @@ def lineages(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def _models(rows: Sequence[Row]) -> list[str]:
-    known: dict[str, set[str]] = {}
+    fingerprints: dict[str, set[str]] = {}
     for row in rows:
         if row.result.provenance.model_fingerprint:
-            known.setdefault(row.result.spec.model.name, set()).add(row.result.provenance.model_fingerprint)
+            fingerprints.setdefault(row.result.spec.model.name, set()).add(row.result.provenance.model_fingerprint)
 
     def of(name: str) -> str:
-        only = known.get(name, set())
+        only = fingerprints.get(name, set())
         return next(iter(only)) if len(only) == 1 else ""
 
     joined: dict[str, str] = {}
@@ -43,12 +43,12 @@ def _models(rows: Sequence[Row]) -> list[str]:
             model = joined[model]
         return model
 
-    own = [row.result.provenance.model_fingerprint or of(row.result.spec.model.name) for row in rows]
-    for model, row in zip(own, rows, strict=True):
+    models = [row.result.provenance.model_fingerprint or of(row.result.spec.model.name) for row in rows]
+    for model, row in zip(models, rows, strict=True):
         for member in row.result.spec.members():
             if model and (other := root(of(member.model.name))) not in ("", root(model)):
                 joined[other] = root(model)
-    return [root(model) for model in own]
+    return [root(model) for model in models]
 
 
 def _data_settings(row: Row) -> str:

@@ -49,7 +49,7 @@ def _block(block: Block) -> str:
         case Prompt():
             return _prompt(block)
         case Gallery():
-            lines = [[inline(name), *(_picture(one) for one in pictures)] for name, pictures in block.lines]
+            lines = [[inline(name), *(_picture(picture) for picture in pictures)] for name, pictures in block.lines]
             return table([inline(cell) for cell in block.header], lines, text_columns=len(block.header))
         case _:
             assert_never(block)

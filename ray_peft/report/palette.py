@@ -45,14 +45,14 @@ class Style:
 
 def styles(number: int, *, base: int | None = None) -> list[Style]:
     """A style for each unit, all different up to 24; the base is drawn in the colour of text."""
-    found = []
+    chosen = []
     place = 0
     for unit in range(number):
         if unit == base:
-            found.append(Style(colour=INK, line="solid", marker="X"))
+            chosen.append(Style(colour=INK, line="solid", marker="X"))
             continue
         turn, colour = divmod(place, len(SERIES))
-        found.append(
+        chosen.append(
             Style(
                 colour=SERIES[colour],
                 line=_LINES[turn % len(_LINES)],
@@ -60,7 +60,7 @@ def styles(number: int, *, base: int | None = None) -> list[Style]:
             )
         )
         place += 1
-    return found
+    return chosen
 
 
 def css_variables(*, dark: bool) -> str:

@@ -21,12 +21,12 @@ _NARROWEST_LABEL = 17
 """No narrower than the header."""
 
 
-def trial_line(result: TrialResult, done: int, total: int) -> str:
+def trial_line(result: TrialResult, ended: int, total: int) -> str:
     """One line for a trial that has ended, such as `[2/4] lora-1a2b3c4d finished in 61.3 s: eval loss 2.104`.
 
     Args:
         result: the trial.
-        done: trials that have ended, this one included.
+        ended: trials that have ended, this one included.
         total: trials of the sweep.
     """
     scores = result.scores
@@ -41,9 +41,9 @@ def trial_line(result: TrialResult, done: int, total: int) -> str:
     measured = ", ".join(before + text + after for before, text, after in parts if text != MISSING)
     if result.resumed_from_step is not None:
         measured = f"{measured}, resumed from step {result.resumed_from_step}".removeprefix(", ")
-    told = measured if result.status == "finished" else error_line(result)
-    start = f"[{done}/{total}] {result.trial_id} {_ENDED[result.status]} {fixed(result.usage.wall_time_s, 1)} s"
-    return ascii_line(f"{start}: {told}" if told else start)
+    outcome = measured if result.status == "finished" else error_line(result)
+    start = f"[{ended}/{total}] {result.trial_id} {_ENDED[result.status]} {fixed(result.usage.wall_time_s, 1)} s"
+    return ascii_line(f"{start}: {outcome}" if outcome else start)
 
 
 def console_table(results: Sequence[TrialResult]) -> str:
@@ -114,9 +114,9 @@ def _reason(row: Row) -> str:
 
 def _aligned(header: list[str], lines: list[list[str]]) -> str:
     """Text columns to the left and numbers to the right; long labels go on below; empty columns are left out."""
-    kept = [index for index in range(len(header)) if index < 2 or any(line[index] != MISSING for line in lines)]
-    names, *body = [[line[index] for index in kept] for line in [header, *lines]]
-    widths = [max(len(line[index]) for line in [names, *body]) for index in range(len(kept))]
+    filled = [index for index in range(len(header)) if index < 2 or any(line[index] != MISSING for line in lines)]
+    names, *body = [[line[index] for index in filled] for line in [header, *lines]]
+    widths = [max(len(line[index]) for line in [names, *body]) for index in range(len(filled))]
     room = WIDTH - sum(widths[1:]) - len(_GAP) * (len(widths) - 1)
     widths[0] = min(widths[0], max(room, _NARROWEST_LABEL))
     printed = [aligned_line(names, widths), aligned_line(["-" * width for width in widths], widths)]
@@ -128,6 +128,6 @@ def _aligned(header: list[str], lines: list[list[str]]) -> str:
 
 def aligned_line(cells: Sequence[str], widths: Sequence[int]) -> str:
     """One line of a table: the first two cells to the left, numbers to the right."""
-    left = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
-    right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
-    return _GAP.join([*left, *right]).rstrip()
+    words = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
+    numbers = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
+    return _GAP.join([*words, *numbers]).rstrip()

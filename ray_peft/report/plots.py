@@ -79,21 +79,21 @@ def losses(material: Material) -> list[Figure]:
         several = canvas.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, curves) in zip(several, panels, strict=True):
             for unit, style in zip(material.units, drawn, strict=True):
-                given = [curves[row.trial_id] for row in unit.rows if curves[row.trial_id]]
-                for points in given if len(given) > 1 else ():
+                of_seeds = [curves[row.trial_id] for row in unit.rows if curves[row.trial_id]]
+                for points in of_seeds if len(of_seeds) > 1 else ():
                     _line(axes, thinned(points), style, faint=True)
                 # A seed that stopped early would end the mean there.
-                whole = [curves[row.trial_id] for row in unit.finished if curves[row.trial_id]]
-                _line(axes, thinned(mean_points(whole or given)), style)
+                finished = [curves[row.trial_id] for row in unit.finished if curves[row.trial_id]]
+                _line(axes, thinned(mean_points(finished or of_seeds)), style)
             axes.set_title(title)
             _mark_boundaries(axes, material)
         several[-1].set_xlabel("Optimizer step" + _seed_note(material.units))
-        shown = [
+        entries = [
             (unit.label, style)
             for unit, style in zip(material.units, drawn, strict=True)
             if any(curves[row.trial_id] for _, curves in panels for row in unit.rows)
         ]
-        _legend(canvas, shown, marker=False)
+        _legend(canvas, entries, marker=False)
         return [Figure(name="losses", title="Loss over steps", svg=_svg(canvas))]
 
 
@@ -116,13 +116,13 @@ def quality_against_cost(material: Material) -> list[Figure]:
     for number, family in enumerate(families, 1):
         needs = costs(family.units)
         end = f"_{number}" if len(families) > 1 else ""
-        for name, what, values, problem in (
+        for name, cost_label, values, problem in (
             ("memory", "Peak memory [GiB]", needs.memory_gib, needs.memory_problem),
             ("time", "Training time [s]", needs.time_s, needs.time_problem),
         ):
             if problem is None and len({value for value in values if value is not None}) > 1:
-                svg = _scatter(family, values, what, material)
-                title = f"Quality against {what.partition(' [')[0].lower()}"
+                svg = _scatter(family, values, cost_label, material)
+                title = f"Quality against {cost_label.partition(' [')[0].lower()}"
                 figures.append(Figure(name=f"quality_{name}{end}", title=title, svg=svg))
     return figures
 
@@ -213,40 +213,42 @@ def _finish_bars(axes: Axes, units: Sequence[SeedGroup], label: str) -> None:
     axes.set_xlabel(label + _seed_note(units))
 
 
-def _scatter(family: Family, needs: Sequence[float | None], what: str, material: Material) -> str:
+def _scatter(family: Family, needs: Sequence[float | None], cost_label: str, material: Material) -> str:
     all_styles = dict(zip((unit.label for unit in material.units), _styles(material.units), strict=True))
-    known = [(place, cost) for place, cost in enumerate(needs) if cost is not None]
+    points = [(place, cost) for place, cost in enumerate(needs) if cost is not None]
     sign = 1 if family.measure == "rouge_l" else -1
-    with _canvas(3.7, [family.units[place] for place, _ in known]) as canvas:
+    with _canvas(3.7, [family.units[place] for place, _ in points]) as canvas:
         axes = canvas.subplots()
-        front = pareto([cost for _, cost in known], [sign * family.values[place] for place, _ in known])
-        line = [(known[one][1], family.values[known[one][0]]) for one in front]
+        front = pareto([cost for _, cost in points], [sign * family.values[place] for place, _ in points])
+        line = [(points[index][1], family.values[points[index][0]]) for index in front]
         axes.plot(*zip(*line, strict=True), color=FAINT, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
-        for place, cost in known:
+        for place, cost in points:
             unit, style = family.units[place], all_styles[family.units[place].label]
             if family.intervals:
                 interval = family.intervals[place]
                 axes.vlines(cost, interval.low, interval.high, color=style.colour, linewidth=1.2, alpha=0.6)
-            _seed_points(axes, unit, family, what, style)
+            _seed_points(axes, unit, family, cost_label, style)
             axes.plot(
                 [cost], [family.values[place]], style.marker, color=style.colour, markersize=8, markeredgecolor=PAPER
             )
-        axes.set_xlabel(what + (", greatest of the seeds" if "memory" in what and _seed_note(family.units) else ""))
+        axes.set_xlabel(
+            cost_label + (", greatest of the seeds" if "memory" in cost_label and _seed_note(family.units) else "")
+        )
         axes.set_ylabel("ROUGE-L" if sign > 0 else "Held-out loss (lower is better)")
         axes.margins(0.08, 0.12)
         axes.set_title(
             "Dashed: Pareto front of the values" + ("; bars: 95 % interval over rows" if family.intervals else ""),
             fontsize=9, color=FAINT,
         )  # fmt: skip
-        _legend(canvas, [(family.units[place].label, all_styles[family.units[place].label]) for place, _ in known])
+        _legend(canvas, [(family.units[place].label, all_styles[family.units[place].label]) for place, _ in points])
         return _svg(canvas)
 
 
-def _seed_points(axes: Axes, unit: SeedGroup, family: Family, what: str, style: Style) -> None:
+def _seed_points(axes: Axes, unit: SeedGroup, family: Family, cost_label: str, style: Style) -> None:
     if len(unit.finished) < 2:
         return
     for row in unit.finished:
-        cost = row.peak_memory_gib if "memory" in what else row.seconds("train_s")
+        cost = row.peak_memory_gib if "memory" in cost_label else row.seconds("train_s")
         quality = row.rouge_l.value if family.measure == "rouge_l" else row.eval_loss.value
         if cost is not None and quality is not None:
             axes.plot([cost], [quality], style.marker, color=style.colour, markersize=4, alpha=0.55)
@@ -275,16 +277,16 @@ def _canvas(height: float, legend: Sequence[SeedGroup]) -> Iterator[Canvas]:
         )
 
 
-def _legend(canvas: Canvas, shown: Sequence[tuple[str, Style]], *, marker: bool = True) -> None:
+def _legend(canvas: Canvas, entries: Sequence[tuple[str, Style]], *, marker: bool = True) -> None:
     """Below the axes, so that it covers nothing."""
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], color=style.colour, linewidth=1.7, linestyle="none" if marker else style.line,
                marker=style.marker if marker else None, label=_wrapped(label))
-        for label, style in shown
+        for label, style in entries
     ]  # fmt: skip
-    columns = _columns([_wrapped(label) for label, _ in shown])
+    columns = _columns([_wrapped(label) for label, _ in entries])
     canvas.legend(handles=handles, loc="outside lower left", ncols=columns)
 
 

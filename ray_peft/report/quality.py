@@ -46,19 +46,19 @@ _NO_FOUR = " BLEU-4 is 0 whatever is answered where no reference has four tokens
 
 
 def scores(
-    compared: Sequence[Row], found: Mapping[str, Intervals], losses: Mapping[str, DifferenceInterval] | None = None
+    compared: Sequence[Row], intervals: Mapping[str, Intervals], losses: Mapping[str, DifferenceInterval] | None = None
 ) -> list[Block]:
     """Every score with its difference to the base.
 
     Args:
         compared: the rows.
-        found: intervals of the text scores, by trial id.
+        intervals: intervals of the text scores, by trial id.
         losses: intervals of the held-out loss, by trial id.
     """
     losses = losses or {}
-    bleu = {trial: one.bleu4 for trial, one in found.items()}
-    rouge = {trial: one.rouge_l for trial, one in found.items()}
-    chrf = {trial: one.chrf for trial, one in found.items()}
+    bleu = {trial: interval.bleu4 for trial, interval in intervals.items()}
+    rouge = {trial: interval.rouge_l for trial, interval in intervals.items()}
+    chrf = {trial: interval.chrf for trial, interval in intervals.items()}
     columns: list[Column] = [
         ("Status", lambda row: row.status.replace("_", " ")),
         ("Eval loss", lambda row: fixed(row.eval_loss.value, 4)),
@@ -84,8 +84,8 @@ def scores(
             "." if images else "; BLEU-4, ROUGE-L and chrF (0 to 1): higher is better."
         )
         text += " The base is the model without fine-tuning, scored on the same rows."
-    if found or losses:
-        rows = "generated rows" if found else "held-out images" if compared[0].of_images else "held-out rows"
+    if intervals or losses:
+        rows = "generated rows" if intervals else "held-out images" if compared[0].of_images else "held-out rows"
         text += (
             f" In brackets: 95 % interval of the difference over the {rows}, row by row."
             ' "Tied with base": a difference that these rows do not show, by the interval and by a permutation test '
@@ -94,20 +94,24 @@ def scores(
     paragraphs = [text] if text else []
     paragraphs += _cut(compared)
     paragraphs += [_STYLE] if any(row.style_heldout.value is not None for row in compared) else []
-    return [*blocks, *(Paragraph(one) for one in paragraphs)]
+    return [*blocks, *(Paragraph(interval) for interval in paragraphs)]
 
 
 def _cut(compared: Sequence[Row]) -> list[str]:
     """How the texts were cut, of the trials that say it."""
-    scored = [one for row in compared if (one := row.result.scores).bleu_tokenizer and one.rouge_tokenizer]
-    bleu = dict.fromkeys(one.bleu_tokenizer or "" for one in scored)
-    rouge = dict.fromkeys(_ROUGE_WORDS[one.rouge_tokenizer or "rouge_score"] for one in scored)
+    scored = [
+        trial_scores
+        for row in compared
+        if (trial_scores := row.result.scores).bleu_tokenizer and trial_scores.rouge_tokenizer
+    ]
+    bleu = dict.fromkeys(trial_scores.bleu_tokenizer or "" for trial_scores in scored)
+    rouge = dict.fromkeys(_ROUGE_WORDS[trial_scores.rouge_tokenizer or "rouge_score"] for trial_scores in scored)
     if not scored:
         return []
     text = _CUT.format(bleu=" or ".join(bleu), rouge=" or ".join(rouge))
     if {"char"} & bleu.keys():
         text += " Japanese and Korean are cut into words where MeCab is installed: pip install sacrebleu[ja] or [ko]."
-    return [text + (_NO_FOUR if all(not one.bleu4 for one in scored) else "")]
+    return [text + (_NO_FOUR if all(not trial_scores.bleu4 for trial_scores in scored) else "")]
 
 
 def over_seeds(groups: Sequence[SeedGroup]) -> list[Block]:
@@ -134,22 +138,22 @@ def over_seeds(groups: Sequence[SeedGroup]) -> list[Block]:
         (name, [spread_text(group.spread(read), places, signed=signed) for group in groups])
         for name, places, signed, read in reads
     ]
-    kept = [(name, cells) for name, cells in spreads if set(cells) != {MISSING}]
+    filled = [(name, cells) for name, cells in spreads if set(cells) != {MISSING}]
     lines = tuple(
-        (group.label, f"{len(group.finished)} of {len(group.rows)}", *(cells[index] for _, cells in kept))
+        (group.label, f"{len(group.finished)} of {len(group.rows)}", *(cells[index] for _, cells in filled))
         for index, group in enumerate(groups)
     )
-    header = ("Trials", "Seeds finished", *(name for name, _ in kept))
+    header = ("Trials", "Seeds finished", *(name for name, _ in filled))
     return [Paragraph("Mean over the finished seeds (least to greatest)."), Table(header=header, lines=lines)]
 
 
 def differences(families: Sequence[Family], left_out: Mapping[str, str]) -> list[Block]:
     """Tiers of rows that are tied, and every pair."""
-    shown = [family for family in families if family.pairs]
+    compared = [family for family in families if family.pairs]
     blocks: list[Block] = []
-    for number, family in enumerate(shown, 1):
-        if len(shown) > 1:
-            blocks.append(Heading(heading(family, number, shown)))
+    for number, family in enumerate(compared, 1):
+        if len(compared) > 1:
+            blocks.append(Heading(heading(family, number, compared)))
         blocks += _family(family)
     names = [f"{label} ({reason})" for label, reason in left_out.items()]
     return [*blocks, Paragraph(f"Not compared: {', '.join(names)}.")] if blocks and names else blocks
@@ -161,12 +165,12 @@ def _family(family: Family) -> list[Block]:
     text = _TIES.format(
         rows=family.rows,
         did="answered" if by_score else "were scored on",
-        measure=_said(family.measure),
+        measure=_measure_name(family.measure),
         pairs=len(family.pairs),
     )
     text += _SEEDS if seeds > 1 else ""
-    same = "noise" if family.units[0].rows[0].of_images else "tokens"
-    text += "" if by_score else _RANGES.format(same=same)
+    evidence = "noise" if family.units[0].rows[0].of_images else "tokens"
+    text += "" if by_score else _RANGES.format(same=evidence)
     text += _FEW.format(fewest=FEWEST_ROWS) if family.rows < FEWEST_ROWS and not by_score else ""
     header = ("Trial", "Tier", _NAMES[family.measure], "95 % interval", *(["BLEU-4"] if by_score else []))
     tiers = Table(
@@ -182,7 +186,7 @@ def _family(family: Family) -> list[Block]:
     return [Paragraph(text), tiers, *_matrix(family), *_pairs(family)]
 
 
-def _said(measure: str) -> str:
+def _measure_name(measure: str) -> str:
     """The measure inside a sentence."""
     return "ROUGE-L" if measure == "rouge_l" else "held-out loss"
 
@@ -204,8 +208,8 @@ def _matrix(family: Family) -> list[Block]:
         for row in order
     )
     name = _NAMES[family.measure]
-    said = f"{name} of the row's trial less that of the column's where the difference is shown, else tied."
-    return [Paragraph(said), Table(header=("Trial", *letters.values()), lines=lines)]
+    sentence = f"{name} of the row's trial less that of the column's where the difference is shown, else tied."
+    return [Paragraph(sentence), Table(header=("Trial", *letters.values()), lines=lines)]
 
 
 def _letter(index: int) -> str:
@@ -219,8 +223,8 @@ def _cell(family: Family, row: int, column: int) -> str:
         return MISSING
     if not (family.better(row, column) or family.better(column, row)):
         return "tied"
-    found = family.pairs[min(row, column), max(row, column)].quality
-    return fixed(found.difference if row < column else -found.difference, 4, signed=True)
+    difference = family.pairs[min(row, column), max(row, column)].quality
+    return fixed(difference.difference if row < column else -difference.difference, 4, signed=True)
 
 
 def _pairs(family: Family) -> list[Block]:
@@ -242,13 +246,13 @@ def _pairs(family: Family) -> list[Block]:
     return [Heading("Every pair"), Table(header=header, lines=lines, text_columns=2, folded=True)]
 
 
-def _interval(found: DifferenceInterval, *, shown: bool) -> str:
-    text = f"{fixed(found.difference, 4, signed=True)} {_ends(found)}"
+def _interval(difference: DifferenceInterval, *, shown: bool) -> str:
+    text = f"{fixed(difference.difference, 4, signed=True)} {_ends(difference)}"
     return text if shown else f"{text}, tied"
 
 
-def _ends(found: DifferenceInterval) -> str:
-    return f"[{fixed(found.low, 4, signed=True)}, {fixed(found.high, 4, signed=True)}]"
+def _ends(difference: DifferenceInterval) -> str:
+    return f"[{fixed(difference.low, 4, signed=True)}, {fixed(difference.high, 4, signed=True)}]"
 
 
 def _difference(score: Score, interval: DifferenceInterval | None = None) -> str:

@@ -37,9 +37,9 @@ class Parts:
 class Questions:
     """What the trials' questions were given, put together by score, computed once a trial."""
 
-    def __init__(self, given: Mapping[str, Sequence[QuestionScores]] | None = None) -> None:
+    def __init__(self, questions: Mapping[str, Sequence[QuestionScores]] | None = None) -> None:
         """Take the lines of `benchmarks.jsonl` by trial id; rows of earlier versions have none."""
-        self._given = {trial_id: lines for trial_id, lines in (given or {}).items() if lines}
+        self._questions = {trial_id: lines for trial_id, lines in (questions or {}).items() if lines}
         self._by_score = cache(self._sorted)
         self._parts: dict[tuple[str, str], Parts | str] = {}
 
@@ -54,7 +54,7 @@ class Questions:
         return self._parts[place]
 
     def _read(self, result: TrialResult, key: str) -> Parts | str:
-        if result.trial_id not in self._given:
+        if result.trial_id not in self._questions:
             return NO_FILE
         values = self._by_score(result.trial_id).get(key)
         if not values or not all(math.isfinite(value) for value in values.values()):
@@ -70,8 +70,8 @@ class Questions:
 
     def _sorted(self, trial_id: str) -> dict[str, dict[Question, float]]:
         """By score; of a question given twice the later one."""
-        found: dict[str, dict[Question, float]] = {}
-        for line in self._given[trial_id]:
+        by_score: dict[str, dict[Question, float]] = {}
+        for line in self._questions[trial_id]:
             for key, value in line.values.items():
-                found.setdefault(key, {})[line.task, line.question, line.hash] = value
-        return found
+                by_score.setdefault(key, {})[line.task, line.question, line.hash] = value
+        return by_score

@@ -24,24 +24,24 @@ class Choice:
 
 def unbeaten(members: Sequence[int], better: Better) -> list[int]:
     """The members that no other member is shown to be better than; all of them if each is beaten by some other."""
-    kept = [one for one in members if not any(better(other, one) for other in members if other != one)]
-    return kept or list(members)
+    best = [member for member in members if not any(better(other, member) for other in members if other != member)]
+    return best or list(members)
 
 
 def tiers(members: Sequence[int], better: Better) -> list[list[int]]:
     """The unbeaten members, then those that only members of the tiers before beat, and so on."""
-    left, found = list(members), []
-    while left:
-        tier = unbeaten(left, better)
-        found.append(tier)
-        left = [one for one in left if one not in tier]
-    return found
+    remaining, levels = list(members), []
+    while remaining:
+        tier = unbeaten(remaining, better)
+        levels.append(tier)
+        remaining = [member for member in remaining if member not in tier]
+    return levels
 
 
 def cheapest(members: Sequence[int], costs: Sequence[float | None], others: Sequence[float | None]) -> int | None:
     """The member of least known cost, then of least other cost, then the first; None if no cost is known."""
-    known = [one for one in members if costs[one] is not None]
-    return min(known, key=lambda one: (_number(costs[one]), _number(others[one])), default=None)
+    priced = [member for member in members if costs[member] is not None]
+    return min(priced, key=lambda member: (_number(costs[member]), _number(others[member])), default=None)
 
 
 def walk(costs: Sequence[float | None], others: Sequence[float | None], better: Better) -> list[Choice]:
@@ -52,27 +52,27 @@ def walk(costs: Sequence[float | None], others: Sequence[float | None], better: 
         others: another cost, which decides between equal ones.
         better: the differences that are shown; a candidate is never preferred for any other.
     """
-    found: list[Choice] = []
+    choices: list[Choice] = []
     for budget in sorted({cost for cost in costs if cost is not None}):
-        within = [one for one, cost in enumerate(costs) if cost is not None and cost <= budget]
+        within = [candidate for candidate, cost in enumerate(costs) if cost is not None and cost <= budget]
         level = unbeaten(within, better)
         take = cheapest(level, costs, others)
         assert take is not None
-        tied = tuple(one for one in level if one != take)
-        if found and found[-1].take == take:
-            found[-1] = Choice(at_least=found[-1].at_least, take=take, tied=tied)
+        tied = tuple(candidate for candidate in level if candidate != take)
+        if choices and choices[-1].take == take:
+            choices[-1] = Choice(at_least=choices[-1].at_least, take=take, tied=tied)
         else:
-            found.append(Choice(at_least=budget, take=take, tied=tied))
-    return found
+            choices.append(Choice(at_least=budget, take=take, tied=tied))
+    return choices
 
 
 def pareto(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
     """The points that no other point beats in cost or gain without losing in the other, by ascending cost."""
-    order = sorted(range(len(costs)), key=lambda one: (costs[one], -gains[one]))
+    order = sorted(range(len(costs)), key=lambda point: (costs[point], -gains[point]))
     front: list[int] = []
-    for one in order:
-        if not front or gains[one] > gains[front[-1]]:
-            front.append(one)
+    for point in order:
+        if not front or gains[point] > gains[front[-1]]:
+            front.append(point)
     return front
 
 

@@ -27,8 +27,8 @@ def _rescored(result: TrialResult, predictions: Sequence[str], references: Seque
     scores = result.scores
     if scores.rouge_l is None or not references or len(predictions) != len(references):
         return result
-    used = Tokenizers(scores.bleu_tokenizer or "13a", scores.rouge_tokenizer or "rouge_score")
-    if used == tokenizers(references):
+    cut_with = Tokenizers(scores.bleu_tokenizer or "13a", scores.rouge_tokenizer or "rouge_score")
+    if cut_with == tokenizers(references):
         return result
     from ray_peft.tasks.llm_sft.scores import score_answers
 

@@ -94,13 +94,13 @@ class Family:
         return PurePath(self.units[0].rows[0].result.spec.model.name).name
 
     def _losses(self, place: int) -> list[float]:
-        found = (row.eval_loss.value for row in self.units[place].finished)
-        return [value for value in found if value is not None]
+        losses = (row.eval_loss.value for row in self.units[place].finished)
+        return [value for value in losses if value is not None]
 
 
 def heading(family: Family, number: int, shown: Sequence[Family]) -> str:
     """What tells a family from the others that are shown: its model, or else its number."""
-    names = [each.model for each in shown]
+    names = [other.model for other in shown]
     return family.model if len(set(names)) == len(names) else f"Held-out rows {number} of {len(shown)}"
 
 
@@ -143,8 +143,8 @@ def _scored_rows(unit: SeedGroup, statistics: Statistics) -> tuple[str, ...] | N
         return None
     spec = first.spec
     data = (json.dumps(spec.data.plain(), sort_keys=True), first.provenance.data_key or "")
-    if numbers := {len(found) for row in unit.finished if (found := statistics.losses.get(row.trial_id))}:
-        tokens = repr([found for row in unit.finished if (found := statistics.loss_tokens.get(row.trial_id))][:1])
+    if numbers := {len(values) for row in unit.finished if (values := statistics.losses.get(row.trial_id))}:
+        tokens = repr([values for row in unit.finished if (values := statistics.loss_tokens.get(row.trial_id))][:1])
         if spec.task == "llm_sft":
             return (spec.model.tokenizer or spec.model.name, *data, spec.loss_line(), str(max(numbers)), tokens)
         # Losses of single images: of the same model's latents, timesteps and prediction; how training weighs is free.
@@ -170,14 +170,14 @@ def _by_row_losses(members: Sequence[SeedGroup], statistics: Statistics, rows: i
 
     by_seed = [{row.result.spec.seed: row.trial_id for row in unit.finished} for unit in members]
     places = trial_pairs(members, by_seed)
-    found = compare([(losses(a), losses(b)) for a, b in places.values()])
-    alone = [interval(losses(tuple(each.values()))) for each in by_seed]
+    differences = compare([(losses(a), losses(b)) for a, b in places.values()])
+    unit_intervals = [interval(losses(tuple(trials.values()))) for trials in by_seed]
     return Family(
         measure="eval_loss",
         units=tuple(members),
-        values=tuple(one.score for one in alone),
-        intervals=tuple(alone),
-        pairs={place: Pair(quality=quality) for place, quality in zip(places, found, strict=True)},
+        values=tuple(estimate.score for estimate in unit_intervals),
+        intervals=tuple(unit_intervals),
+        pairs={place: Pair(quality=quality) for place, quality in zip(places, differences, strict=True)},
         rows=rows,
     )
 
@@ -205,12 +205,12 @@ def _by_answers(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
     places = trial_pairs(members, by_seed)
     qualities = compare([(rouge(a), rouge(b)) for a, b in places.values()])
     bleus = compare([(bleu(a), bleu(b)) for a, b in places.values()])
-    alone = [interval(rouge(tuple(found.values()))) for found in by_seed]
+    unit_intervals = [interval(rouge(tuple(trials_by_seed.values()))) for trials_by_seed in by_seed]
     return Family(
         measure="rouge_l",
         units=tuple(members),
-        values=tuple(one.score for one in alone),
-        intervals=tuple(alone),
+        values=tuple(estimate.score for estimate in unit_intervals),
+        intervals=tuple(unit_intervals),
         pairs={
             place: Pair(quality=quality, bleu4=bleu4)
             for place, quality, bleu4 in zip(places, qualities, bleus, strict=True)
@@ -234,12 +234,12 @@ def trial_pairs(
         members: the units.
         by_seed: of each unit, trial ids by seed; at least one.
     """
-    found = {}
+    pairs = {}
     for first in range(len(members)):
         for second in range(first + 1, len(members)):
             seedless = any(members[place].is_base for place in (first, second))
-            found[first, second] = _paired_seeds(by_seed[first], by_seed[second], seedless=seedless)
-    return found
+            pairs[first, second] = _paired_seeds(by_seed[first], by_seed[second], seedless=seedless)
+    return pairs
 
 
 def _paired_seeds(

@@ -42,8 +42,8 @@ def metrics(compared: Sequence[Row]) -> list[Block]:
         ("Held-out loss", lambda row: fixed(row.eval_loss.value, 4)),
         ("On disk", lambda row: size(row.result.adapter_bytes)),
     ]
-    known = any(row.result.arithmetic for row in trained)
-    return row_table(trained, columns, text_columns=4 if known else 3)
+    has_arithmetic = any(row.result.arithmetic for row in trained)
+    return row_table(trained, columns, text_columns=4 if has_arithmetic else 3)
 
 
 def dynamics(material: Material) -> list[Block]:
@@ -137,14 +137,14 @@ def storage(compared: Sequence[Row]) -> list[Block]:
 
 def base_held(compared: Sequence[Row]) -> list[Block]:
     """Bytes of the base's weights by how they are held, and what 4 bits leave out."""
-    told = [row for row in compared if row.result.storage]
-    kinds = list(dict.fromkeys(kind for row in told for kind in row.result.storage))
+    stored = [row for row in compared if row.result.storage]
+    kinds = list(dict.fromkeys(kind for row in stored for kind in row.result.storage))
     columns: list[Column] = [(kind, _held(kind)) for kind in kinds]
     columns += [("Together", lambda row: size(sum(row.result.storage.values())))]
     four_bit = any(row.of_images and row.result.spec.method.name == "qlora" for row in compared)
-    texts = ["The base's weights in memory, without the adapter, activations and the optimizer."] if told else []
+    texts = ["The base's weights in memory, without the adapter, activations and the optimizer."] if stored else []
     texts += [_FOUR_BIT] if four_bit else []
-    return [*row_table(told, columns), *(Paragraph(text) for text in texts)]
+    return [*row_table(stored, columns), *(Paragraph(text) for text in texts)]
 
 
 def _held(kind: str) -> Read:
@@ -167,16 +167,16 @@ def _base_weights(row: Row) -> str:
     return f"{percent(share)} in 4-bit {quantization.quant_type}, the others {spec.model.dtype}"
 
 
-def _losses(points: Points, wanted: Sequence[int], steps: int) -> list[str]:
-    found = losses_at(points, wanted, steps=steps)
-    return [_loss(point, step) for point, step in zip(found, wanted, strict=True)]
+def _losses(points: Points, chosen: Sequence[int], steps: int) -> list[str]:
+    points_at = losses_at(points, chosen, steps=steps)
+    return [_loss(point, step) for point, step in zip(points_at, chosen, strict=True)]
 
 
-def _loss(point: tuple[int, float] | None, wanted: int) -> str:
+def _loss(point: tuple[int, float] | None, chosen: int) -> str:
     if point is None:
         return MISSING
     step, loss = point
-    return fixed(loss, 4) if step == wanted else f"{fixed(loss, 4)} (step {step:,})"
+    return fixed(loss, 4) if step == chosen else f"{fixed(loss, 4)} (step {step:,})"
 
 
 def _boundary(name: str) -> Read:
@@ -204,19 +204,19 @@ def _memory(row: Row) -> str:
 
 
 def _predicted(row: Row) -> str:
-    found = row.result.predicted
-    if not found:
+    predicted = row.result.predicted
+    if not predicted:
         return MISSING
-    return f"{fixed(found['peak_allocated_gib'], 2)} / {fixed(found['peak_reserved_gib'], 2)}"
+    return f"{fixed(predicted['peak_allocated_gib'], 2)} / {fixed(predicted['peak_reserved_gib'], 2)}"
 
 
 def _decided(row: Row) -> str:
     """Settings that were chosen for the memory at hand, or lowered when it ran out."""
     chosen = dict(row.result.chosen)
     rows, checkpointing = chosen.get("train.micro_batch_size"), chosen.get("train.gradient_checkpointing")
-    said = [f"{rows} rows a pass{', checkpointing' if checkpointing else ''}"] if rows is not None else []
-    said += [f"{key.partition('.')[2]} lowered to {value}" for key, value in row.result.lowered.items()]
-    return "; ".join(said) or MISSING
+    decisions = [f"{rows} rows a pass{', checkpointing' if checkpointing else ''}"] if rows is not None else []
+    decisions += [f"{key.partition('.')[2]} lowered to {value}" for key, value in row.result.lowered.items()]
+    return "; ".join(decisions) or MISSING
 
 
 def _trainable(row: Row) -> str:

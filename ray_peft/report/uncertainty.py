@@ -40,11 +40,11 @@ class Statistics:
     """What each answered or scored row adds to the scores, computed once a trial."""
 
     def __init__(self, answers: Answers, losses: Losses | None = None, loss_tokens: LossTokens | None = None) -> None:
-        self.losses = {trial_id: tuple(given) for trial_id, given in (losses or {}).items() if given}
+        self.losses = {trial_id: tuple(values) for trial_id, values in (losses or {}).items() if values}
         """The losses of the trials that have one for every held-out row."""
-        self.loss_tokens = {trial_id: tuple(given) for trial_id, given in (loss_tokens or {}).items() if given}
+        self.loss_tokens = {trial_id: tuple(values) for trial_id, values in (loss_tokens or {}).items() if values}
         """The weights of those losses that have some."""
-        self.answers = {trial_id: given for trial_id, given in answers.items() if _whole(trial_id, given)}
+        self.answers = {trial_id: values for trial_id, values in answers.items() if _is_complete(trial_id, values)}
         self.bleu = cache(self._bleu)
         self.rouge = cache(self._rouge)
         self.chrf = cache(self._chrf)
@@ -89,15 +89,17 @@ def intervals(rows: Sequence[Row], statistics: Statistics) -> dict[str, Interval
     for row in rows:
         if row.base is None or row.trial_id not in statistics or row.base.trial_id not in statistics:
             continue
-        own, base = row.trial_id, row.base.trial_id
-        if statistics.references(own) != statistics.references(base):
-            logger.warning("%s: no interval: its references are not those of the base row %s", own, base)
+        trial_id, base = row.trial_id, row.base.trial_id
+        if statistics.references(trial_id) != statistics.references(base):
+            logger.warning("%s: no interval: its references are not those of the base row %s", trial_id, base)
             continue
-        paired[own] = base
+        paired[trial_id] = base
     bleu = _against_base(paired, lambda trial: bleu4_parts(statistics.bleu(trial)))
     rouge = _against_base(paired, lambda trial: mean_parts(statistics.rouge(trial)))
     chrf = _against_base(paired, lambda trial: chrf_parts(statistics.chrf(trial)))
-    return {own: Intervals(bleu4=bleu[own], rouge_l=rouge[own], chrf=chrf[own]) for own in paired}
+    return {
+        trial_id: Intervals(bleu4=bleu[trial_id], rouge_l=rouge[trial_id], chrf=chrf[trial_id]) for trial_id in paired
+    }
 
 
 def loss_intervals(rows: Sequence[Row], statistics: Statistics) -> dict[str, DifferenceInterval]:
@@ -107,12 +109,12 @@ def loss_intervals(rows: Sequence[Row], statistics: Statistics) -> dict[str, Dif
     """
     paired: dict[str, str] = {}
     for row in rows:
-        own = statistics.losses.get(row.trial_id)
+        losses = statistics.losses.get(row.trial_id)
         base = statistics.losses.get(row.base.trial_id) if row.base is not None else None
-        if own is None or base is None or row.base is None:
+        if losses is None or base is None or row.base is None:
             continue
-        if len(own) != len(base):
-            logger.warning("%s: no interval: %d losses, and %d of the base row", row.trial_id, len(own), len(base))
+        if len(losses) != len(base):
+            logger.warning("%s: no interval: %d losses, and %d of the base row", row.trial_id, len(losses), len(base))
             continue
         if statistics.loss_tokens.get(row.trial_id) != statistics.loss_tokens.get(row.base.trial_id):
             logger.warning("%s: no interval: its losses are of other tokens than those of the base row", row.trial_id)
@@ -124,12 +126,12 @@ def loss_intervals(rows: Sequence[Row], statistics: Statistics) -> dict[str, Dif
 def _against_base(paired: Mapping[str, str], parts: Callable[[str], Numbers]) -> dict[str, DifferenceInterval]:
     """By trial id the difference of each trial to its base."""
     computed = cache(parts)
-    found = compare([(computed(own), computed(base)) for own, base in paired.items()])
-    return dict(zip(paired, found, strict=True))
+    differences = compare([(computed(trial_id), computed(base)) for trial_id, base in paired.items()])
+    return dict(zip(paired, differences, strict=True))
 
 
-def _whole(trial_id: str, given: tuple[list[str], list[str]]) -> bool:
-    predictions, references = given
+def _is_complete(trial_id: str, texts: tuple[list[str], list[str]]) -> bool:
+    predictions, references = texts
     if references and len(predictions) == len(references):
         return True
     logger.warning("%s: no interval: %d predictions for %d references", trial_id, len(predictions), len(references))

@@ -61,8 +61,8 @@ def to_html(document: Document) -> str:
 def inline_svg(figure: Figure) -> str:
     """The plot as an element of the page: colours are the page's variables, ids are its own, the width is free."""
     svg = _NOT_NEEDED.sub("", figure.svg[figure.svg.index("<svg") :]).strip()
-    start, end, rest = svg.partition(">")
-    svg = _ID.sub(f"{figure.name}-", rest)
+    start, end, body = svg.partition(">")
+    svg = _ID.sub(f"{figure.name}-", body)
     svg = _COLOUR.sub(lambda match: f"var({VARIABLES[match.group()]})", svg)
     return f'{_SIZE.sub("", start)} role="img" aria-label="{_text(figure.title)}"{end}{svg}'
 
@@ -125,7 +125,7 @@ def _gallery(block: Gallery) -> str:
     header = "".join(f'<th scope="col" class="text">{_text(cell)}</th>' for cell in block.header)
     lines = "\n".join(
         f'<tr><th scope="row" class="text"><div>{_text(name)}</div></th>'
-        + "".join(f'<td class="text">{_picture(one)}</td>' for one in pictures)
+        + "".join(f'<td class="text">{_picture(picture)}</td>' for picture in pictures)
         + "</tr>"
         for name, pictures in block.lines
     )
@@ -145,11 +145,11 @@ def _picture(picture: Picture | None) -> str:
 
 def _prompt(block: Prompt, *, unfolded: bool) -> str:
     """A prompt with its reference, and the answers as cards beside each other, or below where the page is narrow."""
-    given = _card("Prompt", block.prompt) + _card("Reference", block.reference)
+    question = _card("Prompt", block.prompt) + _card("Reference", block.reference)
     answers = "".join(_card(label, answer) for label, answer in block.answers)
     return (
         f"<details{' open' if unfolded else ''}><summary>{_text(block.title)}: {_text(_shortened(block.prompt))}"
-        f'</summary>\n<div class="given">\n{given}</div>\n<div class="answers">\n{answers}</div>\n</details>'
+        f'</summary>\n<div class="given">\n{question}</div>\n<div class="answers">\n{answers}</div>\n</details>'
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from ray_peft.errors import PlacementError
 from ray_peft.foundation.nvml import GpuMemory
 from ray_peft.schedule import watch
-from ray_peft.schedule.placement import Node
+from ray_peft.schedule.decide import Node
 
 ItemT = TypeVar("ItemT")
 MadeT = TypeVar("MadeT")
@@ -77,6 +77,13 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
         yield _nodes()
     finally:
         watch.leave()
+
+
+def cores_here() -> int:
+    """The CPU cores that a local Ray counts on this machine: in a container, those that it may use."""
+    from ray._private.utils import get_num_cpus
+
+    return int(get_num_cpus(override_docker_cpu_warning=True))
 
 
 def each(

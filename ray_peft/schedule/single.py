@@ -13,9 +13,10 @@ from ray_peft.checks.trials import inspect_trials
 from ray_peft.errors import ClusterLost, SearchSpaceError, SpecError, TrialFailed
 from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.schedule import cluster, experiment, watch, worker
-from ray_peft.schedule.allotment import Allotment
-from ray_peft.schedule.placement import Demand
+from ray_peft.schedule.decide import Demand
+from ray_peft.schedule.plan import cautions
 from ray_peft.schedule.signals import callers_signals
+from ray_peft.schedule.sizes import Scheduler
 from ray_peft.space.explained import explain
 from ray_peft.space.read import ReportSpec, TrackingSpec, load
 from ray_peft.spec import TrialSpec
@@ -60,9 +61,10 @@ def run(
         experiment.tracking_uri(tracking_uri, tracking_spec), tracking_spec.experiment or "single runs"
     )
     with ledger.locked(), callers_signals(), contextlib.ExitStack() as ray:
-        allotment = Allotment(ray.enter_context(cluster.connect(address)), gpu_memory_gib)
-        allotment.prepare([trial], console)
-        held = allotment.demand(trial, alone=True)
+        scheduler = Scheduler(ray.enter_context(cluster.connect(address)), gpu_memory_gib)
+        decision = scheduler.decide([trial], alone=[trial.trial_id])
+        for caution in cautions(decision):
+            console.say(caution)
         opened = experiment.open_experiment(
             trial.trial_id,
             "",
@@ -75,7 +77,7 @@ def run(
         )
         interrupted = True
         try:
-            opened.keep(_run(trial, opened, held))
+            opened.keep(_run(trial, opened, decision.runs[0].demand))
             interrupted = False
         except KeyboardInterrupt:
             ray.close()  # no worker may still write to the run that is closed here

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ray_peft.checks.inspector import Inspector
 from ray_peft.checks.trials import inspect_trials
-from ray_peft.errors import ClusterLost, SearchSpaceError
+from ray_peft.errors import ClusterLost
 from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.foundation.masking import mask
 from ray_peft.report.plain import trial_line
 from ray_peft.schedule import cluster, experiment, repeats, tune
-from ray_peft.schedule.allotment import Allotment
+from ray_peft.schedule.decide import Decision, Demand, Node, Phase, Run, decide
 from ray_peft.schedule.experiment import Experiment
-from ray_peft.schedule.placement import Demand, Node, demand
+from ray_peft.schedule.plan import cautions
 from ray_peft.schedule.search import Draws
 from ray_peft.schedule.signals import callers_signals
+from ray_peft.schedule.sizes import Scheduler
 from ray_peft.space.read import Space, load
 from ray_peft.spec import TrialSpec
 from ray_peft.store.adopted import adopt
@@ -111,14 +112,14 @@ def sweep(
         notes += plan.earlier.notes
         console.say(f"{space.name}: {plan.total} trials, {plan.total - plan.missing} finished before")
         nodes: list[Node] = []
-        allotment = Allotment(nodes, gpu_memory_gib)
+        scheduler = Scheduler(nodes, gpu_memory_gib)
         if plan.missing:
             tune.quiet()
             nodes = ray.enter_context(cluster.connect(address))
-            allotment = Allotment(nodes, gpu_memory_gib)
-            for trial in plan.trials:
-                demand(trial, nodes)  # a trial that can never run here, before the others start
-            plan = replace(plan, todo=allotment.prepare(plan.todo, console))
+            decide(plan.trials, nodes, {}).check()  # a trial that can never run here, before the others start
+            scheduler = Scheduler(nodes, gpu_memory_gib)
+            for caution in cautions(scheduler.decide(plan.todo)):
+                console.say(caution)
         if fresh:
             ledger.set_aside()
         opened = experiment.open_experiment(
@@ -136,7 +137,7 @@ def sweep(
         interrupted = False
         try:
             if plan.missing:
-                interrupted = _Sweep(plan, opened, allotment).run(nodes, ray.close)
+                interrupted = _Sweep(plan, opened, scheduler).run(nodes, ray.close)
         except BaseException:
             opened.finish(opened.record.planned, interrupted=True)
             raise
@@ -203,27 +204,30 @@ def _repeated(space: Space, ledger: Ledger, inspector: Inspector, notes: list[st
 class _Sweep:
     """Hands trials to Tune, takes rows in."""
 
-    def __init__(self, plan: _Plan, opened: Experiment, allotment: Allotment) -> None:
-        self.allotment = allotment
+    def __init__(self, plan: _Plan, opened: Experiment, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
         self.plan = plan
         self.opened = opened
         self.console = opened.console
         self.rows: dict[str, TrialResult] = dict(plan.earlier.finished)
         self.started: dict[str, TrialSpec] = {}
         """Trials that were handed out, by their id."""
+        self.demands: dict[str, Demand] = {}
+        """What the trials hold, or held last, by their id."""
 
     def run(self, nodes: list[Node], leave: Callable[[], None]) -> bool:
         """Run the missing trials and `leave` the cluster; true if the user interrupted them."""
         why = "interrupted before the end"
         try:
-            known = self.plan.todo or self.plan.trials
-            demands = [self.allotment.demand(trial) for trial in known]
-            self.console.say(_placement_line(nodes, demands, self.plan.missing))
-            for trials in self._phases():
-                self._fit(trials, nodes)
+            decision = self.scheduler.decide(self.plan.todo or self.plan.trials)
+            self.console.say(_placement_line(nodes, [run.demand for run in decision.runs], self.plan.missing))
+            for phase in self._phases(decision):
+                self._fit(phase.runs, phase.most_teams)
+                trials = [run.trial for run in phase.runs]
                 again = [] if self._interrupted(trials) else self._too_small(trials)
                 if again:
-                    self._fit(again, nodes)
+                    alone = self.scheduler.decide(again, alone={trial.trial_id for trial in again})
+                    self._fit(alone.runs)
                 if self._interrupted(trials):
                     break
         except ClusterLost as error:
@@ -246,28 +250,23 @@ class _Sweep:
         if row.status != "cancelled":
             self.rows[trial.trial_id] = row
 
-    def _phases(self) -> list[list[TrialSpec]]:
-        """The missing trials: those of several workers, the others, and ensembles after what they are made of."""
-        if self.plan.draws is not None:
-            return [[]]
-        several = [trial for trial in self.plan.todo if trial.resources.num_workers > 1]
-        ensembles = [trial for trial in self.plan.todo if trial.members()]
-        apart = {trial.trial_id for trial in (*several, *ensembles)}
-        others = [trial for trial in self.plan.todo if trial.trial_id not in apart]
-        return [trials for trials in (several, others, ensembles) if trials]
+    def _phases(self, decision: Decision) -> Sequence[Phase]:
+        """What runs one after the other; all that a search proposes runs in one phase."""
+        if self.plan.draws is None:
+            return decision.phases
+        return [Phase((), next((phase.most_teams for phase in decision.phases), None))]
 
     def _too_small(self, trials: list[TrialSpec]) -> list[TrialSpec]:
         """Trials that ran out of the share of a GPU that was predicted for them: they run once more, alone."""
-        found = []
+        small = []
         for trial in trials or list(self.started.values()):
-            row, held = self.rows.get(trial.trial_id), self.allotment.demand(trial)
+            row, held = self.rows.get(trial.trial_id), self.demands[trial.trial_id]
             shared = trial.resources.gpus_per_worker is None and 0 < held.gpus_per_worker < 1
             if row is not None and row.status == "out_of_memory" and shared:
                 self.console.say(f"{trial.trial_id} ran out of its share of a GPU; once more, alone")
-                self.allotment.demand(trial, alone=True)
                 del self.rows[trial.trial_id]
-                found.append(trial)
-        return found
+                small.append(trial)
+        return small
 
     def _interrupted(self, trials: list[TrialSpec]) -> bool:
         """True if Tune came back before all of them, or all proposals, had a row: the user stopped it."""
@@ -275,13 +274,22 @@ class _Sweep:
         few = draws is not None and not draws.exhausted and len(self.started) < self.plan.missing
         return few or any(trial.trial_id not in self.rows for trial in trials or self.started.values())
 
-    def _fit(self, trials: list[TrialSpec], nodes: list[Node]) -> None:
+    def _fit(self, runs: Sequence[Run], most: int | None = None) -> None:
         """Run trials at once; what a search proposes, if there are none."""
-        held = [self.allotment.demand(trial) for trial in trials or self.plan.trials]
-        wanted = {member.trial_id for trial in trials for member in trial.members()}
+        self.demands |= {run.trial.trial_id: run.demand for run in runs}
+        wanted = {member.trial_id for run in runs for member in run.trial.members()}
         members = {trial_id: row for trial_id, row in self.rows.items() if trial_id in wanted}
-        work = tune.Work(trials, None if trials else self.plan.draws, self.plan.missing, members)
-        tune.fit(work, self.opened, self.allotment, nodes, held, self)
+        work = tune.Work(runs, None if runs else self._propose, self.plan.missing, most, members)
+        tune.fit(work, self.opened, self)
+
+    def _propose(self) -> Run | None:
+        """The next run that the search proposes."""
+        trial = self.plan.draws.next() if self.plan.draws is not None else None
+        if trial is None:
+            return None
+        (run,) = self.scheduler.decide([trial]).runs
+        self.demands[trial.trial_id] = run.demand
+        return run
 
     def begin(self, spec: TrialSpec) -> None:
         """A trial was handed out; one that a search proposed is planned from now on."""
@@ -325,31 +333,6 @@ def _placement_line(nodes: list[Node], demands: list[Demand], missing: int) -> s
     needs = [f"{workers} x ({gpu:g} GPU, {cpu} CPU)" for workers, gpu, cpu in kinds]
     each = "; ".join(needs) if len(needs) < 4 else f"between {needs[0]} and {needs[-1]}"
     return f"{gpus} GPUs and {cpus} CPU cores on {len(nodes)} nodes; {missing} trials to run, each {each}"
-
-
-def plan(
-    space: str | Path,
-    overrides: list[str] | None = None,
-    profile: str | None = None,
-    console: Audience | None = None,
-) -> list[TrialSpec]:
-    """The trials of a search space, checked, without loading weights or starting Ray; notes go to `console`.
-
-    Raises:
-        RayPeftError: a wrong search space, or missing or malformed data or model.
-    """
-    loaded = load(space, overrides, profile)
-    if not loaded.trials:
-        raise SearchSpaceError(f"{space}: has no trials")
-    console = console or Silence()
-    if loaded.search is not None and loaded.search.algorithm == "optuna":
-        console.say(
-            f"search: Optuna proposes {loaded.search.samples} trials one by one, from what earlier ones gave; the "
-            "trials below are random draws, which show their kind"
-        )
-    for note in loaded.notes:
-        console.say(note)
-    return inspect_trials(loaded.trials, console).trials
 
 
 def _bar(done: int, total: int, width: int = 20) -> str:

@@ -14,23 +14,25 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from ray_peft.errors import first_line
 from ray_peft.schedule import watch, worker
-from ray_peft.schedule.allotment import Allotment
+from ray_peft.schedule.decide import Demand, Run
 from ray_peft.schedule.experiment import Experiment
-from ray_peft.schedule.placement import Demand, Node, concurrent_trials
-from ray_peft.schedule.search import Draws
 from ray_peft.spec import TrialSpec
 from ray_peft.store.adopted import left_row
 from ray_peft.trial.result import TrialResult
 
 _TRIAL = "trial"
-"""The only key of Tune's configurations: a place in the list of trials, or the text of a proposed trial."""
+"""The only key of Tune's configurations: a place in the list of runs, or the text of a proposed one."""
+
+
+_Task = tuple[TrialSpec, Demand]
+"""A trial, and what it holds while it runs."""
 
 
 class _OfThisProcess:
@@ -66,12 +68,14 @@ class Receiver(Protocol):
 class Work:
     """What a call of Tune runs."""
 
-    trials: Sequence[TrialSpec]
+    runs: Sequence[Run]
     """In the order of starting; empty if a search proposes them."""
-    draws: Draws | None
-    """The search; None where the trials are known."""
+    propose: Callable[[], Run | None] | None
+    """The next run that a search proposes, None at its end; None where the runs are known."""
     samples: int
     """Proposals at most."""
+    most: int | None
+    """Runs at one time; None leaves it to what they hold."""
     members: Mapping[str, TrialResult]
     """Rows of ensembles' members by trial id."""
 
@@ -87,19 +91,14 @@ def quiet() -> None:
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 
 
-def fit(
-    work: Work, opened: Experiment, allotment: Allotment, nodes: list[Node], demands: list[Demand], receiver: Receiver
-) -> None:
+def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     """Run trials at once on the cluster, until all have a row or the user stops them.
 
     A trial whose worker dies is started again, `resources.max_failures` times at most.
 
     Args:
-        work: the trials, or what proposes them.
+        work: the trials with what they hold, or what proposes them.
         opened: where they are kept.
-        allotment: what each of them holds.
-        nodes: of the cluster.
-        demands: what the trials hold, of a search what one proposal holds.
         receiver: is told of every event, in this process, by a thread of Tune's.
 
     Raises:
@@ -108,22 +107,22 @@ def fit(
     """
     from ray import tune
 
-    several = [each for each in demands if each.num_workers > 1]
     settings: dict[str, Any] = {"reuse_actors": True}
-    if several:
-        settings["max_concurrent_trials"] = concurrent_trials(several, nodes)
+    if work.most is not None:
+        settings["max_concurrent_trials"] = work.most
     space: dict[str, Any] = {}
-    if work.draws is not None:
-        settings |= {"search_alg": _searcher(work.draws), "num_samples": work.samples}
+    if work.propose is not None:
+        settings |= {"search_alg": _searcher(work.propose), "num_samples": work.samples}
     else:
-        space = {_TRIAL: tune.grid_search(list(range(len(work.trials))))}
-    resolve, name = _resolver(work.trials), f"tune-{os.urandom(4).hex()}"
+        space = {_TRIAL: tune.grid_search(list(range(len(work.runs))))}
+    tasks = [(run.trial, run.demand) for run in work.runs]
+    resolve, name = _resolver(tasks), f"tune-{os.urandom(4).hex()}"
     folder = opened.ledger.folder / "ray" / name
     folder.mkdir(parents=True, exist_ok=True)
     hand = folder / "hand.pickle"
-    hand.write_bytes(pickle.dumps(_Hand(list(work.trials), allotment, dict(work.members))))
+    hand.write_bytes(pickle.dumps(_Hand(tasks, dict(work.members))))
     trainable = _trainable(opened, hand)
-    _held[name] = lambda config: allotment.demand(resolve(config))
+    _held[name] = lambda config: resolve(config)[1]
     stopped = threading.Event()
     tuner = tune.Tuner(
         tune.with_resources(trainable, partial(_resources, name)),
@@ -146,29 +145,30 @@ def fit(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _resolver(trials: Sequence[TrialSpec]) -> Callable[[Mapping[str, Any]], TrialSpec]:
-    """Tune's configuration of a trial -> its spec, under the id that was settled for it."""
+def _resolver(tasks: Sequence[_Task]) -> Callable[[Mapping[str, Any]], _Task]:
+    """Tune's configuration of a trial -> its spec, under the id that was settled for it, and what it holds."""
 
-    def resolve(config: Mapping[str, Any]) -> TrialSpec:
+    def resolve(config: Mapping[str, Any]) -> _Task:
         where = config[_TRIAL]
         if isinstance(where, int):
-            return trials[where]
+            return tasks[where]
         told = json.loads(where)
-        return TrialSpec.from_plain(told["spec"]).under(told["trial_id"])
+        return TrialSpec.from_plain(told["spec"]).under(told["trial_id"]), Demand(**told["demand"])
 
     return resolve
 
 
-def _searcher(draws: Draws) -> Any:
+def _searcher(propose: Callable[[], Run | None]) -> Any:
     """Tune's side of a search."""
     from ray.tune.search import Searcher
 
     class Proposals(_OfThisProcess, Searcher):
         def suggest(self, trial_id: str) -> Any:
-            trial = draws.next()
-            if trial is None:
+            run = propose()
+            if run is None:
                 return Searcher.FINISHED
-            return {_TRIAL: json.dumps({"trial_id": trial.trial_id, "spec": trial.plain()})}
+            told = {"trial_id": run.trial.trial_id, "spec": run.trial.plain(), "demand": asdict(run.demand)}
+            return {_TRIAL: json.dumps(told)}
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             """Rows reach the search through the receiver, lost ones too."""
@@ -191,8 +191,7 @@ class _Hand:
     without a word, when its node dies.
     """
 
-    trials: list[TrialSpec]
-    allotment: Allotment
+    tasks: list[_Task]
     members: dict[str, TrialResult]
 
 
@@ -211,14 +210,14 @@ def _trainable(opened: Experiment, hand: Path) -> Callable[..., None]:
         from ray import tune
 
         given = _hand(hand)
-        spec = _resolver(given.trials)(config)
+        spec, demand = _resolver(given.tasks)(config)
         assignment = worker.Assignment(
             spec=spec,
             folder=ledger.trial_folder(spec.trial_id),
             store=store,
             parent_run_id=parent,
             sweep=name,
-            demand=given.allotment.demand(spec),
+            demand=demand,
             members=tuple(given.members[each.trial_id] for each in spec.members() if each.trial_id in given.members),
         )
 
@@ -244,7 +243,7 @@ class _Stopped(Exception):
     """Ends Tune's loop from within: the user stopped it, or the cluster is lost."""
 
 
-def _callback(resolve: Callable[[Mapping[str, Any]], TrialSpec], receiver: Receiver, stopped: threading.Event) -> Any:
+def _callback(resolve: Callable[[Mapping[str, Any]], _Task], receiver: Receiver, stopped: threading.Event) -> Any:
     """Tune's callback in the driver."""
     from ray import tune
 
@@ -254,7 +253,7 @@ def _callback(resolve: Callable[[Mapping[str, Any]], TrialSpec], receiver: Recei
                 raise _Stopped
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            spec = resolve(trial.config)
+            spec, _ = resolve(trial.config)
             trial.max_failures = spec.resources.max_failures
             receiver.begin(spec)
 
@@ -262,7 +261,7 @@ def _callback(resolve: Callable[[Mapping[str, Any]], TrialSpec], receiver: Recei
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
             # Tune ends with an error in here, and with it all the other trials.
-            spec = resolve(trial.config)
+            spec, _ = resolve(trial.config)
             try:
                 if worker.ROW in result:
                     trial.max_failures = 0  # what its process does after that is not the trial's
@@ -274,10 +273,10 @@ def _callback(resolve: Callable[[Mapping[str, Any]], TrialSpec], receiver: Recei
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             if not stopped.is_set():
-                receiver.again(resolve(trial.config), _reason(trial))
+                receiver.again(resolve(trial.config)[0], _reason(trial))
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            receiver.lose(resolve(trial.config), _reason(trial))
+            receiver.lose(resolve(trial.config)[0], _reason(trial))
 
     return Rows()
 

@@ -14,7 +14,7 @@ from ray_peft.engine.trained import Report
 from ray_peft.errors import RayPeftError, TrialFailed, first_line
 from ray_peft.foundation.quiet import quiet_libraries
 from ray_peft.foundation.units import GIB
-from ray_peft.schedule.placement import Demand
+from ray_peft.schedule.decide import Demand
 from ray_peft.spec import TrialSpec
 from ray_peft.store.adopted import left_row
 from ray_peft.store.tracking import Store, TrialTracker

@@ -40,8 +40,8 @@ def kind_of(value: Any) -> str | None:
 
 def problem(kind: str, arguments: list[Any]) -> str | None:
     """Why nothing can be drawn, or None."""
-    wanted = KINDS[kind]
-    if wanted is None:
+    arity = KINDS[kind]
+    if arity is None:
         if not arguments:
             return "needs a list with at least one entry"
         nested = next((key for entry in arguments for key in distributions(entry, "entry")), None)
@@ -50,7 +50,7 @@ def problem(kind: str, arguments: list[Any]) -> str | None:
             "with its distributions, or write out the values"
         )
     numbers = all(isinstance(a, int | float) and not isinstance(a, bool) for a in arguments)
-    if len(arguments) != wanted or not numbers:
+    if len(arguments) != arity or not numbers:
         return f"needs a list of two numbers, [low, high] (found {arguments!r:.60})"
     low, high = arguments
     if not low < high:
@@ -71,19 +71,19 @@ def misspelt(template: Any, settings: list[str], prefix: str = "") -> dict[str, 
         prefix: the dotted key of `template`.
     """
 
-    def meant(value: Any) -> str | None:
+    def intended(value: Any) -> str | None:
         """The name that a mapping's only key was to be, where it is none."""
         if not isinstance(value, dict) or len(value) != 1:
             return None
-        ((name, given),) = value.items()
-        known = (*KINDS, "grid")
-        if not isinstance(given, list) or name in known or name in settings:
+        ((name, arguments),) = value.items()
+        kinds = (*KINDS, "grid")
+        if not isinstance(arguments, list) or name in kinds or name in settings:
             return None
-        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)
+        near = difflib.get_close_matches(name.lower(), kinds, n=1, cutoff=0.75)
         return _OTHER_NAMES.get(name.lower()) or (near[0] if near else None)
 
-    ends = dotted.leaves(template, lambda value: meant(value) is not None, prefix)
-    return {dotted.join(key, next(iter(value))): name for key, value in ends if (name := meant(value)) is not None}
+    ends = dotted.leaves(template, lambda value: intended(value) is not None, prefix)
+    return {dotted.join(key, next(iter(value))): name for key, value in ends if (name := intended(value)) is not None}
 
 
 def not_alone(template: Any, prefix: str = "") -> dict[str, tuple[str, str]]:
@@ -95,7 +95,7 @@ def not_alone(template: Any, prefix: str = "") -> dict[str, tuple[str, str]]:
         return (kind, ", ".join(sorted(set(value) - {kind}))) if kind is not None and len(value) > 1 else None
 
     ends = dotted.leaves(template, lambda value: beside(value) is not None, prefix)
-    return {key or "the file": both for key, value in ends if (both := beside(value)) is not None}
+    return {key or "the file": keys for key, value in ends if (keys := beside(value)) is not None}
 
 
 def draw(generator: random.Random, kind: str, arguments: list[Any]) -> Any:

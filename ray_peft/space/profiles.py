@@ -50,18 +50,18 @@ def settle(plain: dict[str, Any], profile: str | None, source: str) -> set[str]:
 def blamed(text: str, keys: Iterable[str], source: str, profile: str | None) -> str:
     """An error's lines, of which those about `keys` name the profile that set them."""
     opening, ours = f"{source}: ", sorted(keys)
-    said = [(line, line.removeprefix(opening)) for line in text.splitlines()]
+    lines = [(line, line.removeprefix(opening)) for line in text.splitlines()]
     return "\n".join(
-        f"{opening}profiles.{profile}: {rest}" if any(_about(rest, key) for key in ours) else line
-        for line, rest in said
+        f"{opening}profiles.{profile}: {message}" if any(_about(message, key) for key in ours) else line
+        for line, message in lines
     )
 
 
 def _about(line: str, key: str) -> bool:
     """Whether an error's line names the key, or a mapping that the key is in, and its last part."""
     # Pydantic puts the method's name into its keys: method.lora.rank.
-    whole = re.escape(key).replace(r"method\.", r"method\.(\w+\.)?", 1)
-    if re.search(rf"(?<![\w.]){whole}(?!\w)", line):
+    pattern = re.escape(key).replace(r"method\.", r"method\.(\w+\.)?", 1)
+    if re.search(rf"(?<![\w.]){pattern}(?!\w)", line):
         return True
     named, last = line.partition(":")[0], key.rpartition(".")[2]
     return key.startswith(f"{named}.") and re.search(rf"\b{re.escape(last)}\b", line) is not None

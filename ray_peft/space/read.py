@@ -110,8 +110,8 @@ def parse(text: str, source: str, overrides: list[str] | None = None, profile: s
     """
     plain = yaml_text.parse(text, source)
     if not isinstance(plain, dict):
-        held = "an empty file" if plain is None else short(plain)
-        raise SearchSpaceError(f"{source}: must be a mapping of keys to values (found {held})")
+        content = "an empty file" if plain is None else short(plain)
+        raise SearchSpaceError(f"{source}: must be a mapping of keys to values (found {content})")
     keys = profiles.settle(plain, profile, source)
     keys -= {_apply_override(plain, override) for override in overrides or []}
     try:
@@ -128,19 +128,19 @@ def _checked(plain: dict[str, Any], source: str) -> Space:
         raise SearchSpaceError("\n".join(problems))
     name = _name(plain.pop("name", Path(source).stem), source, problems)
     description = str(plain.pop("description", None) or "")
-    asked = plain.pop("search", None)
-    search = _part(SearchSpec, asked, source, "search", problems)
+    search_settings = plain.pop("search", None)
+    search = _part(SearchSpec, search_settings, source, "search", problems)
     tracking = _part(TrackingSpec, plain.pop("tracking", {}), source, "tracking", problems) or TrackingSpec()
     report = _part(ReportSpec, plain.pop("report", {}), source, "report", problems) or ReportSpec()
-    if asked is not None and search is None:
+    if search_settings is not None and search is None:
         raise SearchSpaceError("\n".join(problems))
     templates = _cells(plain, source)
     drawn = list(_draws(templates, search, source, problems))
     if problems:
         raise SearchSpaceError("\n".join(problems))
     proposed = search is not None and search.algorithm == "optuna"
-    trials, found = _validate(drawn, source, proposed=proposed)
-    return Space(name, description, trials, search, tracking, templates, report, notes=tuple(found))
+    trials, notes = _validate(drawn, source, proposed=proposed)
+    return Space(name, description, trials, search, tracking, templates, report, notes=tuple(notes))
 
 
 def _name(value: Any, source: str, problems: list[str]) -> str:
@@ -188,14 +188,14 @@ def _expand_variables(value: Any, source: str, key: str, problems: list[str]) ->
 
     def replace(match: re.Match[str]) -> str:
         name, default = match.group(1), match.group(2)
-        found = os.environ.get(name, default)
-        if found is None:
+        text = os.environ.get(name, default)
+        if text is None:
             problems.append(
                 f"{source}: {key}: environment variable {name} is not set (found {value!r}); "
                 f"set it, or write the path into the file"
             )
             return ""
-        return found
+        return text
 
     return _VARIABLE.sub(replace, value)
 
@@ -279,9 +279,9 @@ def _draw_problems(
         if (text := distribution_problem(kind, arguments))
     ]
     problems += [
-        f"{key}: no such distribution, did you mean {meant}?"
+        f"{key}: no such distribution, did you mean {suggestion}?"
         for template in templates
-        for key, meant in misspelt(template, field_names()).items()
+        for key, suggestion in misspelt(template, field_names()).items()
     ]
     problems += [
         f"{key}: {kind} stands alone in its mapping (found also {others})"
@@ -304,7 +304,7 @@ def _search_problem(
 ) -> str | None:
     """Why `search` does not fit the distributions, or None."""
     if search is None:
-        key = next((key for found in searched for key in found), None)
+        key = next((key for places in searched for key in places), None)
         return key and f"search: missing, but {key} is a distribution; add `search: {{samples: N}}`"
     if not any(searched):
         return f"search: there is no distribution to search (found samples {search.samples})"
@@ -317,7 +317,7 @@ def _search_problem(
         )
     method = templates[0].get("method")
     choices = method.get("choice", [method]) if isinstance(method, dict) else []
-    if any(isinstance(each, dict) and each.get("name") == "ensemble" for each in choices):
+    if any(isinstance(choice, dict) and choice.get("name") == "ensemble" for choice in choices):
         return (
             "search.algorithm: optuna proposes one trial at a time, but an ensemble is made of several; "
             "search the members first, then write the best ones into an ensemble"
@@ -347,7 +347,7 @@ def _validate(drawn: list[dict[str, Any]], source: str, proposed: bool = False) 
     for plain in drawn:
         try:
             trial = TrialSpec.from_plain(plain).located()
-            trials |= {each.trial_id: each for each in (*trial.members(), trial) if each.trial_id not in trials}
+            trials |= {member.trial_id: member for member in (*trial.members(), trial) if member.trial_id not in trials}
             cells[trial.trial_id] += 1
         except ValidationError as error:
             broken.update(dict.fromkeys(explain(error, "")).keys())

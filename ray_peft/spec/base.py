@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -12,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ray_peft.errors import SpecError
 from ray_peft.foundation import dotted
+from ray_peft.foundation.durations import seconds_of
 from ray_peft.foundation.strict import Strict
 from ray_peft.methods import METHODS, AnyMethod
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization, Stage, Task
@@ -71,10 +73,26 @@ class TrainSpec(Strict):
     """Optimizer steps between two logged losses."""
     eval_every: int | None = Field(default=None, ge=1)
     """Optimizer steps between two evaluations of the loss on held-out rows; None evaluates at the end only."""
-    checkpoint_every: int | None = Field(default=None, ge=1)
-    """Optimizer steps between two checkpoints; a trial that was interrupted goes on from the last one."""
+    checkpoint_every: int | str | None = "5 minutes"
+    """Optimizer steps between two checkpoints, such as 100, or the time, such as `5 minutes`, `90 seconds` or `1.5
+    hours`; a trial that was interrupted goes on from the last one. By time, a checkpoint comes later where writing the
+    one before took more than a twentieth of it, and the end of a stage is kept, too. None writes none inside a stage.
+    """
     save_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """The dtype of the saved adapter or weights."""
+
+    @field_validator("checkpoint_every", mode="before")
+    @classmethod
+    def _steps_or_time(cls, value: object) -> object:
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        with contextlib.suppress(ValueError):
+            if isinstance(value, str) and seconds_of(value):
+                return value.strip()
+        raise ValueError(
+            f"{value!r} is no distance between two checkpoints; give optimizer steps, such as 100, or a time, such as "
+            "5 minutes, 90 seconds or 1.5 hours, or null for none"
+        )
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -163,9 +181,9 @@ class TrialSpec(Strict):
 
     @model_validator(mode="after")
     def _means_what_it_says(self) -> Self:
-        found = self.problems()
-        if found:
-            raise ValueError("\n".join(found))
+        problems = self.problems()
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     @cached_property
@@ -233,51 +251,51 @@ class TrialSpec(Strict):
     def problems(self) -> list[str]:
         """The rules between its parts that it breaks, one sentence each with the way out."""
         train, method, workers = self.train, self.method, self.resources.num_workers
-        found = []
+        problems = []
         if self.task not in method.tasks:
-            serving = ", ".join(each.model_fields["name"].default for each in METHODS if self.task in each.tasks)
-            found.append(f"method {method.name} does not serve task {self.task}; use one of {serving}")
+            serving = ", ".join(kind.model_fields["name"].default for kind in METHODS if self.task in kind.tasks)
+            problems.append(f"method {method.name} does not serve task {self.task}; use one of {serving}")
         if train.batch_size % (train.micro_batch_size * workers):
-            found.append(
+            problems.append(
                 f"train.batch_size ({train.batch_size}) must be a multiple of train.micro_batch_size "
                 f"({train.micro_batch_size}) times resources.num_workers ({workers})"
             )
         quantization = self.model.quantization
         if method.needs_full_weights and quantization is not None:
-            found.append(
+            problems.append(
                 f"model.quantization ({quantization.quant_type}) stores weights that cannot be trained without an "
                 f"adapter, but method {method.name} trains them; use method qlora, or model.quantization: null"
             )
         if isinstance(method, Stage) and method.name == "lora" and quantization is not None:
-            found.append("method lora on a quantised base is method qlora; use that, or model.quantization: null")
+            problems.append("method lora on a quantised base is method qlora; use that, or model.quantization: null")
         accumulates = train.batch_size > train.micro_batch_size * workers
-        return found + method.conflicts(accumulates=accumulates, num_workers=workers)
+        return problems + method.conflicts(accumulates=accumulates, num_workers=workers)
 
     def cautions(self) -> list[str]:
         """What is allowed and yet known to go wrong, one sentence each."""
-        found = []
-        used = {"model.dtype": self.model.dtype}
+        cautions = []
+        dtypes = {"model.dtype": self.model.dtype}
         if self.quantization is not None:
-            used["the 4-bit base's compute_dtype"] = self.quantization.compute_dtype
-        for name, dtype in used.items():
+            dtypes["the 4-bit base's compute_dtype"] = self.quantization.compute_dtype
+        for name, dtype in dtypes.items():
             if dtype == "float16":
-                found.append(
+                cautions.append(
                     f"{self.method.name}: {name} is float16, in which values above 65,504 overflow and make the loss "
                     "NaN; bfloat16 has the range of float32 (NVIDIA GPUs from Ampere on)"
                 )
         stages = self.method.stages(ENOUGH_STEPS)
         if self.train.fit == "auto" and any(getattr(stage, "dropout", 0) for stage, _ in stages):
-            found.append(
+            cautions.append(
                 f"{self.method.name}: fit: auto chooses the rows of a pass by the GPU, and the draws of dropout depend "
                 "on them: on another GPU the trial is as good, but not equal"
             )
         if self.train.fit == "auto" and self.train.precision == "bf16" and stages:
-            found.append(
+            cautions.append(
                 f"{self.method.name}: fit: auto chooses the rows of a pass by the GPU, and under train.precision: bf16 "
                 "sums of other sizes are rounded otherwise: on another GPU losses differ in their last digits, in fp32 "
                 "they do not"
             )
-        return found
+        return cautions
 
     def _local_paths(self, plain: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
         """Where the task's own part of the plain spec holds names that may be local paths."""
@@ -309,8 +327,3 @@ def check_parts(*, train: float, **held_out: float) -> None:
             raise ValueError(
                 f"{name} ({value}) is a fraction that leaves nothing to train on; write less, or a count without point"
             )
-
-
-def first_double(labels: list[str]) -> str:
-    """The first of `labels` that is there twice."""
-    return next(label for label in labels if labels.count(label) > 1)

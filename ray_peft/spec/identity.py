@@ -35,27 +35,27 @@ class Content:
 
 def differing(value: Strict) -> dict[str, Any]:
     """The settings that differ from the table of defaults, without names and what changes no result."""
-    found: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
     for name, default in _defaults(type(value)).items():
-        given = getattr(value, name)
-        told = _told(given)
-        if name in ("name", "task") or not _same(told, default, given):
-            found[name] = told
-    return found
+        setting = getattr(value, name)
+        plain = _plain(setting)
+        if name in ("name", "task") or not _same(plain, default, setting):
+            changed[name] = plain
+    return changed
 
 
 def settings(spec: TrialSpec) -> dict[str, Any]:
     """What decides a trial's result, apart from content and from how its rows are prepared."""
-    found = {name: told for name, told in differing(spec).items() if name != "data"}
+    decisive = {name: plain for name, plain in differing(spec).items() if name != "data"}
     stages = spec.method.stages(ENOUGH_STEPS)
     if spec.train.fit is not None and any(getattr(stage, "dropout", 0) for stage, _ in stages):
-        found.setdefault("train", {})["fit"] = spec.train.fit
-    return found
+        decisive.setdefault("train", {})["fit"] = spec.train.fit
+    return decisive
 
 
-def canonical(told: object) -> str:
+def canonical(data: object) -> str:
     """One text for equal JSON-like data."""
-    return json.dumps(told, sort_keys=True, separators=(",", ":"))
+    return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
 
 def trial_id(spec: TrialSpec, content: Content | None, members: Sequence[str] = ()) -> str:
@@ -69,11 +69,11 @@ def trial_id(spec: TrialSpec, content: Content | None, members: Sequence[str] = 
     if content is None:
         left_out = CHANGES_NO_RESULT.get(type(spec.data).__name__, frozenset())
         data = {name: value for name, value in spec.data.plain().items() if name not in left_out}
-        known: object = [spec.model.name, spec.model.revision, spec.model.tokenizer, data]
+        named: object = [spec.model.name, spec.model.revision, spec.model.tokenizer, data]
     else:
         # A commit is one of its repository, so the name belongs to it; a folder may lie anywhere.
-        known = [hub_name(spec.model.name), asdict(content)]
-    text = canonical([IDENTITY_VERSION, settings(spec), known, list(members)])
+        named = [hub_name(spec.model.name), asdict(content)]
+    text = canonical([IDENTITY_VERSION, settings(spec), named, list(members)])
     return f"{spec.method.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -92,9 +92,9 @@ def _defaults(kind: type[Strict]) -> dict[str, Any]:
     """The settings of a class that count, with what they are told against."""
     table: dict[str, Any] = {}
     left_out: set[str] = set()
-    for each in reversed(kind.__mro__):  # those of the nearest class count
-        table |= DEFAULTS.get(each.__name__, {})
-        left_out |= CHANGES_NO_RESULT.get(each.__name__, frozenset()) | NAMES.get(each.__name__, frozenset())
+    for base in reversed(kind.__mro__):  # those of the nearest class count
+        table |= DEFAULTS.get(base.__name__, {})
+        left_out |= CHANGES_NO_RESULT.get(base.__name__, frozenset()) | NAMES.get(base.__name__, frozenset())
     return {
         name: table[name] if name in table else field.get_default(call_default_factory=True)
         for name, field in kind.model_fields.items()
@@ -102,23 +102,23 @@ def _defaults(kind: type[Strict]) -> dict[str, Any]:
     }
 
 
-def _told(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """A setting as JSON-like data, with parts that are specs told against their own defaults."""
     if isinstance(value, Strict):
         return differing(value)
     if isinstance(value, tuple | list):
-        return [_told(entry) for entry in value]
+        return [_plain(entry) for entry in value]
     if isinstance(value, date):
         return value.isoformat()
     return value
 
 
-def _same(told: Any, default: Any, given: Any) -> bool:
+def _same(plain: Any, default: Any, setting: Any) -> bool:
     """True if a setting is its default; a part that is there is never the same as one that is not."""
     if default is PydanticUndefined:
         return False
-    if isinstance(given, Strict):
-        return default is not None and not told
-    plain = default.plain() if isinstance(default, Strict) else default
+    if isinstance(setting, Strict):
+        return default is not None and not plain
+    default_plain = default.plain() if isinstance(default, Strict) else default
     # As JSON, which tells the count 1 from the fraction 1.0.
-    return canonical(told) == canonical(plain)
+    return canonical(plain) == canonical(default_plain)

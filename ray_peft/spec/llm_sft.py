@@ -9,9 +9,10 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
+from ray_peft.foundation.lists import first_duplicate
 from ray_peft.foundation.strict import Strict
 from ray_peft.methods.ensemble import Ensemble
-from ray_peft.spec.base import TrainSpec, TrialSpec, check_parts, first_double
+from ray_peft.spec.base import TrainSpec, TrialSpec, check_parts
 
 Recipe = Literal["alpaca", "dolly", "tulu", "ultrachat", "messages", "prompt_completion", "text"]
 
@@ -86,7 +87,7 @@ class DataSpec(Strict):
     def _labels_differ(self) -> Self:
         labels = [source.label for source in self.sources]
         if len(set(labels)) < len(labels):
-            raise ValueError(f"two sources carry the tag {first_double(labels)!r}; give one of them a `name`")
+            raise ValueError(f"two sources carry the tag {first_duplicate(labels)!r}; give one of them a `name`")
         return self
 
 
@@ -127,7 +128,7 @@ class BenchmarksSpec(Strict):
     @classmethod
     def _tasks_differ(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(tasks)) < len(tasks):
-            raise ValueError(f"{first_double(list(tasks))!r} is there twice; name each task once")
+            raise ValueError(f"{first_duplicate(tasks)!r} is there twice; name each task once")
         return tasks
 
 
@@ -175,57 +176,59 @@ class LlmTrialSpec(TrialSpec):
 
     def looked_for(self) -> list[str]:
         """The layers that its stages train and with which rank, and how the base is stored."""
-        found = []
+        entries = []
         for trial in self.members() or [self]:
             storage = trial.quantization.plain() if trial.quantization else None
             for key, stage in trial.method.parts():
                 decides = [getattr(stage, name, None) for name in ("targets", "rank", "dropout")]
-                found.append(json.dumps([key, stage.name, *decides, storage]))
-        return found
+                entries.append(json.dumps([key, stage.name, *decides, storage]))
+        return entries
 
     def members(self) -> list[Self]:
         """Of an ensemble, the trials that it is made of, in the order of its settings; else none."""
         if not isinstance(self.method, Ensemble):
             return []
-        found: list[Self] = []
+        members: list[Self] = []
         for member in self.method.members:
-            other = {"name": member.model, "revision": None, "tokenizer": None}
-            model = self.model if member.model is None else self.model.model_copy(update=other)
+            changes = {"name": member.model, "revision": None, "tokenizer": None}
+            model = self.model if member.model is None else self.model.model_copy(update=changes)
             seed = self.seed if member.seed is None else member.seed
-            own = {"method": member.method, "model": model, "seed": seed}
+            parts = {"method": member.method, "model": model, "seed": seed}
             # Not model_copy, which would copy the cached trial_id; the parts are checked, problems() sees the whole.
-            found.append(cast(Self, LlmTrialSpec.model_construct(**{**dict(self), **own})))
+            members.append(cast(Self, LlmTrialSpec.model_construct(**{**dict(self), **parts})))
         settled: tuple[str, ...] = self.__dict__.get("_member_ids", ())
-        return [member.under(one) for member, one in zip(found, settled, strict=True)] if settled else found
+        return (
+            [member.under(trial_id) for member, trial_id in zip(members, settled, strict=True)] if settled else members
+        )
 
     def problems(self) -> list[str]:
         """Those of every task, of rows without turns, and of an ensemble's members."""
-        found = super().problems()
+        problems = super().problems()
         turnless = any(source.recipe == "text" for source in self.data.sources)
         if self.train.loss == "answers" and turnless:
-            found.append(
+            problems.append(
                 "train.loss: answers needs turns, but recipe text has none; use train.loss: all, or a recipe with turns"
             )
         if self.evaluation.generate and turnless:
-            found.append(
+            problems.append(
                 "evaluation.generate: true needs prompts, but recipe text has none; set evaluation.generate: false"
             )
-        return found + self._ensemble_problems()
+        return problems + self._ensemble_problems()
 
     def _ensemble_problems(self) -> list[str]:
         members = self.members()
         if not members:
             return []
-        found = [f"method.members: {problem}" for member in members for problem in member.problems()]
+        problems = [f"method.members: {problem}" for member in members for problem in member.problems()]
         ids = [member.trial_id for member in members]
         if len(set(ids)) < len(ids):
-            found.append(f"method.members: {first_double(ids)} is there twice; give members that differ")
+            problems.append(f"method.members: {first_duplicate(ids)} is there twice; give members that differ")
         if not any(source.validation for source in self.data.sources):
-            found.append(
+            problems.append(
                 "method.members: an ensemble tunes its weights on validation rows, which are neither trained on nor "
                 "tested on, but no source has any; set `validation` of a source in data.sources"
             )
-        return found
+        return problems
 
     def _local_paths(self, plain: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
         sources, members = plain["data"]["sources"], plain["method"].get("members", [])

@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from ray_peft.foundation.lists import first_duplicate
 from ray_peft.foundation.strict import Strict
 from ray_peft.methods.full_weights import FullWeights
 from ray_peft.methods.lora import LowRankAdapter
-from ray_peft.spec.base import TrainSpec, TrialSpec, check_parts, first_double
+from ray_peft.spec.base import TrainSpec, TrialSpec, check_parts
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 """The attention projections of a diffusion UNet."""
@@ -97,10 +98,10 @@ class ImageEvaluationSpec(Strict):
 
     @field_validator("prompts", "seeds")
     @classmethod
-    def _differ(cls, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len(set(given)) < len(given):
-            raise ValueError(f"{first_double(list(given))!r} is there twice; name each once")
-        return given
+    def _differ(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError(f"{first_duplicate(values)!r} is there twice; name each once")
+        return values
 
 
 class ImageTrialSpec(TrialSpec):
@@ -145,33 +146,35 @@ class ImageTrialSpec(TrialSpec):
 
     def problems(self) -> list[str]:
         """Those of every task, and of settings that a UNet does not have."""
-        found = super().problems()
+        problems = super().problems()
         if self.model.attention is not None:
-            found.append(
+            problems.append(
                 f"model.attention ({self.model.attention}) is for language models; leave it out: a UNet uses torch's "
                 "scaled dot product attention"
             )
         if self.model.quantization is not None and self.method.name != "qlora":
-            found.append("model.quantization: a UNet in 4 bits is method qlora; use that, or model.quantization: null")
+            problems.append(
+                "model.quantization: a UNet in 4 bits is method qlora; use that, or model.quantization: null"
+            )
         low = self.method.weights_dtype(self.model.dtype) != "float32"
         if self.train.precision == "fp32" and low:
             key = "method.weights" if isinstance(self.method, FullWeights) else "model.dtype"
-            found.append(f"train.precision: fp32 needs {key}: float32 here; set that, or train.precision: bf16")
+            problems.append(f"train.precision: fp32 needs {key}: float32 here; set that, or train.precision: bf16")
         quantization = self.method.quantization()
         if self.train.precision == "fp32" and quantization is not None and quantization.compute_dtype != "float32":
-            found.append(
+            problems.append(
                 f"train.precision: fp32 needs method.compute_dtype: float32 (found {quantization.compute_dtype}); set "
                 "that, or train.precision: bf16"
             )
         if self.model.dtype == "float16":
-            found.append("model.dtype: float16 overflows in training; use bfloat16, or float32")
+            problems.append("model.dtype: float16 overflows in training; use bfloat16, or float32")
         narrow = self._narrow()
         if self.train.ema_decay is not None and narrow is not None:
-            found.append(
+            problems.append(
                 f"train.ema_decay ({self.train.ema_decay}) needs {narrow}: float32, since an average in bfloat16 "
                 "stands still; set that, or leave ema_decay out"
             )
-        return found
+        return problems
 
     def _narrow(self) -> str | None:
         """The setting that holds what is trained in bfloat16; None if it is held in float32."""

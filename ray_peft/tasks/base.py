@@ -26,21 +26,21 @@ SpecT = TypeVar("SpecT", bound=TrialSpec)
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """An image that the trained model made, and what the untouched base makes of the same prompt and seed."""
+    """An image of the trained model, and what the untouched base makes of the same prompt and seed."""
 
     prompt: str
     seed: int
     after: Image
     before: Image | None = None
     nearest: str | None = None
-    """The training image that is nearest to it in content; None if that was not looked for."""
+    """The training image that is most similar to it in content; None if they were not compared."""
     nearest_likeness: float | None = None
-    """How near: 1.0 is a copy."""
+    """How similar: 1.0 is a copy."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What an evaluation leaves behind."""
+    """The results of an evaluation."""
 
     scores: Scores
     samples: list[Sample] = field(default_factory=list)
@@ -53,12 +53,12 @@ class Scored:
     """Answer tokens behind each of `losses`, which are its weight; a row without any has no loss. Empty if all rows
     weigh the same."""
     questions: list[QuestionScores] = field(default_factory=list)
-    """Of every question of the further benchmarks, what it was given; empty if only their means are known."""
+    """The scores of every question of the further benchmarks; empty if only their means are known."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a task finds out about a trial before it runs."""
+    """The result of a task's checks of a trial, before it runs."""
 
     notes: list[str]
     """What a reader of the comparison must know: rows cut, dropped or unusable."""
@@ -66,7 +66,7 @@ class Inspection:
     """Content hash of the prepared rows."""
     train_rows: int
     method_notes: list[str] = field(default_factory=list)
-    """What a reader must know of the method on this model: layers that it does not reach."""
+    """What a reader must know about the method on this model: layers that it does not reach."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class SplitReport:
     cut: int
     """Rows of which only the first tokens are used."""
     dropped: int
-    """Rows left out and replaced: too long, or without an answer in reach."""
+    """Rows left out and replaced: too long, or their answer begins after the limit."""
     overlapping: int
     """Rows left out and replaced: they repeat held-out rows."""
     tokens: int | None
@@ -92,7 +92,7 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the data of some trials."""
+    """What happened to the data of some trials."""
 
     key: str | None
     """Content hash of the prepared rows; None where the preparation was refused."""
@@ -110,7 +110,7 @@ class DataReport:
     error: str | None = None
     """Why the preparation was refused, or why the rows do not fit a model."""
     remarks: list[str] = field(default_factory=list)
-    """What else a reader must know of the rows, a sentence each."""
+    """What else a reader must know about the rows, a sentence each."""
     unusable_rows: dict[str, dict[str, str]] = field(default_factory=dict)
     """The first rows left out when read, by source and reason, such as `rows 3, 10 and 17`."""
 
@@ -121,9 +121,9 @@ class Bench(ABC):
     data_key: str
     model_fingerprint: str
     lowered: dict[str, int]
-    """Settings that memory forced down so far, by key (tasks/memory.py)."""
+    """Settings that were lowered so far because memory ran out, by key."""
     costs: Costs = Costs()
-    """Of the trial that it belongs to."""
+    """What the trial has cost so far."""
 
     @abstractmethod
     def total_steps(self) -> int:
@@ -134,7 +134,7 @@ class Bench(ABC):
         """Parameters that take gradients, and all parameters (a 4-bit weight counts each of its numbers)."""
 
     def predicted(self) -> Prediction | None:
-        """The trial's peak memory, predicted from its model's config and its longest row; None if nothing can say."""
+        """The trial's peak memory, predicted from its model's config and its longest row; None if it cannot be."""
         return None
 
     @abstractmethod
@@ -143,7 +143,7 @@ class Bench(ABC):
 
     @abstractmethod
     def train(self, stage: Stage, steps: int, first_step: int, folder: Path, report: Report) -> Trained:
-        """Train the attached stage; `folder` keeps its checkpoints, `first_step` is what earlier stages did."""
+        """Train the attached stage; `folder` keeps its checkpoints, `first_step` counts the steps of earlier stages."""
 
     @abstractmethod
     def restore(self, folder: Path) -> None:
@@ -162,7 +162,7 @@ class Bench(ABC):
         """All scores on the held-out rows."""
 
     def illustrate(self, scored: Scored) -> Scored:
-        """`scored` with what the model makes, for tasks that make things to look at."""
+        """`scored` with generated images, for tasks that generate any."""
         return scored
 
     def benchmark(self, scored: Scored) -> Scored:
@@ -174,11 +174,11 @@ class Bench(ABC):
         """The dtypes of its weights as they are now and of its matrix products, such as {"float32", "bfloat16"}."""
 
     def storage(self) -> dict[str, int]:
-        """Bytes of the base's weights in memory by how they are held; empty if that is not told apart."""
+        """Bytes of the base's weights in memory by how they are stored; empty if they were not counted."""
         return {}
 
     def four_bit_share(self) -> float | None:
-        """Share of the base's weights that are in 4 bits; None where none is meant to be, or nobody has counted."""
+        """Share of the base's weights that are in 4 bits; None if it is not quantised, or they were not counted."""
         return None
 
     @abstractmethod
@@ -196,7 +196,7 @@ class Bench(ABC):
 
 @dataclass(frozen=True)
 class MemberModel(Generic[SpecT]):
-    """A finished trial that an ensemble is made of."""
+    """A finished trial that is a member of an ensemble."""
 
     spec: SpecT
     weights: Path | None
@@ -204,7 +204,7 @@ class MemberModel(Generic[SpecT]):
 
 
 class EnsembleBench(Bench):
-    """Several models that answer together; nothing of them is trained."""
+    """Several models that answer together; none of them is trained."""
 
     @abstractmethod
     def tune(self) -> list[float]:
@@ -221,18 +221,18 @@ class TaskType(ABC, Generic[SpecT]):
         """Check model, tokenizer and data of a trial, and prepare the data, without weights or GPU.
 
         Raises:
-            DataError, ModelError: the user's to mend.
+            DataError, ModelError: the user must correct something.
         """
 
     def model_content(self, model: ModelSpec) -> str | None:
-        """Digest of the content of all files that decide what is found out about a model; null if there are others.
+        """Digest of all files that decide the result of a model's checks; None if something else decides, too.
 
         It is read without the libraries that load models, which take seconds to import.
         """
         return None
 
     def content(self, spec: SpecT) -> str | None:
-        """Digest of the content of all files that decide what `inspect` says of a trial; null if there are others."""
+        """Digest of all files that decide the result of `inspect`; None if something else decides, too."""
         return None
 
     def is_prepared(self, spec: SpecT, data_key: str) -> bool:
@@ -241,7 +241,7 @@ class TaskType(ABC, Generic[SpecT]):
 
     @abstractmethod
     def fingerprint(self, model: ModelSpec) -> str:
-        """What tells a base model apart by its content: what `Bench.model_fingerprint` says of a trial.
+        """A text that differs for base models of different content: `Bench.model_fingerprint` of a trial.
 
         Raises:
             ModelError: the model is not there.
@@ -249,25 +249,25 @@ class TaskType(ABC, Generic[SpecT]):
 
     @abstractmethod
     def released(self, spec: SpecT, row: SpecT) -> Content:
-        """What release 0.1.0 called the content of a trial whose settings and files were those of an earlier `row`.
+        """The name that release 0.1.0 gave to the content of a trial, if its settings and files were those of `row`.
 
         Raises:
-            DataError, ModelError: the user's to mend.
+            DataError, ModelError: the user must correct something.
         """
 
     def data_report(self, spec: SpecT) -> DataReport:
-        """Prepare the data of a trial and say what became of its rows; a refusal over overlap is part of the report.
+        """Prepare the data of a trial and report on its rows; if overlap is refused, that is part of the report.
 
         Raises:
-            DataError, ModelError: the user's to mend.
+            DataError, ModelError: the user must correct something.
         """
         raise SpecError(f"task {self.name} has no data report; use `ray-peft plan` to check its data")
 
     def rows_fit(self, spec: SpecT) -> list[str]:
-        """What a reader must know of how a trial's rows fit its model, a sentence each.
+        """What a reader must know about how a trial's rows fit its model, a sentence each.
 
         Raises:
-            DataError, ModelError: they do not.
+            DataError, ModelError: the rows do not fit.
         """
         return []
 
@@ -276,23 +276,23 @@ class TaskType(ABC, Generic[SpecT]):
         raise SpecError(f"task {self.name} cannot write its prepared data")
 
     def predictor(self, spec: SpecT) -> Callable[[SpecT, Gpu], Prediction] | None:
-        """What predicts the peak memory of a trial and of its variants; None if nothing can say.
+        """A function that predicts the peak memory of a trial and of its variants; None if it cannot be predicted.
 
-        Its model and its rows are looked at once; variants have the same.
+        Variants have the same model and rows, which are read once.
 
         Raises:
-            DataError, ModelError: the user's to mend.
+            DataError, ModelError: the user must correct something.
         """
         return None
 
     def predict(self, spec: SpecT, gpu: Gpu = ANY) -> Prediction | None:
-        """A trial's peak memory, from its model's config and its prepared data; None if nothing can say.
+        """A trial's peak memory, from its model's config and its prepared data; None if it cannot be predicted.
 
         Raises:
-            DataError, ModelError: the user's to mend.
+            DataError, ModelError: the user must correct something.
         """
-        found = self.predictor(spec)
-        return found(spec, gpu) if found is not None else None
+        predictor = self.predictor(spec)
+        return predictor(spec, gpu) if predictor is not None else None
 
     @abstractmethod
     def total_steps(self, spec: SpecT, train_rows: int) -> int:

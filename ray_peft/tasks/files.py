@@ -14,22 +14,23 @@ def content_of(path: Path) -> str:
     """
     digest = hashlib.sha256()
     if path.is_file():
-        digest.update(_file(path).encode())
+        digest.update(file_digest(path).encode())
     elif path.is_dir():
         for file in sorted(path.rglob("*")):
             name = file.relative_to(path)
             if file.is_file() and not any(part.startswith(".") for part in name.parts):
-                digest.update(f"{name.as_posix()}:{_file(file)}\n".encode())
+                digest.update(f"{name.as_posix()}:{file_digest(file)}\n".encode())
     return digest.hexdigest()
 
 
-def _file(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
     stat = path.stat()
     return _bytes(path, stat.st_size, stat.st_mtime_ns)
 
 
 @cache
 def _bytes(path: Path, size: int, changed: int) -> str:
-    """SHA-256 of a file that has this size and was last changed then [ns]."""
+    """The same of a file that has this size and was last changed then [ns]."""
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -18,7 +18,7 @@ LIST_FILE = "images.json"
 def write_images(images: Sequence[GeneratedImage], folder: Path) -> list[ImageFile]:
     """Write p00_s0.png (after training), p00_s0_before.png (the base), grid.png and images.json; returns the list.
 
-    Prompts are numbered in their order. What an earlier run of the trial left in `folder` goes.
+    Prompts are numbered in their order. Files that an earlier run of the trial left in `folder` are removed.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -47,13 +47,17 @@ def _grid(images: Sequence[GeneratedImage], prompts: Sequence[str], path: Path) 
     """A row for each prompt; for each seed a column, or two where there is a picture of the base."""
     from ray_peft.tasks.image_grid import grid
 
-    made = {(image.prompt, image.seed): image for image in images}
+    by_prompt_and_seed = {(image.prompt, image.seed): image for image in images}
     seeds = list(dict.fromkeys(image.seed for image in images))
     compared = any(image.before is not None for image in images)
     columns = [f"seed {seed}, {when}" if compared else f"seed {seed}" for seed in seeds for when in _moments(compared)]
     rows = [
         [
-            None if (image := made.get((prompt, seed))) is None else image.before if when == "before" else image.after
+            None
+            if (image := by_prompt_and_seed.get((prompt, seed))) is None
+            else image.before
+            if when == "before"
+            else image.after
             for seed in seeds
             for when in _moments(compared)
         ]

@@ -29,8 +29,8 @@ def grid(images: Sequence[Sequence[Image | None]], rows: Sequence[str], columns:
     from PIL import ImageDraw, ImageFont
 
     font = ImageFont.load_default(_FONT)
-    given = [image for row in images for image in row if image is not None]
-    cell = min(CELL, max((side for image in given for side in image.size), default=CELL))
+    pictures = [image for row in images for image in row if image is not None]
+    cell = min(CELL, max((side for image in pictures for side in image.size), default=CELL))
     left = LABEL if any(rows) else 0
     heads = [_wrapped(label, cell, font) for label in columns]
     line = _FONT + 4

@@ -1,4 +1,4 @@
-"""What is in a model's folder, read without the libraries that load it: whether a check of it still holds."""
+"""The content of a model's folder, read without the libraries that load it: whether a check of it still holds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAMPLE = 2**20
 
 
 def folder_of(name: str, revision: str | None, file: str) -> Path | None:
-    """A model's folder: of a hub id, that of the commit which `revision` means now. None if it is not here.
+    """A model's folder; for a hub id, the local copy of the commit that `revision` names now. None if there is none.
 
     Args:
         name: a folder, or a hub id.
@@ -42,18 +42,18 @@ def content(folder: Path, below: Iterable[str] = ()) -> str:
     """Digest of a folder's files by name: content, and of weights also size and time.
 
     Args:
-        folder: of the model; folders in it are passed over.
-        below: those of them that count, too.
+        folder: of the model; folders in it are skipped.
+        below: names of folders in it that are read, too.
     """
-    files = sorted(file for each in (folder, *(folder / name for name in below)) for file in _files(each))
-    whole = sum(file.stat().st_size for file in files if file.suffix in WEIGHTS) <= WHOLE
+    files = sorted(file for place in (folder, *(folder / name for name in below)) for file in _files(place))
+    read_whole = sum(file.stat().st_size for file in files if file.suffix in WEIGHTS) <= WHOLE
     digest = hashlib.sha256(str(folder.absolute()).encode())
     for file in files:
         digest.update(f"\n{file.relative_to(folder).as_posix()}:".encode())
         if file.suffix in WEIGHTS:
             stat = file.stat()
             digest.update(f"{stat.st_size}:{stat.st_mtime_ns}:".encode())
-        sampled = file.suffix in WEIGHTS and not whole
+        sampled = file.suffix in WEIGHTS and not read_whole
         digest.update(_sampled(file) if sampled else content_of(file).encode())
     return digest.hexdigest()
 

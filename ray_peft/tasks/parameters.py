@@ -28,18 +28,18 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class HeldWeights:
-    """How a model's weights lie in memory."""
+class WeightStorage:
+    """How a model's weights are stored in memory."""
 
     num_bytes: dict[str, int]
-    """By how they are held, such as {"nf4": 1, "bfloat16": 2}; the scales of 4-bit weights are with them."""
+    """By storage, such as {"nf4": 1, "bfloat16": 2}; 4-bit weights include their scales."""
     four_bit_share: float
-    """Of the weights themselves, each counted once."""
+    """Share of the weights that are in 4 bits, each counted once."""
 
 
-def held_weights(model: nn.Module) -> HeldWeights:
-    """How the frozen and trained weights of `model` are held."""
-    found: dict[str, int] = {}
+def weight_storage(model: nn.Module) -> WeightStorage:
+    """How the frozen and trained weights of `model` are stored."""
+    num_bytes: dict[str, int] = {}
     numbers = in_four_bits = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -51,8 +51,8 @@ def held_weights(model: nn.Module) -> HeldWeights:
             size += sum(_bytes(value) for value in _constants(state))
             in_four_bits += count
         numbers += count
-        found[kind] = found.get(kind, 0) + size
-    return HeldWeights(found, in_four_bits / numbers if numbers else 0.0)
+        num_bytes[kind] = num_bytes.get(kind, 0) + size
+    return WeightStorage(num_bytes, in_four_bits / numbers if numbers else 0.0)
 
 
 def computed_in(spec: TrialSpec, model: nn.Module) -> set[str]:
@@ -83,10 +83,10 @@ def stored(name: str, weight: Tensor, dtype: Dtype) -> Tensor:
     """
     import torch
 
-    found = weight.detach().to(getattr(torch, dtype)) if weight.is_floating_point() else weight.detach()
-    if dtype == "float16" and found.is_floating_point() and found.isinf().any():
+    converted = weight.detach().to(getattr(torch, dtype)) if weight.is_floating_point() else weight.detach()
+    if dtype == "float16" and converted.is_floating_point() and converted.isinf().any():
         raise TrialFailed(f"{name} has values above 65,504, the largest of float16; save it in bfloat16 or float32")
-    return found
+    return converted
 
 
 def load_adapter(model: nn.Module, folder: Path, device: str) -> None:

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent
 
 
 class Mark:
-    """What one check found out. Anything else that decides it, and the program that checks, gives another mark."""
+    """The result of one check. If an input of the check or the program changes, it is another mark."""
 
     def __init__(self, kind: str, decides: object) -> None:
         """`kind` names the check; `decides` is JSON-like data."""
@@ -25,7 +25,7 @@ class Mark:
         self._file = cache_folder() / "checked" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
     def read(self) -> dict[str, Any] | None:
-        """What was found out; None if it was not, or cannot be read."""
+        """The stored result; None if there is none, or it cannot be read."""
         try:
             plain = json.loads(self._file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -33,7 +33,7 @@ class Mark:
         return plain if isinstance(plain, dict) else None
 
     def write(self, plain: dict[str, Any]) -> None:
-        """Keep it, if the cache takes it: one that others keep may be read-only, or full."""
+        """Store the result, unless the cache is read-only or full."""
         with contextlib.suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_text(self._file, json.dumps(plain))

@@ -19,15 +19,22 @@ class Clock:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside to phase `name`, also when it raises."""
-        begin = time.perf_counter()
-        self.last = name
-        self._since = begin
+        """Add the seconds spent inside to phase `name`, also when it raises; a phase around it stands still."""
+        outer = self.last if self._since is not None else None
+        self._stand_still()
+        self.last, self._since = name, time.perf_counter()
         try:
             yield
         finally:
+            self._stand_still()
+            if outer is not None:
+                self.last, self._since = outer, time.perf_counter()
+
+    def _stand_still(self) -> None:
+        if self._since is not None:
+            passed = time.perf_counter() - self._since
+            self.seconds[self.last] = self.seconds.get(self.last, 0.0) + passed
             self._since = None
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
     def so_far(self) -> dict[str, float]:
         """Seconds by phase, with those of the phase that is on."""

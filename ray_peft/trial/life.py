@@ -8,6 +8,7 @@ import math
 import platform
 import traceback
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import Bench, Scored
 from ray_peft.tasks.image_files import IMAGES, write_images
 from ray_peft.trial.clock import Clock
+from ray_peft.trial.log import MetricLog
 from ray_peft.trial.peaks import MemoryWatch, Peaks, larger_peaks
 from ray_peft.trial.provenance import device_name, git_commit, versions
 from ray_peft.trial.result import RESTARTS_FILE, Provenance, Status, TrialResult, Usage
@@ -88,10 +90,10 @@ class Process:
 
 
 class LifeCosts(Costs):
-    """A trial's seconds and peaks over all its attempts."""
+    """A trial's seconds, peaks and logged points over all its attempts."""
 
-    def __init__(self, process: Process) -> None:
-        self._clock, self._memory = process.clock, process.memory
+    def __init__(self, process: Process, log: MetricLog | None) -> None:
+        self._clock, self._memory, self._log = process.clock, process.memory, log
         self._earlier: dict[str, Any] = {}
         self.complete = True
         """False if a checkpoint did not say what came before it."""
@@ -116,16 +118,25 @@ class LifeCosts(Costs):
             "wall_s": self.wall_s(),
             "peaks": asdict(self.peaks()),
             "complete": self.complete,
+            "log": self._log.so_far() if self._log is not None else [],
         }
 
     def take_up(self, earlier: dict[str, Any]) -> None:
         """Count from there, in place of what was taken up before."""
         self._earlier = earlier
         self.complete = bool(earlier.get("complete", True))
+        if self._log is not None:
+            self._log.take_up(earlier.get("log"))
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Counts as the phase "save"."""
+        return self._clock.phase("save")
 
     def incomplete(self) -> None:
         """Note that a checkpoint does not say what the steps before it took."""
         self.complete = False
+        if self._log is not None:
+            self._log.take_up(None)
 
 
 class Life:
@@ -139,7 +150,11 @@ class Life:
         self.tracker = tracker
         self.run_id: str | None = None
         self.process = Process(place.device)
-        self.costs = LifeCosts(self.process)
+        self._log: MetricLog | None = None
+        """What rank 0 logs."""
+        if place.rank == 0:
+            self._log = MetricLog(place.folder / "metrics.jsonl", self._track)
+        self.costs = LifeCosts(self.process, self._log)
         self.trained = Trained()
         self.parameters = (0, 0)
         self.scored = Scored(Scores())
@@ -157,19 +172,18 @@ class Life:
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         self._progress = progress
-        self._log = place.folder / "metrics.jsonl"
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         """Keep metrics in the trial's log and the tracker, and pass them on."""
-        if self.place.rank == 0:
-            line = to_json({"step": step, "time_s": round(self.process.clock.total(), 3), **metrics})
-            with self._log.open("a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
+        if self._log is not None:
+            self._log.add(metrics, step, self.costs.wall_s())
             text = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
             logger.info("%s: step %d: %s", self.spec.trial_id, step, text)
+        self._progress(metrics, step)
+
+    def _track(self, metrics: Mapping[str, float], step: int) -> None:
         if self.tracker is not None:
             self.tracker.log(metrics, step)
-        self._progress(metrics, step)
 
     def _restarts(self) -> list[str]:
         """Why earlier attempts ended, as whoever started this one has noted."""

@@ -14,10 +14,10 @@ from ray_peft.spec import AnyTrialSpec
 
 Status = Literal["finished", "failed", "out_of_memory", "cancelled"]
 
-RESTARTS_FILE = "restarts.json"
-"""Beside it, until the trial starts in another sweep: the row's `restarts` so far."""
 RESULT_FILE = "result.json"
 """The trial's row, in its own folder: written by its worker, and there also if nothing else could be reached."""
+RESTARTS_FILE = "restarts.json"
+"""Beside it, until the trial starts in another sweep: the row's `restarts` so far."""
 
 
 class Usage(Measured):

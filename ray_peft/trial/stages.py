@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import shutil
 from pathlib import Path
+from typing import Any
 
 from ray_peft.engine import cost
 from ray_peft.engine.finite import ways_out
 from ray_peft.engine.recovery import free_memory
 from ray_peft.engine.trained import Trained
 from ray_peft.errors import TrialFailed
+from ray_peft.foundation.seal import SEAL_FILE, broken, seal
 from ray_peft.foundation.whole import write_text
 from ray_peft.methods.base import Stage
 from ray_peft.tasks.base import Bench
 from ray_peft.trial.life import Life, Place, keep
 from ray_peft.trial.rounding import check_same_loss
+
+logger = logging.getLogger(__name__)
 
 STAGE_FILE = "stage.json"
 """In a stage's kept adapter: what the stages up to it took, for a trial that goes on from there."""
@@ -58,24 +64,60 @@ def stage_folder(place: Place, index: int) -> Path:
 
 
 def _write_stage(life: Life, folder: Path) -> None:
-    """Note that all stages up to this one are done; written last, so that its file vouches for the adapter."""
+    """Note that all stages up to this one are done; the seal, which is written last, vouches for all of it."""
     write_text(folder / STAGE_FILE, json.dumps(cost.plain(life.trained, life.costs)))
+    seal(folder)
 
 
 def _taken_up(life: Life, bench: Bench, index: int, stage: Stage) -> bool:
-    """Go on from the end of a stage that an interrupted run of the trial left; false if there is none."""
+    """Go on from the end of a stage that an interrupted run of the trial left; false if there is none that is whole."""
     folder = stage_folder(life.place, index)
-    if not (folder / STAGE_FILE).is_file():
+    if not folder.is_dir():
         return False
-    done = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+    done = _done_before(folder)
+    if done is None:
+        if life.place.rank == 0:
+            _remove_from(life.place, index)
+        return False
     bench.attach(stage)
     bench.restore(folder)
     life.parameters = bench.parameters()
-    if "trial" not in done:  # of version 0.1.0
-        done["trial"] = {"seconds": {"train": done["train_s"]}, "wall_s": done["train_s"], "peaks": done["peaks"]}
     cost.take_up(done, life.trained, life.costs, folder)
     life.trained.resumed_from_step = life.trained.steps
     return True
+
+
+def _done_before(folder: Path) -> dict[str, Any] | None:
+    """What the stages up to the one whose adapter is in `folder` took; None if the folder is not whole."""
+    file = folder / STAGE_FILE
+    if not file.is_file() and not (folder / SEAL_FILE).is_file():
+        return None  # a process was killed while it wrote the adapter, or the trial has ended
+    reason = broken(folder)
+    try:
+        done: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if reason is None:
+            return done
+        if "train_s" in done and not (folder / SEAL_FILE).is_file():  # of version 0.1.0, which knew no seals
+            return done | {
+                "trial": {"seconds": {"train": done["train_s"]}, "wall_s": done["train_s"], "peaks": done["peaks"]}
+            }
+    except (OSError, ValueError, LookupError) as error:
+        reason = reason or str(error)
+    logger.warning("%s is not whole, so its stage is trained again: %s", folder, reason)
+    return None
+
+
+def _remove_from(place: Place, index: int) -> None:
+    """Remove a stage's kept adapter and all that later stages left.
+
+    They went on from weights that are trained again now, and on a GPU need not come out bit by bit.
+    """
+    shutil.rmtree(stage_folder(place, index), ignore_errors=True)
+    later = index + 1
+    while (folder := place.folder / f"stage{later + 1}").is_dir() or stage_folder(place, later).is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(stage_folder(place, later), ignore_errors=True)
+        later += 1
 
 
 def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:

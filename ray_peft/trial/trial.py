@@ -11,6 +11,7 @@ import sys
 from ray_peft.engine.recovery import divisor, free_memory
 from ray_peft.engine.trained import Report
 from ray_peft.errors import first_line
+from ray_peft.foundation.seal import SEAL_FILE
 from ray_peft.foundation.storage import told
 from ray_peft.foundation.units import GIB
 from ray_peft.foundation.whole import write_text
@@ -21,7 +22,7 @@ from ray_peft.tasks.base import Bench
 from ray_peft.trial.ensembles import run_ensemble
 from ray_peft.trial.life import Life, Place, Tracker, evaluate, keep, predict, provenance
 from ray_peft.trial.result import RESULT_FILE, TrialResult
-from ray_peft.trial.stages import STAGE_FILE, stage_folder, train_all
+from ray_peft.trial.stages import STAGE_FILE, train_all
 from ray_peft.trial.waiting import wait_for_memory
 from ray_peft.vram.cards import here
 from ray_peft.vram.fit import ways
@@ -71,7 +72,20 @@ def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> Tr
         _release(place)
     if result.status == "out_of_memory":
         result = result.model_copy(update={"error": _with_advice(life, result.error or "")})
-    return _record(result, place, tracker)
+    result = _record(result, place, tracker)
+    if result.status == "finished":
+        _forget_checkpoints(place)
+    return result
+
+
+def _forget_checkpoints(place: Place) -> None:
+    """What a finished trial would go on from, once its row is stored: the next run of the trial is a new one."""
+    for folder in place.folder.glob("stage*"):
+        if folder.name.endswith("_adapter"):
+            (folder / STAGE_FILE).unlink(missing_ok=True)
+            (folder / SEAL_FILE).unlink(missing_ok=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _with_advice(life: Life, error: str) -> str:
@@ -147,9 +161,6 @@ def _run(life: Life) -> TrialResult:
         life.process.evaluation_memory.start()
     with life.process.clock.phase("evaluate"):
         evaluate(life, bench)
-    for index in range(len(stages)):
-        shutil.rmtree(place.folder / f"stage{index + 1}", ignore_errors=True)
-        (stage_folder(place, index) / STAGE_FILE).unlink(missing_ok=True)  # the next run of the trial is a new one
     return life.result("finished")
 
 

@@ -19,21 +19,14 @@ Predictor = Callable[[TrialSpec, Gpu], Prediction]
 class Size:
     """What a trial takes of a GPU."""
 
-    runs: TrialSpec
-    """The trial, with what `train.fit: auto` chose in place."""
-    prediction: Prediction | None
-    """None where nothing can predict it."""
+    prediction: Prediction | None = None
+    """With what `train.fit: auto` chose in place; None where nothing can predict it."""
     chosen: dict[str, int | bool] = field(default_factory=dict)
     """What `train.fit: auto` chose for it, by key."""
     less: tuple[Suggestion, ...] = ()
     """What takes less, where it does not fit."""
     problem: str = ""
     """Why nothing predicts it, if that is an error."""
-
-    def bytes(self) -> tuple[int, int]:
-        """By which trials are ordered; zeros where nothing predicts it."""
-        found = self.prediction
-        return (found.needed, found.peak_reserved) if found is not None else (0, 0)
 
 
 def size(trial: TrialSpec, predictor: Predictor | None, gpu: Gpu, gpu_memory_gib: float | None) -> Size:
@@ -49,25 +42,25 @@ def size(trial: TrialSpec, predictor: Predictor | None, gpu: Gpu, gpu_memory_gib
         DataError, ModelError: the user's to mend.
     """
     if predictor is None:
-        return Size(trial, None)
+        return Size()
     try:
         return _size(trial, predictor, gpu, gpu_memory_gib)
     except RayPeftError:
         raise
     except Exception:  # noqa: BLE001 - an architecture that cannot be built or run on shapes, whatever it raises
-        return Size(trial, None)
+        return Size()
 
 
 def _size(trial: TrialSpec, predictor: Predictor, gpu: Gpu, gpu_memory_gib: float | None) -> Size:
     if gpu_memory_gib is None:
-        return Size(trial, predictor(trial, gpu))
+        return Size(predictor(trial, gpu))
     room = gpu_memory_gib * (trial.resources.gpus_per_worker or 1.0)
     chosen: dict[str, int | bool] = {}
     if trial.train.fit == "auto" and _trains(trial):
         chosen = choose(trial, lambda variant: predictor(variant, gpu), lambda each: _fits(each, gpu, room))
     runs = trial.changed(chosen) if chosen else trial
     found = predictor(runs, gpu)
-    return Size(runs, found, chosen, () if _fits(found, gpu, room) else ways(runs, predictor, gpu, room))
+    return Size(found, chosen, () if _fits(found, gpu, room) else ways(runs, predictor, gpu, room))
 
 
 def ways(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -203,12 +204,13 @@ def test_numbers_of_gpus_that_no_machine_has_are_refused(space, capsys):
 
 def test_a_plan_predicts_memory_places_trials_and_says_what_fits_instead(space, capsys):
     """0.9 GiB is less than the CUDA context and the margin leave this trial; 8 GiB hold several of it."""
-    name = space(train__batch_size=8, train__micro_batch_size=8, data__max_length=96)
-    assert cli.main(["plan", name, "--json", "--gpu-memory-gib", "8", "--gpus", "1"]) == 0
+    name = space(train__batch_size=8, train__micro_batch_size=8, data__max_length=96, resources={})
+    assert cli.main(["plan", name, "--json", "--gpu-memory-gib", "8", "--gpus", "1", "--cpus", "6"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["predicted_peak_gib"] == pytest.approx(sum(row["components"].values()), abs=1e-3)
     assert row["fits"]
     assert 0 < row["gpu_fraction"] < 0.5
+    assert row["cpus_per_worker"] == 1  # a share of six cores, as of the GPU
     assert row["order"] == 1
     assert row["suggestions"] == []
     assert cli.main(["plan", name, "--gpu-memory-gib", "0.9"]) == 0
@@ -216,4 +218,23 @@ def test_a_plan_predicts_memory_places_trials_and_says_what_fits_instead(space, 
     assert "DOES NOT FIT" in text
     assert "train.micro_batch_size: 1" in text
     assert "0 of 1 trials fit 0.9 GiB" in text
+    assert "1 of a GPU and " in text
     assert cli.main(["plan", name, "--gpu-memory-gib", "0.9", "--strict"]) == 1
+
+
+def test_a_plan_of_trials_on_the_cpu_says_so_and_what_they_would_take(space, capsys):
+    name = space(resources={"gpus_per_worker": 0, "cpus_per_worker": 2})
+    assert cli.main(["plan", name, "--gpu-memory-gib", "8"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"  peak \d\.\d\d GiB, 2 CPU cores\n", text)
+    assert "1 of 1 trials fit 8 GiB; at most 1 at once" in text
+
+
+def test_a_plan_says_what_the_machine_can_never_hold(space, capsys):
+    name = space(resources={"num_workers": 2})
+    assert cli.main(["plan", name, "--gpu-memory-gib", "8"]) == 0
+    assert "DOES NOT FIT: trial lora-" in capsys.readouterr().out
+    assert cli.main(["plan", name, "--gpu-memory-gib", "8", "--json", "--strict"]) == 1
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["fits"] is False
+    assert "needs 2 GPUs (2 workers of 1), but there are 1 here" in row["problem"]

@@ -16,6 +16,7 @@ import ray_peft
 from ray_peft.checks.inspector import Inspector
 from ray_peft.foundation.nvml import gpu_memory
 from ray_peft.foundation.units import GIB
+from ray_peft.schedule import plan
 from ray_peft.space.read import Space, TrackingSpec
 from ray_peft.spec import TrialSpec
 from ray_peft.store.ledger import Ledger
@@ -183,9 +184,24 @@ def test_trials_share_a_gpu_by_predicted_bytes(shared, gpu, long_rows, tmp_path)
     assert abs(begins[0] - begins[1]) < max(row.usage.wall_time_s for row in rows)
 
 
+def test_a_plan_says_what_the_trials_of_a_sweep_hold_and_choose(shared, gpu, long_rows, tmp_path):
+    model = build_config(tmp_path / "small", hidden=256, layers=4)
+    trials = open_trials(model, long_rows, 2)
+    trials.append(text_trial(model, long_rows, {"name": "lora", "rank": 8}, micro=1, batch=8, share=0.5))
+    plain = [{**trial.plain(), "train": {**trial.plain()["train"], "fit": "auto"}} for trial in trials]
+    trials = [Inspector().settled(TrialSpec.from_plain(each)) for each in plain]
+    planned = {run.trial.trial_id: run.demand for run in plan.planned(trials, 6.0, gpu_name=gpu.name).runs}
+    rows = swept(tmp_path / "planned", trials, cap_gib=6.0)
+    assert [row.status for row in rows] == ["finished"] * 3
+    assert {row.trial_id: (row.provenance.gpus_per_worker, row.chosen) for row in rows} == {
+        trial_id: (demand.gpus_per_worker, dict(demand.chosen)) for trial_id, demand in planned.items()
+    }
+    assert all(row.chosen for row in rows)
+
+
 def test_a_share_that_was_too_small_is_mended_by_running_alone(shared, gpu, long_rows, tmp_path, monkeypatch):
     """The share is what is wrong here: with a thirty-second of 20 GiB the CUDA context leaves nothing."""
-    monkeypatch.setattr("ray_peft.schedule.allotment.share_of", lambda *_: 1 / 32)
+    monkeypatch.setattr("ray_peft.schedule.decide.share_of", lambda *_: 1 / 32)
     model = build_config(tmp_path / "small", hidden=256, layers=4)
     (row,) = swept(tmp_path / "alone", open_trials(model, long_rows, 1), cap_gib=20.0)
     assert (row.status, row.provenance.gpus_per_worker) == ("finished", 1.0)

@@ -93,6 +93,8 @@ SAME = [
     {"resources__gpus_per_worker": None},
     {"resources__num_workers": 2},
     {"train__checkpoint_every": 2},
+    {"train__checkpoint_every": "90 seconds"},
+    {"train__checkpoint_every": None},
     {"evaluation__samples": 1},
     {"train__fit": "auto"},
     {"train__schedule": "cosine"},  # a default that is written out

@@ -48,7 +48,7 @@ def test_each_outside_service_has_one_owner(library):
 def test_specs_are_checked_without_the_heavy_libraries():
     code = (
         "import sys, ray_peft, ray_peft.spec, ray_peft.space, ray_peft.methods, ray_peft.cli\n"
-        "import ray_peft.schedule.placement\n"
+        "import ray_peft.schedule.decide\n"
         "import ray_peft.report.files\n"
         "heavy = {'torch', 'ray', 'mlflow', 'transformers', 'datasets', 'evaluate', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"

@@ -93,3 +93,12 @@ def test_what_the_watch_over_ray_asks():
     for name in ("is_head", "dead_processes", "kill_all_processes"):
         assert callable(getattr(Node, name))
     assert "all_processes" in inspect.getsource(Node.dead_processes)
+
+
+def test_the_cores_that_a_local_ray_counts():
+    from ray._private.utils import get_num_cpus
+
+    from ray_peft.schedule.cluster import cores_here
+
+    assert "override_docker_cpu_warning" in inspect.signature(get_num_cpus).parameters
+    assert cores_here() == int(get_num_cpus()) >= 1

@@ -119,7 +119,7 @@ def test_what_was_found_bad_is_found_bad_again(files):
 
 
 def test_rows_that_the_cache_lost_are_prepared_again(files, looked, monkeypatch):
-    monkeypatch.setattr("ray_peft.tasks.llm_sft.task._looked_at", {})  # as in a process of its own
+    monkeypatch.setattr("ray_peft.tasks.llm_sft.task._recent_rows", {})  # as in a process of its own
     shutil.rmtree(files / "cache" / "prepared")
     check(files)
     assert looked == ["inspected"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 
 import pytest
@@ -15,9 +14,8 @@ from untracked import HYBRID, Notes
 
 from ray_peft.engine import checkpoint
 from ray_peft.engine.checkpoint import STATE_FILE
-from ray_peft.engine.cost import COST_FILE
+from ray_peft.foundation.seal import seal
 from ray_peft.spec import TrialSpec
-from ray_peft.tasks.llm_sft.trl_checkpoints import last_checkpoint
 from ray_peft.trial import trial
 
 SLEEP_S = 1.5
@@ -46,8 +44,8 @@ def spec(request, questions):
 
 
 def checkpoint_costs(folder, change):
-    """Change the costs that the one checkpoint of a stage holds."""
-    (place,) = folder.glob("checkpoint-*")
+    """Change the costs that the last checkpoint of a stage holds."""
+    place = checkpoint.numbered(folder)[0]
     state = torch.load(place / STATE_FILE, weights_only=True)
     change(state["cost"])
     torch.save(state, place / STATE_FILE)
@@ -83,6 +81,7 @@ def test_stages_before_a_checkpoint_are_counted_once(tiny_model, questions, tmp_
     kept = json.loads(stage.read_text())
     kept["trial"]["seconds"]["train"] = 1000.0
     stage.write_text(json.dumps(kept))
+    seal(stage.parent)
     checkpoint_costs(tmp_path / "stage2", lambda kept: kept["trial"]["seconds"].update(train=1500.0))
     again = attempt(spec, tmp_path)
     assert (again.status, again.resumed_from_step) == ("finished", 6)
@@ -93,7 +92,7 @@ def test_a_checkpoint_without_costs_is_gone_on_from_and_the_row_says_so(spec, tm
     """Those of version 0.1.0."""
     with pytest.raises(KeyboardInterrupt):
         attempt(spec, tmp_path, stop_at=5)
-    (place,) = (tmp_path / "stage1").glob("checkpoint-*")
+    place = checkpoint.numbered(tmp_path / "stage1")[0]
     state = torch.load(place / STATE_FILE, weights_only=True)
     del state["cost"]
     torch.save(state, place / STATE_FILE)
@@ -101,34 +100,3 @@ def test_a_checkpoint_without_costs_is_gone_on_from_and_the_row_says_so(spec, tm
         again = attempt(spec, tmp_path)
     assert (again.status, again.resumed_from_step, again.usage.complete) == ("finished", 4, False)
     assert "does not say what the steps before it took" in caplog.text
-
-
-@pytest.mark.parametrize("damage", ["cut", "emptied", "removed", "of version 0.1.0"])
-def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_is_used(tmp_path, damage, caplog):
-    for step in (2, 10):
-        checkpoint.write(tmp_path / f"{step}", step, {"step": step})
-        shutil.move(tmp_path / f"{step}" / f"checkpoint-{step}", tmp_path)
-    file = tmp_path / "checkpoint-10" / STATE_FILE
-    if damage == "cut":
-        file.write_bytes(file.read_bytes()[:-40])
-    elif damage == "emptied":
-        file.write_bytes(b"")
-    else:
-        file.unlink()
-    if damage == "of version 0.1.0":
-        (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}")
-    with caplog.at_level(logging.WARNING):
-        where, state = checkpoint.read_last(tmp_path, "cpu")
-    assert (where.name, state) == ("checkpoint-2", {"step": 2})
-    assert "checkpoint-10 cannot be read" in caplog.text
-    assert checkpoint.read_last(tmp_path / "gone", "cpu") is None
-
-
-def test_half_of_a_stock_checkpoint_is_not_gone_on_from(tmp_path):
-    for step in (2, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text('{"global_step"' + ": 2}" * (step == 2))
-    assert last_checkpoint(tmp_path).name == "checkpoint-2"
-    (tmp_path / "checkpoint-10" / COST_FILE).write_text("{}")
-    assert last_checkpoint(tmp_path).name == "checkpoint-10"
-    assert last_checkpoint(tmp_path / "gone") is None

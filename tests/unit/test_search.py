@@ -13,8 +13,8 @@ from ray_peft.checks.inspector import Inspector
 from ray_peft.console import Console
 from ray_peft.errors import SearchSpaceError
 from ray_peft.metrics.scores import Scores
+from ray_peft.schedule.plan import plan
 from ray_peft.schedule.search import Draws
-from ray_peft.schedule.sweep import plan
 from ray_peft.space.read import load
 from ray_peft.spec import TrialSpec
 from ray_peft.trial.result import Provenance, TrialResult

@@ -73,6 +73,14 @@ def test_each_problem_is_reported_once_with_its_trials():
         ("a: [1, 2", "line 1"),
         ("seed: 1\nseed: 2", "line 2, column 1: key 'seed' is given twice"),
         (changed(train={"steps": "five"}), "train.steps: Input should be a valid integer (found 'five')"),
+        *[
+            (
+                changed(train={"steps": 5, "checkpoint_every": wrong}),
+                f"train.checkpoint_every: {wrong!r} is no distance between two checkpoints; give optimizer steps, such "
+                "as 100, or a time, such as 5 minutes, 90 seconds or 1.5 hours, or null for none",
+            )
+            for wrong in ("5 parsecs", "0 s", "100", 0, True, 2.5)
+        ],
         (changed(task="sft"), "task: must be one of llm_sft, text_to_image"),
         ("task: llm_sft", "model: missing"),
         (changed(seed={"grid": []}), "seed.grid: must be a list with entries"),

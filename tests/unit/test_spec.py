@@ -160,6 +160,15 @@ def test_an_ensemble_is_made_of_its_own_trial_with_other_methods():
     assert (second.seed, second.model.name, second.train) == (9, "org/other", ensemble.train)
 
 
+@pytest.mark.parametrize("every", [1, 100, "5 minutes", "90s", "1.5 hours", None])
+def test_checkpoints_come_after_steps_or_a_time(every):
+    found = spec(train__checkpoint_every=every)
+    assert found.train.checkpoint_every == every
+    assert TrialSpec.from_plain(found.plain()) == found
+    assert found.trial_id == spec().trial_id  # whose default is a time
+    assert spec().train.checkpoint_every == "5 minutes"
+
+
 def test_fp16_is_refused_where_gradients_need_it_and_cautioned_where_not():
     with pytest.raises(ValidationError, match="fp16 has no range for gradients"):
         spec(train__precision="fp16")

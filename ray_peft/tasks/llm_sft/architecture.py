@@ -1,4 +1,4 @@
-"""What a model's config says it is: a causal language model, and one whose weights are all in its files."""
+"""Whether a model's config is of a causal language model, and whether its files hold all of its weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import ModelError, first_line
-from ray_peft.tasks.llm_sft.weight_files import some
+from ray_peft.foundation.lists import some
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ def check_causal(name: str, config: PretrainedConfig) -> None:
 
     kind = config.model_type
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    own = config if encoder_decoder else config.get_text_config(decoder=True)
+    text_config = config if encoder_decoder else config.get_text_config(decoder=True)
     reason = None
     if encoder_decoder:
         reason = "has an encoder and a decoder"
@@ -46,19 +46,19 @@ def check_causal(name: str, config: PretrainedConfig) -> None:
         reason = "predicts tokens from both sides"
     elif getattr(config, "is_decoder", None) is False and kind not in _CAUSAL_ALL_THE_SAME:
         reason = "is an encoder: each token sees those after it (is_decoder: false)"
-    elif getattr(own, "use_bidirectional_attention", None) in (True, "all"):
+    elif getattr(text_config, "use_bidirectional_attention", None) in (True, "all"):
         reason = "lets each token see those after it (use_bidirectional_attention)"
-    elif getattr(own, "is_causal", None) is False:
+    elif getattr(text_config, "is_causal", None) is False:
         reason = "lets each token see those after it (is_causal: false)"
     elif "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}) and type(config) not in (
         AutoModelForCausalLM._model_mapping  # noqa: SLF001 - the library has no public list of them
     ):
         reason = "has no class that predicts the next token"
     if reason is not None:
-        said = ", ".join(config.architectures or []) or kind
+        architectures = ", ".join(config.architectures or []) or kind
         raise ModelError(
-            f"model.name: {name} ({said}) {reason}; task llm_sft needs a causal language model, such as Llama, "
-            "Qwen, Gemma or GPT-2"
+            f"model.name: {name} ({architectures}) {reason}; task llm_sft needs a causal language model, such as "
+            "Llama, Qwen, Gemma or GPT-2"
         )
 
 
@@ -129,18 +129,20 @@ def _built_type(model: ModelSpec, config: PretrainedConfig) -> type[PreTrainedMo
 
 
 def raise_if_incomplete(name: str, report: Mapping[str, Any]) -> None:
-    """Refuse weights that are not all and only those of the config.
+    """Refuse weights if some of the config's are missing, or some belong to no layer of it.
 
     Args:
         name: of the model.
-        report: transformers' loading report, without what it knows to be tied or ignored.
+        report: transformers' loading report, without the weights that it knows to be tied or ignored.
 
     Raises:
-        ModelError: they are not.
+        ModelError: some are missing, left over, or of another shape.
     """
     missing = sorted(report["missing_keys"])
     left_over = sorted(key for key in report["unexpected_keys"] if not _NOT_TRAINED.search(key))
-    other = sorted((key, tuple(here), tuple(there)) for key, here, there in report["mismatched_keys"])
+    mismatched = sorted(
+        (key, tuple(file_shape), tuple(config_shape)) for key, file_shape, config_shape in report["mismatched_keys"]
+    )
     problems = []
     if missing:
         problems.append(f"weights of config.json that are not in the files ({len(missing)}): {_layers(missing)}")
@@ -148,11 +150,11 @@ def raise_if_incomplete(name: str, report: Mapping[str, Any]) -> None:
         problems.append(
             f"weights in the files that have no place in config.json ({len(left_over)}): {_layers(left_over)}"
         )
-    if other:
-        key, here, there = other[0]
+    if mismatched:
+        key, file_shape, config_shape = mismatched[0]
         problems.append(
-            f"weights of another shape ({len(other)}): {key} has {list(here)} in the files and {list(there)} by "
-            "config.json"
+            f"weights of another shape ({len(mismatched)}): {key} has {list(file_shape)} in the files and "
+            f"{list(config_shape)} by config.json"
         )
     if problems:
         raise ModelError(
@@ -162,7 +164,7 @@ def raise_if_incomplete(name: str, report: Mapping[str, Any]) -> None:
 
 
 def _layers(names: list[str]) -> str:
-    """The names with all of a layer drawn together, the first three."""
+    """The first three names, with those of one layer as one."""
     return some(sorted({re.sub(r"(\.\d+)\..*", r"\1.*", name) for name in names}))
 
 
@@ -195,7 +197,7 @@ def raise_not_finite(name: str, weight: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar and tables of keys: what they say becomes one error."""
+    """Without transformers' progress bar and tables of keys, whose content becomes one error."""
     import logging
 
     from transformers.utils import logging as of_transformers

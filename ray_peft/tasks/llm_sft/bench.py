@@ -11,7 +11,9 @@ from ray_peft.engine.trained import Report, Trained
 from ray_peft.methods.base import Dtype, Stage
 from ray_peft.metrics.scores import Sample, Scores
 from ray_peft.spec import LlmTrialSpec
-from ray_peft.tasks.base import Bench, Scored
+from ray_peft.tasks.base import Scored
+from ray_peft.tasks.one_model import OneModelBench
+from ray_peft.tasks.parameters import weight_storage
 from ray_peft.vram.cards import Gpu, here
 
 if TYPE_CHECKING:
@@ -51,8 +53,10 @@ def total_steps(spec: LlmTrialSpec, train_rows: int) -> int:
     return max(1, math.ceil(spec.train.epochs * math.ceil(train_rows / spec.train.batch_size)))
 
 
-class LlmBench(Bench):
+class LlmBench(OneModelBench[LlmTrialSpec]):
     """A causal language model, its tokenizer and its rows."""
+
+    model: PreTrainedModel
 
     def __init__(
         self,
@@ -63,14 +67,13 @@ class LlmBench(Bench):
         model: PreTrainedModel,
     ) -> None:
         from ray_peft.tasks.llm_sft.model import fingerprint
-        from ray_peft.tasks.parameters import held_weights
 
         self.spec = spec
         self.device = device
         self.tokenizer = tokenizer
         self.data = data
         self.model = model
-        self.held = held_weights(model)
+        self.weight_storage = weight_storage(model)
         self.lowered = {}
         self.data_key = data.key
         self.model_fingerprint = fingerprint(spec.model)
@@ -78,26 +81,6 @@ class LlmBench(Bench):
     def total_steps(self) -> int:
         """Optimizer steps of the whole trial."""
         return total_steps(self.spec, len(self.data.train))
-
-    def parameters(self) -> tuple[int, int]:
-        """Parameters that take gradients, and all parameters."""
-        from ray_peft.tasks.parameters import count_parameters
-
-        return count_parameters(self.model)
-
-    def dtypes(self) -> set[str]:
-        """The dtypes of its weights and of its matrix products."""
-        from ray_peft.tasks.parameters import computed_in
-
-        return computed_in(self.spec, self.model)
-
-    def storage(self) -> dict[str, int]:
-        """Bytes of the model as it was loaded, by how they are held."""
-        return self.held.num_bytes
-
-    def four_bit_share(self) -> float | None:
-        """Share of the model's weights that are in 4 bits; None where it is not quantised."""
-        return self.held.four_bit_share if self.spec.quantization is not None else None
 
     def predicted(self) -> Prediction:
         """The peak with passes as long as the longest training row, on the GPU that is here."""
@@ -114,27 +97,17 @@ class LlmBench(Bench):
         """Train the attached stage."""
         from ray_peft.engine.member import Job
         from ray_peft.tasks.llm_sft import train, trl_engine
-        from ray_peft.tasks.llm_sft.routers import setting_kept
+        from ray_peft.tasks.llm_sft.routers import setting_restored
 
         job = Job(
             self.spec, stage, steps, first_step, folder, self.device, report, self.eval_loss,
             lowered=self.lowered, costs=self.costs,
         )  # fmt: skip
-        given = (self.spec, job, self.data.train, self.model, self.tokenizer)
+        arguments = (self.spec, job, self.data.train, self.model, self.tokenizer)
         if self.spec.train.engine == "trl":
-            with setting_kept(self.model):
-                return trl_engine.train_stage(*given)
-        return train.train_stage(*given, rehearse=self.device != "cpu")
-
-    def restore(self, folder: Path) -> None:
-        """Load a saved adapter into the attached one."""
-        from ray_peft.tasks.parameters import load_adapter
-
-        load_adapter(self.model, folder, self.device)
-
-    def merge(self, stage: Stage) -> None:
-        """Fold what the stage trained into plain weights."""
-        self.model = cast("PreTrainedModel", stage.merge(self.model))
+            with setting_restored(self.model):
+                return trl_engine.train_stage(*arguments)
+        return train.train_stage(*arguments, rehearse=self.device != "cpu")
 
     def eval_loss(self) -> float:
         """Mean loss of the held-out answers' tokens [nats]."""

@@ -1,4 +1,4 @@
-"""What lm-eval returns, as scores by "task/metric" and as what each question adds to them."""
+"""The results of lm-eval as scores by "task/metric", and what each question adds to them."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def collect(
             if error is not None:
                 errors[key] = error
             counts = entry.get("sample_count", {})  # of a group, whose tasks need not all have the metric
-            asked = counts.get(f"{metric},{chosen}", entry.get("sample_len"))
-            if asked is not None:
-                rows[key] = int(asked)
+            count = counts.get(f"{metric},{chosen}", entry.get("sample_len"))
+            if count is not None:
+                rows[key] = int(count)
     return values, errors, rows
 
 
@@ -46,7 +46,7 @@ def by_question(
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
     groups: Mapping[str, Sequence[str]],
 ) -> list[QuestionScores]:
-    """What each question was given, in the order of tasks and questions.
+    """The scores of each question, in the order of tasks and questions.
 
     Args:
         results: lm-eval's.
@@ -57,18 +57,20 @@ def by_question(
     for group in groups:
         for task in dict.fromkeys(_tasks(group, groups)):
             owners.setdefault(task, []).append(group)
-    found: list[QuestionScores] = []
+    questions: list[QuestionScores] = []
     for task, logged in samples.items():
         keys = [_keys(name, results.get(name, {})) for name in (task, *owners.get(task, ()))]
         values: dict[tuple[int, str], dict[str, float]] = {}
         for sample in logged:
-            given = values.setdefault((int(sample["doc_id"]), _hash(sample)), {})
+            scores = values.setdefault((int(sample["doc_id"]), _hash(sample)), {})
             for metric in sample["metrics"]:
                 if (value := _number(sample[metric])) is not None:
                     named = (metric, sample["filter"])
-                    given.update({of[named]: value for of in keys if named in of})
-        found += [QuestionScores(task=task, question=at, hash=key, values=given) for (at, key), given in values.items()]
-    return found
+                    scores.update({of[named]: value for of in keys if named in of})
+        questions += [
+            QuestionScores(task=task, question=at, hash=key, values=scores) for (at, key), scores in values.items()
+        ]
+    return questions
 
 
 def _keys(task: str, entry: Mapping[str, Any]) -> dict[tuple[str, str], str]:
@@ -99,7 +101,7 @@ def _hash(sample: Mapping[str, Any]) -> str:
 def _number(value: Any) -> float | None:
     """None for what is no finite number, such as the "N/A" of a missing standard error."""
     try:
-        found = float(value) if isinstance(value, SupportsFloat) else math.nan
+        number = float(value) if isinstance(value, SupportsFloat) else math.nan
     except (TypeError, ValueError):  # an array of several numbers
         return None
-    return found if math.isfinite(found) else None
+    return number if math.isfinite(number) else None

@@ -1,4 +1,4 @@
-"""Further benchmarks: tasks of EleutherAI's lm-eval, an optional dependency, asked of the trained model as it is."""
+"""Further benchmarks: tasks of EleutherAI's lm-eval, an optional dependency, that the trained model is scored on."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def check(spec: LlmTrialSpec) -> None:
     """Find every benchmark and its data, before a GPU is taken.
 
     Raises:
-        SpecError: lm-eval is not installed, a task is unknown, asked for twice, needs images or sound, or executes
-            code without leave; the folder of one's own tasks is missing.
-        DataError: a task's data set cannot be had here.
+        SpecError: lm-eval is not installed; a task is unknown, is named twice, needs images or sound, or executes code
+            without permission; or the folder of the user's own tasks is missing.
+        DataError: a task's data set cannot be loaded here.
     """
-    asked = spec.evaluation.benchmarks
-    if asked is not None:
-        with _ready(asked) as manager:
-            _load(asked, manager)
+    benchmarks = spec.evaluation.benchmarks
+    if benchmarks is not None:
+        with _task_manager(benchmarks) as manager:
+            _load(benchmarks, manager)
 
 
 def measure(
@@ -68,56 +68,58 @@ def measure(
     *,
     lowered: dict[str, int] | None = None,
 ) -> Scored:
-    """`scored` with the scores of the benchmarks, and what each of their questions was given.
+    """`scored` with the scores of the benchmarks and of each of their questions.
 
-    Where memory runs out, the questions of one kind of one task are asked again, half as many at a time.
+    Where memory runs out, the questions of one kind of one task are repeated, half as many at a time.
 
     Args:
         spec: names the tasks and the precision.
-        model: in evaluation mode; of a mixture, the first member's, at work.
+        model: in evaluation mode; for a mixture, the first member's model, with its adapter active.
         tokenizer: of the model; it is not changed.
-        scored: what is known already.
-        mixture: of an ensemble.
-        lowered: `Bench.lowered`, read and written at `BATCH`; null remembers nothing.
+        scored: the scores so far.
+        mixture: of an ensemble; None for a single model.
+        lowered: `Bench.lowered`, read and written at `BATCH`; None remembers nothing.
 
     Raises:
         torch.OutOfMemoryError: a single question does not fit.
-        SpecError, DataError: as `check` does, on a worker that lacks what the driver has.
+        SpecError, DataError: as `check`, on a worker that lacks something that the driver has.
     """
-    asked = spec.evaluation.benchmarks
-    assert asked is not None
-    with _ready(asked) as manager, greedy(model, tokenizer, end_of_answers(spec, tokenizer)):
+    benchmarks = spec.evaluation.benchmarks
+    assert benchmarks is not None
+    with _task_manager(benchmarks) as manager, greedy(model, tokenizer, end_of_answers(spec, tokenizer)):
         from lm_eval import simple_evaluate
 
-        found = simple_evaluate(
+        output = simple_evaluate(
             model=_language_model(spec, model, tokenizer, mixture, {} if lowered is None else lowered),
-            tasks=_load(asked, manager),
+            tasks=_load(benchmarks, manager),
             task_manager=manager,
-            num_fewshot=asked.num_fewshot,
-            limit=asked.limit,
+            num_fewshot=benchmarks.num_fewshot,
+            limit=benchmarks.limit,
             bootstrap_iters=BOOTSTRAPS,
             log_samples=True,
-            confirm_run_unsafe_code=asked.allow_code_execution,
+            confirm_run_unsafe_code=benchmarks.allow_code_execution,
         )
-    values, errors, rows = collect(found["results"])
+    values, errors, rows = collect(output["results"])
     update = {"benchmarks": values, "benchmark_stderr": errors, "benchmark_rows": rows}
-    questions = by_question(found["results"], found["samples"], found["group_subtasks"])
+    questions = by_question(output["results"], output["samples"], output["group_subtasks"])
     return replace(scored, scores=scored.scores.model_copy(update=update), questions=questions)
 
 
 @contextlib.contextmanager
-def _ready(asked: BenchmarksSpec) -> Iterator[Any]:
-    """lm-eval's task manager, which knows all tasks that are asked for, in the surroundings that it needs."""
-    if asked.include_path is not None and not Path(asked.include_path).is_dir():
-        raise SpecError(f"{KEY}.include_path: {asked.include_path}: no such folder; give one with task files (*.yaml)")
-    if asked.include_path is not None and not asked.allow_code_execution:
-        _check_no_python(Path(asked.include_path))
-    _require()
-    manager = _manager(asked)
-    for name in asked.tasks:
+def _task_manager(benchmarks: BenchmarksSpec) -> Iterator[Any]:
+    """lm-eval's task manager, which knows all tasks of the trial, in the environment that it needs."""
+    if benchmarks.include_path is not None and not Path(benchmarks.include_path).is_dir():
+        raise SpecError(
+            f"{KEY}.include_path: {benchmarks.include_path}: no such folder; give one with task files (*.yaml)"
+        )
+    if benchmarks.include_path is not None and not benchmarks.allow_code_execution:
+        _check_no_python(Path(benchmarks.include_path))
+    _require_lm_eval()
+    manager = _task_index(benchmarks)
+    for name in benchmarks.tasks:
         if name not in manager.task_index:
-            raise SpecError(_unknown(name, manager.all_tasks))
-    with _surroundings(asked):
+            raise SpecError(_unknown_task(name, manager.all_tasks))
+    with _environment(benchmarks):
         yield manager
 
 
@@ -131,7 +133,7 @@ def _check_no_python(folder: Path) -> None:
         )
 
 
-def _require() -> None:
+def _require_lm_eval() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -141,63 +143,65 @@ def _require() -> None:
         ) from None
 
 
-def _manager(asked: BenchmarksSpec) -> Any:
-    """lm-eval's index of task files, of its own and of the folder's."""
-    folder = asked.include_path
+def _task_index(benchmarks: BenchmarksSpec) -> Any:
+    """lm-eval's index of task files: its own, and those of the folder."""
+    folder = benchmarks.include_path
     files = sorted(Path(folder).rglob("*.yaml")) if folder is not None else []
-    return _index(folder, tuple((str(file), file.stat().st_mtime_ns) for file in files))
+    return _read_task_index(folder, tuple((str(file), file.stat().st_mtime_ns) for file in files))
 
 
 @lru_cache(maxsize=2)  # reading 15,000 files takes up to 11 s, and a process runs many trials
-def _index(folder: str | None, files: tuple[tuple[str, int], ...]) -> Any:
+def _read_task_index(folder: str | None, files: tuple[tuple[str, int], ...]) -> Any:
     from lm_eval.tasks import TaskManager
 
     with _quiet():
         return TaskManager(include_path=folder)
 
 
-def _unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+def _unknown_task(name: str, task_names: list[str]) -> str:
+    near = difflib.get_close_matches(name, task_names, n=3, cutoff=0.6)
     # Most names of a family are longer than what people type, such as arc for arc_easy.
-    near += sorted((other for other in known if name and name in other and other not in near), key=len)[: 3 - len(near)]
-    meant = f"did you mean {', '.join(near)}?" if near else "no name is like it"
+    near += sorted((other for other in task_names if name and name in other and other not in near), key=len)[
+        : 3 - len(near)
+    ]
+    suggestion = f"did you mean {', '.join(near)}?" if near else "no name is like it"
     return (
-        f"{KEY}.tasks: {name}: lm-eval knows {len(known):,} tasks, groups and tags here, but not this one; {meant} "
-        f"Tasks of your own: a folder with their *.yaml files in {KEY}.include_path"
+        f"{KEY}.tasks: {name}: lm-eval knows {len(task_names):,} tasks, groups and tags here, but not this one; "
+        f"{suggestion} Tasks of your own: a folder with their *.yaml files in {KEY}.include_path"
     )
 
 
-def _load(asked: BenchmarksSpec, manager: Any) -> list[Any]:
+def _load(benchmarks: BenchmarksSpec, manager: Any) -> list[Any]:
     """Every group and every task outside one, built, which reads its data set.
 
     Raises:
         SpecError, DataError: a task cannot be run.
     """
     owners: dict[str, str] = {}
-    found: list[Any] = []
-    for name in asked.tasks:
-        unsafe = _unsafe(manager.task_index, name)
-        if unsafe and not asked.allow_code_execution:
-            raise SpecError(_code(name, unsafe))
+    built_tasks: list[Any] = []
+    for name in benchmarks.tasks:
+        unsafe = _unsafe_task(manager.task_index, name)
+        if unsafe and not benchmarks.allow_code_execution:
+            raise SpecError(_needs_code_execution(name, unsafe))
         try:
-            with contextlib.chdir(asked.include_path or "."):  # where paths in one's own task files start
+            with contextlib.chdir(benchmarks.include_path or "."):  # where paths in one's own task files start
                 loaded = manager.load([name])
         except Exception as error:  # data sets, hub clients and task files raise a dozen unrelated types
             raise DataError(_unloadable(manager.task_index, name, error)) from None
         group = loaded["groups"].get(name)
-        found += [group] if group is not None else loaded["tasks"].values()
+        built_tasks += [group] if group is not None else loaded["tasks"].values()
         for task, built in loaded["tasks"].items():
             if task in owners:
                 raise SpecError(f"{KEY}.tasks: {owners[task]} and {name} both hold task {task}; ask for one of them")
             owners[task] = name
             if getattr(built, "MULTIMODAL", False):
                 raise SpecError(f"{KEY}.tasks: {task} shows images or plays sound, which a text model cannot take")
-            if getattr(built, "UNSAFE_CODE", False) and not asked.allow_code_execution:
-                raise SpecError(_code(name, task))
-    return found
+            if getattr(built, "UNSAFE_CODE", False) and not benchmarks.allow_code_execution:
+                raise SpecError(_needs_code_execution(name, task))
+    return built_tasks
 
 
-def _unsafe(index: Mapping[str, Any], name: str) -> str | None:
+def _unsafe_task(index: Mapping[str, Any], name: str) -> str | None:
     """The first task below `name` that says that it executes code; found without building it."""
     return next((leaf for leaf in _leaves(index, name) if (index[leaf].cfg or {}).get("unsafe_code")), None)
 
@@ -217,10 +221,10 @@ def _leaves(index: Mapping[str, Any], name: str) -> Iterator[str]:
             yield from _leaves(index, inner)
 
 
-def _code(name: str, task: str) -> str:
-    which = name if name == task else f"{name} holds {task}, which"
+def _needs_code_execution(name: str, task: str) -> str:
+    subject = name if name == task else f"{name} holds {task}, which"
     return (
-        f"{KEY}.tasks: {which} executes the code that the model writes, on the worker and without a sandbox; "
+        f"{KEY}.tasks: {subject} executes the code that the model writes, on the worker and without a sandbox; "
         f"set {KEY}.allow_code_execution: true (found false) if that is what you want, or leave it out"
     )
 
@@ -239,12 +243,12 @@ def _unloadable(index: Mapping[str, Any], name: str, error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _surroundings(asked: BenchmarksSpec) -> Iterator[None]:
-    """How lm-eval works: quietly, in one process, with leave to execute code if given."""
+def _environment(benchmarks: BenchmarksSpec) -> Iterator[None]:
+    """lm-eval's environment: quiet, in one process, with permission to execute code if the trial gives it."""
     # DISABLE_MULTIPROC: lm-eval would fork a process per core to bootstrap, from a process that holds a GPU.
-    wanted = {"DISABLE_MULTIPROC": "1"} | ({"HF_ALLOW_CODE_EVAL": "1"} if asked.allow_code_execution else {})
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    variables = {"DISABLE_MULTIPROC": "1"} | ({"HF_ALLOW_CODE_EVAL": "1"} if benchmarks.allow_code_execution else {})
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         with _quiet():
             yield
@@ -259,13 +263,13 @@ def _surroundings(asked: BenchmarksSpec) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without lm-eval's warnings on its own task files."""
-    own = logging.getLogger("lm_eval")
-    level = own.level
-    own.setLevel(logging.ERROR)
+    lm_eval_logger = logging.getLogger("lm_eval")
+    level = lm_eval_logger.level
+    lm_eval_logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        own.setLevel(level)
+        lm_eval_logger.setLevel(level)
 
 
 def _language_model(
@@ -275,7 +279,7 @@ def _language_model(
     mixture: Mixture | None,
     lowered: dict[str, int],
 ) -> Any:
-    """The model as lm-eval asks it."""
+    """The model in the form that lm-eval calls."""
     import torch
     from lm_eval.models.huggingface import HFLM
 
@@ -293,7 +297,7 @@ def _language_model(
             return self._fitting(lambda: ask(*args, **more))
 
         def _fitting(self, ask: Callable[[], Any]) -> Any:
-            """The longest questions come first, so little is asked twice."""
+            """The longest questions come first, so few are repeated."""
             while True:
                 size = self.batch_size_per_gpu
                 try:
@@ -317,12 +321,12 @@ def _language_model(
             processors = [mixture.processor(settings["attention_mask"])]
             return super()._model_generate(*args, **settings, logits_processor=processors)
 
-    asked = spec.evaluation.benchmarks
+    benchmarks = spec.evaluation.benchmarks
     return (Fitting if mixture is None else Mixed)(
         pretrained=model,
         tokenizer=copy.deepcopy(tokenizer),  # lm-eval sets its padding
-        batch_size=lowered.get(BATCH, asked.batch_size if asked else 1),
-        # HFLM opens an autocast of its own around the model, and null would switch ours off.
+        batch_size=lowered.get(BATCH, benchmarks.batch_size if benchmarks else 1),
+        # HFLM opens an autocast of its own around the model, and None would switch ours off.
         mixed_precision_dtype=torch.bfloat16 if spec.train.precision == "bf16" else None,
         # Else the log-probabilities of bf16 logits are summed in bf16, which has three digits.
         softmax_dtype=torch.float32,

@@ -1,7 +1,7 @@
 """Conversations of several turns: `messages` with role and content, or ShareGPT's `conversations` with from and value.
 
-What a turn may hold besides its text is kept for the chat template: tool calls, the results of tools, and reasoning.
-What no template shows (images, a part that is no text) makes the row unusable, so that half a turn is never trained.
+Tool calls, the results of tools, and reasoning are kept for the chat template. Images and parts that are no text, which
+no template shows, make the row unusable, so that half a turn is never trained on.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _LOSS = ("train", "training", "loss")
 def messages(row: Mapping[str, Any]) -> Conversation:
     """A conversation: messages with role and content, as in Tulu v2 and UltraChat; empty turns are dropped.
 
-    System text is put before the user turn that it stands behind or, if that is answered already, before the next one:
-    before the first user turn where it opens the conversation. After the last answer it instructs nothing and goes.
-    A column `system` opens the conversation. Turns behind the last answer that is trained (`weight: 0`) go as well.
+    System text is put at the start of the user turn that it follows or, if that is answered already, of the next one. A
+    column `system` opens the conversation. System text after the last answer is dropped, and so are the turns after the
+    last answer that is trained on (`weight: 0` marks those that are not).
 
     Raises:
         WrongShape: the turns are no list of mappings with role and text.
         Unusable: roles that do not alternate, or what no chat template shows.
     """
-    given, field = _given(row)
+    turns, field = _raw_turns(row)
     written = _Writer(text_of(row, "system", default=""))
-    for index, message in enumerate(given):
+    for index, message in enumerate(turns):
         place = f"{field}[{index}]"
         if not isinstance(message, Mapping):
             raise WrongShape(
@@ -92,16 +92,16 @@ class _Writer:
             self._system = f"{self._system}\n\n{content}" if self._system else content
 
 
-def _given(row: Mapping[str, Any]) -> tuple[Sequence[object], str]:
+def _raw_turns(row: Mapping[str, Any]) -> tuple[Sequence[object], str]:
     """The turns as they stand, and the field that holds them."""
     if any(row.get(field) for field in _MEDIA):
         raise Unusable("images, audio or video beside the text")
     field = next((field for field in _TURNS if row.get(field) is not None), _TURNS[0])
-    found = row.get(field)
-    if not isinstance(found, list):
-        reason = f"field 'messages' must be a list (found {kind(found)}"
+    turns = row.get(field)
+    if not isinstance(turns, list):
+        reason = f"field 'messages' must be a list (found {kind(turns)}"
         raise WrongShape(f"{reason}; the row has {keys(row)})", f"{reason})")
-    return found, field
+    return turns, field
 
 
 def _role(message: Mapping[str, Any], place: str) -> str:
@@ -150,20 +150,20 @@ def _part(part: object) -> str:
         return part
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    what = part.get("type") if isinstance(part, Mapping) else kind(part)
-    raise Unusable(f"a part of type {what}, where text alone is trained")
+    type_name = part.get("type") if isinstance(part, Mapping) else kind(part)
+    raise Unusable(f"a part of type {type_name}, where text alone is trained")
 
 
 def _calls(message: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """The tool calls of a turn; None if it has none."""
-    found = message.get("tool_calls") or message.get("function_call")
-    return _as_calls(found) if found else None
+    value = message.get("tool_calls") or message.get("function_call")
+    return _as_calls(value) if value else None
 
 
-def _as_calls(found: object) -> list[dict[str, Any]]:
+def _as_calls(value: object) -> list[dict[str, Any]]:
     """One call or several, also as JSON text, as chat templates take them."""
-    found = _from_json(found)
-    calls = found if isinstance(found, list) else [found]
+    value = _from_json(value)
+    calls = value if isinstance(value, list) else [value]
     if not calls:
         raise Unusable("a tool call without name and arguments")
     return [_call(call) for call in calls]
@@ -184,10 +184,10 @@ def _call(call: object) -> dict[str, Any]:
 
 def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """The functions that the row offers."""
-    found = _from_json(row.get("tools") or row.get("functions"))
-    if not found:
+    value = _from_json(row.get("tools") or row.get("functions"))
+    if not value:
         return ()
-    tools = found if isinstance(found, list) else [found]
+    tools = value if isinstance(value, list) else [value]
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise Unusable("tools that are no list of functions")
     return tuple(

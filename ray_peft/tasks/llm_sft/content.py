@@ -1,4 +1,4 @@
-"""What names the rows of text trials: their content, wherever their files are; and what release 0.1.0 named them."""
+"""The keys of the prepared rows of text trials, from the content of their files; and the keys of release 0.1.0."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def data_key(version: int, data: DataSpec, tokenizer: PreTrainedTokenizerBase, a
 
 
 def prepared_folder(data: DataSpec, key: str) -> Path:
-    """Where rows of this content are kept, prepared."""
+    """The folder with the prepared rows of this content."""
     # The same rows, but those with bad rows among them are refused where `unusable` says to fail.
     return cache_folder() / "prepared" / (key if data.unusable == "fail" else f"{key}-skip")
 
@@ -51,7 +51,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def released(spec: LlmTrialSpec, row: LlmTrialSpec, tokenizer: PreTrainedTokenizerBase) -> Content:
-    """What release 0.1.0 would call a trial's content, had its files been where those of an earlier row were.
+    """The name that release 0.1.0 would give to a trial's content if its files were where those of an earlier row were.
 
     Args:
         spec: the trial, with the files of today.

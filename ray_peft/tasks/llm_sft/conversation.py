@@ -1,4 +1,4 @@
-"""What a recipe makes of a row, and why it can make nothing of one."""
+"""The conversation that a recipe makes of a row, and the reasons why it cannot."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Conversation:
             Unusable: a NUL character, or half of a surrogate pair.
         """
         plain = self.is_plain
-        whole = self.text or "".join([turn["content"] for turn in self.turns])
-        for text in [whole] if plain else _texts([list(self.turns), list(self.tools)]):
+        all_text = self.text or "".join([turn["content"] for turn in self.turns])
+        for text in [all_text] if plain else _texts([list(self.turns), list(self.tools)]):
             if "\0" in text:
                 raise Unusable("a NUL character")
             try:
@@ -64,7 +64,7 @@ class WrongShape(Exception):
 
 
 class Unusable(Exception):
-    """A row of the right shape has nothing to learn from; the text is the reason under which it is counted."""
+    """A row of the right shape that cannot be trained on; the text is the reason under which it is counted."""
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What became of the rows, counted, and in words."""
+"""How many rows were used, cut and left out: as numbers and as sentences."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ray_peft.foundation.lists import some
 from ray_peft.spec import DataSpec
 
 _NAMED = 5
@@ -14,7 +15,7 @@ _NAMED = 5
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """What became of the rows of one source."""
+    """How many rows of one source were used, cut and left out."""
 
     source: str
     read: int
@@ -48,7 +49,7 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """What must fit a model, and what the chat template does: of all rows of a data set."""
+    """What must fit a model, and what the chat template does; of all rows of a data set."""
 
     vocabulary: int
     """Tokens that the tokenizer knows."""
@@ -90,47 +91,47 @@ def notes(counts: Sequence[SourceCounts], data: DataSpec) -> list[str]:
 
 
 def remarks(counts: Sequence[SourceCounts], data: DataSpec, facts: TokenFacts) -> list[str]:
-    """What a reader must know of how rows became tokens."""
-    said = []
+    """What a reader must know about how rows became tokens."""
+    sentences = []
     for source in counts:
         for split, numbers in source.unscored.items():
             scored = source.test if split == "test" else source.validation
-            said.append(
+            sentences.append(
                 f"{source.source}: {len(numbers)} of {len(numbers) + scored} {split} rows are unscored and left out, "
                 f"since their answer begins after {data.max_length} tokens (data.max_length): {numbered(numbers)}"
             )
         for reason, count in source.unsound.items():
-            said.append(f"{source.source}: {count} answers within training rows are not trained on ({reason})")
+            sentences.append(f"{source.source}: {count} answers within training rows are not trained on ({reason})")
         if source.typed:
             tokens = ", ".join(f"{name} {count:,}x" for name, count in Counter(source.typed).most_common(_NAMED))
             became = "they stay text" if data.special_tokens == "text" else "they become control tokens"
-            said.append(
+            sentences.append(
                 f"{source.source}: {source.typed_rows} rows hold special tokens as text ({tokens}); {became} "
                 f"(data.special_tokens: {data.special_tokens})"
             )
     if facts.dated:
-        said.append(f"the chat template prints the date: it is {data.template_date} in all rows (data.template_date)")
-    return said
+        sentences.append(
+            f"the chat template prints the date: it is {data.template_date} in all rows (data.template_date)"
+        )
+    return sentences
 
 
 def cautions(facts: TokenFacts) -> list[str]:
-    """What the chat template does that answers suffer from."""
-    said = []
+    """What the chat template does that makes answers worse."""
+    sentences = []
     if facts.end == "":
-        said.append(
+        sentences.append(
             "the chat template writes no end mark after an answer, so the model cannot learn to stop, and every answer "
             "is as long as evaluation.max_new_tokens; name a template that ends answers in data.chat_template"
         )
     if facts.lead:
-        said.append(
+        sentences.append(
             f"the chat template begins each answer with {facts.lead!a}, which is not in its generation prompt: the "
             "model learns to write it, and it is scored as part of the answer"
         )
-    return said
+    return sentences
 
 
 def numbered(numbers: Sequence[int]) -> str:
     """Row numbers in words: the first ones, and how many more there are."""
-    first = ", ".join(map(str, sorted(numbers)[:_NAMED]))
-    more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
-    return f"row{'s' if len(numbers) > 1 else ''} {first}{more}"
+    return f"row{'s' if len(numbers) > 1 else ''} {some([str(number) for number in sorted(numbers)], _NAMED)}"

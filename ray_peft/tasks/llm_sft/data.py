@@ -35,7 +35,7 @@ FORMAT = 8
 
 
 class ContaminationError(DataError):
-    """Training rows repeat held-out rows; carries what was found, for a report."""
+    """Training rows repeat held-out rows; carries the counts and the overlap, for a report."""
 
     def __init__(self, text: str, counts: list[SourceCounts], overlap: Overlap) -> None:
         super().__init__(text)
@@ -57,7 +57,7 @@ class PreparedData:
     facts: TokenFacts
     """What must fit the model, and what the chat template does."""
     validation: Dataset | None = None
-    """Columns as `test`: rows for choices made after training; null if no source sets any apart."""
+    """Columns as `test`: rows for choices made after training; None if no source has any."""
     overlap: Overlap | None = None
     """Training rows that repeat held-out rows, found when the rows were prepared."""
 
@@ -87,23 +87,23 @@ def prepare(spec: LlmTrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedD
         _build(spec.data, tokenizer, answers_only, folder)
     from datasets import load_from_disk
 
-    counts = [SourceCounts(**each) for each in json.loads((folder / "counts.json").read_text(encoding="utf-8"))]
+    counts = [SourceCounts(**plain) for plain in json.loads((folder / "counts.json").read_text(encoding="utf-8"))]
     train, test = load_from_disk(folder / "train"), load_from_disk(folder / "test")
-    validation = load_from_disk(folder / "validation") if any(each.validation for each in counts) else None
+    validation = load_from_disk(folder / "validation") if any(source.validation for source in counts) else None
     overlap = Overlap.from_plain(json.loads((folder / "overlap.json").read_text(encoding="utf-8")))
     facts = TokenFacts(**json.loads((folder / "facts.json").read_text(encoding="utf-8")))
     return PreparedData(train, test, counts, key, facts, validation, overlap)
 
 
 def notes(prepared: PreparedData, data: DataSpec) -> list[str]:
-    """What became of the rows of each source; how they became tokens; and which of them repeat held-out ones."""
-    found = [*counting.notes(prepared.counts, data), *counting.remarks(prepared.counts, data, prepared.facts)]
+    """How many rows of each source are used, how they became tokens, and which of them repeat held-out ones."""
+    sentences = [*counting.notes(prepared.counts, data), *counting.remarks(prepared.counts, data, prepared.facts)]
     if prepared.overlap is not None and prepared.overlap.action == "allow" and prepared.overlap.offending:
-        found.append(
+        sentences.append(
             f"{prepared.overlap.offending} training rows repeat held-out rows and are trained on "
             "(data.contamination: allow): scores measure memory in part"
         )
-    return found
+    return sentences
 
 
 def _content_key(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: bool) -> str:
@@ -117,7 +117,7 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
 
     disable_progress_bar()
     drawn = draw_all(data, tokenizer, answers_only)
-    drawn = [_apart_from_test(each, drawn, data) for each in drawn]
+    drawn = [_without_test_repeats(source, drawn, data) for source in drawn]
     gate = _gate(drawn, data)
     building = _Building(data, Encoder(tokenizer, data.template_date, data.special_tokens), answers_only, gate)
     counts = [building.add(source) for source in drawn]
@@ -129,7 +129,7 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
         del splits["validation"]
     for name, rows in splits.items():
         if not rows.columns:
-            raise DataError(_none_left(name, data, counts, drawn))
+            raise DataError(_empty_split(name, data, counts, drawn))
     facts = _facts(tokenizer, building, drawn)
     with made_whole(folder, "counts.json") as partial:
         for name, rows in splits.items():
@@ -138,10 +138,10 @@ def _build(data: DataSpec, tokenizer: PreTrainedTokenizerBase, answers_only: boo
             shuffled.save_to_disk(partial / name)
         (partial / "overlap.json").write_text(json.dumps(overlap.plain()), encoding="utf-8")
         (partial / "facts.json").write_text(json.dumps(asdict(facts)), encoding="utf-8")
-        (partial / "counts.json").write_text(json.dumps([asdict(each) for each in counts]), encoding="utf-8")
+        (partial / "counts.json").write_text(json.dumps([asdict(source) for source in counts]), encoding="utf-8")
 
 
-def _none_left(split: str, data: DataSpec, counts: Sequence[SourceCounts], drawn: Sequence[DrawnRows]) -> str:
+def _empty_split(split: str, data: DataSpec, counts: Sequence[SourceCounts], drawn: Sequence[DrawnRows]) -> str:
     """Why a split is empty."""
     unscored = [
         f"; the answer begins after that: {source.source}, {numbered(source.unscored[split])}"
@@ -156,7 +156,7 @@ def _none_left(split: str, data: DataSpec, counts: Sequence[SourceCounts], drawn
 
 
 def _facts(tokenizer: PreTrainedTokenizerBase, building: _Building, drawn: Sequence[DrawnRows]) -> TokenFacts:
-    """What is known of all rows together; needs one row at least."""
+    """Facts about all rows together; there must be at least one row."""
     template = building.encoder.template
     chats = [row.conversation for source in drawn for row in source.train[:1] if row.conversation.text is None]
     around = frame(template) if chats else None
@@ -175,30 +175,30 @@ def _facts(tokenizer: PreTrainedTokenizerBase, building: _Building, drawn: Seque
     )
 
 
-def _apart_from_test(source: DrawnRows, drawn: Sequence[DrawnRows], data: DataSpec) -> DrawnRows:
-    """The source without validation rows that repeat a test row, which would tune on what is scored."""
+def _without_test_repeats(source: DrawnRows, drawn: Sequence[DrawnRows], data: DataSpec) -> DrawnRows:
+    """The source without validation rows that repeat a test row: choices made on them would be made on the test."""
     if not source.validation or data.contamination.action == "allow":
         return source
-    tested = [HeldOutRow(each.source, "test", row) for each in drawn for row in each.test]
+    tested = [HeldOutRow(other.source, "test", row) for other in drawn for row in other.test]
     gate = Gate(tested, source.validation, data.contamination)
-    kept = [row for row in source.validation if not gate.offends(source.source, row)]
-    if not kept:
+    rows = [row for row in source.validation if not gate.offends(source.source, row)]
+    if not rows:
         raise DataError(
             f"data: every validation row of source {source.source} repeats a test row; give other rows, or set "
             f"data.contamination: {{action: allow}} knowingly{source.left_out.clause()}"
         )
-    return replace(source, validation=kept, validation_dropped=len(source.validation) - len(kept))
+    return replace(source, validation=rows, validation_dropped=len(source.validation) - len(rows))
 
 
 def _gate(drawn: Sequence[DrawnRows], data: DataSpec) -> Gate:
-    """What training rows of all sources are held against."""
+    """The held-out rows of all sources, with which training rows are compared."""
     held_out = [
-        HeldOutRow(each.source, split, row)
-        for each in drawn
-        for split, rows in (("test", each.test), ("validation", each.validation))
+        HeldOutRow(source.source, split, row)
+        for source in drawn
+        for split, rows in (("test", source.test), ("validation", source.validation))
         for row in rows
     ]
-    likely = chain.from_iterable(each.train[: each.train_count] for each in drawn)
+    likely = chain.from_iterable(source.train[: source.train_count] for source in drawn)
     return Gate(held_out, likely, data.contamination)
 
 
@@ -218,7 +218,7 @@ class _Building:
     longest: int = 0
     """Tokens of the longest row or prompt so far."""
     unscored: dict[str, list[int]] = field(default_factory=dict)
-    """Of the source that is being added, as in SourceCounts; so are the next three."""
+    """Counts of the source that is being added, as in SourceCounts; so are the next three."""
     unsound: Counter[str] = field(default_factory=Counter)
     typed: Counter[str] = field(default_factory=Counter)
     typed_rows: int = 0
@@ -256,11 +256,11 @@ class _Building:
     def _add_train(self, drawn: DrawnRows) -> tuple[int, int, int, int]:
         """Training rows added, cut, left out for their length, and for repeating held-out rows."""
         data = self.data
-        kept = cut = dropped = repeating = 0
+        added = cut = dropped = repeating = 0
         for row in drawn.train:
-            if kept == drawn.train_count:
+            if added == drawn.train_count:
                 break
-            encoded = self._tried(self.encoder.row, row, drawn)
+            encoded = self._encode_or_leave_out(self.encoder.row, row, drawn)
             if encoded is None:
                 continue
             ids, labels = encoded.ids, encoded.labels[: data.max_length]
@@ -275,18 +275,18 @@ class _Building:
                 repeating += 1
                 continue
             cut += len(ids) > data.max_length
-            kept += 1
+            added += 1
             self.unsound.update(encoded.unsound if self.answers_only else {})
-            self._put("train", drawn.source, row, encoded)
-        if drawn.train_count is not None and kept < drawn.train_count:
-            raise DataError(self._too_few(drawn, kept, repeating))
-        return kept, cut, dropped, repeating
+            self._append("train", drawn.source, row, encoded)
+        if drawn.train_count is not None and added < drawn.train_count:
+            raise DataError(self._too_few(drawn, added, repeating))
+        return added, cut, dropped, repeating
 
-    def _too_few(self, drawn: DrawnRows, kept: int, repeating: int) -> str:
+    def _too_few(self, drawn: DrawnRows, added: int, repeating: int) -> str:
         but = f" that repeat no held-out row ({repeating} do)" if repeating else ""
         return (
-            f"data: source {drawn.source} has {kept} training rows within max_length ({self.data.max_length}) tokens"
-            f"{but}, but train: {drawn.train_count} are asked for; {(drawn.train_count or 0) - kept} short: lower "
+            f"data: source {drawn.source} has {added} training rows within max_length ({self.data.max_length}) tokens"
+            f"{but}, but train: {drawn.train_count} are asked for; {(drawn.train_count or 0) - added} short: lower "
             f"`train`, or raise data.max_length{drawn.left_out.clause()}"
         )
 
@@ -294,7 +294,7 @@ class _Building:
         """Test or validation rows added, and how many of them are longer than the limit."""
         added = cut = 0
         for row in rows:
-            encoded = self._tried(self.encoder.row, row, drawn)
+            encoded = self._encode_or_leave_out(self.encoder.row, row, drawn)
             if encoded is None:
                 continue
             if encoded.problem is not None:
@@ -303,17 +303,17 @@ class _Building:
             if all(label == IGNORED for label in encoded.labels[: self.data.max_length]):
                 self.unscored.setdefault(split, []).append(row.number)
                 continue
-            question = self._tried(self.encoder.question, row, drawn)
+            question = self._encode_or_leave_out(self.encoder.question, row, drawn)
             if question is None:
                 continue
             added += 1
             cut += len(encoded.ids) > self.data.max_length
             self._measure(question["prompt_ids"])
-            self._put(split, drawn.source, row, encoded, **question)
+            self._append(split, drawn.source, row, encoded, **question)
         return added, cut
 
-    def _tried(self, encode: Callable[[Conversation], T], row: Row, drawn: DrawnRows) -> T | None:
-        """What `encode` makes of a row; None if it is unusable, which is counted.
+    def _encode_or_leave_out(self, encode: Callable[[Conversation], T], row: Row, drawn: DrawnRows) -> T | None:
+        """The result of `encode` for a row; None if the row is unusable, which is counted.
 
         Raises:
             DataError: the chat template or the tokenizer fails on it, and such rows are not skipped.
@@ -333,7 +333,7 @@ class _Building:
     def _measure(self, ids: Sequence[int]) -> None:
         self.largest, self.longest = max(self.largest, *ids, 0), max(self.longest, len(ids))
 
-    def _put(self, split: str, source: str, row: Row, encoded: Encoded, **question: Any) -> None:
+    def _append(self, split: str, source: str, row: Row, encoded: Encoded, **question: Any) -> None:
         limit = self.data.max_length
         ids, labels = encoded.ids[:limit], encoded.labels[:limit]
         self._measure(ids)

@@ -1,4 +1,4 @@
-"""The prepared rows for people: counts, JSON lines, and examples as the model sees them."""
+"""The prepared rows for people to read: counts, JSON lines, and examples as the model sees them."""
 
 from __future__ import annotations
 
@@ -49,19 +49,21 @@ def write(spec: LlmTrialSpec, folder: Path) -> list[Path]:
     drawn = draw_all(spec.data, tokenizer, spec.train.loss == "answers")
     written = []
     for split, rows in _splits(prepared):
-        found = {(each.source, row.number): row.conversation for each in drawn for row in getattr(each, split)}
+        conversations = {
+            (source.source, row.number): row.conversation for source in drawn for row in getattr(source, split)
+        }
         lines = []
         for row in rows:
-            conversation = found[row["source_dataset"], row["row"]]
+            conversation = conversations[row["source_dataset"], row["row"]]
             line = {"source_dataset": row["source_dataset"], "row": row["row"], **conversation.plain()}
             lines.append(json.dumps({**line, "rendered": _decoded(row["input_ids"], tokenizer)}, ensure_ascii=False))
         written.append(folder / f"{split}.jsonl")
         write_text(written[-1], "".join(f"{line}\n" for line in lines))
     examples = folder / "examples"
     examples.mkdir(exist_ok=True)
-    for name, each in zip(_file_names([each.source for each in drawn]), drawn, strict=True):
+    for name, source in zip(_file_names([source.source for source in drawn]), drawn, strict=True):
         written.append(examples / f"{name}_example.txt")
-        write_text(written[-1], _examples(prepared.train, each.source, tokenizer, spec.train.loss))
+        write_text(written[-1], _examples(prepared.train, source.source, tokenizer, spec.train.loss))
     return written
 
 
@@ -70,17 +72,19 @@ def _report(
 ) -> DataReport:
     tokens = {} if prepared is None else {split: _tokens(rows, spec.train.loss) for split, rows in _splits(prepared)}
     splits = []
-    for each in counts:
+    for source in counts:
         for split, rows, cut in (
-            ("train", each.train, each.train_cut),
-            ("validation", each.validation, each.validation_cut),
-            ("test", each.test, each.test_cut),
+            ("train", source.train, source.train_cut),
+            ("validation", source.validation, source.validation_cut),
+            ("test", source.test, source.test_cut),
         ):
             if rows or split != "validation":
                 train = split == "train"
-                total, longest, trained = tokens.get(split, {}).get(each.source, (None, None, None))
-                dropped, overlapping = (each.train_dropped, each.overlap_dropped) if train else (0, 0)
-                splits.append(SplitReport(each.source, split, rows, cut, dropped, overlapping, total, longest, trained))
+                total, longest, trained = tokens.get(split, {}).get(source.source, (None, None, None))
+                dropped, overlapping = (source.train_dropped, source.overlap_dropped) if train else (0, 0)
+                splits.append(
+                    SplitReport(source.source, split, rows, cut, dropped, overlapping, total, longest, trained)
+                )
     settings = {
         "tokenizer": spec.model.tokenizer or spec.model.name,
         "seed": spec.data.seed,
@@ -91,9 +95,9 @@ def _report(
     return DataReport(
         key=None if prepared is None else prepared.key,
         settings=settings,
-        read={each.source: each.read for each in counts},
-        unusable={each.source: each.unusable for each in counts},
-        unusable_rows={each.source: each.unusable_rows for each in counts},
+        read={source.source: source.read for source in counts},
+        unusable={source.source: source.unusable for source in counts},
+        unusable_rows={source.source: source.unusable_rows for source in counts},
         splits=splits,
         overlap=overlap.plain(),
         overlap_lines=_overlap_lines(overlap),
@@ -119,13 +123,13 @@ def _splits(prepared: PreparedData) -> Iterator[tuple[str, Dataset]]:
 
 def _tokens(rows: Dataset, loss: str) -> dict[str, tuple[int, int, int]]:
     """Tokens, longest row and tokens with loss, by source."""
-    found: dict[str, tuple[int, int, int]] = {}
+    by_source: dict[str, tuple[int, int, int]] = {}
     for row in rows.select_columns(["source_dataset", "labels"]):
         labels = row["labels"]
-        total, longest, trained = found.get(row["source_dataset"], (0, 0, 0))
+        total, longest, trained = by_source.get(row["source_dataset"], (0, 0, 0))
         trained += sum(_is_trained(label, loss) for label in labels)
-        found[row["source_dataset"]] = total + len(labels), max(longest, len(labels)), trained
-    return found
+        by_source[row["source_dataset"]] = total + len(labels), max(longest, len(labels)), trained
+    return by_source
 
 
 def _is_trained(label: int, loss: str) -> bool:

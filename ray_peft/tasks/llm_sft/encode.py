@@ -45,13 +45,13 @@ class _Chat:
     tools: Sequence[Mapping[str, Any]]
     typed: tuple[str, ...]
     """Special tokens in their texts."""
-    own: _Chat | None = None
+    original: _Chat | None = None
     """As the row has them; None if they are the same, since no special token is hidden in them."""
 
     @property
     def hidden(self) -> bool:
         """Whether private characters stand for special tokens."""
-        return self.own is not None
+        return self.original is not None
 
 
 class Encoder:
@@ -115,7 +115,7 @@ class Encoder:
         as_text = bool(typed) and self._typed_as == "text"
         try:
             if as_text and self._tokenizer.is_fast:
-                ids = self._special.encode(self._special.hidden(text), [], whole=True)[0].ids
+                ids = self._special.encode(self._special.hidden(text), [], add_special_tokens=True)[0].ids
             else:
                 ids = self._tokenizer(text, split_special_tokens=as_text)["input_ids"]
         except NotSpecial as error:
@@ -128,20 +128,20 @@ class Encoder:
     def _chat(self, turns: list[Message], tools: Sequence[Mapping[str, Any]]) -> _Chat:
         """Turns and tools as the template gets them."""
         typed = tuple(self._special.typed([turns, tools]))
-        own = _Chat(turns, tools, typed)
+        original = _Chat(turns, tools, typed)
         if not typed or self._typed_as == "control":
-            return own
+            return original
         try:
-            return _Chat(self._special.hidden(turns), self._special.hidden(list(tools)), typed, own)
+            return _Chat(self._special.hidden(turns), self._special.hidden(list(tools)), typed, original)
         except NotSpecial as error:
             raise Unusable(str(error)) from None
 
     def _written(self, chat: _Chat, *, ask: bool = False) -> str:
         """What the template writes; of hidden special tokens, the same as of typed ones."""
         text = self.template.write(chat.turns, tools=chat.tools, ask=ask)
-        if chat.own is not None:
-            plain = self.template.write(chat.own.turns, tools=chat.own.tools, ask=ask)
-            if self._special.shown(text) != plain:
+        if chat.original is not None:
+            plain = self.template.write(chat.original.turns, tools=chat.original.tools, ask=ask)
+            if self._special.restored(text) != plain:
                 raise Unusable("the chat template reacts to special tokens typed in the row")
         return text
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from ray_peft.errors import DataError, first_line
+from ray_peft.foundation.substitutes import HEAD, substitute
 from ray_peft.spec.base import is_local
 from ray_peft.tasks.llm_sft.json_rows import json_rows
 from ray_peft.tasks.llm_sft.raw import RawRow
@@ -38,9 +39,6 @@ _MAGIC = {
     b"\x28\xb5\x2f\xfd": ("packed by zstd", "unpack it with unzstd"),
     b"ARROW1": ("an Arrow file", "write it as .parquet or .jsonl"),
     b"SQLite format": ("an SQLite database", "export its rows as CSV or JSON lines"),
-    b"version https://git-lfs": ("a pointer of Git LFS and not the rows", "fetch them with `git lfs pull`"),
-    b"<!doctype html": ("a web page and not the rows", "download the file itself"),
-    b"<html": ("a web page and not the rows", "download the file itself"),
 }
 """First bytes of what is not the text that a name promises: what it is, and the way out."""
 
@@ -86,7 +84,7 @@ def local_files(path: str) -> list[Path]:
         if file.is_dir():
             return _shards(path, file)
         if not file.exists():
-            raise DataError(f"{path}: no such file{_why_not(path, file)}")
+            raise DataError(f"{path}: no such file{_other_meaning(path, file)}")
         if not file.is_file():
             raise DataError(f"{path}: is neither a file nor a folder; save its rows in a file")
         _kind(path, file.name)
@@ -96,8 +94,8 @@ def local_files(path: str) -> list[Path]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _why_not(path: str, file: Path) -> str:
-    """What else a path may mean that names no file."""
+def _other_meaning(path: str, file: Path) -> str:
+    """What a path that names no file may mean instead."""
     if file.is_symlink():
         return f" (a link to {file.readlink()}, which is not there)"
     if "://" in path:
@@ -119,9 +117,9 @@ def _shards(path: str, folder: Path) -> list[Path]:
         )
     ends = {name: _ending(name) for name in names if name.lower() not in _NO_ROWS}
     shards = {name: ending for name, ending in ends.items() if ending is not None and (folder / name).is_file()}
-    gone = [name for name, ending in ends.items() if ending is not None and not (folder / name).exists()]
-    if gone:
-        raise DataError(f"{path}: {gone[0]} is a link to a file that is not there; mend or remove it")
+    missing = [name for name, ending in ends.items() if ending is not None and not (folder / name).exists()]
+    if missing:
+        raise DataError(f"{path}: {missing[0]} is a link to a file that is not there; mend or remove it")
     if not shards:
         inner = [name for name in names if (folder / name).is_dir()]
         below = f"; there are folders in it ({', '.join(inner[:5])}): name one of them" if inner else ""
@@ -147,17 +145,17 @@ def _check_shards(path: str, names: list[str]) -> None:
             f"{path}: the folder holds the shards of several splits ({', '.join(sorted(splits))}), which would be "
             "mixed; name a folder with one of them, and those of the other in test_path"
         )
-    of: dict[str, set[int]] = {}
+    numbers_by_pattern: dict[str, set[int]] = {}
     for name in names:
         if match := _SHARD.search(name):
-            whole = f"{name[: match.start()]}*-of-{match[2]}{name[match.end() :]}"
-            of.setdefault(whole, set()).add(int(match[1]))
-    for whole, numbers in of.items():
-        count = int(whole.rpartition("-of-")[2].partition(".")[0])
+            pattern = f"{name[: match.start()]}*-of-{match[2]}{name[match.end() :]}"
+            numbers_by_pattern.setdefault(pattern, set()).add(int(match[1]))
+    for pattern, numbers in numbers_by_pattern.items():
+        count = int(pattern.rpartition("-of-")[2].partition(".")[0])
         missing = sorted(set(range(count)) - {number - (count in numbers) for number in numbers})
         if missing:
             raise DataError(
-                f"{path}: {len(missing)} of the {count} shards {whole} are missing; copy or download them again"
+                f"{path}: {len(missing)} of the {count} shards {pattern} are missing; copy or download them again"
             )
 
 
@@ -179,8 +177,8 @@ def _kind(path: str, name: str) -> str:
         raise DataError(f"{path}: {packed} files are not read; unpack it (`{_UNPACK[packed]}`), or pack it with gzip")
     kind = next((kind for kind in KINDS if lower.removesuffix(".gz").endswith(kind)), None)
     if kind is None or lower.endswith(".parquet.gz"):
-        known = ", ".join(KINDS)
-        raise DataError(f"{path}: unknown kind of file; known are {known}, and all but .parquet also as .gz")
+        endings = ", ".join(KINDS)
+        raise DataError(f"{path}: unknown kind of file; known are {endings}, and all but .parquet also as .gz")
     return kind
 
 
@@ -194,7 +192,7 @@ def _file_rows(name: str, file: Path) -> Generator[RawRow]:
     packed = file.name.lower().endswith(".gz")
     try:
         with file.open("rb") as content:
-            _check_magic(name, content.read(64), ".parquet" if kind == ".parquet" else ".gz" if packed else "")
+            _check_magic(name, content.read(HEAD), ".parquet" if kind == ".parquet" else ".gz" if packed else "")
             content.seek(0)
             if kind == ".parquet":
                 yield from parquet_rows(name, file)
@@ -237,23 +235,22 @@ def _text_rows(name: str, content: BinaryIO, kind: str) -> Iterator[RawRow]:
 
 
 def _check_magic(name: str, head: bytes, expected: str) -> None:
-    """Refuse a file that is something else than its name says.
+    """Refuse a file whose content is not what its name says.
 
     Raises:
-        DataError: it is, with the way out.
+        DataError: with the way out.
     """
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    what, way = next(
-        (told for magic, told in _MAGIC.items() if head.startswith(magic) or start.startswith(magic)), ("", "")
-    )
+    if head and (text := substitute(head)) is not None:
+        raise DataError(f"{name}: cannot be read: it is {text}")
+    actual, way = next((entry for magic, entry in _MAGIC.items() if head.startswith(magic)), ("", ""))
     if expected == ".gz":
         if head.startswith(b"\x1f\x8b") or not head:
             return
-        what, way = what or "not packed by gzip, though its name ends in .gz", way or "take .gz from its name"
-    elif expected == ".parquet" and (head.startswith(b"PAR1") or not what):
+        actual, way = actual or "not packed by gzip, though its name ends in .gz", way or "take .gz from its name"
+    elif expected == ".parquet" and (head.startswith(b"PAR1") or not actual):
         return
-    if what:
-        raise DataError(f"{name}: cannot be read: it is {what}; {way}")
+    if actual:
+        raise DataError(f"{name}: cannot be read: it is {actual}; {way}")
 
 
 def _hub_rows(name: str, split: str) -> Iterator[RawRow]:

@@ -38,16 +38,16 @@ def check(spec: LlmTrialSpec, model: ModelSpec, config: PretrainedConfig, prepar
         return cautions
     needs = [(prepared.facts.longest, "the longest row", f"lower data.max_length to at most {positions}")]
     if spec.evaluation.generate:
-        asked = prepared.test.select(range(min(spec.evaluation.rows or len(prepared.test), len(prepared.test))))
-        prompt = max(map(len, asked["prompt_ids"]), default=0)
+        answered = prepared.test.select(range(min(spec.evaluation.rows or len(prepared.test), len(prepared.test))))
+        prompt = max(map(len, answered["prompt_ids"]), default=0)
         new = spec.evaluation.max_new_tokens
-        what = f"the longest prompt ({prompt} tokens) and evaluation.max_new_tokens ({new})"
+        length = f"the longest prompt ({prompt} tokens) and evaluation.max_new_tokens ({new})"
         way = f"lower evaluation.max_new_tokens to at most {positions - prompt}" if prompt < positions else needs[0][2]
-        needs.append((prompt + new, what, way))
+        needs.append((prompt + new, length, way))
     longer = [need for need in needs if need[0] > positions]
     fixed = bool(longer) and has_fixed_positions(config, positions)
-    for tokens, what, way in longer:
-        have = f"{what} has {tokens:,} tokens" if what == needs[0][1] else f"{what} make {tokens:,} tokens"
+    for tokens, length, way in longer:
+        have = f"{length} has {tokens:,} tokens" if length == needs[0][1] else f"{length} make {tokens:,} tokens"
         if fixed:
             raise DataError(
                 f"model.name: {model.name} has {positions:,} positions and cannot go beyond, but {have}; {way}"
@@ -63,14 +63,14 @@ def _check_embedding(model: ModelSpec, vocabulary: int | None, facts: TokenFacts
     """Token numbers against the rows of the embedding."""
     if vocabulary is None:
         return []
-    for token, name, what in (
+    for token, name, where in (
         (facts.largest, facts.largest_name, "a row holds"),
         (facts.pad, facts.pad_name, "shorter rows are padded with"),
     ):
         if token >= vocabulary:
             raise ModelError(
                 f"model.name: {model.name} has an embedding of {vocabulary:,} tokens (vocab_size in config.json), but "
-                f"{what} token number {token:,} ({name!a}) of a tokenizer with {facts.vocabulary:,}; name "
+                f"{where} token number {token:,} ({name!a}) of a tokenizer with {facts.vocabulary:,}; name "
                 "the model's own tokenizer in model.tokenizer, or a model whose embedding was resized for this one"
             )
     if facts.vocabulary > vocabulary:

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any, TextIO
 
 from ray_peft.errors import DataError
+from ray_peft.foundation.lists import some
 from ray_peft.tasks.llm_sft.raw import NOT_UTF8, RawRow, undecodable, unreadable
 
 _OF_A_ROW = frozenset({"messages", "conversations", "conversation", "tools", "functions"})
@@ -19,7 +20,7 @@ _OF_A_ROW = frozenset({"messages", "conversations", "conversation", "tools", "fu
 _SPACE = " \t\r\n\ufeff"
 
 
-class _Bad(Exception):
+class _NotJson(Exception):
     """Text that is not one JSON value."""
 
     def __init__(self, reason: str, detail: str, line: int = 1) -> None:
@@ -32,7 +33,7 @@ class _Parser:
     """Parses JSON, and notices keys that stand twice in one object."""
 
     def __init__(self) -> None:
-        self._doubled: dict[int, tuple[object, str]] = {}
+        self._duplicates: dict[int, tuple[object, str]] = {}
         """Of the last value: objects in which a key stands twice, with the key, by their identity."""
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
 
@@ -40,45 +41,45 @@ class _Parser:
         """The one value of `text`.
 
         Raises:
-            _Bad: it is no JSON, or more than one value.
+            _NotJson: it is no JSON, or more than one value.
         """
         value, end = self.first(text)
         if end < len(text):
-            raise _bad(json.JSONDecodeError("Extra data", text, end))
+            raise _not_json(json.JSONDecodeError("Extra data", text, end))
         return value
 
     def first(self, text: str, begin: int = 0) -> tuple[Any, int]:
         """The first value from `begin` on, and where the next one may begin.
 
         Raises:
-            _Bad: there is none.
+            _NotJson: there is none.
         """
-        self._doubled = {}
+        self._duplicates = {}
         try:
             value, end = self._decoder.raw_decode(text, _skip_space(text, begin))
         except (ValueError, RecursionError) as error:
-            raise _bad(error) from None
+            raise _not_json(error) from None
         return value, _skip_space(text, end)
 
-    def double(self, row: object) -> str | None:
+    def duplicate_key(self, row: object) -> str | None:
         """The key that stands twice in an object of `row`, which is part of the last value; None if there is none."""
-        values = [row] if self._doubled else []
+        values = [row] if self._duplicates else []
         while values:
             value = values.pop()
-            if id(value) in self._doubled:
-                return self._doubled[id(value)][1]
+            if id(value) in self._duplicates:
+                return self._duplicates[id(value)][1]
             values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         return None
 
-    def own_double(self, value: object) -> str | None:
+    def own_duplicate_key(self, value: object) -> str | None:
         """The key that stands twice in the object `value` itself."""
-        return self._doubled[id(value)][1] if id(value) in self._doubled else None
+        return self._duplicates[id(value)][1] if id(value) in self._duplicates else None
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
             keys = [key for key, _ in pairs]
-            self._doubled[id(values)] = values, next(key for key in keys if keys.count(key) > 1)
+            self._duplicates[id(values)] = values, next(key for key in keys if keys.count(key) > 1)
         return values
 
 
@@ -104,16 +105,16 @@ def json_rows(file: str, text: TextIO, *, escaped: bool) -> Iterator[RawRow]:
         return
     blank = "\n" * (first[0] - 1)
     between = "\n" * (second[0] - first[0] - 1) if second else ""
-    whole = blank + first[1] + between + (second[1] + text.read() if second else "")
-    yield from _whole(file, whole, lines, escaped)
+    complete = blank + first[1] + between + (second[1] + text.read() if second else "")
+    yield from _complete_rows(file, complete, lines, escaped)
 
 
-def _whole(file: str, text: str, lines: Sequence[tuple[int, str]], escaped: bool) -> Iterator[RawRow]:
-    """The rows of a text whose first line alone is no row."""
+def _complete_rows(file: str, text: str, lines: Sequence[tuple[int, str]], escaped: bool) -> Iterator[RawRow]:
+    """The rows of a text whose first line is not a row by itself."""
     parser = _Parser()
     try:
         value = parser.value(text)
-    except _Bad as error:
+    except _NotJson as error:
         objects = _objects(file, text)
         if objects is not None:
             _check_bytes(file, text, escaped)
@@ -125,7 +126,7 @@ def _whole(file: str, text: str, lines: Sequence[tuple[int, str]], escaped: bool
         return
     _check_bytes(file, text, escaped)
     rows = _listed(file, value)
-    if isinstance(value, dict) and (key := parser.own_double(value)) is not None and rows != [value]:
+    if isinstance(value, dict) and (key := parser.own_duplicate_key(value)) is not None and rows != [value]:
         raise DataError(f"{file}: key {key!r} stands twice in the object around the rows; leave one of them")
     for number, row in enumerate(rows, start=1):
         yield _row(file, number, f"row {number}", row, parser)
@@ -144,22 +145,22 @@ def _check_bytes(file: str, text: str, escaped: bool) -> None:
     """
     if escaped and undecodable(text) is not None:
         for number, line in enumerate(text.split("\n"), start=1):
-            where = undecodable(line)
-            if where is not None:
-                raise DataError(f"{file}: line {number}: {where}")
+            problem = undecodable(line)
+            if problem is not None:
+                raise DataError(f"{file}: line {number}: {problem}")
 
 
 def _lines(file: str, numbered: Iterator[tuple[int, str]], escaped: bool) -> Iterator[RawRow]:
     """One row a line."""
     parser = _Parser()
     for count, (number, line) in enumerate(numbered, start=1):
-        where = undecodable(line) if escaped else None
-        if where is not None:
-            yield unreadable(file, count, f"line {number}", NOT_UTF8, where)
+        problem = undecodable(line) if escaped else None
+        if problem is not None:
+            yield unreadable(file, count, f"line {number}", NOT_UTF8, problem)
             continue
         try:
             value = parser.value(line.rstrip("\r\n"))
-        except _Bad as error:
+        except _NotJson as error:
             yield unreadable(file, count, f"line {number}", error.reason, str(error))
         else:
             yield _row(file, count, f"line {number}", value, parser)
@@ -169,14 +170,14 @@ def _row(file: str, number: int, place: str, value: object, parser: _Parser) -> 
     if not isinstance(value, dict):
         detail = f"must be a JSON object (found {type(value).__name__})"
         return unreadable(file, number, place, "not a JSON object", detail)
-    key = parser.double(value)
+    key = parser.duplicate_key(value)
     if key is not None:
         return unreadable(
             file,
             number,
             place,
             "a key twice in one object",
-            f"key {key!r} stands twice in one object, so its value is open",
+            f"key {key!r} stands twice in one object, so it is unclear which value is meant",
         )
     return RawRow(file, number, place, value)
 
@@ -190,7 +191,7 @@ def _objects(file: str, text: str) -> Iterator[RawRow] | None:
         begin = end
         try:
             value, end = parser.first(text, begin)
-        except _Bad:
+        except _NotJson:
             return None
         if not isinstance(value, dict) or (end < len(text) and "\n" not in text[begin:end]):
             return None
@@ -215,9 +216,9 @@ def _listed(file: str, value: object) -> Sequence[object]:
     # A table that pandas wrote by columns has no text of its own.
     if not lists and (_is_lines(file) or _OF_A_ROW & value.keys() or any(isinstance(v, str) for v in value.values())):
         return [value]
-    found = f"lists {', '.join(map(repr, lists))}" if lists else f"no list of objects, but {_some(list(value))}"
+    content = f"lists {', '.join(map(repr, lists))}" if lists else f"no list of objects, but {_keys_of(value)}"
     raise DataError(
-        f"{file}: must be a JSON list of objects, or an object with one such list (found an object with {found}); "
+        f"{file}: must be a JSON list of objects, or an object with one such list (found an object with {content}); "
         "write the rows into a file of their own: one object a line, or one list (pandas: to_json(path, "
         "orient='records', lines=True))"
     )
@@ -227,9 +228,8 @@ def _is_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) for row in value)
 
 
-def _some(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - 5} more keys" if len(keys) > 5 else ""
-    return ", ".join(map(repr, keys[:5])) + more if keys else "nothing in it"
+def _keys_of(value: Mapping[str, object]) -> str:
+    return some([repr(key) for key in value], most=5, kind="keys") or "nothing in it"
 
 
 def _is_in_lines(file: str, first: Sequence[str]) -> bool:
@@ -250,7 +250,7 @@ def _is_object(line: str) -> bool:
 def _is_value(line: str) -> bool:
     try:
         _Parser().value(line)
-    except _Bad:
+    except _NotJson:
         return False
     return True
 
@@ -261,10 +261,10 @@ def _skip_space(text: str, begin: int) -> int:
     return begin
 
 
-def _bad(error: ValueError | RecursionError) -> _Bad:
+def _not_json(error: ValueError | RecursionError) -> _NotJson:
     if isinstance(error, RecursionError):
-        return _Bad("nested too deeply", "its lists and objects are nested too deeply to be read")
+        return _NotJson("nested too deeply", "its lists and objects are nested too deeply to be read")
     if isinstance(error, json.JSONDecodeError):
         detail = f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
-        return _Bad("not valid JSON", detail, error.lineno)
-    return _Bad("a number of too many digits", "holds a number of too many digits to be read")
+        return _NotJson("not valid JSON", detail, error.lineno)
+    return _NotJson("a number of too many digits", "holds a number of too many digits to be read")

@@ -12,7 +12,7 @@ TEMPLATE = "the chat template"
 NAMED = 5
 """Rows that are named for each reason; the others are counted."""
 MOST_REASONS = 20
-"""Reasons that are told apart: some hold a word of the row, and may be as many as the rows."""
+"""Reasons that are counted apart: some hold a word of the row, so that there may be as many as rows."""
 OTHERS = "other reasons"
 
 
@@ -25,8 +25,8 @@ class LeftOut:
     """File and number of the first rows for each reason; no file where it is that of the source."""
 
     def add(self, reason: str, file: str, number: int) -> None:
-        """Note down a row."""
-        reason = self._kept(reason)
+        """Record a row."""
+        reason = self._counted_reason(reason)
         self.counts[reason] += 1
         rows = self.first.setdefault(reason, [])
         if len(rows) < NAMED:
@@ -35,11 +35,11 @@ class LeftOut:
     def update(self, other: LeftOut) -> None:
         """Add the rows of another file of the source."""
         for reason, rows in other.first.items():
-            kept = self._kept(reason)
-            self.counts[kept] += other.counts[reason]
-            self.first[kept] = (self.first.get(kept, []) + rows)[:NAMED]
+            counted = self._counted_reason(reason)
+            self.counts[counted] += other.counts[reason]
+            self.first[counted] = (self.first.get(counted, []) + rows)[:NAMED]
 
-    def _kept(self, reason: str) -> str:
+    def _counted_reason(self, reason: str) -> str:
         return reason if reason in self.counts or len(self.counts) < MOST_REASONS else OTHERS
 
     def rows(self, reason: str) -> str:

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
     from ray_peft.tasks.llm_sft.weight_files import WeightFiles
 
+_CHECKING = (
+    *(Path(__file__).with_name(name) for name in ("architecture.py", "weight_files.py")),
+    Path(__file__).parents[1] / "safetensors_header.py",
+)
+"""The code that checks a model's files; what passed is remembered for this code only."""
+
 
 def load_config(model: ModelSpec) -> PretrainedConfig:
     """The model's config.json, without weights.
@@ -94,9 +100,7 @@ def check(model: ModelSpec) -> None:
     _check_attention(model)
     config = load_config(model)
     files = None if model.random_weights else files_of(model, config)
-    code = [
-        Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("architecture.py", "weight_files.py")
-    ]
+    code = [file.read_text(encoding="utf-8") for file in _CHECKING]
     decides = [model.name, model.trust_remote_code, config.to_json_string(), files and files.stamps()]
     key = hashlib.sha256(json.dumps([*decides, transformers.__version__, *code]).encode()).hexdigest()[:24]
     mark = cache_folder() / "checked" / key
@@ -135,9 +139,9 @@ def _check(model: ModelSpec, config: PretrainedConfig, files: WeightFiles | None
 def _check_finite_files(model: ModelSpec, files: WeightFiles) -> None:
     from ray_peft.tasks.llm_sft import architecture, weight_files
 
-    odd = weight_files.first_not_finite(files)
-    if odd is not None:
-        architecture.raise_not_finite(model.name, odd)
+    weight = weight_files.first_not_finite(files)
+    if weight is not None:
+        architecture.raise_not_finite(model.name, weight)
 
 
 def load_model(spec: LlmTrialSpec, device: str) -> PreTrainedModel:
@@ -159,9 +163,9 @@ def _check_finite(spec: LlmTrialSpec, model: PreTrainedModel) -> None:
     """Refuse a model with a weight that is no number; of 4-bit storage, that shows in its files alone."""
     from ray_peft.tasks.llm_sft import architecture, weight_files
 
-    odd = architecture.not_finite(model)
-    if odd is not None:
-        architecture.raise_not_finite(spec.model.name, odd)
+    weight = architecture.not_finite(model)
+    if weight is not None:
+        architecture.raise_not_finite(spec.model.name, weight)
     files = None
     if spec.quantization is not None and not spec.model.random_weights:
         files = files_of(spec.model, load_config(spec.model))

@@ -1,21 +1,22 @@
-"""Whether a folder that is named as a model is one: what else people give, each with the way out."""
+"""Whether a folder that is named as a model is one; each thing that people name instead has its own way out."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ray_peft.errors import ModelError
-from ray_peft.tasks.llm_sft.weight_files import read_json, some
+from ray_peft.foundation.lists import some
+from ray_peft.tasks.llm_sft.weight_files import read_json
 
 _LOOKED_INTO = 3
 """Levels of folders below the named one in which a model is looked for."""
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is no folder with a readable config.json of a model.
+    """Refuse a path that is not a folder with a readable config.json of a model.
 
     Raises:
-        ModelError: it is not.
+        ModelError: with the way out.
     """
     if folder.is_file():
         raise ModelError(_file_given(folder))
@@ -63,12 +64,12 @@ def check_no_adapter(name: str, revision: str | None) -> None:
     from transformers.utils.peft_utils import find_adapter_config_file
 
     try:
-        found = find_adapter_config_file(name, revision=revision)
+        config_file = find_adapter_config_file(name, revision=revision)
     except Exception:  # noqa: BLE001 - a hub out of reach; who loads the config says so
         return
-    if found is None:
+    if config_file is None:
         return
-    base = read_json(Path(found)).get("base_model_name_or_path") or "its base model"
+    base = read_json(Path(config_file)).get("base_model_name_or_path") or "its base model"
     raise ModelError(
         f"model.name: {name} is an adapter (adapter_config.json) and no whole model; give {base}, or merge the adapter "
         "into it first (PEFT's merge_and_unload, then save_pretrained) and give that folder"

@@ -5,7 +5,7 @@ A score on a held-out row that was trained on measures memory. Three kinds are f
 - `row`: the same normalised text (casefolded, white space collapsed) of the whole conversation.
 - `question`: the same normalised text up to a user turn, of at least `ngram` words. Every turn of a conversation is
   compared, as the loss counts every answer. A shorter question, such as a greeting, is asked twice in any instruction
-  set and tells little; those are counted, and do not offend.
+  set and tells little; those are counted, but allowed.
 - `near`: at least `threshold` of the held-out row's word n-grams stand in that one training row.
 
 The measure of `near` is the share of a test row's 8-grams seen in training, contaminated from 70 % on, of PaLM
@@ -107,7 +107,7 @@ class Overlap:
 
 
 class Gate:
-    """The held-out rows of all sources, against which training rows are held one by one."""
+    """The held-out rows of all sources, with which training rows are compared one by one."""
 
     def __init__(self, held_out: Sequence[HeldOutRow], train: Iterable[Row], spec: ContaminationSpec) -> None:
         """Index the held-out rows, and learn from all rows which n-grams are boilerplate.
@@ -121,12 +121,12 @@ class Gate:
         self.held_out = held_out
         self._rows: dict[str, list[int]] = {}
         self._questions: dict[str, list[int]] = {}
-        for index, each in enumerate(held_out):
-            whole, questions = _normalised(each.row.conversation)
-            self._rows.setdefault(whole, []).append(index)
+        for index, held_out_row in enumerate(held_out):
+            text, questions = _normalised(held_out_row.row.conversation)
+            self._rows.setdefault(text, []).append(index)
             for question in questions:
                 self._questions.setdefault(question, []).append(index)
-        self._known: dict[tuple[str, int], Places] = {}
+        self._places_of: dict[tuple[str, int], Places] = {}
         self._index(train)
         self._short: set[tuple[str, int]] = set()
         self._counts: dict[tuple[str, str, str, Kind], tuple[set[tuple[str, int]], set[int]]] = {}
@@ -134,32 +134,34 @@ class Gate:
         self._pairs: list[Pair] = []
 
     def offends(self, source: str, row: Row) -> bool:
-        """Whether a training row of `source` repeats a held-out row; it is noted down if so."""
-        found = self._near(row)
-        whole, questions = _normalised(row.conversation)
+        """Whether a training row of `source` repeats a held-out row; if so, it is recorded."""
+        repeated = self._near(row)
+        text, questions = _normalised(row.conversation)
         for question in questions:
             indices = self._questions.get(question, [])
-            if _long(question, self.spec.ngram):
-                found.update(dict.fromkeys(indices, ("question", 1.0)))
+            if _has_words(question, self.spec.ngram):
+                repeated.update(dict.fromkeys(indices, ("question", 1.0)))
             elif indices:
                 self._short.add(row.place)
-        found.update(dict.fromkeys(self._rows.get(whole, []), ("row", 1.0)))
+        repeated.update(dict.fromkeys(self._rows.get(text, []), ("row", 1.0)))
         best: dict[str, tuple[Kind, float, int]] = {}
-        for index, (kind, share) in sorted(found.items()):
-            each = self.held_out[index]
-            rows, others = self._counts.setdefault((source, each.source, each.split, kind), (set(), set()))
+        for index, (kind, share) in sorted(repeated.items()):
+            held_out_row = self.held_out[index]
+            rows, others = self._counts.setdefault(
+                (source, held_out_row.source, held_out_row.split, kind), (set(), set())
+            )
             rows.add(row.place)
             others.add(index)
-            if each.split not in best or _rank(kind, share) > _rank(*best[each.split][:2]):
-                best[each.split] = kind, share, index
+            if held_out_row.split not in best or _rank(kind, share) > _rank(*best[held_out_row.split][:2]):
+                best[held_out_row.split] = kind, share, index
         for kind, share, index in best.values():
             self._note(source, row, self.held_out[index], kind, share)
-        if found:
+        if repeated:
             self._offending.add(row.place)
-        return bool(found)
+        return bool(repeated)
 
     def overlap(self) -> Overlap:
-        """What was noted down."""
+        """What was recorded."""
         return Overlap(
             action=self.spec.action,
             ngram=self.spec.ngram,
@@ -180,52 +182,52 @@ class Gate:
             pairs=self._pairs,
         )
 
-    def _note(self, source: str, row: Row, other: HeldOutRow, kind: Kind, share: float) -> None:
+    def _note(self, source: str, row: Row, held_out: HeldOutRow, kind: Kind, share: float) -> None:
         if len(self._pairs) < PAIRS_KEPT:
-            text = " ".join(_whole(other.row.conversation).split())
+            text = " ".join(_text_of(held_out.row.conversation).split())
             excerpt = text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]}..."
-            number = other.row.number
+            number = held_out.row.number
             self._pairs.append(
-                Pair(kind, round(share, 4), source, row.number, other.source, other.split, number, excerpt)
+                Pair(kind, round(share, 4), source, row.number, held_out.source, held_out.split, number, excerpt)
             )
 
     def _index(self, train: Iterable[Row]) -> None:
         """Sort the held-out rows' n-grams, with the rows that hold each, and mark those that are boilerplate."""
-        each_row = [np.unique(self._hashes(each.row.conversation)) for each in self.held_out]
-        owners = np.repeat(np.arange(len(each_row)), [len(hashes) for hashes in each_row])
-        joined = np.concatenate([np.empty(0, np.uint64), *each_row])
+        row_hashes = [np.unique(self._hashes(held_out_row.row.conversation)) for held_out_row in self.held_out]
+        owners = np.repeat(np.arange(len(row_hashes)), [len(hashes) for hashes in row_hashes])
+        joined = np.concatenate([np.empty(0, np.uint64), *row_hashes])
         order = np.argsort(joined)
         self._grams, self._starts, self._lengths = np.unique(joined[order], return_index=True, return_counts=True)
         self._owners = owners[order]
         # Most n-grams of most rows are in no held-out row: a table of their first bits spares the search for those.
         bits = min(max(len(self._grams).bit_length() + 3, 10), 27)
         self._shift = np.uint64(64 - bits)
-        self._seen = np.zeros(1 << bits, np.bool_)
-        self._seen[self._grams >> self._shift] = True
+        self._prefixes = np.zeros(1 << bits, np.bool_)
+        self._prefixes[self._grams >> self._shift] = True
         rows_with = self._lengths.copy()
         for row in train:
             places = self._places(row)
-            self._known[row.place] = places
+            self._places_of[row.place] = places
             rows_with[places] += 1
-        self._telling = rows_with <= self.spec.boilerplate
-        telling = np.repeat(self._telling, self._lengths)
-        self._sizes = np.bincount(self._owners[telling], minlength=len(each_row))
+        self._distinctive = rows_with <= self.spec.boilerplate
+        distinctive = np.repeat(self._distinctive, self._lengths)
+        self._sizes = np.bincount(self._owners[distinctive], minlength=len(row_hashes))
 
     def _places(self, row: Row) -> Places:
         """Where the row's n-grams stand in the index, of those that do."""
         hashes = self._hashes(row.conversation)
-        hashes = np.unique(hashes[self._seen[hashes >> self._shift]])
+        hashes = np.unique(hashes[self._prefixes[hashes >> self._shift]])
         places = np.searchsorted(self._grams, hashes)
         places, hashes = places[places < len(self._grams)], hashes[places < len(self._grams)]
-        found: Places = places[self._grams[places] == hashes]
-        return found
+        known_places: Places = places[self._grams[places] == hashes]
+        return known_places
 
     def _near(self, row: Row) -> dict[int, tuple[Kind, float]]:
         """Held-out rows of which this row holds enough, with the share."""
-        places = self._known.pop(row.place, None)
+        places = self._places_of.pop(row.place, None)
         if places is None:
             places = self._places(row)
-        places = places[self._telling[places]]
+        places = places[self._distinctive[places]]
         if not len(places):
             return {}
         lengths = self._lengths[places]
@@ -241,7 +243,7 @@ class Gate:
 
     def _hashes(self, conversation: Conversation) -> Hashes:
         """Hashes of the word n-grams of a whole conversation, in its order; none of a shorter one."""
-        words = _words(_whole(conversation).casefold())
+        words = _words(_text_of(conversation).casefold())
         count = max(len(words) - self.spec.ngram + 1, 0)
         # Python's own hashes of texts differ between processes, but are only compared within this one.
         numbers = np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
@@ -260,12 +262,12 @@ def summary(overlap: Overlap) -> list[str]:
     ]
 
 
-def refusal(overlap: Overlap, shown: int = 10) -> str:
+def refusal(overlap: Overlap, most: int = 10) -> str:
     """The text of the error: how many rows, the first pairs, and the way out."""
     count = overlap.offending
     kinds = Counter(pair.kind for pair in overlap.pairs)
-    listed = overlap.pairs[:shown]
-    more = f"; the first {len(listed)} of {len(overlap.pairs)} pairs" if len(overlap.pairs) > shown else ""
+    listed = overlap.pairs[:most]
+    more = f"; the first {len(listed)} of {len(overlap.pairs)} pairs" if len(overlap.pairs) > most else ""
     return "\n".join(
         [
             f"data.contamination: {count} training rows repeat held-out rows (found: "
@@ -282,7 +284,7 @@ def _rank(kind: Kind, share: float) -> tuple[int, float]:
     return ("near", "question", "row").index(kind), share
 
 
-def _whole(conversation: Conversation) -> str:
+def _text_of(conversation: Conversation) -> str:
     if conversation.text is not None:
         return conversation.text
     return "\n".join(turn["content"] for turn in conversation.turns)
@@ -300,7 +302,7 @@ def _normalised(conversation: Conversation) -> tuple[str, list[str]]:
     return before, questions
 
 
-def _long(question: str, words: int) -> bool:
+def _has_words(question: str, words: int) -> bool:
     """Whether a normalised question has so many words: what stands between spaces, or a character without them."""
     between = question.count(" ") + 1
     return between >= words or (not question.isascii() and between - 1 + len(unspaced(question)) >= words)

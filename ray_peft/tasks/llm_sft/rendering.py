@@ -1,6 +1,6 @@
 """Whether a chat template shows all of a conversation: tool calls, tools, tools' results and reasoning.
 
-Many templates print `message.content` and nothing else. A row whose calls they leave out would teach half of its turns,
+Many templates print `message.content` and nothing else. A row whose tool calls they leave out would be half trained on,
 so it is unusable with such a template, and is counted under that reason.
 """
 
@@ -86,9 +86,9 @@ def reference(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _missing(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What the chat template does not show of a conversation; None if it shows all.
+    """The parts of a conversation that the chat template leaves out; None if it shows all.
 
-    Every text is replaced by a mark of its own, so that a text that stands elsewhere by chance does not count.
+    Every text is replaced by a mark of its own, so that an equal text elsewhere does not count.
     """
     marks = _Marks()
     marked = replace(
@@ -99,7 +99,7 @@ def _missing(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> 
     try:
         render(conversation.turns, tokenizer, tools=conversation.tools)
         text = render(marked.turns, tokenizer, tools=marked.tools)
-        lost = {what for mark, what in marks.given.items() if mark not in text}
+        lost = {meaning for mark, meaning in marks.meanings.items() if mark not in text}
         for mark, index in marks.thoughts.items():
             # Many templates drop the thoughts of earlier answers, which then carry no loss; each must show the last's.
             if mark not in text and mark not in render(marked.turns[: index + 1], tokenizer, tools=marked.tools):
@@ -117,7 +117,7 @@ class _Marks:
     """Copies of turns and tools in which every text is a mark."""
 
     def __init__(self) -> None:
-        self.given: dict[str, str] = {}
+        self.meanings: dict[str, str] = {}
         """Marks, with what each stands for."""
         self.thoughts: dict[str, int] = {}
         """Marks of reasoning, with the index of its turn."""
@@ -152,9 +152,9 @@ class _Marks:
         function = {"name": self._mark("tool calls"), "arguments": json.dumps(marked) if as_text else marked}
         return {**call, "function": function}
 
-    def _mark(self, what: str) -> str:
-        mark = f"mark{len(self.given):04d}end"
-        self.given[mark] = what
+    def _mark(self, meaning: str) -> str:
+        mark = f"mark{len(self.meanings):04d}end"
+        self.meanings[mark] = meaning
         return mark
 
 

@@ -13,7 +13,7 @@ _SETTING = "output_router_logits"
 
 
 @contextlib.contextmanager
-def setting_kept(model: PreTrainedModel) -> Iterator[None]:
+def setting_restored(model: PreTrainedModel) -> Iterator[None]:
     """Give the setting back as it was: TRL 1.16 switches it on for good, and a saved config.json would say so."""
     config: Any = model.config.get_text_config()
     before = getattr(config, _SETTING, None)
@@ -28,7 +28,7 @@ def setting_kept(model: PreTrainedModel) -> Iterator[None]:
 def switched_off(model: PreTrainedModel) -> Iterator[None]:
     """Compute no balancing loss: in generation its mask and its logits differ in length, and it fails."""
     config: Any = model.config.get_text_config()
-    with setting_kept(model):
+    with setting_restored(model):
         if getattr(config, _SETTING, None) is not None:
             setattr(config, _SETTING, False)
         yield

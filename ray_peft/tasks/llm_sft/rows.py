@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class DrawnRows:
-    """What one source gives: the rows of its splits, and what was left out."""
+    """The rows of one source: those of its splits, and those that were left out."""
 
     source: str
     train: list[Row]
@@ -108,7 +108,7 @@ def draw(
 
 
 class _Reader:
-    """Reads the files of a source, and notes down the rows that cannot be used."""
+    """Reads the files of a source, and records the rows that cannot be used."""
 
     def __init__(self, source: SourceSpec, skip: bool, ready: Ready | None) -> None:
         self.source = source
@@ -139,11 +139,11 @@ class _Reader:
         return usable, number
 
     def _conversation(self, raw: RawRow) -> Conversation:
-        """What the recipe makes of a row.
+        """The conversation that the recipe makes of a row.
 
         Raises:
-            Unusable: nothing, for a reason that is counted.
-            DataError: nothing, since the row has another shape, and such rows are not skipped.
+            Unusable: the row has none, for a reason that is counted.
+            DataError: the row has another shape, and such rows are not skipped.
         """
         if raw.values is None:
             if self._skip:
@@ -168,41 +168,41 @@ def _place(raw: RawRow) -> str:
     return row if raw.place in (row, f"line {raw.number}") else f"{row} ({raw.place})"
 
 
-def _same_file(one: str, other: str) -> bool:
+def _same_file(first: str, second: str) -> bool:
     """Whether two paths have a file in common, perhaps as a shard of a folder, or mean one hub data set."""
-    resolved = [{file.resolve() for file in files.local_files(path)} for path in (one, other)]
-    return one == other or bool(resolved[0] & resolved[1])
+    resolved = [{file.resolve() for file in files.local_files(path)} for path in (first, second)]
+    return first == second or bool(resolved[0] & resolved[1])
 
 
-def _test_count(asked: int | float, rows: int) -> int:
+def _test_count(amount: int | float, rows: int) -> int:
     """Test rows meant by a count or a fraction, which rounds up, as in scikit-learn's and datasets' splits."""
-    return asked if isinstance(asked, int) else math.ceil(round(asked * rows, 6))
+    return amount if isinstance(amount, int) else math.ceil(round(amount * rows, 6))
 
 
-def _count(asked: int | float, rows: int) -> int:
+def _count(amount: int | float, rows: int) -> int:
     """Other rows meant by a count or a fraction, which rounds down, so that fractions of 1 in all fit together."""
-    return asked if isinstance(asked, int) else math.floor(round(asked * rows, 6))
+    return amount if isinstance(amount, int) else math.floor(round(amount * rows, 6))
 
 
-def _check_enough(source: SourceSpec, split: str, asked: int, available: int, path: str, left_out: LeftOut) -> None:
-    if asked and available >= asked:
+def _check_enough(source: SourceSpec, split: str, required: int, available: int, path: str, left_out: LeftOut) -> None:
+    if required and available >= required:
         return
-    if not asked:
+    if not required:
         raise DataError(
             f"{path}: source {source.label}: {split}: {getattr(source, split):g} of its rows is less than one; "
             f"raise `{split}`, or write a count{left_out.clause()}"
         )
     raise DataError(
-        f"{path}: source {source.label} has {available} usable rows for {split}, but {split}: {asked} are asked for; "
-        f"{max(asked - available, 1)} short: lower `{split}`, or give a larger file{left_out.clause()}"
+        f"{path}: source {source.label} has {available} usable rows for {split}, but {split}: {required} are asked "
+        f"for; {max(required - available, 1)} short: lower `{split}`, or give a larger file{left_out.clause()}"
     )
 
 
 def _check_disjoint(source: str, splits: Mapping[str, Sequence[Row]]) -> None:
-    """Hold the drawing to its promise, also under `python -O`.
+    """Check that no row was drawn twice, also under `python -O`.
 
     Raises:
-        DataError: a row was drawn for two splits, or twice for one: a defect here, not in the data.
+        DataError: a row was drawn for two splits, or twice for one. That is a defect here, not in the data.
     """
     drawn: dict[tuple[str, int], str] = {}
     for split, rows in splits.items():

@@ -30,7 +30,7 @@ def score_answers(predictions: Sequence[str], references: Sequence[str]) -> Scor
 
 
 def row_losses(rows: Dataset, log_probs: Tensor) -> tuple[list[float], list[int]]:
-    """Mean loss of each row's answer tokens [nats], 0 without any, and how many they are; in the order of `rows`.
+    """Each row's mean loss over its answer tokens [nats], 0 without any, and the number of these; in row order.
 
     Args:
         rows: with `input_ids` and `labels`.

@@ -34,9 +34,9 @@ class Encoding:
 class SpecialTokens:
     """The special tokens of a tokenizer, and a copy of it that knows them under other names.
 
-    A typed special token is replaced by a private character before the template writes the row. In what is written, the
-    template's own special tokens get the names that the copy knows, and the private characters become text again: to
-    the copy that text is nothing special, and all around it is tokenised as ever.
+    A typed special token is replaced by a private character before the template writes the row. In the written text,
+    the template's own special tokens get the names that the copy knows, and the private characters become text again.
+    For the copy that text is not special, and the text around it is tokenised as usual.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -71,35 +71,35 @@ class SpecialTokens:
             return {key: part if key == "role" else self.hidden(part) for key, part in value.items()}
         return [self.hidden(part) for part in value] if isinstance(value, list | tuple) else value
 
-    def shown(self, text: str) -> str:
+    def restored(self, text: str) -> str:
         """A text without private characters: special tokens, typed ones too, by their names."""
         return re.sub(f"[{chr(_TYPED)}-\U0010ffff]", lambda match: self._names[ord(match[0]) - _TYPED], text)
 
-    def encode(self, text: str, cuts: Sequence[int], *, whole: bool = False) -> tuple[Encoding, list[int]]:
-        """The tokens of a text with private characters, and where places of that text are among its characters now.
+    def encode(self, text: str, cuts: Sequence[int], *, add_special_tokens: bool = False) -> tuple[Encoding, list[int]]:
+        """The tokens of a text with private characters, and the new positions of places in that text.
 
         Args:
             text: as `hidden` texts are written by a template.
             cuts: places in `text`, ascending.
-            whole: add what the tokenizer adds to plain text, such as a token for its beginning.
+            add_special_tokens: add what the tokenizer adds to plain text, such as a token for its beginning.
 
         Raises:
             NotSpecial: the tokenizer makes a special token of plain letters.
         """
-        parts, places, done = [""], [], 0
+        parts, places, position = [""], [], 0
         for cut in (*cuts, len(text)):
-            own = self._pattern.sub(lambda match: self._own(match[0]), text[done:cut])
-            parts.append(self.shown(own))
+            part = self._pattern.sub(lambda match: self._private_of(match[0]), text[position:cut])
+            parts.append(self.restored(part))
             places.append(sum(map(len, parts)))
-            done = cut
+            position = cut
         renamed = "".join(parts)
-        encoded = self._copy.encode(renamed, add_special_tokens=whole)
+        encoded = self._copy.encode(renamed, add_special_tokens=add_special_tokens)
         ids = [self._original.get(token, token) for token in encoded.ids]
         self._check(ids, encoded.offsets, renamed)
         return Encoding(ids, encoded.offsets), places[:-1]
 
     def _check(self, ids: list[int], offsets: list[tuple[int, int]], text: str) -> None:
-        """Hold the copy to its promise: the special tokens are those of the template, and all of them."""
+        """Check that the special tokens are those of the template, and all of them."""
         special = {self._number(name) for name in self._names} - {self._tokenizer.unk_token_id}
         tokens = [text[begin:end] for token, (begin, end) in zip(ids, offsets, strict=True) if token in special]
         if sum(bool(_PRIVATE.search(token)) for token in tokens if token) != sum(map(bool, tokens)):
@@ -108,7 +108,7 @@ class SpecialTokens:
     def _number(self, name: str) -> int:
         return cast(int, self._tokenizer.convert_tokens_to_ids(name))
 
-    def _own(self, name: str) -> str:
+    def _private_of(self, name: str) -> str:
         return chr(_OWN + self._names.index(name))
 
     @cached_property
@@ -117,7 +117,7 @@ class SpecialTokens:
         from tokenizers import Tokenizer
 
         plain = json.loads(self._tokenizer.backend_tokenizer.to_str())
-        names = {name: self._own(name) for name in self._names}
+        names = {name: self._private_of(name) for name in self._names}
         for token in plain["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
         model = plain["model"]
@@ -133,7 +133,7 @@ class SpecialTokens:
     @cached_property
     def _original(self) -> dict[int, int]:
         """The tokenizer's number of an added token, by that of the copy, where they differ."""
-        shown = {self._own(name): name for name in self._names}
+        names = {self._private_of(name): name for name in self._names}
         decoder = self._copy.get_added_tokens_decoder()
-        numbers = {number: self._number(shown.get(token.content, token.content)) for number, token in decoder.items()}
+        numbers = {number: self._number(names.get(token.content, token.content)) for number, token in decoder.items()}
         return {number: original for number, original in numbers.items() if number != original}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
 from ray_peft.errors import DataError, first_line
+from ray_peft.foundation.lists import first_duplicate
 from ray_peft.tasks.llm_sft.raw import NOT_UTF8, RawRow, undecodable, unreadable
 
 _LONGEST_FIELD = 2**31 - 1
@@ -33,7 +33,7 @@ def csv_rows(file: str, text: TextIO, delimiter: str, *, escaped: bool) -> Itera
     while first and not first.strip():
         above, first = above + 1, text.readline()
     if delimiter == "," and "," not in first:
-        delimiter = next((other for other in (";", "\t") if other in first), delimiter)
+        delimiter = next((candidate for candidate in (";", "\t") if candidate in first), delimiter)
     longest = csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.reader(chain([first], text), delimiter=delimiter, strict=True)
     number, begin = 0, above
@@ -56,19 +56,19 @@ def csv_rows(file: str, text: TextIO, delimiter: str, *, escaped: bool) -> Itera
 
 
 def _check_header(place: str, header: Sequence[str], escaped: bool) -> None:
-    where = next(filter(None, map(undecodable, header)), None) if escaped else None
-    if where is not None:
-        raise DataError(f"{place}: {where}")
-    double = _first_double(header)
-    if double is not None or (header and "" in header):
-        what = f"names column {double!r} twice" if double else "has a column without a name"
-        raise DataError(f"{place}: the header {what}; give every column a name of its own")
+    problem = next(filter(None, map(undecodable, header)), None) if escaped else None
+    if problem is not None:
+        raise DataError(f"{place}: {problem}")
+    duplicate = first_duplicate(header)
+    if duplicate is not None or (header and "" in header):
+        fault = f"names column {duplicate!r} twice" if duplicate else "has a column without a name"
+        raise DataError(f"{place}: the header {fault}; give every column a name of its own")
 
 
 def _csv_row(file: str, number: int, place: str, header: Sequence[str], fields: Sequence[str], escaped: bool) -> RawRow:
-    where = next(filter(None, map(undecodable, fields)), None) if escaped else None
-    if where is not None:
-        return unreadable(file, number, place, NOT_UTF8, where)
+    problem = next(filter(None, map(undecodable, fields)), None) if escaped else None
+    if problem is not None:
+        return unreadable(file, number, place, NOT_UTF8, problem)
     if len(fields) != len(header):
         detail = f"has {len(fields)} fields, but the header has {len(header)}; put fields that hold the separator into "
         return unreadable(file, number, place, "another number of fields than the header", f"{detail}quotation marks")
@@ -87,9 +87,9 @@ def parquet_rows(file: str, path: Path) -> Iterator[RawRow]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            double = _first_double(table.schema_arrow.names)
-            if double is not None:
-                raise DataError(f"{file}: has column {double!r} twice; give every column a name of its own")
+            duplicate = first_duplicate(table.schema_arrow.names)
+            if duplicate is not None:
+                raise DataError(f"{file}: has column {duplicate!r} twice; give every column a name of its own")
             for batch in table.iter_batches(batch_size=_BATCH):
                 for values in batch.to_pylist():
                     number += 1
@@ -102,7 +102,3 @@ def parquet_rows(file: str, path: Path) -> Iterator[RawRow]:
         raise DataError(
             f"{file}: cannot be read: cut, damaged, or no Parquet file ({first_line(error)}); copy or download it again"
         ) from None
-
-
-def _first_double(names: Sequence[str]) -> str | None:
-    return next((name for name, count in Counter(names).items() if count > 1), None)

@@ -1,4 +1,4 @@
-"""What a trial's method reaches of its model, before weights are loaded: on the meta device, from the config alone."""
+"""The layers of a model that a trial's method reaches, from the config alone: no weights are loaded."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 LITTLE = 0.5
-"""Share of a base in 4 bits below which it is said at plan what is not."""
+"""If less than this share of a base is in 4 bits, the plan says what is not."""
 
 _built: dict[str, PreTrainedModel] = {}
 _MOST_BUILT = 4
 
 
 def check(spec: LlmTrialSpec) -> list[str]:
-    """Find everything that a trial's method names in its model; of an ensemble, for each member.
+    """Find every layer that a trial's method names in its model; for an ensemble, those of each member.
 
     Returns:
-        What a reader must know: layers that no adapter reaches, the share that is projected, what is not in 4 bits.
+        What a reader must know: layers without an adapter, the share that is projected, and what is not in 4 bits.
 
     Raises:
         ModelError: the model cannot be built from its config, or a target matches nothing that an adapter can train.
@@ -95,7 +95,7 @@ def four_bit_layers(model: PreTrainedModel) -> list[str]:
 
 
 def _four_bits(trial: LlmTrialSpec, model: PreTrainedModel, of: str) -> list[str]:
-    """How little of a quantised base is in 4 bits, if it is little.
+    """A note if only a small share of a quantised base is in 4 bits.
 
     Raises:
         SpecError: nothing of it would be.
@@ -117,12 +117,12 @@ def _four_bits(trial: LlmTrialSpec, model: PreTrainedModel, of: str) -> list[str
     if share >= LITTLE:
         return []
     blocks = {name: size for name, size in block_weights(model).items() if name not in names}
-    left = {name: size for name, size in blocks.items() if size / total >= 0.01}
-    others = 1 - share - sum(left.values()) / total
-    said = ([in_words(left, total)] if left else []) + [f"embeddings, norms and the like ({others:.0%})"]
+    remaining = {name: size for name, size in blocks.items() if size / total >= 0.01}
+    others = 1 - share - sum(remaining.values()) / total
+    parts = ([in_words(remaining, total)] if remaining else []) + [f"embeddings, norms and the like ({others:.0%})"]
     return [
         f"{trial.method.name}: {share:.0%} of the weights of {of} are in 4 bits; the others stay in "
-        f"{trial.model.dtype}: {', '.join(said)}"
+        f"{trial.model.dtype}: {', '.join(parts)}"
     ]
 
 

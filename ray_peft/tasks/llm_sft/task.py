@@ -36,22 +36,22 @@ class LlmSft(TaskType[LlmTrialSpec]):
         reach = targets.check(spec)
         benchmarks.check(spec)
         ensemble.check_members(spec)
-        prepared = _rows_to_look_at(spec)
+        prepared = _inspected_rows(spec)
         cautions = counts.cautions(prepared.facts)
-        for own in {part.model.name: part.model for part in (spec, *spec.members())}.values():
-            cautions += fits.check(spec, own, model.load_config(own), prepared)
-            cautions += decoding.cautions(own) if spec.evaluation.generate else []
+        for model_spec in {part.model.name: part.model for part in (spec, *spec.members())}.values():
+            cautions += fits.check(spec, model_spec, model.load_config(model_spec), prepared)
+            cautions += decoding.cautions(model_spec) if spec.evaluation.generate else []
         notes = data.notes(prepared, spec.data) + [f"caution: {caution}" for caution in cautions]
         return Inspection(notes, prepared.key, len(prepared.train), reach)
 
     def model_content(self, model: ModelSpec) -> str | None:
-        """Of its folder; null if its own code may read anything, or it is not here."""
+        """Digest of its folder; None if the model brings code of its own, or is not here."""
         from ray_peft.tasks.llm_sft import deciding
 
         return deciding.model_content(model)
 
     def content(self, spec: LlmTrialSpec) -> str | None:
-        """Of models, tokenizers, rows and chat template; null with benchmarks, which lm-eval reads from anywhere."""
+        """Digest of models, tokenizers, rows and chat template; None with benchmarks, whose files lm-eval chooses."""
         from ray_peft.tasks.llm_sft import deciding
 
         return deciding.content(spec)
@@ -81,18 +81,18 @@ class LlmSft(TaskType[LlmTrialSpec]):
         return describe.report(spec)
 
     def rows_fit(self, spec: LlmTrialSpec) -> list[str]:
-        """Lengths and token numbers against the models' configs; weights are not looked at."""
+        """Compare lengths and token numbers with the models' configs; weights are not read."""
         from ray_peft.tasks.llm_sft import fits, model
 
-        said = []
-        for own in {part.model.name: part.model for part in (spec, *spec.members())}.values():
+        sentences = []
+        for model_spec in {part.model.name: part.model for part in (spec, *spec.members())}.values():
             try:
-                config = model.load_config(own)
+                config = model.load_config(model_spec)
             except ModelError as error:  # rows can be looked at with a tokenizer alone
-                said.append(f"the rows were not compared with the model: {first_line(error)}")
+                sentences.append(f"the rows were not compared with the model: {first_line(error)}")
             else:
-                said += fits.check(spec, own, config, _rows_to_look_at(spec))
-        return said
+                sentences += fits.check(spec, model_spec, config, _inspected_rows(spec))
+        return sentences
 
     def write_data(self, spec: LlmTrialSpec, folder: Path) -> list[Path]:
         """Write each split as JSON lines, and a few training rows of each source as the model sees them."""
@@ -102,7 +102,7 @@ class LlmSft(TaskType[LlmTrialSpec]):
 
     def predictor(self, spec: LlmTrialSpec) -> Callable[[LlmTrialSpec, Gpu], Prediction]:
         """The peak with passes as long as the longest training row, or as `data.max_length` of a variant."""
-        return bench.predictor(spec, _rows_to_look_at(spec))
+        return bench.predictor(spec, _inspected_rows(spec))
 
     def total_steps(self, spec: LlmTrialSpec, train_rows: int) -> int:
         """Optimizer steps of a whole trial; the last one of an epoch may hold fewer rows."""
@@ -143,22 +143,22 @@ def _rows(spec: LlmTrialSpec) -> tuple[PreTrainedTokenizerBase, PreparedData]:
     return tokenizer, prepare(spec, tokenizer)
 
 
-_looked_at: dict[str, PreparedData] = {}
-_MOST_LOOKED_AT = 4
+_recent_rows: dict[str, PreparedData] = {}
+_MOST_RECENT = 4
 
 
-def _rows_to_look_at(spec: LlmTrialSpec) -> PreparedData:
+def _inspected_rows(spec: LlmTrialSpec) -> PreparedData:
     """A trial's prepared rows, kept for the next trial on the same ones: a large tokenizer takes seconds to read."""
     from ray_peft.foundation.cache import cache_folder
 
     decides = [str(cache_folder()), spec.model.plain(), spec.data.plain(), spec.train.loss, _stamps(spec)]
     key = json.dumps(decides, sort_keys=True)
-    if key not in _looked_at:
-        _, found = _rows(spec)
-        while len(_looked_at) >= _MOST_LOOKED_AT:
-            _looked_at.pop(next(iter(_looked_at)))
-        _looked_at[key] = found
-    return _looked_at[key]
+    if key not in _recent_rows:
+        _, rows = _rows(spec)
+        while len(_recent_rows) >= _MOST_RECENT:
+            _recent_rows.pop(next(iter(_recent_rows)))
+        _recent_rows[key] = rows
+    return _recent_rows[key]
 
 
 def _stamps(spec: LlmTrialSpec) -> list[tuple[str, int, int]]:

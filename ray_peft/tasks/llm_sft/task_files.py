@@ -1,4 +1,4 @@
-"""Task files of one's own for lm-eval, read as text: which of them run Python code when lm-eval loads them."""
+"""The user's own task files for lm-eval, read as text: which of them run Python code when lm-eval loads them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def python_in(folder: Path) -> tuple[Path, int, str] | None:
 
     lm-eval imports the code while it reads the file, before anything of the task is known.
     """
-    waiting, seen = sorted(folder.rglob("*.yaml")), set[Path]()
+    waiting, visited = sorted(folder.rglob("*.yaml")), set[Path]()
     while waiting:
         file = waiting.pop(0).resolve()
-        if file in seen:
+        if file in visited:
             continue
-        seen.add(file)
+        visited.add(file)
         with contextlib.suppress(OSError):  # lm-eval says which one cannot be read
             text = file.read_text(encoding="utf-8", errors="replace")
-            if (found := _tagged(text)) is not None:
-                return file, *found
+            if (tagged := _tagged(text)) is not None:
+                return file, *tagged
             waiting += [file.parent / name for name in _included(text)]
     return None
 

@@ -1,4 +1,4 @@
-"""A trial's tokenizer: loaded, with a chat template that can be written."""
+"""A trial's tokenizer, loaded and checked, with a chat template that works."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def _template_text(file: Path) -> str:
     if "{%" in str(file) or "{{" in str(file):
         raise DataError("data.chat_template: must be the path of a file; write this template into a .jinja file")
     if not file.is_file():
-        what = "is a folder; name a .jinja file" if file.is_dir() else "no such file"
-        raise DataError(f"data.chat_template: {file}: {what}")
+        problem = "is a folder; name a .jinja file" if file.is_dir() else "no such file"
+        raise DataError(f"data.chat_template: {file}: {problem}")
     try:
         content = file.read_bytes()
         text = content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig")

@@ -1,36 +1,42 @@
-"""TRL's checkpoints of a stage: which one is whole, what its steps cost, and when the ones before it may go."""
+"""TRL's checkpoints of a stage: which one is whole, what its steps cost, and when the ones before it may go.
+
+The Trainer writes a checkpoint's files in their place, one after the other; then come the costs, and the seal last.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray_peft.engine import cost
+from ray_peft.engine.checkpoint import numbered, remove_older, step_of, warn_of_damage
 from ray_peft.engine.trained import Costs, Trained
+from ray_peft.foundation.seal import SEAL_FILE, broken, seal
 
 _STATE = "trainer_state.json"
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that is whole; None without one: a killed process, or a full disk, leaves part of one."""
-    return max(filter(_is_whole, folder.glob("checkpoint-*")), key=step_of, default=None)
+    for checkpoint in numbered(folder):
+        reason = broken(checkpoint)
+        if reason is None or _is_of_first_version(checkpoint):
+            return checkpoint
+        warn_of_damage(checkpoint, reason)
+    return None
 
 
-def step_of(checkpoint: Path) -> int:
-    """The optimizer steps of the stage that it holds."""
-    return int(checkpoint.name.rpartition("-")[2])
+def _is_of_first_version(checkpoint: Path) -> bool:
+    """Whether version 0.1.0 wrote it to its end, without costs and seal: the Trainer writes its state last.
 
-
-def _is_whole(checkpoint: Path) -> bool:
-    if not checkpoint.name.rpartition("-")[2].isdecimal():
+    Nothing proves that its other files are as they were.
+    """
+    if (checkpoint / SEAL_FILE).exists() or (checkpoint / cost.COST_FILE).exists():
         return False
-    if (checkpoint / cost.COST_FILE).is_file():
-        return True
-    try:  # version 0.1.0 wrote no costs; the Trainer writes its state last
+    try:
         json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
@@ -73,9 +79,9 @@ class Meter:
         )
 
     def keep(self, folder: Path) -> None:
-        """Add the costs to the checkpoint of this step; older ones go after that."""
-        checkpoint = folder / f"checkpoint-{self._trainer.state.global_step}"
+        """Complete the checkpoint of this step; all but it and the one before it go after that."""
+        step = int(self._trainer.state.global_step)
+        checkpoint = folder / f"checkpoint-{step}"
         cost.write(checkpoint, cost.plain(self.so_far(), self._costs))
-        for old in folder.glob("checkpoint-*"):
-            if old != checkpoint:
-                shutil.rmtree(old, ignore_errors=True)
+        seal(checkpoint)
+        remove_older(folder, step)

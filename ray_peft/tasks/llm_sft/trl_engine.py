@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+from ray_peft.engine.due import Due
 from ray_peft.engine.finite import FiniteGuard
 from ray_peft.engine.member import Job
 from ray_peft.engine.trained import Trained
@@ -105,9 +106,7 @@ def _arguments(spec: LlmTrialSpec, job: Job) -> Any:
         logging_steps=train.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_strategy="steps" if train.checkpoint_every else "no",
-        save_steps=train.checkpoint_every or 500,
-        save_total_limit=None,  # the watcher removes older ones, once this one is whole
+        save_strategy="no",  # the watcher says when, and removes older ones once a new one is whole
         max_length=None,
         packing=False,
         report_to="none",
@@ -150,6 +149,8 @@ def _watcher(spec: LlmTrialSpec, job: Job, trained: Trained, guard: FiniteGuard,
     """A TrainerCallback that passes on logged metrics, measures held-out loss in between, and completes checkpoints."""
     from transformers import TrainerCallback
 
+    due = Due(spec.train.checkpoint_every, job.device)
+
     class Watcher(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             logs: dict[str, Any] = given["logs"]
@@ -167,8 +168,11 @@ def _watcher(spec: LlmTrialSpec, job: Job, trained: Trained, guard: FiniteGuard,
             job.report(metrics, job.first_step + state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if spec.train.checkpoint_every and state.global_step % spec.train.checkpoint_every == 0:
+            step = state.global_step
+            logged = step == 1 or step % spec.train.log_every == 0
+            if due.after(step, job.steps, logged=logged):
                 guard.check()
+                control.should_save = True
             every = spec.train.eval_every
             if every and state.global_step % every == 0 and state.global_step < job.steps:
                 begin = time.perf_counter()
@@ -180,5 +184,6 @@ def _watcher(spec: LlmTrialSpec, job: Job, trained: Trained, guard: FiniteGuard,
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
                 meter.keep(job.folder)
+            trained.seconds -= due.written()
 
     return Watcher()

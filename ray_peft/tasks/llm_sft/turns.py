@@ -1,4 +1,4 @@
-"""Conversations as text: what the chat template is given, what it writes, and where the answers stand in it."""
+"""Conversations as text: the input of the chat template, the text that it writes, and where the answers are in it."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class CannotWrite(Exception):
     def __init__(self, reason: str, way_out: str) -> None:
         super().__init__(f"{reason}; {way_out}")
         self.reason = reason
-        """The same without the way out: under it such rows are counted where they are skipped."""
+        """The same without the way out; skipped rows are counted under it."""
 
 
 def messages(conversation: Conversation) -> list[Message]:
-    """What a chat template is given of a conversation: the one place where turns become messages."""
+    """The messages of a conversation as a chat template takes them; nothing else turns turns into messages."""
     return [dict(turn) for turn in conversation.turns]
 
 
@@ -67,15 +67,17 @@ class Template:
         """
         try:
             offered: list[Any] | None = [dict(tool) for tool in tools] or None
-            own = self.tokenizer.get_chat_template(None, offered)
-            given: dict[str, Any] = {"date_string": self.date.strftime("%d %b %Y")} if "date_string" in own else {}
+            template = self.tokenizer.get_chat_template(None, offered)
+            variables: dict[str, Any] = (
+                {"date_string": self.date.strftime("%d %b %Y")} if "date_string" in template else {}
+            )
             text = self.tokenizer.apply_chat_template(
                 [dict(turn) for turn in turns],
                 tools=offered,
-                chat_template=_dated(own, self.date),
+                chat_template=_dated(template, self.date),
                 tokenize=False,
                 add_generation_prompt=ask,
-                **given,
+                **variables,
             )
         except Exception as error:  # templates are programs: they raise what Jinja, Python and transformers raise
             reason = f"the chat template refuses it: {first_line(error)}"
@@ -116,8 +118,8 @@ def answers(
 ) -> list[Answer]:
     """Where each answer stands in `text`, which is what the template writes of `turns` and `tools`.
 
-    An answer is sound if the text up to it is the prompt that the model gets for it, and what follows is what the
-    template writes for it, whatever comes later: then what is trained is what happens when the model is asked.
+    An answer is sound if the text before it is the prompt that the model gets for it, and if the template writes the
+    answer in the same way whatever turns follow. Then the model is trained on what it sees when it is used.
 
     Raises:
         CannotWrite: the template fails on the first turns of the conversation.
@@ -126,7 +128,7 @@ def answers(
     located = _by_repetition(text, turns, places, template) if len(turns) > LONG and not tools else None
     if located is None:
         located = [_by_prefix(text, turns, index, template, tools) for index in places]
-    return [_whole(answer, text, turns[answer.turn]) for answer in located]
+    return [_checked_for_omission(answer, text, turns[answer.turn]) for answer in located]
 
 
 def _by_prefix(
@@ -139,22 +141,22 @@ def _by_prefix(
     end = text if index + 1 == len(turns) else template.write(turns[: index + 1], tools=tools)
     if not end.startswith(begin):
         alike = end.startswith(template.write(turns[:index], tools=tools))
-        return Answer(index, 0, 0, f"{OTHER_START} {_rest(begin, end)!a}" if alike else REWRITTEN)
+        return Answer(index, 0, 0, f"{OTHER_START} {_continuation(begin, end)!a}" if alike else REWRITTEN)
     if not text.startswith(end.rstrip()):
         return Answer(index, 0, 0, OTHERWISE if text.startswith(begin) else REWRITTEN)
     return Answer(index, len(begin), len(end.rstrip()))
 
 
-def _rest(prompt: str, text: str) -> str:
+def _continuation(prompt: str, text: str) -> str:
     """How a generation prompt goes on where a text does not."""
     return prompt[len(commonprefix([prompt, text])) :][:40]
 
 
 def _by_repetition(text: str, turns: Sequence[Message], places: list[int], template: Template) -> list[Answer] | None:
-    """The same in linear time: all gaps between turns are alike, and prefixes of doubling length are looked at.
+    """The same in linear time: the text between turns is always the same, which prefixes of doubling length confirm.
 
-    None if the template writes the turns in different ways. The last answer, which templates treat in ways of its own,
-    is always looked at by itself.
+    None if the template writes the turns in different ways. The last answer, which templates treat differently, is
+    always located by itself.
     """
     contents = _contents(text, turns, template)
     if contents is None or not places or not places[0]:
@@ -162,8 +164,8 @@ def _by_repetition(text: str, turns: Sequence[Message], places: list[int], templ
     *earlier, last = places
     before = {text[contents[index - 1][1] : contents[index][0]] for index in earlier}
     after = {text[contents[index][1] : contents[index + 1][0]] for index in earlier}
-    who = {(turns[index - 1]["role"], turns[index + 1]["role"]) for index in earlier}
-    if any(len(ways) > 1 for ways in (before, after, who)):
+    roles = {(turns[index - 1]["role"], turns[index + 1]["role"]) for index in earlier}
+    if any(len(ways) > 1 for ways in (before, after, roles)):
         return None
     samples = {2**power - 1 for power in range(len(earlier).bit_length())} | {len(earlier) - 1}
     shapes = set()
@@ -204,7 +206,7 @@ def _contents(text: str, turns: Sequence[Message], template: Template) -> list[t
     return contents
 
 
-def _whole(answer: Answer, text: str, turn: Message) -> Answer:
+def _checked_for_omission(answer: Answer, text: str, turn: Message) -> Answer:
     """The answer with its problem, if the template has left out a part of it, such as thoughts.
 
     White space does not count: templates trim it and add it.
@@ -223,10 +225,10 @@ def missing_turn(turns: Sequence[Message], text: str) -> str | None:
         content = turn.get("content")
         if turn["role"] in ("user", "system") and isinstance(content, str):
             sought = "".join(content.split())
-            found = compact.find(sought, place)
-            if found < 0 and sought not in compact:
+            position = compact.find(sought, place)
+            if position < 0 and sought not in compact:
                 return str(turn["role"])
-            place = max(place, found + len(sought))
+            place = max(place, position + len(sought))
     return None
 
 
@@ -268,11 +270,11 @@ def end_of_answer_tokens(tokenizer: PreTrainedTokenizerBase, date: datetime.date
     They are trained as part of every answer. Where the first one is a special token, it alone ends an answer; text
     such as "### End" may take several. Empty if the template ends answers with nothing, or cannot be written.
     """
-    found = frame(Template(tokenizer, date)) if tokenizer.chat_template else None
-    return found.end_tokens if found is not None else ()
+    answer_frame = frame(Template(tokenizer, date)) if tokenizer.chat_template else None
+    return answer_frame.end_tokens if answer_frame is not None else ()
 
 
 def prints_the_date(turns: Sequence[Message], template: Template, tools: Sequence[Mapping[str, Any]] = ()) -> bool:
     """True if the text of a conversation depends on the day."""
-    other = Template(template.tokenizer, template.date + datetime.timedelta(days=400))
-    return template.write(turns, tools=tools) != other.write(turns, tools=tools)
+    later = Template(template.tokenizer, template.date + datetime.timedelta(days=400))
+    return template.write(turns, tools=tools) != later.write(turns, tools=tools)

@@ -7,12 +7,16 @@ import json
 import mmap
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import ModelError, first_line
+from ray_peft.foundation.lists import some
+from ray_peft.foundation.substitutes import substitute_in
+from ray_peft.tasks import safetensors_header
+from ray_peft.tasks.safetensors_header import Entry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,9 +26,6 @@ WHOLE = 256 * 2**20
 
 SAMPLE = 4096
 """Bytes of a sample: one at the start, the middle and the end of each weight."""
-
-LARGEST_HEADER = 100 * 10**6
-"""The safetensors format allows no larger header."""
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,9 @@ class WeightFiles:
         return sum(file.stat().st_size for file in self.files)
 
     def stamps(self) -> tuple[tuple[str, int, int], ...]:
-        """What changes if a file does: paths, times and sizes."""
+        """Paths, times and sizes, which change if a file changes."""
         every = [*self.files, *([self.index] if self.index else [])]
         return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in every)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One weight in a safetensors file."""
-
-    name: str
-    dtype: str
-    """As the file spells it, such as BF16."""
-    shape: tuple[int, ...]
-    file: Path
-    begin: int
-    """First byte in the file."""
-    end: int
 
 
 def weight_files(folder: Path, named: str | None = None) -> WeightFiles:
@@ -158,8 +145,8 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        pointer = _not_weights(file) if file.is_file() else None
-        raise ModelError(f"{file}: {pointer or f'no valid JSON: {first_line(error)}'}") from None
+        text = substitute_in(file) if file.is_file() else None
+        raise ModelError(f"{file}: {f'is {text}' if text else f'no valid JSON: {first_line(error)}'}") from None
     if not isinstance(content, dict):
         raise ModelError(f"{file}: must hold a JSON object, not {type(content).__name__}")
     return content
@@ -171,57 +158,7 @@ def entries(files: WeightFiles) -> list[Entry]:
     Raises:
         ModelError: a file is cut, a pointer, or not of this format.
     """
-    return [entry for file in files.files for entry in _header(file)]
-
-
-def _header(file: Path) -> Iterator[Entry]:
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        text = handle.read(length) if length <= LARGEST_HEADER else b""
-    try:
-        header = json.loads(text.decode("utf-8"))
-        header.pop("__metadata__", None)
-        listed = [
-            Entry(name, str(at["dtype"]), tuple(at["shape"]), file, *(8 + length + int(x) for x in at["data_offsets"]))
-            for name, at in header.items()
-        ]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ModelError(f"{file}: {_not_weights(file) or 'not a safetensors file, or a damaged one'}") from None
-    size, told = file.stat().st_size, max((entry.end for entry in listed), default=8 + length)
-    if size < told:
-        raise ModelError(f"{file}: is cut: it has {size:,} of {told:,} bytes; download it again")
-    _check_format(file)
-    yield from listed
-
-
-def _check_format(file: Path) -> None:
-    """The library's own check of the header: nothing of the content is read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ModelError(f"{file}: damaged ({first_line(error)}); download it again") from None
-
-
-def _not_weights(file: Path) -> str | None:
-    """What a file is instead of what its name says; None if it cannot be told."""
-    with file.open("rb") as handle:
-        begin = handle.read(512)
-    if not begin:
-        return "is empty; download it again"
-    if begin.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder"
-    if b"/annex/objects/" in begin:
-        return "is a pointer of git-annex, not the file itself; run `git annex get` in its folder"
-    if begin.lstrip()[:9].lower() in (b"<!doctype", b"<html") or begin.lstrip()[:5].lower() == b"<html":
-        return "is a web page, not the file itself; download it again (a login may be needed)"
-    if begin.startswith(b"PK\x03\x04") and file.suffix == ".safetensors":
-        return "is a torch or zip archive with the wrong name, not a safetensors file"
-    if file.suffix == ".safetensors" and int.from_bytes(begin[:8], "little") < LARGEST_HEADER:
-        return "is cut or damaged: its header is not whole; download it again"
-    return None
+    return [entry for file in files.files for entry in safetensors_header.entries(file)]
 
 
 def on_meta(files: WeightFiles) -> dict[str, Tensor]:
@@ -256,10 +193,9 @@ def _unpickled(file: Path, device: str) -> dict[str, Any]:
     except Exception as error:  # unpickling raises whatever the file makes it raise
         code = "it holds more than weights, and reading the rest could run code"
         why = code if isinstance(error, pickle.UnpicklingError) else first_line(error)
-        reason = _not_weights(file) or (
-            f"cannot be read ({why}); save the model again with save_pretrained, which writes model.safetensors"
-        )
-        raise ModelError(f"{file}: {reason}") from None
+        text = substitute_in(file)
+        reason = f"cannot be read ({why}); save the model again with save_pretrained, which writes model.safetensors"
+        raise ModelError(f"{file}: {f'is {text}' if text else reason}") from None
     if not isinstance(loaded, dict):
         raise ModelError(f"{file}: holds a {type(loaded).__name__}, not weights by name; save the model's state_dict")
     return loaded
@@ -272,16 +208,16 @@ def first_not_finite(files: WeightFiles) -> str | None:
     for file in files.files:
         if files.pickled:
             loaded = _unpickled(file, "cpu")
-            odd = _first_odd(list(loaded), loaded.__getitem__)
+            name = _first_not_finite_of(list(loaded), loaded.__getitem__)
         else:
             with safe_open(file, framework="pt") as opened:
-                odd = _first_odd(list(opened.keys()), opened.get_tensor)
-        if odd is not None:
-            return odd
+                name = _first_not_finite_of(list(opened.keys()), opened.get_tensor)
+        if name is not None:
+            return name
     return None
 
 
-def _first_odd(names: list[str], value: Callable[[str], Tensor]) -> str | None:
+def _first_not_finite_of(names: list[str], value: Callable[[str], Tensor]) -> str | None:
     import torch
 
     for name in names:
@@ -299,12 +235,12 @@ def digest(files: WeightFiles) -> str:
     Content is read whole up to `WHOLE` bytes, else in three samples of each weight, so that a change of training shows.
     """
     total = hashlib.sha256()
-    whole = files.num_bytes <= WHOLE
+    read_whole = files.num_bytes <= WHOLE
     if files.pickled:
         for file in files.files:
             total.update(file.name.encode())
             with file.open("rb") as handle:
-                for begin, end in [(0, file.stat().st_size)] if whole else _samples(0, file.stat().st_size):
+                for begin, end in [(0, file.stat().st_size)] if read_whole else _samples(0, file.stat().st_size):
                     handle.seek(begin)
                     total.update(handle.read(end - begin))
         return total.hexdigest()
@@ -312,7 +248,7 @@ def digest(files: WeightFiles) -> str:
     for entry in sorted(entries(files), key=lambda entry: entry.name):
         total.update(f"{entry.name}:{entry.dtype}:{entry.shape}:".encode())
         content = by_file[entry.file]
-        for begin, end in [(entry.begin, entry.end)] if whole else _samples(entry.begin, entry.end):
+        for begin, end in [(entry.begin, entry.end)] if read_whole else _samples(entry.begin, entry.end):
             total.update(content[begin:end])
     return total.hexdigest()
 
@@ -326,9 +262,3 @@ def _samples(begin: int, end: int) -> list[tuple[int, int]]:
     """Start, middle and end."""
     places = (begin, (begin + end) // 2, end - SAMPLE)
     return [(max(begin, place), min(end, max(begin, place) + SAMPLE)) for place in places]
-
-
-def some(names: list[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -14,7 +14,7 @@ from typing import Any
 
 from ray_peft.errors import DataError
 from ray_peft.spec.text_to_image import ImageDataSpec
-from ray_peft.tasks.text_to_image.listing import NOT_READ, SUFFIXES, Listing, named, plain_name, shown
+from ray_peft.tasks.text_to_image.listing import NOT_READ, SUFFIXES, Listing, named, plain_name, printable
 
 Caption = tuple[str | None, str]
 """A caption, or None and why there is none."""
@@ -54,17 +54,17 @@ class TextFiles:
         """The caption of an image: that of `a.png` stands in a.txt, a.caption, a.png.txt or a.png.caption."""
         name = self._named_after(image)
         if name is None:
-            return None, f"no caption: no {shown(PurePosixPath(image).stem)}.txt beside it"
+            return None, f"no caption: no {printable(PurePosixPath(image).stem)}.txt beside it"
         file = self._files[name]
         try:
-            return words(text_of(file), shown(file.name))
+            return words(text_of(file), printable(file.name))
         except (OSError, UnicodeError) as error:
-            return None, f"no caption: {shown(file.name)} {not_text(error)}"
+            return None, f"no caption: {printable(file.name)} {not_text(error)}"
 
     def without(self, images: Iterable[str]) -> list[str]:
         """The names of text files that belong to none of the images."""
-        used = {name for image in images for name in self._candidates(image)}
-        return [path.name for name, path in self._files.items() if name not in used]
+        names = {name for image in images for name in self._candidates(image)}
+        return [path.name for name, path in self._files.items() if name not in names]
 
     def _named_after(self, image: str) -> str | None:
         return next((name for name in self._candidates(image) if name in self._files), None)
@@ -158,25 +158,25 @@ class _Finder:
 
     def image(self, line: _Line) -> tuple[str, str]:
         """The image that a line means, by its name in the listing, and what is wrong with the line, if anything."""
-        given = line.values.get("file_name")
-        if not isinstance(given, str) or not given.strip():
+        name = line.values.get("file_name")
+        if not isinstance(name, str) or not name.strip():
             return "", f"{line.place} has no file_name"
-        names = [self._relative(line.file, each) for each in _spellings(given)]
-        for name in names:
-            if name in self._images or plain_name(name) in self._composed:
-                return name if name in self._images else self._composed[plain_name(name)], ""
-        return names[0], f"{line.place} names {given}, {self._why_not(line.file.parent / given, names)}"
+        names = [self._relative(line.file, spelling) for spelling in _spellings(name)]
+        for candidate in names:
+            if candidate in self._images or plain_name(candidate) in self._composed:
+                return candidate if candidate in self._images else self._composed[plain_name(candidate)], ""
+        return names[0], f"{line.place} names {name}, {self._why_unusable(line.file.parent / name, names)}"
 
-    def _relative(self, file: Path, given: str) -> str:
+    def _relative(self, file: Path, name: str) -> str:
         """A name relative to the folder, of one that is relative to its metadata file, or absolute."""
-        return posixpath.relpath(posixpath.join(file.parent.as_posix(), given), self._folder.as_posix())
+        return posixpath.relpath(posixpath.join(file.parent.as_posix(), name), self._folder.as_posix())
 
-    def _why_not(self, path: Path, names: Sequence[str]) -> str:
+    def _why_unusable(self, path: Path, names: Sequence[str]) -> str:
         try:
-            there = path.exists()
+            exists = path.exists()
         except (OSError, ValueError):  # too long for a name, or a NUL in it
-            there = False
-        if not there:
+            exists = False
+        if not exists:
             near = next(filter(None, (self._any_case.get(plain_name(name).casefold()) for name in names)), None)
             return "which is not there" + (f" (there is {near}: the case of letters counts)" if near else "")
         if not path.name.lower().endswith((*SUFFIXES, *NOT_READ)):
@@ -184,9 +184,9 @@ class _Finder:
         return "which is hidden or outside of the folder"
 
 
-def _spellings(given: str) -> list[str]:
+def _spellings(name: str) -> list[str]:
     """A file's name as it was given, without blanks around it, and with the slashes of other systems than Windows."""
-    return list(dict.fromkeys((given, given.strip(), given.strip().replace("\\", "/"))))
+    return list(dict.fromkeys((name, name.strip(), name.strip().replace("\\", "/"))))
 
 
 def caption_column(data: ImageDataSpec, rows: Iterable[Mapping[str, Any]], where: str) -> str:
@@ -251,7 +251,7 @@ def _array(text: str) -> list[dict[str, Any]] | None:
         values = json.loads(text)
     except json.JSONDecodeError:
         return None
-    return values if all(isinstance(each, dict) for each in values) else None
+    return values if all(isinstance(value, dict) for value in values) else None
 
 
 def _csv_lines(file: Path) -> Iterator[_Line]:
@@ -280,8 +280,8 @@ def _header(file: Path, text: str) -> tuple[str, list[str]]:
         DataError: no column is called file_name, or two columns have one name.
     """
     lines = text.splitlines()
-    headers = {each: _cells(lines[0] if lines else "", each) for each in _DELIMITERS}
-    delimiter = next((each for each, header in headers.items() if "file_name" in header), ",")
+    headers = {delimiter: _cells(lines[0] if lines else "", delimiter) for delimiter in _DELIMITERS}
+    delimiter = next((delimiter for delimiter, header in headers.items() if "file_name" in header), ",")
     header = headers[delimiter]
     if "file_name" not in header:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Images with captions -> usable pictures, split by content, and what the UNet sees of them."""
+"""Images with captions -> usable pictures, split by content, and the views of them that the UNet sees."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ray_peft.spec.text_to_image import ImageDataSpec
 from ray_peft.tasks.text_to_image.decoding import FRAMES, TRANSPARENT, BrokenImageError, decoded
 from ray_peft.tasks.text_to_image.listing import named
 from ray_peft.tasks.text_to_image.repeats import look, repeated
-from ray_peft.tasks.text_to_image.sources import Found, find
+from ray_peft.tasks.text_to_image.sources import ImageSource, find
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class Picture:
     read: Callable[[], bytes] = field(repr=False, compare=False)
     """Gives the file's bytes."""
     traits: tuple[str, ...] = ()
-    """What of the file is not seen, as in `Decoded`."""
+    """The parts of the file that are not used, as in `Decoded`."""
 
     def open(self) -> Image:
         """The whole image, upright, in RGB.
@@ -82,13 +82,13 @@ class Pictures:
     unusable: dict[str, str]
     """Why an image is left out, by its name."""
     repeats: dict[str, str]
-    """Images left out of training since they show the same as a held-out one: its name, by theirs."""
+    """By the name of an image that is left out of training, the held-out image that it repeats."""
     remarks: tuple[str, ...] = ()
-    """What lies beside the images and is not used."""
+    """Sentences on files beside the images that are not used."""
 
 
 @dataclass(frozen=True)
-class _Looked:
+class _Decoded:
     """An image that was decoded once."""
 
     picture: Picture
@@ -101,43 +101,49 @@ def prepare(data: ImageDataSpec) -> Pictures:
     Raises:
         DataError: images or metadata are missing, malformed or too few, or unusable where they must not be.
     """
-    sought = find(data)
-    found = sought.images
+    sources = find(data)
+    images = sources.images
     # Decoders release the interpreter's lock; more threads than cores would only hold more whole images in memory.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        results = list(pool.map(lambda each: _look_at(each, data), found))
-    unusable = {each.name: result for each, result in zip(found, results, strict=True) if isinstance(result, str)}
-    usable = [result for result in results if isinstance(result, _Looked)]
+        results = list(pool.map(lambda image: _decode(image, data), images))
+    unusable = {image.name: result for image, result in zip(images, results, strict=True) if isinstance(result, str)}
+    usable = [result for result in results if isinstance(result, _Decoded)]
     if unusable and data.unusable == "fail":
         lower = "lower data.min_side, " if any(why.startswith("too small") for why in unusable.values()) else ""
         raise DataError(
-            f"data.path: {data.path}: {len(unusable)} of {len(found)} images are unusable: "
+            f"data.path: {data.path}: {len(unusable)} of {len(images)} images are unusable: "
             f"{named([f'{name} ({reason})' for name, reason in unusable.items()])}; mend or remove them, "
             f"{lower}or leave them out with data.unusable: skip"
         )
-    train, test, repeats = _split(usable, data, len(found))
+    train, test, repeats = _split(usable, data, len(images))
     key = _key(data, train, test)
-    return Pictures(key, tuple(train), tuple(test), len(found), unusable, repeats, tuple(sought.remarks))
+    return Pictures(key, tuple(train), tuple(test), len(images), unusable, repeats, tuple(sources.remarks))
 
 
 def notes(pictures: Pictures, data: ImageDataSpec) -> list[str]:
-    """What a reader of the comparison must know: images used, left out, and blown up."""
+    """What a reader of the comparison must know: images used, left out, and enlarged."""
     name = Path(data.path).expanduser().absolute().name if is_local(data.path) else data.path
     counted = f"{len(pictures.train)} training and {len(pictures.test)} held-out images of {pictures.read} read"
-    found = [f"{name}: {counted}"]
+    sentences = [f"{name}: {counted}"]
     if pictures.unusable:
-        each = named([f"{image} ({reason})" for image, reason in pictures.unusable.items()])
-        found.append(f"{name}: left out {_images(len(pictures.unusable))} that cannot be used: {each}")
+        picture = named([f"{image} ({reason})" for image, reason in pictures.unusable.items()])
+        sentences.append(f"{name}: left out {_images(len(pictures.unusable))} that cannot be used: {picture}")
     if pictures.repeats:
-        each = named([f"{image} (as {held_out})" for image, held_out in pictures.repeats.items()])
-        found.append(f"{name}: left out {_images(len(pictures.repeats), 'training ')} repeating held-out ones: {each}")
-    small = [each.name for each in (*pictures.train, *pictures.test) if min(each.width, each.height) < data.resolution]
+        picture = named([f"{image} (as {held_out})" for image, held_out in pictures.repeats.items()])
+        sentences.append(
+            f"{name}: left out {_images(len(pictures.repeats), 'training ')} repeating held-out ones: {picture}"
+        )
+    small = [
+        picture.name
+        for picture in (*pictures.train, *pictures.test)
+        if min(picture.width, picture.height) < data.resolution
+    ]
     if small:
-        found.append(f"{name}: {_images(len(small))} blown up to {data.resolution} px: {named(small)}")
+        sentences.append(f"{name}: {_images(len(small))} blown up to {data.resolution} px: {named(small)}")
     for trait, words in _TRAITS.items():
-        having = [each.name for each in (*pictures.train, *pictures.test) if trait in each.traits]
-        found += [f"{name}: {_images(len(having))} {words}: {named(having)}"] if having else []
-    return found + [f"{name}: {remark}" for remark in pictures.remarks]
+        having = [picture.name for picture in (*pictures.train, *pictures.test) if trait in picture.traits]
+        sentences += [f"{name}: {_images(len(having))} {words}: {named(having)}"] if having else []
+    return sentences + [f"{name}: {remark}" for remark in pictures.remarks]
 
 
 def pixels(picture: Picture, data: ImageDataSpec, view: int | None) -> torch.Tensor:
@@ -145,10 +151,10 @@ def pixels(picture: Picture, data: ImageDataSpec, view: int | None) -> torch.Ten
 
     Views count from 0; None is the view of a held-out picture, which is its centre as it is.
     """
-    return as_tensor(seen(picture.open(), picture, data, view))
+    return as_tensor(view_of(picture.open(), picture, data, view))
 
 
-def seen(image: Image, picture: Picture, data: ImageDataSpec, view: int | None) -> Image:
+def view_of(image: Image, picture: Picture, data: ImageDataSpec, view: int | None) -> Image:
     """One view of an opened picture: its shorter side resized to the resolution, cropped, perhaps mirrored.
 
     The views are those of `pixels`.
@@ -179,24 +185,24 @@ def as_tensor(square: Image) -> torch.Tensor:
     return (values / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
-def _look_at(found: Found, data: ImageDataSpec) -> _Looked | str:
+def _decode(source: ImageSource, data: ImageDataSpec) -> _Decoded | str:
     """The usable picture, or why it is not usable."""
-    if found.why_not_read:
-        return found.why_not_read
+    if source.why_not_read:
+        return source.why_not_read
     try:
-        content = found.read()
-        seen_in_file = decoded(content)
+        content = source.read()
+        decoded_file = decoded(content)
     except (OSError, BrokenImageError) as error:
         return f"broken: {first_line(error)}"
-    image = seen_in_file.image
+    image = decoded_file.image
     smallest = data.resolution if data.min_side is None else data.min_side
     if min(image.size) < smallest:
         return f"too small: {image.width} x {image.height} pixels, and the shorter side must have {smallest}"
-    if found.caption is None:
-        return found.why_no_caption
+    if source.caption is None:
+        return source.why_no_caption
     digest = hashlib.sha256(content).hexdigest()
-    picture = Picture(found.name, found.caption, image.width, image.height, digest, found.read, seen_in_file.traits)
-    return _Looked(picture, look(image))
+    picture = Picture(source.name, source.caption, image.width, image.height, digest, source.read, decoded_file.traits)
+    return _Decoded(picture, look(image))
 
 
 def _is_mirrored(picture: Picture, data: ImageDataSpec, view: int) -> bool:
@@ -207,7 +213,7 @@ def _is_mirrored(picture: Picture, data: ImageDataSpec, view: int) -> bool:
 
 
 def _split(
-    usable: Sequence[_Looked], data: ImageDataSpec, read: int
+    usable: Sequence[_Decoded], data: ImageDataSpec, read: int
 ) -> tuple[list[Picture], list[Picture], dict[str, str]]:
     """Training and held-out pictures, and the names of those that are neither since they repeat a held-out one.
 
@@ -215,7 +221,7 @@ def _split(
         DataError: fewer than asked for.
     """
     # Sorted by content, so that renaming or moving a file does not move the split.
-    drawn = sorted(usable, key=lambda each: (each.picture.content, each.picture.caption, each.picture.name))
+    drawn = sorted(usable, key=lambda image: (image.picture.content, image.picture.caption, image.picture.name))
     random.Random(f"{data.seed}:split").shuffle(drawn)
     have = f"{data.path} has {len(drawn)} usable images of {read} read"
     test_count = data.test if isinstance(data.test, int) else math.ceil(round(data.test * len(drawn), 6))
@@ -223,39 +229,39 @@ def _split(
         raise DataError(f"data.test: {data.test}: {have}; lower data.test, or add images")
     if not test_count:
         raise DataError(f"data.test: {data.test}: {have}, none of which can be held out; add images")
-    test, rest = drawn[:test_count], drawn[test_count:]
-    matches = repeated([each.look for each in rest], [each.look for each in test])
-    by_content = {each.picture.content: each.picture.name for each in test}
+    test, others = drawn[:test_count], drawn[test_count:]
+    matches = repeated([image.look for image in others], [image.look for image in test])
+    by_content = {image.picture.content: image.picture.name for image in test}
     repeats: dict[str, str] = {}
     train = []
-    for each, match in zip(rest, matches, strict=True):
-        same = by_content.get(each.picture.content) or (None if match is None else test[match].picture.name)
-        if same is None:
-            train.append(each.picture)
+    for image, match in zip(others, matches, strict=True):
+        repeated_name = by_content.get(image.picture.content) or (None if match is None else test[match].picture.name)
+        if repeated_name is None:
+            train.append(image.picture)
         else:
-            repeats[each.picture.name] = same
+            repeats[image.picture.name] = repeated_name
     everything = isinstance(data.train, float) and data.train == 1.0
-    asked = data.train if isinstance(data.train, int) else math.floor(round(data.train * len(drawn), 6))
-    wanted = len(train) if everything else asked
-    if not wanted or wanted > len(train):
+    requested = data.train if isinstance(data.train, int) else math.floor(round(data.train * len(drawn), 6))
+    count = len(train) if everything else requested
+    if not count or count > len(train):
         less = f" and {_images(len(repeats))} that repeat held-out ones ({named(list(repeats))})" if repeats else ""
         raise DataError(
             f"data.train: {data.train}: {have}; without {test_count} held-out ones{less}, {len(train)} remain for "
-            f"training, and {'at least 1 is' if everything else f'{asked} are'} asked for; lower data.train or "
+            f"training, and {'at least 1 is' if everything else f'{requested} are'} asked for; lower data.train or "
             "data.test, write train: 1.0 for all others, or add images"
         )
-    return train[:wanted], [each.picture for each in test], dict(sorted(repeats.items()))
+    return train[:count], [image.picture for image in test], dict(sorted(repeats.items()))
 
 
 def _key(data: ImageDataSpec, train: Sequence[Picture], test: Sequence[Picture]) -> str:
-    contents = [[(each.content, each.caption) for each in split] for split in (train, test)]
+    contents = [[(picture.content, picture.caption) for picture in split] for split in (train, test)]
     return hashlib.sha256(json.dumps([FORMAT, differing(data), contents], sort_keys=True).encode()).hexdigest()[:24]
 
 
 def released_key(data: ImageDataSpec) -> str:
     """What release 0.1.0 called the images that are there now, under these settings."""
     pictures, plain = prepare(data), data.plain()
-    contents = [[(each.content, each.caption) for each in split] for split in (pictures.train, pictures.test)]
+    contents = [[(picture.content, picture.caption) for picture in split] for split in (pictures.train, pictures.test)]
     settings = {key: plain[key] for key in _RELEASED}
     return hashlib.sha256(json.dumps([1, settings, contents], sort_keys=True).encode()).hexdigest()[:24]
 

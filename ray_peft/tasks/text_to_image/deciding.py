@@ -1,4 +1,4 @@
-"""The content of all files that decide what is found out about an image trial before it starts."""
+"""The content of all files that decide the checks of an image trial before it starts."""
 
 from __future__ import annotations
 

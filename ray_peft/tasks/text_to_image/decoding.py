@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray_peft.errors import first_line
+from ray_peft.foundation.substitutes import HEAD, substitute
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +30,7 @@ class Decoded:
     image: Image
     """Upright, in RGB."""
     traits: tuple[str, ...]
-    """What of the file is not in `image`: FRAMES, TRANSPARENT."""
+    """The parts of the file that are not in `image`: FRAMES, TRANSPARENT."""
 
 
 def decoded(content: bytes) -> Decoded:
@@ -53,20 +54,9 @@ def decoded(content: bytes) -> Decoded:
     except Exception as error:  # the decoders of PIL raise a dozen unrelated types
         # PIL names the buffer by its address in memory, which says nothing and changes each time.
         unknown = isinstance(error, PIL.UnidentifiedImageError)
-        raise BrokenImageError(_what_else(content) if unknown else first_line(error)) from None
+        reason = substitute(content[:HEAD]) or "not an image of a known kind" if unknown else first_line(error)
+        raise BrokenImageError(reason) from None
     return Decoded(rgb, (FRAMES,) * several + (TRANSPARENT,) * transparent)
-
-
-def _what_else(content: bytes) -> str:
-    """What a file is that is no image."""
-    start = content[:200].lstrip().lower()
-    if not content:
-        return "an empty file"
-    if start.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS in place of the image; fetch it with git lfs pull"
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "a page of HTML in place of the image"
-    return "not an image of a known kind"
 
 
 def _rgb(image: Image) -> tuple[Image, bool]:

@@ -1,4 +1,4 @@
-"""The prepared images for people: counts, JSON lines, and what the UNet sees of each."""
+"""The prepared images for people to look at: counts, JSON lines, and the view of each that the UNet sees."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ray_peft.foundation.whole import write_text
 from ray_peft.spec.text_to_image import ImageDataSpec, ImageTrialSpec
 from ray_peft.tasks.base import DataReport, SplitReport
-from ray_peft.tasks.text_to_image.data import Picture, Pictures, notes, prepare, seen
+from ray_peft.tasks.text_to_image.data import Picture, Pictures, notes, prepare, view_of
 from ray_peft.tasks.text_to_image.listing import NAMED_AT_MOST
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ def data_report(spec: ImageTrialSpec) -> DataReport:
     data = spec.data
     pictures = prepare(data)
     settings = data.plain()
-    used = ("resolution", "crop", "flip", "views", "seed")
+    keys = ("resolution", "crop", "flip", "views", "seed")
     return DataReport(
         key=pictures.key,
-        settings={key: settings[key] for key in used},
+        settings={key: settings[key] for key in keys},
         read={data.path: pictures.read},
         unusable={data.path: dict(Counter(reason.partition(":")[0] for reason in pictures.unusable.values()))},
         splits=[
@@ -56,8 +56,8 @@ def write_data(spec: ImageTrialSpec, folder: Path) -> list[Path]:
     written = []
     for split, chosen in (("train", pictures.train), ("test", pictures.test)):
         lines = [
-            {"file_name": each.name, "caption": each.caption, "width": each.width, "height": each.height}
-            for each in chosen
+            {"file_name": picture.name, "caption": picture.caption, "width": picture.width, "height": picture.height}
+            for picture in chosen
         ]
         written.append(folder / f"{split}.jsonl")
         write_text(written[-1], "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
@@ -87,6 +87,8 @@ def _contact_sheet(chosen: Sequence[Picture], data: ImageDataSpec, view: int | N
     sheet = PIL.Image.new("RGB", (columns * THUMBNAIL, math.ceil(len(chosen) / columns) * THUMBNAIL), "white")
     for index, picture in enumerate(chosen):
         row, column = divmod(index, columns)
-        square = seen(picture.open(), picture, data, view).resize((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.LANCZOS)
+        square = view_of(picture.open(), picture, data, view).resize(
+            (THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.LANCZOS
+        )
         sheet.paste(square, (column * THUMBNAIL, row * THUMBNAIL))
     return sheet

@@ -1,4 +1,4 @@
-"""Scores of a latent diffusion model: losses on held-out images, and the images that it makes of given prompts."""
+"""Scores of a latent diffusion model: losses on held-out images, and the images that it generates for prompts."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ItemT = TypeVar("ItemT")
-MadeT = TypeVar("MadeT")
+ResultT = TypeVar("ResultT")
 
 Context = Callable[[], AbstractContextManager[object]]
 """Opens what a pass through the model runs in, such as autocast."""
 
 
 @dataclass(frozen=True)
-class MadeImage:
-    """What the model makes of a prompt and a seed."""
+class PromptImage:
+    """The image that the model generates for a prompt and a seed."""
 
     prompt: str
     seed: int
@@ -61,9 +61,9 @@ def held_out_losses(
 ) -> list[float]:
     """The loss of each held-out image: the squared error of the prediction, mean over latent numbers and timesteps.
 
-    The noise belongs to the image's place and the timestep alone, so it is equal for every trial, device and batch
-    size. The error is taken in float32, all timesteps weigh alike. A batch that does not fit into memory is halved for
-    the rest of the pairs.
+    The noise depends only on the image's place and the timestep, so it is equal for every trial, device and batch size.
+    The error is taken in float32, and all timesteps weigh the same. If a batch does not fit into memory, the batch size
+    is halved for the remaining pairs.
 
     Args:
         unet: called as a UNet2DConditionModel.
@@ -96,12 +96,12 @@ def held_out_losses(
         latents = means[places]
         noise = torch.stack([_noise(index, step, latents.shape[1:]) for index, step in part])
         noisy = scheduler.add_noise(latents, noise, times)
-        wanted = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, times)
+        targets = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, times)
         captions = embeddings[places].to(device, dtype)
         with context():
-            found = unet(noisy.to(device, dtype), times.to(device), encoder_hidden_states=captions).sample
+            predictions = unet(noisy.to(device, dtype), times.to(device), encoder_hidden_states=captions).sample
         # Element by element before the mean: float32 keeps what a sum over the whole batch would round.
-        return [(found.float() - wanted.to(device)).square().mean(dim=(1, 2, 3)).cpu()]
+        return [(predictions.float() - targets.to(device)).square().mean(dim=(1, 2, 3)).cpu()]
 
     with torch.no_grad(), _evaluating(unet):
         errors = _in_batches(pairs, batch_size, str(device), score, lowered)
@@ -116,11 +116,11 @@ def make_images(
     context: Context = nullcontext,
     lowered: dict[str, int] | None = None,
     trained: bool = True,
-) -> list[MadeImage]:
-    """What the pipeline makes of every prompt with every seed, prompt by prompt.
+) -> list[PromptImage]:
+    """The pipeline's image of every prompt with every seed, prompt by prompt.
 
-    Each image has its own generator on the CPU, so it does not depend on the batch, nor on the device's random
-    numbers. A batch that does not fit into memory is halved for the rest of the images.
+    Each image has its own generator on the CPU, so it depends neither on the batch nor on the device's random numbers.
+    If a batch does not fit into memory, the batch size is halved for the remaining images.
 
     Args:
         pipeline: a StableDiffusionPipeline on its device.
@@ -128,7 +128,7 @@ def make_images(
         resolution: pixels of both sides.
         context: opened around each batch.
         lowered: `Bench.lowered`, read and written at `EVALUATION_BATCH`; None remembers nothing.
-        trained: whether the UNet was trained, which decides what is said of numbers that are not finite.
+        trained: whether the UNet was trained, which decides the advice if numbers are not finite.
 
     Raises:
         TrialFailed: an image holds numbers that are not finite.
@@ -143,7 +143,7 @@ def make_images(
     )
     pairs = [(prompt, seed) for prompt in evaluation.prompts for seed in evaluation.seeds]
 
-    def make(part: Sequence[tuple[str, int]]) -> list[MadeImage]:
+    def make(part: Sequence[tuple[str, int]]) -> list[PromptImage]:
         return _batch(pipeline, part, evaluation, resolution, context, advice)
 
     with _evaluating(pipeline.unet):
@@ -154,16 +154,16 @@ def _in_batches(
     items: Sequence[ItemT],
     size: int,
     device: str,
-    work: Callable[[Sequence[ItemT]], list[MadeT]],
+    work: Callable[[Sequence[ItemT]], list[ResultT]],
     lowered: dict[str, int] | None,
-) -> list[MadeT]:
-    """What `work` makes of at most `size` items at a time, or of as few as memory forced before; that is remembered."""
+) -> list[ResultT]:
+    """The results of `work` on at most `size` items at a time, or fewer where memory ran out, which is remembered."""
     lowered = {} if lowered is None else lowered
     first = lowered.get(EVALUATION_BATCH, size)
-    made, last = in_parts(items, first, device, work)
+    results, last = in_parts(items, first, device, work)
     if last < first:
         lowered[EVALUATION_BATCH] = last
-    return made
+    return results
 
 
 def _batch(
@@ -173,7 +173,7 @@ def _batch(
     resolution: int,
     context: Context,
     advice: str,
-) -> list[MadeImage]:
+) -> list[PromptImage]:
     import torch
 
     with context():
@@ -192,7 +192,7 @@ def _batch(
             raise TrialFailed(f"the image of prompt {prompt!r} with seed {seed} is not finite: {advice}")
     processor = pipeline.image_processor
     pictures = processor.numpy_to_pil(processor.pt_to_numpy(images))
-    return [MadeImage(prompt, seed, image) for (prompt, seed), image in zip(pairs, pictures, strict=True)]
+    return [PromptImage(prompt, seed, image) for (prompt, seed), image in zip(pairs, pictures, strict=True)]
 
 
 def _noise(index: int, step: int, shape: torch.Size) -> Tensor:
@@ -204,7 +204,7 @@ def _noise(index: int, step: int, shape: torch.Size) -> Tensor:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout, and after it as before."""
+    """Without dropout; afterwards the model is in its former mode."""
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Whether a pipeline's parts fit each other and the trial: they are built on shapes, and the UNet is run there."""
+"""Whether a pipeline's parts fit each other and the trial: they are built without weights, and the UNet is run once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from ray_peft.tasks.text_to_image.model import Configs
 
 CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
-"""Settings of a UNet that is told more than timestep and caption."""
+"""Settings of a UNet that takes more inputs than timestep and caption."""
 
 
 def check_kinds(configs: Configs, name: str) -> None:
-    """Refuse pipelines whose parts are of the right classes, and mean something else than Stable Diffusion's.
+    """Refuse pipelines whose parts have the right classes, but do not work as those of Stable Diffusion.
 
     Raises:
         ModelError: SDXL, conditions beside the caption, or latents that are scaled in another way.
@@ -36,8 +36,8 @@ def check_kinds(configs: Configs, name: str) -> None:
     for key in CONDITIONS:
         if unet.get(key) is not None:
             raise ModelError(
-                f"model.name: {name}: its UNet is told more than timestep and caption ({key}: {unet[key]}), which task "
-                "text_to_image has not; give a pipeline like Stable Diffusion 1.5"
+                f"model.name: {name}: its UNet takes more inputs than timestep and caption ({key}: {unet[key]}), which "
+                "task text_to_image does not have; give a pipeline like Stable Diffusion 1.5"
             )
     for key in ("latents_mean", "latents_std"):
         if vae.get(key) is not None:
@@ -79,16 +79,16 @@ def _run(spec: ImageTrialSpec, configs: Configs, width: int) -> None:
         )
     side = spec.data.resolution // 2 ** (len(configs.parts["vae"].get("block_out_channels", [64])) - 1)
     try:
-        given, made = _passed(config, side, width)
+        shape, made_shape = _passed(config, side, width)
     except Exception as error:  # whatever layers raise of shapes that they do not take
         raise ModelError(
             f"data.resolution: {spec.data.resolution}: the UNet of {name} cannot take latents of {side} x {side}: "
             f"{first_line(error)}; use another resolution, or a pipeline like Stable Diffusion 1.5"
         ) from None
-    if made != given:
+    if made_shape != shape:
         raise ModelError(
-            f"model.name: {name}: its UNet makes {made} of latents of {given}, so that no noise can be compared with "
-            "it; give a pipeline like Stable Diffusion 1.5"
+            f"model.name: {name}: its UNet makes {made_shape} of latents of {shape}, so that no noise can be compared "
+            "with it; give a pipeline like Stable Diffusion 1.5"
         )
 
 
@@ -101,8 +101,8 @@ def _passed(config: str, side: int, width: int) -> tuple[tuple[int, ...], tuple[
     latents = torch.empty(1, unet.config.in_channels, side, side, device="meta")
     texts, steps = torch.empty(1, 2, width, device="meta"), torch.empty(1, dtype=torch.long, device="meta")
     with torch.no_grad():
-        made = unet(latents, steps, encoder_hidden_states=texts).sample
-    return tuple(latents.shape[1:]), tuple(made.shape[1:])
+        output = unet(latents, steps, encoder_hidden_states=texts).sample
+    return tuple(latents.shape[1:]), tuple(output.shape[1:])
 
 
 def _text(configs: Configs, part: str) -> str:
@@ -132,34 +132,34 @@ def built(part: str, config: str) -> Any:
 
 
 def special_token_notes(kind: str, texts: Sequence[str], tokenizer: CLIPTokenizer) -> list[str]:
-    """Texts in which somebody typed one of the tokenizer's own words, which end a text and are none of its words."""
+    """Sentences on texts that hold one of the tokenizer's special tokens, such as the one that ends a text."""
     special = sorted(str(token) for token in tokenizer.all_special_tokens)
     typed = {token: sum(token in text for text in texts) for token in special}
     return [
-        f"{token}, which the tokenizer takes for its own sign, not for text, stands in {count} of {len(texts)} {kind}"
+        f"{count} of {len(texts)} {kind} hold {token}, which the tokenizer reads as a special token and not as text"
         for token, count in typed.items()
         if count
     ]
 
 
 def prompt_notes(prompts: Sequence[str], tokenizer: CLIPTokenizer) -> list[str]:
-    """Prompts of which the end is lost, and prompts that are the same to the model: they make the same images."""
+    """Sentences on prompts whose end is cut, and on prompts that are equal for the model and give equal images."""
     longest = int(tokenizer.model_max_length)
     # verbose=False: the tokenizer would warn of each, and they are named here.
     ids = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
-    cut = [place for place, each in enumerate(ids, start=1) if len(each) > longest]
+    cut = [place for place, tokens in enumerate(ids, start=1) if len(tokens) > longest]
     notes = []
     if cut:
-        which = ", ".join(map(str, cut))
+        numbers = ", ".join(map(str, cut))
         are = "are" if len(cut) > 1 else "is"
-        notes.append(f"evaluation.prompts: {len(cut)} of {len(ids)} {are} cut to {longest} tokens (number {which})")
+        notes.append(f"evaluation.prompts: {len(cut)} of {len(ids)} {are} cut to {longest} tokens (number {numbers})")
     alike: dict[tuple[int, ...], list[int]] = {}
-    for place, each in enumerate(ids, start=1):
+    for place, tokens in enumerate(ids, start=1):
         # As the tokenizer cuts: its last token is the one that ends a text.
-        short = tuple(each) if len(each) <= longest else (*each[: longest - 1], each[-1])
+        short = tuple(tokens) if len(tokens) <= longest else (*tokens[: longest - 1], tokens[-1])
         alike.setdefault(short, []).append(place)
     for places in alike.values():
         if len(places) > 1:
-            which = " and ".join(map(str, places))
-            notes.append(f"evaluation.prompts: numbers {which} are the same to the model, and so are their images")
+            numbers = " and ".join(map(str, places))
+            notes.append(f"evaluation.prompts: numbers {numbers} are equal for the model, and so are their images")
     return notes

@@ -1,8 +1,8 @@
 """A UNet's linear layers in 4 bits, and back.
 
-diffusers quantises on a GPU alone and gives back weights without a way to merge into; these few lines do both anywhere.
-What is quantised is the same: every `nn.Linear`. Convolutions stay as they are: bitsandbytes has no 4-bit kernels for
-them.
+diffusers quantises on GPUs only, and adapters cannot be merged into its 4-bit weights; these lines do both anywhere.
+The same layers are quantised: every `nn.Linear`. Convolutions stay as they are, since bitsandbytes has no 4-bit kernels
+for them.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def dequantised(model: nn.Module) -> nn.Module:
     for parent, name, layer in list(_linears(model)):
         if not isinstance(layer, bitsandbytes.nn.Linear4bit):  # type: ignore[attr-defined]
             continue
-        held: Any = layer.weight
-        weight = bitsandbytes.functional.dequantize_4bit(held.data, held.quant_state)
+        stored: Any = layer.weight
+        weight = bitsandbytes.functional.dequantize_4bit(stored.data, stored.quant_state)
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight = torch.nn.Parameter(weight, requires_grad=False)
         if layer.bias is not None:

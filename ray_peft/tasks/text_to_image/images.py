@@ -1,4 +1,4 @@
-"""The images that a trial makes: of the trained model, of its base, and how near they are to the paintings."""
+"""The images that a trial generates, with the trained model and with its base, and their likeness to the data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def generate(
 ) -> Scored:
     """`scored` with images of the prompts and their likeness to the paintings.
 
-    Nothing of the training is held any more when VAE and text encoder come to `device`. `lowered` is as for
+    The memory of the training is freed before VAE and text encoder are loaded to `device`. `lowered` is as for
     `make_images`.
     """
     from ray_peft.tasks.text_to_image.model import load_pipeline
@@ -47,7 +47,7 @@ def generate(
     def make(trained: bool) -> list[Image]:
         size, context = spec.data.resolution, partial(computing, spec, device)
         images = make_images(pipeline, spec.evaluation, size, context=context, lowered=lowered, trained=trained)
-        return [each.image for each in images]
+        return [image.image for image in images]
 
     trained = spec.method.name != "none"
     after = make(trained)
@@ -69,22 +69,22 @@ def generate(
     return replace(scored, scores=with_style(scores, likeness), images=images)
 
 
-def _likeness(spec: ImageTrialSpec, vae: Any, made: list[Image], pictures: Pictures) -> list[Likeness]:
+def _likeness(spec: ImageTrialSpec, vae: Any, images: list[Image], pictures: Pictures) -> list[Likeness]:
     if spec.evaluation.style is None:
         return []
-    from ray_peft.tasks.text_to_image.data import seen
+    from ray_peft.tasks.text_to_image.data import view_of
 
     def square(picture: Picture) -> tuple[str, Image]:
-        return picture.name, seen(picture.open(), picture, spec.data, None)
+        return picture.name, view_of(picture.open(), picture, spec.data, None)
 
     train, held_out = (study(vae, map(square, split)) for split in (pictures.train, pictures.test))
-    return compare(vae, made, train, held_out)
+    return compare(vae, images, train, held_out)
 
 
 def _before(
     spec: ImageTrialSpec, device: str, model: Any, pipeline: Any, fingerprint: str, make: Callable[[], list[Image]]
 ) -> list[Image]:
-    """What the base makes of the same prompts and seeds; made once for all trials on one base, and kept."""
+    """The base's images of the same prompts and seeds, generated once for all trials on one base, and cached."""
     from PIL import Image
 
     evaluation = spec.evaluation.model_copy(update={"timesteps": 1, "batch_size": 1, "style": None})  # change no image
@@ -96,16 +96,16 @@ def _before(
     count = len(evaluation.prompts) * len(evaluation.seeds)
     if not folder.is_dir():
         with _as_base(spec, device, model, pipeline):
-            made = make()
-        with made_whole(folder, f"{count - 1}.png") as beside:
-            for place, image in enumerate(made):
-                image.save(beside / f"{place}.png")
+            images = make()
+        with made_whole(folder, f"{count - 1}.png") as partial:
+            for place, image in enumerate(images):
+                image.save(partial / f"{place}.png")
     return [Image.open(folder / f"{place}.png").convert("RGB") for place in range(count)]
 
 
 @contextlib.contextmanager
 def _as_base(spec: ImageTrialSpec, device: str, model: Any, pipeline: Any) -> Iterator[None]:
-    """The pipeline with the untouched base inside: adapters switched off, or the base's own weights loaded again."""
+    """The pipeline with the untouched base: adapters are switched off, or the base's weights are loaded again."""
     if hasattr(model, "disable_adapter"):
         with model.disable_adapter():
             yield

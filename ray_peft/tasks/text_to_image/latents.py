@@ -22,7 +22,7 @@ from ray_peft.engine.recovery import free_memory
 from ray_peft.errors import ModelError
 from ray_peft.foundation.cache import cache_folder, made_whole
 from ray_peft.spec.text_to_image import ImageDataSpec, ImageTrialSpec
-from ray_peft.tasks.text_to_image.data import Picture, Pictures, as_tensor, seen
+from ray_peft.tasks.text_to_image.data import Picture, Pictures, as_tensor, view_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,10 +37,10 @@ _SETTINGS = "encoded.json"
 
 @dataclass
 class Encoders:
-    """What turns pictures and captions into what the UNet takes, each in the dtype that it was loaded in.
+    """The models that turn pictures and captions into the UNet's inputs, each in the dtype that it was loaded in.
 
-    The VAE belongs in float32: it runs once per picture, so its time does not count, while bfloat16 keeps 8 bits of
-    each activation and loses detail that every trial would then train on.
+    The VAE should be in float32. It runs once per picture, so its time does not matter; bfloat16 keeps only 8 bits of
+    each activation, and every trial would train on latents that lack detail.
     """
 
     vae: Any
@@ -79,19 +79,19 @@ class EncodedData:
 def encode(
     spec: ImageTrialSpec, pictures: Pictures, device: str, load: Callable[[], Encoders], *, fingerprint: str
 ) -> EncodedData:
-    """The encoded pictures from the cache, or made now and put there.
+    """The encoded pictures from the cache; if they are not there, they are encoded now and put there.
 
-    `load` is called on a cache miss alone; `fingerprint` tells encoders apart by weights and dtype. Afterwards
-    neither encoder is on the device.
+    `load` is only called if the cache lacks them; `fingerprint` differs for encoders of other weights or dtype.
+    Afterwards neither encoder is on the device.
 
     Raises:
-        ModelError: an encoder makes NaN or infinity of a picture or caption.
+        ModelError: an encoder gives NaN or infinity for a picture or caption.
     """
     key = hashlib.sha256(json.dumps([FORMAT, pictures.key, fingerprint]).encode()).hexdigest()[:24]
     folder = cache_folder() / "latents" / key
-    kept = _read(folder, key, pictures)
-    if kept is not None:
-        return kept
+    cached = _read(folder, key, pictures)
+    if cached is not None:
+        return cached
     if folder.exists():
         logger.warning("%s: the encoded images are damaged and are made anew", folder)
         # Moved away first: a folder half removed could not be replaced in one step.
@@ -100,11 +100,11 @@ def encode(
             folder.rename(broken)
         shutil.rmtree(broken, ignore_errors=True)
     started = time.perf_counter()
-    made = _build(spec.data, pictures, device, load, folder)
+    built = _build(spec.data, pictures, device, load, folder)
     count = len(pictures.train) + len(pictures.test)
     logger.info("encoded %d images in %.1f s: %s", count, time.perf_counter() - started, folder)
-    # Rather what is kept: where another process was first, both go on with the same numbers.
-    return _read(folder, key, pictures) or made
+    # Rather what is in the cache: if another process was first, both continue with the same numbers.
+    return _read(folder, key, pictures) or built
 
 
 def embed(captions: Sequence[str], encoders: Encoders, device: str) -> Tensor:
@@ -133,7 +133,7 @@ def embed(captions: Sequence[str], encoders: Encoders, device: str) -> Tensor:
 
 
 def _read(folder: Path, key: str, pictures: Pictures) -> EncodedData | None:
-    """What the cache holds; None if that is nothing, or not whole."""
+    """The content of the cache; None if it is not there or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -173,8 +173,8 @@ def _build(
         (partial / _SETTINGS).write_text(
             json.dumps({"truncated": truncated, "vae": {"scaling_factor": factor}}), encoding="utf-8"
         )
-    made = {split: Encoded(moments[split], embeddings[split], truncated[split]) for split in splits}
-    return EncodedData(made["train"], made["test"], folder.name, factor)
+    encoded = {split: Encoded(moments[split], embeddings[split], truncated[split]) for split in splits}
+    return EncodedData(encoded["train"], encoded["test"], folder.name, factor)
 
 
 @contextmanager
@@ -196,8 +196,9 @@ def _moments(
     encoded = []
     for picture, squares in zip(chosen, _squares(chosen, views, data), strict=True):
         with torch.inference_mode():
-            found = [vae.encode(each[None].to(device, vae.dtype)).latent_dist for each in squares]
-            moments = torch.stack([torch.cat([each.mean, each.logvar], dim=1)[0].float().cpu() for each in found])
+            posteriors = [vae.encode(square[None].to(device, vae.dtype)).latent_dist for square in squares]
+            parts = [torch.cat([posterior.mean, posterior.logvar], dim=1)[0] for posterior in posteriors]
+            moments = torch.stack([part.float().cpu() for part in parts])
         if not torch.isfinite(moments).all():
             raise ModelError(
                 f"{picture.name}: the VAE makes NaN or infinity of this image in {_dtype(vae)}; load the VAE in "
@@ -213,7 +214,7 @@ def _squares(chosen: Sequence[Picture], views: Sequence[int | None], data: Image
 
     def squares(picture: Picture) -> list[Tensor]:
         image = picture.open()
-        return [as_tensor(seen(image, picture, data, view)) for view in views]
+        return [as_tensor(view_of(image, picture, data, view)) for view in views]
 
     threads = min(os.cpu_count() or 1, 8)
     with ThreadPoolExecutor(threads) as pool:
@@ -230,8 +231,8 @@ def _embeddings(chosen: Sequence[Picture], encoders: Encoders, device: str) -> T
     import torch
 
     embeddings = embed([picture.caption for picture in chosen], encoders, device)
-    for picture, each in zip(chosen, embeddings, strict=True):
-        if not torch.isfinite(each).all():
+    for picture, embedding in zip(chosen, embeddings, strict=True):
+        if not torch.isfinite(embedding).all():
             raise ModelError(
                 f"{picture.name}: the text encoder makes NaN or infinity of its caption in "
                 f"{_dtype(encoders.text_encoder)}; load it in float32, or use one whose weights are whole"

@@ -1,4 +1,4 @@
-"""The files in and below a folder of images, by the names that metadata and captions mean them by."""
+"""The files in and below a folder of images, by the names that metadata and captions use."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_peft.errors import DataError
+from ray_peft.foundation.lists import some
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jfif", ".jpe", ".apng", ".dib",
@@ -59,21 +60,21 @@ def files_of(folder: Path) -> Listing:
     """
     files: dict[str, Path] = {}
     lost: list[str] = []
-    seen: set[str] = set()
+    visited: set[str] = set()
     waiting = [folder]
     while waiting:
-        links = _walk(waiting.pop(0), folder, files, lost, seen)
+        links = _walk(waiting.pop(0), folder, files, lost, visited)
         for link in links:
             target = os.path.realpath(link)
             if _is_in(os.path.realpath(folder), target):
                 lost.append(f"{link.relative_to(folder).as_posix()} (a link to a folder that it lies in)")
-            elif target not in seen:
+            elif target not in visited:
                 waiting.append(link)
     return Listing(folder, dict(sorted(files.items())), lost)
 
 
-def _walk(top: Path, folder: Path, files: dict[str, Path], lost: list[str], seen: set[str]) -> list[Path]:
-    """Add the files in and below `top` that were not `seen`; returns the linked folders, which are not entered."""
+def _walk(top: Path, folder: Path, files: dict[str, Path], lost: list[str], visited: set[str]) -> list[Path]:
+    """Add the files in and below `top` that were not `visited`; returns the linked folders, which are not entered."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"data.path: {error.filename}: cannot be read: {error.strerror}; mend its permissions")
@@ -81,17 +82,17 @@ def _walk(top: Path, folder: Path, files: dict[str, Path], lost: list[str], seen
     links = []
     for parent, folders, names in os.walk(top, onerror=refuse):
         real = os.path.realpath(parent)
-        folders[:] = sorted(name for name in folders if not name.startswith(".")) if real not in seen else []
-        if real in seen:
+        folders[:] = sorted(name for name in folders if not name.startswith(".")) if real not in visited else []
+        if real in visited:
             continue
-        seen.add(real)
+        visited.add(real)
         links += [path for path in (Path(parent) / name for name in folders) if path.is_symlink()]
         for path in (Path(parent) / name for name in sorted(names) if not name.startswith(".")):
             name = path.relative_to(folder).as_posix()
             if path.exists():
                 files[name] = path
             else:
-                lost.append(f"{shown(name)} (a link that leads nowhere)")
+                lost.append(f"{printable(name)} (a link that leads nowhere)")
     return links
 
 
@@ -104,12 +105,11 @@ def plain_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """A file's name as it can be written in UTF-8: bytes that are no text become escapes."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def named(parts: Sequence[str]) -> str:
     """The parts as a list with commas; the first ones, if there are many."""
-    more = f" and {len(parts) - NAMED_AT_MOST} more" if len(parts) > NAMED_AT_MOST else ""
-    return ", ".join(parts[:NAMED_AT_MOST]) + more
+    return some(parts, NAMED_AT_MOST)

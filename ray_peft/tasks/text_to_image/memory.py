@@ -24,27 +24,27 @@ TEXT_TOKENS = 77
 """Length of a caption for CLIP's text encoder."""
 
 CODE = tuple(Path(__file__).with_name(name) for name in ("memory.py", "passes.py", "style.py"))
-"""What of this task predictions run or read; those kept on disk are of this code."""
+"""The files of this task that predictions run or read; predictions on disk are valid for this code only."""
 
 CONVOLUTIONS = 60 * MIB
-"""What cuDNN takes beside the tensors while images are made: the rest of three measured peaks of SD 1.5 on an H200."""
+"""Memory of cuDNN beside the tensors while images are made: the rest of three measured peaks of SD 1.5 on an H200."""
 
 
 def predict(
     spec: ImageTrialSpec, shape: ModelShape, *, gpu: Gpu = ANY, others: Mapping[str, ModelShape] | None = None
 ) -> Prediction:
-    """The peak of a UNet's training, and of all that is scored and made around it.
+    """The peak of a UNet's training, and of scoring and generating images.
 
     Args:
         spec: the trial.
         shape: of unet/config.json.
         gpu: decides the workspace of matrix products and the slack of the allocator.
-        others: the shapes of `vae` and `text_encoder`; None predicts nothing of what they take.
+        others: the shapes of `vae` and `text_encoder`; None leaves their memory out.
     """
-    train, found = spec.train, Counter[str]()
+    train, peak_kinds = spec.train, Counter[str]()
     stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
-    held_for: list[Stage | None] = [*stages] or [None]
-    scored = [_painting(spec, stage, shape, others or {}) for stage in held_for]
+    scored_stages: list[Stage | None] = [*stages] or [None]
+    scored = [_painting(spec, stage, shape, others or {}) for stage in scored_stages]
     last = scored[-1]
     painting = last["painting"] + CONVOLUTIONS if last["painting"] else 0
     evaluation = max(last["model"] + max(last["scoring"], painting), last["encoding"]) + gpu.workspace
@@ -56,29 +56,31 @@ def predict(
             return components(spec, stage, shape)
 
         step = kept([*decides, "unet", train.ema_decay is not None, *settings], CODE, compute)
-        steps = [found, step]
+        steps = [peak_kinds, step]
         if train.eval_every:
             between = evaluating(step, beside) + Counter(average=step["average"])
             between["gradients"] = step["adapters"] or step["weights"]  # they stay: a recorded pass adds to the same
             steps.append(between)
-        found = max(steps, key=lambda kinds: sum(kinds.values()))
-    if found:
-        found["workspace"] = gpu.workspace
+        peak_kinds = max(steps, key=lambda kinds: sum(kinds.values()))
+    if peak_kinds:
+        peak_kinds["workspace"] = gpu.workspace
         if spec.resources.num_workers > 1:  # gradients are summed over the workers in a copy of all
-            found["buckets"] = found["adapters"] or found["weights"]
+            peak_kinds["buckets"] = peak_kinds["adapters"] or peak_kinds["weights"]
     else:
-        found = weights(spec, shape)
-    peak = sum(found.values())
-    return Prediction({kind: size for kind, size in found.items() if size}, peak, segments(peak, gpu.slack), evaluation)
+        peak_kinds = weights(spec, shape)
+    peak = sum(peak_kinds.values())
+    return Prediction(
+        {kind: size for kind, size in peak_kinds.items() if size}, peak, segments(peak, gpu.slack), evaluation
+    )
 
 
 def _painting(
     spec: ImageTrialSpec, stage: Stage | None, shape: ModelShape, others: Mapping[str, ModelShape]
 ) -> Counter[str]:
-    """The UNet, what scoring and making images takes beside it, and what encoding images takes before it is there."""
-    asked = spec.evaluation
-    images = len(asked.prompts) * len(asked.seeds)
-    settings = [asked.batch_size, images, asked.guidance_scale > 1, asked.style, spec.train.precision]
+    """Bytes of the UNet, of scoring and generating images beside it, and of encoding images before it is loaded."""
+    scoring = spec.evaluation
+    images = len(scoring.prompts) * len(scoring.seeds)
+    settings = [scoring.batch_size, images, scoring.guidance_scale > 1, scoring.style, spec.train.precision]
     shapes = [others[part].config for part in sorted(others)]
 
     def compute() -> Counter[str]:
@@ -117,17 +119,17 @@ def components(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Counter
             texts = torch.empty(rows, TEXT_TOKENS, width, dtype=dtype, device="meta")
             times = torch.empty(rows, dtype=torch.long, device="meta")
             targets = torch.empty(latents.shape, device="meta")
-            made = model(latents, times, encoder_hidden_states=texts).sample
-            total: Tensor = (made.float() - targets).square().mean()
+            output = model(latents, times, encoder_hidden_states=texts).sample
+            total: Tensor = (output.float() - targets).square().mean()
             return total
 
         # Gradients are cleared, never let go: a recorded pass adds to the same memory.
-        given = Conditions(autocast=autocast, accumulates=True, padded=False)
+        conditions = Conditions(autocast=autocast, accumulates=True, padded=False)
         with during(STEP):
-            found = of_step(model, stage, loss, given)
+            kinds = of_step(model, stage, loss, conditions)
     if spec.train.ema_decay is not None:
-        found["average"] = 2 * found["adapters"] or 2 * found["weights"]  # float32, and its copy while it is scored
-    return found
+        kinds["average"] = 2 * kinds["adapters"] or 2 * kinds["weights"]  # float32, and its copy while it is scored
+    return kinds
 
 
 def evaluation(
@@ -155,31 +157,31 @@ def evaluation(
 
     dtype, autocast = input_dtype(spec), autocasts(spec)
     low = torch.bfloat16 if autocast else None
-    asked, side = spec.evaluation, spec.data.resolution // 8
-    found: Counter[str] = Counter()
+    scoring, side = spec.evaluation, spec.data.resolution // 8
+    kinds: Counter[str] = Counter()
     with on_meta(autocast=autocast), torch.no_grad():
         model = _scored(spec, stage, shape)
         tape = Tape(truth=True)
         own_model(tape, model)
-        found["model"] = tape.now
+        kinds["model"] = tape.now
         with during(SCORING), Autocast(low), tape:
-            _denoise(model, asked.batch_size, side, dtype)
-        found["scoring"] = tape.peak - found["model"]
+            _denoise(model, scoring.batch_size, side, dtype)
+        kinds["scoring"] = tape.peak - kinds["model"]
         if not {"vae", "text_encoder"} <= others.keys():
-            return found
-        if asked.prompts:
+            return kinds
+        if scoring.prompts:
             vae, text_encoder = _encoders(others, dtype)
             own_model(tape, vae)
             own_model(tape, text_encoder)
             tape.restart()
-            rows = min(asked.batch_size, len(asked.prompts) * len(asked.seeds))
+            rows = min(scoring.batch_size, len(scoring.prompts) * len(scoring.seeds))
             with Autocast(low), tape:
-                _denoise(model, rows * (2 if asked.guidance_scale > 1 else 1), side, dtype)
+                _denoise(model, rows * (2 if scoring.guidance_scale > 1 else 1), side, dtype)
                 _decode(vae, rows, side, dtype)
-            if asked.style is not None:
+            if scoring.style is not None:
                 with Autocast(None), tape:
                     _look(vae, spec.data.resolution, dtype)
-            found["painting"] = tape.peak - found["model"]
+            kinds["painting"] = tape.peak - kinds["model"]
     with on_meta(autocast=False), torch.no_grad():
         tape = Tape(truth=True)
         vae, text_encoder = _encoders(others, torch.float32)
@@ -187,13 +189,15 @@ def evaluation(
         own_model(tape, text_encoder)
         with Autocast(None), tape:
             vae.encode(_empty(1, 3, spec.data.resolution, torch.float32))
-        found["encoding"] = tape.peak
-    return found
+        kinds["encoding"] = tape.peak
+    return kinds
 
 
 def weights(spec: ImageTrialSpec, shape: ModelShape) -> Counter[str]:
     """Bytes of the untouched UNet."""
-    return Counter(weights=sum(each.numel() * each.itemsize for each in _built(spec, None, shape).parameters()))
+    return Counter(
+        weights=sum(parameter.numel() * parameter.itemsize for parameter in _built(spec, None, shape).parameters())
+    )
 
 
 def _scored(spec: ImageTrialSpec, stage: Stage | None, shape: ModelShape) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from ray_peft.errors import ModelError, first_line
 from ray_peft.foundation.cache import cache_folder, made_whole
 from ray_peft.methods.base import Dtype
 from ray_peft.spec import ImageTrialSpec, ModelSpec, is_local
+from ray_peft.tasks.files import file_digest
 from ray_peft.tasks.text_to_image.fits import check_kinds
 from ray_peft.tasks.text_to_image.four_bit import quantise
 from ray_peft.tasks.text_to_image.part_files import FROM_SINGLE_FILE, single_file_in, variant_of
@@ -56,10 +56,10 @@ def load_configs(model: ModelSpec) -> Configs:
     index = _json(model, "model_index.json")
     kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
     for part, kind in kinds.items():
-        found = (index.get(part) or [None, None])[1]
-        if found != kind:
+        class_name = (index.get(part) or [None, None])[1]
+        if class_name != kind:
             raise ModelError(
-                f"model.name: {model.name} has {found or 'nothing'} as its {part}, but task text_to_image trains "
+                f"model.name: {model.name} has {class_name or 'nothing'} as its {part}, but task text_to_image trains "
                 f"pipelines like Stable Diffusion 1.5, with {kind}; give one of those"
             )
     parts = {part: _json(model, f"{part}/{_config_name(part)}") for part in PARTS}
@@ -88,10 +88,10 @@ def _json(model: ModelSpec, file: str) -> dict[str, Any]:
         if not Path(model.name).is_dir():
             raise ModelError(f"model.name: {model.name}: no such folder")
         if not path.is_file():
-            other = single_file_in(Path(model.name))
+            hint = single_file_in(Path(model.name))
             raise ModelError(
                 f"model.name: {model.name} has no {file}; give the folder of a diffusers pipeline (model_index.json, "
-                f"unet/, vae/, text_encoder/, tokenizer/, scheduler/){f'; {other}' if other else ''}"
+                f"unet/, vae/, text_encoder/, tokenizer/, scheduler/){f'; {hint}' if hint else ''}"
             )
     else:
         from huggingface_hub import hf_hub_download
@@ -162,8 +162,8 @@ def load_trained_unet(spec: ImageTrialSpec, folder: Path, device: str) -> UNet2D
     """
     from diffusers import UNet2DConditionModel
 
-    own = spec.model.model_copy(update={"name": str(folder), "revision": None, "random_weights": False})
-    unet = _load(UNet2DConditionModel, own, "unet", spec.method.weights_dtype(spec.model.dtype))
+    trained = spec.model.model_copy(update={"name": str(folder), "revision": None, "random_weights": False})
+    unet = _load(UNet2DConditionModel, trained, "unet", spec.method.weights_dtype(spec.model.dtype))
     return unet.requires_grad_(False).to(device)
 
 
@@ -281,16 +281,8 @@ def fingerprint(model: ModelSpec) -> str:
         for folder in folders:
             files = (Path(name) / folder).glob("*")
             for file in sorted(file for file in files if file.suffix in (".safetensors", ".json", ".txt")):
-                stat = file.stat()
-                digest.update(f"{folder}/{file.name}:{_content(file, stat.st_size, stat.st_mtime_ns)}".encode())
+                digest.update(f"{folder}/{file.name}:{file_digest(file)}".encode())
     return digest.hexdigest()[:16]
-
-
-@cache
-def _content(file: Path, size: int, changed: int) -> str:
-    """SHA-256 of a file that has this size and was last changed then [ns]."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _commit(model: ModelSpec) -> str:

@@ -1,4 +1,4 @@
-"""What each optimizer step sees: images, views, timesteps and noise, drawn from the trial's seed and the step alone.
+"""The images, views, timesteps and noise of each optimizer step, drawn from the trial's seed and the step alone.
 
 So the draws do not depend on the micro-batch, the workers, the device or a resume, and are equal for all methods.
 """
@@ -34,7 +34,7 @@ class Batch:
     targets: Tensor
     """Like `samples`: the noise, or v."""
     weights: Tensor
-    """(rows,) float32: what each row's squared error counts."""
+    """(rows,) float32: the weight of each row's squared error."""
 
     def part(self, first: int, rows: int) -> Batch:
         """`rows` rows from `first` on."""
@@ -87,14 +87,16 @@ class Draws(Rows[Batch]):
         import torch
 
         count, size = self.count, self._spec.train.batch_size
-        found = []
+        images = []
         for place in range(step * size, (step + 1) * size):
             epoch, index = divmod(place, count)
             if epoch not in self._orders:
                 order = torch.randperm(count, generator=self._generator("epoch", epoch)).tolist()
-                self._orders = {key: kept for key, kept in self._orders.items() if key >= epoch - 1} | {epoch: order}
-            found.append(self._orders[epoch][index])
-        return found
+                self._orders = {
+                    key: images_in_order for key, images_in_order in self._orders.items() if key >= epoch - 1
+                } | {epoch: order}
+            images.append(self._orders[epoch][index])
+        return images
 
     def batch(self, step: int) -> Batch:
         """All rows of a step, over all workers and accumulated passes."""
@@ -133,8 +135,8 @@ class Draws(Rows[Batch]):
         weights: Tensor = snr.clamp(max=gamma) / (snr if predicts_noise else snr + 1)
         return weights
 
-    def _generator(self, what: str, number: int) -> torch.Generator:
+    def _generator(self, purpose: str, number: int) -> torch.Generator:
         import torch
 
-        digest = hashlib.sha256(f"{self._spec.seed}:{what}:{number}".encode()).digest()
+        digest = hashlib.sha256(f"{self._spec.seed}:{purpose}:{number}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,26 +1,28 @@
-"""The weight files of a pipeline's parts: which are read, and whether they hold what the configurations say."""
+"""The weight files of a pipeline's parts: which ones are read, and whether they fit the configurations."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import ModelError, first_line
+from ray_peft.foundation.lists import some
+from ray_peft.tasks.safetensors_header import entries
 
 if TYPE_CHECKING:
     from torch import nn
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-"""How the weight files of each part are called, before the variant and .safetensors."""
+"""The names of each part's weight files, before the variant and .safetensors."""
 
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Of the attention of a VAE in files of diffusers before 0.18, which are read, too."""
+"""Names in the attention of a VAE in files of diffusers before 0.18, which can be read, too."""
 
 
 def variant_of(folder: Path, part: str) -> str | None:
-    """The variant of a part's weights, such as fp16; None where there are plain ones, which go first.
+    """The variant of a part's weights, such as fp16; None if there are plain ones, which are preferred.
 
     Raises:
         ModelError: there are no weights as safetensors, or several variants and no plain ones.
@@ -44,13 +46,13 @@ def variant_of(folder: Path, part: str) -> str | None:
             f"model.name: {folder} holds weights in the variants {', '.join(variants)} and none without a variant; "
             f"rename the one to use to {stem}.safetensors"
         )
-    raise ModelError(f"model.name: {folder} holds no *.safetensors weights{_instead(folder, files, stem)}")
+    raise ModelError(f"model.name: {folder} holds no *.safetensors weights{_other_files(folder, files, stem)}")
 
 
-def _instead(folder: Path, files: Sequence[str], stem: str) -> str:
+def _other_files(folder: Path, files: Sequence[str], stem: str) -> str:
     random = "set model.random_weights: true to measure memory and speed only"
     if files:
-        return f" called {stem}.safetensors (found {', '.join(files[:3])}); rename the file, or {random}"
+        return f" called {stem}.safetensors (found {some(files)}); rename the file, or {random}"
     pickles = sorted(file.name for ending in ("bin", "ckpt", "pt", "pth") for file in folder.glob(f"*.{ending}"))
     if pickles:
         return (
@@ -79,7 +81,7 @@ def files_of(folder: Path, part: str) -> list[Path]:
     if missing or not shards:
         raise ModelError(
             f"model.name: {folder}: {len(missing)} of {len(shards)} files that {index.name} names are missing: "
-            f"{', '.join(missing[:3])}; download them, too"
+            f"{some(missing)}; download them, too"
         )
     return [folder / shard for shard in shards]
 
@@ -90,26 +92,26 @@ def check_weights(folder: Path, part: str, model: nn.Module) -> None:
     Raises:
         ModelError: a file is not whole, a weight is missing, one is left over, or one has another shape.
     """
-    there: dict[str, tuple[int, ...]] = {}
+    stored: dict[str, tuple[int, ...]] = {}
     for file in files_of(folder, part):
-        there |= _shapes(file)
-    there = _as_now(there, part)
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    wanted = {_short(name, part): shape for name, shape in wanted.items()}
+        stored |= _shapes(file)
+    stored = _with_current_names(stored, part)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    expected = {_short(name, part): shape for name, shape in expected.items()}
     say = f"model.name: {folder}: config.json and weights do not belong together: "
-    if missing := sorted(wanted.keys() - there.keys()):
-        raise ModelError(f"{say}{_some(missing)} of {len(wanted)} are missing in the files; download both again")
-    if more := sorted(there.keys() - wanted.keys()):
-        raise ModelError(f"{say}the files hold {_some(more)}, which the config has no layer for; download both again")
-    for name, shape in wanted.items():
-        if there[name] != shape:
-            raise ModelError(f"{say}{name} is {there[name]} in the files, and {shape} by the config")
+    if missing := sorted(expected.keys() - stored.keys()):
+        raise ModelError(f"{say}{some(missing)} of {len(expected)} are missing in the files; download both again")
+    if more := sorted(stored.keys() - expected.keys()):
+        raise ModelError(f"{say}the files hold {some(more)}, which the config has no layer for; download both again")
+    for name, shape in expected.items():
+        if stored[name] != shape:
+            raise ModelError(f"{say}{name} is {stored[name]} in the files, and {shape} by the config")
 
 
-def _as_now(there: Mapping[str, tuple[int, ...]], part: str) -> dict[str, tuple[int, ...]]:
-    """Names as today's classes have them, without buffers that older versions stored."""
+def _with_current_names(shapes: Mapping[str, tuple[int, ...]], part: str) -> dict[str, tuple[int, ...]]:
+    """Names as in today's classes, without buffers that older versions stored."""
     renamed = {}
-    for name, shape in there.items():
+    for name, shape in shapes.items():
         short = _short(name, part)
         if short.endswith("position_ids") or (part == "text_encoder" and _is_of_clip(short)):
             continue
@@ -126,47 +128,26 @@ def _short(name: str, part: str) -> str:
 
 
 def _is_of_clip(name: str) -> bool:
-    """True for the parts of a whole CLIP beside its text encoder, which some files hold and nobody reads."""
+    """True for the parts of a whole CLIP beside its text encoder: some files hold them, but they are not used."""
     return name.startswith(("vision_model.", "visual_projection.", "text_projection.", "logit_scale"))
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"model.name: {file}: {_what_else(file) or f'is cut or damaged ({first_line(error)})'}"
-        ) from None
-
-
-def _what_else(file: Path) -> str | None:
-    """What a file is in place of weights."""
-    with file.open("rb") as opened:
-        start = opened.read(200).lstrip().lower()
-    if not start:
-        return "is empty; download it again"
-    if start.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS, not the file itself; run git lfs pull in its folder"
-    if start.startswith((b"<!doctype", b"<html")):
-        return "is a web page, not the file itself; download it again"
-    return None
-
-
-def _some(names: Iterable[str]) -> str:
-    chosen = list(names)
-    return ", ".join(chosen[:3]) + (f" and {len(chosen) - 3} more" if len(chosen) > 3 else "")
+        return {entry.name: entry.shape for entry in entries(file)}
+    except OSError as error:
+        raise ModelError(f"model.name: {file}: cannot be read: {error.strerror or error}") from None
+    except ModelError as error:
+        raise ModelError(f"model.name: {error}") from None
 
 
 def single_file_in(folder: Path) -> str | None:
-    """A checkpoint in one file, or an adapter, that lies where a pipeline should; in words."""
+    """A sentence on a checkpoint in one file, or an adapter, in place of a pipeline; None if there is none."""
     names: list[Any] = sorted(file.name for file in folder.iterdir() if file.is_file())
     if adapters := [name for name in names if name in ("adapter_config.json", "pytorch_lora_weights.safetensors")]:
         return f"it holds an adapter ({adapters[0]}): name the pipeline that it was trained on"
-    if whole := [name for name in names if name.lower().endswith((".safetensors", ".ckpt", ".gguf"))]:
-        return f"{whole[0]} is a checkpoint in one file: {FROM_SINGLE_FILE}"
+    if checkpoints := [name for name in names if name.lower().endswith((".safetensors", ".ckpt", ".gguf"))]:
+        return f"{checkpoints[0]} is a checkpoint in one file: {FROM_SINGLE_FILE}"
     return None
 
 

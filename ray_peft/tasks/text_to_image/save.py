@@ -1,4 +1,4 @@
-"""What was trained, written as diffusers and PEFT read it, and read again."""
+"""The trained weights, written in the forms that diffusers and PEFT read."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-"""An adapter as `StableDiffusionPipeline.load_lora_weights` reads it."""
+"""An adapter in the form that `StableDiffusionPipeline.load_lora_weights` reads."""
 PEFT_CONFIG = "adapter_config.json"
-"""Beside adapter_model.safetensors, the same adapter as PEFT reads it."""
+"""With adapter_model.safetensors, the same adapter in the form that PEFT reads."""
 
 
 def save(model: nn.Module, folder: Path, dtype: Dtype) -> None:
@@ -77,5 +77,5 @@ def _cast(state: dict[str, Any], dtype: Dtype) -> dict[str, torch.Tensor]:
 
 def adapter_bytes(folder: Path) -> int:
     """Bytes of the weights, the adapter counted once."""
-    one = folder / DIFFUSERS_FILE
-    return sum(file.stat().st_size for file in ([one] if one.is_file() else folder.rglob("*.safetensors")))
+    adapter = folder / DIFFUSERS_FILE
+    return sum(file.stat().st_size for file in ([adapter] if adapter.is_file() else folder.rglob("*.safetensors")))

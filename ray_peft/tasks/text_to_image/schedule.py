@@ -1,4 +1,4 @@
-"""The noise levels of a pipeline: those it is trained with, and whether its sampler makes images from them."""
+"""The noise levels of a pipeline: those that it is trained with, and whether its sampler can make images from them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def training_schedule(spec: ImageTrialSpec, configs: Configs) -> DDPMScheduler:
     """The pipeline's noise levels, and what the UNet predicts.
 
     Raises:
-        ModelError: they are not of the diffusion that the task trains, or one of them cannot be learnt.
+        ModelError: the task cannot train this kind of diffusion, or one of the levels cannot be learnt.
     """
     from diffusers import DDPMScheduler
 
     name = spec.model.name
     sampler_kind(configs, name)
-    config = {**configs.parts["scheduler"], **_asked(spec)}
+    config = {**configs.parts["scheduler"], **_prediction_setting(spec)}
     try:
         schedule = DDPMScheduler.from_config(config)
     except Exception as error:  # numbers and words of a config that somebody wrote
@@ -75,30 +75,32 @@ def sampler(spec: ImageTrialSpec, configs: Configs) -> Any:
     Raises:
         ModelError: as `sampler_kind`.
     """
-    return sampler_kind(configs, spec.model.name).from_config({**configs.parts["scheduler"], **_asked(spec)})
+    return sampler_kind(configs, spec.model.name).from_config(
+        {**configs.parts["scheduler"], **_prediction_setting(spec)}
+    )
 
 
 def check_evaluation(spec: ImageTrialSpec, configs: Configs, schedule: DDPMScheduler) -> list[str]:
-    """What a reader must know of how the trial is scored; the sampler is run once, on noise in the UNet's place.
+    """What a reader must know about the trial's scores; the sampler is run once, with noise in place of the UNet.
 
     Raises:
         ModelError: more timesteps are asked for than there are, or the sampler cannot do the steps that are asked for.
     """
-    asked, there = spec.evaluation, int(schedule.config.num_train_timesteps)
-    images = [("inference_steps", asked.inference_steps)] if asked.prompts else []
-    for key, number in [("timesteps", asked.timesteps), *images]:
-        if number > there:
+    evaluation, timesteps = spec.evaluation, int(schedule.config.num_train_timesteps)
+    images = [("inference_steps", evaluation.inference_steps)] if evaluation.prompts else []
+    for key, number in [("timesteps", evaluation.timesteps), *images]:
+        if number > timesteps:
             raise ModelError(
-                f"evaluation.{key}: {number}: the scheduler of {spec.model.name} has {there} timesteps; use at most "
-                f"{there}"
+                f"evaluation.{key}: {number}: the scheduler of {spec.model.name} has {timesteps} timesteps; use at "
+                f"most {timesteps}"
             )
-    if asked.prompts:
+    if evaluation.prompts:
         _rehearse(spec, configs)
-    own = configs.parts["scheduler"].get("prediction_type", "epsilon")
-    if spec.train.prediction not in (None, own):
+    prediction = configs.parts["scheduler"].get("prediction_type", "epsilon")
+    if spec.train.prediction not in (None, prediction):
         return [
-            f"train.prediction: {spec.train.prediction} is not what {spec.model.name} predicts ({own}): until it has "
-            "learnt that, and without training, its losses and images mean nothing"
+            f"train.prediction: {spec.train.prediction} is not what {spec.model.name} predicts ({prediction}): until "
+            "it has learnt that, and without training, its losses and images mean nothing"
         ]
     return []
 
@@ -109,13 +111,13 @@ def _rehearse(spec: ImageTrialSpec, configs: Configs) -> None:
     name, steps, dice = spec.model.name, spec.evaluation.inference_steps, torch.Generator().manual_seed(0)
     word = "its scheduler"
     try:
-        own = sampler(spec, configs)
-        word = f"its scheduler {type(own).__name__}"
-        own.set_timesteps(steps)
-        latents = torch.randn(1, 1, 2, 2, generator=dice) * own.init_noise_sigma
-        for step in own.timesteps:
-            given = own.scale_model_input(latents, step)
-            latents = own.step(torch.randn(given.shape, generator=dice), step, latents).prev_sample
+        scheduler = sampler(spec, configs)
+        word = f"its scheduler {type(scheduler).__name__}"
+        scheduler.set_timesteps(steps)
+        latents = torch.randn(1, 1, 2, 2, generator=dice) * scheduler.init_noise_sigma
+        for step in scheduler.timesteps:
+            sample = scheduler.scale_model_input(latents, step)
+            latents = scheduler.step(torch.randn(sample.shape, generator=dice), step, latents).prev_sample
             if not bool(torch.isfinite(latents).all()):
                 raise ModelError(
                     f"model.name: {name}: {word} makes NaN or infinity at timestep {int(step)} of "
@@ -132,5 +134,5 @@ def _rehearse(spec: ImageTrialSpec, configs: Configs) -> None:
         ) from None
 
 
-def _asked(spec: ImageTrialSpec) -> dict[str, str]:
+def _prediction_setting(spec: ImageTrialSpec) -> dict[str, str]:
     return {"prediction_type": spec.train.prediction} if spec.train.prediction else {}

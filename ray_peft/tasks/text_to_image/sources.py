@@ -13,15 +13,15 @@ from ray_peft.errors import DataError, first_line
 from ray_peft.spec.base import is_local
 from ray_peft.spec.text_to_image import ImageDataSpec
 from ray_peft.tasks.text_to_image.captions import TextFiles, caption_column, from_metadata, metadata_of, words
-from ray_peft.tasks.text_to_image.listing import SUFFIXES, Listing, files_of, named, shown
+from ray_peft.tasks.text_to_image.listing import SUFFIXES, Listing, files_of, named, printable
 
 _REPEATS = re.compile(r"\d+_.+")
 """A folder's name as kohya's trainer has it: how often its images are repeated, and what they show."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """An image that is there, not yet opened."""
+class ImageSource:
+    """An image of the data, not yet opened."""
 
     name: str
     """Its path relative to the folder, or `row N` of a hub data set, from 1."""
@@ -34,27 +34,27 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Sought:
-    """What is there."""
+class Sources:
+    """The images of the data, and remarks on other files."""
 
-    images: list[Found]
+    images: list[ImageSource]
     """In the order of names or rows."""
     remarks: list[str]
-    """What lies beside them and is not used."""
+    """Files beside them that are not used."""
 
 
-def find(data: ImageDataSpec) -> Sought:
+def find(data: ImageDataSpec) -> Sources:
     """Every image of the data, with its caption.
 
     Raises:
         DataError: no images, metadata that is malformed or names a missing file, or a missing caption column.
     """
     if not is_local(data.path):
-        return Sought(list(_hub_rows(data)), [])
+        return Sources(list(_hub_rows(data)), [])
     folder = Path(data.path).expanduser()
     if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "no such folder"
-        raise DataError(f"data.path: {data.path}: {what}; name a folder with images, or the id of a hub data set")
+        problem = "is a file, not a folder" if folder.exists() else "no such folder"
+        raise DataError(f"data.path: {data.path}: {problem}; name a folder with images, or the id of a hub data set")
     listing = files_of(folder)
     if not listing.images:
         more = [*_kinds(listing), *listing.lost]
@@ -66,20 +66,23 @@ def find(data: ImageDataSpec) -> Sought:
             f"data.caption: {data.caption}: {data.path} has neither metadata.jsonl nor metadata.csv that could "
             "have this column; write one, or leave data.caption out and put a .txt file beside each image"
         )
-    named_there = from_metadata(metadata, listing, data) if metadata else {}
+    captions = from_metadata(metadata, listing, data) if metadata else {}
 
     def caption(name: str) -> tuple[str | None, str]:
-        if name in named_there:
-            return named_there[name]
+        if name in captions:
+            return captions[name]
         beside, why = texts.of(name) if data.caption is None else (None, "")
         none = "no caption: no line of the metadata names it" if metadata and beside is None else why
         return beside, none
 
-    images = [Found(shown(name), path.read_bytes, *caption(name)) for name, path in listing.images.items()]
-    meant = {name: path for name, path in listing.others.items() if caption(name)[0] is not None}
-    images += [Found(shown(name), path.read_bytes, None, why_not_read=_kind(name)) for name, path in meant.items()]
-    left = [name for name in listing.others if name not in meant]
-    return Sought(sorted(images, key=lambda each: each.name), _remarks(listing, left, texts, bool(metadata)))
+    images = [ImageSource(printable(name), path.read_bytes, *caption(name)) for name, path in listing.images.items()]
+    captioned = {name: path for name, path in listing.others.items() if caption(name)[0] is not None}
+    images += [
+        ImageSource(printable(name), path.read_bytes, None, why_not_read=_kind(name))
+        for name, path in captioned.items()
+    ]
+    uncaptioned = [name for name in listing.others if name not in captioned]
+    return Sources(sorted(images, key=lambda image: image.name), _remarks(listing, uncaptioned, texts, bool(metadata)))
 
 
 def _kind(name: str) -> str:
@@ -87,30 +90,32 @@ def _kind(name: str) -> str:
 
 
 def _kinds(listing: Listing) -> list[str]:
-    return [shown(name) for name in listing.others]
+    return [printable(name) for name in listing.others]
 
 
-def _remarks(listing: Listing, left: list[str], texts: TextFiles, has_metadata: bool) -> list[str]:
-    """What a reader would take for a part of the data, and is none."""
+def _remarks(listing: Listing, uncaptioned: list[str], texts: TextFiles, has_metadata: bool) -> list[str]:
+    """Sentences on files that look like a part of the data and are not used."""
     remarks = []
-    if left:
+    if uncaptioned:
         kinds = "of kinds that are not read, and without captions"
-        remarks.append(f"not used, {kinds}: {named([shown(name) for name in left])}")
+        remarks.append(f"not used, {kinds}: {named([printable(name) for name in uncaptioned])}")
     if listing.lost:
         remarks.append(f"not used: {named(listing.lost)}")
     orphans = [] if has_metadata else texts.without([*listing.images, *listing.others])
     if orphans:
         remarks.append(
-            f"not used, text files without an image of their name: {named([shown(name) for name in orphans])}"
+            f"not used, text files without an image of their name: {named([printable(name) for name in orphans])}"
         )
     folders = {part for name in listing.images for part in PurePosixPath(name).parts[:-1] if _REPEATS.fullmatch(part)}
     if folders:
-        each = named(sorted(shown(name) for name in folders))
-        remarks.append(f"numbers before the names of folders ({each}) repeat nothing: each image is seen equally often")
+        names = named(sorted(printable(name) for name in folders))
+        remarks.append(
+            f"numbers before the names of folders ({names}) repeat nothing: each image is seen equally often"
+        )
     return remarks
 
 
-def _hub_rows(data: ImageDataSpec) -> Iterator[Found]:
+def _hub_rows(data: ImageDataSpec) -> Iterator[ImageSource]:
     import datasets
 
     try:
@@ -124,9 +129,9 @@ def _hub_rows(data: ImageDataSpec) -> Iterator[Found]:
     caption = caption_column(data, [dict.fromkeys(rows.column_names)], data.path)
     captions = rows[caption]
     rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    for index, given in enumerate(captions):
+    for index, text in enumerate(captions):
         name = f"row {index + 1}"
-        yield Found(name, partial(_hub_bytes, rows, column, index), *words(given, f"column {caption} of {name}"))
+        yield ImageSource(name, partial(_hub_bytes, rows, column, index), *words(text, f"column {caption} of {name}"))
 
 
 def _image_column(data: ImageDataSpec, features: Mapping[str, Any]) -> str:
@@ -135,9 +140,9 @@ def _image_column(data: ImageDataSpec, features: Mapping[str, Any]) -> str:
     columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if len(columns) == 1 or "image" in columns:
         return "image" if "image" in columns else columns[0]
-    found = f"has {len(columns)} columns of images ({', '.join(columns)})" if columns else "has no column of images"
+    problem = f"has {len(columns)} columns of images ({', '.join(columns)})" if columns else "has no column of images"
     raise DataError(
-        f"data.path: {data.path}: {found}; its columns are {', '.join(features)}: use a data set with one, or with "
+        f"data.path: {data.path}: {problem}; its columns are {', '.join(features)}: use a data set with one, or with "
         "one that is called image"
     )
 

@@ -1,13 +1,13 @@
-"""How near made images are to paintings: in style by the frozen VAE encoder's Gram matrices, in content by pixels.
+"""The likeness of generated images to paintings: in style by Gram matrices of the VAE's encoder, in content by pixels.
 
 A style vector holds, for each layer, which channels vary together over all places: texture, strokes and contrasts of
-colours, but not where anything is (Gatys et al. 2016, arXiv:1508.06576, there with a classifier's layers and without
-taking away each channel's mean). The layers
-of a VAE were trained to rebuild images, not to name what they show, so high layers say less about objects than those
-of a classifier. The numbers order images by likeness; their absolute size means nothing.
+colours, but not where anything is (Gatys et al. 2016, arXiv:1508.06576, who use a classifier's layers and do not
+subtract each channel's mean). The layers of a VAE were trained to rebuild images, not to name what they show, so its
+high layers say less about objects than those of a classifier. The numbers order images by likeness; their absolute size
+means nothing.
 
-A content vector is the image itself, averaged over squares of 8 pixels as coarse as a latent, less the mean colour. It
-finds copies whatever the VAE's weights are, also blurred and noisy ones; a mirrored copy it does not find.
+A content vector is the image itself, averaged over squares of 8 pixels, less the mean colour. It finds copies whatever
+the VAE's weights are, blurred and noisy ones included; it does not find mirrored copies.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Paintings:
-    """What some paintings are to the VAE."""
+    """The style and content vectors of some paintings."""
 
     names: tuple[str, ...]
     style: Tensor
@@ -41,18 +41,18 @@ class Paintings:
 
 @dataclass(frozen=True)
 class Likeness:
-    """One made image beside the paintings."""
+    """The likeness of one generated image to the paintings."""
 
     style_heldout: float
     style_train: float
     nearest: str
-    """The training painting that is nearest to it in content."""
+    """The training painting that is most similar to it in content."""
     nearest_likeness: float
     """Cosine of the two content vectors; a copy is 1.0."""
 
 
 def study(vae: Any, images: Iterable[tuple[str, Image]]) -> Paintings:
-    """Look at paintings, one at a time.
+    """Compute the vectors of paintings, one at a time.
 
     Args:
         vae: a frozen AutoencoderKL, in float32 or bfloat16.
@@ -75,16 +75,16 @@ def study(vae: Any, images: Iterable[tuple[str, Image]]) -> Paintings:
     return Paintings(tuple(names), total / len(names), torch.stack(contents))
 
 
-def compare(vae: Any, made: Iterable[Image], train: Paintings, held_out: Paintings) -> list[Likeness]:
-    """Each made image beside the training paintings and the held-out paintings."""
-    found = []
-    for image in made:
+def compare(vae: Any, images: Iterable[Image], train: Paintings, held_out: Paintings) -> list[Likeness]:
+    """The likeness of each generated image to the training paintings and to the held-out paintings."""
+    likenesses = []
+    for image in images:
         style, content = vectors(vae, image)
         if content.shape != train.content.shape[1:]:
             raise ValueError(f"{tuple(image.size)} is another size than that of the training paintings")
         cosines = train.content @ content
         nearest = int(cosines.argmax())
-        found.append(
+        likenesses.append(
             Likeness(
                 style_heldout=float(held_out.style @ style),
                 style_train=float(train.style @ style),
@@ -92,19 +92,19 @@ def compare(vae: Any, made: Iterable[Image], train: Paintings, held_out: Paintin
                 nearest_likeness=float(cosines[nearest]),
             )
         )
-    return found
+    return likenesses
 
 
-def with_style(scores: Scores, found: Sequence[Likeness]) -> Scores:
-    """`scores` with the means over the made images."""
-    if not found:
+def with_style(scores: Scores, likenesses: Sequence[Likeness]) -> Scores:
+    """`scores` with the means over the generated images."""
+    if not likenesses:
         return scores
-    count = len(found)
+    count = len(likenesses)
     return scores.model_copy(
         update={
-            "style_heldout": sum(one.style_heldout for one in found) / count,
-            "style_train": sum(one.style_train for one in found) / count,
-            "nearest_train": sum(one.nearest_likeness for one in found) / count,
+            "style_heldout": sum(likeness.style_heldout for likeness in likenesses) / count,
+            "style_train": sum(likeness.style_train for likeness in likenesses) / count,
+            "nearest_train": sum(likeness.nearest_likeness for likeness in likenesses) / count,
             "generated_rows": count,
         }
     )
@@ -121,9 +121,9 @@ def vectors(vae: Any, image: Image) -> tuple[Tensor, Tensor]:
     import torch
 
     pixels = as_tensor(image.convert("RGB"))[None]
-    with torch.no_grad(), _grams(vae.encoder) as found:
+    with torch.no_grad(), _grams(vae.encoder) as grams:
         vae.encoder(pixels.to(vae.device, vae.dtype))
-    style = torch.cat(found) / len(found) ** 0.5
+    style = torch.cat(grams) / len(grams) ** 0.5
     coarse = torch.nn.functional.avg_pool2d(pixels[0], SQUARE)
     content = coarse - coarse.mean(dim=(1, 2), keepdim=True)
     return style, torch.nn.functional.normalize(content.flatten(), dim=0)
@@ -132,16 +132,16 @@ def vectors(vae: Any, image: Image) -> tuple[Tensor, Tensor]:
 @contextmanager
 def _grams(encoder: Any) -> Iterator[list[Tensor]]:
     """Collects the Gram matrix of each layer while an image passes; the activations themselves are not kept."""
-    found: list[Tensor] = []
-    with looking(encoder, lambda activation: found.append(gram(activation).cpu())):
-        yield found
+    grams: list[Tensor] = []
+    with looking(encoder, lambda activation: grams.append(gram(activation).cpu())):
+        yield grams
 
 
 @contextmanager
 def looking(encoder: Any, look: Callable[[Tensor], object]) -> Iterator[None]:
-    """Shows `look` what each layer of a VAE's encoder that tells style makes."""
+    """Calls `look` with the output of each layer of a VAE's encoder that style is computed from."""
 
-    def hook(layer: object, given: object, activation: Tensor) -> None:
+    def hook(layer: object, inputs: object, activation: Tensor) -> None:
         look(activation)
 
     hooks = [layer.register_forward_hook(hook) for layer in (encoder.conv_in, *encoder.down_blocks)]
@@ -161,10 +161,10 @@ def gram(activation: Tensor) -> Tensor:
     import torch
 
     flat = activation[0].float().flatten(1)
-    # Else the channels' means, which depend on colours alone, hide the texture: EXPERIMENTS.md has the numbers.
+    # Without this the channels' means, which depend on colours alone, hide the texture (numbers in EXPERIMENTS.md).
     flat = flat - flat.mean(dim=1, keepdim=True)
-    whole = flat @ flat.T / flat.shape[1]
+    matrix = flat @ flat.T / flat.shape[1]
     # Each number off the diagonal stands for two, so that the halves' product is that of the whole matrices.
-    weight = torch.full_like(whole, 2**0.5).fill_diagonal_(1.0)
-    first, second = torch.triu_indices(*whole.shape, device=whole.device)
-    return torch.nn.functional.normalize((whole * weight)[first, second], dim=0)
+    weight = torch.full_like(matrix, 2**0.5).fill_diagonal_(1.0)
+    first, second = torch.triu_indices(*matrix.shape, device=matrix.device)
+    return torch.nn.functional.normalize((matrix * weight)[first, second], dim=0)

@@ -15,6 +15,8 @@ from ray_peft.metrics.scores import Scores
 from ray_peft.spec import ImageTrialSpec, ModelSpec
 from ray_peft.spec.identity import Content
 from ray_peft.tasks.base import Bench, DataReport, Inspection, Scored, TaskType
+from ray_peft.tasks.one_model import OneModelBench
+from ray_peft.tasks.parameters import weight_storage
 from ray_peft.vram.cards import Gpu, here
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ class TextToImage(TaskType[ImageTrialSpec]):
     name: ClassVar[Task] = "text_to_image"
 
     def inspect(self, spec: ImageTrialSpec) -> Inspection:
-        """Read the pipeline's configurations and tokenizer, and look at every image."""
+        """Read the pipeline's configurations and tokenizer, and check every image."""
         from ray_peft.tasks.text_to_image import data, fits, latents, model
         from ray_peft.tasks.text_to_image.schedule import check_evaluation
 
@@ -42,26 +44,26 @@ class TextToImage(TaskType[ImageTrialSpec]):
         tokenizer = model.load_tokenizer(spec.model)
         fits.check_parts(spec, configs, tokenizer)
         pictures = data.prepare(spec.data)
-        found = data.notes(pictures, spec.data)
+        sentences = data.notes(pictures, spec.data)
         longest = int(tokenizer.model_max_length)
         for split, chosen in (("training", pictures.train), ("held-out", pictures.test)):
             if cut := latents.long_captions(chosen, tokenizer):
                 many = f"{split} captions are" if len(cut) > 1 else f"{split} caption is"
-                found.append(f"{len(cut)} {many} cut to {longest} tokens, such as that of {cut[0].name}")
+                sentences.append(f"{len(cut)} {many} cut to {longest} tokens, such as that of {cut[0].name}")
         captions = [picture.caption for picture in (*pictures.train, *pictures.test)]
-        found += fits.special_token_notes("captions", captions, tokenizer)
-        found += fits.special_token_notes("prompts", spec.evaluation.prompts, tokenizer)
-        found += [*fits.prompt_notes(spec.evaluation.prompts, tokenizer), *scored]
-        return Inspection(found, pictures.key, len(pictures.train), reach)
+        sentences += fits.special_token_notes("captions", captions, tokenizer)
+        sentences += fits.special_token_notes("prompts", spec.evaluation.prompts, tokenizer)
+        sentences += [*fits.prompt_notes(spec.evaluation.prompts, tokenizer), *scored]
+        return Inspection(sentences, pictures.key, len(pictures.train), reach)
 
     def model_content(self, model: ModelSpec) -> str | None:
-        """Of the folders of its parts; null if it is not here."""
+        """Digest of the folders of its parts; None if it is not here."""
         from ray_peft.tasks.text_to_image import deciding
 
         return deciding.model_content(model)
 
     def content(self, spec: ImageTrialSpec) -> str | None:
-        """Of the pipeline, and of every file in and below the folder of images; null for a data set of the hub."""
+        """Digest of the pipeline and of every file in and below the folder of images; None for a hub data set."""
         from ray_peft.tasks.text_to_image import deciding
 
         return deciding.content(spec)
@@ -79,7 +81,7 @@ class TextToImage(TaskType[ImageTrialSpec]):
         return Content(self.fingerprint(spec.model), data.released_key(spec.data))
 
     def data_report(self, spec: ImageTrialSpec) -> DataReport:
-        """Look at every image and count them."""
+        """Decode every image and count them."""
         from ray_peft.tasks.text_to_image import describe
 
         return describe.data_report(spec)
@@ -91,7 +93,7 @@ class TextToImage(TaskType[ImageTrialSpec]):
         return describe.write_data(spec, folder)
 
     def predictor(self, spec: ImageTrialSpec) -> Callable[[ImageTrialSpec, Gpu], Prediction]:
-        """The peak of the UNet's training, and of what is scored and made around it."""
+        """The peak of the UNet's training, and of scoring and generating images."""
         return _predictor(spec)
 
     def total_steps(self, spec: ImageTrialSpec, train_rows: int) -> int:
@@ -149,10 +151,10 @@ def _check_resolution(spec: ImageTrialSpec, parts: dict[str, dict[str, Any]]) ->
 
 
 def _check_targets(spec: ImageTrialSpec, config: dict[str, Any]) -> list[str]:
-    """An adapter's targets are layers of the UNet, which a typing error would only show after loading.
+    """Check that an adapter's targets are layers of the UNet, before weights are loaded.
 
     Raises:
-        ModelError: one is not.
+        ModelError: one of them is not.
     """
     if not isinstance(spec.method, LowRankAdapter):
         return []
@@ -182,13 +184,12 @@ def _encoded(spec: ImageTrialSpec, device: str) -> tuple[Pictures, EncodedData]:
     return pictures, latents.encode(spec, pictures, device, load, fingerprint=model.fingerprint(spec.model))
 
 
-class ImageBench(Bench):
+class ImageBench(OneModelBench[ImageTrialSpec]):
     """A UNet with the latents it is trained and scored on."""
 
     def __init__(
         self, spec: ImageTrialSpec, device: str, pictures: Pictures, encoded: EncodedData, unet: nn.Module
     ) -> None:
-        from ray_peft.tasks.parameters import held_weights
         from ray_peft.tasks.text_to_image.model import fingerprint, load_noise
 
         self.spec = spec
@@ -197,7 +198,7 @@ class ImageBench(Bench):
         self.encoded = encoded
         self.model = unet
         self.lowered = {}
-        self._held = held_weights(unet)
+        self.weight_storage = weight_storage(unet)
         self.schedule = load_noise(spec)
         self.data_key = pictures.key
         self.model_fingerprint = fingerprint(spec.model)
@@ -205,26 +206,6 @@ class ImageBench(Bench):
     def total_steps(self) -> int:
         """Optimizer steps of the whole trial."""
         return TextToImage().total_steps(self.spec, len(self.pictures.train))
-
-    def parameters(self) -> tuple[int, int]:
-        """Parameters that take gradients, and all parameters of the UNet."""
-        from ray_peft.tasks.parameters import count_parameters
-
-        return count_parameters(self.model)
-
-    def dtypes(self) -> set[str]:
-        """The dtypes of its weights and of its matrix products."""
-        from ray_peft.tasks.parameters import computed_in
-
-        return computed_in(self.spec, self.model)
-
-    def storage(self) -> dict[str, int]:
-        """Bytes of the UNet as it was loaded, by how they are held."""
-        return self._held.num_bytes
-
-    def four_bit_share(self) -> float | None:
-        """Share of the UNet's weights that are in 4 bits; None where it is not quantised."""
-        return self._held.four_bit_share if self.spec.quantization is not None else None
 
     def predicted(self) -> Prediction:
         """The peak of the UNet's training, on the GPU that is here."""
@@ -251,16 +232,6 @@ class ImageBench(Bench):
             lowered=self.lowered, costs=self.costs, logs_last=True,
         )  # fmt: skip
         return train_stage(self.spec, job, draws, self.model)
-
-    def restore(self, folder: Path) -> None:
-        """Load a saved adapter into the attached one."""
-        from ray_peft.tasks.parameters import load_adapter
-
-        load_adapter(self.model, folder, self.device)
-
-    def merge(self, stage: Stage) -> None:
-        """Fold what the stage trained into plain weights."""
-        self.model = stage.merge(self.model)
 
     def eval_loss(self) -> float:
         """Mean squared error of the prediction on the held-out images."""
@@ -292,7 +263,7 @@ class ImageBench(Bench):
         return Scored(Scores(eval_loss=sum(losses) / len(losses), eval_rows=len(losses)), losses=losses)
 
     def illustrate(self, scored: Scored) -> Scored:
-        """`scored` with images of the prompts, before and after, and what they are like."""
+        """`scored` with images of the prompts, before and after training, and their likeness to the data."""
         from ray_peft.tasks.text_to_image.images import generate
 
         if not self.spec.evaluation.prompts:

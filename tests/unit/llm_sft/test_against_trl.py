@@ -1,31 +1,16 @@
 """Our loop computes what TRL's SFTTrainer computes: the same losses, gradient norms, rates and weights."""
 
 import pytest
-import tiny
 import torch
 from text_training import plain_spec, trained, trained_by_two
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LORA = {"name": "lora", "rank": 4, "lr": 0.01}
 QLORA = {"name": "qlora", "rank": 4, "lr": 0.01, "compute_dtype": "float32"}
 GALORE = {"name": "galore", "rank": 4, "lr": 0.01, "update_proj_gap": 7, "weights": "float32"}
 FULL = {"name": "full", "lr": 0.003, "weights": "float32"}
 HYBRID = {"name": "qlora_galore", "switch_at": 0.5, "qlora": QLORA, "galore": GALORE | {"lr": 0.001}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    with tiny.one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def uneven(tmp_path_factory):
-    """Rows of many lengths, in an odd number."""
-    rows = [
-        {"prompt": f"Say {index}." + " Please." * (index % 5), "completion": "word " * (index % 4 + 1) + str(index)}
-        for index in range(60)
-    ]
-    return tiny.write_rows(tmp_path_factory.mktemp("uneven") / "rows.jsonl", rows)
 
 
 CASES = {

@@ -151,11 +151,11 @@ def test_a_missing_folder_of_tasks_is_refused(tiny_model, questions):
 
 def test_an_unknown_task_names_those_like_it():
     known = ["arc_challenge", "arc_easy", "mmlu", "mmlu_law"]
-    said = benchmarks._unknown("mmlu_lew", known)
+    said = benchmarks._unknown_task("mmlu_lew", known)
     assert "evaluation.benchmarks.tasks: mmlu_lew: lm-eval knows 4 tasks" in said
     assert "did you mean mmlu_law" in said
-    assert "did you mean arc_easy, arc_challenge?" in benchmarks._unknown("arc", known)
-    assert "no name is like it" in benchmarks._unknown("zzz", known)
+    assert "did you mean arc_easy, arc_challenge?" in benchmarks._unknown_task("arc", known)
+    assert "no name is like it" in benchmarks._unknown_task("zzz", known)
 
 
 def test_code_is_found_below_groups_and_tags():
@@ -167,7 +167,7 @@ def test_code_is_found_below_groups_and_tags():
         ),
         "tag": SimpleNamespace(cfg=None, tags={"safe", "group"}),
     }
-    assert [benchmarks._unsafe(index, name) for name in index] == ["code", None, "code", "code"]
+    assert [benchmarks._unsafe_task(index, name) for name in index] == ["code", None, "code", "code"]
 
 
 @pytest.mark.slow  # lm-eval reads its 15,000 task files, once in a process

@@ -129,7 +129,7 @@ def test_fields_longer_than_the_csv_module_s_limit_are_read(tmp_path):
         ("a.csv", b"PK\x03\x04....", "a zip archive or a spreadsheet"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS.*git lfs pull"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS.*git lfs pull"),
-        ("a.json", b"\n <!DOCTYPE html><html>", "a web page and not the rows"),
+        ("a.json", b"\n <!DOCTYPE html><html>", "a web page, not the file itself"),
         ("a.parquet", b"", "cut, damaged, or no Parquet file"),
         ("a.parquet", b"no parquet", "cut, damaged, or no Parquet file"),
         ("a.JSONL.ZST", b"x", ".zst files are not read; unpack it .`unzstd`."),

@@ -152,7 +152,7 @@ def test_a_weight_that_is_no_number_is_named(whole, tmp_path, monkeypatch, dtype
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "pointer of Git LFS"),
         (b"../../.git/annex/objects/aa/bb/key", "pointer of git-annex"),
         (b"<!DOCTYPE html><html></html>", "web page"),
-        (b"", "is empty"),
+        (b"", "is an empty file"),
         (b"PK\x03\x04 and so on", "torch or zip archive"),
         (b"\x10\0\0\0\0\0\0\0{not json at all", "cut or damaged"),
     ],

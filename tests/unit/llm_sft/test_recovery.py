@@ -16,26 +16,12 @@ from ray_peft.tasks.llm_sft.loss import TextLoss
 from ray_peft.tasks.llm_sft.steps import TextPart, TextRows
 from ray_peft.tasks.llm_sft.task import LlmSft
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LORA = {"name": "lora", "rank": 4, "lr": 0.01}
 FULL = {"name": "full", "lr": 0.003, "weights": "float32"}
 GALORE = {"name": "galore", "rank": 4, "lr": 0.01, "weights": "float32", "layerwise": True, "max_grad_norm": None}
 ROWS = "train.micro_batch_size"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    with tiny.one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def uneven(tmp_path_factory):
-    """Rows of many lengths, of which one is by far the longest."""
-    rows = [
-        {"prompt": "Say it." + " Please." * (index % 5), "completion": "word " * (10 if index == 17 else index % 4 + 1)}
-        for index in range(48)
-    ]
-    return tiny.write_rows(tmp_path_factory.mktemp("uneven") / "rows.jsonl", rows)
 
 
 class Run:
@@ -122,11 +108,11 @@ def backward_no_more_than(rows, first_step, length=0):
 
 
 @pytest.fixture(scope="module")
-def train(tiny_model, uneven, tmp_path_factory):
+def train(tiny_model, one_long_row, tmp_path_factory):
     """Trains one trial of the tiny model on the uneven rows."""
 
     def run(method=LORA, *, folder=None, prepare=None, rehearse=False, **changes):
-        plain = tiny.plain_spec(tiny_model, uneven, dict(method), **changes)
+        plain = tiny.plain_spec(tiny_model, one_long_row, dict(method), **changes)
         folder = folder or tmp_path_factory.mktemp("run")
         return Run(TrialSpec.from_plain(plain), folder, prepare=prepare, rehearse=rehearse)
 
@@ -332,9 +318,9 @@ def test_a_single_step_needs_no_rehearsal(train):
 
 
 @pytest.mark.parametrize(("rows", "first_step"), [(40, 0), (33, 0), (33, 3)])
-def test_a_rehearsal_is_chosen_from_the_passes_that_come(tiny_model, uneven, tmp_path, rows, first_step):
+def test_a_rehearsal_is_chosen_from_the_passes_that_come(tiny_model, one_long_row, tmp_path, rows, first_step):
     """Through the short last batches of epochs too, and after a resume."""
-    plain = tiny.plain_spec(tiny_model, uneven, dict(LORA), train__steps=7)
+    plain = tiny.plain_spec(tiny_model, one_long_row, dict(LORA), train__steps=7)
     plain["data"]["sources"][0]["train"] = rows
     spec = TrialSpec.from_plain(plain)
     found = Run(spec, tmp_path, first_step=first_step)
@@ -348,7 +334,7 @@ def test_a_rehearsal_is_chosen_from_the_passes_that_come(tiny_model, uneven, tmp
         assert len(heaviest.ids) * max(map(len, heaviest.ids)) == max(rows * tokens for rows, tokens in planned)
 
 
-def test_the_heaviest_pass_is_that_of_the_parts_that_pass(tiny_model, uneven, undisturbed):
+def test_the_heaviest_pass_is_that_of_the_parts_that_pass(tiny_model, one_long_row, undisturbed):
     run = undisturbed["lora"]
     data = TextRows(run.spec, run.bench.data.train)
     for rows in (1, 2, 3):

@@ -165,7 +165,7 @@ def test_the_page_holds_small_copies_of_all_images(painted, tmp_path):
         small = Image.open(io.BytesIO(base64.b64decode(data)))
         assert (small.format, small.size) == ("JPEG", (256, 256))
     assert text.isascii()
-    assert not {"script", "link"} & page.seen
+    assert not {"script", "link"} & page.tags
     assert 'alt="lora: a wheat field with &lt;b&gt;crows&lt;/b&gt; | and `sky`, seed 7"' in text
     markdown = (painted / "report.md").read_text(encoding="utf-8")
     assert page.headings == re.findall("^## (.*)$", markdown, re.MULTILINE)

@@ -14,8 +14,8 @@ from ray_peft.report.webpage import inline_svg, to_html
 def test_the_whole_page(swept):
     text = (swept / "report.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert {"table", "svg", "details", "nav", "style"} <= page.seen
-    assert not {"script", "link", "iframe", "object", "img"} & page.seen
+    assert {"table", "svg", "details", "nav", "style"} <= page.tags
+    assert not {"script", "link", "iframe", "object", "img"} & page.tags
     assert len(set(page.ids)) == len(page.ids)
     assert all(link.startswith("#") for link in page.links)
     assert {link[1:] for link in page.links} <= set(page.ids)
@@ -59,7 +59,7 @@ def test_hostile_text_in_every_place():
     )
     text = to_html(document)
     page = Page(text)
-    assert "script" not in page.seen
+    assert "script" not in page.tags
     shown = bad.replace("\x00", "\N{REPLACEMENT CHARACTER}").replace("\x1b", "\N{REPLACEMENT CHARACTER}")
     assert sum(data.strip("\n") == shown for data in page.text) >= 12
     assert "\x00" not in text

@@ -57,7 +57,8 @@ class TestKinds:
 
     def test_a_unet_with_further_conditions(self, copy, paintings):
         edit(copy / "unet" / "config.json", addition_embed_type="text_time")
-        assert "told more than timestep and caption (addition_embed_type: text_time)" in refusal(copy, paintings)
+        text = "its UNet takes more inputs than timestep and caption (addition_embed_type: text_time)"
+        assert text in refusal(copy, paintings)
 
     @pytest.mark.parametrize("kind", ["transformer", "prior"])
     def test_other_pipelines(self, copy, paintings, kind):
@@ -134,9 +135,9 @@ class TestWeights:
     @pytest.mark.parametrize(
         ("content", "words"),
         [
-            (lambda whole: whole[: len(whole) // 2], "is cut or damaged ("),
-            (lambda whole: whole[:100], "is cut or damaged ("),
-            (lambda whole: b"", "is empty; download it again"),
+            (lambda whole: whole[: len(whole) // 2], "is cut: it has "),
+            (lambda whole: whole[:100], "is cut or damaged: its header is not whole"),
+            (lambda whole: b"", "is an empty file; download it again"),
             (lambda whole: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS"),
             (lambda whole: b"<!doctype html><html>404", "is a web page"),
         ],
@@ -304,8 +305,8 @@ class TestPrompts:
         notes = inspect(tiny_painter, paintings, evaluation__prompts=prompts).notes
         assert [each for each in notes if each.startswith("evaluation.prompts")] == [
             "evaluation.prompts: 2 of 5 are cut to 77 tokens (number 2, 4)",
-            "evaluation.prompts: numbers 1 and 3 are the same to the model, and so are their images",
-            "evaluation.prompts: numbers 2 and 4 are the same to the model, and so are their images",
+            "evaluation.prompts: numbers 1 and 3 are equal for the model, and so are their images",
+            "evaluation.prompts: numbers 2 and 4 are equal for the model, and so are their images",
         ]
 
     def test_they_are_equal_as_the_pipeline_sees_them(self, tiny_painter):
@@ -320,8 +321,8 @@ class TestPrompts:
         (tmp_path / "images" / "metadata.jsonl").write_text(lines)
         notes = inspect(tiny_painter, tmp_path / "images", evaluation__prompts=["a <|startoftext|>", "b"]).notes
         assert [each for each in notes if "own sign" in each] == [
-            "<|endoftext|>, which the tokenizer takes for its own sign, not for text, stands in 1 of 8 captions",
-            "<|startoftext|>, which the tokenizer takes for its own sign, not for text, stands in 1 of 2 prompts",
+            "1 of 8 captions hold <|endoftext|>, which the tokenizer reads as a special token and not as text",
+            "1 of 2 prompts hold <|startoftext|>, which the tokenizer reads as a special token and not as text",
         ]
 
     def test_held_out_captions_that_are_cut_are_said_as_well(self, tiny_painter, paintings, tmp_path):

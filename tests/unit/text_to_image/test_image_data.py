@@ -212,7 +212,7 @@ class TestUnusable:
             "blank.png (no caption: blank in column text of metadata.jsonl line 17)",
             "cut.jpg (broken: image file is truncated",
             "deep.tiff (broken: 32-bit pixels",
-            "empty.jpg (broken: an empty file)",
+            "empty.jpg (broken: an empty file; download it again)",
             "small.png (too small: 200 x 63 pixels, and the shorter side must have 64)",
             "unnamed.png (no caption: no line of the metadata names it)",
             "words.png (broken: not an image of a known kind)",

@@ -266,10 +266,10 @@ class TestBroken:
         ("content", "reason"),
         [
             (b"", "an empty file"),
-            (b"<!DOCTYPE html><html>404</html>", "a page of HTML in place of the image"),
+            (b"<!DOCTYPE html><html>404</html>", "a web page, not the file itself"),
             (
                 b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-                "a pointer of Git LFS in place of the image",
+                "a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder",
             ),
             (b"nonsense", "not an image of a known kind"),
         ],

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ray_peft.errors import TrialFailed
 from ray_peft.methods.base import Quantization
 from ray_peft.methods.optimizers import trainable
-from ray_peft.tasks.parameters import held_weights
+from ray_peft.tasks.parameters import weight_storage
 from ray_peft.tasks.text_to_image import save
 from ray_peft.tasks.text_to_image.four_bit import dequantised, quantise
 from ray_peft.tasks.text_to_image.passes import unwrapped
@@ -144,14 +144,14 @@ def test_bytes_by_kind_add_up_to_what_four_bits_take(tiny_painter, double):
     linears = [layer for layer in unet.modules() if isinstance(layer, torch.nn.Linear)]
     numbers = [layer.weight.numel() for layer in linears]
     total = sum(parameter.numel() for parameter in unet.parameters())
-    assert held_weights(unet).num_bytes == {"float32": 4 * total}
+    assert weight_storage(unet).num_bytes == {"float32": 4 * total}
     quantise(unet, Quantization(double_quant=double, compute_dtype="float32"), "cpu")
     nf4 = 0
     for count in numbers:
         blocks = -(-count // 64)
         nf4 += -(-count // 2)
         nf4 += (blocks + 4 * -(-blocks // 256) + 4 * 256) if double else 4 * blocks
-    assert held_weights(unet).num_bytes == {"float32": 4 * (total - sum(numbers)), "nf4": nf4}
+    assert weight_storage(unet).num_bytes == {"float32": 4 * (total - sum(numbers)), "nf4": nf4}
 
 
 def test_four_bits_are_near_the_whole_and_equal_to_what_they_are_dequantised_to(tiny_painter):

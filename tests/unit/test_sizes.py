@@ -7,27 +7,15 @@ import math
 import pytest
 import tiny
 
-from ray_peft.console import Console
 from ray_peft.foundation.units import GIB, MIB
-from ray_peft.schedule.allotment import Allotment, card
-from ray_peft.schedule.forecast import size_of
-from ray_peft.schedule.placement import PARTS, Node
+from ray_peft.schedule.decide import PARTS, Card, Demand, Node, card
+from ray_peft.schedule.plan import cautions
+from ray_peft.schedule.sizes import Scheduler, predicted
 from ray_peft.spec import TrialSpec
 from ray_peft.vram.cards import ANY
 
 SERVER = [Node(cpus=16, gpus=2, gpu_name="a card of no list", gpu_memory_gib=11.5)]
 LAPTOP = [Node(cpus=2, gpus=0)]
-
-
-class Heard(Console):
-    """A console that keeps what it is told."""
-
-    def __init__(self):
-        super().__init__(quiet=True)
-        self.said = []
-
-    def say(self, text=""):
-        self.said.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +29,16 @@ def trial(tiny_model, questions):
 
 
 def footprint(spec, part="needed") -> int:
-    return ANY.footprint(getattr(size_of(spec, ANY, None).prediction, part))
+    return ANY.footprint(getattr(predicted(spec, Card(ANY, 1000.0)).prediction, part))
+
+
+def demand(spec, nodes, gpu_memory_gib=None, **how) -> Demand:
+    return Scheduler(nodes, gpu_memory_gib).decide([spec], **how).runs[0].demand
 
 
 def test_small_trials_share_a_gpu_by_predicted_bytes_and_are_held_to_their_share(trial):
     spec = trial()
-    held = Allotment(SERVER).demand(spec)
+    held = demand(spec, SERVER)
     share = held.gpus_per_worker
     assert share == math.ceil(held.gpu_memory_gib / 11.5 * PARTS) / PARTS
     assert 0 < share < 0.2
@@ -57,35 +49,36 @@ def test_small_trials_share_a_gpu_by_predicted_bytes_and_are_held_to_their_share
 
 
 def test_a_smaller_card_may_be_asked_for(trial):
-    held = Allotment(SERVER, gpu_memory_gib=2.0).demand(trial())
+    held = demand(trial(), SERVER, 2.0)
     assert 0.4 < held.gpus_per_worker < 0.6
     assert held.gpu_memory_gib == pytest.approx(2.0 * held.gpus_per_worker)
     assert card(SERVER, 80.0).memory_gib == 11.5  # it cannot be larger than there is
 
 
 def test_what_the_spec_asks_for_is_what_it_gets(trial):
-    assert Allotment(SERVER).demand(trial(resources__gpus_per_worker=1.0)).gpus_per_worker == 1.0
-    half = Allotment(SERVER).demand(trial(resources__gpus_per_worker=0.5))
+    assert demand(trial(resources__gpus_per_worker=1.0), SERVER).gpus_per_worker == 1.0
+    half = demand(trial(resources__gpus_per_worker=0.5), SERVER)
     assert (half.gpus_per_worker, half.gpu_memory_gib) == (0.5, 5.75)
 
 
 def test_workers_that_exchange_gradients_never_share(trial):
-    held = Allotment(SERVER).demand(trial(resources__num_workers=2, train__batch_size=8))
+    held = demand(trial(resources__num_workers=2, train__batch_size=8), SERVER)
     assert (held.num_workers, held.gpus_per_worker, held.gpu_memory_gib) == (2, 1.0, None)
 
 
-def test_alone_a_trial_has_the_whole_gpu_and_keeps_it(trial):
-    allotment, spec = Allotment(SERVER), trial()
-    assert allotment.demand(spec).gpus_per_worker < 1
-    assert allotment.demand(spec, alone=True).gpus_per_worker == 1
-    assert allotment.demand(spec).gpus_per_worker == 1
-    assert allotment.demand(spec).gpu_memory_gib is None
+def test_alone_a_trial_has_the_whole_gpu(trial):
+    scheduler, spec, neighbour = Scheduler(SERVER), trial(), trial(seed=2)
+    decision = scheduler.decide([spec, neighbour], alone=[spec.trial_id])
+    held = {run.trial.trial_id: run.demand for run in decision.runs}
+    assert (held[spec.trial_id].gpus_per_worker, held[spec.trial_id].gpu_memory_gib) == (1, None)
+    assert held[neighbour.trial_id].gpus_per_worker < 1
+    assert scheduler.decide([spec]).runs[0].demand.gpus_per_worker < 1
 
 
 def test_gpus_of_unknown_size_are_not_shared_and_a_cpu_has_no_limits(trial):
-    unknown = Allotment([Node(cpus=8, gpus=1)]).demand(trial())
+    unknown = demand(trial(), [Node(cpus=8, gpus=1)])
     assert (unknown.gpus_per_worker, unknown.gpu_memory_gib, unknown.needed_gib) == (1.0, None, None)
-    cpu = Allotment(LAPTOP, gpu_memory_gib=12.0).demand(trial(train__fit="auto"))
+    cpu = demand(trial(train__fit="auto"), LAPTOP, 12.0)
     assert (cpu.gpus_per_worker, cpu.gpu_memory_gib, dict(cpu.chosen)) == (0.0, None, {})
 
 
@@ -96,51 +89,48 @@ def test_a_trial_that_nothing_predicts_is_not_shared(trial, monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(type(TASKS["llm_sft"]), "predictor", broken)
-    console = Heard()
-    allotment, spec = Allotment(SERVER), trial()
-    allotment.prepare([spec], console)
-    assert allotment.demand(spec).gpus_per_worker == 1.0
-    assert console.said == [f"no memory prediction of {spec.trial_id}: RuntimeError: no such kernel"]
+    spec = trial()
+    decision = Scheduler(SERVER).decide([spec])
+    assert decision.runs[0].demand.gpus_per_worker == 1.0
+    assert cautions(decision) == [f"no memory prediction of {spec.trial_id}: RuntimeError: no such kernel"]
 
 
 def test_the_largest_starts_first(trial, ray_cluster):
     small, large = trial(), trial(train__batch_size=512, train__micro_batch_size=512)
-    assert Allotment(SERVER).prepare([small, large], Console(quiet=True)) == [large, small]
+    assert [run.trial for run in Scheduler(SERVER).decide([small, large]).runs] == [large, small]
 
 
 def test_what_does_not_fit_says_so_with_what_takes_less_and_runs_all_the_same(trial):
     spec = trial(train__batch_size=512, train__micro_batch_size=512)
-    console = Heard()
-    allotment = Allotment(SERVER, gpu_memory_gib=(footprint(trial()) + 20 * MIB) / GIB)
-    allotment.prepare([spec], console)
-    held = allotment.demand(spec)
+    decision = Scheduler(SERVER, (footprint(trial()) + 20 * MIB) / GIB).decide([spec])
+    held, lines = decision.runs[0].demand, cautions(decision)
     assert (held.gpus_per_worker, held.needed_gib) == (1.0, None)
-    assert console.said[0].startswith(f"caution: {spec.trial_id} is predicted to need ")
-    assert any("train.micro_batch_size" in line and "fits" in line for line in console.said[1:])
+    assert lines[0].startswith(f"caution: {spec.trial_id} is predicted to need ")
+    assert any("train.micro_batch_size" in line and "fits" in line for line in lines[1:])
 
 
 def test_a_trial_that_fits_nowhere_keeps_its_prediction_and_what_was_chosen(trial):
     """Shorter rows would take less, but too few training rows are that short: advice needs no data."""
     spec = trial(train__fit="auto", data__max_length=512, train__batch_size=8, train__micro_batch_size=8)
-    found = size_of(spec, ANY, 0.5)
-    assert found.prediction is not None
-    assert dict(found.chosen) == {"train.micro_batch_size": 1, "train.gradient_checkpointing": True}
-    assert found.less
-    assert not any(way.fits for way in found.less)
+    size = predicted(spec, Card(ANY, 0.5))
+    assert size.prediction is not None
+    assert dict(size.chosen) == {"train.micro_batch_size": 1, "train.gradient_checkpointing": True}
+    assert size.less
+    assert not any(way.fits for way in size.less)
 
 
 def test_fit_auto_takes_the_largest_pass_that_fits_and_keeps_the_trial(trial):
     asked = trial(train__fit="auto", train__batch_size=512, train__micro_batch_size=1)
-    roomy = Allotment(SERVER).demand(asked)
+    roomy = demand(asked, SERVER)
     assert dict(roomy.chosen) == {"train.micro_batch_size": 512, "train.gradient_checkpointing": False}
     some = trial(train__batch_size=512, train__micro_batch_size=64)
-    tight = Allotment(SERVER, gpu_memory_gib=footprint(some, "peak_reserved") / GIB).demand(asked)
+    tight = demand(asked, SERVER, footprint(some, "peak_reserved") / GIB)
     # 64 rows fit without checkpointing, and four times as many with it.
     assert dict(tight.chosen) == {"train.micro_batch_size": 256, "train.gradient_checkpointing": True}
     many = trial(train__batch_size=512, train__micro_batch_size=256)
-    wide = Allotment(SERVER, gpu_memory_gib=footprint(many, "peak_reserved") / GIB).demand(asked)
+    wide = demand(asked, SERVER, footprint(many, "peak_reserved") / GIB)
     assert dict(wide.chosen) == {"train.micro_batch_size": 256, "train.gradient_checkpointing": False}
-    least = Allotment(SERVER, gpu_memory_gib=0.5).demand(asked)
+    least = demand(asked, SERVER, 0.5)
     assert dict(least.chosen) == {"train.micro_batch_size": 1, "train.gradient_checkpointing": True}
     runs = asked.changed(tight.chosen)
     assert (runs.train.batch_size, runs.accumulation) == (512, 2)

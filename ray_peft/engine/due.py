@@ -1,0 +1,61 @@
+"""When a stage's next checkpoint is due: after so many steps, or so much time."""
+
+from __future__ import annotations
+
+import time
+
+from ray_peft.engine.workers import this_worker, told_by_first
+from ray_peft.foundation.durations import seconds_of
+
+LEAST_TRAINED = 20
+"""Times that writing a checkpoint took, before the next one is written by time: at most a twentieth goes into them."""
+
+WORTH_KEEPING_S = 60.0
+"""Seconds of training that the end of a stage keeps: a trial that is killed in its evaluation goes on from there."""
+
+
+class Due:
+    """Says after which steps a checkpoint is written."""
+
+    def __init__(self, every: int | str | None, device: str = "cpu") -> None:
+        """Count from now on.
+
+        The clocks of data-parallel workers differ, so the first one decides for all, at logged steps.
+
+        Args:
+            every: optimizer steps, or a time in words; None writes no checkpoint.
+            device: where workers exchange numbers.
+        """
+        self._steps = every if isinstance(every, int) else None
+        self._seconds = seconds_of(every) if isinstance(every, str) else None
+        self._workers, self._device = this_worker().workers, device
+        self.start()
+        self._took = 0.0
+
+    def start(self) -> None:
+        """Count from now on."""
+        self._since = self._begin = time.monotonic()
+
+    def after(self, done: int, steps: int, *, logged: bool) -> bool:
+        """Whether a checkpoint is written now; every worker asks, and calls `written` after it if so.
+
+        Args:
+            done: optimizer steps of the stage.
+            steps: of the whole stage.
+            logged: the step that has just ended is logged.
+        """
+        self._begin = time.monotonic()
+        if self._steps is not None:
+            return done % self._steps == 0 and done < steps
+        if self._seconds is None or (self._workers > 1 and not logged and done < steps):
+            return False
+        between = max(self._seconds, LEAST_TRAINED * self._took)
+        least = min(between, WORTH_KEEPING_S) if done == steps else between
+        passed = self._begin - self._since >= least
+        return passed if self._workers == 1 else told_by_first(passed, self._device)
+
+    def written(self) -> float:
+        """Count from now on; returns the seconds since `after` was asked."""
+        self._since = time.monotonic()
+        self._took = self._since - self._begin
+        return self._took

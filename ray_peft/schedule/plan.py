@@ -1,0 +1,179 @@
+"""What a sweep would do, without doing it: its trials, checked, and what runs where on a machine that is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ray_peft.checks.trials import inspect_trials
+from ray_peft.errors import SearchSpaceError
+from ray_peft.foundation.audience import Audience, Silence
+from ray_peft.foundation.units import GIB
+from ray_peft.schedule.cluster import cores_here
+from ray_peft.schedule.decide import Decision, Demand, Node, Run, card, decide
+from ray_peft.schedule.sizes import predicted
+from ray_peft.space.read import load
+from ray_peft.spec import TrialSpec
+from ray_peft.vram import settings_text
+
+
+def plan(
+    space: str | Path,
+    overrides: list[str] | None = None,
+    profile: str | None = None,
+    console: Audience | None = None,
+) -> list[TrialSpec]:
+    """The trials of a search space, checked, without loading weights or starting Ray; notes go to `console`.
+
+    Raises:
+        RayPeftError: a wrong search space, or missing or malformed data or model.
+    """
+    loaded = load(space, overrides, profile)
+    if not loaded.trials:
+        raise SearchSpaceError(f"{space}: has no trials")
+    console = console or Silence()
+    if loaded.search is not None and loaded.search.algorithm == "optuna":
+        console.say(
+            f"search: Optuna proposes {loaded.search.samples} trials one by one, from what earlier ones gave; the "
+            "trials below are random draws, which show their kind"
+        )
+    for note in loaded.notes:
+        console.say(note)
+    return inspect_trials(loaded.trials, console).trials
+
+
+def planned(
+    trials: Sequence[TrialSpec],
+    gpu_memory_gib: float,
+    *,
+    gpus: int = 1,
+    gpu_name: str | None = None,
+    cpus: int | None = None,
+) -> Decision:
+    """What a sweep would decide on a machine with these GPUs; trials on its CPU are predicted, too.
+
+    Args:
+        trials: checked.
+        gpu_memory_gib: of each GPU, as much of it as trials may take.
+        gpus: how many there are.
+        gpu_name: as the driver writes it, for the GPU's own overheads.
+        cpus: cores; None is those of this machine, or what a trial asks for if that is more.
+
+    Raises:
+        DataError, ModelError: the user's to mend.
+    """
+    asked = [trial.resources.num_workers * (trial.resources.cpus_per_worker or 1) for trial in trials]
+    machine = Node(cpus or max(cores_here(), *asked), gpus, gpu_name, gpu_memory_gib)
+    target = card([machine])
+    assert target is not None
+    return decide(trials, [machine], {trial.trial_id: predicted(trial, target) for trial in trials})
+
+
+def plain(trial: TrialSpec, decision: Decision | None) -> dict[str, Any]:
+    """A trial of a plan as JSON: what is predicted, and where it runs if that was decided."""
+    row: dict[str, Any] = {"trial_id": trial.trial_id, "predicted_peak_gib": None}
+    runs = {run.trial.trial_id: (order, run) for order, run in enumerate(decision.runs if decision else [], start=1)}
+    if trial.trial_id in runs:
+        order, run = runs[trial.trial_id]
+        row |= _predicted(run) | _placed(run, order)
+    elif decision is not None:
+        row |= {"fits": False, "problem": decision.impossible[trial.trial_id]}
+    return row | {"spec": trial.plain()}
+
+
+def _predicted(run: Run) -> dict[str, Any]:
+    prediction = run.size.prediction
+    if prediction is None:
+        return {}
+    return {
+        "predicted_peak_gib": _gib(prediction.peak_allocated),
+        "predicted_reserved_gib": _gib(prediction.peak_reserved),
+        "predicted_evaluation_gib": None if prediction.evaluation is None else _gib(prediction.evaluation),
+        "components": {kind: _gib(size) for kind, size in prediction.components.items()},
+    }
+
+
+def _placed(run: Run, order: int) -> dict[str, Any]:
+    return {
+        "fits": run.fits,
+        "gpu_fraction": run.demand.gpus_per_worker,
+        "cpus_per_worker": run.demand.cpus_per_worker,
+        "num_workers": run.demand.num_workers,
+        "order": order,
+        "chosen": dict(run.demand.chosen),
+        "suggestions": [
+            {
+                "changes": way.changes,
+                "predicted_peak_gib": _gib(way.predicted.peak_allocated),
+                "fits": way.fits,
+                "same_training": way.same_training,
+            }
+            for way in run.size.less
+        ],
+    }
+
+
+def _gib(size: int) -> float:
+    return round(size / GIB, 4)
+
+
+def lines(trials: Sequence[TrialSpec], labels: dict[str, str], decision: Decision | None) -> list[str]:
+    """For people: a line a trial, what to change where it does not fit, and how many run at once."""
+    heads = {trial.trial_id: f"{trial.trial_id}  {labels[trial.trial_id]}" for trial in trials}
+    if decision is None:
+        return list(heads.values())
+    runs = {run.trial.trial_id: run for run in decision.runs}
+    text = []
+    for trial_id, head in heads.items():
+        if trial_id in runs:
+            text += _run_lines(head, runs[trial_id])
+        else:
+            text.append(f"{head}, DOES NOT FIT: {decision.impossible[trial_id]}")
+    return [*text, _summary(len(trials), decision)]
+
+
+def _run_lines(head: str, run: Run) -> list[str]:
+    prediction, chosen, less = run.size.prediction, run.demand.chosen, run.size.less
+    line = head
+    line += f"  peak {prediction.peak_allocated / GIB:.2f} GiB" if prediction is not None else ""
+    line += ", DOES NOT FIT" if run.fits is False else ""
+    line += f", {held_text(run.demand)}"
+    line += f", with {settings_text(chosen)}" if chosen else ""
+    return [line + ("; what takes less:" if less else ""), *(f"    {way.line()}" for way in less)]
+
+
+def cautions(decision: Decision) -> list[str]:
+    """What a user must know of a decision before its runs start: what is not predicted, or predicted not to fit."""
+    text = []
+    for run in decision.runs:
+        trial_id, size = run.trial.trial_id, run.size
+        if size.problem:
+            text.append(f"no memory prediction of {trial_id}: {size.problem}")
+        if run.fits is False and decision.card is not None and size.prediction is not None:
+            gpu, room = decision.card.gpu, decision.card.memory_gib * run.demand.gpus_per_worker
+            text.append(
+                f"caution: {trial_id} is predicted to need {gpu.footprint(size.prediction.peak_reserved) / GIB:.1f} "
+                f"GiB of a GPU and may take {room:.1f}; it runs all the same"
+            )
+            text += [f"    what takes less: {way.line()}" for way in size.less]
+    return text
+
+
+def held_text(demand: Demand) -> str:
+    """What a run holds, such as `0.25 of a GPU and 4 CPU cores`."""
+    cores = f"{demand.cpus_per_worker} CPU core{'s' if demand.cpus_per_worker > 1 else ''}"
+    each = f"{demand.gpus_per_worker:g} of a GPU and {cores}" if demand.gpus_per_worker else cores
+    return f"{demand.num_workers} workers of {each}" if demand.num_workers > 1 else each
+
+
+def _summary(trials: int, decision: Decision) -> str:
+    fitting = sum(run.fits is True for run in decision.runs)
+    unknown = sum(run.size.prediction is None for run in decision.runs)
+    at_once = f"at most {decision.at_once} at once, the largest first"
+    if decision.card is None:
+        return at_once
+    return (
+        f"{fitting} of {trials} trials fit {decision.card.memory_gib:g} GiB"
+        f"{f', {unknown} cannot be predicted' if unknown else ''}; {at_once}"
+    )

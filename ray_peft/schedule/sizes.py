@@ -1,0 +1,80 @@
+"""The decision on the cluster at hand, from what its trials are predicted to take: each prediction is made once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from functools import partial
+
+from ray_peft.errors import first_line
+from ray_peft.schedule import cluster
+from ray_peft.schedule.decide import Card, Decision, Node, card, decide, uses_gpu
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks import TASKS
+from ray_peft.vram.fit import Size, size
+
+PATIENCE_S = 1.0
+"""Predictions that are on disk take milliseconds; after this long, the others are made elsewhere."""
+
+
+class Scheduler:
+    """Decides for the trials of a cluster."""
+
+    def __init__(self, nodes: Sequence[Node], gpu_memory_gib: float | None = None) -> None:
+        """`gpu_memory_gib` is what trials may take of a GPU, to see whether they fit a smaller one; None is all."""
+        self._nodes = nodes
+        self._gpu_memory_gib = gpu_memory_gib
+        self._sizes: dict[str, Size] = {}
+
+    def decide(self, trials: Sequence[TrialSpec], *, alone: Collection[str] = ()) -> Decision:
+        """Where trials run; those whose ids are in `alone` share with nobody.
+
+        Raises:
+            PlacementError: the cluster can never hold one of them.
+        """
+        decide(trials, self._nodes, {}).check()  # before predictions, which take seconds
+        new = [trial for trial in trials if trial.trial_id not in self._sizes]
+        self._sizes |= predicted_sizes(new, self._nodes, self._gpu_memory_gib)
+        decision = decide(trials, self._nodes, self._sizes, gpu_memory_gib=self._gpu_memory_gib, alone=alone)
+        decision.check()
+        return decision
+
+
+def predicted(trial: TrialSpec, target: Card) -> Size:
+    """A trial's size on a card, by its task's prediction.
+
+    Raises:
+        DataError, ModelError: the user's to mend.
+    """
+    return size(trial, TASKS[trial.task].predictor(trial), target.gpu, target.memory_gib)
+
+
+def predicted_sizes(
+    trials: Sequence[TrialSpec], nodes: Sequence[Node], gpu_memory_gib: float | None = None
+) -> dict[str, Size]:
+    """The sizes of trials that use a GPU of known memory, by trial id; one that fails says why, and stops nothing.
+
+    New predictions take seconds each, so they are made at once on the cluster's cores.
+    """
+    target = card(nodes, gpu_memory_gib)
+    if target is None:
+        return {}
+    on_gpu = [trial for trial in trials if uses_gpu(trial, nodes)]
+    sizes: list[Size] = []
+    begin = time.perf_counter()
+    while len(sizes) < len(on_gpu) and time.perf_counter() - begin < PATIENCE_S:
+        sizes.append(_size(target, on_gpu[len(sizes)]))
+    if rest := on_gpu[len(sizes) :]:
+        sizes += cluster.each(partial(_size, target), rest, lambda _, error: _unknown(error))
+    return {trial.trial_id: size for trial, size in zip(on_gpu, sizes, strict=True)}
+
+
+def _size(target: Card, trial: TrialSpec) -> Size:
+    try:
+        return predicted(trial, target)
+    except Exception as error:  # no trial depends on its prediction
+        return _unknown(error)
+
+
+def _unknown(error: Exception) -> Size:
+    return Size(problem=f"{type(error).__name__}: {first_line(error)}")
