@@ -35,7 +35,7 @@ from tracked import client_of  # noqa: E402
 from ray_peft.store.tracking import default_uri, open_store  # noqa: E402
 
 METHODS = [{"name": "none"}, {"name": "lora", "rank": 4, "lr": 0.001}, {"name": "full", "lr": 0.001}]
-STEPS = 150
+STEPS = 40
 TOLERANCE = 1e-6
 
 
@@ -230,7 +230,7 @@ def left_rows(case: Case) -> dict[str, dict[str, Any]]:
 
 def plain(model: Path, data: Path) -> dict[str, Any]:
     """The search space; trials keep checkpoints."""
-    changes = {"train__steps": STEPS, "train__checkpoint_every": 10, "evaluation__generate": False}
+    changes = {"train__steps": STEPS, "train__checkpoint_every": 5, "evaluation__generate": False}
     return tiny.plain_spec(model, data, {"grid": METHODS}, **changes)
 
 
@@ -253,16 +253,15 @@ def main(target: Path, times: int, chosen: list[str]) -> None:
     expected = scores(undisturbed.rows())
     measured: dict[str, Any] = json.loads(target.read_text()).get("scenarios", {}) if target.exists() else {}
     try:
-        for name in chosen or [*LOCAL, *SERVED]:
-            measured[name] = []
-            for seed in range(times):
+        for seed in range(times):  # every scenario once, then every one again
+            for name in chosen or [*LOCAL, *SERVED]:
                 print(f"== {name}, {seed + 1} of {times}", flush=True)
+                place = folder / f"{name} {seed}".replace(" ", "_").replace("'", "")
                 try:
-                    measured[name].append(once(name, folder / f"{name} {seed}".replace(" ", "_").replace("'", ""),
-                                               inputs, expected, seed))  # fmt: skip
+                    found = once(name, place, inputs, expected, seed)
                 except Exception as error:  # a benchmark reports what failed and goes on
-                    measured[name].append({"error": f"{type(error).__name__}: {error}"[-2000:]})
-                print(json.dumps(measured[name][-1]), flush=True)
+                    found = {"error": f"{type(error).__name__}: {error}"[-2000:]}
+                measured.setdefault(name, []).append(found)
                 write(target, {"trials": len(METHODS), "steps": STEPS, "scenarios": measured})
     finally:
         shutil.rmtree(folder, ignore_errors=True)

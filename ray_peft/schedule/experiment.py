@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -89,7 +90,8 @@ class Experiment:
 
     def again(self, spec: TrialSpec, reason: str) -> None:
         """A trial's worker died, and it is started once more."""
-        note_restart(self.ledger.trial_folder(spec.trial_id), first_line(reason))
+        with contextlib.suppress(OSError):  # a full disk, which the trial itself will tell
+            note_restart(self.ledger.trial_folder(spec.trial_id), first_line(reason))
         self.console.say(f"{spec.trial_id}: {first_line(reason)}; it is started again")
 
     def keep(self, row: TrialResult) -> None:
@@ -176,8 +178,9 @@ class Experiment:
         last = LastSteps()
         self.lacking = self.unsent.close(END_PATIENCE_S)
         for row in self.ledger.results():
-            if row.untracked is not None and row.trial_id not in self.lacking:
-                run_id = tracking.sent_to(self.store, self.ledger.trial_folder(row.trial_id)).run_id
+            folder = self.ledger.trial_folder(row.trial_id)
+            if row.untracked is not None and Outbox(folder).exists and tracking.is_sent(self.store, folder):
+                run_id = tracking.sent_to(self.store, folder).run_id
                 self.rows.add(row.model_copy(update={"untracked": None, "mlflow_run_id": run_id}))
         with last.step():
             self.rows.flush()

@@ -98,7 +98,10 @@ class Outbox:
         self._cut = True
 
     def after(self, offset: int) -> Iterator[tuple[Entry, int]]:
-        """The whole entries behind `offset`, each with the offset behind it."""
+        """The whole entries behind `offset`, each with the offset behind it.
+
+        A damaged one is passed over with a warning.
+        """
         if not self._file.is_file():
             return
         with self._file.open("rb") as file:
@@ -107,7 +110,13 @@ class Outbox:
                 if not line.endswith(b"\n"):
                     return
                 offset += len(line)
-                yield json.loads(line), offset
+                try:
+                    entry = json.loads(line)
+                    entry["do"]
+                except (ValueError, TypeError, KeyError):
+                    logger.warning("%s: what ends at byte %d is damaged, and is passed over", self._file, offset)
+                    continue
+                yield entry, offset
 
     def sent(self, store: str) -> Sent:
         """How much of it a store has taken; nothing, if the file speaks of another store or cannot be read."""

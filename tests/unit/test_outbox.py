@@ -62,6 +62,15 @@ def test_a_full_disk_keeps_entries_in_memory_for_the_next(tmp_path, monkeypatch,
     assert [entry["step"] for entry, _ in outbox.after(0)] == [1, 2, 3]
 
 
+def test_a_damaged_entry_is_passed_over(tmp_path, caplog):
+    outbox = Outbox(tmp_path)
+    outbox.put({"do": "metrics", "step": 1}, {"do": "metrics", "step": 2}, {"do": "metrics", "step": 3})
+    lines = (tmp_path / FILE).read_bytes().splitlines(keepends=True)
+    (tmp_path / FILE).write_bytes(lines[0] + lines[1].replace(b"{", b"\xff") + lines[2])
+    assert [entry["step"] for entry, _ in Outbox(tmp_path).after(0)] == [1, 3]
+    assert "is damaged" in caplog.text
+
+
 def test_what_one_store_has_says_nothing_of_another(tmp_path):
     outbox = Outbox(tmp_path)
     outbox.put({"do": "metrics", "step": 1})
