@@ -112,7 +112,11 @@ class Member:
         import torch
 
         limit = self.job.stage.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        clip = getattr(self.optimizer, "clip", None)  # of an optimizer that keeps the gradients itself
+        if clip is not None:
+            norm = clip(limit)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
         # A layer-wise optimizer has used and freed the gradients by now, and keeps their worst.
         self.guard.see(self.done + 1, loss, norm + getattr(self.optimizer, "worst", 0.0))
         rate = float(self.rates.get_last_lr()[0])

@@ -101,6 +101,10 @@ class Stage(Method):
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
 
+    def needs_own_loop(self) -> str | None:
+        """The setting, such as `gradients: host`, that another training loop than ours cannot serve; None without."""
+        return None
+
     def stages(self, steps: int) -> list[tuple[Stage, int]]:
         """The stage itself, for all steps."""
         return [(self, steps)]

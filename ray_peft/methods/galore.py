@@ -30,7 +30,7 @@ class GaLore(FullWeights):
     rank: int = Field(default=128, ge=1)
     """Dimension of the gradient's subspace; moments of an (m, n) matrix take rank * max(m, n) numbers each."""
     update_proj_gap: int = Field(default=200, ge=1)
-    """Optimizer steps between two singular value decompositions of the gradient."""
+    """Optimizer steps for which a subspace is kept."""
     scale: float = Field(default=0.25, gt=0)
     """Factor on the update after it is projected back."""
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
@@ -38,16 +38,37 @@ class GaLore(FullWeights):
     """Linear layers whose name contains one of these (or a match of a regular expression, or `all-linear`) are
     projected; all other weights get plain AdamW. The default means the linear layers of a block, whatever the
     architecture calls them. Each must match something."""
+    svd: Literal["randomized", "exact"] = "randomized"
+    """How a subspace is found. randomized: orthogonal iteration for all matrices of a size at once, from the subspace
+    before; the first starts from columns that the seed decides. exact: a singular value decomposition of each matrix,
+    as galore-torch does, which took 12 s for all of Gemma-3-1B on an H200. `proj_type`s that project the larger side
+    are always exact."""
+    moments: Literal["weights", "8bit"] = "weights"
+    """How AdamW's moments are stored: as the weights are, or in 8 bits a number with a scale for each 256."""
+    gradients: Literal["device", "host"] = "device"
+    """Where a step's gradients add up. host: each leaves the GPU as soon as a backward pass has it, and comes back for
+    the update, so that the GPU holds one layer's at a time; the vocabulary's adds up in place. Accumulation, clipping
+    and refreshes see what they would see on the device. The host needs as many bytes as the weights take."""
     layerwise: bool = False
     """Update each weight as soon as its gradient is there, then free the gradient."""
     eps: float = Field(default=1.0e-6, gt=0)
     """AdamW's term for numerical stability; the value of the reference implementation."""
 
     def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
-        """Layer-wise updates see one backward pass on one worker and no global norm."""
-        if not self.layerwise:
-            return []
+        """Layer-wise updates see one pass on one worker and no global norm; the host adds up for one worker."""
         found = []
+        if self.gradients == "host" and num_workers > 1:
+            found.append(
+                f"method.gradients: host adds gradients up where workers cannot exchange them, so it needs "
+                f"resources.num_workers: 1 (found {num_workers})"
+            )
+        if not self.layerwise:
+            return found
+        if self.gradients == "host":
+            found.append(
+                "layerwise GaLore keeps no gradient, so method.gradients: host has none to keep; set layerwise: false, "
+                "which accumulates and clips, or gradients: device"
+            )
         if accumulates:
             found.append(
                 "layerwise GaLore updates in the backward pass, so it cannot accumulate gradients; "
@@ -65,13 +86,27 @@ class GaLore(FullWeights):
             )
         return found
 
+    def needs_own_loop(self) -> str | None:
+        """Gradients that are kept by the optimizer are clipped by it, and another loop would not ask it to."""
+        return "gradients: host" if self.gradients == "host" else None
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Mark every parameter as trained, and prepare where gradients add up."""
+        from ray_peft.methods.vocabulary import add_in_place
+
+        model = super().attach(model)
+        if self.gradients == "host":
+            add_in_place(model)
+        return model
+
     def optimizer(self, model: nn.Module) -> Optimizer:
         """AdamW over all parameters, with projected moments for the target matrices.
 
         Raises:
             SpecError: no linear layer matches `targets`.
         """
-        from ray_peft.methods.galore_adamw import galore_adamw
+        from ray_peft.methods.galore_adamw import GaLoreAdamW, LayerwiseGaLoreAdamW
+        from ray_peft.methods.host_gradients import HostGaLoreAdamW
 
         projected = self.projected(model)
         ids = {id(parameter) for parameter in projected}
@@ -81,14 +116,22 @@ class GaLore(FullWeights):
             "update_proj_gap": self.update_proj_gap,
             "scale": self.scale,
             "proj_type": self.proj_type,
+            "svd": self.svd,
         }
         groups: list[dict[str, object]] = [
             {"params": projected, "weight_decay": self.weight_decay, **subspace},
             {"params": [p for p in rest if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
-        kind = galore_adamw(layerwise=self.layerwise, stochastic=self.weights == "bfloat16_stochastic")
-        return kind([group for group in groups if group["params"]], lr=self.lr, betas=self.betas, eps=self.eps)
+        kind = LayerwiseGaLoreAdamW if self.layerwise else GaLoreAdamW
+        return (HostGaLoreAdamW if self.gradients == "host" else kind)(
+            [group for group in groups if group["params"]],
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            stochastic=self.weights == "bfloat16_stochastic",
+            eight_bit=self.moments == "8bit",
+        )
 
     def check(self, model: nn.Module, *, of: str, key: str) -> list[str]:
         """The share of the trained weights that is projected, and ranks at which nothing is.

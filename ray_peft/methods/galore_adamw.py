@@ -1,146 +1,278 @@
-"""galore-torch's AdamW with a state that saves and loads as plain tensors, whole or layer by layer.
+"""GaLore's AdamW: the algorithm of galore-torch, over all matrices of one shape at once, without waiting for the GPU.
 
-The reference keeps a `GaLoreProjector` object in the optimizer's state: a checkpoint then needs unpickling of
-foreign classes, and the projection matrix stays on the device where it was loaded.
+Where galore-torch keeps a projector object in the optimizer's state, this one keeps its matrix: checkpoints hold
+tensors and numbers alone. Only a refresh of the subspaces, each `update_proj_gap` steps, waits for the GPU.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from galore_torch import GaLoreAdamW as ReferenceGaLoreAdamW
-from galore_torch.galore_projector import GaLoreProjector
+from torch import Tensor
+from torch.optim import Optimizer
 
-from ray_peft.methods.stochastic import Dice, adamw_step, rounded
+from ray_peft.methods import moments, subspace
+from ray_peft.methods.moments import Piece
+from ray_peft.methods.stochastic import BUCKET, Dice, rounded
 
-_MATRIX = "ortho_matrix"
-_SUBSPACE = ("rank", "update_proj_gap", "scale", "proj_type")
+BASIS = "ortho_matrix"
+"""In a weight's state: its basis, or for `proj_type: full` the left and the right one."""
+_OF_REFRESH = -1
+"""The part of a weight's random numbers that its first basis starts from."""
 
 
-class GaLoreAdamW(ReferenceGaLoreAdamW):  # type: ignore[misc]  # galore-torch has no annotations
-    """The reference optimizer; `state_dict` holds tensors and numbers only."""
+class GaLoreAdamW(Optimizer):
+    """AdamW whose moments live in a subspace of the gradient, in the groups that have a `rank`.
+
+    Source: Zhao et al. 2024, arXiv:2403.03507, algorithm 2; `eps` and weight decay as in galore-torch 1.0.
+    """
 
     param_groups: list[dict[str, Any]]
 
-    def __init__(self, groups: Iterable[dict[str, object]], **settings: object) -> None:
-        super().__init__(groups, no_deprecation_warning=True, **settings)
+    def __init__(
+        self,
+        groups: Iterable[dict[str, object]],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        stochastic: bool = False,
+        eight_bit: bool = False,
+    ) -> None:
+        """Take the weights.
 
-    def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state; each projector is stored as its matrix."""
-        packed: dict[str, Any] = super().state_dict()
-        packed["state"] = {key: _without_projector(state) for key, state in packed["state"].items()}
-        return packed
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state; each projector is rebuilt from its group's settings, on its weight's device."""
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state.get(parameter, {})
-                if _MATRIX in state:
-                    projector = GaLoreProjector(**{key: group[key] for key in _SUBSPACE})
-                    projector.ortho_matrix = state.pop(_MATRIX)
-                    state["projector"] = projector
-
-
-def _without_projector(state: dict[str, Any]) -> dict[str, Any]:
-    plain = {key: value for key, value in state.items() if key != "projector"}
-    if "projector" in state:
-        plain[_MATRIX] = state["projector"].ortho_matrix
-    return plain
-
-
-class StochasticGaLoreAdamW(GaLoreAdamW):
-    """The same algorithm on bfloat16 weights and moments, rounded stochastically.
-
-    Moments and updates are computed in float32; the products with the basis in the weights' dtype, as in the reference.
-    """
-
-    def __init__(self, groups: Iterable[dict[str, object]], **settings: object) -> None:
-        super().__init__(groups, **settings)
+        Args:
+            groups: of weights; those with `rank`, `update_proj_gap`, `scale`, `proj_type` and `svd` are projected.
+            lr: learning rate.
+            betas: decay rates of the moments.
+            eps: is added to the uncorrected root of the second moment.
+            stochastic: round what is stored in bfloat16 stochastically; the arithmetic is then float32.
+            eight_bit: store moments in 8 bits; the arithmetic is then float32.
+        """
+        super().__init__(list(groups), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self._stochastic, self._eight_bit = stochastic, eight_bit
         self._dice = Dice(parameter for group in self.param_groups for parameter in group["params"])
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is used here
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            if "rank" not in group:
-                adamw_step(group["params"], self.state, group, self._dice, eps_from_source=True)
+            self._step_group(group, [parameter for parameter in group["params"] if self._has_gradient(parameter)])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state, each tensor in the dtype that it was saved in, on its weight's device."""
+        super().load_state_dict({**state_dict, "state": {}})
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            if number in state_dict["state"]:
+                saved = state_dict["state"][number]
+                self.state[parameter] = {name: _moved(value, parameter.device) for name, value in saved.items()}
+
+    def _has_gradient(self, parameter: Tensor) -> bool:
+        return parameter.grad is not None
+
+    def _gradient(self, parameter: Tensor) -> Tensor:
+        """The step's gradient of a weight, on its device."""
+        assert parameter.grad is not None
+        return parameter.grad
+
+    def _piece_of_gradient(self, parameter: Tensor, begin: int, end: int) -> Tensor:
+        """Some of the numbers of a gradient that is not projected."""
+        return self._gradient(parameter).reshape(-1)[begin:end]
+
+    def _step_group(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+        for parameter in parameters:
+            state = self.state[parameter]
+            state["step"] = int(state.get("step", 0)) + 1
+        if "rank" not in group:
+            for pieces in self._pieces(parameters):
+                self._update_pieces(group, pieces)
+            return
+        self._refresh(group, parameters)
+        for batch in self._batches(parameters):
+            self._update_projected(group, batch)
+
+    def _refresh(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+        """New bases for the weights whose time has come."""
+        due = [
+            parameter
+            for parameter in parameters
+            if BASIS not in self.state[parameter] or (self.state[parameter]["step"] - 1) % group["update_proj_gap"] == 0
+        ]
+        iterated = []
+        for parameter in due:
+            side = subspace.side_of(parameter.shape, group["proj_type"])
+            if group.get("svd", "exact") == "randomized" and subspace.can_iterate(parameter.shape, side):
+                iterated.append(parameter)
                 continue
+            bases = subspace.exact(self._gradient(parameter), group["rank"], side)
+            self.state[parameter][BASIS] = bases if side == "full" else bases[0]
+        for place, basis in subspace.iterated(iterated, self._gradient, self._start, group["rank"]).items():
+            self.state[iterated[place]][BASIS] = basis
+
+    def _start(self, parameter: Tensor, columns: int) -> Tensor:
+        """The basis before, filled up with random columns that seed, step and place decide alone."""
+        generator = self._dice.thrown(parameter, self.state[parameter]["step"], _OF_REFRESH)
+        size = (min(parameter.shape), columns)
+        start = torch.randn(size, generator=generator, device=parameter.device, dtype=torch.float32).double()
+        basis = self.state[parameter].get(BASIS)
+        if basis is not None:
+            before = (basis.mT if parameter.shape[0] >= parameter.shape[1] else basis)[:, :columns]
+            start[:, : before.shape[1]] = before
+        return start
+
+    def _batches(self, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Weights of one shape at one step, of at most BUCKET numbers together."""
+        alike: dict[Any, list[Tensor]] = {}
+        for parameter in parameters:
+            key = (parameter.shape, parameter.dtype, parameter.device, self.state[parameter]["step"])
+            alike.setdefault(key, []).append(parameter)
+        for same in alike.values():
+            count = max(1, BUCKET // same[0].numel())
+            for begin in range(0, len(same), count):
+                yield same[begin : begin + count]
+
+    def _update_projected(self, group: dict[str, Any], batch: list[Tensor]) -> None:
+        states = [self.state[parameter] for parameter in batch]
+        side = subspace.side_of(batch[0].shape, group["proj_type"])
+        bases = [_stacked(parts) for parts in zip(*(_listed(state[BASIS]) for state in states), strict=True)]
+        low = subspace.projected(_stacked([self._gradient(parameter) for parameter in batch]), bases, side)
+        for state, one in zip(states, low, strict=True):
+            if moments.NAMES[0] not in state:
+                moments.make(state, one, eight_bit=self._eight_bit)
+        pieces = [Piece(state, 0, state[moments.NAMES[0]].numel()) for state in states]
+        dtype = self._arithmetic(batch[0])
+        changed, direction, size = self._direction(group, pieces, low.to(dtype).reshape(-1), dtype)
+        direction = direction.to(low.dtype).view(low.shape)
+        back = subspace.projected_back(direction, bases, side).mul_(group["scale"])
+        del low, direction
+        weight = _stacked(batch).to(dtype, copy=True)
+        self._move(group, weight, back, size)
+        self._store([(parameter, 0, parameter.numel()) for parameter in batch], weight.view(-1), pieces, changed)
+
+    def _pieces(self, parameters: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, int, int]]]:
+        """Weights at one step, whole or cut, flat, of at most BUCKET numbers together: (weight, begin, end)."""
+        open_pieces: dict[Any, list[tuple[Tensor, int, int]]] = {}
+        for parameter in parameters:
+            if not parameter.is_contiguous():
+                raise ValueError(
+                    f"a weight of shape {tuple(parameter.shape)} is not contiguous, so it cannot be updated flat"
+                )
+            state = self.state[parameter]
+            if moments.NAMES[0] not in state:
+                moments.make(state, parameter, eight_bit=self._eight_bit)
+            kind = state[moments.NAMES[0]].dtype
+            key = (state["step"], parameter.dtype, parameter.device, kind)
+            for begin in range(0, parameter.numel(), BUCKET):
+                end = min(begin + BUCKET, parameter.numel())
+                pieces = open_pieces.setdefault(key, [])
+                pieces.append((parameter, begin, end))
+                if sum(last - first for _, first, last in pieces) >= BUCKET:
+                    yield open_pieces.pop(key)
+        yield from open_pieces.values()
+
+    def _update_pieces(self, group: dict[str, Any], parts: list[tuple[Tensor, int, int]]) -> None:
+        first = parts[0][0]
+        dtype = self._arithmetic(first)
+        pieces = [Piece(self.state[parameter], begin, end) for parameter, begin, end in parts]
+        grad = _joined([self._piece_of_gradient(*part).to(dtype) for part in parts])
+        changed, direction, size = self._direction(group, pieces, grad, dtype)
+        del grad
+        weight = _joined([_flat(*part) for part in parts]).to(dtype, copy=True)
+        self._move(group, weight, direction, size)
+        del direction
+        self._store(parts, weight, pieces, changed)
+
+    def _arithmetic(self, parameter: Tensor) -> torch.dtype:
+        return torch.float32 if self._stochastic or self._eight_bit else parameter.dtype
+
+    def _direction(
+        self, group: dict[str, Any], pieces: list[Piece], grad: Tensor, dtype: torch.dtype
+    ) -> tuple[list[Tensor], Tensor, float]:
+        """The new moments, flat; their quotient; and the factor on it."""
+        beta1, beta2 = group["betas"]
+        step = pieces[0].state["step"]
+        first, second = moments.read(pieces, dtype)
+        first.mul_(beta1).add_(grad, alpha=1 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = second.sqrt().add_(group["eps"])
+        direction = torch.div(first, root, out=root)
+        return [first, second], direction, group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+
+    def _move(self, group: dict[str, Any], weight: Tensor, direction: Tensor, size: float) -> None:
+        weight.add_(direction, alpha=-size)
+        if group["weight_decay"] > 0:
+            weight.add_(weight, alpha=-group["lr"] * group["weight_decay"])
+
+    def _store(
+        self, parts: list[tuple[Tensor, int, int]], weight: Tensor, pieces: list[Piece], changed: list[Tensor]
+    ) -> None:
+        """Write new weights and moments back, all flat, rounded as the weights are."""
+        first, begin, _ = parts[0]
+        generator = self._dice.thrown(first, pieces[0].state["step"], begin) if self._stochastic else None
+
+        def stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+            return rounded(values, dtype, generator) if self._stochastic else values.to(dtype)
+
+        targets = [_flat(*part) for part in parts]
+        torch._foreach_copy_(targets, list(torch.split(stored(weight, first.dtype), [len(one) for one in targets])))
+        moments.write(pieces, changed, stored)
+
+
+class LayerwiseGaLoreAdamW(GaLoreAdamW):
+    """Steps one weight as soon as its gradient is there, then frees the gradient; `step` finds nothing left to do."""
+
+    worst: Tensor | float = 0.0
+    """Zero, or NaN once a gradient was not finite."""
+
+    def __init__(self, groups: Iterable[dict[str, object]], **settings: Any) -> None:
+        """As `GaLoreAdamW`."""
+        super().__init__(groups, **settings)
+        for index, group in enumerate(self.param_groups):
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    _projected_step(parameter, self.state[parameter], group, self._dice)
+                parameter.register_post_accumulate_grad_hook(_stepper(weakref.ref(self), index))
 
 
-def _projected_step(parameter: torch.Tensor, state: dict[str, Any], group: dict[str, Any], dice: Dice) -> None:
-    if "projector" not in state:
-        state["projector"] = GaLoreProjector(**{key: group[key] for key in _SUBSPACE})
-    state.setdefault("step", 0)
-    grad = state["projector"].project(parameter.grad, state["step"]).float()
-    if "exp_avg" not in state:
-        state |= {name: torch.zeros_like(grad, dtype=parameter.dtype) for name in ("exp_avg", "exp_avg_sq")}
-    state["step"] += 1
-    beta1, beta2 = group["betas"]
-    root = math.sqrt(1 - beta2 ** state["step"])
-    first = state["exp_avg"].float().lerp_(grad, 1 - beta1)
-    second = state["exp_avg_sq"].float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    direction = first / second.sqrt().add_(group["eps"])
-    back = state["projector"].project_back(direction.to(parameter.dtype))
-    weight = parameter.float().add_(back, alpha=-group["lr"] * root / (1 - beta1 ** state["step"]))
-    weight.mul_(1 - group["lr"] * group["weight_decay"])
-    generator = dice.thrown(parameter, state["step"])
-    for kept, values in ((parameter, weight), (state["exp_avg"], first), (state["exp_avg_sq"], second)):
-        kept.copy_(rounded(values, kept.dtype, generator))
+def _stepper(optimizer: weakref.ref[LayerwiseGaLoreAdamW], index: int) -> Any:
+    # The collector cannot see through a tensor's hooks: one that held the optimizer, and with it the weights, would
+    # keep all of them for the life of the process.
+    def step_one(parameter: Tensor) -> None:
+        self = optimizer()
+        if self is None:  # a later stage trains with another optimizer
+            return
+        assert parameter.grad is not None
+        # Zero times a sum is zero, or NaN where a number is not finite: nothing waits for the GPU.
+        self.worst = self.worst + parameter.grad.sum(dtype=torch.float32) * 0
+        with torch.no_grad():
+            self._step_group(self.param_groups[index], [parameter])
+        parameter.grad = None
+
+    return step_one
 
 
-def galore_adamw(*, layerwise: bool, stochastic: bool) -> type[GaLoreAdamW]:
-    """The optimizer's class.
-
-    Args:
-        layerwise: step one weight as soon as its gradient is accumulated, then free the gradient; `step` finds
-            nothing left to do. The state, the schedule, weight decay and checkpoints are the same.
-        stochastic: round what is stored in bfloat16 stochastically.
-    """
-    kind: type[GaLoreAdamW] = StochasticGaLoreAdamW if stochastic else GaLoreAdamW
-    return _layerwise(kind) if layerwise else kind
+def _flat(parameter: Tensor, begin: int, end: int) -> Tensor:
+    """Some of a weight's numbers, in place where it is contiguous."""
+    return parameter.detach().view(-1)[begin:end]
 
 
-def _layerwise(kind: type[GaLoreAdamW]) -> type[GaLoreAdamW]:
-    class Layerwise(kind):  # type: ignore[valid-type, misc]  # a class made from a class
-        param_groups: list[dict[str, Any]]
-        worst: torch.Tensor | float = 0.0
-        """Zero, or NaN once a gradient was not finite."""
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].detach()[None]
 
-        def __init__(self, groups: Iterable[dict[str, object]], **settings: object) -> None:
-            super().__init__(groups, **settings)
-            for index, group in enumerate(self.param_groups):
-                for parameter in group["params"]:
-                    parameter.register_post_accumulate_grad_hook(self._stepper(index))
 
-        def _stepper(self, index: int) -> Any:
-            # The collector cannot see through a tensor's hooks: one that held the optimizer, and with it the weights,
-            # would keep all of them for the life of the process.
-            found = weakref.ref(self)
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-            def step_one(parameter: torch.Tensor) -> None:
-                self = found()
-                if self is None:  # a later stage trains with another optimizer
-                    return
-                assert parameter.grad is not None
-                # Zero times a sum is zero, or NaN where a number is not finite: nothing waits for the GPU.
-                self.worst = self.worst + parameter.grad.sum(dtype=torch.float32) * 0
-                groups = self.param_groups
-                self.param_groups = [{**groups[index], "params": [parameter]}]
-                try:
-                    kind.step(self)
-                finally:
-                    self.param_groups = groups
-                parameter.grad = None
 
-            return step_one
+def _listed(value: Any) -> list[Tensor]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
-    return Layerwise
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    return [_moved(part, device) for part in value] if isinstance(value, list | tuple) else value

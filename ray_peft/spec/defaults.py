@@ -24,6 +24,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "proj_type": "std",
         "targets": ["attn", "mlp"],
         "layerwise": False,
+        "svd": "exact",
+        "moments": "weights",
+        "gradients": "device",
         "eps": 1e-06,
     },
     "LowRankAdapter": {

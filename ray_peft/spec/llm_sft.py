@@ -213,6 +213,12 @@ class LlmTrialSpec(TrialSpec):
             problems.append(
                 "evaluation.generate: true needs prompts, but recipe text has none; set evaluation.generate: false"
             )
+        for key, stage in self.method.parts() if self.train.engine == "trl" else []:
+            if (setting := stage.needs_own_loop()) is not None:
+                problems.append(
+                    f"{key}.{setting} cannot be trained by train.engine: trl, which would not clip it; "
+                    "use train.engine: own, or leave the setting out"
+                )
         return problems + self._ensemble_problems()
 
     def _ensemble_problems(self) -> list[str]:

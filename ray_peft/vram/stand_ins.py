@@ -161,23 +161,24 @@ class ChunkedLogProbs(Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, _: float, chunk: int, *__: Any
     ) -> Any:
         """Log-probabilities, entropy, nothing, nothing, and whether the target is the likeliest, (token,) each."""
-        ctx.dtype, ctx.chunk = _compute_dtype(hidden), chunk
+        ctx.dtype = _compute_dtype(hidden)
         rows = [hidden.new_empty(len(hidden), dtype=FLOAT) for _ in range(7)]
         tile = hidden.new_empty(min(len(hidden), ChunkedLogProbs.TOKENS), chunk, dtype=ctx.dtype)
         part = weight[:chunk].to(ctx.dtype)
         log_probs, entropy, log_z = (torch.empty_like(rows[0]) for _ in range(3))
         del tile, part
-        ctx.save_for_backward(hidden, weight, targets, log_z)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_z, log_z)
+        ctx.compute_dtype, ctx.chunk_size, ctx.kernel_args = ctx.dtype, chunk, {}
         return log_probs, entropy, None, None, torch.empty_like(log_probs, dtype=torch.bool)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Gradients of the hidden states, and of the weight if it is trained."""
-        hidden, weight, _, _ = ctx.saved_tensors
+        hidden, weight, *_ = ctx.saved_tensors
         of_hidden = hidden.new_empty(hidden.shape, dtype=FLOAT)
         of_weight = weight.new_empty(weight.shape, dtype=FLOAT) if ctx.needs_input_grad[1] else None
-        tile = hidden.new_empty(min(len(hidden), ChunkedLogProbs.TOKENS), ctx.chunk, dtype=ctx.dtype)
-        part = weight[: ctx.chunk].to(ctx.dtype)
+        tile = hidden.new_empty(min(len(hidden), ChunkedLogProbs.TOKENS), ctx.chunk_size, dtype=ctx.compute_dtype)
+        part = weight[: ctx.chunk_size].to(ctx.compute_dtype)
         rounded = of_weight.to(weight.dtype) if of_weight is not None else None
         del tile, part
         return of_hidden.to(hidden.dtype), rounded, *([None] * 7)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ray_peft.methods.base import Stage
+from ray_peft.methods.galore_adamw import BASIS
 from ray_peft.vram.stand_ins import Autocast
 from ray_peft.vram.tape import Tape
 
@@ -44,11 +45,13 @@ def components(model: nn.Module, stage: Stage, loss: Callable[[], Tensor], given
     own_model(tape, model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
-        if given.accumulates:
-            parameter.grad = torch.empty_like(parameter)
-            tape.own(parameter.grad, "gradients")
         parameter.register_post_accumulate_grad_hook(_own_gradient(tape))  # type: ignore[no-untyped-call]
     optimizer = stage.optimizer(model)  # a layer-wise one frees each gradient in a hook of its own
+    away = getattr(optimizer, "holds_gradient", lambda _: False)
+    for parameter in trained:
+        if given.accumulates and not away(parameter):
+            parameter.grad = torch.empty_like(parameter)
+            tape.own(parameter.grad, "gradients")
     with tape:
         kept = _pass(tape, loss, given)
         if _state(optimizer):  # made in the backward pass, so only a second pass has all of it
@@ -115,10 +118,8 @@ def _state(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
     """The tensors that an optimizer keeps, by kind."""
     found: list[tuple[str, Tensor]] = []
     for state in optimizer.state.values():
-        for value in state.values():
-            basis = getattr(value, "ortho_matrix", None)  # galore-torch's projector
-            parts = basis if isinstance(basis, list) else [basis]
-            found += [("projectors", part) for part in parts if isinstance(part, Tensor)]
-            if isinstance(value, Tensor):
-                found.append(("optimizer", value))
+        for name, value in state.items():
+            parts = value if isinstance(value, list | tuple) else [value]
+            kind = "projectors" if name == BASIS else "optimizer"
+            found += [(kind, part) for part in parts if isinstance(part, Tensor)]
     return found

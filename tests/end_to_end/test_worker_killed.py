@@ -8,9 +8,9 @@ import time
 import pytest
 import tiny
 from gone_on import logged, unheard
-from ray_peft.schedule.placement import Demand
 from tracked import client_of
 
+from ray_peft.schedule.decide import Demand
 from ray_peft.schedule.worker import Assignment, run_here
 from ray_peft.spec import TrialSpec
 from ray_peft.store.tracking import default_uri, open_store

@@ -15,7 +15,6 @@ OWNERS = {
     "optuna": {"schedule/search.py"},
     "trl": {"tasks/llm_sft", "vram"},  # vram stands in for its kernels on shapes
     "lm_eval": {"tasks/llm_sft/benchmarks.py"},
-    "galore_torch": {"methods/galore_adamw.py"},
     "yaml": {"space/yaml_text.py", "tasks/llm_sft/task_files.py"},  # search spaces; lm-eval's own tags
     "matplotlib": {"report/plots.py"},
     "pynvml": {"foundation/nvml.py", "doctor.py"},
@@ -59,6 +58,7 @@ def test_specs_are_checked_without_the_heavy_libraries():
 def test_every_method_file_is_registered():
     from ray_peft.methods import METHODS
 
-    shared = {"__init__", "base", "full_weights", "galore_adamw", "optimizers", "single", "stochastic"}
+    shared = {"__init__", "base", "full_weights", "optimizers", "single", "stochastic"}
+    shared |= {"galore_adamw", "host_gradients", "moments", "subspace", "vocabulary"}
     files = {path.stem for path in (PACKAGE / "methods").glob("*.py")} - shared
     assert files == {method.__module__.rpartition(".")[2] for method in METHODS}

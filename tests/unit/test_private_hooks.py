@@ -32,7 +32,25 @@ def test_the_fused_loss_of_trl():
     assert _CHUNKED_LOGPROB_CHUNK_SIZE > 0
     source = inspect.getsource(add_fused_lm_head)
     for name in ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
-        assert name in source, "tasks/llm_sft/packed.py reads these as TRL does"
+        assert name in source, "tasks/llm_sft/head.py reads these as TRL does"
+
+
+def test_what_the_loss_that_adds_gradients_in_place_hands_to_trl():
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer import utils
+
+    assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+    source = inspect.getsource(ChunkedLogProbFunction)
+    for piece in (
+        "ctx.save_for_backward(hidden, weight, bias, targets, log_z, log_z if entropy is None else entropy)",
+        "hidden, weight, bias, targets, log_z, entropy = ctx.saved_tensors",
+        "needs_hidden_grad, needs_weight_grad, needs_bias_grad = ctx.needs_input_grad[:3]",
+        "ctx.compute_dtype", "ctx.chunk_size", "**ctx.kernel_args", "grad_weight.to(weight.dtype)",
+        "grad_hidden.to(hidden.dtype)",
+    ):  # fmt: skip
+        assert piece in source
+    names = set(re.findall(r"\bctx\.(\w+)", source.partition("def backward")[2]))
+    assert names == {"saved_tensors", "compute_dtype", "chunk_size", "needs_input_grad", "kernel_args"}
 
 
 def test_what_the_stock_path_watches():

@@ -101,10 +101,22 @@ def test_galore_keeps_a_basis_and_low_rank_moments(shape, weights):
     assert close(found["optimizer"], 2 * 2 * moments, 2 * 20)
 
 
-def test_a_galore_basis_in_float32_holds_on_to_the_whole_decomposition(shape):
-    """The reference keeps a view of U or V, and a view keeps its storage."""
-    found = parts(shape, {"name": "galore", "rank": 8, "weights": "float32"})
-    assert close(found["projectors"], 4 * LAYERS * sum(min(matrix) ** 2 for matrix in LINEARS), 14)
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+def test_a_galore_basis_holds_its_rank_of_vectors_and_not_the_whole_decomposition(shape, svd):
+    found = parts(shape, {"name": "galore", "rank": 8, "weights": "float32", "svd": svd})
+    assert close(found["projectors"], 4 * LAYERS * sum(8 * min(matrix) for matrix in LINEARS), 14)
+
+
+def test_gradients_on_the_host_and_moments_in_8_bits_take_what_counting_says(shape, monkeypatch):
+    monkeypatch.setattr("ray_peft.methods.host_gradients.SMALL", 2**12)
+    method = {"name": "galore", "rank": 8, "gradients": "host", "moments": "8bit"}
+    found = parts(shape, method, train__gradient_checkpointing=True)
+    embedding, norms = VOCABULARY * HIDDEN, (2 * LAYERS + 1) * HIDDEN
+    assert close(found["gradients"], 2 * (embedding + norms), 6), "of the linear layers there is none"
+    small = [8 * max(matrix) for matrix in LINEARS]  # moments of fewer than 4,096 numbers stay in float32
+    low = LAYERS * sum(4 * numbers if numbers < 4096 else numbers + numbers // 256 * 4 for numbers in small)
+    rest = embedding + embedding // 256 * 4 + 4 * norms
+    assert close(found["optimizer"], 2 * (low + rest), 80)
 
 
 def test_layerwise_galore_never_holds_all_gradients(shape):

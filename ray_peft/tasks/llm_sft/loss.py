@@ -30,9 +30,12 @@ class TextLoss(Computation[TextPart]):
             model: with TRL's fused head (model.py), adapted or not.
             pad: the padding token.
         """
+        from ray_peft.tasks.llm_sft.head import head_settings
+
         self._model, self._pad = model, pad
         self._autocasts = spec.train.precision == "bf16"
         config = model.config.get_text_config()
+        self._head = head_settings(config)
         balance = getattr(config, "router_aux_loss_coef", 0.0) or 0.0
         self._balance = float(balance) if hasattr(config, "output_router_logits") else 0.0
 
@@ -57,7 +60,11 @@ class TextLoss(Computation[TextPart]):
         """The pass's share of the step's mean loss [nats]."""
         import torch
 
+        from ray_peft.tasks.llm_sft.head import adds_in_place
+
         ids, mask, labels, loss_tokens, passes = inputs
+        if not self._balance and adds_in_place(self._model):
+            return -self._log_probs_in_place(ids, mask, labels).sum() / loss_tokens
         given: dict[str, Any] = {"output_router_logits": True} if self._balance else {}
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self._autocasts):
             output = self._model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, **given)
@@ -65,3 +72,16 @@ class TextLoss(Computation[TextPart]):
         if self._balance:
             loss = loss + self._balance * output.aux_loss.float() / passes
         return loss
+
+    def _log_probs_in_place(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """Of the tokens with loss, through a head whose gradient is added up in place."""
+        import torch
+
+        from ray_peft.tasks.llm_sft.head import log_probs
+
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self._autocasts):
+            body = self._model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            following = labels[:, 1:]
+            hidden = body.last_hidden_state[:, :-1][following != IGNORED]
+            head = self._model.get_output_embeddings()
+            return log_probs(head, hidden, following[following != IGNORED], *self._head)

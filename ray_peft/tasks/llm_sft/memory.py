@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _LIKE_SDPA = ("flex_attention", "flash_attention_2")
 """Attention that keeps what torch's fused kernels keep: q, k, v and the output, not the scores."""
 
-CODE = tuple(Path(__file__).with_name(name) for name in ("memory.py", "evaluate.py", "targets.py"))
+CODE = tuple(Path(__file__).with_name(name) for name in ("memory.py", "evaluate.py", "targets.py", "head.py"))
 """What of this task predictions run or read; those kept on disk are of this code."""
 
 
@@ -102,6 +102,7 @@ def components(
     """Bytes by kind at the peak of a step of `stage` with rows of `longest_tokens`."""
     import torch
 
+    from ray_peft.tasks.llm_sft.head import adds_in_place, head_settings, log_probs
     from ray_peft.vram.stand_ins import Autocast, on_meta
     from ray_peft.vram.step import Conditions
     from ray_peft.vram.step import components as of_step
@@ -122,7 +123,13 @@ def components(
                 model.enable_input_require_grads()  # type: ignore[no-untyped-call]
         ids = torch.ones(spec.train.micro_batch_size, longest_tokens, dtype=torch.long, device="meta")
 
+        in_place, head = adds_in_place(model), head_settings(model.config.get_text_config())
+
         def loss() -> Tensor:
+            if in_place:
+                hidden = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+                layer: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+                return log_probs(layer, hidden.flatten(0, 1), ids.flatten(), *head).sum()
             made: Any = model(
                 input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), use_cache=False, fused_lm_head=True
             )

@@ -92,6 +92,8 @@ class PackedLoss(Computation[PackedPart]):
 
     def __init__(self, spec: LlmTrialSpec, model: Any) -> None:
         """Look at the model: with or without PEFT's wrapper, its causal language model's body and head."""
+        from ray_peft.tasks.llm_sft.head import head_settings
+
         self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._autocasts = spec.train.precision == "bf16"
         config = self._model.config.get_text_config()
@@ -149,20 +151,16 @@ class PackedLoss(Computation[PackedPart]):
     def log_probs(self, ids: Tensor, positions: Tensor, documents: Tensor, places: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities (places,) float32 of the targets, of the tensors that `inputs` made."""
         import torch
-        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+        from ray_peft.tasks.llm_sft.head import log_probs
 
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self._autocasts):
             body = self._model.base_model(
                 input_ids=ids, position_ids=positions, attention_mask=self._masks(documents), use_cache=False
             )
             hidden = body.last_hidden_state.flatten(0, 1).index_select(0, places)
-            head = self._model.get_output_embeddings()
-            log_probs: Tensor = ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
-                hidden, head.weight, getattr(head, "bias", None), targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE,
-                self._softcap, self._scale, ("log_probs",),
-            )[0]  # fmt: skip
-        return log_probs.float()
+            chosen = log_probs(self._model.get_output_embeddings(), hidden, targets, self._softcap, self._scale)
+        return chosen.float()
 
     def _masks(self, documents: Tensor) -> Any:
         """Who sees whom, (lanes, 1, capacity, capacity): a row itself alone, backwards, within the window if any.
@@ -180,19 +178,3 @@ class PackedLoss(Computation[PackedPart]):
             masks[kind] = same & seen
         dtype = torch.bfloat16 if self._autocasts else self._model.dtype
         return as_taken(masks, self._model.config.get_text_config(), dtype)
-
-
-def head_settings(config: Any) -> tuple[float | None, float]:
-    """The output layer's soft cap, and the factor on its logits, as TRL 1.16 reads them (trainer/utils.py)."""
-    scale = next(
-        (
-            value
-            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-            if (value := getattr(config, name, None)) is not None
-        ),
-        None,
-    )
-    divisor = getattr(config, "logits_scaling", None)
-    if scale is None and divisor is not None:
-        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-    return getattr(config, "final_logit_softcapping", None), 1.0 if scale is None else float(scale)

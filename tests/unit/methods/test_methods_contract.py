@@ -150,7 +150,9 @@ def one_step(method, model):
 
 
 def test_galore_s_first_step_is_the_papers_worked_out_by_hand(load):
-    stage = GaLore(rank=4, lr=0.01, scale=0.5, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6, weights="float32")
+    stage = GaLore(
+        rank=4, lr=0.01, scale=0.5, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6, weights="float32", svd="exact"
+    )
     before, gradients, model = one_step(stage, load(stage))
     name = "model.layers.0.mlp.up_proj.weight"  # (128, 64): tall, so projected from the right
     weight, gradient = before[name], gradients[name]
@@ -205,11 +207,20 @@ def test_layerwise_galore_leaves_no_weights_behind():
 
     import torch
 
-    from ray_peft.methods.galore_adamw import galore_adamw
+    from ray_peft.methods.galore_adamw import LayerwiseGaLoreAdamW
 
     model = torch.nn.Linear(64, 64)
-    groups = [{"params": [model.weight], "rank": 4, "update_proj_gap": 2, "scale": 1.0, "proj_type": "std"}]
-    optimizer = galore_adamw(layerwise=True, stochastic=False)(groups, lr=1e-3)
+    groups = [
+        {
+            "params": [model.weight],
+            "rank": 4,
+            "update_proj_gap": 2,
+            "scale": 1.0,
+            "proj_type": "std",
+            "svd": "randomized",
+        }
+    ]
+    optimizer = LayerwiseGaLoreAdamW(groups, lr=1e-3)
     before = model.weight.detach().clone()
     model(torch.ones(2, 64)).sum().backward()
     assert not torch.equal(before, model.weight)

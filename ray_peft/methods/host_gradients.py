@@ -1,0 +1,110 @@
+"""GaLore whose gradients wait in the host's memory: on the GPU there is that of one layer at a time.
+
+A weight's gradient is added to the host's copy as soon as a backward pass has it, and freed. So passes add up, the norm
+is that of the whole step's gradient, and refreshes see it whole: what is computed is what plain GaLore computes. At the
+step, each matrix comes back to be projected. Nothing waits for the GPU, and a recorded pass holds these copies as well.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ray_peft.methods.galore_adamw import GaLoreAdamW
+from ray_peft.methods.vocabulary import is_added_in_place
+
+SMALL = 2**16
+"""Gradients of fewer numbers stay on the GPU: a copy would cost more than it frees."""
+
+
+class HostGaLoreAdamW(GaLoreAdamW):
+    """GaLore's AdamW over gradients that are kept by the host, small ones and those of a vocabulary apart."""
+
+    def __init__(self, groups: Iterable[dict[str, object]], **settings: Any) -> None:
+        """As `GaLoreAdamW`."""
+        super().__init__(groups, **settings)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        away = [p for p in parameters if p.numel() >= SMALL and not is_added_in_place(p)]
+        self._places = {id(parameter): place for place, parameter in enumerate(away)}
+        self._here = [parameter for parameter in parameters if id(parameter) not in self._places]
+        self._kept = [_on_host(parameter) for parameter in away]
+        self._taken = [False] * len(away)
+        device = parameters[0].device
+        self._filled = torch.zeros(len(away), dtype=torch.bool, device=device)
+        """Whether a pass of this step has added to a gradient; on the GPU, so that recorded passes set it."""
+        self._norms = torch.zeros(len(away), dtype=torch.float32, device=device)
+        self._factor: Tensor | None = None
+        """What clipping multiplies the gradients with."""
+        for place, parameter in enumerate(away):
+            parameter.register_post_accumulate_grad_hook(_taker(weakref.ref(self), place))
+
+    def holds_gradient(self, parameter: Tensor) -> bool:
+        """Whether a weight's gradient leaves the GPU."""
+        return id(parameter) in self._places
+
+    def clip(self, limit: float | None) -> Tensor:
+        """Scale the step's gradients to a norm of at most `limit`; returns the norm (), of all passes together."""
+        here = [parameter.grad for parameter in self._here if parameter.grad is not None]
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32)[None] for grad in here]
+        norm: Tensor = torch.linalg.vector_norm(torch.cat([self._norms, *norms]))
+        self._factor = torch.clamp((math.inf if limit is None else limit) / (norm + 1e-6), max=1.0)
+        for grad in here:
+            grad.mul_(self._factor)
+        return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the step's gradients."""
+        super().zero_grad(set_to_none)
+        self._filled.zero_()
+        self._norms.zero_()
+        self._factor = None
+
+    def _has_gradient(self, parameter: Tensor) -> bool:
+        place = self._places.get(id(parameter))
+        return super()._has_gradient(parameter) if place is None else self._taken[place]
+
+    def _gradient(self, parameter: Tensor) -> Tensor:
+        place = self._places.get(id(parameter))
+        if place is None:
+            return super()._gradient(parameter)
+        grad = self._fetched(parameter, place)
+        return grad if self._factor is None else grad.mul_(self._factor)
+
+    def _fetched(self, parameter: Tensor, place: int) -> Tensor:
+        """What the host has of this step; zeros before the first pass."""
+        grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+        grad.copy_(self._kept[place], non_blocking=True)
+        return torch.where(self._filled[place], grad, 0.0)
+
+    def _take(self, parameter: Tensor, place: int) -> None:
+        assert parameter.grad is not None
+        grad, parameter.grad = parameter.grad, None
+        grad = self._fetched(parameter, place).add_(grad)
+        self._kept[place].copy_(grad, non_blocking=True)
+        self._norms[place].copy_(torch.linalg.vector_norm(grad, dtype=torch.float32))
+        self._filled[place].fill_(True)
+        self._taken[place] = True
+
+
+def _on_host(parameter: Tensor) -> Tensor:
+    if parameter.device.type == "meta":  # of no size: predictions count the GPU's bytes
+        return torch.empty(1, dtype=parameter.dtype, device="meta").expand(parameter.shape)
+    if parameter.device.type != "cuda":
+        return torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+    return torch.zeros(parameter.shape, dtype=parameter.dtype, pin_memory=True)
+
+
+def _taker(optimizer: weakref.ref[HostGaLoreAdamW], place: int) -> Any:
+    # The collector cannot see through a tensor's hooks: one that held the optimizer would keep all weights.
+    def take(parameter: Tensor) -> None:
+        self = optimizer()
+        if self is not None:  # a later stage trains with another optimizer
+            with torch.no_grad():
+                self._take(parameter, place)
+
+    return take
