@@ -54,7 +54,7 @@ class Kept:
     def __init__(self):
         self.artifacts, self.tables = [], []
 
-    def artifact(self, path, folder):
+    def artifact(self, path, folder, *, remove=False):
         assert path.exists()
         self.artifacts.append((path.name, folder))
 
