@@ -28,7 +28,7 @@ class Watch:
         import ray
 
         self._closed = threading.Event()
-        self._answered = time.monotonic()
+        self._answered = self._looked = time.monotonic()
         self._dead_here = False
         self._own_node = ray.get_runtime_context().get_node_id()
         # A thread, since the question itself waits for ever once nobody is there to answer.
@@ -44,7 +44,11 @@ class Watch:
             return f"its {process} was killed or crashed"
         if self._dead_here:
             return "its node on this machine is dead (its raylet was killed, or crashed)"
-        if time.monotonic() - self._answered > SILENT_S:
+        now = time.monotonic()
+        if now - self._looked > SILENT_S / 2:  # this process itself stood still, as after Ctrl-Z
+            self._answered = now
+        self._looked = now
+        if now - self._answered > SILENT_S:
             return f"its head has not answered for {SILENT_S:.0f} s"
         return None
 

@@ -12,6 +12,7 @@ import pytest
 import tiny
 from killed import ROOT, Sweep, write_space
 
+from ray_peft.schedule import watch
 from ray_peft.store.results_file import read_results
 
 NONE = {"name": "none"}
@@ -154,3 +155,18 @@ def test_nobody_reads_the_output_and_the_trials_run_all_the_same(tiny_model, que
     assert done.stderr == ""
     assert done.returncode in (0, 141)
     assert [row.status for row in read_results(tmp_path / "out")] == ["finished", "finished"]
+
+
+def test_a_driver_that_stood_still_does_not_take_its_head_for_dead(ray_cluster):
+    seen = watch.Watch()
+    try:
+        assert seen.lost() is None
+        seen._closed.set()  # nobody asks any more
+        time.sleep(1.5)
+        seen._answered -= 2 * watch.SILENT_S
+        seen._looked -= 2 * watch.SILENT_S
+        assert seen.lost() is None  # as after Ctrl-Z and fg
+        seen._answered -= 2 * watch.SILENT_S
+        assert seen.lost() == "its head has not answered for 20 s"
+    finally:
+        seen.close()
