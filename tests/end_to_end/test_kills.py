@@ -107,9 +107,9 @@ def test_a_driver_that_is_killed_leaves_no_process_and_the_next_start_no_open_ru
     assert running.wait() == -signal.SIGKILL
     assert running.left(patience_s=120) == []  # Ray's agents look for their head for 60 s
     assert runs(tmp_path)["lora RUNNING"] == 1
-    again = sweep(steps=20)  # another trial: what the kill left is closed all the same
+    again = sweep(steps=20)  # two other trials: what the kill left is closed all the same
     assert again.wait() == 0
-    assert runs(tmp_path) == Counter({"sweep FINISHED": 1, "none FINISHED": 1, "lora FINISHED": 1, "lora KILLED": 1})
+    assert runs(tmp_path) == Counter({"sweep FINISHED": 1, "none FINISHED": 2, "lora FINISHED": 1, "lora KILLED": 1})
     check_clean(again, tmp_path)
 
 
