@@ -1,29 +1,36 @@
 """`ray-peft ...`: parse arguments, call one function, print.
 
 Exit codes: 0 all trials finished; 1 some trial failed, or with `plan --strict` does not fit; 2 bad input, nothing was
-started; 130 interrupted; 141 nobody reads the output any more.
+started; 3 all trials finished, but the tracking store lacks some of it; 130 interrupted; 141 nobody reads the output
+any more.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 from ray_peft.console import Console, abandon_output, prepare_streams
-from ray_peft.errors import RayPeftError, StorageError
+from ray_peft.errors import ClusterLost, RayPeftError, StorageError
 from ray_peft.foundation.masking import mask
+from ray_peft.foundation.processes import end_now
 from ray_peft.foundation.quiet import quiet_libraries
 from ray_peft.foundation.storage import told
+from ray_peft.schedule.signals import stopping
+
+INTERRUPTED = 130
+UNSENT = 3
+"""Exit code: all trials finished, but the tracking store lacks some of what they gave."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         quiet_libraries()
         # `ray job stop` and `kill` send SIGTERM: end as after Ctrl-C, with every finished trial kept.
-        signal.signal(signal.SIGTERM, _as_ctrl_c)
-        code: int = options.act(options)
+        with stopping(_end_now):
+            code: int = options.act(options)
         _say(flush=True)
     except BrokenPipeError:  # as in `ray-peft plan FILE | head`
         abandon_output()
         return 141
+    except ClusterLost as error:
+        return min(1, _failed(str(error)))
     except RayPeftError as error:
         return _failed(str(error))
     except OSError as error:
@@ -48,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # CPython 3.11 remembers an interrupt inside an exec of text, as dataclasses do, and would end by the signal
         # whatever is returned here; the next eval of text makes it forget.
         eval("0")
-        return 130
+        return INTERRUPTED
     return code
 
 
@@ -75,10 +84,11 @@ def _say(text: str = "", *, flush: bool = False) -> None:
         raise StorageError(f"cannot write to standard output: {error.strerror}") from None
 
 
-def _as_ctrl_c(_number: int, _frame: FrameType | None) -> None:
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell script starts background commands so
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.raise_signal(signal.SIGINT)
+def _end_now() -> None:
+    """A second Ctrl-C."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nended at once; what finished is kept, and the same command goes on\n")
+    end_now(INTERRUPTED)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,6 +142,11 @@ def _parser() -> argparse.ArgumentParser:
         "search space, else about six over the run",
     )  # fmt: skip
     command.set_defaults(act=_report)
+
+    command = commands.add_parser("sync", help="send what an MLflow server that was away lacks of a sweep")
+    command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart")
+    command.add_argument("--tracking-uri", help="MLflow store; default: the sweep's own")
+    command.set_defaults(act=_sync)
 
     command = commands.add_parser("export", help="write a trial's adapter or merged model in another dtype")
     command.add_argument("run", metavar="RUN_ID", help="the trial's MLflow run")
@@ -221,7 +236,9 @@ def _sweep(options: argparse.Namespace) -> int:
     console.say(f"MLflow: {_ui_command(options.tracking_uri)}")
     if outcome.interrupted:
         console.say("interrupted; the same command runs the missing trials")
-        return 130
+        return INTERRUPTED
+    if outcome.finished and outcome.unsent:
+        return UNSENT
     return 0 if outcome.complete else 1
 
 
@@ -251,6 +268,8 @@ def _run(options: argparse.Namespace) -> int:
         gpu_memory_gib=options.gpu_memory_gib,
         console=Console(),
     )
+    if result.status == "finished" and result.untracked is not None:
+        return UNSENT
     return 0 if result.status == "finished" else 1
 
 
@@ -307,6 +326,15 @@ def _report(options: argparse.Namespace) -> int:
     _say(console_table(read_results(folder) if finished else []))
     _say("\n" + "\n".join(f"written: {_short(path)}" for path in written))
     return 0
+
+
+def _sync(options: argparse.Namespace) -> int:
+    from ray_peft.schedule.sync import sync
+
+    lacking = sync(Path(options.sweep), options.tracking_uri, Console())
+    if not lacking:
+        _say("the tracking store has all of this sweep")
+    return UNSENT if lacking else 0
 
 
 _DTYPES: dict[str, Literal["bfloat16", "float16", "float32"]] = {

@@ -7,10 +7,12 @@
         ModelError           a model or its tokenizer cannot be used
         StorageError         a folder cannot be written: the disk is full, read-only or gone
         PlacementError       the cluster cannot be reached, or lacks the resources that a trial needs
+        ClusterLost          the cluster died while trials ran
         TrackingError        the tracking store cannot be reached, or a result could not be stored in it
         TrialFailed          a trial crashed; a single run raises this, a sweep keeps the trial as a failed row
 
-The user can correct what a `RayPeftError` reports: the command line prints its text and exits with code 2.
+The user can correct what a `RayPeftError` reports: the command line prints its text and exits with code 2 (1 after
+`ClusterLost`, since trials were started).
 """
 
 
@@ -40,6 +42,15 @@ class StorageError(RayPeftError):
 
 class PlacementError(RayPeftError):
     """The cluster cannot be reached, or lacks the resources that a trial needs."""
+
+
+class ClusterLost(RayPeftError):
+    """The Ray cluster died while trials ran. Rows that were there by then are kept."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the Ray cluster is lost: {reason}. What finished is kept; the same command runs what is missing"
+        )
 
 
 class TrackingError(RayPeftError):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ray_peft.spec import TrialSpec
-from ray_peft.store.tracking import Store
+from ray_peft.store.tracking import Store, TrialTracker, is_sent
 from ray_peft.trial.result import TrialResult
 
 
@@ -35,6 +36,16 @@ def spec_of(seed: int = 42, path: str = "dolly.jsonl") -> TrialSpec:
 
 def result_of(spec: TrialSpec, **fields: Any) -> TrialResult:
     return TrialResult(**{"trial_id": spec.trial_id, "status": "finished", "spec": spec, "steps": 3, **fields})
+
+
+def tracker_of(folder: Path, store: Store, parent: str | None) -> TrialTracker:
+    """A tracker of a trial in a new folder."""
+    return TrialTracker(store, parent, "small", Path(tempfile.mkdtemp(dir=folder)) / "trial")
+
+
+def settle(tracker: TrialTracker) -> None:
+    """Wait until the store has what a tracker was given."""
+    wait_for(lambda: is_sent(tracker._store, tracker._folder))
 
 
 def artifact_text(store: Store, run_id: str, name: str, folder: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 from ray_peft.trial import trial
 
 HYBRID = {
@@ -24,9 +26,11 @@ class Notes:
     def log(self, metrics, step):
         pass
 
-    def artifact(self, path, folder):
+    def artifact(self, path, folder, *, remove=False):
         assert path.exists()
         self.artifacts.append(folder)
+        if remove:
+            shutil.rmtree(path)
 
     def table(self, rows, artifact_file):
         pass
@@ -36,6 +40,7 @@ class Notes:
 
     def record(self, result):
         self.rows.append(result)
+        return result
 
 
 def run(spec, folder, stop_at=None):

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from ray_peft.errors import PlacementError
 from ray_peft.foundation.nvml import GpuMemory
+from ray_peft.schedule import watch
 from ray_peft.schedule.decide import Node
 
 ItemT = TypeVar("ItemT")
@@ -75,7 +76,7 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
     try:
         yield _nodes()
     finally:
-        ray.shutdown()
+        watch.leave()
 
 
 def cores_here() -> int:

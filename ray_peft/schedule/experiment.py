@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from dataclasses import dataclass
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ray_peft.errors import StorageError, TrackingError
+from ray_peft.errors import StorageError, TrackingError, first_line
 from ray_peft.foundation.audience import Audience
 from ray_peft.foundation.masking import mask
 from ray_peft.report.files import REPORT, write_report
@@ -16,10 +20,18 @@ from ray_peft.schedule import repeats
 from ray_peft.space.read import ReportSpec, TrackingSpec
 from ray_peft.spec import TrialSpec
 from ray_peft.store import tracking
+from ray_peft.store.adopted import left_row, make_way, note_restart, restarts
 from ray_peft.store.keeping import LastSteps, Rows
 from ray_peft.store.ledger import Ledger, SweepRecord
-from ray_peft.store.tracking import RunStatus, Store
-from ray_peft.trial.result import Status, TrialResult
+from ray_peft.store.outbox import Outbox
+from ray_peft.store.tracking import Store
+from ray_peft.store.unsent import Unsent
+from ray_peft.trial.result import RESTARTS_FILE, Status, TrialResult
+
+SHORT_PATIENCE_S = 3.0
+"""How long a store that is away is waited for while trials run."""
+END_PATIENCE_S = 15.0
+"""And at the end of a sweep."""
 
 
 def outputs_folder() -> Path:
@@ -54,7 +66,11 @@ class Experiment:
     record: SweepRecord
     console: Audience
     rows: Rows
-    """Takes the trials' rows."""
+    """Takes the trials' rows; `keep` puts them there."""
+    unsent: Unsent
+    """What the store lacks."""
+    lacking: dict[str, str] = field(default_factory=dict)
+    """After `finish`: what the store still lacks, by trial or by the sweep's name, with the reason."""
 
     @property
     def parent_run_id(self) -> str:
@@ -62,54 +78,113 @@ class Experiment:
         assert self.record.parent_run_id is not None
         return self.record.parent_run_id
 
-    def lost(self, spec: TrialSpec, status: Literal["failed", "cancelled"], reason: str) -> TrialResult:
-        """The row of a trial whose worker died without leaving one; its MLflow run is closed, if the store answers."""
-        run_status: Literal["FAILED", "KILLED"] = "FAILED" if status == "failed" else "KILLED"
-        kind: Status = "out_of_memory" if "OutOfMemoryError" in reason else status
-        run_id, untracked = None, None
-        try:
-            run_id = tracking.close_orphan(self.store, self.parent_run_id, spec.trial_id, run_status, reason)
-        except TrackingError as error:  # the row does not depend on it, nor do the other trials
-            untracked = str(error)
-        return TrialResult(
-            trial_id=spec.trial_id, status=kind, spec=spec, error=reason, mlflow_run_id=run_id, untracked=untracked
-        )
+    def begin(self, spec: TrialSpec, *, again: bool = False) -> None:
+        """A trial is about to start, or to start `again` in this sweep.
 
-    def track(self, row: TrialResult) -> TrialResult:
-        """A finished row that the store lacks, under a new run with its settings and result; as it was if that fails.
-
-        Live metrics and the trained weights went with the worker that made them.
+        What an earlier attempt left is not its row, unless that one finished.
         """
-        tracker = tracking.TrialTracker(self.store, self.parent_run_id, self.name)
-        try:
-            run_id = tracker.start(row.spec)
-            told = row.model_copy(update={"untracked": None, "mlflow_run_id": run_id})
-            tracker.record(told)
-        except TrackingError as error:
-            return row.model_copy(update={"untracked": str(error)})
-        self.console.say(f"{row.trial_id}: its result, which the tracking store lacked, is there now")
-        return told
+        folder = self.ledger.trial_folder(spec.trial_id)
+        make_way(folder, spec.trial_id)
+        if not again:
+            (folder / RESTARTS_FILE).unlink(missing_ok=True)
 
-    def _close_untracked(self, results: list[TrialResult], last: LastSteps) -> None:
-        """Say which results MLflow lacks, and close their runs, if the store is back."""
-        lacking = [result for result in results if result.untracked is not None]
-        if lacking:
-            names = ", ".join(result.trial_id for result in lacking)
-            self.console.say(f"caution: the tracking store lacks the results of {names}; results.jsonl has them")
-        for result in lacking:
-            run: RunStatus = "FINISHED" if result.status == "finished" else "FAILED"
-            with last.step():
-                tracking.close_orphan(self.store, self.parent_run_id, result.trial_id, run, result.untracked or "")
+    def again(self, spec: TrialSpec, reason: str) -> None:
+        """A trial's worker died, and it is started once more."""
+        with contextlib.suppress(OSError):  # a full disk, which the trial itself will tell
+            note_restart(self.ledger.trial_folder(spec.trial_id), first_line(reason))
+        self.console.say(f"{spec.trial_id}: {first_line(reason)}; it is started again")
+
+    def keep(self, row: TrialResult) -> None:
+        """Take a trial's row; what the store lacks of it is sent later."""
+        self.rows.add(row)
+        if row.untracked is not None:
+            self.unsent.add(row.trial_id, row.untracked)
+
+    def lost(self, spec: TrialSpec, status: Literal["failed", "cancelled"], reason: str) -> TrialResult:
+        """The row of a trial whose worker died: what it left in its folder, else a row that says why it has none."""
+        folder = self.ledger.trial_folder(spec.trial_id)
+        row = left_row(folder, spec.trial_id)
+        if row is not None and row.status == "cancelled":
+            row = row.model_copy(update={"error": reason})  # its worker did not know why
+        if row is None:
+            kind: Status = "out_of_memory" if "OutOfMemoryError" in reason else status
+            row = TrialResult(trial_id=spec.trial_id, status=kind, spec=spec, error=reason, restarts=restarts(folder))
+            outbox = Outbox(folder)
+            if not outbox.exists:  # it died before it had anything to say
+                return row
+            if not outbox.ended:
+                outbox.put({"do": "close", "status": "FAILED" if status == "failed" else "KILLED", "reason": reason})
+        return self.delivered(row)
+
+    def delivered(self, row: TrialResult) -> TrialResult:
+        """A row with its MLflow run, once the store has all of the trial, or says why it lacks it."""
+        folder = self.ledger.trial_folder(row.trial_id)
+        outbox = Outbox(folder)
+        if not outbox.exists:  # of a version without one: live metrics and trained weights went with its worker
+            tracker = tracking.TrialTracker(self.store, self.parent_run_id, self.name, folder)
+            tracker.start(row.spec)
+            return tracker.record(row)
+        if not outbox.ended:
+            outbox.put({"do": "result", "row": row.model_dump_json(), "at": int(time.time() * 1000)})
+        try:
+            sent = tracking.send(
+                self.store, folder, patience_s=SHORT_PATIENCE_S, parent_run_id=self.record.parent_run_id
+            )
+        except TrackingError as error:
+            run_id = tracking.sent_to(self.store, folder).run_id
+            return row.model_copy(update={"untracked": str(error), "mlflow_run_id": run_id})
+        return row.model_copy(update={"untracked": None, "mlflow_run_id": sent.run_id})
+
+    def take_over(self, finished: dict[str, TrialResult], renewed: Iterable[TrialResult]) -> None:
+        """Bring the store what it lacks of trials that finished before, and close runs that nobody writes to any more.
+
+        Args:
+            finished: rows by trial id, which are replaced by what the ledger has then.
+            renewed: those that are written otherwise today than in the ledger.
+        """
+        for row in renewed:
+            self.rows.add(row)
+        away = False
+        for trial_id, row in list(finished.items()):
+            if row.untracked is None and tracking.is_sent(self.store, self.ledger.trial_folder(trial_id)):
+                continue
+            if not away:
+                finished[trial_id] = self.delivered(row)
+                away = finished[trial_id].untracked is not None
+            self.keep(finished[trial_id] if not away else row.model_copy(update={"untracked": row.untracked or "away"}))
+            if finished[trial_id].untracked is None:
+                self.console.say(f"{trial_id}: its result, which the tracking store lacked, is there now")
+        open_runs = {str(row.mlflow_run_id) for row in finished.values() if row.untracked is not None}
+        closed = tracking.close_open(self.store, self.parent_run_id, "interrupted: its process was killed", open_runs)
+        if closed:
+            self.console.say(f"{closed} runs that an interrupted sweep had left open in MLflow are closed (KILLED)")
+
+    def _say_lacking(self) -> None:
+        """Name what the store lacks, and what brings it there."""
+        names, reasons = ", ".join(self.lacking), dict.fromkeys(self.lacking.values())
+        self.console.say(
+            f"caution: the tracking store lacks {names}: {'; '.join(reasons)}. Every row is in "
+            f"{self.ledger.folder / 'results.jsonl'}; when the store is back: ray-peft sync {self.ledger.folder}"
+        )
 
     def finish(self, planned: list[str], interrupted: bool) -> list[TrialResult]:
         """Write the report, close the runs and print the comparison; returns the planned trials' rows.
 
+        What the tracking store does not take stands in `lacking` afterwards.
+
         Raises:
-            RayPeftError: something of it failed, after all the rest was done.
+            RayPeftError: something else of it failed, after all the rest was done.
         """
         last = LastSteps()
+        self.lacking = self.unsent.close(END_PATIENCE_S)
+        for row in self.ledger.results():
+            folder = self.ledger.trial_folder(row.trial_id)
+            if row.untracked is not None and Outbox(folder).exists and tracking.is_sent(self.store, folder):
+                run_id = tracking.sent_to(self.store, folder).run_id
+                self.rows.add(row.model_copy(update={"untracked": None, "mlflow_run_id": run_id}))
         with last.step():
             self.rows.flush()
+        _clear_ray(self.ledger)
         with last.step():
             write_report(self.ledger.folder)
         rows = {result.trial_id: result for result in (*self.ledger.results(), *self.rows.waiting)}
@@ -123,14 +198,25 @@ class Experiment:
         counts = {"trials": float(len(results)), "trials_not_finished": float(len(bad))}
         names = (REPORT, "report.html", "report.csv", "results.jsonl", "plots")
         files = {name: self.ledger.folder / name for name in names if (self.ledger.folder / name).exists()}
-        self._close_untracked(results, last)
-        with last.step():
-            tracking.finish_sweep(self.store, self.parent_run_id, status, metrics=counts, files=files)
+        try:
+            patience_s = 0.0 if self.lacking else END_PATIENCE_S
+            tracking.finish_sweep(
+                self.store, self.parent_run_id, status, metrics=counts, files=files, patience_s=patience_s
+            )
+        except TrackingError as error:
+            self.lacking[self.name] = str(error)
         show(results, self.console)
+        if self.lacking:
+            self._say_lacking()
         last.done()
-        if status == "FINISHED":
+        if status == "FINISHED" and not self.lacking:
             repeats.close(self.ledger, self.record, results)
         return results
+
+
+def _clear_ray(ledger: Ledger) -> None:
+    """Remove what Ray Tune and Ray Train keep for themselves: nothing of it is read again."""
+    shutil.rmtree(ledger.folder / "ray", ignore_errors=True)
 
 
 def show(results: list[TrialResult], console: Audience) -> None:
@@ -151,24 +237,34 @@ def open_experiment(
     source: str | None = None,
     report: ReportSpec | None = None,
 ) -> Experiment:
-    """Open the sweep's parent run, or that of the interrupted sweep in this folder.
+    """Open the sweep's parent run, or that of the interrupted sweep in this folder; one that is gone is made anew.
 
     Raises:
         TrackingError: the store cannot be reached.
         StorageError: the folder cannot be written.
     """
+    _clear_ray(ledger)
     earlier = ledger.read_record()
     masked = mask(store.uri)
-    same = earlier is not None and (earlier.name, earlier.tracking_uri) == (name, masked)
-    parent = earlier.parent_run_id if earlier is not None and same else None
+    parent = earlier.parent_run_id if earlier is not None and earlier.tracking_uri == masked else None
+    gone = parent is not None and not tracking.is_there(store, parent)
+    if gone or (earlier is not None and earlier.name != name):
+        if parent is not None and not gone:  # of another sweep in this folder: nobody will close it any more
+            tracking.close_if_open(store, parent, "another sweep has taken its folder")
+        parent = None
     if parent is None:
         files = {"search_space.yaml": source} if source is not None else {}
         tags = {"ray_peft.out": str(ledger.folder), "mlflow.note.content": description}
         parent = tracking.start_sweep(store, name, tags={k: v for k, v in tags.items() if v}, files=files)
+        if gone:
+            console.say("this sweep's run is gone from MLflow: a new one takes its trials")
+            trials = [row.mlflow_run_id for row in ledger.results() if row.mlflow_run_id is not None]
+            tracking.move_below(store, trials, parent)
     record = SweepRecord(name, description, notes, planned, parent, masked, (report or ReportSpec()).plain())
     try:
         ledger.write_record(record)
     except StorageError:
         tracking.finish_sweep(store, parent, "FAILED", metrics={}, files={})
         raise
-    return Experiment(name, ledger, store, record, console, Rows(ledger, console))
+    unsent = Unsent(store, ledger.trial_folder, parent, console)
+    return Experiment(name, ledger, store, record, console, Rows(ledger, console), unsent)

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from ray_peft.checks.trials import inspect_trials
-from ray_peft.errors import SearchSpaceError, SpecError, TrialFailed
+from ray_peft.errors import ClusterLost, SearchSpaceError, SpecError, TrialFailed
 from ray_peft.foundation.audience import Audience, Silence
-from ray_peft.schedule import cluster, experiment, worker
+from ray_peft.schedule import cluster, experiment, watch, worker
 from ray_peft.schedule.decide import Demand
 from ray_peft.schedule.plan import cautions
 from ray_peft.schedule.signals import callers_signals
@@ -21,7 +21,7 @@ from ray_peft.space.explained import explain
 from ray_peft.space.read import ReportSpec, TrackingSpec, load
 from ray_peft.spec import TrialSpec
 from ray_peft.store.ledger import Ledger
-from ray_peft.trial.result import TrialResult
+from ray_peft.trial.result import RESTARTS_FILE, RESULT_FILE, TrialResult
 
 
 def run(
@@ -77,11 +77,15 @@ def run(
         )
         interrupted = True
         try:
-            opened.rows.add(_run(trial, opened, decision.runs[0].demand))
+            opened.keep(_run(trial, opened, decision.runs[0].demand))
             interrupted = False
         except KeyboardInterrupt:
             ray.close()  # no worker may still write to the run that is closed here
-            opened.rows.add(opened.lost(trial, "cancelled", "interrupted by the user"))
+            opened.keep(opened.lost(trial, "cancelled", "interrupted by the user"))
+            raise
+        except ClusterLost as error:
+            ray.close()
+            opened.keep(opened.lost(trial, "cancelled", str(error)))
             raise
         finally:
             results = opened.finish([trial.trial_id], interrupted)
@@ -89,6 +93,8 @@ def run(
 
 
 def _run(trial: TrialSpec, opened: experiment.Experiment, held: Demand) -> TrialResult:
+    for name in (RESULT_FILE, RESTARTS_FILE):  # of an earlier run of it
+        (opened.ledger.trial_folder(trial.trial_id) / name).unlink(missing_ok=True)
     assignment = worker.Assignment(
         spec=trial,
         folder=opened.ledger.trial_folder(trial.trial_id),
@@ -97,10 +103,18 @@ def _run(trial: TrialSpec, opened: experiment.Experiment, held: Demand) -> Trial
         sweep=opened.name,
         demand=held,
     )
-    try:
-        return worker.run_in_trainer(assignment, opened.ledger.folder / "ray")
-    except TrialFailed as error:
-        return opened.lost(trial, "failed", str(error))
+    rows: list[TrialResult] = []
+    failures = 0
+    while not rows:
+        try:
+            if not watch.waited(lambda: rows.append(worker.run_in_trainer(assignment, opened.ledger.folder / "ray"))):
+                raise KeyboardInterrupt
+        except TrialFailed as error:
+            failures += 1
+            if failures > trial.resources.max_failures:
+                return opened.lost(trial, "failed", str(error))
+            opened.again(trial, str(error))
+    return rows[0]
 
 
 def _trial(

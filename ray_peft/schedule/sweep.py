@@ -10,6 +10,7 @@ from typing import Any
 
 from ray_peft.checks.inspector import Inspector
 from ray_peft.checks.trials import inspect_trials
+from ray_peft.errors import ClusterLost
 from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.foundation.masking import mask
 from ray_peft.report.plain import trial_line
@@ -22,6 +23,7 @@ from ray_peft.schedule.signals import callers_signals
 from ray_peft.schedule.sizes import Scheduler
 from ray_peft.space.read import Space, load
 from ray_peft.spec import TrialSpec
+from ray_peft.store.adopted import adopt
 from ray_peft.store.earlier import Earlier, recall
 from ray_peft.store.ledger import Ledger, SweepRecord
 from ray_peft.trial.result import TrialResult
@@ -39,11 +41,18 @@ class SweepOutcome:
     """True if the user stopped it; the same call goes on with what is missing."""
     tracking_uri: str
     """Without credentials."""
+    unsent: tuple[str, ...] = ()
+    """Trials, or the sweep's own name, of which the tracking store lacks something; `ray-peft sync` sends it."""
+
+    @property
+    def finished(self) -> bool:
+        """True if every planned trial finished."""
+        return not self.interrupted and all(row.status == "finished" for row in self.results)
 
     @property
     def complete(self) -> bool:
         """True if every planned trial finished, and the tracking store has them all."""
-        return not self.interrupted and all(row.status == "finished" and row.untracked is None for row in self.results)
+        return self.finished and not self.unsent
 
 
 def sweep(
@@ -99,7 +108,7 @@ def sweep(
         return repeated
     store = experiment.open_store(uri, space.tracking.experiment or space.name)
     with ledger.locked(), callers_signals(), contextlib.ExitStack() as ray:
-        plan = _plan(space, [] if fresh else ledger.results(), inspector, console)
+        plan = _plan(space, [] if fresh else _earlier_rows(ledger, console), inspector, console)
         notes += plan.earlier.notes
         console.say(f"{space.name}: {plan.total} trials, {plan.total - plan.missing} finished before")
         nodes: list[Node] = []
@@ -124,7 +133,7 @@ def sweep(
             source=source.read_text(encoding="utf-8") if source else None,
             report=space.report,
         )
-        _take_over(plan.earlier, opened)
+        opened.take_over(plan.earlier.finished, plan.earlier.renewed)
         interrupted = False
         try:
             if plan.missing:
@@ -133,16 +142,16 @@ def sweep(
             opened.finish(opened.record.planned, interrupted=True)
             raise
         results = opened.finish(opened.record.planned, interrupted)
-    return SweepOutcome(ledger.folder, results, plan.total, interrupted, opened.record.tracking_uri)
+    return SweepOutcome(
+        ledger.folder, results, plan.total, interrupted, opened.record.tracking_uri, tuple(opened.lacking)
+    )
 
 
-def _take_over(earlier: Earlier, opened: Experiment) -> None:
-    """Keep rows of earlier runs that are written otherwise today, and bring the store those that it lacks."""
-    for row in earlier.renewed:
-        opened.rows.add(row)
-    for row in [row for row in earlier.finished.values() if row.untracked is not None]:
-        earlier.finished[row.trial_id] = opened.track(row)
-        opened.rows.add(earlier.finished[row.trial_id])
+def _earlier_rows(ledger: Ledger, console: Audience) -> list[TrialResult]:
+    """The rows of the folder, those included that a driver was killed before it could list them."""
+    if taken := adopt(ledger):
+        console.say(f"{len(taken)} results that an interrupted sweep had not listed yet are taken in")
+    return ledger.results()
 
 
 @dataclass(frozen=True)
@@ -178,7 +187,7 @@ def _repeated(space: Space, ledger: Ledger, inspector: Inspector, notes: list[st
     if (space.search is not None and space.search.algorithm == "optuna") or not ledger.folder.is_dir():
         return None
     with ledger.locked():
-        earlier = recall(space.trials, ledger.results(), inspector)
+        earlier = recall(space.trials, _earlier_rows(ledger, Silence()), inspector)
         written = ledger.read_record()
         if written is None or earlier.notes or earlier.renewed or len(earlier.finished) < len(earlier.trials):
             return None
@@ -208,6 +217,7 @@ class _Sweep:
 
     def run(self, nodes: list[Node], leave: Callable[[], None]) -> bool:
         """Run the missing trials and `leave` the cluster; true if the user interrupted them."""
+        why = "interrupted before the end"
         try:
             decision = self.scheduler.decide(self.plan.todo or self.plan.trials)
             self.console.say(_placement_line(nodes, [run.demand for run in decision.runs], self.plan.missing))
@@ -220,14 +230,25 @@ class _Sweep:
                     self._fit(alone.runs)
                 if self._interrupted(trials):
                     break
+        except ClusterLost as error:
+            why = str(error)
+            raise
         finally:
             try:
                 leave()  # no worker may still write to the runs that are closed here
             finally:  # also after a second Ctrl-C
                 lost = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
                 for trial in lost:
-                    self.opened.rows.add(self.opened.lost(trial, "cancelled", "interrupted before the end"))
+                    self._take_lost(trial, why)
+        lost = [trial for trial in lost if trial.trial_id not in self.rows]
         return bool(lost) or self._interrupted([] if self.plan.draws is not None else self.plan.todo)
+
+    def _take_lost(self, trial: TrialSpec, why: str) -> None:
+        """Keep the row of a trial that was running when everything ended; it may have finished in that moment."""
+        row = self.opened.lost(trial, "cancelled", why)
+        self.opened.keep(row)
+        if row.status != "cancelled":
+            self.rows[trial.trial_id] = row
 
     def _phases(self, decision: Decision) -> Sequence[Phase]:
         """What runs one after the other; all that a search proposes runs in one phase."""
@@ -272,7 +293,9 @@ class _Sweep:
 
     def begin(self, spec: TrialSpec) -> None:
         """A trial was handed out; one that a search proposed is planned from now on."""
+        again = spec.trial_id in self.started
         self.started[spec.trial_id] = spec
+        self.opened.begin(spec, again=again)
         record = self.opened.record
         if spec.trial_id not in record.planned:
             record.planned.append(spec.trial_id)
@@ -283,7 +306,7 @@ class _Sweep:
         if result.trial_id in self.rows:
             return
         self.rows[result.trial_id] = result
-        self.opened.rows.add(result)
+        self.opened.keep(result)
         if self.plan.draws is not None:
             self.plan.draws.told(result)
         self.console.say(trial_line(result, len(self.rows), self.plan.total))
@@ -292,6 +315,10 @@ class _Sweep:
         """Keep a row of a trial whose worker died, if it left none."""
         if spec.trial_id not in self.rows:
             self.take(self.opened.lost(spec, "failed", reason))
+
+    def again(self, spec: TrialSpec, reason: str) -> None:
+        """A worker died, and its trial is started once more."""
+        self.opened.again(spec, reason)
 
     def show(self, spec: TrialSpec, metrics: Mapping[str, Any]) -> None:
         """Show where a running trial is."""

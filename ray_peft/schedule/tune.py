@@ -6,23 +6,25 @@ whole specs.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import signal
+import pickle
+import re
+import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from ray_peft.errors import first_line
-from ray_peft.schedule import worker
+from ray_peft.schedule import watch, worker
 from ray_peft.schedule.decide import Demand, Run
 from ray_peft.schedule.experiment import Experiment
 from ray_peft.spec import TrialSpec
+from ray_peft.store.adopted import left_row
 from ray_peft.trial.result import TrialResult
 
 _TRIAL = "trial"
@@ -55,8 +57,11 @@ class Receiver(Protocol):
     def show(self, spec: TrialSpec, metrics: Mapping[str, Any]) -> None:
         """A running trial reports a step."""
 
+    def again(self, spec: TrialSpec, reason: str) -> None:
+        """A worker died, and its trial is started once more."""
+
     def lose(self, spec: TrialSpec, reason: str) -> None:
-        """A worker died."""
+        """A worker died for good."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,16 @@ def quiet() -> None:
 def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     """Run trials at once on the cluster, until all have a row or the user stops them.
 
+    A trial whose worker dies is started again, `resources.max_failures` times at most.
+
     Args:
         work: the trials with what they hold, or what proposes them.
         opened: where they are kept.
-        receiver: is told of every event, in this process.
+        receiver: is told of every event, in this process, by a thread of Tune's.
+
+    Raises:
+        ClusterLost: the cluster died.
+        KeyboardInterrupt: the user stopped them a second time.
     """
     from ray import tune
 
@@ -106,10 +117,13 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
         space = {_TRIAL: tune.grid_search(list(range(len(work.runs))))}
     tasks = [(run.trial, run.demand) for run in work.runs]
     resolve, name = _resolver(tasks), f"tune-{os.urandom(4).hex()}"
-    # Tune unpickles the trainable for every trial, so what grows with the trials travels through the object store.
-    hand = {"tasks": tasks, "members": dict(work.members)}
-    trainable = tune.with_parameters(_trainable(opened), **hand)
+    folder = opened.ledger.folder / "ray" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    hand = folder / "hand.pickle"
+    hand.write_bytes(pickle.dumps(_Hand(tasks, dict(work.members))))
+    trainable = _trainable(opened, hand)
     _held[name] = lambda config: resolve(config)[1]
+    stopped = threading.Event()
     tuner = tune.Tuner(
         tune.with_resources(trainable, partial(_resources, name)),
         param_space=space,
@@ -118,17 +132,17 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
             name=name,
             storage_path=str(opened.ledger.folder / "ray"),
             verbose=0,
-            callbacks=[_callback(resolve, receiver)],
-            failure_config=tune.FailureConfig(max_failures=0),
+            callbacks=[_callback(resolve, receiver, stopped)],
+            failure_config=tune.FailureConfig(max_failures=0),  # each trial has its own, see the callback
         ),
     )
     # Tune logs a traceback for each lost trial; its reason is in the trial's row and line.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:
-        with _own_sigint():
-            tuner.fit()
+        watch.waited(tuner.fit, stopped.set)
     finally:
         del _held[name]
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _resolver(tasks: Sequence[_Task]) -> Callable[[Mapping[str, Any]], _Task]:
@@ -169,14 +183,34 @@ def _searcher(propose: Callable[[], Run | None]) -> Any:
     return Proposals()
 
 
-def _trainable(opened: Experiment) -> Callable[..., None]:
+@dataclass(frozen=True)
+class _Hand:
+    """What the workers need of a call of Tune. It grows with the trials, and Tune unpickles its function for each.
+
+    It travels as a file, not through Ray's object store: a driver that has put something there is ended by Ray 2.60,
+    without a word, when its node dies.
+    """
+
+    tasks: list[_Task]
+    members: dict[str, TrialResult]
+
+
+@cache
+def _hand(path: Path) -> _Hand:
+    """The file's content, read once by each worker process."""
+    given: _Hand = pickle.loads(path.read_bytes())
+    return given
+
+
+def _trainable(opened: Experiment, hand: Path) -> Callable[..., None]:
     """The function that Tune runs for each trial, in a process that it uses again for the next."""
     ledger, store, parent, name = opened.ledger, opened.store, opened.parent_run_id, opened.name
 
-    def trial(config: dict[str, Any], tasks: list[_Task], members: dict[str, TrialResult]) -> None:
+    def trial(config: dict[str, Any]) -> None:
         from ray import tune
 
-        spec, demand = _resolver(tasks)(config)
+        given = _hand(hand)
+        spec, demand = _resolver(given.tasks)(config)
         assignment = worker.Assignment(
             spec=spec,
             folder=ledger.trial_folder(spec.trial_id),
@@ -184,16 +218,20 @@ def _trainable(opened: Experiment) -> Callable[..., None]:
             parent_run_id=parent,
             sweep=name,
             demand=demand,
-            members=tuple(members[each.trial_id] for each in spec.members() if each.trial_id in members),
+            members=tuple(given.members[each.trial_id] for each in spec.members() if each.trial_id in given.members),
         )
 
         def report(metrics: Mapping[str, float], step: int) -> None:
             tune.report({"step": step, **metrics})
 
+        left = left_row(assignment.folder, spec.trial_id)
+        if left is not None and left.status == "finished":  # its worker died before the driver had it
+            tune.report(worker.final_report(left))
+            return
         if assignment.demand.num_workers > 1:
             result: TrialResult | None = worker.run_in_trainer(assignment, ledger.folder / "ray")
         else:
-            result = worker.run_here(assignment, report)
+            result = worker.run_alone(assignment, report)
         assert result is not None
         tune.report(worker.final_report(result))
         worker.raise_if_broken(result)
@@ -201,13 +239,23 @@ def _trainable(opened: Experiment) -> Callable[..., None]:
     return trial
 
 
-def _callback(resolve: Callable[[Mapping[str, Any]], _Task], receiver: Receiver) -> Any:
+class _Stopped(Exception):
+    """Ends Tune's loop from within: the user stopped it, or the cluster is lost."""
+
+
+def _callback(resolve: Callable[[Mapping[str, Any]], _Task], receiver: Receiver, stopped: threading.Event) -> Any:
     """Tune's callback in the driver."""
     from ray import tune
 
     class Rows(_OfThisProcess, tune.Callback):
+        def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            if stopped.is_set():
+                raise _Stopped
+
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            receiver.begin(resolve(trial.config)[0])
+            spec, _ = resolve(trial.config)
+            trial.max_failures = spec.resources.max_failures
+            receiver.begin(spec)
 
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -216,11 +264,16 @@ def _callback(resolve: Callable[[Mapping[str, Any]], _Task], receiver: Receiver)
             spec, _ = resolve(trial.config)
             try:
                 if worker.ROW in result:
+                    trial.max_failures = 0  # what its process does after that is not the trial's
                     receiver.take(TrialResult.model_validate_json(result[worker.ROW]))
                 else:
                     receiver.show(spec, result)
             except Exception as error:
                 receiver.lose(spec, f"its row cannot be kept: {type(error).__name__}: {first_line(error)}")
+
+        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            if not stopped.is_set():
+                receiver.again(resolve(trial.config)[0], _reason(trial))
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             receiver.lose(resolve(trial.config)[0], _reason(trial))
@@ -243,23 +296,17 @@ def _resources(name: str, config: dict[str, Any]) -> Any:
     return tune.PlacementGroupFactory([{"CPU": needed.cpus_per_worker, "GPU": needed.gpus_per_worker}])
 
 
-@contextlib.contextmanager
-def _own_sigint() -> Iterator[None]:
-    """Keep the caller's answer to Ctrl-C: Tune leaves its own in place, which stops nothing once it has come back."""
-    own = signal.getsignal(signal.SIGINT)
-    main = threading.current_thread() is threading.main_thread()
-    try:
-        yield
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, own)
+_DIED = re.compile(r"(?:Worker )?exit detail: ([^\n]+)|(\S*node \S* ?was terminated[^\n]*)", re.I)
+"""What Ray says of a worker that died: the last reason counts."""
 
 
 def _reason(trial: Any) -> str:
-    """Why Tune lost a trial that left no row: the last line of its error, which names the exception."""
+    """Why Tune lost a trial that left no row: one line, and the whole error below it."""
     path = getattr(trial, "error_file", None)
     text = Path(path).read_text(encoding="utf-8", errors="replace") if path and Path(path).is_file() else ""
     lines = [line for line in text.strip().splitlines() if line.strip()]
     if not lines:
         return "the worker ended without leaving an error"
-    return f"the worker died: {lines[-1].strip()}\n\n{text}"
+    details = [next(filter(None, found)) for found in _DIED.findall(text)]
+    line = details[-1] if details else lines[-1].strip()
+    return f"the worker died: {line.split('. ')[0]}\n\n{text}"

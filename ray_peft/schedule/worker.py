@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ray_peft.engine.trained import Report
-from ray_peft.errors import TrialFailed, first_line
+from ray_peft.errors import RayPeftError, TrialFailed, first_line
 from ray_peft.foundation.quiet import quiet_libraries
 from ray_peft.foundation.units import GIB
 from ray_peft.schedule.decide import Demand
 from ray_peft.spec import TrialSpec
+from ray_peft.store.adopted import left_row
 from ray_peft.store.tracking import Store, TrialTracker
 from ray_peft.trial import trial
 from ray_peft.trial.result import TrialResult
@@ -60,10 +61,25 @@ def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResu
         needed_gib=demand.needed_gib,
     )
     quiet_libraries()
-    tracker = TrialTracker(assignment.store, assignment.parent_run_id, assignment.sweep)
+    tracker = TrialTracker(assignment.store, assignment.parent_run_id, assignment.sweep, assignment.folder)
     assignment.folder.mkdir(parents=True, exist_ok=True)
     with _log_file(assignment.folder / "log.txt", rank), _held_to(room, device):
         return trial.run(assignment.spec, place, tracker, report)
+
+
+def run_alone(assignment: Assignment, report: Report) -> TrialResult:
+    """Run a trial of one worker in this process; returns its row, also if it could not begin.
+
+    So only a process that dies leaves none: a trial that fails by itself is not tried again.
+    """
+    try:
+        result = run_here(assignment, report)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}" if not isinstance(error, RayPeftError) else str(error)
+        spec = assignment.spec
+        return TrialResult(trial_id=spec.trial_id, status="failed", spec=spec, error=text)
+    assert result is not None
+    return result
 
 
 def run_in_trainer(assignment: Assignment, storage: Path) -> TrialResult:
@@ -83,8 +99,6 @@ def run_in_trainer(assignment: Assignment, storage: Path) -> TrialResult:
     per_worker: dict[str, float] = {"CPU": demand.cpus_per_worker}
     if demand.gpus_per_worker:
         per_worker["GPU"] = demand.gpus_per_worker
-    left = assignment.folder / trial.RESULT_FILE
-    left.unlink(missing_ok=True)
     trainer = ray.train.torch.TorchTrainer(
         _train_function,  # type: ignore[arg-type]  # annotated as if it returned nothing
         train_loop_config={"assignment": assignment},
@@ -100,11 +114,9 @@ def run_in_trainer(assignment: Assignment, storage: Path) -> TrialResult:
     )
     try:
         row: str | None = trainer.fit().return_value  # type: ignore[attr-defined]  # annotated as Train v1's Result
-    except SystemExit:  # Ray Train's answer to Ctrl-C
-        raise KeyboardInterrupt from None
     except Exception as error:
-        if left.is_file():
-            return TrialResult.model_validate_json(left.read_text(encoding="utf-8"))
+        if (left := left_row(assignment.folder, assignment.spec.trial_id)) is not None:
+            return left
         raise TrialFailed(f"the workers of {assignment.spec.trial_id} died: {error}") from error
     if row is None:
         raise TrialFailed(f"the workers of {assignment.spec.trial_id} ended without a row")

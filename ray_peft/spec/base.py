@@ -124,6 +124,9 @@ class ResourcesSpec(Strict):
     """GPUs, or a share of one; None takes one GPU where the cluster has any, else the CPU. 0 is the CPU."""
     cpus_per_worker: int | None = Field(default=None, ge=1)
     """CPU cores, and the threads of torch; None takes a node's cores, shared fairly among its GPUs if it has any."""
+    max_failures: int = Field(default=2, ge=0)
+    """How often the trial is started again, from its last checkpoint, when its worker died: killed, or its node lost.
+    A trial that fails by itself is tried once."""
 
     @model_validator(mode="after")
     def _check_gpus(self) -> Self:

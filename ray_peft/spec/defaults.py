@@ -74,7 +74,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "ema_decay": None,
         "cuda_graphs": True,
     },
-    "ResourcesSpec": {"num_workers": 1, "gpus_per_worker": None, "cpus_per_worker": None},
+    "ResourcesSpec": {"num_workers": 1, "gpus_per_worker": None, "cpus_per_worker": None, "max_failures": 2},
     "TrialSpec": {"seed": 42},
     "SourceSpec": {"test_path": None, "validation": 0, "name": None, "split": "train"},
     "ContaminationSpec": {"action": "fail", "ngram": 8, "threshold": 0.7, "boilerplate": 10},

@@ -2,18 +2,21 @@
 
 A row answers a trial if their settings are the same and both were made of the same content, whatever the row's id is.
 So rows of release 0.1.0, whose ids held absolute paths, count as finished, and rows of a file that has changed under
-the same name do not.
+the same name do not. Rows of a pass (`train.micro_batch_size`) are passed over where no loss depends on them, unless
+today's trials compare them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
 from ray_peft.checks.inspector import Inspector
 from ray_peft.errors import RayPeftError
+from ray_peft.methods.base import ENOUGH_STEPS
 from ray_peft.spec import TrialSpec, is_local
 from ray_peft.spec.identity import Content, canonical, settings
 from ray_peft.tasks import TASKS
@@ -40,13 +43,29 @@ class Rows:
     def __init__(self, rows: Sequence[TrialResult], inspector: Inspector) -> None:
         self._inspector = inspector
         self._by_settings: dict[str, list[TrialResult]] = {}
+        self._by_losses: dict[str, list[TrialResult]] = {}
         self._released: dict[str, Content | None] = {}
         for row in rows:
             self._by_settings.setdefault(canonical(settings(row.spec)), []).insert(0, row)  # the newest first
+            if (key := loss_settings(row.spec)) is not None:
+                self._by_losses.setdefault(key, []).insert(0, row)
 
     def answering(self, trial: TrialSpec) -> TrialResult | None:
         """The row of a trial that is settled, under the keys of today; None if it must run."""
-        candidates = self._alike(trial)
+        return self._of(self._alike(trial), trial)
+
+    def of_other_passes(self, trial: TrialSpec, taken: Container[str]) -> TrialResult | None:
+        """The row of a trial that had the same losses in passes of other sizes; None if there is none.
+
+        Args:
+            trial: one without an answer.
+            taken: ids of rows that answer other trials.
+        """
+        key = loss_settings(trial)
+        alike = self._by_losses.get(key, []) if key is not None else []
+        return self._of([row for row in alike if row.trial_id not in taken], trial)
+
+    def _of(self, candidates: Sequence[TrialResult], trial: TrialSpec) -> TrialResult | None:
         if not candidates:
             return None
         content = self._inspector.content(trial)
@@ -111,22 +130,46 @@ def recall(trials: Sequence[TrialSpec], rows: Sequence[TrialResult], inspector: 
     known, found = Rows(done, inspector), Earlier()
     written = {row.trial_id: row for row in done}
     ids: dict[str, str] = {}
+    keys = Counter(loss_settings(trial) for trial in trials) if done else Counter()
+    exact = {row.trial_id for trial in trials if (row := known.answering(trial)) is not None} if done else set()
+    others = 0
     for trial in trials:
         members = [ids.get(member.trial_id, member.trial_id) for member in trial.members()]
         now = trial.under(trial.trial_id, members)
         row = known.answering(now) if done else None
+        if done and row is None and keys[loss_settings(trial)] == 1:
+            row = known.of_other_passes(now, exact)
+            others += row is not None
         if row is not None:
             ids[trial.trial_id] = row.trial_id
             now = trial.under(row.trial_id, members)
             found.finished[row.trial_id] = row
             found.renewed += [row] if row != written[row.trial_id] else []
         found.trials.append(now)
+    if others:
+        found.notes.append(
+            f"{others} trials count as finished that ran with other rows a pass (train.micro_batch_size): in fp32 no "
+            "loss depends on them; memory and time are those of that run, and --fresh measures them anew"
+        )
     open_trials = [trial for trial in found.trials if trial.trial_id not in found.finished] if done else []
     reasons = [known.changed(trial, set(found.finished)) for trial in open_trials]
     for what in ("rows", "model"):
         if count := reasons.count(what):
             found.notes.append(f"{count} trials run again: their {what} changed since; the earlier results are kept")
     return found
+
+
+def loss_settings(spec: TrialSpec) -> str | None:
+    """The settings that decide a trial's losses, where the rows of a pass do not; None where they do.
+
+    They do in bf16, whose sums are rounded otherwise, and with dropout, whose draws depend on them.
+    """
+    kinds = [stage for part in (spec, *spec.members()) for stage, _ in part.method.stages(ENOUGH_STEPS)]
+    if spec.train.precision != "fp32" or any(getattr(stage, "dropout", 0) for stage in kinds):
+        return None
+    alike = settings(spec)
+    train = {name: value for name, value in alike.get("train", {}).items() if name != "micro_batch_size"}
+    return canonical({**alike, "train": train})
 
 
 def _names(spec: TrialSpec) -> str:

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import platform
-import shutil
 import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -30,7 +29,7 @@ from ray_peft.trial.clock import Clock
 from ray_peft.trial.log import MetricLog
 from ray_peft.trial.peaks import MemoryWatch, Peaks, larger_peaks
 from ray_peft.trial.provenance import device_name, git_commit, versions
-from ray_peft.trial.result import Provenance, Status, TrialResult, Usage
+from ray_peft.trial.result import RESTARTS_FILE, Provenance, Status, TrialResult, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +37,14 @@ logger = logging.getLogger(__name__)
 class Tracker(Protocol):
     """Where a trial's metrics and results go."""
 
-    def start(self, spec: TrialSpec) -> str:
-        """Open the trial's run and return its id. Raises: a configured tracker must work."""
+    def start(self, spec: TrialSpec) -> str | None:
+        """Open the trial's run and return its id; None if that must wait. Never raises."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Keep metrics of one step. Never raises."""
 
-    def artifact(self, path: Path, folder: str) -> None:
-        """Keep a file, or all files of a folder."""
+    def artifact(self, path: Path, folder: str, *, remove: bool = False) -> None:
+        """Keep a file, or all files of a folder, which then goes if it is to `remove`; that may happen later."""
 
     def table(self, rows: list[dict[str, object]], artifact_file: str) -> None:
         """Keep a table that the tracker can show."""
@@ -53,8 +52,8 @@ class Tracker(Protocol):
     def fetch(self, run_id: str, folder: str, to: Path) -> Path:
         """Another run's artifacts in `folder`, brought below `to`. Raises if they are not there."""
 
-    def record(self, result: TrialResult) -> None:
-        """Keep the result and close the run. Raises: the result is the product."""
+    def record(self, result: TrialResult) -> TrialResult:
+        """Keep the result and close the run; the row says its run, and why it is `untracked` if it is. Never raises."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +185,11 @@ class Life:
         if self.tracker is not None:
             self.tracker.log(metrics, step)
 
+    def _restarts(self) -> list[str]:
+        """Why earlier attempts ended, as whoever started this one has noted."""
+        path = self.place.folder / RESTARTS_FILE
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
     def failed(self, error: Exception) -> TrialResult:
         """The row of a trial that raised."""
         status: Status = "out_of_memory" if is_out_of_memory(error) else "failed"
@@ -246,6 +250,7 @@ class Life:
             boundary_losses=self.boundaries,
             steps=trained.steps,
             resumed_from_step=trained.resumed_from_step,
+            restarts=self._restarts(),
             passes=trained.passes,
             members=self.weights,
             arithmetic=self.spec.method.arithmetic(self.spec.model.dtype, self.four_bit_share),
@@ -281,9 +286,8 @@ def keep(life: Life, bench: Bench, name: str, dtype: Dtype | None = None) -> int
     bench.save(folder, dtype)
     size = bench.stored_bytes(folder)
     if life.tracker is not None:
-        life.tracker.artifact(folder, name)
-        if not (folder / "adapter_config.json").is_file():
-            shutil.rmtree(folder)  # full weights are large, and the tracker holds them now
+        # Full weights are large: they go once the tracker holds them.
+        life.tracker.artifact(folder, name, remove=not (folder / "adapter_config.json").is_file())
     return size
 
 

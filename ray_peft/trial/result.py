@@ -14,6 +14,11 @@ from ray_peft.spec import AnyTrialSpec
 
 Status = Literal["finished", "failed", "out_of_memory", "cancelled"]
 
+RESULT_FILE = "result.json"
+"""The trial's row, in its own folder: written by its worker, and there also if nothing else could be reached."""
+RESTARTS_FILE = "restarts.json"
+"""Beside it, until the trial starts in another sweep: the row's `restarts` so far."""
+
 
 class Usage(Measured):
     """What the trial cost. GiB = 2**30 bytes; the training phase alone unless a field says otherwise."""
@@ -90,6 +95,8 @@ class TrialResult(Measured):
     resumed_from_step: int | None = None
     """Where the trial's last attempt went on; None for one that ran in one go. `usage` adds up over the attempts,
     without what was done twice."""
+    restarts: list[str] = []
+    """Why its earlier attempts in the same sweep ended, one line each: their workers died."""
     passes: str = ""
     """How its training ran forward and backward passes: recorded, or why not."""
     arithmetic: str = ""

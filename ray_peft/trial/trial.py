@@ -10,7 +10,7 @@ import sys
 
 from ray_peft.engine.recovery import divisor, free_memory
 from ray_peft.engine.trained import Report
-from ray_peft.errors import TrackingError, first_line
+from ray_peft.errors import first_line
 from ray_peft.foundation.seal import SEAL_FILE
 from ray_peft.foundation.storage import told
 from ray_peft.foundation.units import GIB
@@ -21,7 +21,7 @@ from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Bench
 from ray_peft.trial.ensembles import run_ensemble
 from ray_peft.trial.life import Life, Place, Tracker, evaluate, keep, predict, provenance
-from ray_peft.trial.result import TrialResult
+from ray_peft.trial.result import RESULT_FILE, TrialResult
 from ray_peft.trial.stages import STAGE_FILE, train_all
 from ray_peft.trial.waiting import wait_for_memory
 from ray_peft.vram.cards import here
@@ -30,9 +30,6 @@ from ray_peft.vram.fit import ways
 __all__ = ["RESULT_FILE", "STAGE_FILE", "Place", "Tracker", "run"]
 
 logger = logging.getLogger(__name__)
-
-RESULT_FILE = "result.json"
-"""The trial's row, in its own folder."""
 
 MOST_ADVICE = 3
 """Ways to take less memory that a row names."""
@@ -51,8 +48,8 @@ def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> Tr
         progress: called with every logged metric, by every rank.
 
     Returns:
-        The recorded result, failed trials included; None on ranks above 0 once they are done. `untracked` says why the
-        tracker lacks it, if it does: what was trained is not lost for that.
+        The result, failed trials included; None on ranks above 0 once they are done. `untracked` says why the tracker
+        lacks it, if it does: a tracker that is away changes nothing else.
 
     Raises:
         KeyboardInterrupt, SystemExit: passed on after the trial is recorded as cancelled.
@@ -62,10 +59,7 @@ def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> Tr
         _run(Life(spec, place, None, progress))
         return None
     life = Life(spec, place, tracker, progress)
-    try:
-        life.run_id = tracker.start(spec)
-    except TrackingError as error:
-        return _kept(life.failed(error).model_copy(update={"untracked": str(error)}), place)
+    life.run_id = tracker.start(spec)
     try:
         result = _run(life)
     except Exception as error:
@@ -123,13 +117,7 @@ def _with_advice(life: Life, error: str) -> str:
 
 def _record(result: TrialResult, place: Place, tracker: Tracker) -> TrialResult:
     """The row, once it is in the trial's folder and with the tracker, or says why the tracker lacks it."""
-    _kept(result, place)
-    try:
-        tracker.record(result)
-    except TrackingError as error:
-        logger.warning("%s: %s", result.trial_id, first_line(error))
-        return _kept(result.model_copy(update={"untracked": str(error)}), place)
-    return result
+    return _kept(tracker.record(_kept(result, place)), place)
 
 
 def _kept(result: TrialResult, place: Place) -> TrialResult:

@@ -305,8 +305,9 @@ def test_two_workers_train_as_trl_trains_on_one(ray_cluster, tiny_model, questio
 
 
 def test_a_worker_that_dies_is_a_failed_row_and_the_others_finish(ray_cluster, tiny_model, questions, tmp_path):
-    """What the out-of-memory killer does: SIGKILL in mid-training."""
-    space = write_space(tmp_path / "dies.yaml", tiny_model, questions, METHODS[:2][::-1], train__steps=300)
+    """What the out-of-memory killer does: SIGKILL in mid-training, of a trial that is not to start again."""
+    changes = {"train__steps": 300, "resources": {"gpus_per_worker": 0, "cpus_per_worker": 2, "max_failures": 0}}
+    space = write_space(tmp_path / "dies.yaml", tiny_model, questions, METHODS[:2][::-1], **changes)
     killer = threading.Thread(target=_kill_in_training, args=(tmp_path / "out",), daemon=True)
     killer.start()
     outcome = ray_peft.sweep(space, out=tmp_path / "out")

@@ -105,3 +105,40 @@ def test_unfinished_rows_answer_nothing(inputs):
     broken = [row.model_copy(update={"status": "failed"}) for row in rows[:2]]
     found = today(inputs, [*broken, *rows[2:]])
     assert list(found.finished) == [rows[2].trial_id]  # and not the ensemble, one of whose members runs again
+
+
+def test_a_comment_the_cores_and_the_retries_make_no_trial_run_again(copied):
+    rows = read_results(released.STORES / "0.1.0")
+    copied.write_text("# one comment more\n" + copied.read_text())
+    changes = ["resources.cpus_per_worker=2", "resources.max_failures=0", "train.checkpoint_every=1"]
+    found = today(copied, rows, changes)
+    assert (list(found.finished), found.notes) == ([row.trial_id for row in rows], [])
+
+
+def test_rows_of_a_pass_make_no_trial_run_again_where_no_loss_depends_on_them(inputs):
+    rows = read_results(released.STORES / "0.1.0")
+    found = today(inputs, rows, ["train.micro_batch_size=2"])
+    assert list(found.finished) == [row.trial_id for row in rows]
+    assert [trial.trial_id for trial in found.trials] == [row.trial_id for row in rows]
+    (note,) = found.notes
+    assert note.startswith("4 trials count as finished that ran with other rows a pass")
+    # In bf16 sums are rounded otherwise, and the draws of dropout depend on the rows of a pass.
+    bf16 = [
+        row.model_copy(update={"spec": row.spec.changed({"train.precision": "bf16"}).under(row.trial_id)})
+        for row in rows[:3]
+    ]
+    assert today(inputs, bf16, ["train.precision=bf16"]).finished != {}
+    assert today(inputs, bf16, ["train.precision=bf16", "train.micro_batch_size=2"]).finished == {}
+    lora = rows[1].spec.changed({"method.dropout": 0.1}).under(rows[1].trial_id)
+    dropped = [rows[1].model_copy(update={"spec": lora})]
+    method = "method={name: lora, rank: 2, lr: 0.01, dropout: 0.1}"
+    assert list(today(inputs, dropped, [method]).finished) == [rows[1].trial_id]
+    assert today(inputs, dropped, [method, "train.micro_batch_size=2"]).finished == {}
+
+
+def test_trials_that_compare_rows_of_a_pass_stay_apart(inputs):
+    rows = read_results(released.STORES / "0.1.0")
+    found = today(inputs, rows, ["method={name: none}", "train.micro_batch_size={grid: [1, 2]}"])
+    assert (len(found.trials), found.finished) == (2, {})
+    found = today(inputs, rows, ["method={name: none}", "train.micro_batch_size={grid: [2, 4]}"])
+    assert (len(found.trials), list(found.finished)) == (2, [rows[0].trial_id])

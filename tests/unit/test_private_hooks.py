@@ -101,6 +101,18 @@ def test_generation_fills_what_is_open_from_the_models_own_config():
     assert "self.generation_config" in source, "tasks/llm_sft/decoding.py replaces it"
 
 
+def test_what_the_watch_over_ray_asks():
+    from ray._private import auto_init_hook, worker
+    from ray._private.node import Node
+
+    assert isinstance(auto_init_hook.enable_auto_connect, bool)
+    assert "enable_auto_connect" in inspect.getsource(auto_init_hook.auto_init_ray)
+    assert hasattr(worker, "_global_node")
+    for name in ("is_head", "dead_processes", "kill_all_processes"):
+        assert callable(getattr(Node, name))
+    assert "all_processes" in inspect.getsource(Node.dead_processes)
+
+
 def test_the_cores_that_a_local_ray_counts():
     from ray._private.utils import get_num_cpus
 

@@ -14,19 +14,19 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tracked import artifact_text, client_of, free_port, loaded_table, result_of, spec_of, wait_for
+from tracked import artifact_text, client_of, free_port, loaded_table, result_of, settle, spec_of, tracker_of, wait_for
 
 from ray_peft.errors import TrackingError
 from ray_peft.foundation.masking import mask
 from ray_peft.metrics.scores import Scores
 from ray_peft.store.tracking import (
     Store,
-    TrialTracker,
-    close_orphan,
+    close_open,
     default_uri,
     finish_sweep,
     load_spec,
     open_store,
+    send,
     start_sweep,
 )
 from ray_peft.store.tracking.trial_run import flatten
@@ -138,15 +138,17 @@ def test_a_server_that_never_answers_is_an_error_within_seconds():
 
 def test_a_worker_that_does_not_see_the_file_says_so(store, tmp_path):
     (tmp_path / "mlflow.db").unlink()
+    tracker = tracker_of(tmp_path, store, None)
+    assert tracker.start(spec_of()) is None  # the driver sends it
     with pytest.raises(TrackingError, match="no tracking store at .* all machines share"):
-        TrialTracker(store, None, "sweep").start(spec_of())
+        send(store, tracker._folder)
     assert not (tmp_path / "mlflow.db").exists()
 
 
 def test_a_sweep_holds_its_trials(store, tmp_path):
     client, spec = client_of(store), spec_of()
     parent = start_sweep(store, "small", tags={"question": "which?"}, files={"space.yaml": "seed: 1\n"})
-    tracker = TrialTracker(store, parent, "small")
+    tracker = tracker_of(tmp_path, store, parent)
     child = tracker.start(spec)
     tracker.record(result_of(spec))
     (tmp_path / "table.md").write_text("| a |")
@@ -174,9 +176,9 @@ def test_a_missing_file_is_an_error(store, tmp_path):
         finish_sweep(store, parent, "FINISHED", metrics={}, files={"a": tmp_path / "absent"})
 
 
-def test_every_leaf_of_the_spec_is_a_parameter(store):
+def test_every_leaf_of_the_spec_is_a_parameter(store, tmp_path):
     spec = spec_of()
-    run_id = TrialTracker(store, None, "small").start(spec)
+    run_id = tracker_of(tmp_path, store, None).start(spec)
     params = client_of(store).get_run(run_id).data.params
     assert params == flatten(spec.plain())
     assert params["method.rank"] == "4"
@@ -185,7 +187,7 @@ def test_every_leaf_of_the_spec_is_a_parameter(store):
 
 def test_a_long_parameter_becomes_an_artifact(store, tmp_path):
     path = "x" * 7000
-    run_id = TrialTracker(store, None, "small").start(spec_of(path=path))
+    run_id = tracker_of(tmp_path, store, None).start(spec_of(path=path))
     name = "params/data.sources.0.path.txt"
     assert client_of(store).get_run(run_id).data.params["data.sources.0.path"] == (
         f"7000 characters: see the artifact {name}"
@@ -195,13 +197,13 @@ def test_a_long_parameter_becomes_an_artifact(store, tmp_path):
 
 
 def test_credentials_in_a_spec_reach_neither_parameters_nor_artifacts(store, tmp_path):
-    run_id = TrialTracker(store, None, "small").start(spec_of(path="https://me:secret@host/rows.jsonl"))
+    run_id = tracker_of(tmp_path, store, None).start(spec_of(path="https://me:secret@host/rows.jsonl"))
     assert "secret" not in str(client_of(store).get_run(run_id).data.to_dictionary())
     assert "secret" not in artifact_text(store, run_id, "spec.json", tmp_path / "1")
 
 
-def test_a_trial_is_read_back_from_its_run(store):
-    run_id = TrialTracker(store, None, "small").start(spec_of(seed=7))
+def test_a_trial_is_read_back_from_its_run(store, tmp_path):
+    run_id = tracker_of(tmp_path, store, None).start(spec_of(seed=7))
     assert load_spec(store.uri, run_id) == spec_of(seed=7)
 
 
@@ -213,8 +215,8 @@ def test_a_run_that_is_no_trial_gives_a_clear_error(store):
         load_spec(store.uri, "0123456789abcdef0123456789abcdef")
 
 
-def test_live_metrics_arrive_by_themselves(store):
-    tracker = TrialTracker(store, None, "small")
+def test_live_metrics_arrive_by_themselves(store, tmp_path):
+    tracker = tracker_of(tmp_path, store, None)
     run_id = tracker.start(spec_of())
     tracker.log({"train/loss": 1.5, "odd name (%)": 2.0, "../up": 3.0}, step=4)
     client = client_of(store)
@@ -223,8 +225,8 @@ def test_live_metrics_arrive_by_themselves(store):
     assert client.get_metric_history(run_id, "train/loss")[0].step == 4
 
 
-def test_metrics_that_are_not_finite_are_kept(store):
-    tracker, spec = TrialTracker(store, None, "small"), spec_of()
+def test_metrics_that_are_not_finite_are_kept(store, tmp_path):
+    tracker, spec = tracker_of(tmp_path, store, None), spec_of()
     run_id = tracker.start(spec)
     for step, value in enumerate([1.0, math.nan, math.inf, -math.inf]):
         tracker.log({"loss": value}, step)
@@ -236,10 +238,11 @@ def test_metrics_that_are_not_finite_are_kept(store):
 
 
 def test_a_table_can_be_loaded_and_replaced(store, tmp_path):
-    tracker = TrialTracker(store, None, "small")
+    tracker = tracker_of(tmp_path, store, None)
     run_id = tracker.start(spec_of())
     tracker.table([{"old": 1}], "samples.json")
     tracker.table([{"prompt": "a", "score": 0.5}, {"prompt": "b", "loss": math.nan}], "samples.json")
+    settle(tracker)
     frame = loaded_table(store, run_id, "samples.json", tmp_path)
     assert list(frame.columns) == ["prompt", "score", "loss"]
     assert frame["prompt"].tolist() == ["a", "b"]
@@ -248,13 +251,14 @@ def test_a_table_can_be_loaded_and_replaced(store, tmp_path):
 
 
 def test_artifacts_are_files_or_whole_folders(store, tmp_path):
-    tracker = TrialTracker(store, None, "small")
+    tracker = tracker_of(tmp_path, store, None)
     run_id = tracker.start(spec_of())
     (tmp_path / "adapter" / "deep").mkdir(parents=True)
     (tmp_path / "adapter" / "config.json").write_text("{}")
     (tmp_path / "adapter" / "deep" / "weights").write_text("w")
     tracker.artifact(tmp_path / "adapter", "adapter")
     tracker.artifact(tmp_path / "adapter" / "config.json", "")
+    settle(tracker)
     assert artifact_text(store, run_id, "adapter/deep/weights", tmp_path / "1") == "w"
     assert artifact_text(store, run_id, "config.json", tmp_path / "2") == "{}"
     with pytest.raises(TrackingError, match="no such file or folder"):
@@ -262,7 +266,7 @@ def test_artifacts_are_files_or_whole_folders(store, tmp_path):
 
 
 def test_a_result_is_recorded_whole(store, tmp_path):
-    tracker, spec = TrialTracker(store, None, "small"), spec_of()
+    tracker, spec = tracker_of(tmp_path, store, None), spec_of()
     run_id = tracker.start(spec)
     result = result_of(
         spec,
@@ -305,7 +309,7 @@ def test_a_result_is_recorded_whole(store, tmp_path):
     ("status", "run_status"), [("failed", "FAILED"), ("out_of_memory", "FAILED"), ("cancelled", "KILLED")]
 )
 def test_a_trial_that_did_not_finish_keeps_its_reason(store, tmp_path, status, run_status):
-    tracker, spec = TrialTracker(store, None, "small"), spec_of()
+    tracker, spec = tracker_of(tmp_path, store, None), spec_of()
     run_id = tracker.start(spec)
     tracker.record(result_of(spec, status=status, error="no luck at http://me:secret@host\ndetails"))
     run = client_of(store).get_run(run_id)
@@ -316,32 +320,32 @@ def test_a_trial_that_did_not_finish_keeps_its_reason(store, tmp_path, status, r
     assert "secret" not in artifact_text(store, run_id, "result.json", tmp_path / "2")
 
 
-def test_a_run_left_by_a_killed_process_is_closed_on_the_next_start(store):
+def test_a_run_left_by_a_killed_process_is_closed_on_the_next_start(store, tmp_path):
     client, spec = client_of(store), spec_of()
     parent, other = (start_sweep(store, "small", tags={}, files={}) for _ in range(2))
-    left = TrialTracker(store, parent, "small").start(spec)
+    left = tracker_of(tmp_path, store, parent).start(spec)
     elsewhere = [
-        TrialTracker(store, other, "small").start(spec),
-        TrialTracker(store, parent, "small").start(spec_of(seed=1)),
-        TrialTracker(store, None, "small").start(spec),
+        tracker_of(tmp_path, store, other).start(spec),
+        tracker_of(tmp_path, store, parent).start(spec_of(seed=1)),
+        tracker_of(tmp_path, store, None).start(spec),
     ]
-    again = TrialTracker(store, parent, "small").start(spec)
+    again = tracker_of(tmp_path, store, parent).start(spec)
     assert client.get_run(left).info.status == "KILLED"
     assert client.get_run(left).data.tags["ray_peft.error"].startswith("interrupted")
     assert {client.get_run(run_id).info.status for run_id in [again, *elsewhere]} == {"RUNNING"}
 
 
-def test_the_driver_closes_the_run_of_a_dead_worker(store, tmp_path):
-    spec = spec_of()
-    parent = start_sweep(store, "small", tags={}, files={})
-    run_id = TrialTracker(store, parent, "small").start(spec)
-    assert close_orphan(store, parent, "lora-00000000", "FAILED", "gone") is None
-    assert close_orphan(store, parent, spec.trial_id, "FAILED", "worker died\nexit code 9") == run_id
-    assert close_orphan(store, parent, spec.trial_id, "FAILED", "gone") is None
-    run = client_of(store).get_run(run_id)
-    assert run.info.status == "FAILED"
-    assert (run.data.tags["ray_peft.status"], run.data.tags["ray_peft.error"]) == ("failed", "worker died")
-    assert artifact_text(store, run_id, "error.txt", tmp_path / "1") == "worker died\nexit code 9"
+def test_open_runs_of_a_sweep_are_closed_and_others_are_not(store, tmp_path):
+    client = client_of(store)
+    parent, other = (start_sweep(store, "small", tags={}, files={}) for _ in range(2))
+    left, waits, done = (tracker_of(tmp_path, store, parent) for _ in range(3))
+    runs = [tracker.start(spec_of(seed=seed)) for seed, tracker in enumerate((left, waits, done))]
+    done.record(result_of(spec_of(seed=2)))
+    elsewhere = tracker_of(tmp_path, store, other).start(spec_of())
+    assert close_open(store, parent, "killed at http://me:secret@host", {runs[1]}) == 1
+    status = [client.get_run(run).info.status for run in (*runs, elsewhere)]
+    assert status == ["KILLED", "RUNNING", "FINISHED", "RUNNING"]
+    assert client.get_run(runs[0]).data.tags["ray_peft.error"] == "killed at http://***@host"
 
 
 def sql(store: Store, statement: str) -> None:
@@ -349,8 +353,8 @@ def sql(store: Store, statement: str) -> None:
         connection.execute(statement)
 
 
-def test_metrics_wait_out_a_broken_database(store, caplog):
-    tracker, spec = TrialTracker(store, None, "small"), spec_of()
+def test_metrics_wait_out_a_broken_database(store, caplog, tmp_path):
+    tracker, spec = tracker_of(tmp_path, store, None), spec_of()
     run_id = tracker.start(spec)
     tracker.log({"loss": 0.0}, 0)
     sql(store, "ALTER TABLE metrics RENAME TO metrics_away")
@@ -365,10 +369,15 @@ def test_metrics_wait_out_a_broken_database(store, caplog):
     assert caplog.text.count("keeping them") == 1
 
 
-def test_a_result_that_cannot_be_stored_is_an_error(store, monkeypatch):
-    monkeypatch.setattr("ray_peft.store.tracking.trial_run.PATIENCE_S", 0.5)
-    tracker, spec = TrialTracker(store, None, "small"), spec_of()
-    tracker.start(spec)
+def test_a_result_that_cannot_be_stored_waits_beside_its_trial(store, tmp_path):
+    tracker, spec = tracker_of(tmp_path, store, None), spec_of()
+    run_id = tracker.start(spec)
     sql(store, "ALTER TABLE metrics RENAME TO metrics_away")
-    with pytest.raises(TrackingError, match=f"cannot store the result of trial {spec.trial_id} .*no such table"):
-        tracker.record(result_of(spec))
+    row = tracker.record(result_of(spec, train_loss_final=1.5))
+    assert row.status == "finished"
+    assert "no such table" in row.untracked
+    assert client_of(store).get_run(run_id).info.status == "RUNNING"
+    sql(store, "ALTER TABLE metrics_away RENAME TO metrics")
+    assert send(store, tracker._folder).run_id == run_id
+    run = client_of(store).get_run(run_id)
+    assert (run.info.status, run.data.metrics["train_loss_final"]) == ("FINISHED", 1.5)

@@ -5,22 +5,20 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tracked import client_of, free_port, loaded_table, result_of, spec_of, wait_for
+from served import Wire
+from tracked import client_of, free_port, loaded_table, result_of, spec_of, tracker_of, wait_for
 
 from ray_peft.errors import TrackingError
 from ray_peft.metrics.scores import Scores
 from ray_peft.store.tracking import (
-    TrialTracker,
     default_uri,
     finish_sweep,
     load_spec,
@@ -45,11 +43,11 @@ outputs, plain = Path(sys.argv[1]), sys.argv[2]
 def write(writer):
     store = open_store(default_uri(outputs), "comparison", outputs / "artifacts")
     spec = TrialSpec.from_plain(json.loads(plain)).model_copy(update={"seed": writer})
-    tracker = TrialTracker(store, None, "small")
+    tracker = TrialTracker(store, None, "small", outputs / f"trial{writer}")
     tracker.start(spec)
     for step in range(50):
         tracker.log({"loss": float(step), "lr": 1.0}, step)
-        tracker._flush()
+        tracker._send(60.0)
     tracker.record(TrialResult(trial_id=spec.trial_id, status="finished", spec=spec))
 
 children = []
@@ -80,42 +78,6 @@ def test_three_processes_create_and_fill_one_database_without_loss(tmp_path):
     for run in runs:
         steps = sorted(point.step for point in client.get_metric_history(run.info.run_id, "loss"))
         assert steps == list(range(50))
-
-
-class Wire:
-    """A TCP connection to a server that can be cut and mended."""
-
-    def __init__(self, target: int) -> None:
-        self.target, self.port = target, free_port()
-        self.open: list[socket.socket] = []
-        self.mend()
-
-    def mend(self) -> None:
-        self.listener = socket.create_server(("127.0.0.1", self.port))
-        threading.Thread(target=self.accept, args=(self.listener,), daemon=True).start()
-
-    def cut(self) -> None:
-        for one in [self.listener, *self.open]:
-            with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
-        self.open.clear()
-
-    def accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):
-            while True:
-                near, _ = listener.accept()
-                far = socket.create_connection(("127.0.0.1", self.target))
-                self.open += [near, far]
-                for source, sink in [(near, far), (far, near)]:
-                    threading.Thread(target=self.pump, args=(source, sink), daemon=True).start()
-
-    def pump(self, source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-        with suppress(OSError):
-            sink.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
@@ -150,7 +112,7 @@ def test_a_trial_through_a_server_survives_an_outage(server_port, tmp_path, capl
     wire, spec = Wire(server_port), spec_of(seed=3)
     store = open_store(f"http://me:secret@127.0.0.1:{wire.port}", "comparison", None)
     parent = start_sweep(store, "small", tags={}, files={"space.yaml": "seed: 3\n"})
-    tracker = TrialTracker(store, parent, "small")
+    tracker = tracker_of(tmp_path, store, parent)
     run_id = tracker.start(spec)
     tracker.log({"loss": math.nan, "high": math.inf}, 0)
     wire.cut()

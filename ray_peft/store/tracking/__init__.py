@@ -5,23 +5,43 @@ package does not import mlflow.
 """
 
 from ray_peft.store.tracking.closed import is_closed
-from ray_peft.store.tracking.runs import RunStatus, close_orphan, fetch, finish_sweep, load_spec, start_sweep
-from ray_peft.store.tracking.store import Store, default_uri, open_store
+from ray_peft.store.tracking.runs import (
+    RunStatus,
+    close_if_open,
+    close_open,
+    fetch,
+    finish_sweep,
+    is_there,
+    load_spec,
+    move_below,
+    start_sweep,
+    store_of,
+)
+from ray_peft.store.tracking.sending import is_sent, send, sent_to
+from ray_peft.store.tracking.store import MissingError, Store, default_uri, open_store
 from ray_peft.store.tracking.trial_run import TrialTracker
 from ray_peft.store.tracking.ui import ui_command, ui_environment
 
 __all__ = [
+    "MissingError",
     "RunStatus",
     "Store",
     "TrialTracker",
-    "close_orphan",
+    "close_if_open",
+    "close_open",
     "default_uri",
     "fetch",
     "finish_sweep",
     "is_closed",
+    "is_sent",
+    "is_there",
     "load_spec",
+    "move_below",
     "open_store",
+    "send",
+    "sent_to",
     "start_sweep",
+    "store_of",
     "ui_command",
     "ui_environment",
 ]

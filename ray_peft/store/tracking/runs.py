@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Literal
 from ray_peft.errors import TrackingError, first_line
 from ray_peft.foundation.masking import mask, masked_keys
 from ray_peft.spec import TrialSpec
-from ray_peft.store.tracking.store import Store, connect, first_contact, insist, is_server
+from ray_peft.store.tracking.store import (
+    FIRST_CONTACT_S,
+    PATIENCE_S,
+    MissingError,
+    Store,
+    connect,
+    first_contact,
+    insist,
+    is_server,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,8 +58,89 @@ def start_sweep(store: Store, name: str, *, tags: Mapping[str, str], files: Mapp
     return run_id
 
 
+def is_there(store: Store, run_id: str) -> bool:
+    """True if a run exists and is not deleted.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    client = connect(store.uri)
+    try:
+        run = insist(store, f"read run {run_id}", partial(client.get_run, run_id))
+    except MissingError:
+        return False
+    return bool(run.info.lifecycle_stage == "active" and run.info.experiment_id == store.experiment_id)
+
+
+def close_open(store: Store, parent_run_id: str, why: str, but: Container[str]) -> int:
+    """Close runs below a sweep's run that nobody writes to any more, as KILLED; returns how many.
+
+    Args:
+        store: Where.
+        parent_run_id: The sweep's run.
+        why: The reason.
+        but: Ids of runs to leave open.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    client = connect(store.uri)
+    query = f"attributes.status = 'RUNNING' and tags.`mlflow.parentRunId` = '{parent_run_id}'"
+    search = partial(client.search_runs, [store.experiment_id], query, max_results=1000)
+    left = [run for run in insist(store, "find open runs", search) if run.info.run_id not in but]
+    for run in left:
+        close(client, store, run, "KILLED", why)
+    return len(left)
+
+
+def close_if_open(store: Store, run_id: str, why: str) -> None:
+    """Close a run as KILLED, if it is still open.
+
+    Raises:
+        TrackingError: the store does not answer, or has no such run.
+    """
+    client = connect(store.uri)
+    run = insist(store, f"read run {run_id}", partial(client.get_run, run_id))
+    if run.info.status == "RUNNING":
+        close(client, store, run, "KILLED", why)
+
+
+def move_below(store: Store, run_ids: Iterable[str], parent_run_id: str) -> None:
+    """Put runs, those of them that are there, below another run.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    client = connect(store.uri)
+    for run_id in run_ids:
+        if is_there(store, run_id):
+            move = partial(client.set_tag, run_id, "mlflow.parentRunId", parent_run_id)
+            insist(store, f"move run {run_id}", move)
+
+
+def store_of(uri: str, run_id: str) -> Store:
+    """The store and experiment that hold a run.
+
+    Raises:
+        TrackingError: the store does not answer, or has no such run.
+    """
+    if is_server(uri):
+        first_contact(uri)
+    until = time.monotonic() + FIRST_CONTACT_S
+    client = connect(uri, until)
+    run = insist(uri, f"read run {run_id}", partial(client.get_run, run_id), until)
+    found = insist(uri, "read its experiment", partial(client.get_experiment, run.info.experiment_id), until)
+    return Store(uri, str(found.experiment_id), found.name, str(found.artifact_location))
+
+
 def finish_sweep(
-    store: Store, run_id: str, status: RunStatus, *, metrics: Mapping[str, float], files: Mapping[str, Path]
+    store: Store,
+    run_id: str,
+    status: RunStatus,
+    *,
+    metrics: Mapping[str, float],
+    files: Mapping[str, Path],
+    patience_s: float = PATIENCE_S,
 ) -> None:
     """Store a sweep's summary and close its run.
 
@@ -60,29 +150,18 @@ def finish_sweep(
         status: How it ended.
         metrics: Numbers of the whole sweep.
         files: Artifact path -> a file, or a folder whose content goes there.
+        patience_s: How long all of it is tried while the store is away.
 
     Raises:
         TrackingError: a file is missing, or the store does not take it.
     """
-    client = connect(store.uri)
+    until = time.monotonic() + patience_s
+    client = connect(store.uri, until)
     log = partial(client.log_batch, run_id, metrics=points(metrics, 0))
-    insist(store, "store the sweep's metrics", log)
+    insist(store, "store the sweep's metrics", log, until)
     for artifact_path, path in files.items():
-        upload(client, store, run_id, path, artifact_path)
-    insist(store, "close the sweep", partial(client.set_terminated, run_id, status))
-
-
-def close_orphan(store: Store, parent_run_id: str | None, trial_id: str, status: RunStatus, reason: str) -> str | None:
-    """Close the open run of a trial whose worker died; returns its id, or None if no run is open.
-
-    Raises:
-        TrackingError: the store does not answer.
-    """
-    client = connect(store.uri)
-    runs = running(client, store, parent_run_id, trial_id, None)
-    for run in runs:
-        close(client, store, run, status, reason)
-    return str(runs[0].info.run_id) if runs else None
+        upload(client, store, run_id, path, artifact_path, until)
+    insist(store, "close the sweep", partial(client.set_terminated, run_id, status), until)
 
 
 def load_spec(uri: str, run_id: str) -> TrialSpec:
@@ -138,13 +217,31 @@ def fetch(uri: str, run_id: str, artifact: str, to: Path) -> Path:
     return Path(insist(uri, what, partial(client.download_artifacts, run_id, artifact, str(to))))
 
 
-def create_run(client: MlflowClient, store: Store, name: str, tags: Mapping[str, str]) -> str:
+def create_run(
+    client: MlflowClient,
+    store: Store,
+    name: str,
+    tags: Mapping[str, str],
+    *,
+    token: str | None = None,
+    again: bool = False,
+    until: float | None = None,
+) -> str:
     """Create one run, also if an answer of the store gets lost and the call is repeated; returns its id.
+
+    Args:
+        client: Of the store.
+        store: Where.
+        name: The run's.
+        tags: Its own.
+        token: By which the run is known if the call must be repeated; None makes one.
+        again: True if an earlier call with this token may have created it.
+        until: Last moment of a repetition, as for `insist`.
 
     Raises:
         TrackingError: the store does not take it.
     """
-    start, attempts = uuid.uuid4().hex, 0
+    start, attempts = token or uuid.uuid4().hex, int(again)
     all_tags = {tag.key: tag.value for tag in run_tags({**tags, "ray_peft.start": start})}
 
     def create() -> str:
@@ -155,11 +252,16 @@ def create_run(client: MlflowClient, store: Store, name: str, tags: Mapping[str,
                 return str(run.info.run_id)
         return str(client.create_run(store.experiment_id, tags=all_tags, run_name=name).info.run_id)
 
-    return insist(store, f"create run {name!r}", create)
+    return insist(store, f"create run {name!r}", create, until)
 
 
 def running(
-    client: MlflowClient, store: Store, parent_run_id: str | None, trial_id: str, sweep: str | None
+    client: MlflowClient,
+    store: Store,
+    parent_run_id: str | None,
+    trial_id: str,
+    sweep: str | None,
+    until: float | None = None,
 ) -> list[Run]:
     """The open runs of a trial, the newest first.
 
@@ -169,6 +271,7 @@ def running(
         parent_run_id: The sweep's run; None asks for runs without one.
         trial_id: The trial.
         sweep: Only runs with this sweep's name; None does not ask.
+        until: Last moment of a repetition, as for `insist`.
 
     Raises:
         TrackingError: the store does not answer.
@@ -177,7 +280,7 @@ def running(
     if parent_run_id is not None:
         query += f" and tags.`mlflow.parentRunId` = '{parent_run_id}'"
     search = partial(client.search_runs, [store.experiment_id], query, max_results=1000)
-    runs = insist(store, f"find runs of trial {trial_id}", search)
+    runs = insist(store, f"find runs of trial {trial_id}", search, until)
     return [
         run
         for run in runs
@@ -186,7 +289,9 @@ def running(
     ]
 
 
-def close(client: MlflowClient, store: Store, run: Run, status: RunStatus, why: str) -> None:
+def close(
+    client: MlflowClient, store: Store, run: Run, status: RunStatus, why: str, until: float | None = None
+) -> None:
     """End a run that its own process cannot end any more.
 
     Raises:
@@ -195,12 +300,14 @@ def close(client: MlflowClient, store: Store, run: Run, status: RunStatus, why: 
     run_id, what = run.info.run_id, f"close run {run.info.run_id}"
     state = {"FINISHED": "finished", "KILLED": "cancelled"}.get(status, "failed")
     tags = run_tags({"ray_peft.status": state, "ray_peft.error": first_line(why)})
-    insist(store, what, partial(client.log_batch, run_id, tags=tags))
-    insist(store, what, partial(client.log_text, run_id, mask(why), "error.txt"))
-    insist(store, what, partial(client.set_terminated, run_id, status))
+    insist(store, what, partial(client.log_batch, run_id, tags=tags), until)
+    insist(store, what, partial(client.log_text, run_id, mask(why), "error.txt"), until)
+    insist(store, what, partial(client.set_terminated, run_id, status), until)
 
 
-def upload(client: MlflowClient, store: Store, run_id: str, path: Path, artifact_path: str) -> None:
+def upload(
+    client: MlflowClient, store: Store, run_id: str, path: Path, artifact_path: str, until: float | None = None
+) -> None:
     """Store a file as `artifact_path`, or a folder's content in the artifact folder `artifact_path`.
 
     Raises:
@@ -208,7 +315,7 @@ def upload(client: MlflowClient, store: Store, run_id: str, path: Path, artifact
     """
     what = f"store {path}"
     if path.is_dir():
-        insist(store, what, partial(client.log_artifacts, run_id, str(path), artifact_path or None))
+        insist(store, what, partial(client.log_artifacts, run_id, str(path), artifact_path or None), until)
         return
     if not path.is_file():
         raise TrackingError(f"cannot store {path} as {artifact_path!r} in MLflow: no such file or folder")
@@ -216,14 +323,14 @@ def upload(client: MlflowClient, store: Store, run_id: str, path: Path, artifact
     with tempfile.TemporaryDirectory() as scratch:
         if name != path.name:
             path = Path(shutil.copy(path, Path(scratch) / name))
-        insist(store, what, partial(client.log_artifact, run_id, str(path), folder or None))
+        insist(store, what, partial(client.log_artifact, run_id, str(path), folder or None), until)
 
 
-def points(metrics: Mapping[str, float], step: int) -> list[Metric]:
-    """Metrics as MLflow takes them, of this moment; characters that it refuses in names become `_`."""
+def points(metrics: Mapping[str, float], step: int, at_ms: int | None = None) -> list[Metric]:
+    """Metrics as MLflow takes them, of a moment (None: of now); characters that it refuses in names become `_`."""
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
+    now = int(time.time() * 1000) if at_ms is None else at_ms
     return [Metric(_metric_name(name), float(value), now, int(step)) for name, value in metrics.items()]
 
 

@@ -58,6 +58,10 @@ _FINAL_CODES = {
 _CAUSE = re.compile(r"\[Errno -?\d+\] ([^'\")]+)|((?:Read|connect) timed? ?out)|\(sqlite3\.\w+\) (.+)")
 
 
+class MissingError(TrackingError):
+    """The store answers, and has no such run."""
+
+
 @dataclass(frozen=True, repr=False)
 class Store:
     """One experiment of one tracking store; travels to Ray workers. Its text hides the URI's credentials."""
@@ -106,8 +110,12 @@ def open_store(uri: str, experiment: str, artifact_root: Path | None) -> Store:
         raise TrackingError(f"cannot write the tracking store {path}: {error}; choose another folder") from None
 
 
-def connect(uri: str) -> MlflowClient:
+def connect(uri: str, until: float | None = None) -> MlflowClient:
     """A client of an existing store.
+
+    Args:
+        uri: Of the store.
+        until: Last moment of a repetition, as for `insist`.
 
     Raises:
         TrackingError: the SQLite file does not exist on this machine, is of another version of MLflow, or cannot be
@@ -126,7 +134,7 @@ def connect(uri: str) -> MlflowClient:
     _quiet_mlflow()
     from mlflow import MlflowClient
 
-    return insist(uri, "open it", partial(MlflowClient, tracking_uri=uri))
+    return insist(uri, "open it", partial(MlflowClient, tracking_uri=uri), until)
 
 
 def insist(store: Store | str, what: str, call: Callable[[], T], until: float | None = None) -> T:
@@ -151,7 +159,8 @@ def insist(store: Store | str, what: str, call: Callable[[], T], until: float | 
                 raise TrackingError(_other_schema(mask(store if isinstance(store, str) else store.uri))) from None
             if _is_final(error) or time.monotonic() + pause > until:
                 where = mask(store) if isinstance(store, str) else repr(store)
-                raise TrackingError(
+                missing = getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
+                raise (MissingError if missing else TrackingError)(
                     f"cannot {what} in the tracking store ({where}): {reason(error)}. "
                     "Check that the store is there, may be written and has space left"
                 ) from None

@@ -14,7 +14,7 @@ from cramped import holds
 from ray_peft.errors import DataError, SpecError
 from ray_peft.metrics.scores import Scores
 from ray_peft.spec import TrialSpec
-from ray_peft.store.tracking.trial_run import final_metrics
+from ray_peft.store.tracking.rows import final_metrics
 from ray_peft.tasks.base import MemberModel, Scored
 from ray_peft.tasks.llm_sft import benchmarks
 from ray_peft.tasks.llm_sft.task import LlmSft
@@ -97,9 +97,10 @@ class Kept:
 
     def record(self, result):
         self.result = result
+        return result
 
     def log(self, metrics, step): ...
-    def artifact(self, path, folder): ...
+    def artifact(self, path, folder, *, remove=False): ...
     def table(self, rows, artifact_file): ...
 
 

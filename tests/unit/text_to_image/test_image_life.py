@@ -12,7 +12,7 @@ import tiny_pipeline_eval as tiny
 from ray_peft.engine.trained import Trained
 from ray_peft.errors import TrialFailed
 from ray_peft.metrics.scores import Scores
-from ray_peft.store.tracking.trial_run import final_metrics
+from ray_peft.store.tracking.rows import final_metrics
 from ray_peft.tasks.base import GeneratedImage, Scored
 from ray_peft.trial.life import Life, Place, evaluate
 from ray_peft.trial.stages import train_all
@@ -54,7 +54,7 @@ class Kept:
     def __init__(self):
         self.artifacts, self.tables = [], []
 
-    def artifact(self, path, folder):
+    def artifact(self, path, folder, *, remove=False):
         assert path.exists()
         self.artifacts.append((path.name, folder))
 
