@@ -56,8 +56,14 @@ def may_drop(model: nn.Module) -> bool:
 class RowDropout:
     """Takes the place of torch's dropout in one model while it trains."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, *, predicts: bool = False) -> None:
+        """Nothing is installed yet.
+
+        Args:
+            model: what will train.
+            predicts: on shapes alone, leave to torch what cannot belong to rows; else that is an error.
+        """
+        self._model, self._predicts = model, predicts
         self._keys: Tensor | None = None
         self._positions: Tensor | None = None
         self._frames: list[_Frame] = []
@@ -135,8 +141,10 @@ class RowDropout:
         if p == 0:
             return input
         self.calls += 1
-        keys, columns = self._of(tuple(input.shape))
-        return keyed_dropout(input, p, keys, layer, columns, dtype=self._dtype(input))
+        keyed = self._of(tuple(input.shape))
+        if keyed is None:
+            return self._stock(input, p, training, inplace)
+        return keyed_dropout(input, p, keyed[0], layer, keyed[1], dtype=self._dtype(input))
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """Of what is dropped: that of the product that it goes into, so that nothing larger is written."""
@@ -153,20 +161,22 @@ class RowDropout:
     ) -> Tensor:  # fmt: skip
         from ray_peft.engine.dropped_attention import dropped_attention
 
-        if dropout_p == 0 or not self._frames or self._keys is None:
+        keyed = None
+        if dropout_p > 0 and self._frames and self._keys is not None:
+            keyed = self._of((*query.shape[:-1], key.shape[-2]))
+        if keyed is None:
             return self._stock_attention(
                 query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
                 enable_gqa=enable_gqa,
             )  # fmt: skip
         self.calls += 1
-        keys, columns = self._of((*query.shape[:-1], key.shape[-2]))
         return dropped_attention(
-            query, key, value, attn_mask, p=dropout_p, is_causal=is_causal, scale=scale, keys=keys, columns=columns,
-            layer=self._layer(),
+            query, key, value, attn_mask, p=dropout_p, is_causal=is_causal, scale=scale, keys=keyed[0],
+            columns=keyed[1], layer=self._layer(),
         )  # fmt: skip
 
-    def _of(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-        """Keys, and numbers of columns, for numbers of such a shape.
+    def _of(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None] | None:
+        """Keys, and numbers of columns, for numbers of such a shape; a prediction gets None where there are none.
 
         Raises:
             UnkeyedDropout: they are laid out in another way than rows or tokens.
@@ -188,6 +198,8 @@ class RowDropout:
                 return keys, None
             if shape[0] == lanes * tokens:
                 return keys.reshape(-1), None
+        if self._predicts:
+            return None
         raise UnkeyedDropout(f"a layer drops numbers of shape {shape}, of which no row is known")
 
 

@@ -19,6 +19,7 @@ from ray_peft.methods.base import Quantization
 
 FLOAT = torch.float32
 _ATTENTION = torch._C._nn.scaled_dot_product_attention  # noqa: SLF001 - F's own may be another while a model trains
+_DROPOUT = F.dropout
 _IN_LOW = {
     F.linear, F.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm, torch.baddbmm,
     torch.addmm, torch.einsum, torch.addbmm, torch.chain_matmul, F.conv1d, F.conv3d, F.bilinear, Tensor.__rmatmul__,
@@ -57,7 +58,7 @@ class Autocast(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is _ATTENTION:
             return self._attention(*args, **kwargs)
-        if function is F.dropout:
+        if function is _DROPOUT:
             return _dropout(*args, **kwargs)
         if function is torch._grouped_mm and args[0].dtype != torch.bfloat16:  # noqa: SLF001 - what F.grouped_mm calls
             return _GroupedMM.apply(args[0], args[1])  # type: ignore[no-untyped-call]

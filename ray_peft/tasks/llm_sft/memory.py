@@ -118,7 +118,7 @@ def components(
             model = cast("PreTrainedModel", stage.attach(model))
         model.train()
         by_rows = spec.train.engine == "own" and may_drop(model)
-        dropout = RowDropout(model) if by_rows else None
+        dropout = RowDropout(model, predicts=True) if by_rows else None
         if spec.train.gradient_checkpointing:
             contexts = recomputing(torch.bfloat16 if autocast else None, None if dropout is None else dropout.contexts)
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})  # type: ignore[no-untyped-call]

@@ -115,7 +115,7 @@ def components(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Counter
         channels, width = unet.config.in_channels, unet.config.cross_attention_dim
         with during(ATTACH):
             model: Any = attached(spec, stage, unet).train()
-        dropout = RowDropout(model) if may_drop(model) else None
+        dropout = RowDropout(model, predicts=True) if may_drop(model) else None
         contexts = recomputing(torch.bfloat16 if autocast else None, None if dropout is None else dropout.contexts)
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         spare_activations(spec, unwrapped(model), again)

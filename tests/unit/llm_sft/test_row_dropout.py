@@ -236,6 +236,21 @@ def test_what_cannot_drop_by_the_row_says_why():
     assert tried(model) == (None, "it leaves out whole layers at random (layerdrop 0.1)")
 
 
+def test_a_prediction_leaves_to_torch_what_cannot_belong_to_rows():
+    from ray_peft.engine.row_dropout import UnkeyedDropout
+
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5)).train()
+    for predicts in (True, False):
+        dropout = RowDropout(model, predicts=predicts)
+        with dropout.installed():
+            dropout.begin(torch.zeros(2, 3, dtype=torch.int64))
+            if predicts:
+                assert model(torch.ones(7, 5, device="meta")).shape == (7, 5)
+            else:
+                with pytest.raises(UnkeyedDropout, match=r"\(7, 5\)"):
+                    model(torch.ones(7, 5))
+
+
 @pytest.mark.parametrize("mask", ["none", "causal", "boolean", "added"])
 def test_dropped_attention_is_that_of_plain_products(mask):
     from ray_peft.engine.dropped_attention import dropped_attention
