@@ -45,7 +45,9 @@ class Case:
     @property
     def name(self) -> str:
         recomputed = ", checkpointing" if self.checkpointing else ""
-        return f"{self.model} {self.method['name']}, {self.batch} rows a step, {self.tokens} tokens{recomputed}"
+        dropped = f", dropout {self.method['dropout']:g}" if self.method.get("dropout") else ""
+        size = f"{self.batch} rows a step, {self.tokens} tokens"
+        return f"{self.model} {self.method['name']}, {size}{recomputed}{dropped}"
 
 
 LORA, QLORA = {"name": "lora", "rank": 16}, {"name": "qlora", "rank": 16}
@@ -60,6 +62,8 @@ CASES = [
     Case("gemma-3-1b-it", LORA, 1, 1, 512),
     Case("smollm2-135m", LORA, 16, 16, 512),
     Case("smollm2-135m", FULL, 16, 16, 512),
+    Case("gemma-3-1b-it", LORA | {"dropout": 0.05}, 8, 8, 512),
+    Case("gemma-3-1b-it", LORA | {"dropout": 0.05}, 8, 8, 512, checkpointing=True),
 ]
 STOCK_MICRO = {8: 1, 16: 4, 1: 1}
 """Rows of a pass in the studies' own settings."""

@@ -27,9 +27,8 @@ class Engine(Generic[PartT]):
     """Trains members on one base: in each round, every member does one optimizer step.
 
     Where memory runs out in a pass, the round is done again from its first row, with half as many rows a pass: each
-    pass's loss is its share of the step's, so batch, order, losses and updates stay what they are. With dropout, the
-    draws from there on are others. Workers cannot do so (the others would wait for the further passes), nor can a
-    stage that updates weights in the backward pass.
+    pass's loss is its share of the step's, so batch, order, losses and updates stay what they are. Workers cannot do so
+    (the others would wait for the further passes), nor can a stage that updates weights in the backward pass.
     """
 
     def __init__(

@@ -52,8 +52,8 @@ class TrainSpec(Strict):
     batch_size: int = Field(default=16, ge=1)
     """Rows per optimizer step, over all workers and accumulated passes."""
     micro_batch_size: int = Field(default=1, ge=1)
-    """Rows per worker per forward pass; halved where memory runs out. With `precision: fp32` it changes nothing but the
-    draws of dropout; with bf16 sums are rounded otherwise, and losses differ in their last digits."""
+    """Rows per worker per forward pass; halved where memory runs out. With `precision: fp32` it changes nothing; with
+    bf16 sums are rounded otherwise, and losses differ in their last digits."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """The learning rate after warm-up; cosine and linear end at zero."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -284,10 +284,10 @@ class TrialSpec(Strict):
                     "NaN; bfloat16 has the range of float32 (NVIDIA GPUs from Ampere on)"
                 )
         stages = self.method.stages(ENOUGH_STEPS)
-        if self.train.fit == "auto" and any(getattr(stage, "dropout", 0) for stage, _ in stages):
+        if self.train.fit == "auto" and self.drops_by_pass():
             cautions.append(
-                f"{self.method.name}: fit: auto chooses the rows of a pass by the GPU, and the draws of dropout depend "
-                "on them: on another GPU the trial is as good, but not equal"
+                f"{self.method.name}: fit: auto chooses the rows of a pass by the GPU, and with train.engine: trl the "
+                "draws of dropout depend on them: on another GPU the trial is as good, but not equal"
             )
         if self.train.fit == "auto" and self.train.precision == "bf16" and stages:
             cautions.append(
@@ -296,6 +296,12 @@ class TrialSpec(Strict):
                 "they do not"
             )
         return cautions
+
+    def drops_by_pass(self) -> bool:
+        """Whether the masks of an adapter's dropout depend on the rows of a pass: those of TRL's loop do."""
+        stages = self.method.stages(ENOUGH_STEPS)
+        by_trl = getattr(self.train, "engine", "own") == "trl"
+        return by_trl and any(getattr(stage, "dropout", 0) for stage, _ in stages)
 
     def _local_paths(self, plain: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
         """Where the task's own part of the plain spec holds names that may be local paths."""

@@ -135,8 +135,8 @@ CHANGES_NO_RESULT: dict[str, frozenset[str]] = {
     "DataSpec": frozenset({"unusable"}),
 }
 """What decides where a trial runs, what it may do, and how much of it is shown. Rows of a pass and recomputed
-activations stay part of the identity: they change rounding in bfloat16, draws of dropout, and the memory that is
-compared. `fit` comes back for trials with dropout, whose draws depend on the rows that it chooses."""
+activations stay part of the identity: they change rounding in bfloat16, and the memory that is compared. `fit` comes
+back for trials with dropout in TRL's loop, whose draws depend on the rows that it chooses."""
 
 NAMES: dict[str, frozenset[str]] = {
     "ModelSpec": frozenset({"name", "revision", "tokenizer"}),

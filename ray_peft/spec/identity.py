@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import PydanticUndefined
 
 from ray_peft.foundation.strict import Strict
-from ray_peft.methods.base import ENOUGH_STEPS
 from ray_peft.spec.defaults import CHANGES_NO_RESULT, DEFAULTS, IDENTITY_VERSION, NAMES
 
 if TYPE_CHECKING:
@@ -47,8 +46,7 @@ def differing(value: Strict) -> dict[str, Any]:
 def settings(spec: TrialSpec) -> dict[str, Any]:
     """The settings that decide a trial's result, apart from those of its data, which are part of its content."""
     decisive = {name: plain for name, plain in differing(spec).items() if name != "data"}
-    stages = spec.method.stages(ENOUGH_STEPS)
-    if spec.train.fit is not None and any(getattr(stage, "dropout", 0) for stage, _ in stages):
+    if spec.train.fit is not None and spec.drops_by_pass():
         decisive.setdefault("train", {})["fit"] = spec.train.fit
     return decisive
 

@@ -96,7 +96,7 @@ class LlmTrainSpec(TrainSpec):
 
     engine: Literal["own", "trl"] = "own"
     """What runs the steps: our own loop, or TRL's SFTTrainer, whose numbers it has; the latter neither goes on with
-    fewer rows a pass where memory runs out, nor records passes."""
+    fewer rows a pass where memory runs out, nor records passes, and its dropout depends on the rows of a pass."""
     cuda_graphs: bool = True
     """On a GPU, lay the rows of a step one after the other into few static shapes and record each as a CUDA graph: the
     same numbers but for rounding, without waiting for the host. Models that cannot are trained as they are. Answers and

@@ -75,7 +75,7 @@ class ImageTrainSpec(TrainSpec):
     """Decay of an exponential moving average of what is trained, which is then scored and saved; None keeps none."""
     cuda_graphs: bool = True
     """On a GPU, record the passes of the first step once and replay them: the same mathematics without the host's
-    time. Not used with dropout under gradient checkpointing."""
+    time."""
 
 
 class ImageEvaluationSpec(Strict):

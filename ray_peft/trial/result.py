@@ -105,10 +105,10 @@ class TrialResult(Measured):
     """Of an ensemble, the weight of each member by its trial id; they add up to one."""
     chosen: dict[str, int | bool] = {}
     """Settings that `train.fit: auto` chose for the GPU at hand, by key. In fp32 no number of the trial depends on
-    them, but for the draws of dropout; in bf16 the last digits do."""
+    them; in bf16 the last digits do."""
     lowered: dict[str, int] = {}
-    """Settings that memory forced down while it ran, by key. In fp32 no number of the trial depends on them, but for
-    the draws of dropout; in bf16 the last digits do, and an answer may turn at a near tie of two tokens."""
+    """Settings that memory forced down while it ran, by key. In fp32 no number of the trial depends on them;
+    in bf16 the last digits do, and an answer may turn at a near tie of two tokens."""
     predicted: dict[str, float] = {}
     """Peak memory as predicted before it ran [GiB]: peak_allocated_gib, peak_reserved_gib, and its components."""
     trainable_parameters: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from ray_peft.methods.base import Quantization
 
 FLOAT = torch.float32
+_ATTENTION = torch._C._nn.scaled_dot_product_attention  # noqa: SLF001 - F's own may be another while a model trains
+_DROPOUT = F.dropout
 _IN_LOW = {
     F.linear, F.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm, torch.baddbmm,
     torch.addmm, torch.einsum, torch.addbmm, torch.chain_matmul, F.conv1d, F.conv3d, F.bilinear, Tensor.__rmatmul__,
@@ -33,7 +35,10 @@ GELU of GPT-2 cubes its input, and what follows stays in float32."""
 
 
 class Autocast(TorchFunctionMode):
-    """CUDA's autocast, scaled dot product attention and dropout, which the meta device does not have."""
+    """CUDA's autocast, scaled dot product attention and dropout, which the meta device does not have.
+
+    Dropout by the row (engine/row_dropout.py) is none of torch's functions, and runs on shapes as it is.
+    """
 
     disabled: ClassVar[int] = 0
     """Regions of `torch.autocast(..., enabled=False)` that the code is in."""
@@ -51,9 +56,9 @@ class Autocast(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `function` as CUDA would."""
         kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
+        if function is _ATTENTION:
             return self._attention(*args, **kwargs)
-        if function is F.dropout:
+        if function is _DROPOUT:
             return _dropout(*args, **kwargs)
         if function is torch._grouped_mm and args[0].dtype != torch.bfloat16:  # noqa: SLF001 - what F.grouped_mm calls
             return _GroupedMM.apply(args[0], args[1])  # type: ignore[no-untyped-call]
@@ -80,6 +85,26 @@ class Autocast(TorchFunctionMode):
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # the kernels add a bias
         return _Attention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+
+
+def recomputing(dtype: torch.dtype | None, contexts: Callable[[], tuple[Any, Any]] | None = None) -> Callable[[], Any]:
+    """For torch's `checkpoint(context_fn=...)`: a backward pass runs without the modes of the forward pass.
+
+    Args:
+        dtype: as `Autocast` takes it.
+        contexts: what else is entered, in the forward pass and when it is computed again.
+    """
+
+    @contextlib.contextmanager
+    def again(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+        with Autocast(dtype), context:
+            yield
+
+    def both() -> tuple[Any, Any]:
+        first, second = contexts() if contexts is not None else (contextlib.nullcontext(), contextlib.nullcontext())
+        return first, again(second)
+
+    return both
 
 
 class _Region(contextlib.AbstractContextManager[None]):

@@ -51,9 +51,16 @@ def test_recorded_passes_give_the_losses_of_plain_ones(exact, tiny_painter, pain
     assert recorded == pytest.approx(plain, rel=1e-4)
 
 
+@pytest.mark.parametrize("changes", [{"train__gradient_checkpointing": True}, {"train__micro_batch_size": 1}])
+def test_recorded_passes_drop_as_plain_ones_do(exact, tiny_painter, paintings, tmp_path, changes):
+    method = LORA | {"dropout": 0.5}
+    _, plain, _ = trained(tiny_painter, paintings, tmp_path / "a", method, train__cuda_graphs=False)
+    _, recorded, _ = trained(tiny_painter, paintings, tmp_path / "b", method, **changes)
+    assert recorded == pytest.approx(plain, rel=1e-4)
+
+
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_a_resumed_trial_draws_the_same_dropout(exact, tiny_painter, paintings, tmp_path, cuda_graphs):
-    """The first pass of a resumed trial runs unrecorded, which draws as a recorded one does."""
     changes = {"train__checkpoint_every": 4, "train__cuda_graphs": cuda_graphs}
     method = LORA | {"dropout": 0.5}
     _, whole, _ = trained(tiny_painter, paintings, tmp_path, method, **changes)

@@ -123,12 +123,14 @@ def test_what_can_change_a_result_is(changes):
     assert named(**changes).trial_id != named().trial_id
 
 
-def test_the_rows_that_fit_chooses_decide_the_draws_of_dropout():
+@pytest.mark.parametrize(("engine", "same"), [("own", True), ("trl", False)])
+def test_the_rows_that_fit_chooses_decide_the_draws_of_dropout_in_trl_s_loop_alone(engine, same):
     dropout = {"name": "lora", "rank": 4, "dropout": 0.1}
     one, other = (
-        TrialSpec.from_plain(tiny.plain_spec("m/m", "d/d", dropout, train__fit=fit)) for fit in (None, "auto")
+        TrialSpec.from_plain(tiny.plain_spec("m/m", "d/d", dropout, train__fit=fit, train__engine=engine))
+        for fit in (None, "auto")
     )
-    assert one.trial_id != other.trial_id
+    assert (one.trial_id == other.trial_id) == same
 
 
 def test_a_new_setting_leaves_every_id_as_it_is():

@@ -183,6 +183,10 @@ def test_fit_auto_is_cautioned_where_another_gpu_would_give_other_digits():
     assert "on another GPU losses differ in their last digits, in fp32 they do not" in caution
     assert spec({"name": "lora"}, train__fit="auto", train__precision="fp32").cautions() == []
     assert spec({"name": "none"}, train__fit="auto", train__precision="bf16").cautions() == []
+    dropout = {"name": "lora", "dropout": 0.1}
+    assert spec(dropout, train__fit="auto", train__precision="fp32").cautions() == []
+    (caution,) = spec(dropout, train__fit="auto", train__precision="fp32", train__engine="trl").cautions()
+    assert "with train.engine: trl the draws of dropout depend on them" in caution
 
 
 def test_what_happens_to_unusable_rows_is_no_other_trial():

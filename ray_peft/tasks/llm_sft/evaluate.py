@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.engine.recovery import in_parts
 from ray_peft.spec import LlmTrialSpec
@@ -17,7 +17,7 @@ from ray_peft.tasks.llm_sft.packed_scores import Row, packed_log_probs, packs
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
     from ray_peft.tasks.llm_sft.continuous import Voice
@@ -215,6 +215,7 @@ def inference(spec: LlmTrialSpec, model: PreTrainedModel) -> Iterator[None]:
     from ray_peft.tasks.llm_sft.routers import switched_off
 
     was_training = model.training
+    ways = {part: part._gradient_checkpointing_func for part in model.modules() if _checkpoints(part)}
     checkpointing = getattr(model, "is_gradient_checkpointing", False)
     model.eval()  # type: ignore[no-untyped-call]
     if checkpointing:
@@ -226,7 +227,13 @@ def inference(spec: LlmTrialSpec, model: PreTrainedModel) -> Iterator[None]:
     finally:
         if checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
+            for part, way in ways.items():  # as training has set it
+                cast(Any, part)._gradient_checkpointing_func = way
         model.train(was_training)
+
+
+def _checkpoints(part: nn.Module) -> bool:
+    return getattr(part, "_gradient_checkpointing_func", None) is not None
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, side: str) -> Tensor:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ray_peft.engine.row_dropout import RowDropout
+
 
 class TextLoss(Computation[TextPart]):
     """The negative log-likelihood of the tokens with loss, over their number in the whole step.
@@ -22,16 +24,18 @@ class TextLoss(Computation[TextPart]):
     A mixture of experts adds the loss that balances its experts, weighed as its config says, a mean over its passes.
     """
 
-    def __init__(self, spec: LlmTrialSpec, model: Any, pad: int) -> None:
+    def __init__(self, spec: LlmTrialSpec, model: Any, pad: int, dropout: RowDropout | None = None) -> None:
         """Look at the model.
 
         Args:
             spec: says in which precision products are computed.
             model: with TRL's fused head (model.py), adapted or not.
             pad: the padding token.
+            dropout: what rows drop; None where nothing does, or where torch draws it.
         """
         from ray_peft.tasks.llm_sft.head import head_settings
 
+        self._dropout = dropout
         self._model, self._pad = model, pad
         self._autocasts = spec.train.precision == "bf16"
         config = model.config.get_text_config()
@@ -45,15 +49,24 @@ class TextLoss(Computation[TextPart]):
         return self._balance > 0
 
     def inputs(self, part: TextPart) -> Sequence[Tensor]:
-        """ids, attention mask and labels (row, longest) int64; tokens with loss and passes of the step () float32."""
+        """ids, attention mask and labels (row, longest) int64; tokens with loss and passes of the step () float32.
+
+        With dropout by the row also the keys of tokens (row, longest) int64.
+        """
         import torch
 
+        from ray_peft.engine.keyed_dropout import placed
+
+        keys = []
+        if self._dropout is not None:
+            keys = [placed(torch.tensor(part.keys)[:, None], torch.arange(max(map(len, part.ids)))[None])]
         return [
             padded(part.ids, self._pad, "right"),
             padded([[1] * len(row) for row in part.ids], 0, "right"),
             padded(part.labels, IGNORED, "right"),
             torch.tensor(float(max(part.loss_tokens, 1))),
             torch.tensor(float(part.passes)),
+            *keys,
         ]
 
     def loss(self, *inputs: Tensor) -> Tensor:
@@ -62,7 +75,9 @@ class TextLoss(Computation[TextPart]):
 
         from ray_peft.tasks.llm_sft.head import adds_in_place
 
-        ids, mask, labels, loss_tokens, passes = inputs
+        ids, mask, labels, loss_tokens, passes, *keys = inputs
+        if self._dropout is not None:
+            self._dropout.begin(keys[0])
         if not self._balance and adds_in_place(self._model):
             return -self._log_probs_in_place(ids, mask, labels).sum() / loss_tokens
         given: dict[str, Any] = {"output_router_logits": True} if self._balance else {}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ray_peft.engine.row_dropout import CODE as DROPOUT
 from ray_peft.methods.base import ENOUGH_STEPS, Stage
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.vram.cards import ANY, Gpu
@@ -27,10 +28,11 @@ _LIKE_SDPA = ("flex_attention", "flash_attention_2")
 FIXED_TOKENS = 700
 """What a recorded pass takes whatever its tokens, in the time of so many tokens (Gemma-3-1B: 650 to 850)."""
 
-CODE = tuple(Path(__file__).with_name(name) for name in (
+_FILES = (
     "memory.py", "evaluate.py", "targets.py", "head.py", "continuous.py", "decodable.py", "lane_cache.py", "lanes.py",
     "masks.py",
-))  # fmt: skip
+)  # fmt: skip
+CODE = (*(Path(__file__).with_name(name) for name in _FILES), *DROPOUT)
 """What of this task predictions run or read; those kept on disk are of this code."""
 
 
@@ -93,7 +95,8 @@ def predict(
 def _step(spec: LlmTrialSpec, stage: Stage, shape: ModelShape, longest: int, padded: bool) -> Counter[str]:
     """Components at the peak of a step of one stage."""
     train = spec.train
-    settings = [train.micro_batch_size, spec.accumulation > 1, train.gradient_checkpointing, train.precision, padded]
+    settings: list[Any] = [train.micro_batch_size, spec.accumulation > 1, train.gradient_checkpointing]
+    settings += [train.precision, padded, *(["trl"] if train.engine == "trl" else [])]
 
     def compute() -> Counter[str]:
         return components(spec, stage, shape, longest_tokens=longest, padded=padded)
@@ -118,8 +121,9 @@ def components(
     """Bytes by kind at the peak of a step of `stage` with rows of `longest_tokens`."""
     import torch
 
+    from ray_peft.engine.row_dropout import RowDropout, may_drop
     from ray_peft.tasks.llm_sft.head import adds_in_place, head_settings, log_probs
-    from ray_peft.vram.stand_ins import Autocast, on_meta
+    from ray_peft.vram.stand_ins import on_meta, recomputing
     from ray_peft.vram.step import Conditions
     from ray_peft.vram.step import components as of_step
 
@@ -129,12 +133,11 @@ def components(
         with during(ATTACH):
             model = cast("PreTrainedModel", stage.attach(model))
         model.train()
+        by_rows = spec.train.engine == "own" and may_drop(model)
+        dropout = RowDropout(model, predicts=True) if by_rows else None
         if spec.train.gradient_checkpointing:
-            dtype = torch.bfloat16 if autocast else None
-            # A backward pass runs without the modes of the forward pass: the recomputation brings its own.
-            model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
-                {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), Autocast(dtype))}
-            )
+            contexts = recomputing(torch.bfloat16 if autocast else None, None if dropout is None else dropout.contexts)
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})  # type: ignore[no-untyped-call]
             if not stage.needs_full_weights:
                 model.enable_input_require_grads()  # type: ignore[no-untyped-call]
         ids = torch.ones(spec.train.micro_batch_size, longest_tokens, dtype=torch.long, device="meta")
@@ -142,6 +145,8 @@ def components(
         in_place, head = adds_in_place(model), head_settings(model.config.get_text_config())
 
         def loss() -> Tensor:
+            if dropout is not None:
+                dropout.begin(torch.empty_like(ids))
             if in_place:
                 hidden = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
                 layer: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -154,7 +159,7 @@ def components(
 
         recorded = keeps_gradients(spec, stage)
         given = Conditions(autocast=autocast, accumulates=spec.accumulation > 1 or recorded, padded=padded or recorded)
-        with during(STEP):
+        with during(STEP), contextlib.nullcontext() if dropout is None else dropout.installed():
             return of_step(model, stage, loss, given)
 
 

@@ -53,7 +53,7 @@ class Pack(Crew):
         """Train them all."""
         spec, job = self._benches[0].spec, self._waiting[0][1]
         if any(bench.spec.train.gradient_checkpointing for bench in self._benches):
-            train.recompute_activations(self._base, random=False)
+            train.recompute_activations(self._base, None, random=False)
         recorded = job.device.startswith("cuda") and spec.train.cuda_graphs
         members = [self._member(slot) for slot in range(self._places)]
         computation = LossTogether(spec, self._base, self._slots)
@@ -108,7 +108,7 @@ class Pack(Crew):
             finally:
                 bench.model = unwrapped(bench.model)
                 if self._benches[0].spec.train.gradient_checkpointing:  # an evaluation has set its own way
-                    train.recompute_activations(self._base, random=False)
+                    train.recompute_activations(self._base, None, random=False)
 
     def evaluation(self, bench: LlmBench) -> Callable[[], float]:
         """Measures the held-out loss of a bench's member while it trains."""

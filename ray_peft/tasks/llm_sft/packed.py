@@ -16,6 +16,8 @@ from ray_peft.tasks.llm_sft.steps import TextRows
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ray_peft.engine.row_dropout import RowDropout
+
 
 @dataclass(frozen=True)
 class PackedPart:
@@ -30,6 +32,8 @@ class PackedPart:
     """Share of the places that are scored, unless more carry loss."""
     members: Sequence[int] = ()
     """The place of each lane's member, where there are several."""
+    keys: Sequence[Sequence[int]] = ()
+    """What the dropout of the rows of each lane is drawn from, where anything drops."""
 
 
 class PackedRows(Rows[PackedPart]):
@@ -45,18 +49,19 @@ class PackedRows(Rows[PackedPart]):
     def parts(self, step: int, share: Share, rows: int) -> list[PackedPart]:
         """A worker's rows of a step, in passes of no more tokens than `rows` of the longest rows have."""
         own = [
-            (ids, labels)
+            (ids, labels, key)
             for part in self._rows.parts(step, share, self._rows.micro_batch)
-            for ids, labels in zip(part.ids, part.labels, strict=True)
+            for ids, labels, key in zip(part.ids, part.labels, part.keys, strict=True)
         ]
         loss_tokens, most = self._rows.loss_tokens(step), rows * self._largest
-        laid = [reused(one, self._used, most) for one in lay_out([len(ids) for ids, _ in own], most, self._largest)]
+        laid = [reused(one, self._used, most) for one in lay_out([len(ids) for ids, *_ in own], most, self._largest)]
         return [
             PackedPart(
                 one.bucket,
-                [[own[row] for row in lane] for lane in one.lanes],
+                [[own[row][:2] for row in lane] for lane in one.lanes],
                 [loss_tokens] * len(one.lanes),
                 self._scored,
+                keys=[[own[row][2] for row in lane] for lane in one.lanes],
             )
             for one in laid
         ]
@@ -90,10 +95,14 @@ class PackedLoss(Computation[PackedPart]):
 
     keeps_gradients = True
 
-    def __init__(self, spec: LlmTrialSpec, model: Any) -> None:
-        """Look at the model: with or without PEFT's wrapper, its causal language model's body and head."""
+    def __init__(self, spec: LlmTrialSpec, model: Any, dropout: RowDropout | None = None) -> None:
+        """Look at the model: with or without PEFT's wrapper, its causal language model's body and head.
+
+        `dropout` is what rows drop; None where nothing does, or where torch draws it.
+        """
         from ray_peft.tasks.llm_sft.head import head_settings
 
+        self._dropout = dropout
         self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._autocasts = spec.train.precision == "bf16"
         config = self._model.config.get_text_config()
@@ -105,13 +114,15 @@ class PackedLoss(Computation[PackedPart]):
 
         ids, positions and document numbers (lanes, capacity) int64, of which document 0 is empty; the places that carry
         loss in the flattened lanes, their targets (places,) int64 and weights (places,) float32. There are as many
-        places as `scored` says, or as tokens.
+        places as `scored` says, or as tokens. With dropout by the row also the keys of tokens (lanes, capacity) int64.
         """
         import torch
 
+        from ray_peft.engine.keyed_dropout import placed
+
         lanes, capacity = part.bucket.lanes, part.bucket.capacity
         ids = torch.zeros(lanes, capacity, dtype=torch.int64)
-        positions, documents = torch.zeros_like(ids), torch.zeros_like(ids)
+        positions, documents, keys = torch.zeros_like(ids), torch.zeros_like(ids), torch.zeros_like(ids)
         places: list[int] = []
         targets: list[int] = []
         weights: list[float] = []
@@ -122,6 +133,7 @@ class PackedLoss(Computation[PackedPart]):
                 ids[lane, begin:end] = torch.tensor(row)
                 positions[lane, begin:end] = torch.arange(len(row))
                 documents[lane, begin:end] = number
+                keys[lane, begin:end] = part.keys[lane][number - 1] if part.keys else 0
                 scored = [place for place in range(1, len(row)) if labels[place] != IGNORED]
                 places += [lane * capacity + begin + place - 1 for place in scored]
                 targets += [labels[place] for place in scored]
@@ -136,6 +148,7 @@ class PackedLoss(Computation[PackedPart]):
             torch.tensor(places + [0] * fill),
             torch.tensor(targets + [0] * fill),
             torch.tensor(weights + [0.0] * fill),
+            *([placed(keys, positions)] if self._dropout is not None else []),
         ]
 
     def loss(self, *inputs: Tensor) -> Tensor:
@@ -144,8 +157,10 @@ class PackedLoss(Computation[PackedPart]):
 
     def _losses(self, *inputs: Tensor) -> Tensor:
         """What each place (places,) adds to the loss of its step."""
-        *tokens, weights = inputs
-        shares: Tensor = self.log_probs(*tokens) * -weights
+        ids, positions, documents, places, targets, weights, *keys = inputs
+        if self._dropout is not None:
+            self._dropout.begin(keys[0], positions)
+        shares: Tensor = self.log_probs(ids, positions, documents, places, targets) * -weights
         return shares
 
     def log_probs(self, ids: Tensor, positions: Tensor, documents: Tensor, places: Tensor, targets: Tensor) -> Tensor:

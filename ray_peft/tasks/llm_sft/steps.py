@@ -29,6 +29,8 @@ class TextPart:
     """Tokens with loss of the whole step, over all workers: the divisor of the pass's loss."""
     passes: int
     """Passes of the whole step, over all workers."""
+    keys: Sequence[int] = ()
+    """What the dropout of each row is drawn from."""
 
 
 class TextRows(Rows[TextPart]):
@@ -91,11 +93,14 @@ class TextRows(Rows[TextPart]):
 
     def parts(self, step: int, share: Share, rows: int) -> list[TextPart]:
         """A worker's rows of a step: every so many micro-batches one, each in passes of at most `rows` rows."""
+        from ray_peft.engine.keyed_dropout import row_key
+
         ids, labels, loss_tokens = self._step(step)
         batches = self._batches(len(ids))
         passes = sum(-(-len(batch) // rows) for batch in batches)
+        keys = [row_key(self._spec.seed, step, row) for row in range(len(ids))]
         return [
-            TextPart(ids[first:last], labels[first:last], loss_tokens, passes)
+            TextPart(ids[first:last], labels[first:last], loss_tokens, passes, keys[first:last])
             for batch in batches[share.rank :: share.workers]
             for first, last in _spans(batch, rows)
         ]

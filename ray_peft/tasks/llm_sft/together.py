@@ -46,13 +46,13 @@ class RowsTogether(Rows[PackedPart]):
     def parts(self, step: int, share: Share, rows: int) -> list[PackedPart]:
         """The rows of a round, in passes of no more tokens than `rows` of the longest rows have."""
         own = [
-            (slot, ids, labels, seat.rows.loss_tokens(step + seat.ahead))
+            (slot, ids, labels, seat.rows.loss_tokens(step + seat.ahead), key)
             for slot, seat in sorted(self._seats.items())
             for part in seat.rows.parts(step + seat.ahead, share, seat.rows.micro_batch)
-            for ids, labels in zip(part.ids, part.labels, strict=True)
+            for ids, labels, key in zip(part.ids, part.labels, part.keys, strict=True)
         ]
         most = rows * self._largest
-        laid = lay_out([len(ids) for _, ids, _, _ in own], most, self._largest, [slot for slot, *_ in own])
+        laid = lay_out([len(ids) for _, ids, *_ in own], most, self._largest, [slot for slot, *_ in own])
         return [
             PackedPart(
                 one.bucket,
@@ -60,6 +60,7 @@ class RowsTogether(Rows[PackedPart]):
                 [own[lane[0]][3] for lane in one.lanes],
                 self._scored,
                 [own[lane[0]][0] for lane in one.lanes],
+                [[own[row][4] for row in lane] for lane in one.lanes],
             )
             for one in (reused(plan, self._used, most) for plan in laid)
         ]

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+from ray_peft.engine.contract import Share
 from ray_peft.engine.loop import Engine
 from ray_peft.engine.member import Job, Member
 from ray_peft.engine.passes import RecordedPasses
+from ray_peft.engine.row_dropout import RowDropout, row_dropout
 from ray_peft.engine.trained import Trained
 from ray_peft.engine.workers import this_worker
-from ray_peft.methods.base import Stage
 from ray_peft.spec import LlmTrialSpec
+from ray_peft.tasks.llm_sft.data import IGNORED
 from ray_peft.tasks.llm_sft.loss import TextLoss
 from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedRows
 from ray_peft.tasks.llm_sft.steps import TextPart, TextRows
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -47,25 +50,54 @@ def train_stage(
 
     set_seed(spec.seed)
     start_as_trl(spec, model)
-    if spec.train.gradient_checkpointing:
-        recompute_activations(model, random=_draws(job.stage, model))
     data = TextRows(spec, rows)
-    plain = TextLoss(spec, model, cast(int, tokenizer.pad_token_id))
+    pad = cast(int, tokenizer.pad_token_id)
+    dropout, unkeyed = _dropout(spec, job, model, data, pad)
+    if spec.train.gradient_checkpointing:
+        recompute_activations(model, dropout, random=unkeyed is not None)
+    plain = TextLoss(spec, model, pad, dropout)
     member = Member(job, model, data)
-    reason = why_not_packed(spec, job, model, data, plain)
-    if reason is None:
-        packed = PackedLoss(spec, model)
-        Engine([member], model, PackedRows(data), packed, RecordedPasses, rehearse=rehearse).run()
-        return member.trained
-    logger.info("%s: passes run as they are: %s", spec.trial_id, reason)
-    Engine([member], model, data, plain, rehearse=rehearse).run()
-    return replace(member.trained, passes=f"as they are, since {reason}")
+    with contextlib.nullcontext() if dropout is None else dropout.installed():
+        reason = why_not_packed(spec, job, model, data, plain, dropout, unkeyed)
+        if reason is None:
+            packed = PackedLoss(spec, model, dropout)
+            Engine([member], model, PackedRows(data), packed, RecordedPasses, rehearse=rehearse).run()
+        else:
+            logger.info("%s: passes run as they are: %s", spec.trial_id, reason)
+            Engine([member], model, data, plain, rehearse=rehearse).run()
+            member.trained.passes = f"as they are, since {reason}"
+    if unkeyed is not None:
+        member.trained.passes += f"; dropout is drawn by the pass: {unkeyed}"
+    return member.trained
 
 
-def why_not_packed(spec: LlmTrialSpec, job: Job, model: PreTrainedModel, data: TextRows, plain: TextLoss) -> str | None:
+def _dropout(
+    spec: LlmTrialSpec, job: Job, model: PreTrainedModel, data: TextRows, pad: int
+) -> tuple[RowDropout | None, str | None]:
+    """The dropout of the model's rows, tried on the first row of the stage that carries loss; or why there is none."""
+    rows = data.parts(job.first_step, Share(), 1)
+    part = next((row for row in rows if any(label != IGNORED for label in row.labels[0][1:])), rows[0])
+
+    def loss(dropout: RowDropout) -> Tensor:
+        computation = TextLoss(spec, model, pad, dropout)
+        return computation.loss(*(value.to(job.device) for value in computation.inputs(part)))
+
+    return row_dropout(model, job.device, loss)
+
+
+def why_not_packed(
+    spec: LlmTrialSpec,
+    job: Job,
+    model: PreTrainedModel,
+    data: TextRows,
+    plain: TextLoss,
+    dropout: RowDropout | None,
+    unkeyed: str | None,
+) -> str | None:
     """Why the passes of a stage cannot be recorded; None if they can.
 
-    The loss of the heaviest pass is computed both ways, so that no model is trained on other numbers than its own.
+    The loss of the heaviest pass is computed both ways, so that no model is trained on other numbers than its own:
+    with the dropout that belongs to the rows, else without any.
     """
     import torch
 
@@ -77,7 +109,7 @@ def why_not_packed(spec: LlmTrialSpec, job: Job, model: PreTrainedModel, data: T
         return "train.cuda_graphs is false"
     if stage.conflicts(accumulates=True, num_workers=1):
         return f"{stage.name} updates weights in the backward pass"
-    if spec.train.gradient_checkpointing and _draws(stage, model):
+    if spec.train.gradient_checkpointing and unkeyed is not None:
         return "checkpointing would have to draw its dropout again"
     if plain.balances:
         return "a mixture of experts sends rows where their content decides"
@@ -85,10 +117,12 @@ def why_not_packed(spec: LlmTrialSpec, job: Job, model: PreTrainedModel, data: T
         return f"attention is {config._attn_implementation}"
     part = PackedRows(data).heaviest(range(job.first_step, job.first_step + 1), this_worker(), 1)
     assert part is not None
-    packed = PackedLoss(spec, model)
+    packed = PackedLoss(spec, model, dropout)
     rows = [row for lane in part.lanes for row in lane]
-    alone = TextPart([ids for ids, _ in rows], [labels for _, labels in rows], part.loss_tokens[0], 1)
-    model.eval()  # type: ignore[no-untyped-call]  # without dropout
+    ids, labels = zip(*rows, strict=True)
+    keys = [key for lane in part.keys for key in lane]
+    alone = TextPart(ids, labels, part.loss_tokens[0], 1, keys)
+    model.train(dropout is not None)
     try:
         with torch.no_grad():
             usual = float(plain.loss(*(value.to(job.device) for value in plain.inputs(alone))))
@@ -118,17 +152,9 @@ def start_as_trl(spec: LlmTrialSpec, model: PreTrainedModel) -> None:
                 parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)
 
 
-def recompute_activations(model: Any, *, random: bool) -> None:
-    """Recompute activations in the backward pass; without draws there is no random state to keep for it."""
-    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": random})
+def recompute_activations(model: Any, dropout: RowDropout | None, *, random: bool) -> None:
+    """Recompute activations in the backward pass; only `random` draws need the random state kept for it."""
+    contexts = {} if dropout is None else {"context_fn": dropout.contexts}
+    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": random, **contexts})
     if hasattr(model, "peft_config"):
         model.enable_input_require_grads()
-
-
-def _draws(stage: Stage, model: Any) -> bool:
-    """Whether a pass draws random numbers: dropout of the adapter, or of the model itself."""
-    import torch
-
-    own = any(isinstance(layer, torch.nn.Dropout) and layer.p > 0 for layer in model.modules())
-    config = model.config.get_text_config()
-    return own or getattr(stage, "dropout", 0.0) > 0 or bool(getattr(config, "attention_dropout", 0.0))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_peft.engine.row_dropout import CODE as DROPOUT
 from ray_peft.foundation.units import MIB
 from ray_peft.methods.base import ENOUGH_STEPS, Stage
 from ray_peft.spec import ImageTrialSpec
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 TEXT_TOKENS = 77
 """Length of a caption for CLIP's text encoder."""
 
-CODE = tuple(Path(__file__).with_name(name) for name in ("memory.py", "passes.py", "style.py"))
+CODE = (*(Path(__file__).with_name(name) for name in ("memory.py", "passes.py", "style.py")), *DROPOUT)
 """The files of this task that predictions run or read; predictions on disk are valid for this code only."""
 
 CONVOLUTIONS = 60 * MIB
@@ -98,9 +100,11 @@ def components(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Counter
         shape: of unet/config.json.
     """
     import torch
+    from torch.utils.checkpoint import checkpoint
 
+    from ray_peft.engine.row_dropout import RowDropout, may_drop
     from ray_peft.tasks.text_to_image.passes import attached, autocasts, input_dtype, spare_activations, unwrapped
-    from ray_peft.vram.stand_ins import Autocast, on_meta
+    from ray_peft.vram.stand_ins import on_meta, recomputing
     from ray_peft.vram.step import Conditions
     from ray_peft.vram.step import components as of_step
 
@@ -111,10 +115,14 @@ def components(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Counter
         channels, width = unet.config.in_channels, unet.config.cross_attention_dim
         with during(ATTACH):
             model: Any = attached(spec, stage, unet).train()
-        again = _checkpoint(Autocast, torch.bfloat16 if autocast else None)
-        spare_activations(spec, stage, unwrapped(model), again)
+        dropout = RowDropout(model, predicts=True) if may_drop(model) else None
+        contexts = recomputing(torch.bfloat16 if autocast else None, None if dropout is None else dropout.contexts)
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        spare_activations(spec, unwrapped(model), again)
 
         def loss() -> Tensor:
+            if dropout is not None:
+                dropout.begin(torch.empty(rows, dtype=torch.long, device="meta"))
             latents = torch.empty(rows, channels, side, side, dtype=dtype, device="meta")
             texts = torch.empty(rows, TEXT_TOKENS, width, dtype=dtype, device="meta")
             times = torch.empty(rows, dtype=torch.long, device="meta")
@@ -125,7 +133,7 @@ def components(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Counter
 
         # Gradients are cleared, never let go: a recorded pass adds to the same memory.
         conditions = Conditions(autocast=autocast, accumulates=True, padded=False)
-        with during(STEP):
+        with during(STEP), contextlib.nullcontext() if dropout is None else dropout.installed():
             kinds = of_step(model, stage, loss, conditions)
     if spec.train.ema_decay is not None:
         kinds["average"] = 2 * kinds["adapters"] or 2 * kinds["weights"]  # float32, and its copy while it is scored
@@ -270,12 +278,3 @@ def _built(spec: ImageTrialSpec, stage: Stage | None, shape: ModelShape) -> Any:
     if quantization is not None:
         quantize(unet, quantization)
     return unet
-
-
-def _checkpoint(autocast: Any, dtype: Any) -> Any:
-    import contextlib
-
-    from torch.utils.checkpoint import checkpoint
-
-    again = lambda: (contextlib.nullcontext(), autocast(dtype))  # noqa: E731 - a factory for each recomputation
-    return partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=again)

@@ -35,6 +35,8 @@ class Batch:
     """Like `samples`: the noise, or v."""
     weights: Tensor
     """(rows,) float32: the weight of each row's squared error."""
+    keys: Tensor
+    """(rows,) int64: what the dropout of each row is drawn from."""
 
     def part(self, first: int, rows: int) -> Batch:
         """`rows` rows from `first` on."""
@@ -43,7 +45,7 @@ class Batch:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields in order."""
-        return self.samples, self.timesteps, self.texts, self.targets, self.weights
+        return self.samples, self.timesteps, self.texts, self.targets, self.weights, self.keys
 
 
 class Draws(Rows[Batch]):
@@ -102,6 +104,8 @@ class Draws(Rows[Batch]):
         """All rows of a step, over all workers and accumulated passes."""
         import torch
 
+        from ray_peft.engine.keyed_dropout import row_key
+
         rows = self.rows(step)
         train, size, dice = self._spec.train, len(rows), self._generator("step", step)
         moments = self._images.moments
@@ -121,6 +125,7 @@ class Draws(Rows[Batch]):
             texts=self._images.embeddings[rows],
             targets=noise if predicts_noise else self._schedule.get_velocity(latents, noise, timesteps),
             weights=self._weights(timesteps, predicts_noise),
+            keys=torch.tensor([row_key(self._spec.seed, step, place) for place in range(size)]),
         )
 
     def _weights(self, timesteps: Tensor, predicts_noise: bool) -> Tensor:

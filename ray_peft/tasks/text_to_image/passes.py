@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from ray_peft.engine.row_dropout import RowDropout
+
 
 def autocasts(spec: ImageTrialSpec) -> bool:
     """Whether matrix products run in another dtype than the weights: float32 weights, bf16 products."""
@@ -71,56 +73,45 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def draws_in_passes(stage: Stage) -> bool:
-    """Whether a pass draws random numbers: dropout."""
-    return bool(getattr(stage, "dropout", 0.0) > 0)
+def running_again(dropout: RowDropout | None, *, random: bool = False) -> Callable[..., Any]:
+    """Torch's checkpoint function, which computes again in the backward pass.
+
+    Args:
+        dropout: what rows drop, then as before.
+        random: keep the random state for it, which draws by the pass need; a recorded pass cannot do that.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    contexts: dict[str, Any] = {} if dropout is None else {"context_fn": dropout.contexts}
+    return partial(checkpoint, use_reentrant=False, preserve_rng_state=random, **contexts)
 
 
-def spare_activations(
-    spec: ImageTrialSpec, stage: Stage, unet: Any, run_again: Callable[..., Any] | None = None
-) -> None:
+def spare_activations(spec: ImageTrialSpec, unet: Any, run_again: Callable[..., Any], *, random: bool = False) -> None:
     """Keep fewer activations for the backward pass: those of block borders alone, or all but the feed-forward layers'.
 
     Args:
         spec: says whether gradients are checkpointed.
-        stage: with dropout, the feed-forward layers keep their activations.
         unet: a UNet2DConditionModel, without PEFT's wrapper.
-        run_again: replaces torch's checkpoint function.
+        run_again: torch's checkpoint function.
+        random: a pass draws random numbers; then the feed-forward layers keep their activations.
     """
-    random = draws_in_passes(stage)
     if spec.train.gradient_checkpointing:
-        checkpoint_activations(unet, random=random, run_again=run_again)
+        unet.enable_gradient_checkpointing(run_again)
     elif not random:
         recompute_feed_forward(unet, run_again)
 
 
-def checkpoint_activations(unet: Any, *, random: bool, run_again: Callable[..., Any] | None = None) -> None:
-    """Recompute activations in the backward pass.
-
-    Args:
-        unet: a UNet2DConditionModel.
-        random: keep the random state for it, which dropout needs; a recorded pass cannot do that.
-        run_again: replaces torch's checkpoint function.
-    """
-    from torch.utils.checkpoint import checkpoint
-
-    again = run_again or partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
-    unet.enable_gradient_checkpointing(again)
-
-
-def recompute_feed_forward(unet: Any, run_again: Callable[..., Any] | None = None) -> None:
+def recompute_feed_forward(unet: Any, run_again: Callable[..., Any]) -> None:
     """Recompute what is inside the feed-forward layers in the backward pass: a third of all activations.
 
     Their gates are four times as wide as the rest and cheap to make again, unlike attention and convolutions.
-    `run_again` replaces torch's checkpoint function.
+    `run_again` is torch's checkpoint function.
     """
     from diffusers.models.attention import FeedForward
-    from torch.utils.checkpoint import checkpoint
 
-    again = run_again or partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for layer in unet.modules():
-        if isinstance(layer, FeedForward) and "forward" not in vars(layer):  # else it does so already
-            cast(Any, layer).forward = partial(again, layer.forward)
+        if isinstance(layer, FeedForward):
+            cast(Any, layer).forward = partial(run_again, type(layer).forward, layer)
 
 
 class UNetLoss(Computation[Batch]):
@@ -128,19 +119,21 @@ class UNetLoss(Computation[Batch]):
 
     keeps_gradients = True
 
-    def __init__(self, spec: ImageTrialSpec, model: nn.Module, device: str) -> None:
-        """Remember the UNet, with the stage attached."""
-        self._spec, self._model, self._device = spec, model, device
+    def __init__(self, spec: ImageTrialSpec, model: nn.Module, device: str, dropout: RowDropout | None = None) -> None:
+        """Remember the UNet, with the stage attached, and what rows drop, if anything."""
+        self._spec, self._model, self._device, self._dropout = spec, model, device, dropout
 
     def inputs(self, part: Batch) -> list[Tensor]:
         """The batch in the UNet's dtype."""
         dtype = input_dtype(self._spec)
-        samples, timesteps, texts, targets, weights = part.tensors()
-        return [samples.to(dtype), timesteps, texts.to(dtype), targets, weights]
+        samples, timesteps, texts, targets, weights, keys = part.tensors()
+        return [samples.to(dtype), timesteps, texts.to(dtype), targets, weights, keys]
 
     def loss(self, *inputs: Tensor) -> Tensor:
         """Given what `inputs` made, on the device."""
-        samples, timesteps, texts, targets, weights = inputs
+        samples, timesteps, texts, targets, weights, keys = inputs
+        if self._dropout is not None:
+            self._dropout.begin(keys)
         with computing(self._spec, self._device):
             predicted = self._model(samples, timesteps, encoder_hidden_states=texts).sample
         errors = (predicted.float() - targets).square().mean(dim=(1, 2, 3))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.engine.loop import Engine
 from ray_peft.engine.member import Job, Member
 from ray_peft.engine.passes import Pass, RecordedPass
+from ray_peft.engine.row_dropout import RowDropout, row_dropout
 from ray_peft.engine.trained import Trained
 from ray_peft.methods.optimizers import trainable
 from ray_peft.spec import ImageTrialSpec
 from ray_peft.tasks.text_to_image.noise import Batch, Draws
-from ray_peft.tasks.text_to_image.passes import UNetLoss, draws_in_passes, spare_activations, unwrapped
+from ray_peft.tasks.text_to_image.passes import UNetLoss, running_again, spare_activations, unwrapped
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def train_stage(spec: ImageTrialSpec, job: Job, draws: Draws, model: nn.Module) -> Trained:
@@ -30,17 +32,34 @@ def train_stage(spec: ImageTrialSpec, job: Job, draws: Draws, model: nn.Module) 
 
     if job.device != "cpu":
         torch._C._cuda_clearCublasWorkspaces()  # of evaluations before, on another stream
-    spare_activations(spec, job.stage, unwrapped(model))
+    dropout, unkeyed = _dropout(spec, job, draws, model)
+    random = unkeyed is not None
+    spare_activations(spec, unwrapped(model), running_again(dropout, random=random), random=random)
     member = Member(job, model, draws, _average(spec, model))
-    Engine([member], model, draws, UNetLoss(spec, model, job.device), _kind_of_pass(spec, job)).run()
+    computation = UNetLoss(spec, model, job.device, dropout)
+    with contextlib.nullcontext() if dropout is None else dropout.installed():
+        Engine([member], model, draws, computation, _kind_of_pass(spec, job, random=random)).run()
+    if unkeyed is not None:
+        member.trained.passes += f"; dropout is drawn by the pass: {unkeyed}"
     if job.device != "cpu":
         torch._C._cuda_clearCublasWorkspaces()  # one a stream, which would stay for ever
     return member.trained
 
 
-def _kind_of_pass(spec: ImageTrialSpec, job: Job) -> type[Pass[Batch]]:
+def _dropout(spec: ImageTrialSpec, job: Job, draws: Draws, model: nn.Module) -> tuple[RowDropout | None, str | None]:
+    """The dropout of the model's rows, tried on the stage's first image; or why there is none."""
+
+    def loss(dropout: RowDropout) -> Tensor:
+        computation = UNetLoss(spec, model, job.device, dropout)
+        part = draws.batch(job.first_step).part(0, 1)
+        return computation.loss(*(value.to(job.device) for value in computation.inputs(part)))
+
+    return row_dropout(model, job.device, loss)
+
+
+def _kind_of_pass(spec: ImageTrialSpec, job: Job, *, random: bool) -> type[Pass[Batch]]:
     train = spec.train
-    restores_draws = train.gradient_checkpointing and draws_in_passes(job.stage)
+    restores_draws = train.gradient_checkpointing and random
     return RecordedPass if job.device != "cpu" and train.cuda_graphs and not restores_draws else Pass
 
 

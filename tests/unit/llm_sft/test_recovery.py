@@ -63,7 +63,8 @@ class Run:
             raise KeyboardInterrupt
 
     def _see(self, module, args, kwargs):
-        self.shapes.append((len(self.log) + 1, *kwargs["input_ids"].shape))
+        if torch.is_grad_enabled():  # else it is tried whether dropout can belong to rows
+            self.shapes.append((len(self.log) + 1, *kwargs["input_ids"].shape))
 
     @property
     def losses(self):
