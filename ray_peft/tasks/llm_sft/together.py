@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.engine.contract import Rows, Seen, Share
 from ray_peft.spec import LlmTrialSpec
-from ray_peft.tasks.llm_sft.lanes import Bucket, largest_capacity, lay_out, reused
+from ray_peft.tasks.llm_sft.lanes import Bucket, largest_capacity, lay_out, lay_out_apart, reused
 from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedPart
 from ray_peft.tasks.llm_sft.steps import TextRows
 
@@ -52,7 +52,7 @@ class RowsTogether(Rows[PackedPart]):
             for ids, labels in zip(part.ids, part.labels, strict=True)
         ]
         most = rows * self._largest
-        laid = lay_out([len(ids) for _, ids, _, _ in own], most, self._largest, [slot for slot, *_ in own])
+        laid = lay_out_apart([len(ids) for _, ids, _, _ in own], most, self._largest, [slot for slot, *_ in own])
         return [
             PackedPart(
                 one.bucket,
