@@ -22,8 +22,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ray_peft import measure
+from ray_peft.foundation.units import GIB
 from ray_peft.spec import TrialSpec
+from ray_peft.trial import provenance
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,8 @@ def peaks(device: str) -> dict[str, float]:
     if device == "cpu":
         return {}
     return {
-        "peak_allocated_gib": torch.cuda.max_memory_allocated() / measure.GIB,
-        "peak_reserved_gib": torch.cuda.max_memory_reserved() / measure.GIB,
+        "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
     }
 
 
@@ -258,8 +259,8 @@ def main() -> None:
     chosen = [int(number) for number in options.cases.split(",") if number] or range(len(CASES))
     results: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpu": measure.device_name(options.device),
-        "versions": measure.versions(),
+        "gpu": provenance.device_name(options.device),
+        "versions": provenance.versions(),
         "command": f"packs.py --steps {options.steps} --alone {options.alone} --cases {options.cases or 'all'}",
         "cases": {},
     }
