@@ -172,7 +172,11 @@ def alone(spec: Any, rows: Any, folder: Path, device: str) -> dict[str, Any]:
 
 
 def steady(times: list[float]) -> float:
-    """Seconds of a step, without the first half, in which shapes are recorded."""
+    """Seconds of a step, without the first half, in which shapes are recorded.
+
+    Args:
+        times: when steps were done, of the first of several members: before any of them is saved.
+    """
     half = len(times) // 2
     return (times[-1] - times[half]) / max(1, len(times) - 1 - half)
 
@@ -211,7 +215,7 @@ def packed(specs: list[Any], rows: Any, folder: Path, device: str) -> dict[str, 
     end = time.perf_counter()
     return {
         "seconds": end - begin, "load_s": loaded - begin, "prepare_s": started - loaded, "train_s": end - started,
-        "passes": sorted(set(passes)), "failures": failures, "s_per_round": steady(watches[-1].times),
+        "passes": sorted(set(passes)), "failures": failures, "s_per_round": steady(watches[0].times),
         "losses": watches[0].losses[:: max(1, len(watches[0].losses) // 10)], **peaks(device),
     }  # fmt: skip
 
@@ -265,6 +269,9 @@ def main() -> None:
         "cases": {},
     }
     known: dict[str, Any] = {}
+    warm = Case("lora", 1)
+    with tempfile.TemporaryDirectory() as work:  # libraries, kernels, random weights on disk
+        alone(specs_of(warm, model, 3)[0], rows_of(warm, 3), Path(work), options.device)
     for number in chosen:
         case = CASES[number]
         if time.perf_counter() - begin > options.within:

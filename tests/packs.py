@@ -34,28 +34,27 @@ def adapter_of(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
 
 
-def job_of(bench, folder, told, evaluate):
+def kept(told, report):
+    def keep(metrics, step):
+        report(metrics, step)
+        told.log.append((step, dict(metrics)))
+
+    return keep
+
+
+def job_of(bench, folder, told, evaluate, report):
     spec = bench.spec
     ((stage, steps),) = spec.method.stages(bench.total_steps())
-    return Job(
-        spec,
-        stage,
-        steps,
-        0,
-        folder,
-        bench.device,
-        lambda metrics, step: told.log.append((step, dict(metrics))),
-        evaluate,
-    )
+    return Job(spec, stage, steps, 0, folder, bench.device, kept(told, report), evaluate)
 
 
-def alone(spec, folder, device="cpu"):
+def alone(spec, folder, device="cpu", report=lambda metrics, step: None):
     """The trial by itself, as `ray-peft run` trains it."""
     bench, told = TASKS["llm_sft"].load(spec, device), Told()
     ((stage, steps),) = spec.method.stages(bench.total_steps())
     bench.attach(stage)
     try:
-        trained = bench.train(stage, steps, 0, folder, lambda metrics, step: told.log.append((step, dict(metrics))))
+        trained = bench.train(stage, steps, 0, folder, kept(told, report))
     except TrialFailed as error:
         told.error = error
         return told
@@ -64,8 +63,8 @@ def alone(spec, folder, device="cpu"):
     return told
 
 
-def together(specs, folder, places, plant=None, device="cpu"):
-    """The trials in one pack."""
+def together(specs, folder, places, plant=None, device="cpu", report=lambda metrics, step: None):
+    """The trials in one pack; the first one's metrics go to `report`, too."""
     base = TASKS["llm_sft"].load(specs[0], device)
     others = [TASKS["llm_sft"].load(spec, "cpu") for spec in specs[1:]]
     benches = [base] + [
@@ -83,7 +82,13 @@ def together(specs, folder, places, plant=None, device="cpu"):
             one.adapter, one.loss = adapter_of(bench.model), bench.eval_loss()
 
     jobs = [
-        job_of(bench, folder / f"member{place}", one, lambda bench=bench: pack.evaluation(bench)())
+        job_of(
+            bench,
+            folder / f"member{place}",
+            one,
+            lambda bench=bench: pack.evaluation(bench)(),
+            report if place == 0 else lambda metrics, step: None,
+        )
         for place, (bench, one) in enumerate(zip(benches, told, strict=True))
     ]
     pack = Pack(benches, jobs, places, ended)

@@ -39,6 +39,28 @@ class Sizes:
     outputs: int
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Where a matrix of a member lies in its slot."""
+
+    begin: int
+    rank: int
+    width: int
+    turned: bool
+    """True for B, which PEFT holds as (out, rank)."""
+
+    def cut(self, row: Tensor) -> Tensor:
+        """A copy of the matrix, as PEFT holds it, from a slot's memory (1, numbers)."""
+        return (self._of(row).T if self.turned else self._of(row)).clone(memory_format=torch.contiguous_format)
+
+    def put(self, row: Tensor, matrix: Tensor) -> None:
+        """Write the matrix, as PEFT holds it, into a slot's memory (1, numbers)."""
+        self._of(row).copy_(matrix.T if self.turned else matrix)
+
+    def _of(self, row: Tensor) -> Tensor:
+        return row[0, self.begin : self.begin + self.rank * self.width].view(self.rank, self.width)
+
+
 class Slots:
     """The adapters of all members on one base."""
 
@@ -65,7 +87,12 @@ class Slots:
         self._watched = {name: model.get_submodule(name) for name in layers}
         self.sizes = {name: sizes(module) for name, module in self._watched.items()}
         self.rank = rank
-        numbers = sum(rank * (_aligned(size.inputs) + _aligned(size.outputs)) for size in self.sizes.values())
+        self._begins: dict[str, tuple[int, int]] = {}
+        """Where A and B of each layer begin."""
+        numbers = 0
+        for name, size in self.sizes.items():
+            self._begins[name] = (numbers, numbers + rank * _aligned(size.inputs))
+            numbers = self._begins[name][1] + rank * _aligned(size.outputs)
         device = cast(Tensor, next(iter(self._watched.values())).weight).device
         self.weights = torch.zeros(slots, numbers, dtype=dtype, device=device)
         self.gradients = torch.zeros_like(self.weights)
@@ -73,8 +100,7 @@ class Slots:
         """The weights as products take them, written at the begin of each pass."""
         self.scales = torch.zeros(slots, device=device)
         """alpha / rank."""
-        self._held, self._grown = self._matrices(self.weights), self._matrices(self.gradients)
-        self._products = self._matrices(self._used)
+        self._grown, self._products = self._matrices(self.gradients), self._matrices(self._used)
         self._lanes: Tensor | None = None
         self._anchor = torch.zeros((), device=device, requires_grad=True)  # so that the layers' outputs take gradients
         self._hooks = [module.register_forward_hook(self._hook(name)) for name, module in self._watched.items()]
@@ -88,8 +114,8 @@ class Slots:
         for hook in self._hooks:
             hook.remove()
 
-    def fill(self, slot: int, adapted: nn.Module, scale: float) -> None:
-        """Copy a member's adapter into a slot; its gradients are zero.
+    def fill(self, slot: int, adapted: nn.Module, scale: float) -> list[Piece]:
+        """Copy a member's adapter into a slot; its gradients are zero. Returns where its matrices lie there.
 
         Args:
             slot: whose content is lost.
@@ -100,20 +126,24 @@ class Slots:
             KeyError: it has a layer that these slots have not.
         """
         self.clear(slot)
-        with torch.no_grad():
-            for name, down, up in adapters(adapted):
-                rank = len(down)
-                self._held[name].down[slot, :rank].copy_(down)
-                self._held[name].up[slot, :rank].copy_(up.T)
+        row, pieces = self.weights[slot : slot + 1], []
+        for name, down, up in adapters(adapted):
+            begins = self._begins[name]
+            pieces.append(Piece(begins[0], len(down), down.shape[1], turned=False))
+            pieces.append(Piece(begins[1], len(down), up.shape[0], turned=True))
+            pieces[-2].put(row, down.detach())
+            pieces[-1].put(row, up.detach())
         self.scales[slot] = scale
+        return pieces
 
     def read(self, slot: int, adapted: nn.Module) -> None:
         """Copy a slot into the adapter of `adapted`, which is one of the same rank and layers as filled the slot."""
+        row = self.weights[slot : slot + 1]
         with torch.no_grad():
             for name, down, up in adapters(adapted):
-                rank = len(down)
-                down.copy_(self._held[name].down[slot, :rank])
-                up.copy_(self._held[name].up[slot, :rank].T)
+                begins = self._begins[name]
+                down.copy_(Piece(begins[0], len(down), down.shape[1], turned=False).cut(row))
+                up.copy_(Piece(begins[1], len(down), up.shape[0], turned=True).cut(row))
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -159,14 +189,13 @@ class Slots:
         return add
 
     def _matrices(self, memory: Tensor) -> dict[str, Matrices]:
-        slots, begin, views = len(memory), 0, {}
-        for name, size in self.sizes.items():
-            parts = []
-            for width in (size.inputs, size.outputs):
-                parts.append(memory[:, begin : begin + self.rank * width].view(slots, self.rank, width))
-                begin += self.rank * _aligned(width)
-            views[name] = Matrices(*parts)
-        return views
+        def view(begin: int, width: int) -> Tensor:
+            return memory[:, begin : begin + self.rank * width].view(len(memory), self.rank, width)
+
+        return {
+            name: Matrices(view(down, size.inputs), view(up, size.outputs))
+            for (name, size), (down, up) in zip(self.sizes.items(), self._begins.values(), strict=True)
+        }
 
 
 class _Added(torch.autograd.Function):

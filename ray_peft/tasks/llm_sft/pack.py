@@ -83,15 +83,16 @@ class Pack(Crew):
 
     def _member(self, slot: int) -> Member:
         """The next trial that waits, with its own initial adapter in a slot."""
+        from ray_peft.engine.slot_member import SlotMember
+
         bench, job = self._waiting.pop(0)
         stage = cast(LowRankAdapter, job.stage)
         bench.attach(stage)
         train.start_as_trl(bench.spec, bench.model)
-        self._slots.fill(slot, bench.model, stage.alpha / stage.rank)
+        pieces = self._slots.fill(slot, bench.model, stage.alpha / stage.rank)
         bench.model = unwrapped(bench.model)
         rows = self._rows[self._benches.index(bench)]
-        member = Member(job, self._slots.member(slot), rows)
-        member.slot = slot
+        member = SlotMember(job, self._slots, slot, pieces, rows)
         self._seats[slot] = (bench, member)
         return member
 

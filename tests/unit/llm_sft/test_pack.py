@@ -148,6 +148,38 @@ def test_a_base_in_4_bits(kind, llama, rows, tmp_path):
         check_equal(ours, alone(spec, tmp_path / spec.trial_id))
 
 
+class Killed(BaseException):
+    """Not an error: nothing catches it."""
+
+
+def killed_at(step):
+    def report(metrics, number):
+        if number == step:
+            raise Killed
+
+    return report
+
+
+@pytest.mark.parametrize("before", ["alone", "together"])
+def test_a_member_goes_on_from_its_checkpoint_alone_or_beside_others(before, llama, rows, tmp_path):
+    settings = [
+        (method, {**changes, "train__steps": 6, "train__checkpoint_every": 2}) for method, changes in UNEQUAL[:3]
+    ]
+    specs = specs_of(llama, rows, settings)
+    whole = [alone(spec, tmp_path / "whole") for spec in specs[:1]][0]
+    folder = tmp_path / "member0"
+    if before == "alone":
+        with pytest.raises(Killed):
+            alone(specs[0], folder, report=killed_at(5))
+        resumed = together(specs, tmp_path, 3)[0]
+    else:
+        with pytest.raises(Killed):
+            together(specs, tmp_path, 3, report=killed_at(5))
+        resumed = alone(specs[0], folder)
+    whole.log = whole.log[4:]
+    check_equal(resumed, whole)
+
+
 def test_seconds_are_divided_by_tokens(llama, rows, tmp_path):
     specs = specs_of(
         llama, rows, [({}, {"train__batch_size": 12, "train__log_every": 99}), ({}, {"train__batch_size": 4})]
