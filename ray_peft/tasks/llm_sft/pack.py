@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.engine.crew import Crew
 from ray_peft.engine.loop import Engine
 from ray_peft.engine.member import Job, Member
 from ray_peft.engine.passes import Pass, RecordedPasses
+from ray_peft.engine.trained import Report
 from ray_peft.methods.lora import LowRankAdapter
+from ray_peft.tasks.base import PackEnded
 from ray_peft.tasks.llm_sft import train
 from ray_peft.tasks.llm_sft.bench import LlmBench
 from ray_peft.tasks.llm_sft.steps import TextRows
@@ -147,3 +150,23 @@ def unwrapped(adapted: Any) -> PreTrainedModel:
     if hasattr(base, "peft_config"):
         del base.peft_config
     return cast("PreTrainedModel", base)
+
+
+def train_together(
+    benches: Sequence[LlmBench], folders: Sequence[Path], reports: Sequence[Report], ended: PackEnded
+) -> None:
+    """Train the only stage of each trial, all at once; arguments as those of `TaskType.train_pack`."""
+
+    def told(bench: LlmBench, member: Member, error: Exception | None) -> None:
+        ended(benches.index(bench), bench, member.trained, error)
+
+    def job(bench: LlmBench, folder: Path, report: Report) -> Job:
+        ((stage, steps),) = bench.spec.method.stages(bench.total_steps())
+        return Job(
+            bench.spec, stage, steps, 0, folder, bench.device, report, lambda: pack.evaluation(bench)(),
+            lowered=bench.lowered, costs=bench.costs,
+        )  # fmt: skip
+
+    jobs = [job(*given) for given in zip(benches, folders, reports, strict=True)]
+    pack = Pack(benches, jobs, len(benches), told)
+    pack.run()
