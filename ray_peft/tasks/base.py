@@ -311,7 +311,11 @@ class TaskType(ABC, Generic[SpecT]):
         """A finished trial's data and model, with the weights that its `save` wrote."""
 
     def load_pack(self, specs: Sequence[SpecT], device: str) -> list[Bench]:
-        """The benches of trials that share one base, which is held once."""
+        """The benches of trials that share one base, which is held once.
+
+        Raises:
+            SpecError: they cannot.
+        """
         raise SpecError(f"task {self.name} has no packs")
 
     def train_pack(

@@ -56,15 +56,12 @@ class _Lives:
                 self.lives[number].run_id = member.tracker.start(member.spec)
             except TrackingError as error:
                 row = self.lives[number].failed(error).model_copy(update={"untracked": str(error)})
-                self._keep(number, trial.kept(row, member.place))
+                self._keep(number, row)
 
     def end(self, number: int, row: TrialResult) -> None:
         """Record a member's row."""
         member = self.members[number]
-        row = trial.record(row, member.place, member.tracker)
-        if row.status == "finished":
-            trial.forget_checkpoints(member.place)
-        self._keep(number, row)
+        self._keep(number, trial.end(row, member.place, member.tracker))
 
     def fail(self, error: Exception) -> None:
         """Record the rows of all that have none: what they share has failed."""
@@ -119,6 +116,7 @@ def _run(lives: _Lives) -> None:
         benches = task.load_pack([lives.lives[number].runs for number in numbers], place.device)
     for number, bench in zip(numbers, benches, strict=True):
         trial.loaded(lives.lives[number], bench)
+        lives.lives[number].predicted = {}  # of the trial alone, which what is measured here is not
         lives.lives[number].process.clock.seconds["load"] = lives.process.clock.seconds["load"] / len(numbers)
     lives.process.memory.start()
 

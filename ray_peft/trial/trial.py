@@ -65,26 +65,31 @@ def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> Tr
     try:
         life.run_id = tracker.start(spec)
     except TrackingError as error:
-        return kept(life.failed(error).model_copy(update={"untracked": str(error)}), place)
+        return _kept(life.failed(error).model_copy(update={"untracked": str(error)}), place)
     try:
         result = _run(life)
     except Exception as error:
         result = life.failed(error)
         logger.warning("%s: %s: %s", spec.trial_id, result.status, first_line(result.error))
     except BaseException:
-        record(life.result("cancelled", error="stopped before the end"), place, tracker)
+        _record(life.result("cancelled", error="stopped before the end"), place, tracker)
         raise
     finally:
         release(place)
     if result.status == "out_of_memory":
         result = result.model_copy(update={"error": _with_advice(life, result.error or "")})
-    result = record(result, place, tracker)
+    return end(result, place, tracker)
+
+
+def end(result: TrialResult, place: Place, tracker: Tracker) -> TrialResult:
+    """Record a trial's row, and drop the checkpoints of a finished one; returns the row as it was recorded."""
+    result = _record(result, place, tracker)
     if result.status == "finished":
-        forget_checkpoints(place)
+        _forget_checkpoints(place)
     return result
 
 
-def forget_checkpoints(place: Place) -> None:
+def _forget_checkpoints(place: Place) -> None:
     """What a finished trial would go on from, once its row is stored: the next run of the trial is a new one."""
     for folder in place.folder.glob("stage*"):
         if folder.name.endswith("_adapter"):
@@ -121,18 +126,18 @@ def _with_advice(life: Life, error: str) -> str:
     return f"{said}{f' with {rows} rows a pass' if rows is not None else ''}; what takes less: {advice}\n\n{error}"
 
 
-def record(result: TrialResult, place: Place, tracker: Tracker) -> TrialResult:
+def _record(result: TrialResult, place: Place, tracker: Tracker) -> TrialResult:
     """The row, once it is in the trial's folder and with the tracker, or says why the tracker lacks it."""
-    kept(result, place)
+    _kept(result, place)
     try:
         tracker.record(result)
     except TrackingError as error:
         logger.warning("%s: %s", result.trial_id, first_line(error))
-        return kept(result.model_copy(update={"untracked": str(error)}), place)
+        return _kept(result.model_copy(update={"untracked": str(error)}), place)
     return result
 
 
-def kept(result: TrialResult, place: Place) -> TrialResult:
+def _kept(result: TrialResult, place: Place) -> TrialResult:
     """The row, once it is in the trial's folder; a full disk does not stop it on its way to the driver."""
     try:
         place.folder.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,8 @@ def test_each_has_the_row_and_the_files_of_a_trial_alone(tiny_model, questions, 
     for member, row in list(zip(members, rows, strict=True))[::2]:
         own, tracker = run(member.spec, tmp_path / "alone" / member.spec.trial_id)
         ours, theirs = row.model_dump(), own.model_dump()
-        assert ours["scores"] == pytest.approx(theirs["scores"], rel=1e-4)
+        for name, value in theirs["scores"].items():
+            assert ours["scores"][name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)
         same = ("steps", "trainable_parameters", "total_parameters", "adapter_bytes", "spec", "arithmetic", "lowered")
         assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
         assert row.train_loss_final == pytest.approx(own.train_loss_final, rel=1e-4)

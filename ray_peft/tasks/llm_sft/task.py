@@ -128,7 +128,14 @@ class LlmSft(TaskType[LlmTrialSpec]):
         return bench.LlmBench(spec, device, tokenizer, prepared, loaded.model)
 
     def load_pack(self, specs: Sequence[LlmTrialSpec], device: str) -> list[Bench]:
-        """Rows of each trial, and one model for all."""
+        """Rows of each trial, and one model for all.
+
+        Raises:
+            SpecError: they cannot train together.
+        """
+        from ray_peft.tasks.llm_sft import packable
+
+        packable.check(specs)
         benches = [self.load(specs[0], device)]
         base = cast(bench.LlmBench, benches[0]).model
         for spec in specs[1:]:

@@ -9,7 +9,7 @@ import torch
 from packs import UNEQUAL, alone, check_equal, specs_of, together
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ray_peft.errors import TrialFailed
+from ray_peft.errors import ModelError, TrialFailed
 from ray_peft.tasks.llm_sft.together import LossTogether
 
 
@@ -186,3 +186,19 @@ def test_seconds_are_divided_by_tokens(llama, rows, tmp_path):
     )
     many, few = together(specs, tmp_path, 2)
     assert many.seconds / few.seconds == pytest.approx(many.tokens / few.tokens, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gpt2", "the model drops numbers at random; train them apart"),
+        ("mixtral", "a mixture of experts sends rows"),
+        ("mamba", "(cannot train together|carr)"),
+    ],
+)
+def test_models_that_cannot_be_shared_are_refused(name, words, rows, tmp_path):
+    folder = tiny_architectures.build(name, tmp_path / name)
+    targets = {"mixtral": ["q_proj"], "mamba": ["in_proj"]}.get(name)
+    settings = [({"rank": 4, **({"targets": targets} if targets else {})}, {"seed": seed}) for seed in (1, 2)]
+    with pytest.raises(ModelError, match=words):
+        together(specs_of(folder, rows, settings), tmp_path, 2)
