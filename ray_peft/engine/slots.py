@@ -162,8 +162,9 @@ class Slots:
         """Begin a pass.
 
         Args:
-            lanes: (lanes,) int64, the slot of each; the pass's activations are (lanes * tokens, numbers) in this order,
-                or have any axes that flatten to it. It must stay as it is until the pass has gone backward.
+            lanes: (lanes,) int64, the slot of each, or (0,) where there is one lane of each slot in order, which costs
+                less. The pass's activations are (lanes * tokens, numbers) in this order, or have any axes that flatten
+                to it. It must stay as it is until the pass has gone backward.
         """
         self._lanes = lanes
         if self._used is not self.weights:
@@ -205,28 +206,41 @@ class _Added(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, output: Tensor, _: Tensor, lanes: Tensor, scales: Tensor, used: Matrices, grown: Matrices
     ) -> Tensor:
-        down, up = used.down.index_select(0, lanes), used.up.index_select(0, lanes)
-        scale = scales.index_select(0, lanes)[:, None, None]
-        rows = x.reshape(len(lanes), -1, x.shape[-1]).to(down.dtype)
+        scale = _of_lanes(scales, lanes)[:, None, None]
+        down = _of_lanes(used.down, lanes)
+        rows = x.reshape(len(down), -1, x.shape[-1]).to(down.dtype)
         thin = (torch.bmm(rows, down.transpose(1, 2)) * scale).to(down.dtype)
         ctx.save_for_backward(x, thin, lanes, scale)
         ctx.used, ctx.grown = used, grown
+        up = _of_lanes(used.up, lanes)
         if output.dtype == down.dtype:
-            return torch.baddbmm(output.reshape(len(lanes), -1, output.shape[-1]), thin, up).view(output.shape)
+            return torch.baddbmm(output.reshape(len(down), -1, output.shape[-1]), thin, up).view(output.shape)
         return (output + torch.bmm(thin, up).view(output.shape)).to(output.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, thin, lanes, scale = ctx.saved_tensors
-        down, up = ctx.used.down.index_select(0, lanes), ctx.used.up.index_select(0, lanes)
-        rows = x.reshape(len(lanes), -1, x.shape[-1]).to(down.dtype)
-        above = gradient.reshape(len(lanes), -1, gradient.shape[-1]).to(down.dtype)
+        down, up = _of_lanes(ctx.used.down, lanes), _of_lanes(ctx.used.up, lanes)
+        rows = x.reshape(len(down), -1, x.shape[-1]).to(down.dtype)
+        above = gradient.reshape(len(down), -1, gradient.shape[-1]).to(down.dtype)
         through = (torch.bmm(above, up.transpose(1, 2)) * scale).to(down.dtype)
-        dtype = ctx.grown.down.dtype
-        ctx.grown.down.index_add_(0, lanes, torch.bmm(through.transpose(1, 2), rows).to(dtype))
-        ctx.grown.up.index_add_(0, lanes, torch.bmm(thin.transpose(1, 2), above).to(dtype))
+        _add_by_lanes(ctx.grown.down, lanes, torch.bmm(through.transpose(1, 2), rows))
+        _add_by_lanes(ctx.grown.up, lanes, torch.bmm(thin.transpose(1, 2), above))
         below = torch.bmm(through, down).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
         return below, gradient, None, None, None, None, None
+
+
+def _of_lanes(slots: Tensor, lanes: Tensor) -> Tensor:
+    """What each lane has of what the slots have."""
+    return slots.index_select(0, lanes) if len(lanes) else slots
+
+
+def _add_by_lanes(slots: Tensor, lanes: Tensor, values: Tensor) -> None:
+    """Add what each lane gives to its slot."""
+    if len(lanes):
+        slots.index_add_(0, lanes, values.to(slots.dtype))
+    else:
+        slots.add_(values)
 
 
 def sizes(module: nn.Module) -> Sizes:

@@ -41,6 +41,19 @@ def test_who_waits_takes_a_place_that_becomes_free(llama, rows, tmp_path):
         check_equal(ours, alone(spec, tmp_path / spec.trial_id))
 
 
+def test_one_lane_of_each_in_order(llama, rows, tmp_path, monkeypatch):
+    """What sweeps over learning rates and ranks mostly are."""
+    settings = [
+        ({"rank": rank, "lr": 0.001 * rank}, {"train__steps": steps}) for rank, steps in ((4, 4), (8, 6), (2, 5))
+    ]
+    specs = specs_of(llama, rows, settings, train__batch_size=1, train__micro_batch_size=1)
+    lanes, whole = [], LossTogether.loss
+    monkeypatch.setattr(LossTogether, "loss", lambda self, *given: lanes.append(len(given[-1])) or whole(self, *given))
+    for ours, spec in zip(together(specs, tmp_path, 3), specs, strict=True):
+        check_equal(ours, alone(spec, tmp_path / spec.trial_id))
+    assert lanes == [0, 0, 0, 0, 2, 1]
+
+
 def test_a_failed_member_leaves_the_others_unchanged_to_the_bit(llama, rows, tmp_path):
     specs = specs_of(llama, rows, [UNEQUAL[0], UNEQUAL[1], ({"rank": 4}, {"seed": 5, "train__steps": 5})])
 
