@@ -25,8 +25,8 @@ def exact():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("places", [4, 2])
 def test_recorded_passes(places, checkpointing, rows, tmp_path):
-    model = tiny.build_model(tmp_path / "model", talkative=True)
-    settings = [(method, {**changes, "train__steps": 3 * changes["train__steps"]}) for method, changes in UNEQUAL]
+    model = tiny.build_model(tmp_path / "model")
+    settings = [(method, {**changes, "train__steps": 2 * changes["train__steps"]}) for method, changes in UNEQUAL]
     specs = specs_of(model, rows, settings, train__gradient_checkpointing=checkpointing)
     for ours, spec in zip(together(specs, tmp_path, places, device="cuda:0"), specs, strict=True):
         assert ours.passes == "recorded"
@@ -36,7 +36,7 @@ def test_recorded_passes(places, checkpointing, rows, tmp_path):
 
 
 def test_a_base_in_4_bits(rows, tmp_path):
-    model = tiny.build_model(tmp_path / "model", talkative=True)
+    model = tiny.build_model(tmp_path / "model")
     settings = [
         ({"name": "qlora", "rank": rank, "lr": 0.001, "compute_dtype": "float32"}, {"seed": rank, "train__steps": 8})
         for rank in (4, 8, 3)
