@@ -44,7 +44,7 @@ def test_who_waits_takes_a_place_that_becomes_free(llama, rows, tmp_path):
 def test_one_lane_of_each_in_order(llama, rows, tmp_path, monkeypatch):
     """What sweeps over learning rates and ranks mostly are."""
     settings = [
-        ({"rank": rank, "lr": 0.001 * rank}, {"train__steps": steps}) for rank, steps in ((4, 4), (8, 6), (2, 5))
+        ({"rank": rank, "lr": 0.0002 * rank}, {"train__steps": steps}) for rank, steps in ((4, 4), (8, 6), (2, 5))
     ]
     specs = specs_of(llama, rows, settings, train__batch_size=1, train__micro_batch_size=1)
     lanes, whole = [], LossTogether.loss
