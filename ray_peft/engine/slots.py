@@ -39,6 +39,28 @@ class Sizes:
     outputs: int
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Where a matrix of a member lies in its slot."""
+
+    begin: int
+    rank: int
+    width: int
+    turned: bool
+    """True for B, which PEFT holds as (out, rank)."""
+
+    def cut(self, row: Tensor) -> Tensor:
+        """A copy of the matrix, as PEFT holds it, from a slot's memory (1, numbers)."""
+        return (self._of(row).T if self.turned else self._of(row)).clone(memory_format=torch.contiguous_format)
+
+    def put(self, row: Tensor, matrix: Tensor) -> None:
+        """Write the matrix, as PEFT holds it, into a slot's memory (1, numbers)."""
+        self._of(row).copy_(matrix.T if self.turned else matrix)
+
+    def _of(self, row: Tensor) -> Tensor:
+        return row[0, self.begin : self.begin + self.rank * self.width].view(self.rank, self.width)
+
+
 class Slots:
     """The adapters of all members on one base."""
 
@@ -65,7 +87,12 @@ class Slots:
         self._watched = {name: model.get_submodule(name) for name in layers}
         self.sizes = {name: sizes(module) for name, module in self._watched.items()}
         self.rank = rank
-        numbers = sum(rank * (_aligned(size.inputs) + _aligned(size.outputs)) for size in self.sizes.values())
+        self._begins: dict[str, tuple[int, int]] = {}
+        """Where A and B of each layer begin."""
+        numbers = 0
+        for name, size in self.sizes.items():
+            self._begins[name] = (numbers, numbers + rank * _aligned(size.inputs))
+            numbers = self._begins[name][1] + rank * _aligned(size.outputs)
         device = cast(Tensor, next(iter(self._watched.values())).weight).device
         self.weights = torch.zeros(slots, numbers, dtype=dtype, device=device)
         self.gradients = torch.zeros_like(self.weights)
@@ -73,8 +100,7 @@ class Slots:
         """The weights as products take them, written at the begin of each pass."""
         self.scales = torch.zeros(slots, device=device)
         """alpha / rank."""
-        self._held, self._grown = self._matrices(self.weights), self._matrices(self.gradients)
-        self._products = self._matrices(self._used)
+        self._grown, self._products = self._matrices(self.gradients), self._matrices(self._used)
         self._lanes: Tensor | None = None
         self._anchor = torch.zeros((), device=device, requires_grad=True)  # so that the layers' outputs take gradients
         self._hooks = [module.register_forward_hook(self._hook(name)) for name, module in self._watched.items()]
@@ -88,8 +114,8 @@ class Slots:
         for hook in self._hooks:
             hook.remove()
 
-    def fill(self, slot: int, adapted: nn.Module, scale: float) -> None:
-        """Copy a member's adapter into a slot; its gradients are zero.
+    def fill(self, slot: int, adapted: nn.Module, scale: float) -> list[Piece]:
+        """Copy a member's adapter into a slot; its gradients are zero. Returns where its matrices lie there.
 
         Args:
             slot: whose content is lost.
@@ -100,20 +126,24 @@ class Slots:
             KeyError: it has a layer that these slots have not.
         """
         self.clear(slot)
-        with torch.no_grad():
-            for name, down, up in adapters(adapted):
-                rank = len(down)
-                self._held[name].down[slot, :rank].copy_(down)
-                self._held[name].up[slot, :rank].copy_(up.T)
+        row, pieces = self.weights[slot : slot + 1], []
+        for name, down, up in adapters(adapted):
+            begins = self._begins[name]
+            pieces.append(Piece(begins[0], len(down), down.shape[1], turned=False))
+            pieces.append(Piece(begins[1], len(down), up.shape[0], turned=True))
+            pieces[-2].put(row, down.detach())
+            pieces[-1].put(row, up.detach())
         self.scales[slot] = scale
+        return pieces
 
     def read(self, slot: int, adapted: nn.Module) -> None:
         """Copy a slot into the adapter of `adapted`, which is one of the same rank and layers as filled the slot."""
+        row = self.weights[slot : slot + 1]
         with torch.no_grad():
             for name, down, up in adapters(adapted):
-                rank = len(down)
-                down.copy_(self._held[name].down[slot, :rank])
-                up.copy_(self._held[name].up[slot, :rank].T)
+                begins = self._begins[name]
+                down.copy_(Piece(begins[0], len(down), down.shape[1], turned=False).cut(row))
+                up.copy_(Piece(begins[1], len(down), up.shape[0], turned=True).cut(row))
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -132,8 +162,9 @@ class Slots:
         """Begin a pass.
 
         Args:
-            lanes: (lanes,) int64, the slot of each; the pass's activations are (lanes * tokens, numbers) in this order,
-                or have any axes that flatten to it. It must stay as it is until the pass has gone backward.
+            lanes: (lanes,) int64, the slot of each, or (0,) where there is one lane of each slot in order, which costs
+                less. The pass's activations are (lanes * tokens, numbers) in this order, or have any axes that flatten
+                to it. It must stay as it is until the pass has gone backward.
         """
         self._lanes = lanes
         if self._used is not self.weights:
@@ -159,14 +190,13 @@ class Slots:
         return add
 
     def _matrices(self, memory: Tensor) -> dict[str, Matrices]:
-        slots, begin, views = len(memory), 0, {}
-        for name, size in self.sizes.items():
-            parts = []
-            for width in (size.inputs, size.outputs):
-                parts.append(memory[:, begin : begin + self.rank * width].view(slots, self.rank, width))
-                begin += self.rank * _aligned(width)
-            views[name] = Matrices(*parts)
-        return views
+        def view(begin: int, width: int) -> Tensor:
+            return memory[:, begin : begin + self.rank * width].view(len(memory), self.rank, width)
+
+        return {
+            name: Matrices(view(down, size.inputs), view(up, size.outputs))
+            for (name, size), (down, up) in zip(self.sizes.items(), self._begins.values(), strict=True)
+        }
 
 
 class _Added(torch.autograd.Function):
@@ -176,28 +206,41 @@ class _Added(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, output: Tensor, _: Tensor, lanes: Tensor, scales: Tensor, used: Matrices, grown: Matrices
     ) -> Tensor:
-        down, up = used.down.index_select(0, lanes), used.up.index_select(0, lanes)
-        scale = scales.index_select(0, lanes)[:, None, None]
-        rows = x.reshape(len(lanes), -1, x.shape[-1]).to(down.dtype)
+        scale = _of_lanes(scales, lanes)[:, None, None]
+        down = _of_lanes(used.down, lanes)
+        rows = x.reshape(len(down), -1, x.shape[-1]).to(down.dtype)
         thin = (torch.bmm(rows, down.transpose(1, 2)) * scale).to(down.dtype)
         ctx.save_for_backward(x, thin, lanes, scale)
         ctx.used, ctx.grown = used, grown
+        up = _of_lanes(used.up, lanes)
         if output.dtype == down.dtype:
-            return torch.baddbmm(output.reshape(len(lanes), -1, output.shape[-1]), thin, up).view(output.shape)
+            return torch.baddbmm(output.reshape(len(down), -1, output.shape[-1]), thin, up).view(output.shape)
         return (output + torch.bmm(thin, up).view(output.shape)).to(output.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, thin, lanes, scale = ctx.saved_tensors
-        down, up = ctx.used.down.index_select(0, lanes), ctx.used.up.index_select(0, lanes)
-        rows = x.reshape(len(lanes), -1, x.shape[-1]).to(down.dtype)
-        above = gradient.reshape(len(lanes), -1, gradient.shape[-1]).to(down.dtype)
+        down, up = _of_lanes(ctx.used.down, lanes), _of_lanes(ctx.used.up, lanes)
+        rows = x.reshape(len(down), -1, x.shape[-1]).to(down.dtype)
+        above = gradient.reshape(len(down), -1, gradient.shape[-1]).to(down.dtype)
         through = (torch.bmm(above, up.transpose(1, 2)) * scale).to(down.dtype)
-        dtype = ctx.grown.down.dtype
-        ctx.grown.down.index_add_(0, lanes, torch.bmm(through.transpose(1, 2), rows).to(dtype))
-        ctx.grown.up.index_add_(0, lanes, torch.bmm(thin.transpose(1, 2), above).to(dtype))
+        _add_by_lanes(ctx.grown.down, lanes, torch.bmm(through.transpose(1, 2), rows))
+        _add_by_lanes(ctx.grown.up, lanes, torch.bmm(thin.transpose(1, 2), above))
         below = torch.bmm(through, down).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
         return below, gradient, None, None, None, None, None
+
+
+def _of_lanes(slots: Tensor, lanes: Tensor) -> Tensor:
+    """What each lane has of what the slots have."""
+    return slots.index_select(0, lanes) if len(lanes) else slots
+
+
+def _add_by_lanes(slots: Tensor, lanes: Tensor, values: Tensor) -> None:
+    """Add what each lane gives to its slot."""
+    if len(lanes):
+        slots.index_add_(0, lanes, values.to(slots.dtype))
+    else:
+        slots.add_(values)
 
 
 def sizes(module: nn.Module) -> Sizes:

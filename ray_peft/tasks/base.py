@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -211,6 +211,10 @@ class EnsembleBench(Bench):
         """Choose the members' weights on the validation rows; they are at least 0 and add up to one."""
 
 
+PackEnded = Callable[[int, Bench, Trained, Exception | None], None]
+"""Takes a trial of a pack by its place in it, its bench, what its training took, and why it failed if it did."""
+
+
 class TaskType(ABC, Generic[SpecT]):
     """One kind of training. Holds no state."""
 
@@ -305,6 +309,27 @@ class TaskType(ABC, Generic[SpecT]):
     @abstractmethod
     def load_trained(self, spec: SpecT, weights: Path, device: str) -> Bench:
         """A finished trial's data and model, with the weights that its `save` wrote."""
+
+    def load_pack(self, specs: Sequence[SpecT], device: str) -> list[Bench]:
+        """The benches of trials that share one base, which is held once.
+
+        Raises:
+            SpecError: they cannot.
+        """
+        raise SpecError(f"task {self.name} has no packs")
+
+    def train_pack(
+        self, benches: Sequence[Bench], folders: Sequence[Path], reports: Sequence[Report], ended: PackEnded
+    ) -> None:
+        """Train the only stage of each of `load_pack`'s benches, all at once.
+
+        Args:
+            benches: of the trials.
+            folders: keep their checkpoints.
+            reports: take their metrics.
+            ended: told of each, with what it has trained in its bench's model.
+        """
+        raise SpecError(f"task {self.name} has no packs")
 
     def load_ensemble(self, spec: SpecT, members: list[MemberModel[SpecT]], device: str) -> EnsembleBench:
         """The models of an ensemble's members on `device`, each base held once."""

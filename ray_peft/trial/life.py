@@ -9,7 +9,7 @@ import platform
 import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,6 +88,30 @@ class Process:
         self.memory = MemoryWatch(device)
         self.evaluation_memory = MemoryWatch(device)
 
+    def of_a_member(self) -> Process:
+        """For one of several trials in this process: its own clock, and the memory of them all."""
+        own = Process(self.memory.device)
+        own.memory = SharedWatch(self.memory)
+        return own
+
+
+class SharedWatch(MemoryWatch):
+    """The peaks of a process for one of its trials, which neither starts nor stops the watch."""
+
+    def __init__(self, whole: MemoryWatch) -> None:
+        super().__init__(whole.device)
+        self._whole = whole
+
+    def start(self) -> None:
+        """The process has started it."""
+
+    def stop(self) -> None:
+        """The process goes on."""
+
+    def so_far(self) -> Peaks:
+        """Those of the process."""
+        return replace(self._whole.so_far())
+
 
 class LifeCosts(Costs):
     """A trial's seconds, peaks and logged points over all its attempts."""
@@ -102,6 +126,10 @@ class LifeCosts(Costs):
         """By phase."""
         own, earlier = self._clock.so_far(), self._earlier.get("seconds", {})
         return {name: own.get(name, 0.0) + earlier.get(name, 0.0) for name in own | earlier}
+
+    def earlier_s(self, phase: str) -> float:
+        """Of a phase, the seconds of the attempts before."""
+        return float(self._earlier.get("seconds", {}).get(phase, 0.0))
 
     def wall_s(self) -> float:
         """Without what was done twice: from a checkpoint to the end of the attempt that wrote it."""
@@ -142,14 +170,21 @@ class LifeCosts(Costs):
 class Life:
     """What is known of a trial so far, so that a failed one leaves a row with what it had."""
 
-    def __init__(self, spec: TrialSpec, place: Place, tracker: Tracker | None, progress: Report) -> None:
+    def __init__(
+        self,
+        spec: TrialSpec,
+        place: Place,
+        tracker: Tracker | None,
+        progress: Report,
+        process: Process | None = None,
+    ) -> None:
         self.spec = spec
         self.runs = spec.changed(place.chosen) if place.chosen else spec
         """The trial with what was chosen for it; its row and its id are those of `spec`."""
         self.place = place
         self.tracker = tracker
         self.run_id: str | None = None
-        self.process = Process(place.device)
+        self.process = process or Process(place.device)
         self._log: MetricLog | None = None
         """What rank 0 logs."""
         if place.rank == 0:

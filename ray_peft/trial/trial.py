@@ -69,9 +69,14 @@ def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> Tr
         _record(life.result("cancelled", error="stopped before the end"), place, tracker)
         raise
     finally:
-        _release(place)
+        release(place)
     if result.status == "out_of_memory":
         result = result.model_copy(update={"error": _with_advice(life, result.error or "")})
+    return end(result, place, tracker)
+
+
+def end(result: TrialResult, place: Place, tracker: Tracker) -> TrialResult:
+    """Record a trial's row, and drop the checkpoints of a finished one; returns the row as it was recorded."""
     result = _record(result, place, tracker)
     if result.status == "finished":
         _forget_checkpoints(place)
@@ -132,21 +137,13 @@ def _kept(result: TrialResult, place: Place) -> TrialResult:
 
 def _run(life: Life) -> TrialResult:
     spec, place = life.spec, life.place
-    place.folder.mkdir(parents=True, exist_ok=True)
-    if place.rank == 0 and not [*place.folder.glob("stage*/checkpoint-*"), *place.folder.glob(f"stage*/{STAGE_FILE}")]:
-        (place.folder / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier try, which is not gone on with
-    _take_place(place)
+    prepare_folder(place)
+    take_place(place)
     if spec.members():
         return run_ensemble(life)
     with life.process.clock.phase("load"):
         bench = TASKS[spec.task].load(life.runs, place.device)
-    life.provenance = life.provenance.model_copy(update=provenance(bench, place))
-    life.parameters = (0, bench.parameters()[1])
-    life.storage, life.four_bit_share = bench.storage(), bench.four_bit_share()
-    life.lowered = bench.lowered
-    bench.costs = life.costs
-    if place.rank == 0 and place.device != "cpu":
-        predict(life, bench)
+    loaded(life, bench)
     stages = spec.method.stages(bench.total_steps())
     if not stages:  # the weights alone
         life.process.memory.start()
@@ -156,7 +153,7 @@ def _run(life: Life) -> TrialResult:
         return life.result("finished")
     if stages:
         with life.process.clock.phase("save"):
-            _save(life, bench)
+            save(life, bench)
     if place.device != "cpu":
         life.process.evaluation_memory.start()
     with life.process.clock.phase("evaluate"):
@@ -164,7 +161,26 @@ def _run(life: Life) -> TrialResult:
     return life.result("finished")
 
 
-def _take_place(place: Place) -> None:
+def prepare_folder(place: Place) -> None:
+    """Make the trial's folder, without the log of an earlier attempt that it does not go on from."""
+    place.folder.mkdir(parents=True, exist_ok=True)
+    if place.rank == 0 and not [*place.folder.glob("stage*/checkpoint-*"), *place.folder.glob(f"stage*/{STAGE_FILE}")]:
+        (place.folder / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def loaded(life: Life, bench: Bench) -> None:
+    """Note what is known of a trial once its model and its rows are there."""
+    place = life.place
+    life.provenance = life.provenance.model_copy(update=provenance(bench, place))
+    life.parameters = (0, bench.parameters()[1])
+    life.storage, life.four_bit_share = bench.storage(), bench.four_bit_share()
+    life.lowered = bench.lowered
+    bench.costs = life.costs
+    if place.rank == 0 and place.device != "cpu":
+        predict(life, bench)
+
+
+def take_place(place: Place) -> None:
     """Use as many threads as the trial holds cores, and wait until its memory is free."""
     if place.threads is not None:
         import torch
@@ -175,12 +191,12 @@ def _take_place(place: Place) -> None:
         wait_for_memory(place.device, place.needed_gib, context)
 
 
-def _save(life: Life, bench: Bench) -> None:
+def save(life: Life, bench: Bench) -> None:
     """Save before the evaluation, so that nothing that fails there loses what was trained."""
     life.adapter_bytes = keep(life, bench, "adapter")
 
 
-def _release(place: Place) -> None:
+def release(place: Place) -> None:
     """Give memory back, so that the next trial in this process starts from nothing."""
     try:
         _free(place)

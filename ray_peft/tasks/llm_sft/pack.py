@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.engine.crew import Crew
 from ray_peft.engine.loop import Engine
 from ray_peft.engine.member import Job, Member
 from ray_peft.engine.passes import Pass, RecordedPasses
+from ray_peft.engine.trained import Report
+from ray_peft.errors import ModelError
 from ray_peft.methods.lora import LowRankAdapter
+from ray_peft.tasks.base import PackEnded
 from ray_peft.tasks.llm_sft import train
 from ray_peft.tasks.llm_sft.bench import LlmBench
-from ray_peft.tasks.llm_sft.steps import TextRows
+from ray_peft.tasks.llm_sft.lanes import largest_capacity, lay_out
+from ray_peft.tasks.llm_sft.loss import TextLoss
+from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedPart
+from ray_peft.tasks.llm_sft.steps import TextPart, TextRows
 from ray_peft.tasks.llm_sft.together import LossTogether, RowsTogether
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ray_peft.engine.slots import Slots
+
+FEW_ROWS = 4
+"""Rows whose loss is computed both ways."""
 
 Ended = Callable[[LlmBench, Member, Exception | None], None]
 """Takes a member that has done its steps, with its adapter in its bench's model, or that has failed."""
@@ -52,6 +62,9 @@ class Pack(Crew):
     def run(self) -> None:
         """Train them all."""
         spec, job = self._benches[0].spec, self._waiting[0][1]
+        reason = why_apart(self._benches[0], self._stages)
+        if reason is not None:
+            raise ModelError(f"trials on {spec.model.name} cannot train together: {reason}; train them apart")
         if any(bench.spec.train.gradient_checkpointing for bench in self._benches):
             train.recompute_activations(self._base, None, random=False)
         recorded = job.device.startswith("cuda") and spec.train.cuda_graphs
@@ -83,15 +96,16 @@ class Pack(Crew):
 
     def _member(self, slot: int) -> Member:
         """The next trial that waits, with its own initial adapter in a slot."""
+        from ray_peft.engine.slot_member import SlotMember
+
         bench, job = self._waiting.pop(0)
         stage = cast(LowRankAdapter, job.stage)
         bench.attach(stage)
         train.start_as_trl(bench.spec, bench.model)
-        self._slots.fill(slot, bench.model, stage.alpha / stage.rank)
+        pieces = self._slots.fill(slot, bench.model, stage.alpha / stage.rank)
         bench.model = unwrapped(bench.model)
         rows = self._rows[self._benches.index(bench)]
-        member = Member(job, self._slots.member(slot), rows)
-        member.slot = slot
+        member = SlotMember(job, self._slots, slot, pieces, rows)
         self._seats[slot] = (bench, member)
         return member
 
@@ -140,9 +154,77 @@ class Pack(Crew):
         )
 
 
+def why_apart(bench: LlmBench, stages: Sequence[LowRankAdapter]) -> str | None:
+    """Why a base cannot be shared; None if it can.
+
+    The loss of a few rows is computed both ways, so that no trial is trained on other numbers than its own.
+
+    Args:
+        bench: of any of the trials, with the base in its model.
+        stages: of all trials.
+    """
+    import torch
+
+    base, spec = bench.model, bench.spec
+    experts = next((name for stage in stages for name in stage.placed(base).parameters), None)
+    if experts is not None:
+        return f"{experts} are fused experts, whose rows are not in the order of their trials"
+    config: Any = base.config.get_text_config()
+    if any(isinstance(layer, torch.nn.Dropout) and layer.p > 0 for layer in base.modules()):
+        return "the model drops numbers at random"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"its attention_dropout is {config.attention_dropout:g}"
+    plain = TextLoss(spec, base, cast(int, bench.tokenizer.pad_token_id))
+    if plain.balances:
+        return "a mixture of experts sends rows where their content decides"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"its attention is {config._attn_implementation}, not sdpa or eager"
+    rows = bench.data.train[: min(FEW_ROWS, len(bench.data.train))]
+    ids, labels = rows["input_ids"], rows["input_ids"]
+    tokens = sum(len(row) - 1 for row in ids)
+    (plan, *_) = lay_out([len(row) for row in ids], 10**9, largest_capacity(max(map(len, ids))))
+    lanes = [[(ids[row], labels[row]) for row in lane] for lane in plan.lanes]
+    part = PackedPart(plan.bucket, lanes, [tokens] * len(lanes), 1.0)
+    packed, alone = PackedLoss(spec, base), TextPart(ids, labels, tokens, 1)
+    base.eval()  # type: ignore[no-untyped-call]
+    try:
+        with torch.no_grad():
+            losses = [
+                float(computation.loss(*(value.to(bench.device) for value in inputs)))
+                for computation, inputs in ((plain, plain.inputs(alone)), (packed, packed.inputs(part)))
+            ]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a model's own code
+        return f"it does not take rows one after the other ({type(error).__name__})"
+    if abs(losses[0] - losses[1]) > train.ROUNDING[spec.train.precision] * max(abs(losses[0]), 1e-3):
+        return f"rows one after the other have another loss ({losses[1]:.6g}, not {losses[0]:.6g})"
+    return None
+
+
 def unwrapped(adapted: Any) -> PreTrainedModel:
     """The base of a model in PEFT's wrapper, without adapters and their marks."""
     base = adapted.unload()
     if hasattr(base, "peft_config"):
         del base.peft_config
     return cast("PreTrainedModel", base)
+
+
+def train_together(
+    benches: Sequence[LlmBench], folders: Sequence[Path], reports: Sequence[Report], ended: PackEnded
+) -> None:
+    """Train the only stage of each trial, all at once; arguments as those of `TaskType.train_pack`."""
+
+    def told(bench: LlmBench, member: Member, error: Exception | None) -> None:
+        ended(benches.index(bench), bench, member.trained, error)
+
+    def job(bench: LlmBench, folder: Path, report: Report) -> Job:
+        ((stage, steps),) = bench.spec.method.stages(bench.total_steps())
+        return Job(
+            bench.spec, stage, steps, 0, folder, bench.device, report, lambda: pack.evaluation(bench)(),
+            lowered=bench.lowered, costs=bench.costs,
+        )  # fmt: skip
+
+    jobs = [job(*given) for given in zip(benches, folders, reports, strict=True)]
+    pack = Pack(benches, jobs, len(benches), told)
+    pack.run()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
+from ray_peft.engine.trained import Report
 from ray_peft.errors import ModelError, first_line
 from ray_peft.methods.base import Task
 from ray_peft.spec import LlmTrialSpec, ModelSpec
 from ray_peft.spec.identity import Content
-from ray_peft.tasks.base import Bench, DataReport, EnsembleBench, Inspection, MemberModel, TaskType
+from ray_peft.tasks.base import Bench, DataReport, EnsembleBench, Inspection, MemberModel, PackEnded, TaskType
 from ray_peft.tasks.llm_sft import bench
 from ray_peft.vram.cards import Gpu
 
@@ -125,6 +126,30 @@ class LlmSft(TaskType[LlmTrialSpec]):
         tokenizer, prepared = _rows(spec)
         (loaded,) = ensemble.load_members([MemberModel(spec, weights)], device)
         return bench.LlmBench(spec, device, tokenizer, prepared, loaded.model)
+
+    def load_pack(self, specs: Sequence[LlmTrialSpec], device: str) -> list[Bench]:
+        """Rows of each trial, and one model for all.
+
+        Raises:
+            SpecError: they cannot train together.
+        """
+        from ray_peft.tasks.llm_sft import packable
+
+        packable.check(specs)
+        benches = [self.load(specs[0], device)]
+        base = cast(bench.LlmBench, benches[0]).model
+        for spec in specs[1:]:
+            tokenizer, prepared = _rows(spec)
+            benches.append(bench.LlmBench(spec, device, tokenizer, prepared, base))
+        return benches
+
+    def train_pack(
+        self, benches: Sequence[Bench], folders: Sequence[Path], reports: Sequence[Report], ended: PackEnded
+    ) -> None:
+        """Train LoRA adapters of all trials on their one base."""
+        from ray_peft.tasks.llm_sft.pack import train_together
+
+        train_together([cast(bench.LlmBench, each) for each in benches], folders, reports, ended)
 
     def load_ensemble(self, spec: LlmTrialSpec, members: list[MemberModel[LlmTrialSpec]], device: str) -> EnsembleBench:
         """The members' models, each base held once."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.engine.contract import Rows, Seen, Share
 from ray_peft.spec import LlmTrialSpec
-from ray_peft.tasks.llm_sft.lanes import Bucket, largest_capacity, lay_out, reused
+from ray_peft.tasks.llm_sft.lanes import Bucket, largest_capacity, lay_out, lay_out_apart, reused
 from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedPart
 from ray_peft.tasks.llm_sft.steps import TextRows
 
@@ -52,18 +52,21 @@ class RowsTogether(Rows[PackedPart]):
             for ids, labels, key in zip(part.ids, part.labels, part.keys, strict=True)
         ]
         most = rows * self._largest
-        laid = lay_out([len(ids) for _, ids, *_ in own], most, self._largest, [slot for slot, *_ in own])
-        return [
-            PackedPart(
-                one.bucket,
-                [[own[row][1:3] for row in lane] for lane in one.lanes],
-                [own[lane[0]][3] for lane in one.lanes],
-                self._scored,
-                [own[lane[0]][0] for lane in one.lanes],
-                [[own[row][4] for row in lane] for lane in one.lanes],
+        laid = lay_out_apart([len(ids) for _, ids, *_ in own], most, self._largest, [slot for slot, *_ in own])
+        parts = []
+        for plan in (reused(one, self._used, most) for one in laid):
+            lanes = sorted(plan.lanes, key=lambda lane: own[lane[0]][0])  # by slot
+            parts.append(
+                PackedPart(
+                    plan.bucket,
+                    [[own[row][1:3] for row in lane] for lane in lanes],
+                    [own[lane[0]][3] for lane in lanes],
+                    self._scored,
+                    [own[lane[0]][0] for lane in lanes],
+                    [[own[row][4] for row in lane] for lane in lanes],
+                )
             )
-            for one in (reused(plan, self._used, most) for plan in laid)
-        ]
+        return parts
 
     def size(self, part: PackedPart) -> int:
         """How many of the longest rows take as many tokens."""
@@ -98,11 +101,15 @@ class LossTogether(PackedLoss):
         self.members = len(slots)
 
     def inputs(self, part: PackedPart) -> Sequence[Tensor]:
-        """As for one member, and the slots of the lanes (lanes,) int64; empty lanes count to the first lane's."""
+        """As for one member, and the slots of the lanes int64, as `Slots.begin` takes them.
+
+        Empty lanes count to the first lane's slot.
+        """
         import torch
 
         lanes = list(part.members) + [part.members[0]] * (part.bucket.lanes - len(part.members))
-        return [*super().inputs(part), torch.tensor(lanes)]
+        in_order = lanes == list(range(len(self._slots)))
+        return [*super().inputs(part), torch.tensor([] if in_order else lanes, dtype=torch.int64)]
 
     def loss(self, *inputs: Tensor) -> Tensor:
         """Each slot's share (slots,) of the mean loss of its member's step [nats]."""
@@ -112,5 +119,6 @@ class LossTogether(PackedLoss):
         ids, places = given[0], given[3]
         self._slots.begin(lanes)
         shares = self._losses(*given)
-        members = lanes.index_select(0, places // ids.shape[1])
+        places_lane = places // ids.shape[1]
+        members = lanes.index_select(0, places_lane) if len(lanes) else places_lane
         return torch.zeros(len(self._slots), device=shares.device).index_add(0, members, shares)

@@ -131,12 +131,13 @@ def why_not_packed(
         raise
     except Exception as error:  # of a model's own code
         return f"its attention does not take rows one after the other ({type(error).__name__})"
-    if abs(usual - laid) > _ROUNDING[spec.train.precision] * max(abs(usual), 1e-3):
+    if abs(usual - laid) > ROUNDING[spec.train.precision] * max(abs(usual), 1e-3):
         return f"rows one after the other have another loss ({laid:.6g}, not {usual:.6g})"
     return None
 
 
-_ROUNDING = {"fp32": 1e-4, "bf16": 2e-2}
+ROUNDING = {"fp32": 1e-4, "bf16": 2e-2}
+"""Largest share of a loss by which rows apart and rows in lanes may differ, by precision."""
 
 
 def start_as_trl(spec: LlmTrialSpec, model: PreTrainedModel) -> None:

@@ -1,23 +1,16 @@
 """Trials that train together on one base have the numbers of the same trials alone."""
 
 import math
-from dataclasses import dataclass, field
 
 import pytest
 import tiny
 import tiny_architectures
 import torch
+from packs import UNEQUAL, alone, check_equal, specs_of, together
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ray_peft.engine.member import Job
-from ray_peft.errors import TrialFailed
-from ray_peft.spec import TrialSpec
-from ray_peft.tasks import TASKS
-from ray_peft.tasks.llm_sft.bench import LlmBench
-from ray_peft.tasks.llm_sft.pack import Pack
+from ray_peft.errors import ModelError, TrialFailed
 from ray_peft.tasks.llm_sft.together import LossTogether
-
-TOGETHER = {"rel": 1e-5, "abs": 1e-6}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,114 +22,6 @@ def one_thread():
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     return tiny.write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", tiny.QUESTIONS)
-
-
-@dataclass
-class Told:
-    """What a trial left."""
-
-    log: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    adapter: dict[str, torch.Tensor] = field(default_factory=dict)
-    loss: float = math.nan
-    error: Exception | None = None
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-def adapter_of(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
-
-
-def job_of(bench, folder, told, evaluate):
-    spec = bench.spec
-    ((stage, steps),) = spec.method.stages(bench.total_steps())
-    return Job(
-        spec, stage, steps, 0, folder, "cpu", lambda metrics, step: told.log.append((step, dict(metrics))), evaluate
-    )
-
-
-def alone(spec, folder):
-    """The trial by itself, as `ray-peft run` trains it."""
-    bench, told = TASKS["llm_sft"].load(spec, "cpu"), Told()
-    ((stage, steps),) = spec.method.stages(bench.total_steps())
-    bench.attach(stage)
-    try:
-        trained = bench.train(stage, steps, 0, folder, lambda metrics, step: told.log.append((step, dict(metrics))))
-    except TrialFailed as error:
-        told.error = error
-        return told
-    told.tokens, told.seconds = trained.tokens, trained.seconds
-    told.adapter, told.loss = adapter_of(bench.model), bench.eval_loss()
-    return told
-
-
-def together(specs, folder, places, plant=None):
-    """The trials in one pack."""
-    base = TASKS["llm_sft"].load(specs[0], "cpu")
-    others = [TASKS["llm_sft"].load(spec, "cpu") for spec in specs[1:]]
-    benches = [base] + [
-        LlmBench(spec, "cpu", other.tokenizer, other.data, base.model)
-        for spec, other in zip(specs[1:], others, strict=True)
-    ]
-    told = [Told() for _ in specs]
-    by_bench = {id(bench): one for bench, one in zip(benches, told, strict=True)}
-
-    def ended(bench, member, error):
-        one = by_bench[id(bench)]
-        one.error, one.tokens, one.seconds = error, member.trained.tokens, member.trained.seconds
-        if error is None:
-            one.adapter, one.loss = adapter_of(bench.model), bench.eval_loss()
-
-    jobs = [
-        job_of(bench, folder / f"member{place}", one, lambda bench=bench: pack.evaluation(bench)())
-        for place, (bench, one) in enumerate(zip(benches, told, strict=True))
-    ]
-    pack = Pack(benches, jobs, places, ended)
-    before = {name: value.clone() for name, value in base.model.named_parameters()}
-    if plant is not None:
-        plant(pack)
-    pack.run()
-    assert [name for name, value in base.model.named_parameters() if not torch.equal(value, before[name])] == []
-    assert not any(module._forward_hooks for module in base.model.modules() if isinstance(module, torch.nn.Linear))
-    return told
-
-
-def check_equal(ours, theirs):
-    assert ours.error is None
-    assert [step for step, _ in ours.log] == [step for step, _ in theirs.log]
-    for (step, our), (_, their) in zip(ours.log, theirs.log, strict=True):
-        assert our == pytest.approx(their, **TOGETHER), step
-    assert ours.adapter.keys() == theirs.adapter.keys()
-    for name, value in ours.adapter.items():
-        # AdamW divides the first gradient by itself, so a number whose gradient is all rounding may go either way.
-        apart = ~torch.isclose(value, theirs.adapter[name], rtol=1e-4, atol=1e-5)
-        assert apart.float().mean() < 0.005, name
-    assert ours.loss == pytest.approx(theirs.loss, **TOGETHER)
-    assert ours.tokens == theirs.tokens
-
-
-def specs_of(model, rows, settings, **common):
-    return [
-        TrialSpec.from_plain(tiny.plain_spec(model, rows, {"name": "lora", **method}, **common | changes))
-        for method, changes in settings
-    ]
-
-
-UNEQUAL = [
-    ({"rank": 4, "lr": 0.01, "alpha": 8}, {"seed": 1, "train__steps": 5}),
-    (
-        {"rank": 8, "lr": 0.02, "alpha": 4, "weight_decay": 0.1},
-        {"seed": 2, "train__steps": 3, "train__schedule": "linear"},
-    ),
-    (
-        {"rank": 2, "lr": 0.005, "max_grad_norm": 0.01, "targets": ["q_proj", "v_proj"]},
-        {"seed": 3, "train__steps": 6, "train__batch_size": 4, "train__warmup_steps": 2, "train__eval_every": 2},
-    ),
-    (
-        {"rank": 16, "max_grad_norm": None, "betas": [0.8, 0.99], "targets": ["down_proj", "o_proj"]},
-        {"train__steps": 4, "train__batch_size": 12, "train__micro_batch_size": 2, "train__loss": "all"},
-    ),
-]
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +39,19 @@ def test_who_waits_takes_a_place_that_becomes_free(llama, rows, tmp_path):
     specs = specs_of(llama, rows, UNEQUAL)
     for ours, spec in zip(together(specs, tmp_path, 2), specs, strict=True):
         check_equal(ours, alone(spec, tmp_path / spec.trial_id))
+
+
+def test_one_lane_of_each_in_order(llama, rows, tmp_path, monkeypatch):
+    """What sweeps over learning rates and ranks mostly are."""
+    settings = [
+        ({"rank": rank, "lr": 0.0002 * rank}, {"train__steps": steps}) for rank, steps in ((4, 4), (8, 6), (2, 5))
+    ]
+    specs = specs_of(llama, rows, settings, train__batch_size=1, train__micro_batch_size=1)
+    lanes, whole = [], LossTogether.loss
+    monkeypatch.setattr(LossTogether, "loss", lambda self, *given: lanes.append(len(given[-1])) or whole(self, *given))
+    for ours, spec in zip(together(specs, tmp_path, 3), specs, strict=True):
+        check_equal(ours, alone(spec, tmp_path / spec.trial_id))
+    assert lanes == [0, 0, 0, 0, 3, 1], "two members pass in the shape of three, which is there"
 
 
 def test_a_failed_member_leaves_the_others_unchanged_to_the_bit(llama, rows, tmp_path):
@@ -263,9 +161,57 @@ def test_a_base_in_4_bits(kind, llama, rows, tmp_path):
         check_equal(ours, alone(spec, tmp_path / spec.trial_id))
 
 
+class Killed(BaseException):
+    """Not an error: nothing catches it."""
+
+
+def killed_at(step):
+    def report(metrics, number):
+        if number == step:
+            raise Killed
+
+    return report
+
+
+@pytest.mark.parametrize("before", ["alone", "together"])
+def test_a_member_goes_on_from_its_checkpoint_alone_or_beside_others(before, llama, rows, tmp_path):
+    settings = [
+        (method, {**changes, "train__steps": 6, "train__checkpoint_every": 2}) for method, changes in UNEQUAL[:3]
+    ]
+    specs = specs_of(llama, rows, settings)
+    whole = [alone(spec, tmp_path / "whole") for spec in specs[:1]][0]
+    folder = tmp_path / "member0"
+    if before == "alone":
+        with pytest.raises(Killed):
+            alone(specs[0], folder, report=killed_at(5))
+        resumed = together(specs, tmp_path, 3)[0]
+    else:
+        with pytest.raises(Killed):
+            together(specs, tmp_path, 3, report=killed_at(5))
+        resumed = alone(specs[0], folder)
+    whole.log = whole.log[4:]
+    check_equal(resumed, whole)
+
+
 def test_seconds_are_divided_by_tokens(llama, rows, tmp_path):
     specs = specs_of(
         llama, rows, [({}, {"train__batch_size": 12, "train__log_every": 99}), ({}, {"train__batch_size": 4})]
     )
     many, few = together(specs, tmp_path, 2)
     assert many.seconds / few.seconds == pytest.approx(many.tokens / few.tokens, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gpt2", "the model drops numbers at random; train them apart"),
+        ("mixtral", "a mixture of experts sends rows"),
+        ("mamba", "(cannot train together|carr)"),
+    ],
+)
+def test_models_that_cannot_be_shared_are_refused(name, words, rows, tmp_path):
+    folder = tiny_architectures.build(name, tmp_path / name)
+    targets = {"mixtral": ["q_proj"], "mamba": ["in_proj"]}.get(name)
+    settings = [({"rank": 4, **({"targets": targets} if targets else {})}, {"seed": seed}) for seed in (1, 2)]
+    with pytest.raises(ModelError, match=words):
+        together(specs_of(folder, rows, settings), tmp_path, 2)

@@ -1,0 +1,47 @@
+"""Recorded passes of several members have the numbers of the same trials alone."""
+
+import pytest
+import tiny
+from packs import UNEQUAL, alone, check_equal, specs_of, together
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return tiny.write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", tiny.QUESTIONS)
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """Matrix products in whole float32."""
+    import torch
+
+    before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "ieee"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("places", [4, 2])
+def test_recorded_passes(places, checkpointing, rows, tmp_path):
+    model = tiny.build_model(tmp_path / "model")
+    settings = [(method, {**changes, "train__steps": 2 * changes["train__steps"]}) for method, changes in UNEQUAL]
+    specs = specs_of(model, rows, settings, train__gradient_checkpointing=checkpointing)
+    for ours, spec in zip(together(specs, tmp_path, places, device="cuda:0"), specs, strict=True):
+        assert ours.passes == "recorded"
+        ours.log, theirs = ours.log[:6], alone(spec, tmp_path / spec.trial_id, "cuda:0")
+        theirs.log = theirs.log[:6]
+        check_equal(ours, theirs, close=1e-4)
+
+
+def test_a_base_in_4_bits(rows, tmp_path):
+    model = tiny.build_model(tmp_path / "model")
+    settings = [
+        ({"name": "qlora", "rank": rank, "lr": 0.001, "compute_dtype": "float32"}, {"seed": rank, "train__steps": 8})
+        for rank in (4, 8, 3)
+    ]
+    specs = specs_of(model, rows, settings)
+    for ours, spec in zip(together(specs, tmp_path, 3, device="cuda:0"), specs, strict=True):
+        assert ours.passes == "recorded"
+        check_equal(ours, alone(spec, tmp_path / spec.trial_id, "cuda:0"), close=1e-4)
