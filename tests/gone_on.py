@@ -33,6 +33,9 @@ CASES = {
     "full-bfloat16": ("llm_sft", {"name": "full", "lr": 0.003}, {}),
     "galore": ("llm_sft", GALORE, {}),
     "galore-bfloat16": ("llm_sft", GALORE | {"weights": "bfloat16"}, {}),
+    "galore-8bit": ("llm_sft", GALORE | {"weights": "bfloat16", "moments": "8bit"}, {}),
+    "galore-exact": ("llm_sft", GALORE | {"svd": "exact"}, {}),
+    "galore-host": ("llm_sft", GALORE | {"weights": "bfloat16", "gradients": "host"}, {}),
     "galore-layerwise": (
         "llm_sft",
         GALORE | {"layerwise": True, "max_grad_norm": None},

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
 from gone_on import assert_same_trial, attempt
 from untracked import HYBRID
 
+from ray_peft.cli import main
 from ray_peft.engine import checkpoint
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.llm_sft import trl_checkpoints
 from ray_peft.trial.stages import STAGE_FILE
 
 STEPS = 10
+RELEASED = Path(__file__).resolve().parents[1] / "assets" / "0.1.0"
 DAMAGES = ("removed", "emptied", "halved", "flipped")
 
 
@@ -96,6 +99,17 @@ def test_with_all_checkpoints_damaged_the_trial_begins_anew(spec, whole, stopped
     assert row.resumed_from_step is None
     assert_same_trial(folder, row, points, whole)
     assert "no checkpoint is whole, so the stage starts anew" in caplog.text
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_report_is_written_whatever_became_of_the_files_of_finished_trials(tmp_path, kind):
+    folder = tmp_path / "out"
+    shutil.copytree(RELEASED, folder)
+    for file in [path for path in folder.glob("trials/*/*") if path.is_file()]:
+        damage(file, kind)
+    assert main(["report", str(folder)]) == 0
+    trials = [path.name for path in (RELEASED / "trials").iterdir()]
+    assert len((folder / "report.csv").read_text(encoding="utf-8").splitlines()) == 1 + len(trials)
 
 
 @pytest.fixture(scope="module")

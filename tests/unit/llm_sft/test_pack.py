@@ -74,6 +74,26 @@ def test_a_failed_member_leaves_the_others_unchanged_to_the_bit(llama, rows, tmp
         check_equal(ours, theirs)
 
 
+def test_a_pack_that_is_stopped_goes_on_from_its_members_checkpoints(llama, rows, tmp_path):
+    specs = specs_of(llama, rows, UNEQUAL[:3], train__checkpoint_every=2)
+
+    def stop(pack):
+        def interrupt(module, inputs):
+            if 0 in pack._seats and pack._seats[0][1].done == 4:  # its last step begins
+                raise KeyboardInterrupt
+
+        pack._base.base_model.register_forward_pre_hook(interrupt)
+
+    with pytest.raises(KeyboardInterrupt):
+        together(specs, tmp_path, 2, stop)
+    told = together(specs, tmp_path, 2)
+    assert [ours.log[0][0] for ours in told] == [5, 3, 1]  # the third had just begun
+    for ours, spec in zip(told, specs, strict=True):
+        theirs = alone(spec, tmp_path / spec.trial_id)
+        ours.log = [line for line in theirs.log if line[0] < ours.log[0][0]] + ours.log
+        check_equal(ours, theirs)
+
+
 def test_one_without_rows_of_its_own_follows_one_that_failed(llama, rows, tmp_path):
     specs = specs_of(llama, rows, [UNEQUAL[0], ({"rank": 8, "lr": 1e30}, {"train__steps": 9}), UNEQUAL[2]])
     told = together(specs, tmp_path, 2)

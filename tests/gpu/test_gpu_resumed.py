@@ -1,0 +1,34 @@
+"""On a GPU, too, a trial that is stopped and goes on is the undisturbed one, in passes that are recorded anew."""
+
+from __future__ import annotations
+
+import pytest
+from gone_on import CASES, assert_same_trial, attempt, case_spec
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def exact():
+    """Matrix products and convolutions in whole float32."""
+    import torch
+
+    kinds = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = "ieee"
+    yield
+    for kind, precision in zip(kinds, before, strict=True):
+        kind.fp32_precision = precision
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_trial_is_the_undisturbed_one(exact, tiny_model, questions, tiny_painter, paintings, tmp_path, case):
+    data = ((tiny_model, questions), (tiny_painter, paintings))
+    undisturbed = attempt(case_spec(case, *data), tmp_path / "whole", device="cuda:0")
+    spec = case_spec(case, *data, train__checkpoint_every=3)
+    with pytest.raises(KeyboardInterrupt):
+        attempt(spec, tmp_path / "stopped", 10, device="cuda:0")
+    row, points = attempt(spec, tmp_path / "stopped", device="cuda:0")
+    assert row.resumed_from_step == 9
+    assert_same_trial(tmp_path / "stopped", row, points, (tmp_path / "whole", *undisturbed))
