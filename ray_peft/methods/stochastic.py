@@ -31,7 +31,11 @@ class Dice:
     def thrown(self, parameter: Tensor, step: int, part: int = 0) -> torch.Generator:
         """The generator for one rounding of a weight, or of the bucket that begins with it."""
         generator = self._generators.setdefault(parameter.device, torch.Generator(parameter.device))
-        return generator.manual_seed(hash((self._seed, step, self._place[id(parameter)], part)) & (2**62 - 1))
+        return generator.manual_seed(self.seed(parameter, step, part))
+
+    def seed(self, parameter: Tensor, step: int, part: int = 0) -> int:
+        """The same as a seed of 62 bits, for a kernel that counts."""
+        return hash((self._seed, step, self._place[id(parameter)], part)) & (2**62 - 1)
 
 
 def rounded(values: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
