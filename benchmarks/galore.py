@@ -65,6 +65,7 @@ def main() -> None:
         "exact": lambda: run(folder, options, {**STUDY, "svd": "exact"}, options.free_rows),
         "before": lambda: run(folder, options, STUDY, options.free_rows),  # of an older version, on PYTHONPATH
         "frugal": lambda: run(folder, options, FRUGAL, 1),
+        "frugal overlapped": lambda: run(folder, options, FRUGAL, 1, overlaps=True),
         "frugal unrecorded": lambda: run(folder, options, FRUGAL, 1, cuda_graphs=False),
         "peak": lambda: run(folder, options, FRUGAL, 1, full=True),
         "curves": lambda: curves(options),
@@ -209,7 +210,7 @@ class StockStage:
 
 def run(
     folder: Path, options: Any, method: dict[str, Any], rows_a_pass: int, *, stock: bool = False, full: bool = False,
-    cuda_graphs: bool = True,
+    cuda_graphs: bool = True, overlaps: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the setting one way; speed without the first third, memory of all, predicted beside measured."""
     import torch
@@ -217,12 +218,14 @@ def run(
     from transformers import set_seed
 
     from ray_peft.engine.member import Job
+    from ray_peft.methods.host_gradients import HostGaLoreAdamW
     from ray_peft.tasks.llm_sft import train
     from ray_peft.tasks.llm_sft.memory import predict
     from ray_peft.tasks.llm_sft.model import load_model
     from ray_peft.vram import ModelShape
     from ray_peft.vram.cards import known
 
+    HostGaLoreAdamW.overlaps = overlaps
     steps = 4 if full else options.steps
     case = speed.Case(options.model, method, 16, rows_a_pass, TOKENS, checkpointing=True)
     spec = speed.spec_of(case, folder, steps, cuda_graphs=cuda_graphs, log_every=max(1, steps // 3))

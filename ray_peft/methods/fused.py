@@ -7,9 +7,14 @@ are those of a counter: they depend on a seed and on a number's place in its ten
 from __future__ import annotations
 
 import importlib.util
+import logging
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _THERE = importlib.util.find_spec("triton") is not None
 _BLOCK = 1024
@@ -20,8 +25,25 @@ if _THERE:
 
 
 def serves(weight: Tensor) -> bool:
-    """Whether the kernel can update a weight."""
-    return _THERE and weight.is_cuda and weight.is_contiguous()
+    """Whether the kernel can update a weight, and computes what torch does on its GPU."""
+    return _THERE and weight.is_cuda and weight.is_contiguous() and _works(weight.device)
+
+
+@cache
+def _works(device: torch.device) -> bool:
+    """Compare the kernel with torch on a few numbers: a driver or compiler that does not suit it costs only speed."""
+    weight, grad, first, second = (torch.linspace(start, 2.0, 100, device=device) for start in (-2.0, -1.0, 0.5, 0.1))
+    mean, square = first * 0.9 + grad * 0.1, second * 0.99 + grad * grad * 0.01
+    expected = (weight - 0.01 * mean / (square.sqrt() + 1e-6)) * (1 - 0.001)
+    try:
+        adamw(weight, grad, [first, second], betas=(0.9, 0.99), eps=1e-6, size=0.01, decay=0.001, seed=2**61)
+        right = torch.allclose(weight, expected, atol=1e-5) and torch.allclose(second, square, atol=1e-5)
+        reason = "it computes other numbers"
+    except Exception as error:  # of Triton, its compiler or the driver
+        right, reason = False, f"{type(error).__name__}: {error}"
+    if not right:
+        logger.warning("weights are updated by torch's own operations, which is slower; the kernel: %s", reason)
+    return right
 
 
 def to_direction(grad: Tensor, moments: list[Tensor], *, betas: tuple[float, float], eps: float, seed: int) -> None:

@@ -29,6 +29,9 @@ class HostGaLoreAdamW(GaLoreAdamW):
 
     at_a_time, grams_at_a_time = GaLoreAdamW.at_a_time // 4, GaLoreAdamW.grams_at_a_time // 4
 
+    overlaps = False
+    """Copy beside the backward pass, on streams of their own. Off until tests/gpu/test_gpu_galore.py has run with it."""
+
     def __init__(self, groups: Iterable[dict[str, object]], **settings: Any) -> None:
         """As `GaLoreAdamW`."""
         super().__init__(groups, **settings)
@@ -42,7 +45,7 @@ class HostGaLoreAdamW(GaLoreAdamW):
         self._filled = torch.zeros(len(away), dtype=torch.bool, device=device)
         """Whether a pass of this step has added to a gradient; on the GPU, so that recorded passes set it."""
         self._norms = torch.zeros(len(away), dtype=torch.float32, device=device)
-        self._ferry = _Ferry() if device.type == "cuda" else None
+        self._ferry = _Ferry() if device.type == "cuda" and self.overlaps else None
         self._factor: Tensor | None = None
         """What clipping multiplies the gradients with."""
         for place, parameter in enumerate(away):

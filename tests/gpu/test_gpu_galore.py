@@ -65,8 +65,12 @@ def test_weights_move_with_the_kernel_as_without(monkeypatch, eight_bit):
         assert (with_kernel - without).norm() < 0.25 * without.norm()  # two roundings at random differ
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("graphs", [True, False])
-def test_gradients_on_the_host_change_no_loss_and_no_norm(tiny_model, questions, tmp_path, monkeypatch, graphs):
+def test_gradients_on_the_host_change_no_loss_and_no_norm(
+    tiny_model, questions, tmp_path, monkeypatch, graphs, overlaps
+):
+    monkeypatch.setattr("ray_peft.methods.host_gradients.HostGaLoreAdamW.overlaps", overlaps)
     monkeypatch.setattr("ray_peft.methods.host_gradients.SMALL", 100)
     monkeypatch.setattr("ray_peft.methods.host_gradients.AFLOAT", 2**14)
     runs = {}
