@@ -30,7 +30,7 @@ class HostGaLoreAdamW(GaLoreAdamW):
     at_a_time, grams_at_a_time = GaLoreAdamW.at_a_time // 4, GaLoreAdamW.grams_at_a_time // 4
 
     overlaps = False
-    """Copy beside the backward pass, on streams of their own. Off until tests/gpu/test_gpu_galore.py has run with it."""
+    """Copy beside the backward pass, on streams of their own. Off: no GPU has run tests/gpu/test_gpu_galore.py yet."""
 
     def __init__(self, groups: Iterable[dict[str, object]], **settings: Any) -> None:
         """As `GaLoreAdamW`."""
