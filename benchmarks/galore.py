@@ -5,7 +5,12 @@
 RAY_PEFT_CONFIGS names a folder of folders that hold config.json alone; weights are random, of the true shape. Rows are
 those of speed.py: log-normal lengths, cut at 2,048 tokens; `peak` has rows of 2,048 tokens each. 16 rows are a step,
 and activations are recomputed. `stock` is TRL's SFTTrainer with galore-torch's optimizer on passes of 4 rows, `free`
-ours with memory to spare, `frugal` ours as profile 4gib of search_spaces/gemma3_qlora_galore.yaml has it.
+ours with memory to spare, `frugal` ours as search_spaces/galore_4gib.yaml has it; one of its rows has 2,048 tokens.
+
+    RAY_PEFT_MODEL=smollm2 RAY_PEFT_ALPACA=alpaca.jsonl.gz python benchmarks/galore.py --out results --parts curves
+
+`curves` trains SmolLM2-135M-Instruct with exact and iterated subspaces, and with all that is frugal, on Alpaca: losses
+of 500 held-out rows, and their differences with intervals. Without weights in the folder they are random.
 """
 
 from __future__ import annotations
@@ -41,9 +46,11 @@ def main() -> None:
     parser.add_argument("--model", default="gemma-3-1b-it")
     parser.add_argument("--free-rows", type=int, default=16, help="rows of a pass with memory to spare")
     parser.add_argument("--parts", default="refresh,stock,free,frugal,peak")
+    parser.add_argument("--curve-steps", type=int, default=600)
+    parser.add_argument("--curve-ways", default="exact,randomized,frugal")
     parser.add_argument("--name", default="galore.json")
     options = parser.parse_args()
-    folder = Path(os.environ["RAY_PEFT_CONFIGS"]).absolute()
+    folder = Path(os.environ.get("RAY_PEFT_CONFIGS", ".")).absolute()
     options.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -58,8 +65,10 @@ def main() -> None:
         "exact": lambda: run(folder, options, {**STUDY, "svd": "exact"}, options.free_rows),
         "before": lambda: run(folder, options, STUDY, options.free_rows),  # of an older version, on PYTHONPATH
         "frugal": lambda: run(folder, options, FRUGAL, 1),
+        "frugal overlapped": lambda: run(folder, options, FRUGAL, 1, overlaps=True),
         "frugal unrecorded": lambda: run(folder, options, FRUGAL, 1, cuda_graphs=False),
         "peak": lambda: run(folder, options, FRUGAL, 1, full=True),
+        "curves": lambda: curves(options),
     }
     for part in options.parts.split(","):
         begin = time.perf_counter()
@@ -201,7 +210,7 @@ class StockStage:
 
 def run(
     folder: Path, options: Any, method: dict[str, Any], rows_a_pass: int, *, stock: bool = False, full: bool = False,
-    cuda_graphs: bool = True,
+    cuda_graphs: bool = True, overlaps: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the setting one way; speed without the first third, memory of all, predicted beside measured."""
     import torch
@@ -209,12 +218,14 @@ def run(
     from transformers import set_seed
 
     from ray_peft.engine.member import Job
+    from ray_peft.methods.host_gradients import HostGaLoreAdamW
     from ray_peft.tasks.llm_sft import train
     from ray_peft.tasks.llm_sft.memory import predict
     from ray_peft.tasks.llm_sft.model import load_model
     from ray_peft.vram import ModelShape
     from ray_peft.vram.cards import known
 
+    HostGaLoreAdamW.overlaps = overlaps
     steps = 4 if full else options.steps
     case = speed.Case(options.model, method, 16, rows_a_pass, TOKENS, checkpointing=True)
     spec = speed.spec_of(case, folder, steps, cuda_graphs=cuda_graphs, log_every=max(1, steps // 3))
@@ -223,6 +234,8 @@ def run(
     ((stage, _),) = spec.method.stages(steps)
     model = stage.attach(model)
     rows = speed.rows_of(case, steps)
+    longest_row = torch.randint(10, 1000, (TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
+    rows = Dataset.from_list([{"input_ids": longest_row, "labels": longest_row}, *list(rows)[1:]])
     if full:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(10, 1000, (16 * steps, TOKENS), generator=generator).tolist()
@@ -265,6 +278,84 @@ def run(
         result["predicted"] = predict(spec, shape, **given).gib()  # type: ignore[arg-type]
     del model
     return result
+
+
+CURVES = {"exact": {"svd": "exact"}, "randomized": {}, "frugal": {"moments": "8bit", "gradients": "host"}}
+
+
+def curves(options: Any) -> dict[str, Any]:
+    """Losses of 500 held-out rows while and after training in several ways, and each way's less those of the first."""
+    import torch
+    from transformers import set_seed
+
+    from ray_peft.metrics.intervals import mean_difference
+    from ray_peft.spec import TrialSpec
+    from ray_peft.tasks.llm_sft.task import LlmSft
+
+    model, steps = Path(os.environ["RAY_PEFT_MODEL"]), options.curve_steps
+    random = not list(model.glob("*.safetensors"))
+    found: dict[str, Any] = {"weights": "random" if random else "SmolLM2-135M-Instruct", "steps": steps}
+    by_row: dict[str, list[float]] = {}
+    for way in options.curve_ways.split(","):
+        spec: Any = TrialSpec.from_plain(
+            {
+                "task": "llm_sft",
+                "model": {"name": str(model), "random_weights": random},
+                "data": {
+                    "sources": [
+                        {"recipe": "alpaca", "path": os.environ["RAY_PEFT_ALPACA"], "train": 5000, "test": 500}
+                    ],
+                    "contamination": {"action": "allow"},
+                },
+                "method": {**STUDY, "weight_decay": 0.0, "update_proj_gap": steps // 3, **CURVES[way]},
+                "train": {
+                    "steps": steps, "batch_size": 16, "micro_batch_size": 16, "warmup_ratio": 0.03, "log_every": 10,
+                    "eval_every": steps // 3,
+                },
+                "evaluation": {"generate": False},
+            }
+        )  # fmt: skip
+        set_seed(0)
+        begin, losses, held_out = time.perf_counter(), [], []
+        bench: Any = LlmSft().load(spec, "cuda:0")
+        ((stage, count),) = spec.method.stages(steps)
+        bench.attach(stage)
+        loaded = time.perf_counter()
+
+        def report(metrics: Any, step: int, losses: Any = losses, held_out: Any = held_out) -> None:
+            if "train_loss" in metrics:
+                losses.append(round(float(metrics["train_loss"]), 5))
+            if "eval_loss" in metrics:
+                held_out.append(round(float(metrics["eval_loss"]), 5))
+
+        with tempfile.TemporaryDirectory() as work:
+            trained = bench.train(stage, count, 0, Path(work), report)
+        by_row[way] = _by_row(bench)
+        held_out.append(bench.eval_loss())
+        found[way] = {
+            "train_loss": losses, "eval_loss": held_out, "passes": trained.passes, "train_s": trained.seconds,
+            "loading_s": loaded - begin,
+        }  # fmt: skip
+        first = next(iter(by_row))
+        if way != first:
+            change = mean_difference(by_row[way], by_row[first])
+            found[way][f"less_{first}"] = [change.difference, change.low, change.high]
+        print(way, json.dumps(found[way]), flush=True)
+        (options.out / f"curves_{options.name}").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        del bench
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
+
+
+def _by_row(bench: Any) -> list[float]:
+    """The mean negative log-likelihood of each held-out row's answer [nats]."""
+    values = -bench.answer_log_probs()
+    rows = list(zip(bench.data.test["input_ids"], bench.data.test["labels"], strict=True))
+    rows.sort(key=lambda row: len(row[0]), reverse=True)  # the order of the values
+    counts = [sum(label != -100 for label in labels[1:]) for _, labels in rows]
+    assert sum(counts) == len(values)
+    return [float(part.mean()) for part in values.split(counts) if len(part)]
 
 
 if __name__ == "__main__":

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ray_peft.methods import moments, subspace
+from ray_peft.methods import fused, moments, subspace
 from ray_peft.methods.moments import Piece
 from ray_peft.methods.stochastic import BUCKET, Dice, rounded
 
 BASIS = "ortho_matrix"
 """In a weight's state: its basis, or for `proj_type: full` the left and the right one."""
-_OF_REFRESH = -1
-"""The part of a weight's random numbers that its first basis starts from."""
+_OF_REFRESH, _OF_MOMENTS = -1, -2
+"""Parts of a weight's random numbers: what its first basis starts from, and the rounding of its moments."""
 
 
 class GaLoreAdamW(Optimizer):
@@ -32,6 +33,8 @@ class GaLoreAdamW(Optimizer):
     """
 
     param_groups: list[dict[str, Any]]
+    at_a_time, grams_at_a_time = BUCKET, subspace.AT_A_TIME
+    """Numbers that are updated, and those of Gram matrices that are iterated, at a time: more are faster."""
 
     def __init__(
         self,
@@ -112,7 +115,8 @@ class GaLoreAdamW(Optimizer):
                 continue
             bases = subspace.exact(self._gradient(parameter), group["rank"], side)
             self.state[parameter][BASIS] = bases if side == "full" else bases[0]
-        for place, basis in subspace.iterated(iterated, self._gradient, self._start, group["rank"]).items():
+        bases_by_place = subspace.iterated(iterated, self._gradient, self._start, group["rank"], self.grams_at_a_time)
+        for place, basis in bases_by_place.items():
             self.state[iterated[place]][BASIS] = basis
 
     def _start(self, parameter: Tensor, columns: int) -> Tensor:
@@ -127,17 +131,21 @@ class GaLoreAdamW(Optimizer):
         return start
 
     def _batches(self, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Weights of one shape at one step, of at most BUCKET numbers together."""
+        """Weights of one shape at one step, of at most `at_a_time` numbers together."""
         alike: dict[Any, list[Tensor]] = {}
         for parameter in parameters:
             key = (parameter.shape, parameter.dtype, parameter.device, self.state[parameter]["step"])
             alike.setdefault(key, []).append(parameter)
         for same in alike.values():
-            count = max(1, BUCKET // same[0].numel())
+            count = max(1, self.at_a_time // same[0].numel())
             for begin in range(0, len(same), count):
                 yield same[begin : begin + count]
 
     def _update_projected(self, group: dict[str, Any], batch: list[Tensor]) -> None:
+        if self._stochastic and fused.serves(batch[0]):
+            for parameter in batch:
+                self._update_projected_fused(group, parameter)
+            return
         states = [self.state[parameter] for parameter in batch]
         side = subspace.side_of(batch[0].shape, group["proj_type"])
         bases = [_stacked(parts) for parts in zip(*(_listed(state[BASIS]) for state in states), strict=True)]
@@ -147,16 +155,63 @@ class GaLoreAdamW(Optimizer):
                 moments.make(state, one, eight_bit=self._eight_bit)
         pieces = [Piece(state, 0, state[moments.NAMES[0]].numel()) for state in states]
         dtype = self._arithmetic(batch[0])
-        changed, direction, size = self._direction(group, pieces, low.to(dtype).reshape(-1), dtype)
+        changed, direction = self._direction(group, pieces, low.to(dtype).reshape(-1), dtype)
         direction = direction.to(low.dtype).view(low.shape)
         back = subspace.projected_back(direction, bases, side).mul_(group["scale"])
         del low, direction
         weight = _stacked(batch).to(dtype, copy=True)
-        self._move(group, weight, back, size)
+        self._move(group, weight, back, states[0]["step"])
+        del back
         self._store([(parameter, 0, parameter.numel()) for parameter in batch], weight.view(-1), pieces, changed)
 
+    def _update_projected_fused(self, group: dict[str, Any], parameter: Tensor) -> None:
+        state = self.state[parameter]
+        side, bases = subspace.side_of(parameter.shape, group["proj_type"]), _listed(state[BASIS])
+        low = subspace.projected(self._gradient(parameter), bases, side).contiguous()
+        if moments.NAMES[0] not in state:
+            moments.make(state, low, eight_bit=self._eight_bit)
+        piece = Piece(state, 0, low.numel())
+        settings = {"betas": group["betas"], "eps": group["eps"], "seed": self._seed(parameter, _OF_MOMENTS)}
+        self._with_moments(piece, lambda both: fused.to_direction(low, both, **settings))
+        back = subspace.projected_back(low, bases, side).contiguous()
+        size, decay = self._size(group, state["step"]) * group["scale"], group["lr"] * group["weight_decay"]
+        fused.move(parameter.detach(), back, size=size, decay=decay, seed=self._seed(parameter, 0))
+
+    def _update_pieces_fused(self, group: dict[str, Any], parts: list[tuple[Tensor, int, int]]) -> None:
+        for parameter, begin, end in parts:
+            piece = Piece(self.state[parameter], begin, end)
+            grad = self._piece_of_gradient(parameter, begin, end)
+            weight = _flat(parameter, begin, end)
+            settings: dict[str, Any] = {
+                "betas": group["betas"],
+                "eps": group["eps"],
+                "size": self._size(group, piece.state["step"]),
+                "decay": group["lr"] * group["weight_decay"],
+                "seed": self._seed(parameter, begin),
+            }
+            self._with_moments(piece, partial(fused.adamw, weight, grad, **settings))
+
+    def _with_moments(self, piece: Piece, work: Callable[[list[Tensor]], None]) -> None:
+        """Let `work` change both moments of a piece, in place or as float32 copies."""
+        stored = moments.in_place(piece)
+        if stored is not None:
+            work(stored)
+            return
+        copies = moments.read([piece], torch.float32)
+        work(copies)
+        moments.write([piece], copies, lambda values, dtype: values.to(dtype))
+
+    def _seed(self, parameter: Tensor, part: int) -> int:
+        return self._dice.seed(parameter, self.state[parameter]["step"], part)
+
+    def _size(self, group: dict[str, Any], step: int) -> float:
+        """The factor on the moments' quotient: the learning rate, corrected for moments that began at zero."""
+        beta1, beta2 = group["betas"]
+        size: float = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+        return size
+
     def _pieces(self, parameters: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, int, int]]]:
-        """Weights at one step, whole or cut, flat, of at most BUCKET numbers together: (weight, begin, end)."""
+        """Weights at one step, whole or cut, flat, of at most `at_a_time` numbers together: (weight, begin, end)."""
         open_pieces: dict[Any, list[tuple[Tensor, int, int]]] = {}
         for parameter in parameters:
             if not parameter.is_contiguous():
@@ -168,23 +223,26 @@ class GaLoreAdamW(Optimizer):
                 moments.make(state, parameter, eight_bit=self._eight_bit)
             kind = state[moments.NAMES[0]].dtype
             key = (state["step"], parameter.dtype, parameter.device, kind)
-            for begin in range(0, parameter.numel(), BUCKET):
-                end = min(begin + BUCKET, parameter.numel())
+            for begin in range(0, parameter.numel(), self.at_a_time):
+                end = min(begin + self.at_a_time, parameter.numel())
                 pieces = open_pieces.setdefault(key, [])
                 pieces.append((parameter, begin, end))
-                if sum(last - first for _, first, last in pieces) >= BUCKET:
+                if sum(last - first for _, first, last in pieces) >= self.at_a_time:
                     yield open_pieces.pop(key)
         yield from open_pieces.values()
 
     def _update_pieces(self, group: dict[str, Any], parts: list[tuple[Tensor, int, int]]) -> None:
         first = parts[0][0]
+        if self._stochastic and fused.serves(first):
+            self._update_pieces_fused(group, parts)
+            return
         dtype = self._arithmetic(first)
         pieces = [Piece(self.state[parameter], begin, end) for parameter, begin, end in parts]
         grad = _joined([self._piece_of_gradient(*part).to(dtype) for part in parts])
-        changed, direction, size = self._direction(group, pieces, grad, dtype)
+        changed, direction = self._direction(group, pieces, grad, dtype)
         del grad
         weight = _joined([_flat(*part) for part in parts]).to(dtype, copy=True)
-        self._move(group, weight, direction, size)
+        self._move(group, weight, direction, pieces[0].state["step"])
         del direction
         self._store(parts, weight, pieces, changed)
 
@@ -193,19 +251,18 @@ class GaLoreAdamW(Optimizer):
 
     def _direction(
         self, group: dict[str, Any], pieces: list[Piece], grad: Tensor, dtype: torch.dtype
-    ) -> tuple[list[Tensor], Tensor, float]:
-        """The new moments, flat; their quotient; and the factor on it."""
+    ) -> tuple[list[Tensor], Tensor]:
+        """The new moments, flat, and their quotient."""
         beta1, beta2 = group["betas"]
-        step = pieces[0].state["step"]
         first, second = moments.read(pieces, dtype)
         first.mul_(beta1).add_(grad, alpha=1 - beta1)
         second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         root = second.sqrt().add_(group["eps"])
         direction = torch.div(first, root, out=root)
-        return [first, second], direction, group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+        return [first, second], direction
 
-    def _move(self, group: dict[str, Any], weight: Tensor, direction: Tensor, size: float) -> None:
-        weight.add_(direction, alpha=-size)
+    def _move(self, group: dict[str, Any], weight: Tensor, direction: Tensor, step: int) -> None:
+        weight.add_(direction, alpha=-self._size(group, step))
         if group["weight_decay"] > 0:
             weight.add_(weight, alpha=-group["lr"] * group["weight_decay"])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,10 +20,17 @@ from ray_peft.methods.vocabulary import is_added_in_place
 
 SMALL = 2**16
 """Gradients of fewer numbers stay on the GPU: a copy would cost more than it frees."""
+AFLOAT = 2**26
+"""Bytes of gradients that are on their way at a time."""
 
 
 class HostGaLoreAdamW(GaLoreAdamW):
     """GaLore's AdamW over gradients that are kept by the host, small ones and those of a vocabulary apart."""
+
+    at_a_time, grams_at_a_time = GaLoreAdamW.at_a_time // 4, GaLoreAdamW.grams_at_a_time // 4
+
+    overlaps = False
+    """Copy beside the backward pass, on streams of their own. Off: no GPU has run tests/gpu/test_gpu_galore.py yet."""
 
     def __init__(self, groups: Iterable[dict[str, object]], **settings: Any) -> None:
         """As `GaLoreAdamW`."""
@@ -38,6 +45,7 @@ class HostGaLoreAdamW(GaLoreAdamW):
         self._filled = torch.zeros(len(away), dtype=torch.bool, device=device)
         """Whether a pass of this step has added to a gradient; on the GPU, so that recorded passes set it."""
         self._norms = torch.zeros(len(away), dtype=torch.float32, device=device)
+        self._ferry = _Ferry() if device.type == "cuda" and self.overlaps else None
         self._factor: Tensor | None = None
         """What clipping multiplies the gradients with."""
         for place, parameter in enumerate(away):
@@ -84,11 +92,68 @@ class HostGaLoreAdamW(GaLoreAdamW):
     def _take(self, parameter: Tensor, place: int) -> None:
         assert parameter.grad is not None
         grad, parameter.grad = parameter.grad, None
-        grad = self._fetched(parameter, place).add_(grad)
-        self._kept[place].copy_(grad, non_blocking=True)
-        self._norms[place].copy_(torch.linalg.vector_norm(grad, dtype=torch.float32))
-        self._filled[place].fill_(True)
         self._taken[place] = True
+        if self._ferry is None:
+            self._add(self._fetched(parameter, place), grad, place)
+            return
+        kept = self._ferry.fetch(lambda: self._fetched(parameter, place))
+        self._ferry.bring(kept, grad, lambda: self._add(kept, grad, place))
+
+    def _add(self, kept: Tensor, grad: Tensor, place: int) -> None:
+        kept.add_(grad)
+        self._kept[place].copy_(kept, non_blocking=True)
+        self._norms[place].copy_(torch.linalg.vector_norm(kept, dtype=torch.float32))
+        self._filled[place].fill_(True)
+
+
+class _Ferry:
+    """Two streams beside a backward pass: one copies from the host, the other to it, while the pass goes on.
+
+    What they use stays alive until they are done with it: a few tensors at a time, for which the pass then waits. At
+    the end of the pass, its stream waits for both, so that a recorded pass holds all of it.
+    """
+
+    def __init__(self) -> None:
+        self._inward, self._outward = (torch.cuda.Stream() for _ in range(2))  # type: ignore[no-untyped-call]
+        self._afloat: list[tuple[torch.cuda.Event, Tensor, Tensor]] = []
+        self._bytes = 0
+        self._sails = False
+
+    def fetch(self, work: Callable[[], Tensor]) -> Tensor:
+        """What `work` copies from the host, to be used in `bring`."""
+        if not self._sails:
+            self._sails = True
+            self._inward.wait_stream(torch.cuda.current_stream())
+            self._outward.wait_stream(torch.cuda.current_stream())
+            torch.autograd.Variable._execution_engine.queue_callback(self._land)  # noqa: SLF001 - as torch's own FSDP
+        with torch.cuda.stream(self._inward):
+            return work()
+
+    def bring(self, kept: Tensor, grad: Tensor, work: Callable[[], None]) -> None:
+        """Let `work` add `grad` to `kept` and copy the sum to the host."""
+        self._outward.wait_stream(self._inward)
+        self._outward.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._outward):
+            work()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(self._outward)
+        self._afloat.append((done, kept, grad))
+        self._bytes += 2 * grad.nbytes
+        while self._bytes > AFLOAT and len(self._afloat) > 1:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        done, _, grad = self._afloat.pop(0)
+        torch.cuda.current_stream().wait_event(done)
+        self._inward.wait_event(done)
+        self._bytes -= 2 * grad.nbytes
+
+    def _land(self) -> None:
+        """The end of a backward pass."""
+        torch.cuda.current_stream().wait_stream(self._inward)
+        torch.cuda.current_stream().wait_stream(self._outward)
+        self._afloat.clear()
+        self._bytes, self._sails = 0, False
 
 
 def _on_host(parameter: Tensor) -> Tensor:

@@ -56,6 +56,13 @@ def read(pieces: Sequence[Piece], dtype: torch.dtype) -> list[Tensor]:
     return copies
 
 
+def in_place(piece: Piece) -> list[Tensor] | None:
+    """Both moments of a piece as they are stored, (number,) each; None in 8 bits."""
+    if _scales(NAMES[0]) in piece.state:
+        return None
+    return [piece.state[name].view(-1)[piece.begin : piece.end] for name in NAMES]
+
+
 def write(pieces: Sequence[Piece], values: Sequence[Tensor], stored: Callable[[Tensor, torch.dtype], Tensor]) -> None:
     """Store both moments, (number,) each, back into the pieces.
 
@@ -71,7 +78,7 @@ def write(pieces: Sequence[Piece], values: Sequence[Tensor], stored: Callable[[T
             torch._foreach_copy_(kept, list(torch.split(stored(moment, kept[0].dtype), sizes)))
             continue
         for piece, target, part in zip(pieces, kept, torch.split(moment, sizes), strict=True):
-            codes, scales = torch.ops.bitsandbytes.quantize_blockwise(part, _code(name, part.device), BLOCK)
+            codes, scales = _ops().quantize_blockwise(part, _code(name, part.device), BLOCK)
             target.copy_(codes)
             _scales_of(piece, name).copy_(scales)
 
@@ -80,7 +87,7 @@ def _read(piece: Piece, name: str) -> Tensor:
     part: Tensor = piece.state[name].view(-1)[piece.begin : piece.end]
     if _scales(name) not in piece.state:
         return part
-    numbers: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
+    numbers: Tensor = _ops().dequantize_blockwise(
         part, _scales_of(piece, name), _code(name, part.device), BLOCK, torch.float32
     )
     return numbers
@@ -93,6 +100,13 @@ def _scales(name: str) -> str:
 def _scales_of(piece: Piece, name: str) -> Tensor:
     scales: Tensor = piece.state[_scales(name)][piece.begin // BLOCK : -(-piece.end // BLOCK)]
     return scales
+
+
+@cache
+def _ops() -> Any:
+    import bitsandbytes  # noqa: F401 - registers them
+
+    return torch.ops.bitsandbytes
 
 
 @cache

@@ -31,7 +31,11 @@ class Dice:
     def thrown(self, parameter: Tensor, step: int, part: int = 0) -> torch.Generator:
         """The generator for one rounding of a weight, or of the bucket that begins with it."""
         generator = self._generators.setdefault(parameter.device, torch.Generator(parameter.device))
-        return generator.manual_seed(hash((self._seed, step, self._place[id(parameter)], part)) & (2**62 - 1))
+        return generator.manual_seed(self.seed(parameter, step, part))
+
+    def seed(self, parameter: Tensor, step: int, part: int = 0) -> int:
+        """The same as a seed of 62 bits, for a kernel that counts."""
+        return hash((self._seed, step, self._place[id(parameter)], part)) & (2**62 - 1)
 
 
 def rounded(values: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
@@ -68,8 +72,6 @@ def adamw_step(
     states: dict[Any, dict[str, Any]],
     group: dict[str, Any],
     dice: Dice,
-    *,
-    eps_from_source: bool,
 ) -> None:
     """One AdamW step of the parameters that have a gradient (Loshchilov and Hutter 2019, arXiv:1711.05101).
 
@@ -78,8 +80,6 @@ def adamw_step(
         states: the optimizer's state, filled at a parameter's first step.
         group: lr, betas, eps, weight_decay.
         dice: for the rounding.
-        eps_from_source: add `eps` to the uncorrected root of the second moment, as galore-torch does; else to the
-            corrected one, as torch does.
     """
     beta1, beta2 = group["betas"]
     for bucket in _buckets(parameters, states):
@@ -88,7 +88,7 @@ def adamw_step(
         first.lerp_(grad, 1 - beta1)
         second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         size = group["lr"] / (1 - beta1**bucket.step)
-        torch.sqrt(second, out=grad).div_(root).add_(group["eps"] / root if eps_from_source else group["eps"])
+        torch.sqrt(second, out=grad).div_(root).add_(group["eps"])
         weight.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(first, grad, value=-size)
         generator = dice.thrown(bucket.first, bucket.step, bucket.begin)
         for kept, values in zip((0, 2, 3), (weight, first, second), strict=True):
@@ -146,4 +146,4 @@ class StochasticAdamW(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is used here
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            adamw_step(group["params"], self.state, group, self._dice, eps_from_source=False)
+            adamw_step(group["params"], self.state, group, self._dice)

@@ -22,7 +22,7 @@ _SPARE = 4
 """A quarter more columns than the rank are iterated: the last ones of a block converge late."""
 _RIDGE = 1e-7
 """Of the mean eigenvalue, added to the diagonal: a gradient of lower rank than its basis has one all the same."""
-_AT_A_TIME = 2**24
+AT_A_TIME = 2**24
 """Numbers of the Gram matrices that are iterated at a time, in float64: 128 MiB."""
 
 
@@ -66,6 +66,7 @@ def iterated(
     gradient: Callable[[Tensor], Tensor],
     start: Callable[[Tensor, int], Tensor],
     rank: int,
+    at_a_time: int = AT_A_TIME,
 ) -> dict[int, Tensor]:
     """Bases of the gradients of some weights, on their smaller sides, in the weights' dtypes, by place in `weights`.
 
@@ -76,13 +77,14 @@ def iterated(
         gradient: gives a weight's.
         start: columns (smaller side, count) to start from, given a weight and their count; float64.
         rank: of the bases, at most the smaller side.
+        at_a_time: numbers of the Gram matrices that are iterated at a time.
     """
     bases: dict[int, Tensor] = {}
     by_size: dict[Any, list[int]] = {}
     for place, weight in enumerate(weights):
         by_size.setdefault((min(weight.shape), weight.device), []).append(place)
     for (size, _), places in by_size.items():
-        count = max(1, _AT_A_TIME // size**2)
+        count = max(1, at_a_time // size**2)
         for begin in range(0, len(places), count):
             part = places[begin : begin + count]
             columns = min(size, rank + -(-rank // _SPARE))

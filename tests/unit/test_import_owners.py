@@ -59,6 +59,6 @@ def test_every_method_file_is_registered():
     from ray_peft.methods import METHODS
 
     shared = {"__init__", "base", "full_weights", "optimizers", "single", "stochastic"}
-    shared |= {"galore_adamw", "host_gradients", "moments", "subspace", "vocabulary"}
+    shared |= {"fused", "galore_adamw", "host_gradients", "moments", "subspace", "vocabulary"}
     files = {path.stem for path in (PACKAGE / "methods").glob("*.py")} - shared
     assert files == {method.__module__.rpartition(".")[2] for method in METHODS}

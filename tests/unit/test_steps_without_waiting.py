@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ray_peft.engine.contract import Rows, Seen
 from ray_peft.engine.member import Job, Member
 from ray_peft.methods.full import FullFineTuning
 from ray_peft.methods.galore import GaLore
@@ -34,6 +35,22 @@ class Asked(TorchDispatchMode):
         if any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")):
             self.names.append(name)
         return function(*args, **(kwargs or {}))
+
+
+class NoRows(Rows):
+    """Steps that see nothing."""
+
+    def parts(self, step, share, rows):
+        return []
+
+    def size(self, part):
+        return 0
+
+    def seen(self, step):
+        return Seen()
+
+    def epoch(self, steps):
+        return 0.0
 
 
 class Model(torch.nn.Module):
@@ -65,7 +82,7 @@ def test_a_pass_and_a_step_ask_for_nothing(name, tmp_path, monkeypatch):
     )
     model = stage.attach(Model())
     job = Job(spec, stage, 10, 0, tmp_path, "cpu", lambda metrics, step: None, lambda: 0.0)
-    member = Member(job, model, None)
+    member = Member(job, model, NoRows())
     loss = torch.zeros(())
 
     def step():

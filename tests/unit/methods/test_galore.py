@@ -222,3 +222,25 @@ def test_settings_that_cannot_go_together_are_refused():
         with pytest.raises((SpecError, ValueError), match=words):
             TrialSpec.from_plain(tiny.plain_spec("m/m", "d/d", method, **changes))
     assert TrialSpec.from_plain(tiny.plain_spec("m/m", "d/d", host, train__micro_batch_size=2)).accumulation == 4
+
+
+def test_a_kernel_that_fails_or_computes_other_numbers_is_not_used(monkeypatch, caplog):
+    from ray_peft.methods import fused
+
+    def right(weight, grad, moments, *, betas, eps, size, decay, seed):
+        first, second = moments
+        first.mul_(betas[0]).add_(grad, alpha=1 - betas[0])
+        second.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+        weight.sub_(size * first / (second.sqrt() + eps)).mul_(1 - decay)
+
+    def failing(*args, **settings):
+        raise RuntimeError("no compiler")
+
+    usable = []
+    for kernel in (right, failing, lambda *args, **settings: None):
+        monkeypatch.setattr(fused, "adamw", kernel)
+        fused._works.cache_clear()
+        usable.append(fused._works(torch.device("cpu")))
+    fused._works.cache_clear()
+    assert usable == [True, False, False]
+    assert ["no compiler" in caplog.messages[0], "other numbers" in caplog.messages[1]] == [True, True]
