@@ -225,8 +225,6 @@ def tiny_cases(found: dict[str, Any], save: Callable[[], None], left: Callable[[
         [{"input_ids": p, "labels": [-100] * (len(p) // 3) + p[len(p) // 3 :]} for p in drawn(80, 200, 250, 4.0)]
     )
     spec = spec_of("tiny", "fp32")
-    found["recovery"] = recovery()
-    save()
     first = ["gemma3_text", "gemma2", "llama", "gpt2", "qwen2", "gpt_neox"]
     for name in [*first, *(name for name in ARCHITECTURES if name not in first)]:
         settings = ARCHITECTURES[name]
@@ -250,6 +248,8 @@ def tiny_cases(found: dict[str, Any], save: Callable[[], None], left: Callable[[
             "largest_difference": float((packed - padded).abs().max()),
         }  # fmt: skip
         save()
+    found["recovery"] = recovery()
+    save()
 
 
 class Study:

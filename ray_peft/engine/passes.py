@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from ray_peft.engine.contract import Computation, PartT
 from ray_peft.engine.recovery import free_memory, is_out_of_memory
-from ray_peft.engine.replays import end_recording
+from ray_peft.engine.replays import end_recording, uncollected
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,7 +113,7 @@ class RecordedPass(Pass[PartT]):
 
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            with uncollected(), torch.cuda.graph(graph, stream=self._stream):
                 self._run(*self._inputs)
             replay: Callable[[], Any] = graph.replay
             return replay
@@ -169,7 +169,7 @@ class RecordedPasses(Pass[PartT]):
         import torch
 
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
+        with uncollected(), torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
             self._run(*shape.inputs)
         torch.cuda.current_stream().wait_stream(self._stream)
 
@@ -180,7 +180,7 @@ class RecordedPasses(Pass[PartT]):
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         pool: Any = self._pool.id
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+            with uncollected(), torch.cuda.graph(graph, pool=pool, stream=self._stream):
                 self._run(*shape.inputs)
             replay: Callable[[], Any] = graph.replay
             return replay
@@ -189,6 +189,7 @@ class RecordedPasses(Pass[PartT]):
             first = error.__context__ or error
             self.unrecorded = f"{type(first).__name__}: {str(first).splitlines()[0]}"
             self.how = f"as they are, since they cannot be recorded ({self.unrecorded})"
+            del first  # whose traceback holds this frame, and with it the pool
         del graph
         end_recording(pool, stream)
         logger.warning("a pass cannot be recorded, so passes run unrecorded, which is slower: %s", self.unrecorded)

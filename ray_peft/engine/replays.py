@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from ray_peft.engine.recovery import free_memory, is_out_of_memory
@@ -49,7 +50,7 @@ class Replays:
         import torch
 
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
+        with uncollected(), torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
             work()
         torch.cuda.current_stream().wait_stream(self._stream)
 
@@ -64,7 +65,7 @@ class Replays:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         pool: Any = self._pool.id
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+            with uncollected(), torch.cuda.graph(graph, pool=pool, stream=self._stream):
                 work()
             replay: Callable[[], Any] = graph.replay
             return replay
@@ -78,7 +79,24 @@ class Replays:
         self.unrecorded = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
         logger.debug("where it failed", exc_info=failure)
         logger.warning("work cannot be recorded, and runs unrecorded, which is slower: %s", self.unrecorded)
+        del failure  # whose traceback holds this frame, and with it the pool
         return None
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage is collected meanwhile, where a memory pool is in use.
+
+    A pool of an earlier recording that were collected now would empty its cache, which ends the process while another
+    pool takes memory (torch 2.11: `captures_underway.empty()`).
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def end_recording(pool: Any, stream: Any) -> None:

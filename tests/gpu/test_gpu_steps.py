@@ -29,7 +29,7 @@ def test_a_step_waits_for_nothing(tiny_model, tmp_path, monkeypatch, method):
     questions = tiny.write_rows(tmp_path / "rows.jsonl", rows)
     changes = {"train__steps": 9, "train__log_every": 100, "train__micro_batch_size": 4, "train__precision": "bf16"}
     plain = tiny.plain_spec(tiny_model, questions, method, **changes)
-    plain["data"]["contamination"] = {"action": "off"}
+    plain["data"]["contamination"] = {"action": "allow"}
     spec = TrialSpec.from_plain(plain)
     bench = LlmSft().load(spec, "cuda:0")
     usual, watched = Engine._round, []
