@@ -23,8 +23,8 @@ from ray_peft.schedule import tune
 given = []
 
 
-def heard(resolve, receiver, callback=tune._callback):
-    rows = callback(resolve, receiver)
+def heard(resolve, receiver, stopped, callback=tune._callback):
+    rows = callback(resolve, receiver, stopped)
     begin = rows.on_trial_start
 
     def on_trial_start(iteration, trials, trial):

@@ -33,7 +33,7 @@ def swept(tmp_path, empty_database):
     trials = {}
     for seed in (1, 2):
         spec = spec_of(seed)
-        tracker = TrialTracker(store, parent, "which_method")
+        tracker = TrialTracker(store, parent, "which_method", tmp_path / f"trial{seed}")
         trials[spec.trial_id] = tracker.start(spec)
         for step in (1, 2, 3):
             tracker.log({"train_loss": 3.0 / step}, step)

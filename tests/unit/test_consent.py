@@ -90,7 +90,7 @@ def stored(spec, empty_database, folder) -> tuple[str, str]:
     if not (folder / "mlflow.db").exists():
         (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
     store = open_store(default_uri(folder), "x", folder / "artifacts")
-    tracker = TrialTracker(store, None, "x")
+    tracker = TrialTracker(store, None, "x", folder / "trial")
     run_id = tracker.start(spec)
     tracker.record(TrialResult(trial_id=spec.trial_id, status="failed", spec=spec))
     return store.uri, run_id

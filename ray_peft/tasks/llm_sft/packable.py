@@ -48,7 +48,7 @@ def packs(specs: Sequence[LlmTrialSpec]) -> list[list[LlmTrialSpec]]:
     groups: list[list[LlmTrialSpec]] = []
     for spec in specs:
         own = None if why_alone(spec) else shared_settings(spec)
-        group = next((one for one in groups if own is not None and _base_of(one) == own), None)
+        group = next((group for group in groups if own is not None and _base_of(group) == own), None)
         if group is None:
             groups.append([spec])
         else:

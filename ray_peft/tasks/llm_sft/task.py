@@ -149,7 +149,7 @@ class LlmSft(TaskType[LlmTrialSpec]):
         """Train LoRA adapters of all trials on their one base."""
         from ray_peft.tasks.llm_sft.pack import train_together
 
-        train_together([cast(bench.LlmBench, each) for each in benches], folders, reports, ended)
+        train_together([cast(bench.LlmBench, of_trial) for of_trial in benches], folders, reports, ended)
 
     def load_ensemble(self, spec: LlmTrialSpec, members: list[MemberModel[LlmTrialSpec]], device: str) -> EnsembleBench:
         """The members' models, each base held once."""

@@ -14,7 +14,7 @@ from ray_peft.spec import TrialSpec
 from ray_peft.tasks.llm_sft import targets
 from ray_peft.tasks.llm_sft.task import LlmSft
 
-LORA = {"name": "lora", "rank": 4, "lr": 0.02}
+LORA = {"name": "lora", "rank": 4, "lr": 0.01}
 QLORA = LORA | {"name": "qlora", "compute_dtype": "float32"}
 GALORE = {"name": "galore", "rank": 8, "lr": 0.005, "weights": "float32"}
 UNTIED_EMBEDDING = LORA | {"targets": ["q_proj", "embed_tokens"]}
