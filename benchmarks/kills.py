@@ -291,6 +291,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", type=Path)
     parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("scenarios", nargs="*", choices=[*LOCAL, *SERVED, []])
-    options = parser.parse_args()
+    parser.add_argument("scenarios", nargs="*", help=", ".join([*LOCAL, *SERVED]))
+    options = parser.parse_intermixed_args()
+    if unknown := set(options.scenarios) - {*LOCAL, *SERVED}:
+        parser.error(f"no such scenario: {', '.join(sorted(unknown))}; there are {', '.join([*LOCAL, *SERVED])}")
     main(options.target, options.times, options.scenarios)
