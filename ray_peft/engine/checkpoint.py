@@ -38,9 +38,9 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 def remove_older(folder: Path, step: int) -> None:
     """Keep the checkpoint of `step` and the one before it; later ones cannot be whole, or it would not be written."""
-    kept = [path for path in numbered(folder) if step_of(path) <= step][:2]
+    recent = [path for path in numbered(folder) if step_of(path) <= step][:2]
     for path in [*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*.partial")]:
-        if path not in kept:
+        if path not in recent:
             shutil.rmtree(path, ignore_errors=True)
 
 

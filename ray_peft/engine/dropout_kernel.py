@@ -71,8 +71,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     if MANY:
         bound = tl.load(bounds + row)
         scale = tl.load(scales + row)
-    kept = hashed.to(tl.int32, bitcast=True) >= bound
+    keeps = hashed.to(tl.int32, bitcast=True) >= bound
     at = row.to(tl.int64) * features + feature
     values = tl.load(x + at, mask=there, other=0.0)
-    values = tl.where(kept, values.to(tl.float32) * scale, 0.0)
+    values = tl.where(keeps, values.to(tl.float32) * scale, 0.0)
     tl.store(out + at, values.to(out.dtype.element_ty), mask=there)

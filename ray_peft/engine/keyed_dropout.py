@@ -134,8 +134,8 @@ def _kernel() -> Any:
     try:
         from ray_peft.engine.dropout_kernel import dropped
 
-        one = torch.ones(1, 1, device="cuda")
-        dropped(one, torch.zeros(1, dtype=torch.int64, device="cuda"), 0, 0, 1.0, None, one.dtype)
+        sample = torch.ones(1, 1, device="cuda")
+        dropped(sample, torch.zeros(1, dtype=torch.int64, device="cuda"), 0, 0, 1.0, None, sample.dtype)
     except Exception as error:  # noqa: BLE001 - no Triton, no compiler, a driver that does not fit
         logger.warning("dropout runs without its kernel, which is slower: %s: %s", type(error).__name__, error)
         return None
@@ -168,11 +168,11 @@ def _computed(
         hashed = _mixed(_mixed(hashed).add_(lower[rows, None]))
         # Flipping the upper bit orders signed numbers as unsigned ones are ordered.
         limit = bound[rows, None] if isinstance(bound, Tensor) else bound
-        kept = hashed.bitwise_xor_(-(2**31)) >= limit
+        keeps = hashed.bitwise_xor_(-(2**31)) >= limit
         factor = scale[rows, None] if isinstance(scale, Tensor) else scale
         low = x.dtype in (torch.bfloat16, torch.float16)
         values = (x[rows].float() if low else x[rows]) * factor
-        out[rows] = torch.where(kept, values, torch.zeros_like(values))
+        out[rows] = torch.where(keeps, values, torch.zeros_like(values))
     return out
 
 

@@ -95,8 +95,8 @@ class Member:
 
     def weight(self) -> int:
         """What its step sees, tokens or images, by which the seconds of a round are divided among members."""
-        seen = self.rows.seen(self.number if self.left else self.number - 1)
-        return seen.tokens + seen.images
+        step_data = self.rows.seen(self.number if self.left else self.number - 1)
+        return step_data.tokens + step_data.images
 
     def clear_gradients(self, *, keep: bool) -> None:
         """Drop the gradients, or zero their tensors, where passes go on using them."""
@@ -127,9 +127,9 @@ class Member:
             self.average.step(self.parameters)
         self.done += 1
         self._unlogged += 1
-        seen = self.rows.seen(self.number - 1)
-        self.trained.tokens += seen.tokens
-        self.trained.images += seen.images
+        step_data = self.rows.seen(self.number - 1)
+        self.trained.tokens += step_data.tokens
+        self.trained.images += step_data.images
         self.trained.steps, self.trained.timed_steps = self.done, self.trained.timed_steps + 1
         return norm, rate
 

@@ -52,9 +52,9 @@ def told_by_first(value: bool, device: str) -> bool:
     """What the first worker says, on all of them."""
     import torch
 
-    told = torch.tensor([value], dtype=torch.int32, device=device)
-    torch.distributed.broadcast(told, src=0)
-    return bool(told)
+    values = torch.tensor([value], dtype=torch.int32, device=device)
+    torch.distributed.broadcast(values, src=0)
+    return bool(values)
 
 
 def from_all(value: object) -> list[object]:

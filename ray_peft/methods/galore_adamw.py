@@ -150,9 +150,9 @@ class GaLoreAdamW(Optimizer):
         side = subspace.side_of(batch[0].shape, group["proj_type"])
         bases = [_stacked(parts) for parts in zip(*(_listed(state[BASIS]) for state in states), strict=True)]
         low = subspace.projected(_stacked([self._gradient(parameter) for parameter in batch]), bases, side)
-        for state, one in zip(states, low, strict=True):
+        for state, low_state in zip(states, low, strict=True):
             if moments.NAMES[0] not in state:
-                moments.make(state, one, eight_bit=self._eight_bit)
+                moments.make(state, low_state, eight_bit=self._eight_bit)
         pieces = [Piece(state, 0, state[moments.NAMES[0]].numel()) for state in states]
         dtype = self._arithmetic(batch[0])
         changed, direction = self._direction(group, pieces, low.to(dtype).reshape(-1), dtype)
@@ -277,7 +277,9 @@ class GaLoreAdamW(Optimizer):
             return rounded(values, dtype, generator) if self._stochastic else values.to(dtype)
 
         targets = [_flat(*part) for part in parts]
-        torch._foreach_copy_(targets, list(torch.split(stored(weight, first.dtype), [len(one) for one in targets])))
+        torch._foreach_copy_(
+            targets, list(torch.split(stored(weight, first.dtype), [len(target) for target in targets]))
+        )
         moments.write(pieces, changed, stored)
 
 

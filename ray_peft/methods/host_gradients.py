@@ -96,13 +96,13 @@ class HostGaLoreAdamW(GaLoreAdamW):
         if self._ferry is None:
             self._add(self._fetched(parameter, place), grad, place)
             return
-        kept = self._ferry.fetch(lambda: self._fetched(parameter, place))
-        self._ferry.bring(kept, grad, lambda: self._add(kept, grad, place))
+        on_host = self._ferry.fetch(lambda: self._fetched(parameter, place))
+        self._ferry.bring(on_host, grad, lambda: self._add(on_host, grad, place))
 
-    def _add(self, kept: Tensor, grad: Tensor, place: int) -> None:
-        kept.add_(grad)
-        self._kept[place].copy_(kept, non_blocking=True)
-        self._norms[place].copy_(torch.linalg.vector_norm(kept, dtype=torch.float32))
+    def _add(self, on_host: Tensor, grad: Tensor, place: int) -> None:
+        on_host.add_(grad)
+        self._kept[place].copy_(on_host, non_blocking=True)
+        self._norms[place].copy_(torch.linalg.vector_norm(on_host, dtype=torch.float32))
         self._filled[place].fill_(True)
 
 
@@ -129,23 +129,23 @@ class _Ferry:
         with torch.cuda.stream(self._inward):
             return work()
 
-    def bring(self, kept: Tensor, grad: Tensor, work: Callable[[], None]) -> None:
+    def bring(self, on_host: Tensor, grad: Tensor, work: Callable[[], None]) -> None:
         """Let `work` add `grad` to `kept` and copy the sum to the host."""
         self._outward.wait_stream(self._inward)
         self._outward.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._outward):
             work()
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record(self._outward)
-        self._afloat.append((done, kept, grad))
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record(self._outward)
+        self._afloat.append((arrived, on_host, grad))
         self._bytes += 2 * grad.nbytes
         while self._bytes > AFLOAT and len(self._afloat) > 1:
             self._let_go()
 
     def _let_go(self) -> None:
-        done, _, grad = self._afloat.pop(0)
-        torch.cuda.current_stream().wait_event(done)
-        self._inward.wait_event(done)
+        arrived, _, grad = self._afloat.pop(0)
+        torch.cuda.current_stream().wait_event(arrived)
+        self._inward.wait_event(arrived)
         self._bytes -= 2 * grad.nbytes
 
     def _land(self) -> None:

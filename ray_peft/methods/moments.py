@@ -73,11 +73,11 @@ def write(pieces: Sequence[Piece], values: Sequence[Tensor], stored: Callable[[T
     """
     sizes = [piece.end - piece.begin for piece in pieces]
     for name, moment in zip(NAMES, values, strict=True):
-        kept = [piece.state[name].view(-1)[piece.begin : piece.end] for piece in pieces]
+        moments = [piece.state[name].view(-1)[piece.begin : piece.end] for piece in pieces]
         if _scales(name) not in pieces[0].state:
-            torch._foreach_copy_(kept, list(torch.split(stored(moment, kept[0].dtype), sizes)))
+            torch._foreach_copy_(moments, list(torch.split(stored(moment, moments[0].dtype), sizes)))
             continue
-        for piece, target, part in zip(pieces, kept, torch.split(moment, sizes), strict=True):
+        for piece, target, part in zip(pieces, moments, torch.split(moment, sizes), strict=True):
             codes, scales = _ops().quantize_blockwise(part, _code(name, part.device), BLOCK)
             target.copy_(codes)
             _scales_of(piece, name).copy_(scales)

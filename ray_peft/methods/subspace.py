@@ -94,10 +94,10 @@ def iterated(
                 _fill_gram(gram, gradient(weights[place]))
             starts = torch.stack([start(weights[place], columns) for place in part])
             vectors = _leading(grams, starts, min(rank, size))
-            for place, found in zip(part, vectors, strict=True):
+            for place, basis in zip(part, vectors, strict=True):
                 weight = weights[place]
                 tall = weight.shape[0] >= weight.shape[1]
-                bases[place] = (found.mT if tall else found).contiguous().to(weight.dtype)
+                bases[place] = (basis.mT if tall else basis).contiguous().to(weight.dtype)
     return bases
 
 

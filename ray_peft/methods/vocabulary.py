@@ -89,5 +89,5 @@ def _of_rows(module: nn.Embedding, ids: Tensor, grad: Tensor) -> Tensor:
     twin._parameters = {"weight": table}  # type: ignore[dict-item]  # noqa: SLF001 - a copy's own
     with torch.enable_grad():
         rows = type(module).forward(twin, torch.arange(tokens, device=ids.device).view(ids.shape))
-    (found,) = torch.autograd.grad(rows, table, grad)
-    return found
+    (table_grad,) = torch.autograd.grad(rows, table, grad)
+    return table_grad

@@ -129,8 +129,8 @@ def card(nodes: Sequence[Node], gpu_memory_gib: float | None = None) -> Card | N
 
 def uses_gpu(trial: TrialSpec, nodes: Sequence[Node]) -> bool:
     """Whether a trial runs on GPUs here; one that leaves it open does where the cluster has any."""
-    asked = trial.resources.gpus_per_worker
-    return bool(asked) if asked is not None else any(node.gpus for node in nodes)
+    share = trial.resources.gpus_per_worker
+    return bool(share) if share is not None else any(node.gpus for node in nodes)
 
 
 def decide(
@@ -196,8 +196,8 @@ def _run(trial: TrialSpec, demand: Demand, size: Size, card: Card | None, *, lim
     if not demand.gpus_per_worker:
         return Run((trial,), demand, size, fits)
     capped = demand.gpus_per_worker < 1 or limited
-    held = replace(demand, gpu_memory_gib=room if capped else None, needed_gib=free, chosen=size.chosen)
-    return Run((trial,), held, size, fits)
+    placed = replace(demand, gpu_memory_gib=room if capped else None, needed_gib=free, chosen=size.chosen)
+    return Run((trial,), placed, size, fits)
 
 
 def _predicted_bytes(run: Run) -> tuple[int, int]:
@@ -218,13 +218,13 @@ def _demand(trial: TrialSpec, nodes: Sequence[Node], share: float | None) -> Dem
     """
     if not nodes:
         raise PlacementError("the cluster has no node with a CPU core; check `ray status`")
-    asked = trial.resources
-    gpus = asked.gpus_per_worker
+    resources = trial.resources
+    gpus = resources.gpus_per_worker
     if gpus is None:
         gpus = (share or 1.0) if uses_gpu(trial, nodes) else 0.0
-    _check_gpus(trial.trial_id, asked, gpus, sum(node.gpus for node in nodes))
+    _check_gpus(trial.trial_id, resources, gpus, sum(node.gpus for node in nodes))
     eligible = [node for node in nodes if node.gpus > 0] if gpus else nodes
-    cpus = asked.cpus_per_worker or _fair_cpus(eligible, gpus, asked.num_workers)
+    cpus = resources.cpus_per_worker or _fair_cpus(eligible, gpus, resources.num_workers)
     most = max(node.cpus for node in eligible)
     if cpus > most:
         raise PlacementError(
@@ -232,22 +232,22 @@ def _demand(trial: TrialSpec, nodes: Sequence[Node], share: float | None) -> Dem
             "lower resources.cpus_per_worker, or leave it out"
         )
     room = sum(node.cpus // cpus for node in eligible)
-    if asked.num_workers > room:
+    if resources.num_workers > room:
         raise PlacementError(
-            f"trial {trial.trial_id} needs {asked.num_workers} workers of {cpus} CPU cores, but the cluster holds "
+            f"trial {trial.trial_id} needs {resources.num_workers} workers of {cpus} CPU cores, but the cluster holds "
             f"{room} of them; lower resources.num_workers or resources.cpus_per_worker"
         )
-    return Demand(asked.num_workers, cpus, gpus)
+    return Demand(resources.num_workers, cpus, gpus)
 
 
-def _check_gpus(trial: str, asked: ResourcesSpec, gpus: float, cluster_gpus: int) -> None:
-    needed = gpus * asked.num_workers
+def _check_gpus(trial: str, resources: ResourcesSpec, gpus: float, cluster_gpus: int) -> None:
+    needed = gpus * resources.num_workers
     if needed <= cluster_gpus:
         return
-    ways = ["lower resources.num_workers"] if cluster_gpus and asked.num_workers > 1 else []
+    ways = ["lower resources.num_workers"] if cluster_gpus and resources.num_workers > 1 else []
     ways += ["set resources.gpus_per_worker: 0 to use the CPU", "or join a cluster that has them with --address"]
     raise PlacementError(
-        f"trial {trial} needs {needed:g} GPUs ({asked.num_workers} workers of {gpus:g}), but there are "
+        f"trial {trial} needs {needed:g} GPUs ({resources.num_workers} workers of {gpus:g}), but there are "
         f"{cluster_gpus} here; {', '.join(ways)}"
     )
 
@@ -260,7 +260,7 @@ def _fair_cpus(eligible: Sequence[Node], gpus: float, num_workers: int) -> int:
 
 def _most_teams(demands: Sequence[Demand], nodes: Sequence[Node]) -> int:
     """Teams of workers that the cluster holds at once, by the largest of them; at least 1."""
-    largest = max(demands, key=lambda each: (each.num_workers * each.gpus_per_worker, each.num_workers))
+    largest = max(demands, key=lambda demand: (demand.num_workers * demand.gpus_per_worker, demand.num_workers))
     if largest.gpus_per_worker:
         room = int(sum(node.gpus for node in nodes) // (largest.num_workers * largest.gpus_per_worker))
     else:

@@ -63,8 +63,8 @@ def planned(
     Raises:
         DataError, ModelError: the user's to mend.
     """
-    asked = [trial.resources.num_workers * (trial.resources.cpus_per_worker or 1) for trial in trials]
-    machine = Node(cpus or max(cores_here(), *asked), gpus, gpu_name, gpu_memory_gib)
+    cores = [trial.resources.num_workers * (trial.resources.cpus_per_worker or 1) for trial in trials]
+    machine = Node(cpus or max(cores_here(), *cores), gpus, gpu_name, gpu_memory_gib)
     target = card([machine])
     assert target is not None
     return decide(trials, [machine], {trial.trial_id: predicted(trial, target) for trial in trials})
@@ -163,8 +163,8 @@ def cautions(decision: Decision) -> list[str]:
 def held_text(demand: Demand) -> str:
     """What a run holds, such as `0.25 of a GPU and 4 CPU cores`."""
     cores = f"{demand.cpus_per_worker} CPU core{'s' if demand.cpus_per_worker > 1 else ''}"
-    each = f"{demand.gpus_per_worker:g} of a GPU and {cores}" if demand.gpus_per_worker else cores
-    return f"{demand.num_workers} workers of {each}" if demand.num_workers > 1 else each
+    share = f"{demand.gpus_per_worker:g} of a GPU and {cores}" if demand.gpus_per_worker else cores
+    return f"{demand.num_workers} workers of {share}" if demand.num_workers > 1 else share
 
 
 def _summary(trials: int, decision: Decision) -> str:

@@ -52,6 +52,6 @@ def _content(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
         stat = file.stat()
-        said = f"{stat.st_size} {stat.st_mtime_ns}" if file.suffix in WEIGHTS else content_of(file)
-        digest.update(f"{file.relative_to(folder).as_posix()}:{said}\n".encode(errors="surrogateescape"))
+        state = f"{stat.st_size} {stat.st_mtime_ns}" if file.suffix in WEIGHTS else content_of(file)
+        digest.update(f"{file.relative_to(folder).as_posix()}:{state}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

@@ -183,7 +183,7 @@ def _plan(space: Space, rows: list[TrialResult], inspector: Inspector, console: 
 
 
 def _repeated(space: Space, ledger: Ledger, inspector: Inspector, notes: list[str], uri: str) -> SweepOutcome | None:
-    """The outcome of a sweep whose every trial was finished, reported and tracked before; null if there is work."""
+    """The outcome of a sweep whose every trial was finished, reported and tracked before; None if there is work."""
     if (space.search is not None and space.search.algorithm == "optuna") or not ledger.folder.is_dir():
         return None
     with ledger.locked():
@@ -260,8 +260,8 @@ class _Sweep:
         """Trials that ran out of the share of a GPU that was predicted for them: they run once more, alone."""
         small = []
         for trial in trials or list(self.started.values()):
-            row, held = self.rows.get(trial.trial_id), self.demands[trial.trial_id]
-            shared = trial.resources.gpus_per_worker is None and 0 < held.gpus_per_worker < 1
+            row, demand = self.rows.get(trial.trial_id), self.demands[trial.trial_id]
+            shared = trial.resources.gpus_per_worker is None and 0 < demand.gpus_per_worker < 1
             if row is not None and row.status == "out_of_memory" and shared:
                 self.console.say(f"{trial.trial_id} ran out of its share of a GPU; once more, alone")
                 del self.rows[trial.trial_id]
@@ -277,8 +277,8 @@ class _Sweep:
     def _fit(self, runs: Sequence[Run], most: int | None = None) -> None:
         """Run trials at once; what a search proposes, if there are none."""
         self.demands |= {run.trial.trial_id: run.demand for run in runs}
-        wanted = {member.trial_id for run in runs for member in run.trial.members()}
-        members = {trial_id: row for trial_id, row in self.rows.items() if trial_id in wanted}
+        member_ids = {member.trial_id for run in runs for member in run.trial.members()}
+        members = {trial_id: row for trial_id, row in self.rows.items() if trial_id in member_ids}
         work = tune.Work(runs, None if runs else self._propose, self.plan.missing, most, members)
         tune.fit(work, self.opened, self)
 

@@ -40,8 +40,8 @@ def sync(folder: Path, tracking_uri: str | None, console: Audience) -> dict[str,
         opened = _opened(ledger, record, tracking_uri, console)
         adopt(ledger)
         opened.take_over({row.trial_id: row for row in ledger.results()}, ())
-        done = {row.trial_id for row in ledger.results()}
-        opened.finish(record.planned, interrupted=not done.issuperset(record.planned))
+        finished = {row.trial_id for row in ledger.results()}
+        opened.finish(record.planned, interrupted=not finished.issuperset(record.planned))
         return opened.lacking
 
 

@@ -167,8 +167,8 @@ def _searcher(propose: Callable[[], Run | None]) -> Any:
             run = propose()
             if run is None:
                 return Searcher.FINISHED
-            told = {"trial_id": run.trial.trial_id, "spec": run.trial.plain(), "demand": asdict(run.demand)}
-            return {_TRIAL: json.dumps(told)}
+            config = {"trial_id": run.trial.trial_id, "spec": run.trial.plain(), "demand": asdict(run.demand)}
+            return {_TRIAL: json.dumps(config)}
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             """Rows reach the search through the receiver, lost ones too."""
@@ -198,8 +198,8 @@ class _Hand:
 @cache
 def _hand(path: Path) -> _Hand:
     """The file's content, read once by each worker process."""
-    given: _Hand = pickle.loads(path.read_bytes())
-    return given
+    hand_file: _Hand = pickle.loads(path.read_bytes())
+    return hand_file
 
 
 def _trainable(opened: Experiment, hand: Path) -> Callable[..., None]:
@@ -209,8 +209,8 @@ def _trainable(opened: Experiment, hand: Path) -> Callable[..., None]:
     def trial(config: dict[str, Any]) -> None:
         from ray import tune
 
-        given = _hand(hand)
-        spec, demand = _resolver(given.tasks)(config)
+        hand_file = _hand(hand)
+        spec, demand = _resolver(hand_file.tasks)(config)
         assignment = worker.Assignment(
             spec=spec,
             folder=ledger.trial_folder(spec.trial_id),
@@ -218,7 +218,9 @@ def _trainable(opened: Experiment, hand: Path) -> Callable[..., None]:
             parent_run_id=parent,
             sweep=name,
             demand=demand,
-            members=tuple(given.members[each.trial_id] for each in spec.members() if each.trial_id in given.members),
+            members=tuple(
+                hand_file.members[member.trial_id] for member in spec.members() if member.trial_id in hand_file.members
+            ),
         )
 
         def report(metrics: Mapping[str, float], step: int) -> None:
@@ -307,6 +309,6 @@ def _reason(trial: Any) -> str:
     lines = [line for line in text.strip().splitlines() if line.strip()]
     if not lines:
         return "the worker ended without leaving an error"
-    details = [next(filter(None, found)) for found in _DIED.findall(text)]
+    details = [next(filter(None, groups)) for groups in _DIED.findall(text)]
     line = details[-1] if details else lines[-1].strip()
     return f"the worker died: {line.split('. ')[0]}\n\n{text}"

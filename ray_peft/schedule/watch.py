@@ -138,12 +138,12 @@ def _own_node() -> Any:
 
 def _descendants(node: Any) -> list[psutil.Process]:
     """Workers and agents, which the system gives other parents once their own are gone."""
-    found: list[psutil.Process] = []
+    processes: list[psutil.Process] = []
     for infos in node.all_processes.values() if node is not None else ():
         for info in infos:
             with contextlib.suppress(psutil.NoSuchProcess):
-                found += psutil.Process(info.process.pid).children(recursive=True)
-    return found
+                processes += psutil.Process(info.process.pid).children(recursive=True)
+    return processes
 
 
 def _dead_process() -> str | None:

@@ -54,7 +54,7 @@ def adopt(ledger: Ledger) -> list[TrialResult]:
         StorageError: the ledger cannot be written.
     """
     known = {row.trial_id: row.status for row in ledger.results()}
-    taken = []
+    adopted = []
     for path in sorted((ledger.folder / "trials").glob(f"*/{RESULT_FILE}")):
         trial_id = path.parent.name
         if known.get(trial_id) == "finished":
@@ -62,5 +62,5 @@ def adopt(ledger: Ledger) -> list[TrialResult]:
         row = left_row(path.parent, trial_id)
         if row is not None and (row.status == "finished" or trial_id not in known):
             ledger.add(row)
-            taken.append(row)
-    return taken
+            adopted.append(row)
+    return adopted

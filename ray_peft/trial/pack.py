@@ -33,8 +33,8 @@ class Member:
 class _Lives:
     """The lives of a pack's trials, by the order of its members, and their rows as they come."""
 
-    def __init__(self, members: Sequence[Member], told: Callable[[TrialResult], None]) -> None:
-        self.members, self._told = members, told
+    def __init__(self, members: Sequence[Member], report: Callable[[TrialResult], None]) -> None:
+        self.members, self._report = members, report
         self.rows: list[TrialResult | None] = [None] * len(members)
         device = members[0].place.device
         self.process = Process(device)
@@ -72,17 +72,17 @@ class _Lives:
 
     def _keep(self, number: int, row: TrialResult) -> None:
         self.rows[number] = row
-        self._told(row)
+        self._report(row)
 
 
-def run_pack(members: Sequence[Member], told: Callable[[TrialResult], None] = lambda row: None) -> list[TrialResult]:
+def run_pack(members: Sequence[Member], report: Callable[[TrialResult], None] = lambda row: None) -> list[TrialResult]:
     """Run trials on one base, and record their results, whatever happens.
 
     A member that fails leaves; the others go on. What they share, loading and passes, fails for all that have no row.
 
     Args:
         members: at least one; all of one base and one way to compute (schedule/packs.py).
-        told: called with every row as soon as it is recorded.
+        report: called with every row as soon as it is recorded.
 
     Returns:
         The rows, in the members' order.
@@ -90,7 +90,7 @@ def run_pack(members: Sequence[Member], told: Callable[[TrialResult], None] = la
     Raises:
         KeyboardInterrupt, SystemExit: passed on after all that have no row are recorded as cancelled.
     """
-    lives = _Lives(members, told)
+    lives = _Lives(members, report)
     try:
         lives.start()
         if lives.open:

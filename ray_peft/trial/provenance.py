@@ -17,15 +17,15 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of Python, CUDA and the packages that decide a result."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
     import torch
 
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
+        installed["cuda"] = torch.version.cuda
+    return installed
 
 
 def device_name(device: str) -> str:

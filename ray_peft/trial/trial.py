@@ -111,11 +111,11 @@ def _with_advice(life: Life, error: str) -> str:
         lowest = spec.changed({MICRO_BATCH: divisor(share, rows)}) if rows is not None else spec
         predictor = TASKS[spec.task].predictor(lowest)
         too_much = predictor(lowest, gpu) if predictor is not None else None
-        found = ways(lowest, predictor, gpu, room, below=too_much.peak_reserved if too_much is not None else None)
+        suggestions = ways(lowest, predictor, gpu, room, below=too_much.peak_reserved if too_much is not None else None)
     except Exception as failure:  # the row does not depend on the advice
         logger.warning("%s: no advice: %s: %s", spec.trial_id, type(failure).__name__, failure)
-        found = ()
-    fitting = [way for way in found if way.fits][:MOST_ADVICE] or found[:1]
+        suggestions = ()
+    fitting = [way for way in suggestions if way.fits][:MOST_ADVICE] or suggestions[:1]
     advice = "; ".join(way.line() for way in fitting) or "a smaller model or a larger GPU"
     return f"{said}{f' with {rows} rows a pass' if rows is not None else ''}; what takes less: {advice}\n\n{error}"
 

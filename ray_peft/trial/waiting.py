@@ -28,13 +28,13 @@ def wait_for_memory(device: str, needed_gib: float, context_gib: float) -> None:
     until = time.monotonic() + FREE_WITHIN_S
     while True:
         free, _ = torch.cuda.mem_get_info(device)
-        found = (free + torch.cuda.memory_reserved(device)) / GIB + context_gib
-        if found >= needed_gib:
+        free_gib = (free + torch.cuda.memory_reserved(device)) / GIB + context_gib
+        if free_gib >= needed_gib:
             return
         if time.monotonic() > until:
-            others = ", ".join(f"{pid} ({held:.1f} GiB)" for pid, held in gpu_holders())
+            others = ", ".join(f"{pid} ({used_gib:.1f} GiB)" for pid, used_gib in gpu_holders())
             raise TrialFailed(
-                f"needs {needed_gib:.1f} GiB of the GPU, but {found:.1f} GiB are free after {FREE_WITHIN_S:g} s"
+                f"needs {needed_gib:.1f} GiB of the GPU, but {free_gib:.1f} GiB are free after {FREE_WITHIN_S:g} s"
                 f"{f'; processes that hold memory: {others}' if others else ''}; end them, or use a "
                 "smaller train.micro_batch_size"
             )

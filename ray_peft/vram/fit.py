@@ -57,10 +57,10 @@ def _size(trial: TrialSpec, predictor: Predictor, gpu: Gpu, gpu_memory_gib: floa
     room = gpu_memory_gib * (trial.resources.gpus_per_worker or 1.0)
     chosen: dict[str, int | bool] = {}
     if trial.train.fit == "auto" and _trains(trial):
-        chosen = choose(trial, lambda variant: predictor(variant, gpu), lambda each: _fits(each, gpu, room))
+        chosen = choose(trial, lambda variant: predictor(variant, gpu), lambda prediction: _fits(prediction, gpu, room))
     runs = trial.changed(chosen) if chosen else trial
-    found = predictor(runs, gpu)
-    return Size(found, chosen, () if _fits(found, gpu, room) else ways(runs, predictor, gpu, room))
+    prediction = predictor(runs, gpu)
+    return Size(prediction, chosen, () if _fits(prediction, gpu, room) else ways(runs, predictor, gpu, room))
 
 
 def ways(
@@ -78,8 +78,8 @@ def ways(
     if predictor is None or not _trains(trial):
         return ()
 
-    def fits(found: Prediction) -> bool:
-        return _fits(found, gpu, gpu_memory_gib) and (below is None or found.peak_reserved < below)
+    def fits(prediction: Prediction) -> bool:
+        return _fits(prediction, gpu, gpu_memory_gib) and (below is None or prediction.peak_reserved < below)
 
     def predicted(variant: TrialSpec) -> Prediction | None:
         try:
@@ -94,5 +94,5 @@ def _trains(trial: TrialSpec) -> bool:
     return bool(trial.method.stages(ENOUGH_STEPS))
 
 
-def _fits(found: Prediction, gpu: Gpu, gpu_memory_gib: float) -> bool:
-    return gpu.holds(found.peak_reserved, memory_gib=gpu_memory_gib)
+def _fits(prediction: Prediction, gpu: Gpu, gpu_memory_gib: float) -> bool:
+    return gpu.holds(prediction.peak_reserved, memory_gib=gpu_memory_gib)

@@ -116,10 +116,10 @@ def _own_state(tape: Tape, optimizer: Optimizer) -> None:
 
 def _state(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
     """The tensors that an optimizer keeps, by kind."""
-    found: list[tuple[str, Tensor]] = []
+    tensors: list[tuple[str, Tensor]] = []
     for state in optimizer.state.values():
         for name, value in state.items():
             parts = value if isinstance(value, list | tuple) else [value]
             kind = "projectors" if name == BASIS else "optimizer"
-            found += [(kind, part) for part in parts if isinstance(part, Tensor)]
-    return found
+            tensors += [(kind, part) for part in parts if isinstance(part, Tensor)]
+    return tensors

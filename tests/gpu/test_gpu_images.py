@@ -26,20 +26,6 @@ def trained(model, images, folder, method=None, **changes):
     return bench, losses, torch.cuda.max_memory_allocated()
 
 
-@pytest.fixture
-def exact():
-    """Matrix products and convolutions in whole float32."""
-    import torch
-
-    kinds = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    kept = [kind.fp32_precision for kind in kinds]
-    for kind in kinds:
-        kind.fp32_precision = "ieee"
-    yield
-    for kind, precision in zip(kinds, kept, strict=True):
-        kind.fp32_precision = precision
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_recorded_passes_give_the_losses_of_plain_ones(exact, tiny_painter, paintings, tmp_path, checkpointing):
     _, plain, _ = trained(

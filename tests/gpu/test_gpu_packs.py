@@ -4,22 +4,12 @@ import pytest
 import tiny
 from packs import UNEQUAL, alone, check_equal, specs_of, together
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact")]
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     return tiny.write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", tiny.QUESTIONS)
-
-
-@pytest.fixture(autouse=True)
-def exact():
-    """Matrix products in whole float32."""
-    import torch
-
-    before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "ieee"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

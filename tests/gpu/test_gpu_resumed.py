@@ -8,20 +8,6 @@ from gone_on import CASES, assert_same_trial, attempt, case_spec
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture
-def exact():
-    """Matrix products and convolutions in whole float32."""
-    import torch
-
-    kinds = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    before = [kind.fp32_precision for kind in kinds]
-    for kind in kinds:
-        kind.fp32_precision = "ieee"
-    yield
-    for kind, precision in zip(kinds, before, strict=True):
-        kind.fp32_precision = precision
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_trial_is_the_undisturbed_one(exact, tiny_model, questions, tiny_painter, paintings, tmp_path, case):
     data = ((tiny_model, questions), (tiny_painter, paintings))

@@ -27,7 +27,7 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
         for name, value in plain["scores"].pop(part).items()
     }
     numbers |= {f"{part}.{name}": value for part in ("scores", "usage") for name, value in plain[part].items()}
-    numbers |= {f"storage.{_REFUSED.sub('_', kind)}": held for kind, held in plain["storage"].items()}
+    numbers |= {f"storage.{_REFUSED.sub('_', kind)}": size for kind, size in plain["storage"].items()}
     numbers |= {f"predicted.{name}": gib for name, gib in plain["predicted"].items()}
     names = ["train_loss_final", "eval_loss_best", "steps", "resumed_from_step"]
     names += ["trainable_parameters", "total_parameters", "adapter_bytes"]
@@ -37,15 +37,15 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
 
 def final_tags(result: TrialResult) -> dict[str, str]:
     """How a trial ended, and the parts of its provenance by which runs are searched."""
-    made = result.provenance
+    provenance = result.provenance
     tags = {"status": result.status, "error": first_line(result.error) if result.status != "finished" else ""}
-    tags |= {"device": made.device, "hostname": made.hostname, "num_workers": str(made.num_workers)}
-    tags |= {"gpus_per_worker": str(made.gpus_per_worker), "git_commit": made.git_commit or ""}
-    tags |= {"model_fingerprint": made.model_fingerprint or "", "data_key": made.data_key or ""}
-    tags |= {"started_at": made.started_at}
+    tags |= {"device": provenance.device, "hostname": provenance.hostname, "num_workers": str(provenance.num_workers)}
+    tags |= {"gpus_per_worker": str(provenance.gpus_per_worker), "git_commit": provenance.git_commit or ""}
+    tags |= {"model_fingerprint": provenance.model_fingerprint or "", "data_key": provenance.data_key or ""}
+    tags |= {"started_at": provenance.started_at}
     for name, settings in (("chosen", result.chosen), ("lowered_out_of_memory", result.lowered)):
         if settings:
             tags[name] = json.dumps(settings)
     tags |= {name: used for name in TOKENIZERS if (used := getattr(result.scores, name)) is not None}
-    tags |= {f"version.{name}": made.versions.get(name, "") for name in _MAIN_VERSIONS}
+    tags |= {f"version.{name}": provenance.versions.get(name, "") for name in _MAIN_VERSIONS}
     return {f"ray_peft.{name}": value for name, value in tags.items()}

@@ -129,8 +129,8 @@ def store_of(uri: str, run_id: str) -> Store:
     until = time.monotonic() + FIRST_CONTACT_S
     client = connect(uri, until)
     run = insist(uri, f"read run {run_id}", partial(client.get_run, run_id), until)
-    found = insist(uri, "read its experiment", partial(client.get_experiment, run.info.experiment_id), until)
-    return Store(uri, str(found.experiment_id), found.name, str(found.artifact_location))
+    experiment = insist(uri, "read its experiment", partial(client.get_experiment, run.info.experiment_id), until)
+    return Store(uri, str(experiment.experiment_id), experiment.name, str(experiment.artifact_location))
 
 
 def finish_sweep(

@@ -120,11 +120,11 @@ class Lanes:
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Put what some lanes hold into others."""
         device = self.tokens.device
-        given, taken = (torch.tensor(list(lanes), device=device) for lanes in (sources, targets))
+        source, target = (torch.tensor(list(lanes), device=device) for lanes in (sources, targets))
         for voice in self._voices:
-            voice.cache.move(given, taken)
+            voice.cache.move(source, target)
         for state in (self.tokens, self.positions, self.written, self.ended, self.answers):
-            state.index_copy_(0, taken, state.index_select(0, given))
+            state.index_copy_(0, target, state.index_select(0, source))
 
     def _stop(self, tokens: Tensor) -> Tensor:
         """Which tokens (row,) end an answer. `torch.isin` waits for the GPU where many do (torch 2.11)."""
@@ -136,7 +136,7 @@ class Lanes:
         if len(scores) == 1:
             return scores[0]
         weights = [voice.voice.log_weight for voice in self._voices]
-        logs = [torch.log_softmax(given, dim=-1) + weight for given, weight in zip(scores, weights, strict=True)]
+        logs = [torch.log_softmax(logits, dim=-1) + weight for logits, weight in zip(scores, weights, strict=True)]
         return torch.logsumexp(torch.stack(logs), dim=0)
 
 
@@ -211,17 +211,17 @@ class Answering:
             if not self._held:
                 continue
             lanes, steps = self._close_up(bool(waiting)), self._steps()
-            span = self._span(max(held.length + held.written for held in self._held.values()) + steps)
+            span = self._span(max(prompt.length + prompt.written for prompt in self._held.values()) + steps)
             for _ in range(steps):
                 self.replays((lanes, span), partial(self.lanes.add, lanes, span))
-            for held in self._held.values():
-                held.written += steps
+            for prompt in self._held.values():
+                prompt.written += steps
             yield from self._ended(prompts)
 
     def _steps(self) -> int:
         """Tokens to add before the next look; on the CPU, looking costs nothing."""
         most = self.lanes.answers.shape[1]
-        left = max(most - held.written for held in self._held.values())
+        left = max(most - prompt.written for prompt in self._held.values())
         return min(STEPS, left) if self.static else 1
 
     def _span(self, tokens: int) -> int:
@@ -256,15 +256,15 @@ class Answering:
         for place, (prompt, lane) in enumerate(zip(prompts, lanes, strict=True)):
             ids[place, capacity - len(prompt) :] = torch.tensor(prompt)
             lengths[place], targets[place] = len(prompt), lane
-        given = [ids, lengths, targets]
+        inputs = [ids, lengths, targets]
         if not self.static:
-            self.lanes.read(*given)
+            self.lanes.read(*inputs)
             return
         device = self.lanes.tokens.device
         buffers = self._buffers.setdefault(
-            (size, capacity), [torch.empty_like(value, device=device) for value in given]
+            (size, capacity), [torch.empty_like(value, device=device) for value in inputs]
         )
-        for buffer, value in zip(buffers, given, strict=True):
+        for buffer, value in zip(buffers, inputs, strict=True):
             buffer.copy_(value)
         self.replays(("read", size, capacity), partial(self.lanes.read, *buffers))
 
@@ -278,18 +278,18 @@ class Answering:
         ended = {lane: state[1][lane] for lane in self._held if state[0][lane]}
         if self.stop is not None:
             texts = lanes.answers[:last].tolist()
-            for lane, held in self._held.items():
+            for lane, prompt in self._held.items():
                 written = state[1][lane]
-                tokens = [*prompts[held.row], *texts[lane][:written]]
-                end = self.stop(tokens, held.length + held.looked_at)
-                held.looked_at = written
+                tokens = [*prompts[prompt.row], *texts[lane][:written]]
+                end = self.stop(tokens, prompt.length + prompt.looked_at)
+                prompt.looked_at = written
                 if end is not None:
-                    ended[lane] = end - held.length
+                    ended[lane] = end - prompt.length
                     lanes.ended[lane] = True
         if not ended:
             return
-        given = lanes.answers[torch.tensor(list(ended), device=lanes.answers.device)].tolist()
-        for (lane, written), answer in zip(ended.items(), given, strict=True):
+        answers = lanes.answers[torch.tensor(list(ended), device=lanes.answers.device)].tolist()
+        for (lane, written), answer in zip(ended.items(), answers, strict=True):
             yield self._held.pop(lane).row, answer[:written]
 
     def _close_up(self, more: bool) -> int:
@@ -305,12 +305,12 @@ class Answering:
                 self._held[target] = self._held.pop(source)
         return count
 
-    def _fewest(self, held: int) -> int:
+    def _fewest(self, used: int) -> int:
         """Lanes for so many prompts."""
         if not self.static:
-            return held
+            return used
         count = self.lanes.count
-        while count // 2 >= max(held, FEWEST_LANES):
+        while count // 2 >= max(used, FEWEST_LANES):
             count //= 2
         return count
 
@@ -337,6 +337,6 @@ def text_stop(tokenizer: PreTrainedTokenizerBase, text: str) -> Callable[[Sequen
         lasts = [list(tokens[max(0, end - width) : end]) for end in ends]
         windows = torch.tensor([[pad] * (width - len(last)) + last for last in lasts])
         complete = criteria(windows, None).tolist()
-        return next((end for end, found in zip(ends, complete, strict=True) if found), None)
+        return next((end for end, complete_here in zip(ends, complete, strict=True) if complete_here), None)
 
     return stop

@@ -75,7 +75,7 @@ def token_log_probs(
     lowered = {} if lowered is None else lowered
     ordered: list[Row] = list(zip(rows["input_ids"], rows["labels"], strict=True))
     ordered.sort(key=lambda row: len(row[0]), reverse=True)
-    found = None
+    log_probs = None
     with inference(spec, model):
         if ordered and packs(spec, model):
             tokens = lowered.get(LOSS_BATCH, LOSS_TOKENS)
@@ -83,14 +83,14 @@ def token_log_probs(
             def usual(part: Sequence[Row]) -> Tensor:
                 return torch.cat(_padded_log_probs(model, part, pad, {}))
 
-            found, fitting = packed_log_probs(spec, model, ordered, tokens, usual)
+            log_probs, fitting = packed_log_probs(spec, model, ordered, tokens, usual)
             if fitting < tokens:
                 lowered[LOSS_BATCH] = fitting
-        if found is None:
-            found = _padded_log_probs(model, ordered, pad, lowered)
-    if not any(part.numel() for part in found):
+        if log_probs is None:
+            log_probs = _padded_log_probs(model, ordered, pad, lowered)
+    if not any(part.numel() for part in log_probs):
         raise ValueError("no held-out row has an answer token within data.max_length")
-    return torch.cat(found).double().cpu()
+    return torch.cat(log_probs).double().cpu()
 
 
 def _padded_log_probs(model: PreTrainedModel, rows: Sequence[Row], pad: int, lowered: dict[str, int]) -> list[Tensor]:
@@ -106,15 +106,15 @@ def _padded_log_probs(model: PreTrainedModel, rows: Sequence[Row], pad: int, low
         )
         return [output.log_probs[output.label_mask].double().cpu()]
 
-    found: list[Tensor] = []
+    log_probs: list[Tensor] = []
     while rows:
         longest = len(rows[0][0])
         batch = rows[: max(1, lowered.get(LOSS_BATCH, LOSS_TOKENS) // longest)]
         scored, size = in_parts(batch, len(batch), str(model.device), score)
-        found, rows = found + scored, rows[len(batch) :]
+        log_probs, rows = log_probs + scored, rows[len(batch) :]
         if size < len(batch):
             lowered[LOSS_BATCH] = size * longest
-    return found
+    return log_probs
 
 
 def answers(
@@ -159,14 +159,14 @@ def answers(
         work = InLanes(spec, voices, tokenizer, prompts, settings)
         reason = work.why_not()
         if reason is None:
-            found, size = work.answers(first)
+            answered, size = work.answers(first)
         else:
             logger.info("%s: answers are generated batch by batch: %s", spec.trial_id, reason)
             processor = mixture.processor if mixture is not None else None
-            found, size = _generated(model, tokenizer, prompts, settings, first, processor)
+            answered, size = _generated(model, tokenizer, prompts, settings, first, processor)
     if size < first:
         lowered[EVALUATION_BATCH] = size
-    texts = tokenizer.batch_decode([found[row] for row in range(len(prompts))], skip_special_tokens=True)
+    texts = tokenizer.batch_decode([answered[row] for row in range(len(prompts))], skip_special_tokens=True)
     return [(text.partition(end.text)[0] if end.text else text).strip() for text in texts]
 
 
@@ -200,11 +200,11 @@ def _generated(
                 tokenizer=tokenizer if settings.stop_strings else None,  # finds the stop string in tokens
                 logits_processor=[processor(mask)] if processor is not None else None,
             )
-        given: list[list[int]] = output[:, batch.shape[1] :].tolist()
-        return given
+        answered: list[list[int]] = output[:, batch.shape[1] :].tolist()
+        return answered
 
-    given, size = in_parts(order, size, str(model.device), answer)
-    return dict(zip(order, given, strict=True)), size
+    answered, size = in_parts(order, size, str(model.device), answer)
+    return dict(zip(order, answered, strict=True)), size
 
 
 @contextlib.contextmanager

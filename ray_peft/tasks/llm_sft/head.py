@@ -28,8 +28,8 @@ def log_probs(head: Any, hidden: Tensor, targets: Tensor, softcap: float | None,
     """
     bias = getattr(head, "bias", None)
     if is_added_in_place(head.weight):
-        made: Tensor = _InPlace.apply(hidden, head.weight, bias, targets, softcap, scale)  # type: ignore[no-untyped-call]
-        return made
+        log_probs: Tensor = _InPlace.apply(hidden, head.weight, bias, targets, softcap, scale)  # type: ignore[no-untyped-call]
+        return log_probs
     chosen: Tensor = trl_utils._ChunkedLogProbFunction.apply(  # noqa: SLF001
         hidden,
         head.weight,

@@ -48,12 +48,12 @@ class InLanes:
         Raises:
             torch.OutOfMemoryError: a single prompt does not fit.
         """
-        found: dict[int, list[int]] = {}
-        while len(found) < len(self.prompts):
-            left = [row for row in range(len(self.prompts)) if row not in found]
+        answered: dict[int, list[int]] = {}
+        while len(answered) < len(self.prompts):
+            left = [row for row in range(len(self.prompts)) if row not in answered]
             try:
                 for row, tokens in self._some(left, min(size, len(left))):
-                    found[row] = tokens
+                    answered[row] = tokens
                 continue
             except RuntimeError as error:
                 size = min(size, len(left))
@@ -62,7 +62,7 @@ class InLanes:
             free_memory(str(self._device))
             logger.warning("%d prompts at a time ran out of memory; going on with %d", size, size // 2)
             size //= 2
-        return found, size
+        return answered, size
 
     def _some(self, rows: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
         """The answers to some prompts, as they end; what they took is given back with the iterator."""

@@ -120,8 +120,8 @@ class LaneLayer(StaticLayer):  # type: ignore[no-untyped-call]  # transformers h
         """Take memory like these, which may differ in dtype: under autocast, positions turn keys into float32."""
         rows = self._lanes * self.max_cache_len
         self._memory = [
-            torch.zeros(rows, given.shape[1], given.shape[-1], dtype=given.dtype, device=given.device)
-            for given in (key_states, value_states)
+            torch.zeros(rows, states.shape[1], states.shape[-1], dtype=states.dtype, device=states.device)
+            for states in (key_states, value_states)
         ]
         self.is_initialized = True
 
@@ -132,8 +132,8 @@ class LaneLayer(StaticLayer):  # type: ignore[no-untyped-call]  # transformers h
         tokens = self._state.tokens
         assert tokens is not None
         rows = tokens.rows(self.max_cache_len)
-        for memory, given in zip(self._memory, (key_states, value_states), strict=True):
-            memory.index_copy_(0, rows, given.transpose(1, 2).flatten(0, 1))
+        for memory, states in zip(self._memory, (key_states, value_states), strict=True):
+            memory.index_copy_(0, rows, states.transpose(1, 2).flatten(0, 1))
         return tokens.seen(self, key_states, value_states)
 
     def held(self, lanes: int, span: int) -> tuple[Tensor, Tensor]:

@@ -33,11 +33,11 @@ def as_taken(masks: Mapping[str, Tensor], config: Any, dtype: Any) -> Any:
     """
     import torch
 
-    taken = dict(masks)
+    converted = dict(masks)
     if config._attn_implementation == "eager":
         least = torch.finfo(dtype).min
-        taken = {
+        converted = {
             kind: torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, least)
             for kind, mask in masks.items()
         }
-    return taken.get("", taken)
+    return converted.get("", converted)

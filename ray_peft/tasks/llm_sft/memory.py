@@ -165,9 +165,11 @@ def components(
             return total
 
         recorded = keeps_gradients(spec, stage)
-        given = Conditions(autocast=autocast, accumulates=spec.accumulation > 1 or recorded, padded=padded or recorded)
+        conditions = Conditions(
+            autocast=autocast, accumulates=spec.accumulation > 1 or recorded, padded=padded or recorded
+        )
         with during(STEP), contextlib.nullcontext() if dropout is None else dropout.installed():
-            return of_step(model, stage, loss, given)
+            return of_step(model, stage, loss, conditions)
 
 
 def keeps_gradients(spec: LlmTrialSpec, stage: Stage) -> bool:

@@ -54,16 +54,16 @@ class PackedRows(Rows[PackedPart]):
             for ids, labels, key in zip(part.ids, part.labels, part.keys, strict=True)
         ]
         loss_tokens, most = self._rows.loss_tokens(step), rows * self._largest
-        laid = [reused(one, self._used, most) for one in lay_out([len(ids) for ids, *_ in own], most, self._largest)]
+        laid = [reused(plan, self._used, most) for plan in lay_out([len(ids) for ids, *_ in own], most, self._largest)]
         return [
             PackedPart(
-                one.bucket,
-                [[own[row][:2] for row in lane] for lane in one.lanes],
-                [loss_tokens] * len(one.lanes),
+                plan.bucket,
+                [[own[row][:2] for row in lane] for lane in plan.lanes],
+                [loss_tokens] * len(plan.lanes),
                 self._scored,
-                keys=[[own[row][2] for row in lane] for lane in one.lanes],
+                keys=[[own[row][2] for row in lane] for lane in plan.lanes],
             )
-            for one in laid
+            for plan in laid
         ]
 
     def size(self, part: PackedPart) -> int:
@@ -84,7 +84,7 @@ class PackedRows(Rows[PackedPart]):
 
         def tokens(step: int) -> int:
             own = [lengths[place] for place in self._rows.places(step)]
-            return max(one.bucket.tokens for one in lay_out(own, rows * self._largest, self._largest))
+            return max(plan.bucket.tokens for plan in lay_out(own, rows * self._largest, self._largest))
 
         heaviest = max(steps, key=tokens)
         return max(self.parts(heaviest, Share(), rows), key=lambda part: part.bucket.tokens)
@@ -189,7 +189,7 @@ class PackedLoss(Computation[PackedPart]):
         same = documents[:, None, :, None] == documents[:, None, None, :]
         masks = {}
         for kind, window in self._windows.items():
-            seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            masks[kind] = same & seen
+            visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            masks[kind] = same & visible
         dtype = torch.bfloat16 if self._autocasts else self._model.dtype
         return as_taken(masks, self._model.config.get_text_config(), dtype)

@@ -65,25 +65,25 @@ class PackedScores:
         """
         import torch
 
-        held = PackedPart(
+        packed = PackedPart(
             part.bucket, [[rows[row] for row in lane] for lane in part.lanes], [1] * len(part.lanes), self._share
         )
-        inputs = self._computation.inputs(held)[:-1]
+        inputs = self._computation.inputs(packed)[:-1]
         key = tuple(tuple(value.shape) for value in inputs)
         if key not in self._buffers:
             static = [torch.empty_like(value, device=self._device) for value in inputs]
             self._buffers[key] = static, torch.empty(len(inputs[-1]), device=self._device)
-        static, found = self._buffers[key]
+        static, out = self._buffers[key]
         for buffer, value in zip(static, inputs, strict=True):
             buffer.copy_(value)
-        self._replays(key, partial(self._score, static, found))
+        self._replays(key, partial(self._score, static, out))
         counts = [scored_tokens(rows[row]) for lane in part.lanes for row in lane]
-        scored = found[: sum(counts)].clone()
+        scored = out[: sum(counts)].clone()
         parts: Sequence[Tensor] = scored.split(counts)  # type: ignore[no-untyped-call]
         return list(parts)
 
-    def _score(self, static: Sequence[Tensor], found: Tensor) -> None:
-        found.copy_(self._computation.log_probs(*static))
+    def _score(self, static: Sequence[Tensor], out: Tensor) -> None:
+        out.copy_(self._computation.log_probs(*static))
 
 
 def scored_tokens(row: Row) -> int:
@@ -127,40 +127,40 @@ def packed_log_probs(
     """
     records = model.device.type == "cuda"
     scores = PackedScores(spec, model, rows, Replays(records=records))
-    found: dict[int, Tensor] = {}
+    log_probs: dict[int, Tensor] = {}
     left = list(range(len(rows)))
     checked = 0
     while left:
         part = scores.first_pass([rows[row] for row in left], tokens)
-        taken = [left[row] for lane in part.lanes for row in lane]
+        places = [left[row] for lane in part.lanes for row in lane]
         try:
-            given = scores.log_probs(part, [rows[row] for row in left])
+            scored = scores.log_probs(part, [rows[row] for row in left])
             together, reason = max(map(len, part.lanes)), None
             if checked < min(together, 2):  # a row alone in its lane shows less than several do
-                reason = _differs(spec, given, usual([rows[row] for row in sorted(taken)]))
+                reason = _differs(spec, scored, usual([rows[row] for row in sorted(places)]))
                 checked = together
         except Exception as error:  # of a model's own code
-            if is_out_of_memory(error) and len(taken) == 1:
+            if is_out_of_memory(error) and len(places) == 1:
                 raise
             ran_out = is_out_of_memory(error)
             reason = f"its attention does not take them ({type(error).__name__})"
-            if found and not ran_out:
+            if log_probs and not ran_out:
                 raise
         else:
             ran_out = False
         if ran_out:
             del scores
             free_memory(str(model.device))
-            tokens = sum(len(rows[row][0]) for row in taken) // 2
+            tokens = sum(len(rows[row][0]) for row in places) // 2
             logger.warning("held-out rows ran out of memory; going on with %d tokens a pass", tokens)
             scores = PackedScores(spec, model, rows, Replays(records=records))
             continue
         if reason is not None:
             logger.info("%s: held-out rows are padded, not one after the other: %s", spec.trial_id, reason)
             return None, tokens
-        found |= dict(zip(taken, given, strict=True))
-        left = [row for row in left if row not in found]
-    return [found[row] for row in range(len(rows))], tokens
+        log_probs |= dict(zip(places, scored, strict=True))
+        left = [row for row in left if row not in log_probs]
+    return [log_probs[row] for row in range(len(rows))], tokens
 
 
 def _differs(spec: LlmTrialSpec, ours: Sequence[Tensor], usual: Tensor) -> str | None:
@@ -169,7 +169,7 @@ def _differs(spec: LlmTrialSpec, ours: Sequence[Tensor], usual: Tensor) -> str |
 
     if not usual.numel():
         return None
-    loss, padded = (-float(given.double().mean()) for given in (torch.cat(list(ours)), usual))
+    loss, padded = (-float(log_probs.double().mean()) for log_probs in (torch.cat(list(ours)), usual))
     if abs(loss - padded) <= ROUNDING[spec.train.precision] * max(abs(padded), 1e-3):
         return None
     return f"their loss would be {loss:.6g}, not {padded:.6g}"

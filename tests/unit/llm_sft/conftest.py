@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -34,3 +35,17 @@ def one_long_row(shared: Path) -> Path:
         for index in range(48)
     ]
     return tiny.write_rows(shared / "one_long_row.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def half_scored() -> Any:
+    """A Dataset of 21 tokenised rows of many lengths, the second half of each with loss."""
+    import torch
+    from datasets import Dataset
+
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for index in range(21):
+        ids = torch.randint(3, 250, (5 + 11 * (index % 8),), generator=draw).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]})
+    return Dataset.from_list(rows)

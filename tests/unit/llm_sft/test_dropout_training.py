@@ -12,12 +12,6 @@ LORA = {"name": "lora", "rank": 4, "lr": 0.01, "dropout": 0.3}
 FULL = {"name": "full", "lr": 0.002, "weights": "float32"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    with tiny.one_thread():
-        yield
-
-
 @pytest.fixture(scope="module")
 def models(tiny_model, tmp_path_factory):
     """The tiny Llama, whose adapters drop, and a GPT-2 that drops itself."""

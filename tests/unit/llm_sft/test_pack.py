@@ -13,12 +13,6 @@ from ray_peft.errors import ModelError, TrialFailed
 from ray_peft.tasks.llm_sft.together import LossTogether
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    with tiny.one_thread():
-        yield
-
-
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     return tiny.write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", tiny.QUESTIONS)

@@ -6,7 +6,6 @@ import pytest
 import tiny
 import torch
 from attention_kinds import ARCHITECTURES
-from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
@@ -20,14 +19,8 @@ from ray_peft.tasks.llm_sft.steps import TextRows
 
 
 @pytest.fixture(scope="module")
-def rows():
-    """Rows of many lengths, the second half of each with loss."""
-    draw = torch.Generator().manual_seed(0)
-    made = []
-    for index in range(21):
-        ids = torch.randint(3, 250, (5 + 11 * (index % 8),), generator=draw).tolist()
-        made.append({"input_ids": ids, "labels": [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]})
-    return Dataset.from_list(made)
+def rows(half_scored):
+    return half_scored
 
 
 def spec(method=None, **changes):

@@ -15,12 +15,6 @@ from ray_peft.tasks.llm_sft import evaluate, packed_scores
 PAD = 258
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    with tiny.one_thread():
-        yield
-
-
 @pytest.fixture(scope="module")
 def rows():
     """Rows of many lengths; some carry loss in their first token alone, which is not scored, or nowhere."""

@@ -41,21 +41,9 @@ MODELS = {
 NONE, LORA = {"name": "none"}, {"name": "lora", "rank": 4, "dropout": 0.3, "targets": ["all-linear"]}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    with tiny.one_thread():
-        yield
-
-
 @pytest.fixture(scope="module")
-def rows():
-    """Rows of many lengths, the second half of each with loss."""
-    draw = torch.Generator().manual_seed(0)
-    made = []
-    for index in range(21):
-        ids = torch.randint(3, 250, (5 + 11 * (index % 8),), generator=draw).tolist()
-        made.append({"input_ids": ids, "labels": [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]})
-    return Dataset.from_list(made)
+def rows(half_scored):
+    return half_scored
 
 
 def spec(method=NONE, **changes):
