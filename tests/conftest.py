@@ -32,12 +32,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; set before torch is loaded
 
 # One worker runs these, so that there is one Ray. test_cli.py comes first: it also looks at what happens without one.
-ONE_RAY = ("tests/end_to_end/", "tests/unit/test_allotment.py")
+SHARED_RAY = (
+    *(f"tests/end_to_end/test_{name}.py" for name in ("cli", "nothing_lost", "store_away", "sweep", "sweep_images")),
+    "tests/unit/test_sizes.py",
+)
+# Files of long tests, most of which start sweeps as commands of their own: begun late, they would leave a worker idle.
+LONG = tuple(f"tests/end_to_end/test_{name}.py" for name in ("kills", "plan", "worker_killed"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share Ray come first: they are half of all the work, and stay on one worker."""
-    items.sort(key=lambda item: not item.nodeid.startswith(ONE_RAY))
+    """Tests that share Ray come first, then the long ones."""
+    items.sort(key=lambda item: (not item.nodeid.startswith(SHARED_RAY), not item.nodeid.startswith(LONG)))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -47,7 +52,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "ray" if nodeid.startswith(ONE_RAY) else nodeid.partition("::")[0]
+            return "ray" if nodeid.startswith(SHARED_RAY) else nodeid.partition("::")[0]
 
     config.option.loadscopereorder = False  # more tests in a file do not mean more work
     return ByFile(config, log)
