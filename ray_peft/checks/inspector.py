@@ -29,16 +29,16 @@ class Inspector:
             DataError, ModelError: something is missing or malformed.
             SpecError: a method's stage would be left without a step.
         """
-        models = [each.model.plain() for each in (trial, *trial.members())]
-        asked = trial.evaluation.plain()
-        decides = [trial.task, models, trial.data.plain(), trial.loss_line(), asked, trial.looked_for()]
+        models = [single.model.plain() for single in (trial, *trial.members())]
+        evaluation = trial.evaluation.plain()
+        decides = [trial.task, models, trial.data.plain(), trial.loss_line(), evaluation, trial.looked_for()]
         key = json.dumps(decides, sort_keys=True)
         task = TASKS[trial.task]
         if key not in self._inspections:
             self._inspections[key] = _inspected(trial, key)
-        found = self._inspections[key]
-        trial.method.stages(task.total_steps(trial, found.train_rows))
-        return found
+        inspection = self._inspections[key]
+        trial.method.stages(task.total_steps(trial, inspection.train_rows))
+        return inspection
 
     def content(self, trial: TrialSpec) -> Content:
         """What a trial's names stand for. Raises as `inspect`."""

@@ -77,8 +77,8 @@ def _tried(trial: TrialSpec) -> tuple[str | None, str | None]:
         reason = f"{type(error).__name__}: {first_line(error)}"
         part = part_of(error)
         if part is None or _of_shapes_alone(error) or (part != ATTACH and not _base_runs(trial)):
-            said = f"{what} cannot be tried on shapes ({reason}), so what fails in it shows when it runs"
-            return None, said
+            note = f"{what} cannot be tried on shapes ({reason}), so what fails in it shows when it runs"
+            return None, note
         return f"{what}: {part} fails: {reason}", None
     return None, None
 

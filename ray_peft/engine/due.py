@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from ray_peft.engine.workers import this_worker, told_by_first
+from ray_peft.engine.workers import from_first, this_worker
 from ray_peft.foundation.durations import seconds_of
 
 LEAST_TRAINED = 20
@@ -36,23 +36,23 @@ class Due:
         """Count from now on."""
         self._since = self._begin = time.monotonic()
 
-    def after(self, done: int, steps: int, *, logged: bool) -> bool:
+    def after(self, steps_done: int, steps: int, *, logged: bool) -> bool:
         """Whether a checkpoint is written now; every worker asks, and calls `written` after it if so.
 
         Args:
-            done: optimizer steps of the stage.
+            steps_done: optimizer steps of the stage.
             steps: of the whole stage.
             logged: the step that has just ended is logged.
         """
         self._begin = time.monotonic()
         if self._steps is not None:
-            return done % self._steps == 0 and done < steps
-        if self._seconds is None or (self._workers > 1 and not logged and done < steps):
+            return steps_done % self._steps == 0 and steps_done < steps
+        if self._seconds is None or (self._workers > 1 and not logged and steps_done < steps):
             return False
         between = max(self._seconds, LEAST_TRAINED * self._took)
-        least = min(between, WORTH_KEEPING_S) if done == steps else between
+        least = min(between, WORTH_KEEPING_S) if steps_done == steps else between
         passed = self._begin - self._since >= least
-        return passed if self._workers == 1 else told_by_first(passed, self._device)
+        return passed if self._workers == 1 else from_first(passed, self._device)
 
     def written(self) -> float:
         """Count from now on; returns the seconds since `after` was asked."""

@@ -15,7 +15,7 @@ class FiniteGuard:
 
     def __init__(self, spec: TrialSpec, stage: Stage, first_step: int) -> None:
         self._spec, self._stage, self._first_step = spec, stage, first_step
-        self._seen: tuple[int, Any, Any] | None = None
+        self._unchecked: tuple[int, Any, Any] | None = None
 
     def see(self, step: int, loss: Any, grad_norm: Any) -> None:
         """Take a step's values and check those of the step before: the GPU has them by now, so nothing waits.
@@ -31,13 +31,13 @@ class FiniteGuard:
         pair = (loss.detach().float(), torch.as_tensor(grad_norm, dtype=torch.float32, device=loss.device))
         values = torch.stack([value.reshape(()) for value in pair])
         if not values.is_cuda:
-            self._seen = (step, values, None)
+            self._unchecked = (step, values, None)
             return
         # Sent as soon as they are there: to read them later waits for no work that comes after them.
         page = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
-        self._seen = (step, page, arrived)
+        self._unchecked = (step, page, arrived)
 
     def check(self) -> None:
         """Check what was seen last.
@@ -45,12 +45,12 @@ class FiniteGuard:
         Raises:
             TrialFailed: it is not finite.
         """
-        if self._seen is None:
+        if self._unchecked is None:
             return
-        step, values, arrived = self._seen
+        step, values, arrived = self._unchecked
         if arrived is not None:
             arrived.synchronize()
-        self._seen = None
+        self._unchecked = None
         for name, value in zip(("the training loss", "the gradient's norm"), values.tolist(), strict=True):
             if not math.isfinite(value):
                 stage, train = self._stage, self._spec.train

@@ -60,7 +60,7 @@ class Engine(Generic[PartT]):
         self._share = this_worker()
         in_backward = any(job.stage.conflicts(accumulates=True, num_workers=1) for job in jobs)
         self._repeats = self._share.workers == 1 and not in_backward
-        self._wanted = sum(job.spec.train.micro_batch_size for job in jobs)
+        self._configured_rows = sum(job.spec.train.micro_batch_size for job in jobs)
         self._rows = self._rows_a_pass()
         self._accumulates = any(job.spec.accumulation > 1 for job in jobs)
         self._pass = make_pass(computation, self._device)
@@ -71,9 +71,11 @@ class Engine(Generic[PartT]):
         """Until when seconds have been counted."""
 
     def _rows_a_pass(self) -> int:
-        """As the trials say, or as few as memory has forced by now."""
-        most = min(self._wanted, self._lowered.get(MICRO_BATCH, self._wanted)) if self._repeats else self._wanted
-        return self._data.fitting(most, self._share)
+        """Rows of a pass: as many as the trials' settings say, or as few as memory has allowed so far."""
+        rows = self._configured_rows
+        if self._repeats:
+            rows = min(rows, self._lowered.get(MICRO_BATCH, rows))
+        return self._data.fitting(rows, self._share)
 
     def run(self) -> None:
         """Train every member for its steps, from its last checkpoint where there is one."""
@@ -125,12 +127,12 @@ class Engine(Generic[PartT]):
         logged = member.logs()
         if logged:
             self._log(member, norm, rate)
-        if train.eval_every and member.done % train.eval_every == 0 and member.left:
+        if train.eval_every and member.steps_done % train.eval_every == 0 and member.left:
             self._count_time()
             member.evaluate()
             self._model.train()
             self._counted = time.perf_counter()
-        if member.due.after(member.done, member.job.steps, logged=logged):
+        if member.due.after(member.steps_done, member.job.steps, logged=logged):
             self._count_time()
             with member.job.costs.saving():
                 self._save(member)
@@ -252,7 +254,7 @@ class Engine(Generic[PartT]):
         state = member.state() | {"loss": loss, "random": states}
         if member.slot is None:
             state["lowered"] = dict(self._lowered)
-        checkpoint.write(member.job.folder, member.done, state)
+        checkpoint.write(member.job.folder, member.steps_done, state)
 
     def _resume(self, member: Member) -> None:
         last = checkpoint.read_last(member.job.folder)
@@ -261,7 +263,7 @@ class Engine(Generic[PartT]):
         if last is None:
             return
         where, state = last
-        member.take_up(state, where)
+        member.restore(state, where)
         if "loss" in state and self._share.rank == 0:  # not in version 0.1.0
             own.copy_(state["loss"])
         if member.slot is None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 logger = logging.getLogger(__name__)
 
 ItemT = TypeVar("ItemT")
-MadeT = TypeVar("MadeT")
+ResultT = TypeVar("ResultT")
 
 _LIBRARIES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "Cannot allocate memory")
 
@@ -42,8 +42,8 @@ def divisor(number: int, most: int) -> int:
 
 
 def in_parts(
-    items: Sequence[ItemT], size: int, device: str, work: Callable[[Sequence[ItemT]], list[MadeT]]
-) -> tuple[list[MadeT], int]:
+    items: Sequence[ItemT], size: int, device: str, work: Callable[[Sequence[ItemT]], list[ResultT]]
+) -> tuple[list[ResultT], int]:
     """What `work` makes of at most `size` items at a time, in order; where memory runs out, of half as many from there.
 
     Returns:
@@ -52,13 +52,13 @@ def in_parts(
     Raises:
         torch.OutOfMemoryError: a single item does not fit.
     """
-    made: list[MadeT] = []
-    done = 0
-    while done < len(items):
-        part = items[done : done + size]
+    results: list[ResultT] = []
+    begin = 0
+    while begin < len(items):
+        part = items[begin : begin + size]
         try:
-            made += work(part)
-            done += len(part)
+            results += work(part)
+            begin += len(part)
             continue
         except RuntimeError as error:
             if len(part) == 1 or not is_out_of_memory(error):
@@ -66,4 +66,4 @@ def in_parts(
         free_memory(device)
         size = len(part) // 2
         logger.warning("%d at a time ran out of memory; going on with %d", len(part), size)
-    return made, size
+    return results, size

@@ -36,13 +36,13 @@ class SlotMember(Member):
         state = super().state()
         return state | {"parameters": self._apart(self.parameters[0]), "optimizer": self._optimizer_apart()}
 
-    def take_up(self, state: dict[str, Any], where: Path) -> None:
+    def restore(self, state: dict[str, Any], where: Path) -> None:
         """Go on from `state` of a member, or of a trial alone."""
         together = {
             "parameters": [self._together(state["parameters"])],
             "optimizer": self._optimizer_together(state["optimizer"]),
         }
-        super().take_up(state | together, where)
+        super().restore(state | together, where)
 
     def _apart(self, row: Tensor) -> list[Tensor]:
         return [piece.cut(row.detach()) for piece in self._pieces]

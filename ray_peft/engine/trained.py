@@ -38,7 +38,7 @@ class Costs:
         """Seconds and peaks from the trial's first start on, as JSON-like data."""
         return {}
 
-    def take_up(self, earlier: dict[str, Any]) -> None:
+    def restore(self, earlier: dict[str, Any]) -> None:
         """Count from what `so_far` returned when the checkpoint was written, in place of what was taken up before."""
 
     def saving(self) -> AbstractContextManager[None]:

@@ -48,7 +48,7 @@ def add_up(value: Tensor) -> None:
     torch.distributed.all_reduce(value)
 
 
-def told_by_first(value: bool, device: str) -> bool:
+def from_first(value: bool, device: str) -> bool:
     """What the first worker says, on all of them."""
     import torch
 

@@ -20,7 +20,7 @@ def is_full(error: BaseException) -> bool:
     return any(text in str(error) for text in _FULL_TEXT)
 
 
-def told(error: OSError, where: Path | None = None) -> str:
+def error_line(error: OSError, where: Path | None = None) -> str:
     """An error of the system in one line: the path, what happened, and what helps.
 
     Args:

@@ -65,7 +65,7 @@ def predicted_sizes(
     while len(sizes) < len(on_gpu) and time.perf_counter() - begin < PATIENCE_S:
         sizes.append(_size(target, on_gpu[len(sizes)]))
     if rest := on_gpu[len(sizes) :]:
-        sizes += cluster.each(partial(_size, target), rest, lambda _, error: _unknown(error))
+        sizes += cluster.on_all_cores(partial(_size, target), rest, lambda _, error: _unknown(error))
     return {trial.trial_id: size for trial, size in zip(on_gpu, sizes, strict=True)}
 
 

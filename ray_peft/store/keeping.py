@@ -24,11 +24,11 @@ class Rows:
     def add(self, result: TrialResult) -> None:
         """Keep a row, sooner or later. Never raises for a disk."""
         self._waiting.append(result)
-        told = len(self._waiting) > 1
+        warned_before = len(self._waiting) > 1
         try:
             self.flush()
         except StorageError as error:
-            if not told:
+            if not warned_before:
                 self._console.say(f"caution: {error}. The rows of trials that end wait in memory")
 
     @property

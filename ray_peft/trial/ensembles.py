@@ -51,14 +51,14 @@ def _member_rows(spec: TrialSpec, place: Place) -> list[TrialResult]:
         TrialFailed: one has no finished row.
     """
     known = {row.trial_id: row for row in place.members}
-    found = []
+    member_rows = []
     for member in spec.members():
         row = known.get(member.trial_id)
         if row is None or row.status != "finished":
             why = f"is {row.status}" if row is not None else "has no row in this sweep's folder"
             raise TrialFailed(f"member {member.trial_id} {why}; an ensemble needs all its members finished")
-        found.append(row)
-    return found
+        member_rows.append(row)
+    return member_rows
 
 
 def _check_same_rows(rows: list[TrialResult], bench: Bench) -> None:
@@ -85,7 +85,7 @@ def _weights(life: Life, row: TrialResult, scratch: Path) -> Path | None:
 
 def _largest(predicted: list[dict[str, float]]) -> dict[str, float]:
     """The prediction with the largest peak: what an ensemble costs is what its members cost, too."""
-    return max(predicted, key=lambda found: found.get("peak_allocated_gib", 0.0))
+    return max(predicted, key=lambda prediction: prediction.get("peak_allocated_gib", 0.0))
 
 
 def _with_members(own: Usage, members: list[Usage]) -> Usage:

@@ -19,7 +19,7 @@ from ray_peft.engine.recovery import is_out_of_memory
 from ray_peft.engine.trained import Costs, Report, Trained
 from ray_peft.errors import RayPeftError, TrialFailed
 from ray_peft.foundation.measured import to_json
-from ray_peft.foundation.storage import is_full, told
+from ray_peft.foundation.storage import error_line, is_full
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype
 from ray_peft.metrics.scores import Scores
 from ray_peft.spec import TrialSpec
@@ -149,12 +149,12 @@ class LifeCosts(Costs):
             "log": self._log.so_far() if self._log is not None else [],
         }
 
-    def take_up(self, earlier: dict[str, Any]) -> None:
+    def restore(self, earlier: dict[str, Any]) -> None:
         """Count from there, in place of what was taken up before."""
         self._earlier = earlier
         self.complete = bool(earlier.get("complete", True))
         if self._log is not None:
-            self._log.take_up(earlier.get("log"))
+            self._log.restore(earlier.get("log"))
 
     def saving(self) -> AbstractContextManager[None]:
         """Counts as the phase "save"."""
@@ -164,7 +164,7 @@ class LifeCosts(Costs):
         """Note that a checkpoint does not say what the steps before it took."""
         self.complete = False
         if self._log is not None:
-            self._log.take_up(None)
+            self._log.restore(None)
 
 
 class Life:
@@ -230,7 +230,7 @@ class Life:
         status: Status = "out_of_memory" if is_out_of_memory(error) else "failed"
         text = str(error).strip() or type(error).__name__
         if isinstance(error, OSError) and error.errno is not None:
-            text = f"cannot read or write {told(error, self.place.folder)}"
+            text = f"cannot read or write {error_line(error, self.place.folder)}"
         elif is_full(error):
             text = f"cannot write into {self.place.folder}: no space left; free some space, or use another --out"
         elif not isinstance(error, RayPeftError):

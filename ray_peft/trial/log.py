@@ -40,7 +40,7 @@ class MetricLog:
         """All points, as JSON-like data."""
         return [list(point) for point in self._points]
 
-    def take_up(self, points: list[Any] | None) -> None:
+    def restore(self, points: list[Any] | None) -> None:
         """Go on after a checkpoint's points, in place of what was logged before.
 
         Args:

@@ -61,10 +61,10 @@ class Prediction:
 
     def gib(self) -> dict[str, float]:
         """All of it in GiB, flat, as it is stored beside what is measured."""
-        found = {"peak_allocated_gib": self.peak_allocated, "peak_reserved_gib": self.peak_reserved}
-        found |= {"evaluation_gib": self.evaluation} if self.evaluation is not None else {}
-        found |= {f"{kind}_gib": size for kind, size in self.components.items()}
-        return {name: round(size / GIB, 4) for name, size in found.items()}
+        sizes = {"peak_allocated_gib": self.peak_allocated, "peak_reserved_gib": self.peak_reserved}
+        sizes |= {"evaluation_gib": self.evaluation} if self.evaluation is not None else {}
+        sizes |= {f"{kind}_gib": size for kind, size in self.components.items()}
+        return {name: round(size / GIB, 4) for name, size in sizes.items()}
 
 
 def segments(size: int, slack: float) -> int:
@@ -72,10 +72,10 @@ def segments(size: int, slack: float) -> int:
     return -(-int(size * (1 + slack)) // SEGMENT) * SEGMENT
 
 
-def evaluating(step: Counter[str], found: Counter[str]) -> Counter[str]:
+def evaluating(step: Counter[str], scoring: Counter[str]) -> Counter[str]:
     """Components while the held-out loss is measured between two steps: the optimizer keeps its state."""
-    held = ("weights", "quantization", "adapters", "optimizer", "projectors")
-    return Counter({kind: step[kind] for kind in held}) + Counter(buffers=found["scoring"])
+    resident = ("weights", "quantization", "adapters", "optimizer", "projectors")
+    return Counter({kind: step[kind] for kind in resident}) + Counter(buffers=scoring["scoring"])
 
 
 def common(spec: TrialSpec, stage: Stage | None, shape: ModelShape, longest: int) -> list[object]:
@@ -99,7 +99,7 @@ _lock = threading.RLock()
 _known: dict[str, Counter[str]] = {}
 
 
-def kept(decides: list[object], code: tuple[Path, ...], compute: Callable[[], Counter[str]]) -> Counter[str]:
+def cached(decides: list[object], code: tuple[Path, ...], compute: Callable[[], Counter[str]]) -> Counter[str]:
     """What `compute` gives, from memory or disk if it was computed before.
 
     Args:

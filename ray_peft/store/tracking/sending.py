@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ray_peft.errors import TrackingError, first_line
 from ray_peft.foundation.masking import mask
 from ray_peft.foundation.measured import from_json
-from ray_peft.foundation.storage import told
+from ray_peft.foundation.storage import error_line
 from ray_peft.store.outbox import Entry, Outbox, Sent
 from ray_peft.store.tracking.rows import final_metrics, final_tags
 from ray_peft.store.tracking.runs import close, create_run, points, run_tags, running, upload
@@ -48,29 +48,29 @@ def send(store: Store, folder: Path, *, patience_s: float = 0.0, parent_run_id: 
     outbox = Outbox(folder)
     try:
         with outbox.sending(BUSY_S):
-            sent = outbox.sent(told_store(store))
+            sent = outbox.sent(store_label(store))
             _Sending(store, outbox, sent, patience_s, parent_run_id).run()
             return sent
     except TimeoutError:
         raise TrackingError(f"another process is sending what waits in {folder}") from None
     except OSError as error:
-        raise TrackingError(f"cannot send what waits in {folder}: {told(error, folder)}") from None
+        raise TrackingError(f"cannot send what waits in {folder}: {error_line(error, folder)}") from None
 
 
-def told_store(store: Store) -> str:
+def store_label(store: Store) -> str:
     """How an outbox calls a store: without its credentials."""
     return f"{mask(store.uri)} {store.experiment_id}"
 
 
 def sent_to(store: Store, folder: Path) -> Sent:
     """How much of a trial's outbox a store has taken."""
-    return Outbox(folder).sent(told_store(store))
+    return Outbox(folder).sent(store_label(store))
 
 
 def is_sent(store: Store, folder: Path) -> bool:
     """True if the store has all that a trial had for it."""
     outbox = Outbox(folder)
-    return not outbox.waits(outbox.sent(told_store(store)))
+    return not outbox.waits(outbox.sent(store_label(store)))
 
 
 @dataclass
