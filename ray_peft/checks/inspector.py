@@ -1,4 +1,4 @@
-"""What the names in trials stand for: each model and its rows are looked at once, before anything starts."""
+"""What the names in trials stand for: each model and its rows are inspected once, before anything starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Inspector:
         self._fingerprints: dict[str, str] = {}
 
     def inspect(self, trial: TrialSpec) -> Inspection:
-        """What its task finds out about a trial.
+        """What a trial's task reports on its model and data.
 
         Raises:
             DataError, ModelError: something is missing or malformed.
@@ -70,7 +70,7 @@ class Inspector:
 
 
 def _inspected(trial: TrialSpec, key: str) -> Inspection:
-    """What its task finds out about a trial, now or in an earlier run on the same content."""
+    """What a trial's task reports, now or in an earlier run on the same content."""
     task = TASKS[trial.task]
     content = task.content(trial)
     mark = Mark("inspection", [key, content])

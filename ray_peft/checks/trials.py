@@ -28,7 +28,7 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Audience, inspector: In
     Args:
         trials: an ensemble after its members, or alone.
         console: where notes are written: rows that were cut, left out or unusable, settings known to go wrong.
-        inspector: keeps what was found, for trials that are proposed later; None keeps nothing.
+        inspector: remembers models and data, for trials that are proposed later; None uses one for this call.
 
     Raises:
         DataError, ModelError: something is missing or malformed, or a method fails on its model.

@@ -1,4 +1,4 @@
-"""What a trial has cost up to a checkpoint: kept in it, so that one that goes on there has all its costs."""
+"""What a trial has cost up to a checkpoint. The checkpoint stores it, so that a resumed trial reports all its costs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray_peft.foundation.whole import write_text
 logger = logging.getLogger(__name__)
 
 COST_FILE = "cost.json"
-"""In a checkpoint of several files."""
+"""The costs in a checkpoint of several files, as SFTTrainer writes them."""
 
 
 def plain(trained: Trained, costs: Costs) -> dict[str, Any]:
@@ -26,9 +26,10 @@ def restore(saved: dict[str, Any] | None, trained: Trained, costs: Costs, where:
     """Go on counting from a checkpoint's numbers.
 
     Args:
-        saved: what `plain` made; None for a checkpoint of version 0.1.0, which has none: that is said, and marked.
-        trained: of the stage, which is changed.
-        costs: of the trial, which are changed.
+        saved: what `plain` returned. None is for a checkpoint of version 0.1.0, which has no costs: a warning is
+            logged, and the costs are marked as incomplete.
+        trained: the stage's counts, which are overwritten.
+        costs: the trial's costs, which are overwritten.
         where: the checkpoint, for the log.
     """
     if saved is None:

@@ -8,10 +8,12 @@ from ray_peft.engine.workers import from_first, this_worker
 from ray_peft.foundation.durations import seconds_of
 
 LEAST_TRAINED = 20
-"""Times that writing a checkpoint took, before the next one is written by time: at most a twentieth goes into them."""
+"""Training lasts at least this many times as long as the last checkpoint took to write, before the next one is written
+by time. So checkpoints take at most a twentieth of the time."""
 
 WORTH_KEEPING_S = 60.0
-"""Seconds of training that the end of a stage keeps: a trial that is killed in its evaluation goes on from there."""
+"""Seconds of training after which the end of a stage writes a checkpoint: a trial that is killed in its evaluation
+resumes there."""
 
 
 class Due:
@@ -37,7 +39,7 @@ class Due:
         self._since = self._begin = time.monotonic()
 
     def after(self, steps_done: int, steps: int, *, logged: bool) -> bool:
-        """Whether a checkpoint is written now; every worker asks, and calls `written` after it if so.
+        """Whether to write a checkpoint now. Every worker calls this, and calls `written` once it is written.
 
         Args:
             steps_done: optimizer steps of the stage.
@@ -55,7 +57,7 @@ class Due:
         return passed if self._workers == 1 else from_first(passed, self._device)
 
     def written(self) -> float:
-        """Count from now on; returns the seconds since `after` was asked."""
+        """Count from now on; returns the seconds since `after` was called."""
         self._since = time.monotonic()
         self._took = self._since - self._begin
         return self._took

@@ -1,4 +1,4 @@
-"""Optimizer steps on one base: pass the members' rows, update, log, evaluate, keep; go on where memory runs out."""
+"""Optimizer steps on one base: passes, updates, logs, evaluations, checkpoints, and recovery where memory runs out."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Engine(Generic[PartT]):
         """Rows of the pass that is running, or ran last."""
         self._rehearsals = 2 if rehearse and self._share.workers == 1 else 0
         self._counted = 0.0
-        """Until when seconds have been counted."""
+        """The moment up to which training seconds have been counted [s]."""
 
     def _rows_a_pass(self) -> int:
         """Rows of a pass: as many as the trials' settings say, or as few as memory has allowed so far."""
@@ -97,7 +97,7 @@ class Engine(Generic[PartT]):
         self._model.eval()
 
     def _take_in(self, member: Member | None, number: int) -> None:
-        """Let a member, where its checkpoint left it, take part from round `number` on."""
+        """Let a member, which has been resumed from its last checkpoint, start in round `number`."""
         if member is None:
             return
         self._members.append(member)
@@ -168,7 +168,7 @@ class Engine(Generic[PartT]):
             self._pass(part)
 
     def _fitting(self, work: Callable[[], None], loss: Tensor, number: int) -> None:
-        """Do `work`, again from `loss` and without gradients with fewer rows a pass while memory runs out."""
+        """Do `work`. While memory runs out, reset the losses and gradients, and repeat with fewer rows a pass."""
         while True:
             try:
                 work()
@@ -179,7 +179,7 @@ class Engine(Generic[PartT]):
             self._lower(loss, number)
 
     def _lower(self, loss: Tensor, number: int) -> None:
-        self._wait()  # what is replayed belongs to a recorded pass
+        self._wait()  # a recorded pass may still be replaying in memory that is freed here
         for member in self._members:
             member.clear_gradients(keep=member.slot is not None)
         del self._pass
@@ -196,7 +196,7 @@ class Engine(Generic[PartT]):
     def _rehearse(self, rounds: range, *, with_state: bool) -> None:
         """Try the heaviest pass of the rounds to come, before the first and, with the optimizers' state, the second.
 
-        Gradients, losses and random numbers are then as if it had not been.
+        It leaves gradients, losses and random numbers as they were.
         """
         import torch
 
@@ -235,7 +235,7 @@ class Engine(Generic[PartT]):
         member.log(mean, norm, rate)
 
     def _count_time(self) -> None:
-        """Divide the seconds since the last count among the members, by what each sees in a step."""
+        """Divide the seconds since the last count among the members, by the tokens or images of each one's step."""
         now = time.perf_counter()
         weights = [member.weight() for member in self._members]
         for member, weight in zip(self._members, weights, strict=True):
@@ -276,7 +276,7 @@ class Engine(Generic[PartT]):
             draw_from(states[min(self._share.rank, len(states) - 1)], self._device)
 
     def _wait(self) -> None:
-        """For the GPU to be done, so that seconds belong to what took them."""
+        """Wait until the GPU is idle, so that its seconds are counted where they were spent."""
         if self._device.startswith("cuda"):
             import torch
 

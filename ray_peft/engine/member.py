@@ -1,4 +1,4 @@
-"""What one trial is inside the process that trains it: its parameters, optimizer, schedule, counts and guard."""
+"""One trial in the process that trains it: its parameters, optimizer, schedule, counts and guard."""
 
 from __future__ import annotations
 
@@ -37,18 +37,19 @@ class Job:
     evaluate: Callable[[], float]
     """The loss on the held-out rows, of the model as it is."""
     lowered: dict[str, int] = field(default_factory=dict)
-    """What memory forced down in earlier stages; this stage starts with it, and adds to it (`Bench.lowered`)."""
+    """Settings that were lowered in earlier stages because memory ran out. This stage starts with them, and adds to
+    them (`Bench.lowered`)."""
     costs: Costs = field(default_factory=Costs)
     """Of the trial; checkpoints carry them."""
     logs_last: bool = False
-    """Log the last step, too, if it is none of every `train.log_every`."""
+    """Log the last step even if it is no multiple of `train.log_every`."""
 
 
 class Member:
-    """A trial's part of the loop. Nothing here waits for the GPU, but where it logs or writes a checkpoint."""
+    """A trial's part of the loop. It waits for the GPU only where it logs or writes a checkpoint."""
 
     slot: int | None = None
-    """Its place in what passes compute for several members; None for one that has the base to itself."""
+    """Its index in the losses of several members; None for a member that has the base to itself."""
 
     def __init__(self, job: Job, model: nn.Module, rows: Rows[Any], average: Any = None) -> None:
         """Prepare a stage for its first step.
@@ -86,20 +87,20 @@ class Member:
 
     @property
     def left(self) -> int:
-        """Steps of the stage that are to be done."""
+        """Steps of the stage that remain."""
         return self.job.steps - self.steps_done
 
     def own(self, losses: Tensor) -> Tensor:
-        """Its part () of the losses of all members, not a copy."""
+        """Its loss (), as a view of the losses of all members."""
         return losses if self.slot is None else losses[self.slot]
 
     def weight(self) -> int:
-        """What its step sees, tokens or images, by which the seconds of a round are divided among members."""
+        """Tokens or images of its step: members share the seconds of a round in this proportion."""
         step_data = self.rows.seen(self.number if self.left else self.number - 1)
         return step_data.tokens + step_data.images
 
     def clear_gradients(self, *, keep: bool) -> None:
-        """Drop the gradients, or zero their tensors, where passes go on using them."""
+        """Free the gradients; with `keep`, zero their tensors, which further passes add to."""
         self.optimizer.zero_grad(set_to_none=not keep)
 
     def end_step(self, loss: Tensor, *, keep_gradients: bool) -> tuple[Tensor, float]:
@@ -117,7 +118,7 @@ class Member:
             norm = clip(limit)
         else:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
-        # A layer-wise optimizer has used and freed the gradients by now, and keeps their worst.
+        # A layer-wise optimizer has used and freed the gradients by now; `worst` is NaN if one of them was not finite.
         self.guard.see(self.steps_done + 1, loss, norm + getattr(self.optimizer, "worst", 0.0))
         rate = float(self.rates.get_last_lr()[0])
         self.optimizer.step()

@@ -1,4 +1,4 @@
-"""What training and evaluation do when a GPU's memory runs out: tell it, free it, go on with half."""
+"""What training and evaluation do when a GPU's memory runs out: recognise it, free memory, go on with half the rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(device: str) -> None:
-    """Give freed memory back to the device; call it outside of the handler, whose error keeps tensors alive."""
+    """Give freed memory back to the device. Call it after the `except` block: its error keeps tensors alive."""
     gc.collect()
     if device.startswith("cuda"):
         import torch
@@ -44,10 +44,10 @@ def divisor(number: int, most: int) -> int:
 def in_parts(
     items: Sequence[ItemT], size: int, device: str, work: Callable[[Sequence[ItemT]], list[ResultT]]
 ) -> tuple[list[ResultT], int]:
-    """What `work` makes of at most `size` items at a time, in order; where memory runs out, of half as many from there.
+    """Apply `work` to at most `size` items at a time, in order. Where memory runs out, go on with half as many.
 
     Returns:
-        What was made, and the size at the end.
+        The results, and the size at the end.
 
     Raises:
         torch.OutOfMemoryError: a single item does not fit.

@@ -3,7 +3,7 @@
 A slot holds one member's adapter, as PEFT's A (rank, in) and transposed B (rank, out) of every layer, one after the
 other in one row of memory; a member of a smaller rank, or of fewer layers, leaves zeros, whose gradients are zero. So
 the parameter of a member is its row, and its optimizer and its gradient's norm are the plain ones. Passes hold lanes,
-each of one slot. Nothing that one slot holds, not a number is none, reaches another.
+each of one slot. No value of one slot reaches another, NaN included.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 ALIGNED = 64
-"""Numbers at whose multiples a matrix begins: the fast kernels of a GPU ask for 16 bytes."""
+"""Each matrix begins at a multiple of this many numbers: the fast kernels of a GPU need an alignment of 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Matrices:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers that a layer takes and gives."""
+    """Features of a layer."""
 
     inputs: int
     outputs: int
@@ -97,7 +97,7 @@ class Slots:
         self.weights = torch.zeros(slots, numbers, dtype=dtype, device=device)
         self.gradients = torch.zeros_like(self.weights)
         self._cast_weights = self.weights if computed == dtype else self.weights.to(computed)
-        """The weights as products take them, written at the begin of each pass."""
+        """The weights in the dtype of the products, written at the begin of each pass."""
         self.scales = torch.zeros(slots, device=device)
         """alpha / rank."""
         self._gradient_matrices = self._matrices(self.gradients)
@@ -173,7 +173,7 @@ class Slots:
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
-        """The layers are the base's own inside."""
+        """Inside, the layers compute the base without adapters."""
         lanes, self._lanes = self._lanes, None
         try:
             yield
@@ -234,12 +234,12 @@ class _Added(torch.autograd.Function):
 
 
 def _of_lanes(slots: Tensor, lanes: Tensor) -> Tensor:
-    """What each lane has of what the slots have."""
+    """The values of each lane's slot."""
     return slots.index_select(0, lanes) if len(lanes) else slots
 
 
 def _add_by_lanes(slots: Tensor, lanes: Tensor, values: Tensor) -> None:
-    """Add what each lane gives to its slot."""
+    """Add each lane's values to those of its slot."""
     if len(lanes):
         slots.index_add_(0, lanes, values.to(slots.dtype))
     else:
@@ -247,7 +247,7 @@ def _add_by_lanes(slots: Tensor, lanes: Tensor, values: Tensor) -> None:
 
 
 def sizes(module: nn.Module) -> Sizes:
-    """What a linear layer, in 4 bits or not, or a Conv1D takes and gives.
+    """The features of a linear layer, in 4 bits or not, or of a Conv1D.
 
     Raises:
         TypeError: it is neither.

@@ -49,7 +49,7 @@ def add_up(value: Tensor) -> None:
 
 
 def from_first(value: bool, device: str) -> bool:
-    """What the first worker says, on all of them."""
+    """The first worker's value, on all workers."""
     import torch
 
     values = torch.tensor([value], dtype=torch.int32, device=device)
