@@ -21,7 +21,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def error_line(error: OSError, where: Path | None = None) -> str:
-    """An error of the system in one line: the path, what happened, and what helps.
+    """An error of the operating system in one line: the path, what happened, and what helps.
 
     Args:
         error: it names no path if an open file could not be written.

@@ -89,7 +89,7 @@ def cores_here() -> int:
 def on_all_cores(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], failed: Callable[[ItemT, Exception], ResultT]
 ) -> list[ResultT]:
-    """What `function` makes of every item, at once on the cluster's cores; of one that is lost, what `failed` makes."""
+    """Apply `function` to all items in parallel on the cluster's cores; `failed` gives the result of a lost task."""
     import ray
 
     @ray.remote(num_cpus=2)  # its libraries take a gigabyte of memory

@@ -30,7 +30,7 @@ MOST_COUNTED = 10_000
 
 @dataclass(frozen=True)
 class Range:
-    """Where a value of a trial is drawn from; of a choice, a draw is the place of its entry."""
+    """The values that a setting is drawn from. A draw of a choice is the index of its entry."""
 
     kind: str
     arguments: list[Any]
@@ -69,7 +69,7 @@ class Range:
 
 
 class Draws:
-    """What a search has proposed, what became of it, and what comes next."""
+    """A search: the trials that it has proposed, their results, and its next proposal."""
 
     def __init__(self, space: Space, inspector: Inspector, say: Callable[[str], None]) -> None:
         """`say` takes what a user must know: proposals that were passed over, and an end before `search.samples`."""
@@ -112,7 +112,7 @@ class Draws:
 
     @cached_property
     def _study(self) -> optuna.Study:
-        """Optuna's memory, told of the rows that earlier runs left."""
+        """Optuna's study, which begins with the rows that earlier runs left."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -131,7 +131,7 @@ class Draws:
         return {key: where.distribution() for key, where in self._ranges.items()}
 
     def next(self) -> TrialSpec | None:
-        """The next trial, settled; None if there is none that was not tried."""
+        """The next trial, settled; None if all were tried."""
         for _ in range(PATIENCE):
             if (trial := self._fresh()) is not None:
                 return trial
@@ -151,7 +151,7 @@ class Draws:
             self._close(self._open.pop(row.trial_id), row)
 
     def _fresh(self) -> TrialSpec | None:
-        """What Optuna proposes, if it is a valid trial that was not tried."""
+        """Optuna's next proposal, if it is a valid trial that was not tried."""
         proposal = self._study.ask(self._distributions)
         trial = self._trial_of(proposal.params)
         if trial is None or trial.trial_id in self._tried:
@@ -175,7 +175,7 @@ class Draws:
         return score
 
     def _trial_of(self, draws: Mapping[str, Any]) -> TrialSpec | None:
-        """The trial that draws make, settled; None if they make no valid one, which is said once."""
+        """The trial of these draws, settled; None if it is not valid, which the user is told once."""
         values = {key: self._ranges[key].value(draw) for key, draw in draws.items()}
         try:
             return self._inspector.settled(fill(self._space.templates[0], values, self._space.name))

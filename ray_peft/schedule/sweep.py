@@ -150,7 +150,7 @@ def sweep(
 def _earlier_rows(ledger: Ledger, console: Audience) -> list[TrialResult]:
     """The rows of the folder, those included that a driver was killed before it could list them."""
     if adopted := adopt(ledger):
-        console.say(f"{len(adopted)} results that an interrupted sweep had not listed yet are taken in")
+        console.say(f"{len(adopted)} results that an interrupted sweep had not listed yet are added")
     return ledger.results()
 
 
@@ -202,7 +202,7 @@ def _repeated(space: Space, ledger: Ledger, inspector: Inspector, notes: list[st
 
 
 class _Sweep:
-    """Hands trials to Tune, takes rows in."""
+    """Gives trials to Tune, and receives their rows."""
 
     def __init__(self, plan: _Plan, opened: Experiment, scheduler: Scheduler) -> None:
         self.scheduler = scheduler

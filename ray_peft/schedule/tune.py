@@ -1,7 +1,7 @@
-"""Tune, which hands trials out to the cluster and rows in; the only module that imports ray.tune.
+"""Tune, which starts trials on the cluster and returns their rows; the only module that imports ray.tune.
 
-Trials pass through Tune as their place in a list, which the workers look up: Tune takes quadratic time over a grid of
-whole specs.
+Tune gets each trial as an index into a list, which the workers look up: with whole specs, Tune would take quadratic
+time over a grid.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _OfThisProcess:
 
 
 class Receiver(Protocol):
-    """Who is told of trials."""
+    """Receives the events of trials."""
 
     def begin(self, spec: TrialSpec) -> None:
         """A trial was handed out."""
@@ -99,7 +99,7 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     Args:
         work: the trials with what they hold, or what proposes them.
         opened: where they are kept.
-        receiver: is told of every event, in this process, by a thread of Tune's.
+        receiver: receives every event, in this process, from a thread of Tune's.
 
     Raises:
         ClusterLost: the cluster died.
@@ -185,10 +185,10 @@ def _searcher(propose: Callable[[], Run | None]) -> Any:
 
 @dataclass(frozen=True)
 class _Handout:
-    """What the workers need of a call of Tune. It grows with the trials, and Tune unpickles its function for each.
+    """What the workers need of a call of Tune. It is no part of Tune's function, which Tune unpickles for each trial.
 
-    It travels as a file, not through Ray's object store: a driver that has put something there is ended by Ray 2.60,
-    without a word, when its node dies.
+    It is a file, and not in Ray's object store: when its node dies, Ray 2.60 silently ends a driver that has put
+    something there.
     """
 
     tasks: list[_Task]
@@ -284,7 +284,7 @@ def _callback(resolve: Callable[[Mapping[str, Any]], _Task], receiver: Receiver,
 
 
 _demands: dict[str, Callable[[Mapping[str, Any]], Demand]] = {}
-"""What Tune's configurations hold, by the name of the call of Tune: known in the driver alone, where it is asked."""
+"""A function from a configuration of Tune's to its demand, by the name of the call of Tune. Used in the driver only."""
 
 
 def _resources(name: str, config: dict[str, Any]) -> Any:

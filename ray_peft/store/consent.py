@@ -1,4 +1,4 @@
-"""What a run of a tracking store may do only when it is asked for again: run Python code that came from elsewhere."""
+"""A trial of a tracking store that runs foreign Python code: the user must allow that again on this machine."""
 
 from __future__ import annotations
 

@@ -25,14 +25,14 @@ from ray_peft.trial.result import TrialResult
 
 @dataclass
 class Earlier:
-    """Today's trials beside what is there of them."""
+    """Today's trials, and the rows that the folder already has for them."""
 
     trials: list[TrialSpec] = field(default_factory=list)
-    """In today's order; one that is finished goes under the id of its row."""
+    """In today's order; a finished one has the id of its row."""
     finished: dict[str, TrialResult] = field(default_factory=dict)
     """The rows that answer them, by trial id."""
     renewed: list[TrialResult] = field(default_factory=list)
-    """Those of them that must be written again, since release 0.1.0 called their content otherwise."""
+    """Those of them that must be written again, since release 0.1.0 named their content differently."""
     notes: list[str] = field(default_factory=list)
     """Trials that run again, and why."""
 
@@ -163,7 +163,8 @@ def recall(trials: Sequence[TrialSpec], rows: Sequence[TrialResult], inspector: 
 def loss_settings(spec: TrialSpec) -> str | None:
     """The settings that decide a trial's losses, where the rows of a pass do not; None where they do.
 
-    They do in bf16, whose sums are rounded otherwise, and with dropout, whose draws depend on them.
+    Rows of a pass change losses in bf16, where sums are rounded differently, and with dropout, whose draws depend on
+    them.
     """
     kinds = [stage for part in (spec, *spec.members()) for stage, _ in part.method.stages(ENOUGH_STEPS)]
     if spec.train.precision != "fp32" or any(getattr(stage, "dropout", 0) for stage in kinds):

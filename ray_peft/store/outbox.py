@@ -1,4 +1,4 @@
-"""What a trial has for its tracking store, in a file beside it that outlives the worker, the driver and the store.
+"""What a trial sends to its tracking store, in a file in its folder: it survives the worker, the driver and an outage.
 
 Every line of `outbox.jsonl` is one thing to store, in order. How far a store has taken them stands in
 `outbox.sent.json`, so whoever goes on sending (the trial's worker, the driver, a later start, `ray-peft sync`) goes on
@@ -61,7 +61,7 @@ class Outbox:
 
     @property
     def exists(self) -> bool:
-        """True if the trial has ever put something there."""
+        """True if the trial has ever put an entry there."""
         return self._file.is_file()
 
     def put(self, *entries: Entry) -> bool:
@@ -141,7 +141,7 @@ class Outbox:
 
     @property
     def ended(self) -> bool:
-        """True if the last attempt has said how it ended: nothing follows."""
+        """True if the last entry says how the attempt ended: nothing follows it."""
         last = ""
         for entry, _ in self.after(0):
             last = entry["do"]

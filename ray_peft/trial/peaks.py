@@ -110,7 +110,7 @@ class _Sampler(threading.Thread):
                 return
 
     def finish(self) -> None:
-        """Stop to sample."""
+        """Stop sampling."""
         self._ending.set()
         self.join()
 

@@ -1,4 +1,4 @@
-"""The stages of a trial in turn: train, keep, merge; and go on from the last one that an interrupted run kept."""
+"""Trains, keeps and merges the stages of a trial in turn; resumes after the last one that an interrupted run kept."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ray_peft.trial.rounding import check_same_loss
 logger = logging.getLogger(__name__)
 
 STAGE_FILE = "stage.json"
-"""In a stage's kept adapter: what the stages up to it took, for a trial that goes on from there."""
+"""In the folder of a stage's adapter: the costs of all stages up to it, for a trial that resumes there."""
 
 
 def train_all(life: Life, bench: Bench, stages: list[tuple[Stage, int]]) -> None:
@@ -70,7 +70,7 @@ def _write_stage(life: Life, folder: Path) -> None:
 
 
 def _resume_stage(life: Life, bench: Bench, index: int, stage: Stage) -> bool:
-    """Go on from the end of a stage that an interrupted run of the trial left; false if there is none that is whole."""
+    """Load what an interrupted run of the trial trained in a stage; False if there is nothing, or it is damaged."""
     folder = stage_folder(life.place, index)
     if not folder.is_dir():
         return False
@@ -88,7 +88,7 @@ def _resume_stage(life: Life, bench: Bench, index: int, stage: Stage) -> bool:
 
 
 def _read_stage_cost(folder: Path) -> dict[str, Any] | None:
-    """What the stages up to the one whose adapter is in `folder` took; None if the folder is not whole."""
+    """The costs of all stages up to the one whose adapter is in `folder`; None if the folder is damaged."""
     file = folder / STAGE_FILE
     if not file.is_file() and not (folder / SEAL_FILE).is_file():
         return None  # a process was killed while it wrote the adapter, or the trial has ended
@@ -110,7 +110,7 @@ def _read_stage_cost(folder: Path) -> dict[str, Any] | None:
 def _remove_from(place: Place, index: int) -> None:
     """Remove a stage's kept adapter and all that later stages left.
 
-    They went on from weights that are trained again now, and on a GPU need not come out bit by bit.
+    Later stages started from weights that are trained again now, which on a GPU need not be equal bit by bit.
     """
     shutil.rmtree(stage_folder(place, index), ignore_errors=True)
     later = index + 1
@@ -121,7 +121,7 @@ def _remove_from(place: Place, index: int) -> None:
 
 
 def _keep_and_merge(life: Life, bench: Bench, index: int, stage: Stage) -> None:
-    """From one stage to the next: keep what the stage trained, merge it, and measure the loss on both sides.
+    """Between two stages: keep what the first one trained, merge it, and measure the loss before and after.
 
     Raises:
         TrialFailed: a loss is not finite, or the merge changed it by more than rounding does.
@@ -133,7 +133,7 @@ def _keep_and_merge(life: Life, bench: Bench, index: int, stage: Stage) -> None:
             if not (folder / STAGE_FILE).is_file():
                 keep(life, bench, folder.name, "float32")  # as it is: the trial may go on from here
                 _write_stage(life, folder)
-            elif life.tracker is not None:  # taken up: other workers may still read it, and this run has none yet
+            elif life.tracker is not None:  # resumed: other workers may still read it, and the tracker lacks it
                 life.tracker.artifact(folder, folder.name)
     dtypes_before = bench.dtypes()
     for moment in (f"after stage {index + 1}", f"after merge {index + 1}"):
@@ -158,7 +158,7 @@ def _check_finite(life: Life, stage: Stage, moment: str, loss: float) -> None:
 
 
 def _broadcast_losses(life: Life, index: int) -> list[float]:
-    """The losses on both sides of a merge, which rank 0 has measured: all workers must end, or go on, together."""
+    """The losses before and after a merge, measured by rank 0, on all workers: they must end, or go on, together."""
     losses = [life.boundaries.get(f"after {moment} {index + 1}", 0.0) for moment in ("stage", "merge")]
     if life.place.num_workers > 1:
         import torch.distributed

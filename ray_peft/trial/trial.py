@@ -84,7 +84,7 @@ def end(result: TrialResult, place: Place, tracker: Tracker) -> TrialResult:
 
 
 def _forget_checkpoints(place: Place) -> None:
-    """What a finished trial would go on from, once its row is stored: the next run of the trial is a new one."""
+    """Remove what a trial would resume from. Its row is stored, so the next run of the trial is a new one."""
     for folder in place.folder.glob("stage*"):
         if folder.name.endswith("_adapter"):
             (folder / STAGE_FILE).unlink(missing_ok=True)
@@ -121,12 +121,12 @@ def _with_advice(life: Life, error: str) -> str:
 
 
 def _record(result: TrialResult, place: Place, tracker: Tracker) -> TrialResult:
-    """The row, once it is in the trial's folder and with the tracker, or says why the tracker lacks it."""
+    """Write the row into the trial's folder and the tracker; the returned row says why the tracker lacks it, if so."""
     return _written(tracker.record(_written(result, place)), place)
 
 
 def _written(result: TrialResult, place: Place) -> TrialResult:
-    """The row, once it is in the trial's folder; a full disk does not stop it on its way to the driver."""
+    """Write the row into the trial's folder, and return it; a full disk does not keep it from the driver."""
     try:
         place.folder.mkdir(parents=True, exist_ok=True)
         write_text(place.folder / RESULT_FILE, result.model_dump_json(indent=2))

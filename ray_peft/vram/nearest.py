@@ -36,9 +36,10 @@ class Suggestion:
 
 
 WORTH_CHECKPOINTING = 4
-"""Times the rows a pass for which `fit: auto` checkpoints where the host takes most of a pass's time."""
+"""Where the host takes most of a pass's time, `fit: auto` turns checkpointing on if it allows this many times the rows
+of a pass."""
 RECOMPUTED = 1.45
-"""Times what a recorded pass takes with checkpointing (Gemma-3-1B, H100: 1.48)."""
+"""The time of a recorded pass with checkpointing, as a multiple of that without (Gemma-3-1B, H100: 1.48)."""
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
@@ -133,7 +134,7 @@ def choose(
 
 
 def _row_time(rows: int, fixed_rows: float | None, *, checkpointing: bool) -> float:
-    """Time for one row where so many pass at a time, in any unit: only times with the same `fixed_rows` compare."""
+    """Time of one row in a pass of `rows` rows, in any unit: only times with the same `fixed_rows` can be compared."""
     if fixed_rows is None:
         return (WORTH_CHECKPOINTING if checkpointing else 1) / rows
     return (RECOMPUTED if checkpointing else 1.0) * (1 + fixed_rows / rows)

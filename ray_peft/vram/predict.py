@@ -1,4 +1,4 @@
-"""What every task's prediction of its peak is made of, what decides it, and where predictions are kept."""
+"""Predicted peaks: their parts, the settings that decide them, and their cache on disk."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Prediction:
     """Peak of tensors outside of training, at most: while held-out rows are scored and answered, or images encoded,
     scored and made; None where nothing can say."""
     fixed_rows: float | None = None
-    """What a recorded pass takes whatever its rows, in the time of so many rows; None where passes are not recorded, so
-    that the host takes most of a pass's time."""
+    """The constant time of a recorded pass, as the number of rows that take as long. None where passes are not
+    recorded, so that the host takes most of a pass's time."""
 
     @property
     def needed(self) -> int:
-        """What the trial must find, in training or after, beside the CUDA context."""
+        """Bytes that the trial needs in training and evaluation, without the CUDA context."""
         return max(self.peak_reserved, self.evaluation or 0)
 
     def gib(self) -> dict[str, float]:
@@ -100,7 +100,7 @@ _known: dict[str, Counter[str]] = {}
 
 
 def cached(decides: list[object], code: tuple[Path, ...], compute: Callable[[], Counter[str]]) -> Counter[str]:
-    """What `compute` gives, from memory or disk if it was computed before.
+    """The result of `compute`, from memory or disk if it was computed before.
 
     Args:
         decides: all that the result depends on, as JSON-like data.

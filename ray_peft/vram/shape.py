@@ -1,4 +1,4 @@
-"""What of a model decides its memory: its config.json, without names and paths."""
+"""What decides a model's memory: its config.json, without names and paths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has no kernel on the meta device, with the allocations of its CUDA kernel: each names its source."""
+"""Operations without a kernel on the meta device, with the allocations of their CUDA kernels; each names its source."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from ray_peft.vram.tape import Tape
 
 @dataclass(frozen=True)
 class Conditions:
-    """What of a trial decides its memory beside model, method and rows."""
+    """What decides a trial's memory beside model, method and rows."""
 
     autocast: bool
     """Matrix products are in bfloat16."""
@@ -98,7 +98,7 @@ def _own_gradient(tape: Tape) -> Callable[[Tensor], None]:
 
 
 def _pass(tape: Tape, loss: Callable[[], Tensor], conditions: Conditions) -> int:
-    """Forward and backward; returns the bytes that lie between the two."""
+    """Run forward and backward; returns the bytes that are stored between the two."""
     tape.restart()
     autocast = Autocast(torch.bfloat16 if conditions.autocast else None)
     with autocast:

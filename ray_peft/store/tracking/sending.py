@@ -1,4 +1,4 @@
-"""An outbox on its way to its store: in order, each entry once, whoever sends it and however often that fails."""
+"""Sends an outbox to its store: in order, each entry once, whichever process sends it and however often that fails."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BUSY_S = 5.0
 
 
 def send(store: Store, folder: Path, *, patience_s: float = 0.0, parent_run_id: str | None = None) -> Sent:
-    """Send what waits in a trial's outbox; what of it is taken stays taken, also if a later entry is not.
+    """Send what waits in a trial's outbox. Entries that the store has taken are not sent again if a later one fails.
 
     Args:
         store: Where.
@@ -58,7 +58,7 @@ def send(store: Store, folder: Path, *, patience_s: float = 0.0, parent_run_id: 
 
 
 def store_label(store: Store) -> str:
-    """How an outbox calls a store: without its credentials."""
+    """A store's name in an outbox: without its credentials."""
     return f"{mask(store.uri)} {store.experiment_id}"
 
 
