@@ -29,7 +29,7 @@ class Rows:
             self.flush()
         except StorageError as error:
             if not warned_before:
-                self._console.say(f"caution: {error}. Rows of trials that end are kept in memory until the disk takes them")
+                self._console.say(f"caution: {error}. Until the disk takes them, rows are kept in memory")
 
     @property
     def waiting(self) -> tuple[TrialResult, ...]:

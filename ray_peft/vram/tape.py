@@ -30,7 +30,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.at_peak: Counter[str] = Counter()
         self._truth = truth
         self._known: dict[Any, tuple[Any, ...]] = {}
-        """Results of operations by their arguments' shapes: layers repeat, and meta kernels in Python are far slower."""
+        """Results of operations by their arguments' shapes: layers repeat, and meta kernels in Python are slower."""
         self._live: dict[int, tuple[str, int, Any]] = {}
 
     def own(self, tensor: Tensor, kind: str) -> None:
