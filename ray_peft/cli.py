@@ -25,7 +25,7 @@ from ray_peft.errors import ClusterLost, RayPeftError, StorageError
 from ray_peft.foundation.masking import mask
 from ray_peft.foundation.processes import end_now
 from ray_peft.foundation.quiet import quiet_libraries
-from ray_peft.foundation.storage import told
+from ray_peft.foundation.storage import error_line
 from ray_peft.schedule.signals import stopping
 
 INTERRUPTED = 130
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RayPeftError as error:
         return _failed(str(error))
     except OSError as error:
-        return _failed(told(error))
+        return _failed(error_line(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         # CPython 3.11 remembers an interrupt inside an exec of text, as dataclasses do, and would end by the signal

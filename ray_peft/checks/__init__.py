@@ -1,1 +1,1 @@
-"""What is looked at before anything starts: files, rows, models, and each trial's own code on shapes."""
+"""Checks before anything starts: files, rows, models, and each trial's own code on shapes."""

@@ -1,4 +1,4 @@
-"""What the names in trials stand for: each model and its rows are looked at once, before anything starts."""
+"""What the names in trials stand for: each model and its rows are inspected once, before anything starts."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ class Inspector:
         self._fingerprints: dict[str, str] = {}
 
     def inspect(self, trial: TrialSpec) -> Inspection:
-        """What its task finds out about a trial.
+        """What a trial's task reports on its model and data.
 
         Raises:
             DataError, ModelError: something is missing or malformed.
             SpecError: a method's stage would be left without a step.
         """
-        models = [each.model.plain() for each in (trial, *trial.members())]
-        asked = trial.evaluation.plain()
-        decides = [trial.task, models, trial.data.plain(), trial.loss_line(), asked, trial.looked_for()]
+        models = [single.model.plain() for single in (trial, *trial.members())]
+        evaluation = trial.evaluation.plain()
+        decides = [trial.task, models, trial.data.plain(), trial.loss_line(), evaluation, trial.looked_for()]
         key = json.dumps(decides, sort_keys=True)
         task = TASKS[trial.task]
         if key not in self._inspections:
             self._inspections[key] = _inspected(trial, key)
-        found = self._inspections[key]
-        trial.method.stages(task.total_steps(trial, found.train_rows))
-        return found
+        inspection = self._inspections[key]
+        trial.method.stages(task.total_steps(trial, inspection.train_rows))
+        return inspection
 
     def content(self, trial: TrialSpec) -> Content:
         """What a trial's names stand for. Raises as `inspect`."""
@@ -70,7 +70,7 @@ class Inspector:
 
 
 def _inspected(trial: TrialSpec, key: str) -> Inspection:
-    """What its task finds out about a trial, now or in an earlier run on the same content."""
+    """What a trial's task reports, now or in an earlier run on the same content."""
     task = TASKS[trial.task]
     content = task.content(trial)
     mark = Mark("inspection", [key, content])

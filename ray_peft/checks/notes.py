@@ -15,19 +15,19 @@ class Notes:
 
     def __init__(self, console: Audience) -> None:
         self._console = console
-        self._kept: dict[str, None] = {}
+        self._notes: dict[str, None] = {}
 
     def add(self, note: str) -> None:
         """Keep a note, and show it unless it was shown or there were many."""
-        if note in self._kept:
+        if note in self._notes:
             return
-        self._kept[note] = None
-        if len(self._kept) <= SHOWN:
+        self._notes[note] = None
+        if len(self._notes) <= SHOWN:
             more = f"... ({len(note):,} characters)"
             self._console.say(note if len(note) <= LONGEST else note[: LONGEST - len(more)] + more)
 
     def close(self) -> list[str]:
         """All notes; how many were not shown is said."""
-        if len(self._kept) > SHOWN:
-            self._console.say(f"{len(self._kept) - SHOWN:,} more notes of these kinds; a sweep's report has them all")
-        return list(self._kept)
+        if len(self._notes) > SHOWN:
+            self._console.say(f"{len(self._notes) - SHOWN:,} more notes of these kinds; a sweep's report has them all")
+        return list(self._notes)

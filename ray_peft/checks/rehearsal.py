@@ -17,10 +17,10 @@ from ray_peft.vram.cards import ANY
 def rehearse(trials: Iterable[TrialSpec]) -> list[str]:
     """Attach, train a step, score and decode on shapes, for each distinct model and method.
 
-    That is what predicts memory (ray_peft/vram/), so a sweep on GPUs finds the same predictions made.
+    Predictions of memory (ray_peft/vram/) run the same code, so a sweep on GPUs reuses them.
 
     Returns:
-        A note on each model that cannot be tried so.
+        A note on each model that cannot be tried on shapes.
 
     Raises:
         ModelError: a line for every model and method that fails.
@@ -43,7 +43,7 @@ def rehearse(trials: Iterable[TrialSpec]) -> list[str]:
 
 
 def _remembered(trial: TrialSpec, key: str) -> tuple[str | None, str | None]:
-    """As `_tried`, now or in an earlier run on the same content; a problem is looked at anew each time."""
+    """What `_tried` returns, now or in an earlier run on the same content; a problem is never remembered."""
     task = TASKS[trial.task]
     content = task.content(trial)
     mark = Mark("rehearsal", [key, content])
@@ -64,7 +64,7 @@ def _what_is_tried(trial: TrialSpec) -> str:
 
 
 def _tried(trial: TrialSpec) -> tuple[str | None, str | None]:
-    """Why a trial would fail, and why that cannot be told; None each where there is nothing to say."""
+    """The problem of a trial that would fail, and a note on one that cannot be tried; None where there is none."""
     predictor = TASKS[trial.task].predictor(trial)
     if predictor is None:
         return None, None
@@ -77,8 +77,8 @@ def _tried(trial: TrialSpec) -> tuple[str | None, str | None]:
         reason = f"{type(error).__name__}: {first_line(error)}"
         part = part_of(error)
         if part is None or _of_shapes_alone(error) or (part != ATTACH and not _base_runs(trial)):
-            said = f"{what} cannot be tried on shapes ({reason}), so what fails in it shows when it runs"
-            return None, said
+            note = f"{what} cannot be tried on shapes ({reason}), so its errors show only when it runs"
+            return None, note
         return f"{what}: {part} fails: {reason}", None
     return None, None
 

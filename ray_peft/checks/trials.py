@@ -28,7 +28,7 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Audience, inspector: In
     Args:
         trials: an ensemble after its members, or alone.
         console: where notes are written: rows that were cut, left out or unusable, settings known to go wrong.
-        inspector: keeps what was found, for trials that are proposed later; None keeps nothing.
+        inspector: remembers models and data, for trials that are proposed later; None uses one for this call.
 
     Raises:
         DataError, ModelError: something is missing or malformed, or a method fails on its model.
@@ -39,10 +39,10 @@ def inspect_trials(trials: Iterable[TrialSpec], console: Audience, inspector: In
     notes = Notes(console)
     same = 0
     for trial in trials:
-        looked = inspector.inspect(trial)
-        found = [note if note.startswith("caution: ") else f"data: {note}" for note in looked.notes]
-        found += [f"method: {note}" for note in looked.method_notes]
-        for note in found + [f"caution: {note}" for note in trial.cautions()]:
+        inspection = inspector.inspect(trial)
+        messages = [note if note.startswith("caution: ") else f"data: {note}" for note in inspection.notes]
+        messages += [f"method: {note}" for note in inspection.method_notes]
+        for note in messages + [f"caution: {note}" for note in trial.cautions()]:
             notes.add(note)
         settled_trial = inspector.settled(trial)
         same += settled_trial.trial_id in settled

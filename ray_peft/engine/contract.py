@@ -56,14 +56,14 @@ class Rows(ABC, Generic[PartT]):
 
     @abstractmethod
     def epoch(self, steps: int) -> float:
-        """How often every row has been seen after so many steps of the trial."""
+        """How often every row has been seen after `steps` steps of the trial."""
 
     def fitting(self, rows: int, share: Share) -> int:
-        """Rows of a pass, at most `rows`, that a worker's share of a step can be split into."""
+        """The number of rows a pass, at most `rows`, into which a worker's share of a step can be split."""
         return rows
 
     def heaviest(self, steps: range, share: Share, rows: int) -> PartT | None:
-        """Of the passes of some steps, one that needs the most memory; None where all need the same."""
+        """A pass of these steps that needs the most memory; None where all need the same."""
         return None
 
 
@@ -73,7 +73,7 @@ class Computation(ABC, Generic[PartT]):
     keeps_gradients = False
     """Gradients are zeroed between steps, not freed: a recorded pass adds to the same tensors."""
     members: int | None = None
-    """Places of members in the losses of a pass; None for one member, whose loss is a single number."""
+    """Length of a pass's losses, one for each member; None for one member, whose loss is a single number."""
 
     @abstractmethod
     def inputs(self, part: PartT) -> Sequence[Tensor]:
@@ -81,7 +81,8 @@ class Computation(ABC, Generic[PartT]):
 
     @abstractmethod
     def loss(self, *inputs: Tensor) -> Tensor:
-        """The pass's share of its step's mean loss, given what `inputs` made, on the device.
+        """The pass's share of its step's mean loss, from what `inputs` returned, on the device.
 
-        Tensor (), or of several members (members,), of which none depends on what another sees.
+        Returns:
+            Tensor (), or (members,) for several members: each loss depends on that member's rows only.
         """

@@ -1,4 +1,4 @@
-"""What a trial has cost up to a checkpoint: kept in it, so that one that goes on there has all its costs."""
+"""What a trial has cost up to a checkpoint. The checkpoint stores it, so that a resumed trial reports all its costs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray_peft.foundation.whole import write_text
 logger = logging.getLogger(__name__)
 
 COST_FILE = "cost.json"
-"""In a checkpoint of several files."""
+"""The costs in a checkpoint of several files, as SFTTrainer writes them."""
 
 
 def plain(trained: Trained, costs: Costs) -> dict[str, Any]:
@@ -22,27 +22,28 @@ def plain(trained: Trained, costs: Costs) -> dict[str, Any]:
     return {"trained": asdict(trained), "trial": costs.so_far()}
 
 
-def take_up(kept: dict[str, Any] | None, trained: Trained, costs: Costs, where: Path) -> None:
+def restore(saved: dict[str, Any] | None, trained: Trained, costs: Costs, where: Path) -> None:
     """Go on counting from a checkpoint's numbers.
 
     Args:
-        kept: what `plain` made; None for a checkpoint of version 0.1.0, which has none: that is said, and marked.
-        trained: of the stage, which is changed.
-        costs: of the trial, which are changed.
+        saved: what `plain` returned. None is for a checkpoint of version 0.1.0, which has no costs: a warning is
+            logged, and the costs are marked as incomplete.
+        trained: the stage's counts, which are overwritten.
+        costs: the trial's costs, which are overwritten.
         where: the checkpoint, for the log.
     """
-    if kept is None:
+    if saved is None:
         logger.warning("%s does not say what the steps before it took: seconds and tokens are of those after", where)
         costs.incomplete()
         return
-    for name, value in kept["trained"].items():
+    for name, value in saved["trained"].items():
         setattr(trained, name, value)
-    costs.take_up(kept["trial"])
+    costs.restore(saved["trial"])
 
 
-def write(folder: Path, kept: dict[str, Any]) -> None:
+def write(folder: Path, cost: dict[str, Any]) -> None:
     """Add the numbers to a checkpoint that is whole without them."""
-    write_text(folder / COST_FILE, json.dumps(kept))
+    write_text(folder / COST_FILE, json.dumps(cost))
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -50,5 +51,5 @@ def read(folder: Path) -> dict[str, Any] | None:
     path = folder / COST_FILE
     if not path.is_file():
         return None
-    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return kept
+    cost: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return cost

@@ -1,4 +1,4 @@
-"""Who trains on one base at once, and who takes the place of a member that ends."""
+"""Which members train on one base at the same time, and which member follows one that ends."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Crew(ABC):
 
     @abstractmethod
     def seat(self, member: Member, number: int) -> None:
-        """A member, which is where its checkpoint left it, takes part from round `number` on."""
+        """A member starts in round `number`; it has been resumed from its last checkpoint."""
 
     @abstractmethod
     def leave(self, member: Member, error: Exception | None) -> Member | None:
-        """A member is done, or has failed with `error`; returns who takes its place, if anybody does.
+        """A member has finished, or has failed with `error`; returns the member that takes its place, if there is one.
 
         Raises:
             Exception: what ends the training of all members.

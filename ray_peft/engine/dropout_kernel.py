@@ -1,4 +1,4 @@
-"""The Triton kernel of keyed dropout; keyed_dropout.py says what it computes. Imported on a GPU alone."""
+"""The Triton kernel of keyed dropout; keyed_dropout.py says what it computes. It is imported on a GPU only."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Attention with keyed dropout of its probabilities: plain products, computed anew for the backward pass.
+"""Attention with keyed dropout of its probabilities: plain products, recomputed in the backward pass.
 
-A fused kernel draws its dropout by the place in the pass, so it cannot give a row the same mask in another pass.
+A fused kernel draws its dropout by the position in the pass, so it cannot give a row the same mask in another pass.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def dropped_attention(
 
 
 class _Attention(Function):
-    """Keeps its inputs alone."""
+    """Stores only its inputs for the backward pass."""
 
     @staticmethod
     def forward(
@@ -68,7 +68,7 @@ class _Attention(Function):
         dropped = keyed_dropout(shares.to(value.dtype), ctx.p, keys, ctx.layer, columns)
         of_value = torch.matmul(dropped.transpose(-1, -2), grad)
         del dropped
-        # The dropout of a gradient is that of the numbers themselves.
+        # A gradient is dropped where its number was dropped.
         of_shares = keyed_dropout(torch.matmul(grad, value.transpose(-1, -2)), ctx.p, keys, ctx.layer, columns)
         of_shares = of_shares.to(shares.dtype) * shares
         of_scores = of_shares.sub_(shares.mul_(of_shares.sum(-1, keepdim=True))).mul_(ctx.scale).to(query.dtype)
@@ -78,7 +78,7 @@ class _Attention(Function):
 
 
 def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Who looks at whom (lane, head, token, token), float32 (or float64), rows adding up to one."""
+    """Attention probabilities (lane, head, token, token), float32 or float64; each row sums to one."""
     scores = torch.matmul(query, key.transpose(-1, -2))
     scores = (scores if scores.dtype == torch.float64 else scores.float()) * scale
     if mask is not None and mask.dtype == torch.bool:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 
-from ray_peft.engine.workers import this_worker, told_by_first
+from ray_peft.engine.workers import from_first, this_worker
 from ray_peft.foundation.durations import seconds_of
 
 LEAST_TRAINED = 20
-"""Times that writing a checkpoint took, before the next one is written by time: at most a twentieth goes into them."""
+"""Training lasts at least this many times as long as the last checkpoint took to write, before the next one is written
+by time. So checkpoints take at most a twentieth of the time."""
 
 WORTH_KEEPING_S = 60.0
-"""Seconds of training that the end of a stage keeps: a trial that is killed in its evaluation goes on from there."""
+"""Seconds of training after which the end of a stage writes a checkpoint: a trial that is killed in its evaluation
+resumes there."""
 
 
 class Due:
@@ -36,26 +38,26 @@ class Due:
         """Count from now on."""
         self._since = self._begin = time.monotonic()
 
-    def after(self, done: int, steps: int, *, logged: bool) -> bool:
-        """Whether a checkpoint is written now; every worker asks, and calls `written` after it if so.
+    def after(self, steps_done: int, steps: int, *, logged: bool) -> bool:
+        """Whether to write a checkpoint now. Every worker calls this, and calls `written` once it is written.
 
         Args:
-            done: optimizer steps of the stage.
+            steps_done: optimizer steps of the stage.
             steps: of the whole stage.
             logged: the step that has just ended is logged.
         """
         self._begin = time.monotonic()
         if self._steps is not None:
-            return done % self._steps == 0 and done < steps
-        if self._seconds is None or (self._workers > 1 and not logged and done < steps):
+            return steps_done % self._steps == 0 and steps_done < steps
+        if self._seconds is None or (self._workers > 1 and not logged and steps_done < steps):
             return False
         between = max(self._seconds, LEAST_TRAINED * self._took)
-        least = min(between, WORTH_KEEPING_S) if done == steps else between
+        least = min(between, WORTH_KEEPING_S) if steps_done == steps else between
         passed = self._begin - self._since >= least
-        return passed if self._workers == 1 else told_by_first(passed, self._device)
+        return passed if self._workers == 1 else from_first(passed, self._device)
 
     def written(self) -> float:
-        """Count from now on; returns the seconds since `after` was asked."""
+        """Count from now on; returns the seconds since `after` was called."""
         self._since = time.monotonic()
         self._took = self._since - self._begin
         return self._took

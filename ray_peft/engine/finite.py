@@ -15,10 +15,11 @@ class FiniteGuard:
 
     def __init__(self, spec: TrialSpec, stage: Stage, first_step: int) -> None:
         self._spec, self._stage, self._first_step = spec, stage, first_step
-        self._seen: tuple[int, Any, Any] | None = None
+        self._unchecked: tuple[int, Any, Any] | None = None
+        """The last step, its loss and gradient norm (2,), and the event after their copy from the GPU."""
 
     def see(self, step: int, loss: Any, grad_norm: Any) -> None:
-        """Take a step's values and check those of the step before: the GPU has them by now, so nothing waits.
+        """Take a step's values, and check those of the step before: the GPU has computed them, so nothing waits.
 
         Args:
             step: of the stage, from 1.
@@ -31,26 +32,26 @@ class FiniteGuard:
         pair = (loss.detach().float(), torch.as_tensor(grad_norm, dtype=torch.float32, device=loss.device))
         values = torch.stack([value.reshape(()) for value in pair])
         if not values.is_cuda:
-            self._seen = (step, values, None)
+            self._unchecked = (step, values, None)
             return
-        # Sent as soon as they are there: to read them later waits for no work that comes after them.
+        # The copy is queued now, so reading it later does not wait for work that is queued after it.
         page = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
-        self._seen = (step, page, arrived)
+        self._unchecked = (step, page, arrived)
 
     def check(self) -> None:
-        """Check what was seen last.
+        """Check the values of the last step.
 
         Raises:
-            TrialFailed: it is not finite.
+            TrialFailed: one of them is not finite.
         """
-        if self._seen is None:
+        if self._unchecked is None:
             return
-        step, values, arrived = self._seen
+        step, values, arrived = self._unchecked
         if arrived is not None:
             arrived.synchronize()
-        self._seen = None
+        self._unchecked = None
         for name, value in zip(("the training loss", "the gradient's norm"), values.tolist(), strict=True):
             if not math.isfinite(value):
                 stage, train = self._stage, self._spec.train
@@ -62,7 +63,7 @@ class FiniteGuard:
 
 
 def ways_out(spec: TrialSpec, stage: Stage | None) -> str:
-    """What may keep a trial's numbers finite: settings that it has, and that are not there yet.
+    """Ways to keep a trial's numbers finite, as text: settings to change that the trial does not use yet.
 
     Args:
         spec: the trial.
@@ -85,6 +86,6 @@ def ways_out(spec: TrialSpec, stage: Stage | None) -> str:
 
 
 def _key(method: Method, stage: Stage) -> str:
-    """Where a stage's settings stand: `method`, or its part of a method of several stages."""
+    """The key of a stage's settings: `method`, or the stage's part of a method of several stages."""
     parts = [name for name in type(method).model_fields if getattr(method, name) == stage]
     return f"method.{parts[0]}" if parts else "method"

@@ -1,11 +1,11 @@
-"""Dropout by arithmetic: what is kept is a hash of a key, the layer and the place, so that it can be computed anew.
+"""Dropout whose mask is a hash of a key, the layer and the position, so that it can be recomputed.
 
 A key is a number of 64 bits that belongs to a token (or to a whole row), wherever it lies in a pass. So a token has the
 same mask in any lane, pass, worker or recomputation, and nothing but the key is stored for the backward pass. On a GPU
 one Triton kernel computes it, elsewhere integer arithmetic on tensors, with equal bits.
 
-The hash is two rounds of lowbias32 (C. Wellons, github.com/skeeto/hash-prospector, issue 19), keyed anew in between;
-keys are made with the finaliser of splitmix64 (Steele, Lea and Flood 2014, doi:10.1145/2714064.2660195).
+The hash is two rounds of lowbias32 (C. Wellons, github.com/skeeto/hash-prospector, issue 19), with the key added
+between them; keys are made with the finaliser of splitmix64 (Steele, Lea and Flood 2014, doi:10.1145/2714064.2660195).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def keyed_dropout(
 
 
 class _Dropped(Function):
-    """Stores keys alone; its gradient is the same dropout of the gradient."""
+    """Stores only the keys; the backward pass drops the same places of the gradient."""
 
     @staticmethod
     def forward(
@@ -130,7 +130,7 @@ def _dropped(
 
 @cache
 def _kernel() -> Any:
-    """The Triton kernel; None where it cannot be compiled, which leaves the same arithmetic, slower."""
+    """The Triton kernel; None where it cannot be compiled: tensors then do the same arithmetic, slower."""
     try:
         from ray_peft.engine.dropout_kernel import dropped
 
@@ -188,7 +188,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 @cache
 def _bound_and_scale(p: float) -> tuple[int, float]:
-    """Hashes below the first, as signed numbers, are dropped; what is kept is multiplied by the second."""
+    """Numbers whose hash, as a signed number, is below the first are dropped; the others are scaled by the second."""
     share = torch.tensor(p, dtype=torch.float32).double()
     return int((share * 2**32).round()) - 2**31, float((1 / (1 - share)).float())
 

@@ -1,4 +1,4 @@
-"""Optimizer steps on one base: pass the members' rows, update, log, evaluate, keep; go on where memory runs out."""
+"""Optimizer steps on one base: passes, updates, logs, evaluations, checkpoints, and recovery where memory runs out."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Engine(Generic[PartT]):
         self._share = this_worker()
         in_backward = any(job.stage.conflicts(accumulates=True, num_workers=1) for job in jobs)
         self._repeats = self._share.workers == 1 and not in_backward
-        self._wanted = sum(job.spec.train.micro_batch_size for job in jobs)
+        self._configured_rows = sum(job.spec.train.micro_batch_size for job in jobs)
         self._rows = self._rows_a_pass()
         self._accumulates = any(job.spec.accumulation > 1 for job in jobs)
         self._pass = make_pass(computation, self._device)
@@ -68,12 +68,14 @@ class Engine(Generic[PartT]):
         """Rows of the pass that is running, or ran last."""
         self._rehearsals = 2 if rehearse and self._share.workers == 1 else 0
         self._counted = 0.0
-        """Until when seconds have been counted."""
+        """The moment up to which training seconds have been counted [s]."""
 
     def _rows_a_pass(self) -> int:
-        """As the trials say, or as few as memory has forced by now."""
-        most = min(self._wanted, self._lowered.get(MICRO_BATCH, self._wanted)) if self._repeats else self._wanted
-        return self._data.fitting(most, self._share)
+        """Rows of a pass: as many as the trials' settings say, or as few as memory has allowed so far."""
+        rows = self._configured_rows
+        if self._repeats:
+            rows = min(rows, self._lowered.get(MICRO_BATCH, rows))
+        return self._data.fitting(rows, self._share)
 
     def run(self) -> None:
         """Train every member for its steps, from its last checkpoint where there is one."""
@@ -95,7 +97,7 @@ class Engine(Generic[PartT]):
         self._model.eval()
 
     def _take_in(self, member: Member | None, number: int) -> None:
-        """Let a member, where its checkpoint left it, take part from round `number` on."""
+        """Let a member, which has been resumed from its last checkpoint, start in round `number`."""
         if member is None:
             return
         self._members.append(member)
@@ -125,12 +127,12 @@ class Engine(Generic[PartT]):
         logged = member.logs()
         if logged:
             self._log(member, norm, rate)
-        if train.eval_every and member.done % train.eval_every == 0 and member.left:
+        if train.eval_every and member.steps_done % train.eval_every == 0 and member.left:
             self._count_time()
             member.evaluate()
             self._model.train()
             self._counted = time.perf_counter()
-        if member.due.after(member.done, member.job.steps, logged=logged):
+        if member.due.after(member.steps_done, member.job.steps, logged=logged):
             self._count_time()
             with member.job.costs.saving():
                 self._save(member)
@@ -166,7 +168,7 @@ class Engine(Generic[PartT]):
             self._pass(part)
 
     def _fitting(self, work: Callable[[], None], loss: Tensor, number: int) -> None:
-        """Do `work`, again from `loss` and without gradients with fewer rows a pass while memory runs out."""
+        """Do `work`. While memory runs out, reset the losses and gradients, and repeat with fewer rows a pass."""
         while True:
             try:
                 work()
@@ -177,7 +179,7 @@ class Engine(Generic[PartT]):
             self._lower(loss, number)
 
     def _lower(self, loss: Tensor, number: int) -> None:
-        self._wait()  # what is replayed belongs to a recorded pass
+        self._wait()  # a recorded pass may still be replaying in memory that is freed here
         for member in self._members:
             member.clear_gradients(keep=member.slot is not None)
         del self._pass
@@ -194,7 +196,7 @@ class Engine(Generic[PartT]):
     def _rehearse(self, rounds: range, *, with_state: bool) -> None:
         """Try the heaviest pass of the rounds to come, before the first and, with the optimizers' state, the second.
 
-        Gradients, losses and random numbers are then as if it had not been.
+        It leaves gradients, losses and random numbers as they were.
         """
         import torch
 
@@ -233,7 +235,7 @@ class Engine(Generic[PartT]):
         member.log(mean, norm, rate)
 
     def _count_time(self) -> None:
-        """Divide the seconds since the last count among the members, by what each sees in a step."""
+        """Divide the seconds since the last count among the members, by the tokens or images of each one's step."""
         now = time.perf_counter()
         weights = [member.weight() for member in self._members]
         for member, weight in zip(self._members, weights, strict=True):
@@ -252,7 +254,7 @@ class Engine(Generic[PartT]):
         state = member.state() | {"loss": loss, "random": states}
         if member.slot is None:
             state["lowered"] = dict(self._lowered)
-        checkpoint.write(member.job.folder, member.done, state)
+        checkpoint.write(member.job.folder, member.steps_done, state)
 
     def _resume(self, member: Member) -> None:
         last = checkpoint.read_last(member.job.folder)
@@ -261,7 +263,7 @@ class Engine(Generic[PartT]):
         if last is None:
             return
         where, state = last
-        member.take_up(state, where)
+        member.restore(state, where)
         if "loss" in state and self._share.rank == 0:  # not in version 0.1.0
             own.copy_(state["loss"])
         if member.slot is None:
@@ -274,7 +276,7 @@ class Engine(Generic[PartT]):
             draw_from(states[min(self._share.rank, len(states) - 1)], self._device)
 
     def _wait(self) -> None:
-        """For the GPU to be done, so that seconds belong to what took them."""
+        """Wait until the GPU is idle, so that its seconds are counted where they were spent."""
         if self._device.startswith("cuda"):
             import torch
 

@@ -1,4 +1,4 @@
-"""What one trial is inside the process that trains it: its parameters, optimizer, schedule, counts and guard."""
+"""One trial in the process that trains it: its parameters, optimizer, schedule, counts and guard."""
 
 from __future__ import annotations
 
@@ -37,18 +37,19 @@ class Job:
     evaluate: Callable[[], float]
     """The loss on the held-out rows, of the model as it is."""
     lowered: dict[str, int] = field(default_factory=dict)
-    """What memory forced down in earlier stages; this stage starts with it, and adds to it (`Bench.lowered`)."""
+    """Settings that were lowered in earlier stages because memory ran out. This stage starts with them, and adds to
+    them (`Bench.lowered`)."""
     costs: Costs = field(default_factory=Costs)
     """Of the trial; checkpoints carry them."""
     logs_last: bool = False
-    """Log the last step, too, if it is none of every `train.log_every`."""
+    """Log the last step even if it is no multiple of `train.log_every`."""
 
 
 class Member:
-    """A trial's part of the loop. Nothing here waits for the GPU, but where it logs or writes a checkpoint."""
+    """A trial's part of the loop. It waits for the GPU only where it logs or writes a checkpoint."""
 
     slot: int | None = None
-    """Its place in what passes compute for several members; None for one that has the base to itself."""
+    """Its index in the losses of several members; None for a member that has the base to itself."""
 
     def __init__(self, job: Job, model: nn.Module, rows: Rows[Any], average: Any = None) -> None:
         """Prepare a stage for its first step.
@@ -75,31 +76,31 @@ class Member:
         self.due = Due(train.checkpoint_every, job.device)
         self.guard = FiniteGuard(job.spec, job.stage, job.first_step)
         self.trained = Trained()
-        self.done = 0
+        self.steps_done = 0
         """Optimizer steps of the stage."""
         self._unlogged = 0
 
     @property
     def number(self) -> int:
         """The step that comes next, counted over the whole trial, from 0."""
-        return self.job.first_step + self.done
+        return self.job.first_step + self.steps_done
 
     @property
     def left(self) -> int:
-        """Steps of the stage that are to be done."""
-        return self.job.steps - self.done
+        """Steps of the stage that remain."""
+        return self.job.steps - self.steps_done
 
     def own(self, losses: Tensor) -> Tensor:
-        """Its part () of the losses of all members, not a copy."""
+        """Its loss (), as a view of the losses of all members."""
         return losses if self.slot is None else losses[self.slot]
 
     def weight(self) -> int:
-        """What its step sees, tokens or images, by which the seconds of a round are divided among members."""
+        """Tokens or images of its step: members share the seconds of a round in this proportion."""
         step_data = self.rows.seen(self.number if self.left else self.number - 1)
         return step_data.tokens + step_data.images
 
     def clear_gradients(self, *, keep: bool) -> None:
-        """Drop the gradients, or zero their tensors, where passes go on using them."""
+        """Free the gradients; with `keep`, zero their tensors, which further passes add to."""
         self.optimizer.zero_grad(set_to_none=not keep)
 
     def end_step(self, loss: Tensor, *, keep_gradients: bool) -> tuple[Tensor, float]:
@@ -117,26 +118,26 @@ class Member:
             norm = clip(limit)
         else:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
-        # A layer-wise optimizer has used and freed the gradients by now, and keeps their worst.
-        self.guard.see(self.done + 1, loss, norm + getattr(self.optimizer, "worst", 0.0))
+        # A layer-wise optimizer has used and freed the gradients by now; `worst` is NaN if one of them was not finite.
+        self.guard.see(self.steps_done + 1, loss, norm + getattr(self.optimizer, "worst", 0.0))
         rate = float(self.rates.get_last_lr()[0])
         self.optimizer.step()
         self.rates.step()
         self.clear_gradients(keep=keep_gradients)
         if self.average is not None:
             self.average.step(self.parameters)
-        self.done += 1
+        self.steps_done += 1
         self._unlogged += 1
         step_data = self.rows.seen(self.number - 1)
         self.trained.tokens += step_data.tokens
         self.trained.images += step_data.images
-        self.trained.steps, self.trained.timed_steps = self.done, self.trained.timed_steps + 1
+        self.trained.steps, self.trained.timed_steps = self.steps_done, self.trained.timed_steps + 1
         return norm, rate
 
     def logs(self) -> bool:
         """Whether the step that has just ended is logged."""
-        last = self.job.logs_last and self.done == self.job.steps
-        return self.done == 1 or self.done % self.job.spec.train.log_every == 0 or last
+        last = self.job.logs_last and self.steps_done == self.job.steps
+        return self.steps_done == 1 or self.steps_done % self.job.spec.train.log_every == 0 or last
 
     def log(self, loss: float, norm: Tensor, rate: float) -> None:
         """Report the mean loss since the last log; `loss` is their sum."""
@@ -166,7 +167,7 @@ class Member:
     def state(self) -> dict[str, Any]:
         """All that a checkpoint needs."""
         return {
-            "step": self.done,
+            "step": self.steps_done,
             "unlogged": self._unlogged,
             "parameters": [parameter.detach() for parameter in self.parameters],
             "optimizer": self.optimizer.state_dict(),
@@ -176,7 +177,7 @@ class Member:
             "cost": cost.plain(self.trained, self.job.costs),
         }
 
-    def take_up(self, state: dict[str, Any], where: Path) -> None:
+    def restore(self, state: dict[str, Any], where: Path) -> None:
         """Go on from `state`; `where` is its checkpoint."""
         import torch
 
@@ -188,9 +189,9 @@ class Member:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
             self.average.to(device=self.job.device)
-        self.done = int(state["step"])
+        self.steps_done = int(state["step"])
         self._unlogged = int(state.get("unlogged", 0))
-        cost.take_up(state.get("cost"), self.trained, self.job.costs, where)
-        self.trained.steps = self.done
+        cost.restore(state.get("cost"), self.trained, self.job.costs, where)
+        self.trained.steps = self.steps_done
         self.trained.eval_losses = list(state["eval_losses"])
         self.trained.resumed_from_step = self.number

@@ -119,7 +119,7 @@ class RecordedPass(Pass[PartT]):
             return replay
         except RuntimeError as error:
             # The end of a recording that failed may fail as well; the first error is the context of that.
-            if not any(is_out_of_memory(each) for each in (error, error.__context__) if each is not None):
+            if not any(is_out_of_memory(failure) for failure in (error, error.__context__) if failure is not None):
                 raise
         # torch.cuda.graph has not gone back to it where its end failed (torch 2.13).
         torch.cuda.set_stream(stream)

@@ -1,4 +1,4 @@
-"""All that random numbers are drawn from in this process: taken for a checkpoint, and set again."""
+"""The states of all random generators of this process: saved in checkpoints, and restored from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def random_state(device: str) -> dict[str, Any]:
 
 
 def draw_from(state: dict[str, Any], device: str) -> None:
-    """Go on drawing where `random_state` was taken. A pass that is recorded afterwards draws from there on, too.
+    """Continue the random numbers where `random_state` was called. A pass that is recorded afterwards does so, too.
 
     Args:
         state: what `random_state` returned; those of version 0.1.0 lack Python's and NumPy's.

@@ -1,4 +1,4 @@
-"""What training and evaluation do when a GPU's memory runs out: tell it, free it, go on with half."""
+"""What training and evaluation do when a GPU's memory runs out: recognise it, free memory, go on with half the rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 logger = logging.getLogger(__name__)
 
 ItemT = TypeVar("ItemT")
-MadeT = TypeVar("MadeT")
+ResultT = TypeVar("ResultT")
 
 _LIBRARIES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "Cannot allocate memory")
 
@@ -28,7 +28,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(device: str) -> None:
-    """Give freed memory back to the device; call it outside of the handler, whose error keeps tensors alive."""
+    """Give freed memory back to the device. Call it after the `except` block: its error keeps tensors alive."""
     gc.collect()
     if device.startswith("cuda"):
         import torch
@@ -42,23 +42,23 @@ def divisor(number: int, most: int) -> int:
 
 
 def in_parts(
-    items: Sequence[ItemT], size: int, device: str, work: Callable[[Sequence[ItemT]], list[MadeT]]
-) -> tuple[list[MadeT], int]:
-    """What `work` makes of at most `size` items at a time, in order; where memory runs out, of half as many from there.
+    items: Sequence[ItemT], size: int, device: str, work: Callable[[Sequence[ItemT]], list[ResultT]]
+) -> tuple[list[ResultT], int]:
+    """Apply `work` to at most `size` items at a time, in order. Where memory runs out, go on with half as many.
 
     Returns:
-        What was made, and the size at the end.
+        The results, and the size at the end.
 
     Raises:
         torch.OutOfMemoryError: a single item does not fit.
     """
-    made: list[MadeT] = []
-    done = 0
-    while done < len(items):
-        part = items[done : done + size]
+    results: list[ResultT] = []
+    begin = 0
+    while begin < len(items):
+        part = items[begin : begin + size]
         try:
-            made += work(part)
-            done += len(part)
+            results += work(part)
+            begin += len(part)
             continue
         except RuntimeError as error:
             if len(part) == 1 or not is_out_of_memory(error):
@@ -66,4 +66,4 @@ def in_parts(
         free_memory(device)
         size = len(part) // 2
         logger.warning("%d at a time ran out of memory; going on with %d", len(part), size)
-    return made, size
+    return results, size

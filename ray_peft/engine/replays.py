@@ -46,7 +46,7 @@ class Replays:
             self._aside(work)
 
     def _aside(self, work: Callable[[], object]) -> None:
-        """Do it as usual, in the graphs' memory."""
+        """Do the work as usual, in the graphs' memory."""
         import torch
 
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -85,10 +85,10 @@ class Replays:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """No garbage is collected meanwhile, where a memory pool is in use.
+    """Collect no garbage inside, while a memory pool is in use.
 
-    A pool of an earlier recording that were collected now would empty its cache, which ends the process while another
-    pool takes memory (torch 2.11: `captures_underway.empty()`).
+    If the pool of an earlier recording were collected now, it would empty its cache. That ends the process while
+    another pool takes memory (torch 2.11: `captures_underway.empty()`).
     """
     collects = gc.isenabled()
     gc.disable()

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CODE = tuple(Path(__file__).with_name(f"{name}.py") for name in ("row_dropout", "keyed_dropout", "dropped_attention"))
-"""What predictions of memory run of this."""
+"""The files of row dropout that predictions of memory run."""
 WRAPPER = "base_model.model."
 """What PEFT puts before the names of a model's modules."""
 
 
 class UnkeyedDropout(RuntimeError):
-    """Dropout of numbers of which nobody knows the row."""
+    """A layer drops numbers whose rows are not known."""
 
 
 @dataclass
@@ -35,11 +35,11 @@ class _Frame:
     calls: int = 0
     """How often it has called a function that drops."""
     multiplies: bool = False
-    """What it drops goes into a product alone, which autocast would convert it for."""
+    """What it drops is only the input of a matrix product, to whose dtype autocast would convert it."""
 
 
 def may_drop(model: nn.Module) -> bool:
-    """Whether something in a model, or in its config, speaks of dropout that is not zero."""
+    """Whether a model, or its config, sets a dropout above zero."""
     import torch
 
     if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
@@ -61,7 +61,7 @@ class RowDropout:
 
         Args:
             model: what will train.
-            predicts: on shapes alone, leave to torch what cannot belong to rows; else that is an error.
+            predicts: for a run on shapes only, leave dropout that cannot belong to rows to torch; else it is an error.
         """
         self._model, self._predicts = model, predicts
         self._keys: Tensor | None = None
@@ -91,7 +91,7 @@ class RowDropout:
         hooks = []
         for name, module in self._model.named_modules():
             if isinstance(module, (nn.Dropout, nn.ModuleList, nn.ModuleDict)):
-                continue  # whoever holds a dropout calls it
+                continue  # the module that contains a dropout calls it
             enter = _entering(self._frames, name.removeprefix(WRAPPER), multiplies=_multiplies(module))
             hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(self._leave)]
         self._stock, self._stock_attention = F.dropout, F.scaled_dot_product_attention
@@ -147,7 +147,7 @@ class RowDropout:
         return keyed_dropout(input, p, keyed[0], layer, keyed[1], dtype=self._dtype(input))
 
     def _dtype(self, x: Tensor) -> torch.dtype:
-        """Of what is dropped: that of the product that it goes into, so that nothing larger is written."""
+        """The dtype of the result: that of the product that it goes into, so that nothing larger is written."""
         import torch
 
         kind = x.device.type
@@ -176,10 +176,10 @@ class RowDropout:
         )  # fmt: skip
 
     def _of(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None] | None:
-        """Keys, and numbers of columns, for numbers of such a shape; a prediction gets None where there are none.
+        """Keys, and numbers of columns, for a tensor of this shape; a prediction gets None where there are none.
 
         Raises:
-            UnkeyedDropout: they are laid out in another way than rows or tokens.
+            UnkeyedDropout: the shape begins neither with rows nor with tokens.
         """
         import torch
 
@@ -211,7 +211,7 @@ def _entering(frames: list[_Frame], name: str, *, multiplies: bool) -> Callable[
 
 
 def _multiplies(module: nn.Module) -> bool:
-    """Whether a module drops the input of a plain LoRA adapter alone."""
+    """Whether all that a module drops is the input of a plain LoRA adapter."""
     from peft.tuners.lora import LoraLayer
 
     return isinstance(module, LoraLayer) and not module.lora_variant
@@ -220,7 +220,7 @@ def _multiplies(module: nn.Module) -> bool:
 def row_dropout(
     model: nn.Module, device: str, loss: Callable[[RowDropout], Tensor]
 ) -> tuple[RowDropout | None, str | None]:
-    """The dropout of a model's rows, found by trying a forward pass twice with other random numbers.
+    """The dropout of a model's rows. Two forward passes with different random numbers show whether it works.
 
     Args:
         model: with a stage attached; in training mode afterwards.

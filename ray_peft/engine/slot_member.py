@@ -1,4 +1,4 @@
-"""A member whose adapter lies in a slot; its checkpoints are those of a trial alone, so it goes on either way."""
+"""A member whose adapter lies in a slot. Its checkpoints are those of a trial alone, so it can resume either way."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class SlotMember(Member):
         Args:
             job: the stage.
             slots: the adapters of all members.
-            slot: where its own lies.
-            pieces: where its matrices lie in the slot, in the order of a trial alone.
+            slot: that of its own adapter.
+            pieces: where its matrices lie in the slot, in the parameters' order of a trial alone.
             rows: what its steps see.
         """
         super().__init__(job, slots.member(slot), rows)
@@ -36,13 +36,13 @@ class SlotMember(Member):
         state = super().state()
         return state | {"parameters": self._apart(self.parameters[0]), "optimizer": self._optimizer_apart()}
 
-    def take_up(self, state: dict[str, Any], where: Path) -> None:
+    def restore(self, state: dict[str, Any], where: Path) -> None:
         """Go on from `state` of a member, or of a trial alone."""
         together = {
             "parameters": [self._together(state["parameters"])],
             "optimizer": self._optimizer_together(state["optimizer"]),
         }
-        super().take_up(state | together, where)
+        super().restore(state | together, where)
 
     def _apart(self, row: Tensor) -> list[Tensor]:
         return [piece.cut(row.detach()) for piece in self._pieces]
@@ -54,7 +54,7 @@ class SlotMember(Member):
         return row
 
     def _optimizer_apart(self) -> dict[str, Any]:
-        """The state of the optimizer as if it had every matrix by itself."""
+        """The state of an optimizer with one parameter for each matrix."""
         whole = self.optimizer.state_dict()
         (group,) = whole["param_groups"]
         numbers = list(range(len(self._pieces)))
@@ -78,5 +78,5 @@ class SlotMember(Member):
 
 
 def _is_row(value: Tensor) -> bool:
-    """A moment, and no count of steps."""
+    """True for a moment, false for a count of steps."""
     return value.ndim == 2

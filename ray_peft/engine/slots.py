@@ -3,7 +3,7 @@
 A slot holds one member's adapter, as PEFT's A (rank, in) and transposed B (rank, out) of every layer, one after the
 other in one row of memory; a member of a smaller rank, or of fewer layers, leaves zeros, whose gradients are zero. So
 the parameter of a member is its row, and its optimizer and its gradient's norm are the plain ones. Passes hold lanes,
-each of one slot. Nothing that one slot holds, not a number is none, reaches another.
+each of one slot. No value of one slot reaches another, NaN included.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 ALIGNED = 64
-"""Numbers at whose multiples a matrix begins: the fast kernels of a GPU ask for 16 bytes."""
+"""Each matrix begins at a multiple of this many numbers: the fast kernels of a GPU need an alignment of 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Matrices:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers that a layer takes and gives."""
+    """Features of a layer."""
 
     inputs: int
     outputs: int
@@ -96,11 +96,12 @@ class Slots:
         device = cast(Tensor, next(iter(self._watched.values())).weight).device
         self.weights = torch.zeros(slots, numbers, dtype=dtype, device=device)
         self.gradients = torch.zeros_like(self.weights)
-        self._used = self.weights if computed == dtype else self.weights.to(computed)
-        """The weights as products take them, written at the begin of each pass."""
+        self._cast_weights = self.weights if computed == dtype else self.weights.to(computed)
+        """The weights in the dtype of the products, written at the begin of each pass."""
         self.scales = torch.zeros(slots, device=device)
         """alpha / rank."""
-        self._grown, self._products = self._matrices(self.gradients), self._matrices(self._used)
+        self._gradient_matrices = self._matrices(self.gradients)
+        self._weight_matrices = self._matrices(self._cast_weights)
         self._lanes: Tensor | None = None
         self._anchor = torch.zeros((), device=device, requires_grad=True)  # so that the layers' outputs take gradients
         self._hooks = [module.register_forward_hook(self._hook(name)) for name, module in self._watched.items()]
@@ -167,12 +168,12 @@ class Slots:
                 to it. It must stay as it is until the pass has gone backward.
         """
         self._lanes = lanes
-        if self._used is not self.weights:
-            self._used.copy_(self.weights)
+        if self._cast_weights is not self.weights:
+            self._cast_weights.copy_(self.weights)
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
-        """The layers are the base's own inside."""
+        """Inside, the layers compute the base without adapters."""
         lanes, self._lanes = self._lanes, None
         try:
             yield
@@ -184,8 +185,9 @@ class Slots:
             if self._lanes is None:
                 return None
             return _Added.apply(  # type: ignore[no-any-return, no-untyped-call]
-                inputs[0], output, self._anchor, self._lanes, self.scales, self._products[name], self._grown[name]
-            )
+                inputs[0], output, self._anchor, self._lanes, self.scales,
+                self._weight_matrices[name], self._gradient_matrices[name],
+            )  # fmt: skip
 
         return add
 
@@ -204,15 +206,16 @@ class _Added(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, output: Tensor, _: Tensor, lanes: Tensor, scales: Tensor, used: Matrices, grown: Matrices
-    ) -> Tensor:
+        ctx: Any, x: Tensor, output: Tensor, _: Tensor, lanes: Tensor, scales: Tensor, weights: Matrices,
+        gradients: Matrices,
+    ) -> Tensor:  # fmt: skip
         scale = _of_lanes(scales, lanes)[:, None, None]
-        down = _of_lanes(used.down, lanes)
+        down = _of_lanes(weights.down, lanes)
         rows = x.reshape(len(down), -1, x.shape[-1]).to(down.dtype)
         thin = (torch.bmm(rows, down.transpose(1, 2)) * scale).to(down.dtype)
         ctx.save_for_backward(x, thin, lanes, scale)
-        ctx.used, ctx.grown = used, grown
-        up = _of_lanes(used.up, lanes)
+        ctx.weights, ctx.gradients = weights, gradients
+        up = _of_lanes(weights.up, lanes)
         if output.dtype == down.dtype:
             return torch.baddbmm(output.reshape(len(down), -1, output.shape[-1]), thin, up).view(output.shape)
         return (output + torch.bmm(thin, up).view(output.shape)).to(output.dtype)
@@ -220,23 +223,23 @@ class _Added(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, thin, lanes, scale = ctx.saved_tensors
-        down, up = _of_lanes(ctx.used.down, lanes), _of_lanes(ctx.used.up, lanes)
+        down, up = _of_lanes(ctx.weights.down, lanes), _of_lanes(ctx.weights.up, lanes)
         rows = x.reshape(len(down), -1, x.shape[-1]).to(down.dtype)
-        above = gradient.reshape(len(down), -1, gradient.shape[-1]).to(down.dtype)
-        through = (torch.bmm(above, up.transpose(1, 2)) * scale).to(down.dtype)
-        _add_by_lanes(ctx.grown.down, lanes, torch.bmm(through.transpose(1, 2), rows))
-        _add_by_lanes(ctx.grown.up, lanes, torch.bmm(thin.transpose(1, 2), above))
-        below = torch.bmm(through, down).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return below, gradient, None, None, None, None, None
+        of_output = gradient.reshape(len(down), -1, gradient.shape[-1]).to(down.dtype)
+        of_thin = (torch.bmm(of_output, up.transpose(1, 2)) * scale).to(down.dtype)
+        _add_by_lanes(ctx.gradients.down, lanes, torch.bmm(of_thin.transpose(1, 2), rows))
+        _add_by_lanes(ctx.gradients.up, lanes, torch.bmm(thin.transpose(1, 2), of_output))
+        of_input = torch.bmm(of_thin, down).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return of_input, gradient, None, None, None, None, None
 
 
 def _of_lanes(slots: Tensor, lanes: Tensor) -> Tensor:
-    """What each lane has of what the slots have."""
+    """The values of each lane's slot."""
     return slots.index_select(0, lanes) if len(lanes) else slots
 
 
 def _add_by_lanes(slots: Tensor, lanes: Tensor, values: Tensor) -> None:
-    """Add what each lane gives to its slot."""
+    """Add each lane's values to those of its slot."""
     if len(lanes):
         slots.index_add_(0, lanes, values.to(slots.dtype))
     else:
@@ -244,7 +247,7 @@ def _add_by_lanes(slots: Tensor, lanes: Tensor, values: Tensor) -> None:
 
 
 def sizes(module: nn.Module) -> Sizes:
-    """What a linear layer, in 4 bits or not, or a Conv1D takes and gives.
+    """The features of a linear layer, in 4 bits or not, or of a Conv1D.
 
     Raises:
         TypeError: it is neither.

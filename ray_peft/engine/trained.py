@@ -32,17 +32,17 @@ class Trained:
 
 
 class Costs:
-    """What a trial has cost so far, beside what `Trained` counts; checkpoints carry it. This one keeps nothing."""
+    """What a trial has cost so far, beside what `Trained` counts; checkpoints store it. This class counts nothing."""
 
     def so_far(self) -> dict[str, Any]:
         """Seconds and peaks from the trial's first start on, as JSON-like data."""
         return {}
 
-    def take_up(self, earlier: dict[str, Any]) -> None:
-        """Count from what `so_far` returned when the checkpoint was written, in place of what was taken up before."""
+    def restore(self, earlier: dict[str, Any]) -> None:
+        """Count from what `so_far` returned when the checkpoint was written; a later call replaces it."""
 
     def saving(self) -> AbstractContextManager[None]:
-        """Around the writing of a checkpoint: its seconds are none of training, which is compared."""
+        """Enclose the writing of a checkpoint: its seconds do not count as training, which is compared."""
         return nullcontext()
 
     def incomplete(self) -> None:

@@ -48,8 +48,8 @@ def add_up(value: Tensor) -> None:
     torch.distributed.all_reduce(value)
 
 
-def told_by_first(value: bool, device: str) -> bool:
-    """What the first worker says, on all of them."""
+def from_first(value: bool, device: str) -> bool:
+    """The first worker's value, on all workers."""
     import torch
 
     values = torch.tensor([value], dtype=torch.int32, device=device)

@@ -20,8 +20,8 @@ def is_full(error: BaseException) -> bool:
     return any(text in str(error) for text in _FULL_TEXT)
 
 
-def told(error: OSError, where: Path | None = None) -> str:
-    """An error of the system in one line: the path, what happened, and what helps.
+def error_line(error: OSError, where: Path | None = None) -> str:
+    """An error of the operating system in one line: the path, what happened, and what helps.
 
     Args:
         error: it names no path if an open file could not be written.

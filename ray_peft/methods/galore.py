@@ -139,7 +139,7 @@ class GaLore(FullWeights):
         Raises:
             SpecError: as `projected`.
         """
-        from ray_peft.reach.coverage import above
+        from ray_peft.reach.coverage import rank_notes
         from ray_peft.reach.targets import smaller_side
 
         projected = self.projected(model, of=of, key=f"{key}.targets")
@@ -147,7 +147,7 @@ class GaLore(FullWeights):
         share = sum(parameter.numel() for parameter in projected) / total
         notes = [f"{share:.0%} of the trained weights of {of} are projected; plain AdamW trains the others"]
         sizes = [smaller_side(parameter) for parameter in projected]
-        notes += above(self.rank, sizes, "a subspace's rank", "a gradient, so that nothing is projected there")
+        notes += rank_notes(self.rank, sizes, "a subspace's rank", "a gradient, so that nothing is projected there")
         return [f"{self.name}: {note}" for note in notes]
 
     def projected(self, model: nn.Module, *, of: str = "the model", key: str = "method.targets") -> list[nn.Parameter]:

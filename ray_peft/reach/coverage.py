@@ -42,10 +42,10 @@ def adapter_notes(model: nn.Module, targets: Targets, rank: int, *, of: str, by_
     experts = fused_experts(model)
     sizes = [smaller_side(model.get_submodule(name)) for name in targets.layers]
     sizes += [smaller_side(experts[name]) for name in targets.experts]
-    return notes + above(rank, sizes, "an adapter's rank", "an update of such a layer")
+    return notes + rank_notes(rank, sizes, "an adapter's rank", "an update of such a layer")
 
 
-def above(rank: int, sizes: Sequence[int], name: str, bounded: str) -> list[str]:
+def rank_notes(rank: int, sizes: Sequence[int], name: str, bounded: str) -> list[str]:
     """A note on a rank that is above the smaller side of some layers, or of all."""
     narrow = [size for size in sizes if rank > size]
     if not narrow:

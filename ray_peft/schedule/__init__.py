@@ -1,1 +1,1 @@
-"""Many trials: what runs where and with which share of a GPU, Ray's cluster, Tune and Train, and what is kept."""
+"""Many trials: where each runs and with which share of a GPU, Ray's cluster, Tune and Train, and the output folder."""

@@ -18,7 +18,7 @@ from ray_peft.schedule import watch
 from ray_peft.schedule.decide import Node
 
 ItemT = TypeVar("ItemT")
-MadeT = TypeVar("MadeT")
+ResultT = TypeVar("ResultT")
 
 logger = logging.getLogger(__name__)
 
@@ -86,23 +86,23 @@ def cores_here() -> int:
     return int(get_num_cpus(override_docker_cpu_warning=True))
 
 
-def each(
-    function: Callable[[ItemT], MadeT], items: Sequence[ItemT], failed: Callable[[ItemT, Exception], MadeT]
-) -> list[MadeT]:
-    """What `function` makes of every item, at once on the cluster's cores; of one that is lost, what `failed` makes."""
+def on_all_cores(
+    function: Callable[[ItemT], ResultT], items: Sequence[ItemT], failed: Callable[[ItemT, Exception], ResultT]
+) -> list[ResultT]:
+    """Apply `function` to all items in parallel on the cluster's cores; `failed` gives the result of a lost task."""
     import ray
 
     @ray.remote(num_cpus=2)  # its libraries take a gigabyte of memory
-    def task(item: ItemT) -> MadeT:  # Ray takes no bound methods
+    def task(item: ItemT) -> ResultT:  # Ray takes no bound methods
         return function(item)
 
-    made = []
+    results = []
     for item, reference in [(item, task.remote(item)) for item in items]:
         try:
-            made.append(ray.get(reference))
+            results.append(ray.get(reference))
         except ray.exceptions.RayError as error:
-            made.append(failed(item, error))
-    return made
+            results.append(failed(item, error))
+    return results
 
 
 def _check_address(address: str) -> None:
@@ -194,11 +194,11 @@ def _nodes() -> list[Node]:
         Node(
             cpus=int(node["Resources"].get("CPU", 0)),
             gpus=gpus[node["NodeID"]],
-            gpu_name=min(found, key=lambda each: each.free_gib).name if found else None,
-            gpu_memory_gib=min(each.free_gib for each in found) if found else None,
+            gpu_name=min(gpu_memory, key=lambda gpu: gpu.free_gib).name if gpu_memory else None,
+            gpu_memory_gib=min(gpu.free_gib for gpu in gpu_memory) if gpu_memory else None,
         )
         for node in alive
-        for found in [memory.get(node["NodeID"], [])]
+        for gpu_memory in [memory.get(node["NodeID"], [])]
     ]
 
 
@@ -215,27 +215,27 @@ def _gpu_memory(gpus: dict[str, int]) -> dict[str, list[GpuMemory]]:
     def look() -> GpuMemory | None:
         from ray_peft.foundation.nvml import gpu_memory
 
-        visible = [str(each) for each in ray.get_gpu_ids()]
-        found = gpu_memory(visible[0]) if visible else None
-        if found is None or found.free_gib > 0.9 * found.total_gib:
-            return found
+        visible = [str(gpu_id) for gpu_id in ray.get_gpu_ids()]
+        first = gpu_memory(visible[0]) if visible else None
+        if first is None or first.free_gib > 0.9 * first.total_gib:
+            return first
         time.sleep(1.0)  # a process that has ended may still hold some
         again = gpu_memory(visible[0])
-        return max(found, again, key=lambda each: each.free_gib) if again is not None else found
+        return max(first, again, key=lambda gpu: gpu.free_gib) if again is not None else first
 
-    asked = {
+    node_of = {
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): node
         for node, count in gpus.items()
         for _ in range(count)
     }
-    if not asked:
+    if not node_of:
         return {}
-    done, late = ray.wait(list(asked), num_returns=len(asked), timeout=GPU_LOOK_S)
-    for each in late:  # somebody else holds that GPU
-        ray.cancel(each, force=True)
-    found: dict[str, list[GpuMemory]] = {}
-    for each in done:
+    ready, late = ray.wait(list(node_of), num_returns=len(node_of), timeout=GPU_LOOK_S)
+    for reference in late:  # somebody else holds that GPU
+        ray.cancel(reference, force=True)
+    by_node: dict[str, list[GpuMemory]] = {}
+    for reference in ready:
         with contextlib.suppress(ray.exceptions.RayError):
-            if (memory := ray.get(each)) is not None:
-                found.setdefault(asked[each], []).append(memory)
-    return found
+            if (memory := ray.get(reference)) is not None:
+                by_node.setdefault(node_of[reference], []).append(memory)
+    return by_node

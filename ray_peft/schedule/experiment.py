@@ -35,7 +35,7 @@ END_PATIENCE_S = 15.0
 
 
 def outputs_folder() -> Path:
-    """Where results are kept unless told otherwise: RAY_PEFT_OUTPUTS, or `outputs` here."""
+    """Where results are stored by default: RAY_PEFT_OUTPUTS, or `outputs` in the current folder."""
     return Path(os.environ.get("RAY_PEFT_OUTPUTS", "outputs")).absolute()
 
 
@@ -101,7 +101,7 @@ class Experiment:
             self.unsent.add(row.trial_id, row.untracked)
 
     def lost(self, spec: TrialSpec, status: Literal["failed", "cancelled"], reason: str) -> TrialResult:
-        """The row of a trial whose worker died: what it left in its folder, else a row that says why it has none."""
+        """The row of a trial whose worker died: what it left in its folder, else a row with the reason."""
         folder = self.ledger.trial_folder(spec.trial_id)
         row = left_row(folder, spec.trial_id)
         if row is not None and row.status == "cancelled":
@@ -136,7 +136,7 @@ class Experiment:
         return row.model_copy(update={"untracked": None, "mlflow_run_id": sent.run_id})
 
     def take_over(self, finished: dict[str, TrialResult], renewed: Iterable[TrialResult]) -> None:
-        """Bring the store what it lacks of trials that finished before, and close runs that nobody writes to any more.
+        """Send to the store what it lacks of trials that finished before, and close runs that no process writes to.
 
         Args:
             finished: rows by trial id, which are replaced by what the ledger has then.
@@ -173,7 +173,7 @@ class Experiment:
         What the tracking store does not take stands in `lacking` afterwards.
 
         Raises:
-            RayPeftError: something else of it failed, after all the rest was done.
+            RayPeftError: another step failed; all the others were done.
         """
         last = LastSteps()
         self.lacking = self.unsent.close(END_PATIENCE_S)

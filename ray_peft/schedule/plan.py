@@ -138,7 +138,7 @@ def _run_lines(head: str, run: Run) -> list[str]:
     line = head
     line += f"  peak {prediction.peak_allocated / GIB:.2f} GiB" if prediction is not None else ""
     line += ", DOES NOT FIT" if run.fits is False else ""
-    line += f", {held_text(run.demand)}"
+    line += f", {demand_text(run.demand)}"
     line += f", with {settings_text(chosen)}" if chosen else ""
     return [line + ("; what takes less:" if less else ""), *(f"    {way.line()}" for way in less)]
 
@@ -160,7 +160,7 @@ def cautions(decision: Decision) -> list[str]:
     return text
 
 
-def held_text(demand: Demand) -> str:
+def demand_text(demand: Demand) -> str:
     """What a run holds, such as `0.25 of a GPU and 4 CPU cores`."""
     cores = f"{demand.cpus_per_worker} CPU core{'s' if demand.cpus_per_worker > 1 else ''}"
     share = f"{demand.gpus_per_worker:g} of a GPU and {cores}" if demand.gpus_per_worker else cores

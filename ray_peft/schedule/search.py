@@ -30,7 +30,7 @@ MOST_COUNTED = 10_000
 
 @dataclass(frozen=True)
 class Range:
-    """Where a value of a trial is drawn from; of a choice, a draw is the place of its entry."""
+    """The values that a setting is drawn from. A draw of a choice is the index of its entry."""
 
     kind: str
     arguments: list[Any]
@@ -69,7 +69,7 @@ class Range:
 
 
 class Draws:
-    """What a search has proposed, what became of it, and what comes next."""
+    """A search: the trials that it has proposed, their results, and its next proposal."""
 
     def __init__(self, space: Space, inspector: Inspector, say: Callable[[str], None]) -> None:
         """`say` takes what a user must know: proposals that were passed over, and an end before `search.samples`."""
@@ -92,27 +92,27 @@ class Draws:
             rows: of the folder.
             most: rows to take, the first of them.
         """
-        taken = Earlier()
+        earlier = Earlier()
         for row in rows:
-            if row.status != "finished" or len(taken.finished) == most:
+            if row.status != "finished" or len(earlier.finished) == most:
                 continue
             for values in itertools.islice(self._draws_of(row), MOST_COUNTED):
-                trial = self._made(values)
-                found = recall([trial], [row], self._inspector) if trial is not None else Earlier()
-                if found.finished:
-                    ((trial_id, known),) = found.finished.items()
+                trial = self._trial_of(values)
+                recalled = recall([trial], [row], self._inspector) if trial is not None else Earlier()
+                if recalled.finished:
+                    ((trial_id, known),) = recalled.finished.items()
                     self._known.append((values, known))
                     self._tried |= {trial_id: known, trial.trial_id: known} if trial is not None else {}
-                    taken.trials += found.trials
-                    taken.finished |= found.finished
-                    taken.renewed += found.renewed
+                    earlier.trials += recalled.trials
+                    earlier.finished |= recalled.finished
+                    earlier.renewed += recalled.renewed
                     break
         self._passed_over.clear()
-        return taken
+        return earlier
 
     @cached_property
     def _study(self) -> optuna.Study:
-        """Optuna's memory, told of the rows that earlier runs left."""
+        """Optuna's study, which begins with the rows that earlier runs left."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -131,7 +131,7 @@ class Draws:
         return {key: where.distribution() for key, where in self._ranges.items()}
 
     def next(self) -> TrialSpec | None:
-        """The next trial, settled; None if there is none that was not tried."""
+        """The next trial, settled; None if all were tried."""
         for _ in range(PATIENCE):
             if (trial := self._fresh()) is not None:
                 return trial
@@ -144,38 +144,38 @@ class Draws:
         self._say(f"the search ends early: after {distinct} trials it proposes only repeats or no valid trial")
         return None
 
-    def told(self, row: TrialResult) -> None:
+    def tell_row(self, row: TrialResult) -> None:
         """Take the row of a proposed trial."""
         self._tried[row.trial_id] = row
         if row.trial_id in self._open:
             self._close(self._open.pop(row.trial_id), row)
 
     def _fresh(self) -> TrialSpec | None:
-        """What Optuna proposes, if it is a valid trial that was not tried."""
-        asked = self._study.ask(self._distributions)
-        trial = self._made(asked.params)
+        """Optuna's next proposal, if it is a valid trial that was not tried."""
+        proposal = self._study.ask(self._distributions)
+        trial = self._trial_of(proposal.params)
         if trial is None or trial.trial_id in self._tried:
-            self._close(asked, self._tried.get(trial.trial_id) if trial is not None else None)
+            self._close(proposal, self._tried.get(trial.trial_id) if trial is not None else None)
             return None
         self._tried[trial.trial_id] = None
-        self._open[trial.trial_id] = asked
+        self._open[trial.trial_id] = proposal
         return trial
 
-    def _close(self, asked: optuna.Trial, row: TrialResult | None) -> None:
+    def _close(self, proposal: optuna.Trial, row: TrialResult | None) -> None:
         from optuna.trial import TrialState
 
         score = self._score(row) if row is not None and row.status == "finished" else None
         if score is None:
-            self._study.tell(asked, state=TrialState.FAIL)
+            self._study.tell(proposal, state=TrialState.FAIL)
         else:
-            self._study.tell(asked, score)
+            self._study.tell(proposal, score)
 
     def _score(self, row: TrialResult) -> float | None:
         score: float | None = getattr(row.scores, self._search.metric)
         return score
 
-    def _made(self, draws: Mapping[str, Any]) -> TrialSpec | None:
-        """The trial that draws make, settled; None if they make no valid one, which is said once."""
+    def _trial_of(self, draws: Mapping[str, Any]) -> TrialSpec | None:
+        """The trial of these draws, settled; None if it is not valid, which the user is told once."""
         values = {key: self._ranges[key].value(draw) for key, draw in draws.items()}
         try:
             return self._inspector.settled(fill(self._space.templates[0], values, self._space.name))
@@ -189,17 +189,17 @@ class Draws:
     def _draws_of(self, row: TrialResult) -> Iterator[dict[str, Any]]:
         """The draws that may have made a finished trial; none if one of its values is outside the ranges."""
         plain = row.spec.plain()
-        found = []
+        draws_by_range = []
         for key, where in self._ranges.items():
-            found.append(where.draws_of(dotted.get(plain, key)))
-        for draws in itertools.product(*found):
+            draws_by_range.append(where.draws_of(dotted.get(plain, key)))
+        for draws in itertools.product(*draws_by_range):
             yield dict(zip(self._ranges, draws, strict=True))
 
     def _all_draws(self) -> Iterator[dict[str, Any]]:
         """Every combination of draws, once, where there are not too many to go through."""
-        found = [draws for where in self._ranges.values() if (draws := where.all()) is not None]
-        if len(found) == len(self._ranges) and math.prod(map(len, found)) <= MOST_COUNTED:
-            for draws in itertools.product(*found):
+        draws_by_range = [draws for where in self._ranges.values() if (draws := where.all()) is not None]
+        if len(draws_by_range) == len(self._ranges) and math.prod(map(len, draws_by_range)) <= MOST_COUNTED:
+            for draws in itertools.product(*draws_by_range):
                 yield dict(zip(self._ranges, draws, strict=True))
 
 
@@ -207,7 +207,7 @@ def _part_of(entry: Any, value: Any) -> bool:
     """True if a finished trial's value may be what an entry of a choice became: with defaults, and absolute paths."""
     if isinstance(entry, dict):
         return isinstance(value, dict) and all(
-            key in value and _part_of(given, value[key]) for key, given in entry.items()
+            key in value and _part_of(part, value[key]) for key, part in entry.items()
         )
     if isinstance(entry, list) and isinstance(value, list):
         return len(entry) == len(value) and all(map(_part_of, entry, value))

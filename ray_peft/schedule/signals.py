@@ -1,4 +1,4 @@
-"""The caller's answers to signals: Ray and Tune put their own in their place, and leave them there."""
+"""The caller's signal handlers: Ray and Tune replace them with their own, and do not restore them."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def run(
     return results[0]
 
 
-def _run(trial: TrialSpec, opened: experiment.Experiment, held: Demand) -> TrialResult:
+def _run(trial: TrialSpec, opened: experiment.Experiment, demand: Demand) -> TrialResult:
     for name in (RESULT_FILE, RESTARTS_FILE):  # of an earlier run of it
         (opened.ledger.trial_folder(trial.trial_id) / name).unlink(missing_ok=True)
     assignment = worker.Assignment(
@@ -101,7 +101,7 @@ def _run(trial: TrialSpec, opened: experiment.Experiment, held: Demand) -> Trial
         store=opened.store,
         parent_run_id=opened.parent_run_id,
         sweep=opened.name,
-        demand=held,
+        demand=demand,
     )
     rows: list[TrialResult] = []
     failures = 0

@@ -1,4 +1,4 @@
-"""The decision on the cluster at hand, from what its trials are predicted to take: each prediction is made once."""
+"""Decides for the cluster at hand, from the trials' predicted memory; each prediction is computed once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray_peft.tasks import TASKS
 from ray_peft.vram.fit import Size, size
 
 PATIENCE_S = 1.0
-"""Predictions that are on disk take milliseconds; after this long, the others are made elsewhere."""
+"""Predictions that are on disk take milliseconds; after this long, the others are computed on the cluster."""
 
 
 class Scheduler:
@@ -65,7 +65,7 @@ def predicted_sizes(
     while len(sizes) < len(on_gpu) and time.perf_counter() - begin < PATIENCE_S:
         sizes.append(_size(target, on_gpu[len(sizes)]))
     if rest := on_gpu[len(sizes) :]:
-        sizes += cluster.each(partial(_size, target), rest, lambda _, error: _unknown(error))
+        sizes += cluster.on_all_cores(partial(_size, target), rest, lambda _, error: _unknown(error))
     return {trial.trial_id: size for trial, size in zip(on_gpu, sizes, strict=True)}
 
 

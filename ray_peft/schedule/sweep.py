@@ -149,8 +149,8 @@ def sweep(
 
 def _earlier_rows(ledger: Ledger, console: Audience) -> list[TrialResult]:
     """The rows of the folder, those included that a driver was killed before it could list them."""
-    if taken := adopt(ledger):
-        console.say(f"{len(taken)} results that an interrupted sweep had not listed yet are taken in")
+    if adopted := adopt(ledger):
+        console.say(f"{len(adopted)} results that an interrupted sweep had not listed yet are added")
     return ledger.results()
 
 
@@ -202,7 +202,7 @@ def _repeated(space: Space, ledger: Ledger, inspector: Inspector, notes: list[st
 
 
 class _Sweep:
-    """Hands trials to Tune, takes rows in."""
+    """Gives trials to Tune, and receives their rows."""
 
     def __init__(self, plan: _Plan, opened: Experiment, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
@@ -308,7 +308,7 @@ class _Sweep:
         self.rows[result.trial_id] = result
         self.opened.keep(result)
         if self.plan.draws is not None:
-            self.plan.draws.told(result)
+            self.plan.draws.tell_row(result)
         self.console.say(trial_line(result, len(self.rows), self.plan.total))
 
     def lose(self, spec: TrialSpec, reason: str) -> None:
@@ -323,19 +323,20 @@ class _Sweep:
     def show(self, spec: TrialSpec, metrics: Mapping[str, Any]) -> None:
         """Show where a running trial is."""
         loss = next((f"{name} {metrics[name]:.3f}" for name in ("train_loss", "eval_loss") if name in metrics), "")
-        done, total = len(self.rows), self.plan.total
-        self.console.progress(f"{_bar(done, total)} {done}/{total} {spec.trial_id}: step {metrics.get('step')} {loss}")
+        ended, total = len(self.rows), self.plan.total
+        bar = f"{_bar(ended, total)} {ended}/{total}"
+        self.console.progress(f"{bar} {spec.trial_id}: step {metrics.get('step')} {loss}")
 
 
 def _placement_line(nodes: list[Node], demands: list[Demand], missing: int) -> str:
     gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
-    kinds = sorted({(each.num_workers, each.gpus_per_worker, each.cpus_per_worker) for each in demands}, reverse=True)
-    needs = [f"{workers} x ({gpu:g} GPU, {cpu} CPU)" for workers, gpu, cpu in kinds]
-    each = "; ".join(needs) if len(needs) < 4 else f"between {needs[0]} and {needs[-1]}"
-    return f"{gpus} GPUs and {cpus} CPU cores on {len(nodes)} nodes; {missing} trials to run, each {each}"
+    kinds = {(demand.num_workers, demand.gpus_per_worker, demand.cpus_per_worker) for demand in demands}
+    needs = [f"{workers} x ({gpu:g} GPU, {cpu} CPU)" for workers, gpu, cpu in sorted(kinds, reverse=True)]
+    need = "; ".join(needs) if len(needs) < 4 else f"between {needs[0]} and {needs[-1]}"
+    return f"{gpus} GPUs and {cpus} CPU cores on {len(nodes)} nodes; {missing} trials to run, each {need}"
 
 
-def _bar(done: int, total: int, width: int = 20) -> str:
+def _bar(ended: int, total: int, width: int = 20) -> str:
     """An ASCII progress bar such as `[#####...............]`."""
-    filled = width if total <= 0 else min(width, width * done // total)
+    filled = width if total <= 0 else min(width, width * ended // total)
     return "[" + "#" * filled + "." * (width - filled) + "]"

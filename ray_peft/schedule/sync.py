@@ -1,4 +1,4 @@
-"""What a tracking store lacks of a folder's trials, sent after the sweep: `ray-peft sync`."""
+"""Sends what a tracking store lacks of a folder's trials, after the sweep: `ray-peft sync`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sync(folder: Path, tracking_uri: str | None, console: Audience) -> dict[str,
     Args:
         folder: a sweep's, or a single run's.
         tracking_uri: MLflow store; None takes the sweep's own, or MLFLOW_TRACKING_URI where that needs a password.
-        console: is told what was sent.
+        console: shows what was sent.
 
     Returns:
         What the store lacks all the same, by trial, with the reason.

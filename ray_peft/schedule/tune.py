@@ -1,7 +1,7 @@
-"""Tune, which hands trials out to the cluster and rows in; the only module that imports ray.tune.
+"""Tune, which starts trials on the cluster and returns their rows; the only module that imports ray.tune.
 
-Trials pass through Tune as their place in a list, which the workers look up: Tune takes quadratic time over a grid of
-whole specs.
+Tune gets each trial as an index into a list, which the workers look up: with whole specs, Tune would take quadratic
+time over a grid.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _OfThisProcess:
 
 
 class Receiver(Protocol):
-    """Who is told of trials."""
+    """Receives the events of trials."""
 
     def begin(self, spec: TrialSpec) -> None:
         """A trial was handed out."""
@@ -99,7 +99,7 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     Args:
         work: the trials with what they hold, or what proposes them.
         opened: where they are kept.
-        receiver: is told of every event, in this process, by a thread of Tune's.
+        receiver: receives every event, in this process, from a thread of Tune's.
 
     Raises:
         ClusterLost: the cluster died.
@@ -119,10 +119,10 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     resolve, name = _resolver(tasks), f"tune-{os.urandom(4).hex()}"
     folder = opened.ledger.folder / "ray" / name
     folder.mkdir(parents=True, exist_ok=True)
-    hand = folder / "hand.pickle"
-    hand.write_bytes(pickle.dumps(_Hand(tasks, dict(work.members))))
-    trainable = _trainable(opened, hand)
-    _held[name] = lambda config: resolve(config)[1]
+    handout_file = folder / "handout.pickle"
+    handout_file.write_bytes(pickle.dumps(_Handout(tasks, dict(work.members))))
+    trainable = _trainable(opened, handout_file)
+    _demands[name] = lambda config: resolve(config)[1]
     stopped = threading.Event()
     tuner = tune.Tuner(
         tune.with_resources(trainable, partial(_resources, name)),
@@ -141,7 +141,7 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     try:
         watch.waited(tuner.fit, stopped.set)
     finally:
-        del _held[name]
+        del _demands[name]
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -152,8 +152,8 @@ def _resolver(tasks: Sequence[_Task]) -> Callable[[Mapping[str, Any]], _Task]:
         where = config[_TRIAL]
         if isinstance(where, int):
             return tasks[where]
-        told = json.loads(where)
-        return TrialSpec.from_plain(told["spec"]).under(told["trial_id"]), Demand(**told["demand"])
+        proposal = json.loads(where)
+        return TrialSpec.from_plain(proposal["spec"]).under(proposal["trial_id"]), Demand(**proposal["demand"])
 
     return resolve
 
@@ -184,11 +184,11 @@ def _searcher(propose: Callable[[], Run | None]) -> Any:
 
 
 @dataclass(frozen=True)
-class _Hand:
-    """What the workers need of a call of Tune. It grows with the trials, and Tune unpickles its function for each.
+class _Handout:
+    """What the workers need of a call of Tune. It is no part of Tune's function, which Tune unpickles for each trial.
 
-    It travels as a file, not through Ray's object store: a driver that has put something there is ended by Ray 2.60,
-    without a word, when its node dies.
+    It is a file, and not in Ray's object store: when its node dies, Ray 2.60 silently ends a driver that has put
+    something there.
     """
 
     tasks: list[_Task]
@@ -196,21 +196,21 @@ class _Hand:
 
 
 @cache
-def _hand(path: Path) -> _Hand:
+def _read_handout(path: Path) -> _Handout:
     """The file's content, read once by each worker process."""
-    hand_file: _Hand = pickle.loads(path.read_bytes())
-    return hand_file
+    handout: _Handout = pickle.loads(path.read_bytes())
+    return handout
 
 
-def _trainable(opened: Experiment, hand: Path) -> Callable[..., None]:
+def _trainable(opened: Experiment, handout_file: Path) -> Callable[..., None]:
     """The function that Tune runs for each trial, in a process that it uses again for the next."""
     ledger, store, parent, name = opened.ledger, opened.store, opened.parent_run_id, opened.name
 
     def trial(config: dict[str, Any]) -> None:
         from ray import tune
 
-        hand_file = _hand(hand)
-        spec, demand = _resolver(hand_file.tasks)(config)
+        handout = _read_handout(handout_file)
+        spec, demand = _resolver(handout.tasks)(config)
         assignment = worker.Assignment(
             spec=spec,
             folder=ledger.trial_folder(spec.trial_id),
@@ -219,7 +219,7 @@ def _trainable(opened: Experiment, hand: Path) -> Callable[..., None]:
             sweep=name,
             demand=demand,
             members=tuple(
-                hand_file.members[member.trial_id] for member in spec.members() if member.trial_id in hand_file.members
+                handout.members[member.trial_id] for member in spec.members() if member.trial_id in handout.members
             ),
         )
 
@@ -283,15 +283,15 @@ def _callback(resolve: Callable[[Mapping[str, Any]], _Task], receiver: Receiver,
     return Rows()
 
 
-_held: dict[str, Callable[[Mapping[str, Any]], Demand]] = {}
-"""What Tune's configurations hold, by the name of the call of Tune: known in the driver alone, where it is asked."""
+_demands: dict[str, Callable[[Mapping[str, Any]], Demand]] = {}
+"""A function from a configuration of Tune's to its demand, by the name of the call of Tune. Used in the driver only."""
 
 
 def _resources(name: str, config: dict[str, Any]) -> Any:
     """What Tune holds for a trial; the workers of a multi-worker trial are held by Ray Train."""
     from ray import tune
 
-    needed = _held[name](config)
+    needed = _demands[name](config)
     if needed.num_workers > 1:
         # The driver that waits for the workers must not hold what they need: not even a hundredth of a core.
         return tune.PlacementGroupFactory([{"memory": 1}])

@@ -1,4 +1,4 @@
-"""Whether the Ray cluster is still there: Ray itself waits for ever for what a dead one was to answer."""
+"""Whether the Ray cluster is still alive: Ray itself waits for ever for the answer of a dead one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray_peft.errors import ClusterLost
 
 POLL_S = 0.2
 SILENT_S = 20.0
-"""How long a head may say nothing; one that is started again with its memory in Redis takes part of it."""
+"""How long a head may not answer; one that restarts with its state in Redis needs part of this time."""
 STOP_S = 10.0
 """How long a call that was told to stop is waited for, and so is Ray's own way to leave a cluster that is lost."""
 _VITAL = ("gcs_server", "raylet")

@@ -63,14 +63,14 @@ def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResu
     quiet_libraries()
     tracker = TrialTracker(assignment.store, assignment.parent_run_id, assignment.sweep, assignment.folder)
     assignment.folder.mkdir(parents=True, exist_ok=True)
-    with _log_file(assignment.folder / "log.txt", rank), _held_to(room, device):
+    with _log_file(assignment.folder / "log.txt", rank), _memory_limit(room, device):
         return trial.run(assignment.spec, place, tracker, report)
 
 
 def run_alone(assignment: Assignment, report: Report) -> TrialResult:
     """Run a trial of one worker in this process; returns its row, also if it could not begin.
 
-    So only a process that dies leaves none: a trial that fails by itself is not tried again.
+    So only a process that dies leaves no row: a trial that fails by itself is not tried again.
     """
     try:
         result = run_here(assignment, report)
@@ -191,10 +191,10 @@ def _room(demand: Demand, device: str) -> float | None:
 
 
 @contextlib.contextmanager
-def _held_to(room_gib: float | None, device: str) -> Iterator[None]:
+def _memory_limit(room_gib: float | None, device: str) -> Iterator[None]:
     """Let the process take no more than `room_gib` GiB of the GPU: a trial beyond it runs out of memory alone.
 
-    torch's allocator gets what the CUDA context leaves of it, which it does not see.
+    torch's allocator gets this less the CUDA context, which it does not count.
     """
     if room_gib is None or device == "cpu":
         yield

@@ -1,1 +1,1 @@
-"""What is kept of trials: their rows, their folders, their runs in MLflow, and which of it answers today's trials."""
+"""What is stored of trials: rows, folders and runs in MLflow; and which earlier rows today's trials can use."""

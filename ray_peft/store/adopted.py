@@ -48,7 +48,7 @@ def make_way(folder: Path, trial_id: str) -> None:
 
 
 def adopt(ledger: Ledger) -> list[TrialResult]:
-    """Take rows into the ledger that it lacks, as after a driver that was killed; returns them.
+    """Add to the ledger the rows that it lacks, as after a driver that was killed; returns them.
 
     Raises:
         StorageError: the ledger cannot be written.

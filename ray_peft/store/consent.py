@@ -1,4 +1,4 @@
-"""What a run of a tracking store may do only when it is asked for again: run Python code that came from elsewhere."""
+"""A trial of a tracking store that runs foreign Python code: the user must allow that again on this machine."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def check_consent(spec: TrialSpec, run_id: str, *, trust_remote_code: bool) -> N
     if trust_remote_code:
         return
     trusted = sorted({trial.model.name for trial in (spec, *spec.members()) if trial.model.trust_remote_code})
-    found = [f"model.trust_remote_code: true, for {', '.join(trusted)}"] if trusted else []
+    trusting = [f"model.trust_remote_code: true, for {', '.join(trusted)}"] if trusted else []
     benchmarks = spec.evaluation.benchmarks if isinstance(spec, LlmTrialSpec) else None
     if benchmarks is not None and benchmarks.allow_code_execution:
-        found.append("evaluation.benchmarks.allow_code_execution: true")
-    if found:
+        trusting.append("evaluation.benchmarks.allow_code_execution: true")
+    if trusting:
         raise SpecError(
-            f"run {run_id} says {' and '.join(found)}: Python code from there would run on this machine; look at it, "
-            "then give --trust-remote-code"
+            f"run {run_id} says {' and '.join(trusting)}: Python code from there would run on this machine; look at "
+            "it, then give --trust-remote-code"
         )

@@ -25,14 +25,14 @@ from ray_peft.trial.result import TrialResult
 
 @dataclass
 class Earlier:
-    """Today's trials beside what is there of them."""
+    """Today's trials, and the rows that the folder already has for them."""
 
     trials: list[TrialSpec] = field(default_factory=list)
-    """In today's order; one that is finished goes under the id of its row."""
+    """In today's order; a finished one has the id of its row."""
     finished: dict[str, TrialResult] = field(default_factory=dict)
     """The rows that answer them, by trial id."""
     renewed: list[TrialResult] = field(default_factory=list)
-    """Those of them that must be written again, since release 0.1.0 called their content otherwise."""
+    """Those of them that must be written again, since release 0.1.0 named their content differently."""
     notes: list[str] = field(default_factory=list)
     """Trials that run again, and why."""
 
@@ -54,16 +54,16 @@ class Rows:
         """The row of a trial that is settled, under the keys of today; None if it must run."""
         return self._of(self._alike(trial), trial)
 
-    def of_other_passes(self, trial: TrialSpec, taken: Container[str]) -> TrialResult | None:
+    def of_other_passes(self, trial: TrialSpec, used_ids: Container[str]) -> TrialResult | None:
         """The row of a trial that had the same losses in passes of other sizes; None if there is none.
 
         Args:
             trial: one without an answer.
-            taken: ids of rows that answer other trials.
+            used_ids: ids of rows that answer other trials.
         """
         key = loss_settings(trial)
         alike = self._by_losses.get(key, []) if key is not None else []
-        return self._of([row for row in alike if row.trial_id not in taken], trial)
+        return self._of([row for row in alike if row.trial_id not in used_ids], trial)
 
     def _of(self, candidates: Sequence[TrialResult], trial: TrialSpec) -> TrialResult | None:
         if not candidates:
@@ -73,18 +73,19 @@ class Rows:
             if trial.members() and set(row.members) != {member.trial_id for member in trial.members()}:
                 continue
             if self._same_content(row, trial, content):
-                made = {"model_fingerprint": content.model, "data_key": content.data}
-                return row.model_copy(update={"provenance": row.provenance.model_copy(update=made)})
+                content_keys = {"model_fingerprint": content.model, "data_key": content.data}
+                return row.model_copy(update={"provenance": row.provenance.model_copy(update=content_keys)})
         return None
 
-    def changed(self, trial: TrialSpec, taken: set[str]) -> str | None:
+    def changed(self, trial: TrialSpec, used_ids: set[str]) -> str | None:
         """What has changed since a trial of these names was finished; None if there was none.
 
         Args:
             trial: one without an answer.
-            taken: ids of rows that answer other trials.
+            used_ids: ids of rows that answer other trials.
         """
-        named = [row for row in self._alike(trial) if row.trial_id not in taken and _names(row.spec) == _names(trial)]
+        unused = [row for row in self._alike(trial) if row.trial_id not in used_ids]
+        named = [row for row in unused if _names(row.spec) == _names(trial)]
         if not named or trial.members():
             return None
         released = self._of_release(named[0], trial)
@@ -95,15 +96,15 @@ class Rows:
         return self._by_settings.get(canonical(settings(trial)), [])
 
     def _same_content(self, row: TrialResult, trial: TrialSpec, content: Content) -> bool:
-        made = row.provenance
+        keys = (row.provenance.model_fingerprint, row.provenance.data_key)
         if not is_local(trial.model.name) and row.spec.model.name != trial.model.name:
             return False
-        if made.data_key is None and made.model_fingerprint is None:
+        if keys == (None, None):
             return row.trial_id == trial.trial_id
-        if (made.model_fingerprint, made.data_key) == (content.model, content.data):
+        if keys == (content.model, content.data):
             return True
         released = self._of_release(row, trial)
-        return released is not None and (made.model_fingerprint, made.data_key) == (released.model, released.data)
+        return released is not None and keys == (released.model, released.data)
 
     def _of_release(self, row: TrialResult, trial: TrialSpec) -> Content | None:
         """What release 0.1.0 would have called today's content; None if the row is of a later one."""
@@ -126,43 +127,44 @@ def recall(trials: Sequence[TrialSpec], rows: Sequence[TrialResult], inspector: 
         rows: the last row of every trial in the folder.
         inspector: that settled the trials.
     """
-    done = [row for row in rows if row.status == "finished"]
-    known, found = Rows(done, inspector), Earlier()
-    written = {row.trial_id: row for row in done}
+    finished = [row for row in rows if row.status == "finished"]
+    known, earlier = Rows(finished, inspector), Earlier()
+    written = {row.trial_id: row for row in finished}
     ids: dict[str, str] = {}
-    keys = Counter(loss_settings(trial) for trial in trials) if done else Counter()
-    exact = {row.trial_id for trial in trials if (row := known.answering(trial)) is not None} if done else set()
+    keys = Counter(loss_settings(trial) for trial in trials) if finished else Counter()
+    exact = {row.trial_id for trial in trials if (row := known.answering(trial)) is not None} if finished else set()
     others = 0
     for trial in trials:
         members = [ids.get(member.trial_id, member.trial_id) for member in trial.members()]
         now = trial.under(trial.trial_id, members)
-        row = known.answering(now) if done else None
-        if done and row is None and keys[loss_settings(trial)] == 1:
+        row = known.answering(now) if finished else None
+        if finished and row is None and keys[loss_settings(trial)] == 1:
             row = known.of_other_passes(now, exact)
             others += row is not None
         if row is not None:
             ids[trial.trial_id] = row.trial_id
             now = trial.under(row.trial_id, members)
-            found.finished[row.trial_id] = row
-            found.renewed += [row] if row != written[row.trial_id] else []
-        found.trials.append(now)
+            earlier.finished[row.trial_id] = row
+            earlier.renewed += [row] if row != written[row.trial_id] else []
+        earlier.trials.append(now)
     if others:
-        found.notes.append(
+        earlier.notes.append(
             f"{others} trials count as finished that ran with other rows a pass (train.micro_batch_size): in fp32 no "
             "loss depends on them; memory and time are those of that run, and --fresh measures them anew"
         )
-    open_trials = [trial for trial in found.trials if trial.trial_id not in found.finished] if done else []
-    reasons = [known.changed(trial, set(found.finished)) for trial in open_trials]
+    open_trials = [trial for trial in earlier.trials if trial.trial_id not in earlier.finished] if finished else []
+    reasons = [known.changed(trial, set(earlier.finished)) for trial in open_trials]
     for what in ("rows", "model"):
         if count := reasons.count(what):
-            found.notes.append(f"{count} trials run again: their {what} changed since; the earlier results are kept")
-    return found
+            earlier.notes.append(f"{count} trials run again: their {what} changed since; the earlier results are kept")
+    return earlier
 
 
 def loss_settings(spec: TrialSpec) -> str | None:
     """The settings that decide a trial's losses, where the rows of a pass do not; None where they do.
 
-    They do in bf16, whose sums are rounded otherwise, and with dropout, whose draws depend on them.
+    Rows of a pass change losses in bf16, where sums are rounded differently, and with dropout, whose draws depend on
+    them.
     """
     kinds = [stage for part in (spec, *spec.members()) for stage, _ in part.method.stages(ENOUGH_STEPS)]
     if spec.train.precision != "fp32" or any(getattr(stage, "dropout", 0) for stage in kinds):

@@ -1,4 +1,4 @@
-"""A sweep's rows on their way into its ledger, and its last steps: a failure there is told and ends nothing."""
+"""Writes a sweep's rows into its ledger, and runs its last steps. A failure there is reported and ends nothing."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Rows:
         self._waiting: list[TrialResult] = []
 
     def add(self, result: TrialResult) -> None:
-        """Keep a row, sooner or later. Never raises for a disk."""
+        """Write a row now, or as soon as the disk takes it. Never raises for a disk that refuses."""
         self._waiting.append(result)
-        told = len(self._waiting) > 1
+        warned_before = len(self._waiting) > 1
         try:
             self.flush()
         except StorageError as error:
-            if not told:
-                self._console.say(f"caution: {error}. The rows of trials that end wait in memory")
+            if not warned_before:
+                self._console.say(f"caution: {error}. Until the disk takes them, rows are kept in memory")
 
     @property
     def waiting(self) -> tuple[TrialResult, ...]:
@@ -52,7 +52,7 @@ class Rows:
 
 
 class LastSteps:
-    """Steps at an end that are all taken, whichever of them fails; the first failure is raised after the last."""
+    """Runs all last steps, even where some fail; the first failure is raised after the last step."""
 
     def __init__(self) -> None:
         self._failures: list[Exception] = []

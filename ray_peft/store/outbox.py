@@ -1,4 +1,4 @@
-"""What a trial has for its tracking store, in a file beside it that outlives the worker, the driver and the store.
+"""What a trial sends to its tracking store, in a file in its folder: it survives the worker, the driver and an outage.
 
 Every line of `outbox.jsonl` is one thing to store, in order. How far a store has taken them stands in
 `outbox.sent.json`, so whoever goes on sending (the trial's worker, the driver, a later start, `ray-peft sync`) goes on
@@ -19,7 +19,7 @@ from typing import Any
 
 from ray_peft.foundation.locks import locked
 from ray_peft.foundation.measured import to_json
-from ray_peft.foundation.storage import told
+from ray_peft.foundation.storage import error_line
 from ray_peft.foundation.whole import write_text
 
 logger = logging.getLogger(__name__)
@@ -61,13 +61,13 @@ class Outbox:
 
     @property
     def exists(self) -> bool:
-        """True if the trial has ever put something there."""
+        """True if the trial has ever put an entry there."""
         return self._file.is_file()
 
     def put(self, *entries: Entry) -> bool:
         """Append entries. False, after a warning, if the disk refuses: they wait in memory for the next call."""
         with self._lock:
-            told_before = bool(self._unwritten)
+            warned_before = bool(self._unwritten)
             self._unwritten += [(json.dumps(to_json(entry), ensure_ascii=False) + "\n").encode() for entry in entries]
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -81,8 +81,9 @@ class Outbox:
                         os.truncate(self._file, size)  # a full disk takes half a line
                     raise
             except OSError as error:
-                if not told_before:
-                    logger.warning("what the tracking store is to get waits in memory: %s", told(error, self._file))
+                if not warned_before:
+                    reason = error_line(error, self._file)
+                    logger.warning("results for the tracking store wait in memory: %s", reason)
                 return False
             self._unwritten.clear()
             return True
@@ -140,7 +141,7 @@ class Outbox:
 
     @property
     def ended(self) -> bool:
-        """True if the last attempt has said how it ended: nothing follows."""
+        """True if the last entry says how the attempt ended: nothing follows it."""
         last = ""
         for entry, _ in self.after(0):
             last = entry["do"]

@@ -1,4 +1,4 @@
-"""Trials whose outboxes the tracking store lacks: a thread of the driver sends them when the store is back."""
+"""Trials whose results the tracking store lacks: a thread of the driver sends them when the store is back."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Unsent:
             pause = EVERY_S if empty or self._send_all(0.0) else min(2 * pause, LONGEST_S)
 
     def _send_all(self, patience_s: float) -> bool:
-        """One attempt for each; false if the store did not take one. What fails once is not waited for again."""
+        """One attempt for each trial; False if the store refused one. After the first failure it waits for none."""
         with self._lock:
             waiting = list(self._reasons)
         for trial_id in waiting:

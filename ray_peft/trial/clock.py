@@ -14,12 +14,12 @@ class Clock:
         self._begin = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.last = ""
-        """The phase that is on, or that was the last."""
+        """The phase that is running, or the last one."""
         self._since: float | None = None
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside to phase `name`, also when it raises; a phase around it stands still."""
+        """Add the seconds spent inside to phase `name`, also when it raises; the phase around it pauses."""
         outer = self.last if self._since is not None else None
         self._stand_still()
         self.last, self._since = name, time.perf_counter()
@@ -37,7 +37,7 @@ class Clock:
             self._since = None
 
     def so_far(self) -> dict[str, float]:
-        """Seconds by phase, with those of the phase that is on."""
+        """Seconds by phase, with those of the phase that is running."""
         on = 0.0 if self._since is None else time.perf_counter() - self._since
         return {**self.seconds, self.last: self.seconds.get(self.last, 0.0) + on} if on else dict(self.seconds)
 

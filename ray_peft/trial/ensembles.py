@@ -1,4 +1,4 @@
-"""An ensemble as a trial: bring its members together, tune their weights, answer; its cost is theirs and its own."""
+"""An ensemble as a trial: load its members, tune their weights, answer. Its cost includes that of its members."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray_peft.trial.result import TrialResult, Usage
 
 
 def run_ensemble(life: Life) -> TrialResult:
-    """Bring the members together, tune their weights, and answer; its cost is theirs and its own."""
+    """Load the members, tune their weights, and answer; the row's cost includes that of the members."""
     spec, place = life.spec, life.place
     rows = _member_rows(spec, place)
     life.process.memory.start()  # before loading: that all members are held at once is what an ensemble costs
@@ -51,14 +51,14 @@ def _member_rows(spec: TrialSpec, place: Place) -> list[TrialResult]:
         TrialFailed: one has no finished row.
     """
     known = {row.trial_id: row for row in place.members}
-    found = []
+    member_rows = []
     for member in spec.members():
         row = known.get(member.trial_id)
         if row is None or row.status != "finished":
             why = f"is {row.status}" if row is not None else "has no row in this sweep's folder"
             raise TrialFailed(f"member {member.trial_id} {why}; an ensemble needs all its members finished")
-        found.append(row)
-    return found
+        member_rows.append(row)
+    return member_rows
 
 
 def _check_same_rows(rows: list[TrialResult], bench: Bench) -> None:
@@ -72,7 +72,7 @@ def _check_same_rows(rows: list[TrialResult], bench: Bench) -> None:
 
 
 def _weights(life: Life, row: TrialResult, scratch: Path) -> Path | None:
-    """The folder with what a member trained: its own, or brought from the tracker; None if nothing was trained."""
+    """The folder with what a member trained: its own, or a download from the tracker; None if nothing was trained."""
     if not row.adapter_bytes:
         return None
     beside = life.place.folder.parent / row.trial_id / "adapter"
@@ -85,11 +85,11 @@ def _weights(life: Life, row: TrialResult, scratch: Path) -> Path | None:
 
 def _largest(predicted: list[dict[str, float]]) -> dict[str, float]:
     """The prediction with the largest peak: what an ensemble costs is what its members cost, too."""
-    return max(predicted, key=lambda found: found.get("peak_allocated_gib", 0.0))
+    return max(predicted, key=lambda prediction: prediction.get("peak_allocated_gib", 0.0))
 
 
 def _with_members(own: Usage, members: list[Usage]) -> Usage:
-    """What an ensemble costs: training all members in turn, then holding and asking them together."""
+    """What an ensemble costs: training all members in turn, then answering with all of them in memory."""
 
     def largest(name: str) -> float | None:
         return max((value for usage in (own, *members) if (value := getattr(usage, name)) is not None), default=None)

@@ -19,7 +19,7 @@ from ray_peft.engine.recovery import is_out_of_memory
 from ray_peft.engine.trained import Costs, Report, Trained
 from ray_peft.errors import RayPeftError, TrialFailed
 from ray_peft.foundation.measured import to_json
-from ray_peft.foundation.storage import is_full, told
+from ray_peft.foundation.storage import error_line, is_full
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype
 from ray_peft.metrics.scores import Scores
 from ray_peft.spec import TrialSpec
@@ -89,7 +89,7 @@ class Process:
         self.evaluation_memory = MemoryWatch(device)
 
     def of_a_member(self) -> Process:
-        """For one of several trials in this process: its own clock, and the memory of them all."""
+        """For one of several trials in this process: a clock of its own, and the memory of the whole process."""
         own = Process(self.memory.device)
         own.memory = SharedWatch(self.memory)
         return own
@@ -109,7 +109,7 @@ class SharedWatch(MemoryWatch):
         """The process goes on."""
 
     def so_far(self) -> Peaks:
-        """Those of the process."""
+        """The peaks of the process."""
         return replace(self._whole.so_far())
 
 
@@ -132,11 +132,11 @@ class LifeCosts(Costs):
         return float(self._earlier.get("seconds", {}).get(phase, 0.0))
 
     def wall_s(self) -> float:
-        """Without what was done twice: from a checkpoint to the end of the attempt that wrote it."""
+        """Seconds over all attempts, without what was done twice: from a checkpoint to the end of its attempt."""
         return self._clock.total() + float(self._earlier.get("wall_s", 0.0))
 
     def peaks(self) -> Peaks:
-        """The larger ones."""
+        """Of each kind, the largest peak of all attempts."""
         return larger_peaks(self._memory.so_far(), Peaks(**self._earlier.get("peaks", {})))
 
     def so_far(self) -> dict[str, Any]:
@@ -149,12 +149,12 @@ class LifeCosts(Costs):
             "log": self._log.so_far() if self._log is not None else [],
         }
 
-    def take_up(self, earlier: dict[str, Any]) -> None:
-        """Count from there, in place of what was taken up before."""
+    def restore(self, earlier: dict[str, Any]) -> None:
+        """Count from an earlier attempt's `so_far`; a later call replaces it."""
         self._earlier = earlier
         self.complete = bool(earlier.get("complete", True))
         if self._log is not None:
-            self._log.take_up(earlier.get("log"))
+            self._log.restore(earlier.get("log"))
 
     def saving(self) -> AbstractContextManager[None]:
         """Counts as the phase "save"."""
@@ -164,11 +164,11 @@ class LifeCosts(Costs):
         """Note that a checkpoint does not say what the steps before it took."""
         self.complete = False
         if self._log is not None:
-            self._log.take_up(None)
+            self._log.restore(None)
 
 
 class Life:
-    """What is known of a trial so far, so that a failed one leaves a row with what it had."""
+    """What is known of a trial so far, so that a failed trial leaves a row with what it had measured."""
 
     def __init__(
         self,
@@ -230,7 +230,7 @@ class Life:
         status: Status = "out_of_memory" if is_out_of_memory(error) else "failed"
         text = str(error).strip() or type(error).__name__
         if isinstance(error, OSError) and error.errno is not None:
-            text = f"cannot read or write {told(error, self.place.folder)}"
+            text = f"cannot read or write {error_line(error, self.place.folder)}"
         elif is_full(error):
             text = f"cannot write into {self.place.folder}: no space left; free some space, or use another --out"
         elif not isinstance(error, RayPeftError):
@@ -304,7 +304,7 @@ class Life:
 
 
 def predict(life: Life, bench: Bench) -> None:
-    """Keep what memory the trial is predicted to take; a prediction that fails is said and stops nothing."""
+    """Record the memory that the trial is predicted to take; a prediction that fails is logged and stops nothing."""
     try:
         prediction = bench.predicted()
     except Exception as error:  # a trial does not depend on its prediction

@@ -12,7 +12,7 @@ from ray_peft.foundation.whole import write_text
 
 
 class MetricLog:
-    """The logged points of a trial. Checkpoints carry them, since metrics.jsonl may know of steps after one."""
+    """The logged points of a trial. Checkpoints store them, since metrics.jsonl may have steps after a checkpoint."""
 
     def __init__(self, path: Path, track: Callable[[Mapping[str, float], int], None]) -> None:
         """Begin an empty log.
@@ -40,11 +40,12 @@ class MetricLog:
         """All points, as JSON-like data."""
         return [list(point) for point in self._points]
 
-    def take_up(self, points: list[Any] | None) -> None:
+    def restore(self, points: list[Any] | None) -> None:
         """Go on after a checkpoint's points, in place of what was logged before.
 
         Args:
-            points: what `so_far` returned; None for a checkpoint of version 0.1.0: then metrics.jsonl is gone on with.
+            points: what `so_far` returned; None for a checkpoint of version 0.1.0, after which metrics.jsonl is
+                continued as it is.
         """
         self._begun = True
         if points is None:
@@ -55,7 +56,7 @@ class MetricLog:
             self._pass_on(step, metrics)
 
     def _pass_on(self, step: int, metrics: Mapping[str, float]) -> None:
-        """To the tracker, what it does not have."""
+        """Pass to the tracker the metrics that it does not have."""
         if new := {name: value for name, value in metrics.items() if (step, name) not in self._tracked}:
             self._tracked |= {(step, name) for name in new}
             self._track(new, step)

@@ -31,7 +31,7 @@ class Member:
 
 
 class _Lives:
-    """The lives of a pack's trials, by the order of its members, and their rows as they come."""
+    """The lives of a pack's trials, in the order of its members, and the rows of those that have ended."""
 
     def __init__(self, members: Sequence[Member], report: Callable[[TrialResult], None]) -> None:
         self.members, self._report = members, report
@@ -64,7 +64,7 @@ class _Lives:
         self._keep(number, trial.end(row, member.place, member.tracker))
 
     def fail(self, error: Exception) -> None:
-        """Record the rows of all that have none: what they share has failed."""
+        """Record the failure of what the members share for all that have no row."""
         for number in self.open:
             row = self.lives[number].failed(error)
             logger.warning("%s: %s: %s", self.members[number].spec.trial_id, row.status, first_line(row.error))
@@ -78,10 +78,11 @@ class _Lives:
 def run_pack(members: Sequence[Member], report: Callable[[TrialResult], None] = lambda row: None) -> list[TrialResult]:
     """Run trials on one base, and record their results, whatever happens.
 
-    A member that fails leaves; the others go on. What they share, loading and passes, fails for all that have no row.
+    A member that fails leaves the pack; the others go on. If loading or a pass fails, which they share, it fails for
+    all members that have no row yet.
 
     Args:
-        members: at least one; all of one base and one way to compute (schedule/packs.py).
+        members: at least one; all of one base and one way to compute (tasks/llm_sft/packable.py).
         report: called with every row as soon as it is recorded.
 
     Returns:

@@ -93,7 +93,7 @@ class _Sampler(threading.Thread):
 
     def __init__(self, device: str) -> None:
         super().__init__(daemon=True, name="memory-sampler")
-        self._done = threading.Event()
+        self._ending = threading.Event()
         self._gpu = nvml.handle() if device.startswith("cuda") else None
         self._used = 0
         self._rss = 0
@@ -106,12 +106,12 @@ class _Sampler(threading.Thread):
             self._rss = max(self._rss, process.memory_info().rss)
             if self._gpu is not None and sample % self.GPU_EVERY == 0:
                 self._used = max(self._used, nvml.used_bytes(self._gpu))
-            if self._done.wait(self.INTERVAL_S):
+            if self._ending.wait(self.INTERVAL_S):
                 return
 
     def finish(self) -> None:
-        """Stop to sample."""
-        self._done.set()
+        """Stop sampling."""
+        self._ending.set()
         self.join()
 
     def peaks(self) -> tuple[float | None, float]:

@@ -28,7 +28,7 @@ class Usage(Measured):
     peak_reserved_gib: float | None = None
     """Peak of the allocator's segments on one GPU; None on a CPU."""
     evaluation_allocated_gib: float | None = None
-    """Peak of tensors on one GPU while the trial is scored and makes things to look at; None on a CPU."""
+    """Peak of tensors on one GPU while the trial is scored and makes samples; None on a CPU."""
     device_used_gib: float | None = None
     """Peak in use on the whole GPU by all processes, from NVML; None on a CPU."""
     spilled_gib: float | None = None
@@ -93,8 +93,8 @@ class TrialResult(Measured):
     steps: int = 0
     """Optimizer steps done."""
     resumed_from_step: int | None = None
-    """Where the trial's last attempt went on; None for one that ran in one go. `usage` adds up over the attempts,
-    without what was done twice."""
+    """The step at which the trial's last attempt resumed; None if there was one attempt. `usage` adds up over the
+    attempts, without what was done twice."""
     restarts: list[str] = []
     """Why its earlier attempts in the same sweep ended, one line each: their workers died."""
     passes: str = ""
@@ -107,7 +107,7 @@ class TrialResult(Measured):
     """Settings that `train.fit: auto` chose for the GPU at hand, by key. In fp32 no number of the trial depends on
     them; in bf16 the last digits do."""
     lowered: dict[str, int] = {}
-    """Settings that memory forced down while it ran, by key. In fp32 no number of the trial depends on them;
+    """Settings that were lowered because memory ran out, by key. In fp32 no number of the trial depends on them;
     in bf16 the last digits do, and an answer may turn at a near tie of two tokens."""
     predicted: dict[str, float] = {}
     """Peak memory as predicted before it ran [GiB]: peak_allocated_gib, peak_reserved_gib, and its components."""

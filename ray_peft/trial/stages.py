@@ -1,4 +1,4 @@
-"""The stages of a trial in turn: train, keep, merge; and go on from the last one that an interrupted run kept."""
+"""Trains, keeps and merges the stages of a trial in turn; resumes after the last one that an interrupted run kept."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ from ray_peft.trial.rounding import check_same_loss
 logger = logging.getLogger(__name__)
 
 STAGE_FILE = "stage.json"
-"""In a stage's kept adapter: what the stages up to it took, for a trial that goes on from there."""
+"""In the folder of a stage's adapter: the costs of all stages up to it, for a trial that resumes there."""
 
 
 def train_all(life: Life, bench: Bench, stages: list[tuple[Stage, int]]) -> None:
     """Train every stage, and merge between two of them."""
     for index, (stage, steps) in enumerate(stages):
         life.process.memory.start()
-        if not _taken_up(life, bench, index, stage):
+        if not _resume_stage(life, bench, index, stage):
             with life.process.clock.phase("train"):
                 _train(life, bench, index, stage, steps)
             free_memory(life.place.device)  # trainer and optimizer refer to each other: by themselves they stay
         life.process.memory.stop()
         if index + 1 < len(stages):
-            _cross(life, bench, index, stage)
+            _keep_and_merge(life, bench, index, stage)
 
 
 def _train(life: Life, bench: Bench, index: int, stage: Stage, steps: int) -> None:
     bench.attach(stage)
     life.parameters = bench.parameters()
-    done = life.trained
-    more = bench.train(stage, steps, done.steps, life.place.folder / f"stage{index + 1}", life.report)
+    earlier = life.trained
+    more = bench.train(stage, steps, earlier.steps, life.place.folder / f"stage{index + 1}", life.report)
     life.trained = Trained(
-        steps=done.steps + more.steps,
-        tokens=done.tokens + more.tokens,
-        images=done.images + more.images,
-        seconds=done.seconds + more.seconds,
-        timed_steps=done.timed_steps + more.timed_steps,
-        losses=done.losses + more.losses,
-        eval_losses=done.eval_losses + more.eval_losses,
-        resumed_from_step=more.resumed_from_step if more.resumed_from_step is not None else done.resumed_from_step,
-        passes="; then ".join(dict.fromkeys(text for text in (done.passes, more.passes) if text)),
+        steps=earlier.steps + more.steps,
+        tokens=earlier.tokens + more.tokens,
+        images=earlier.images + more.images,
+        seconds=earlier.seconds + more.seconds,
+        timed_steps=earlier.timed_steps + more.timed_steps,
+        losses=earlier.losses + more.losses,
+        eval_losses=earlier.eval_losses + more.eval_losses,
+        resumed_from_step=more.resumed_from_step if more.resumed_from_step is not None else earlier.resumed_from_step,
+        passes="; then ".join(dict.fromkeys(text for text in (earlier.passes, more.passes) if text)),
     )
 
 
@@ -69,38 +69,38 @@ def _write_stage(life: Life, folder: Path) -> None:
     seal(folder)
 
 
-def _taken_up(life: Life, bench: Bench, index: int, stage: Stage) -> bool:
-    """Go on from the end of a stage that an interrupted run of the trial left; false if there is none that is whole."""
+def _resume_stage(life: Life, bench: Bench, index: int, stage: Stage) -> bool:
+    """Load what an interrupted run of the trial trained in a stage; False if there is nothing, or it is damaged."""
     folder = stage_folder(life.place, index)
     if not folder.is_dir():
         return False
-    done = _done_before(folder)
-    if done is None:
+    saved_cost = _read_stage_cost(folder)
+    if saved_cost is None:
         if life.place.rank == 0:
             _remove_from(life.place, index)
         return False
     bench.attach(stage)
     bench.restore(folder)
     life.parameters = bench.parameters()
-    cost.take_up(done, life.trained, life.costs, folder)
+    cost.restore(saved_cost, life.trained, life.costs, folder)
     life.trained.resumed_from_step = life.trained.steps
     return True
 
 
-def _done_before(folder: Path) -> dict[str, Any] | None:
-    """What the stages up to the one whose adapter is in `folder` took; None if the folder is not whole."""
+def _read_stage_cost(folder: Path) -> dict[str, Any] | None:
+    """The costs of all stages up to the one whose adapter is in `folder`; None if the folder is damaged."""
     file = folder / STAGE_FILE
     if not file.is_file() and not (folder / SEAL_FILE).is_file():
         return None  # a process was killed while it wrote the adapter, or the trial has ended
     reason = broken(folder)
     try:
-        done: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        saved_cost: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if reason is None:
-            return done
-        if "train_s" in done and not (folder / SEAL_FILE).is_file():  # of version 0.1.0, which knew no seals
-            return done | {
-                "trial": {"seconds": {"train": done["train_s"]}, "wall_s": done["train_s"], "peaks": done["peaks"]}
-            }
+            return saved_cost
+        if "train_s" in saved_cost and not (folder / SEAL_FILE).is_file():  # of version 0.1.0, which knew no seals
+            train_s = saved_cost["train_s"]
+            trial = {"seconds": {"train": train_s}, "wall_s": train_s, "peaks": saved_cost["peaks"]}
+            return saved_cost | {"trial": trial}
     except (OSError, ValueError, LookupError) as error:
         reason = reason or str(error)
     logger.warning("%s is not whole, so its stage is trained again: %s", folder, reason)
@@ -110,7 +110,7 @@ def _done_before(folder: Path) -> dict[str, Any] | None:
 def _remove_from(place: Place, index: int) -> None:
     """Remove a stage's kept adapter and all that later stages left.
 
-    They went on from weights that are trained again now, and on a GPU need not come out bit by bit.
+    Later stages started from weights that are trained again now, which on a GPU need not be equal bit by bit.
     """
     shutil.rmtree(stage_folder(place, index), ignore_errors=True)
     later = index + 1
@@ -120,8 +120,8 @@ def _remove_from(place: Place, index: int) -> None:
         later += 1
 
 
-def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
-    """From one stage to the next: keep what the stage trained, merge it, and measure the loss on both sides.
+def _keep_and_merge(life: Life, bench: Bench, index: int, stage: Stage) -> None:
+    """Between two stages: keep what the first one trained, merge it, and measure the loss before and after.
 
     Raises:
         TrialFailed: a loss is not finite, or the merge changed it by more than rounding does.
@@ -133,9 +133,9 @@ def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
             if not (folder / STAGE_FILE).is_file():
                 keep(life, bench, folder.name, "float32")  # as it is: the trial may go on from here
                 _write_stage(life, folder)
-            elif life.tracker is not None:  # taken up: other workers may still read it, and this run has none yet
+            elif life.tracker is not None:  # resumed: other workers may still read it, and the tracker lacks it
                 life.tracker.artifact(folder, folder.name)
-    held = bench.dtypes()
+    dtypes_before = bench.dtypes()
     for moment in (f"after stage {index + 1}", f"after merge {index + 1}"):
         if moment.startswith("after merge"):
             with life.process.clock.phase("train"):
@@ -146,10 +146,10 @@ def _cross(life: Life, bench: Bench, index: int, stage: Stage) -> None:
             life.report({f"boundary_loss.{moment.replace(' ', '_')}": life.boundaries[moment]}, life.trained.steps)
             if life.place.num_workers == 1:  # nothing that starts from these weights can end well
                 _check_finite(life, stage, moment, life.boundaries[moment])
-    before, after = _told_to_all(life, index)
+    before, after = _broadcast_losses(life, index)
     for moment, loss in ((f"after stage {index + 1}", before), (f"after merge {index + 1}", after)):
         _check_finite(life, stage, moment, loss)
-    check_same_loss(before, after, [*held, *bench.dtypes()], f"merging what {stage.name} trained")
+    check_same_loss(before, after, [*dtypes_before, *bench.dtypes()], f"merging what {stage.name} trained")
 
 
 def _check_finite(life: Life, stage: Stage, moment: str, loss: float) -> None:
@@ -157,8 +157,8 @@ def _check_finite(life: Life, stage: Stage, moment: str, loss: float) -> None:
         raise TrialFailed(f"the held-out loss is {loss} {moment}; {ways_out(life.runs, stage)}")
 
 
-def _told_to_all(life: Life, index: int) -> list[float]:
-    """The losses on both sides of a merge, which rank 0 has measured: all workers must end, or go on, together."""
+def _broadcast_losses(life: Life, index: int) -> list[float]:
+    """The losses before and after a merge, measured by rank 0, on all workers: they must end, or go on, together."""
     losses = [life.boundaries.get(f"after {moment} {index + 1}", 0.0) for moment in ("stage", "merge")]
     if life.place.num_workers > 1:
         import torch.distributed

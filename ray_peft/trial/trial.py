@@ -12,7 +12,7 @@ from ray_peft.engine.recovery import divisor, free_memory
 from ray_peft.engine.trained import Report
 from ray_peft.errors import first_line
 from ray_peft.foundation.seal import SEAL_FILE
-from ray_peft.foundation.storage import told
+from ray_peft.foundation.storage import error_line
 from ray_peft.foundation.units import GIB
 from ray_peft.foundation.whole import write_text
 from ray_peft.spec import TrialSpec
@@ -84,7 +84,7 @@ def end(result: TrialResult, place: Place, tracker: Tracker) -> TrialResult:
 
 
 def _forget_checkpoints(place: Place) -> None:
-    """What a finished trial would go on from, once its row is stored: the next run of the trial is a new one."""
+    """Remove what a trial would resume from. Its row is stored, so the next run of the trial is a new one."""
     for folder in place.folder.glob("stage*"):
         if folder.name.endswith("_adapter"):
             (folder / STAGE_FILE).unlink(missing_ok=True)
@@ -102,9 +102,9 @@ def _with_advice(life: Life, error: str) -> str:
 
     gpu = here(place.device)
     room = place.gpu_memory_gib or torch.cuda.get_device_properties(place.device).total_memory / GIB
-    said = f"ran out of {room:.1f} GiB of GPU memory"
+    summary = f"ran out of {room:.1f} GiB of GPU memory"
     if life.process.clock.last == "evaluate":
-        return f"{said} in the evaluation, one row at a time\n\n{error}"
+        return f"{summary} in the evaluation, one row at a time\n\n{error}"
     rows = life.lowered.get(MICRO_BATCH)
     share = spec.train.batch_size // spec.resources.num_workers
     try:
@@ -117,21 +117,21 @@ def _with_advice(life: Life, error: str) -> str:
         suggestions = ()
     fitting = [way for way in suggestions if way.fits][:MOST_ADVICE] or suggestions[:1]
     advice = "; ".join(way.line() for way in fitting) or "a smaller model or a larger GPU"
-    return f"{said}{f' with {rows} rows a pass' if rows is not None else ''}; what takes less: {advice}\n\n{error}"
+    return f"{summary}{f' with {rows} rows a pass' if rows is not None else ''}; what takes less: {advice}\n\n{error}"
 
 
 def _record(result: TrialResult, place: Place, tracker: Tracker) -> TrialResult:
-    """The row, once it is in the trial's folder and with the tracker, or says why the tracker lacks it."""
-    return _kept(tracker.record(_kept(result, place)), place)
+    """Write the row into the trial's folder and the tracker; the returned row says why the tracker lacks it, if so."""
+    return _written(tracker.record(_written(result, place)), place)
 
 
-def _kept(result: TrialResult, place: Place) -> TrialResult:
-    """The row, once it is in the trial's folder; a full disk does not stop it on its way to the driver."""
+def _written(result: TrialResult, place: Place) -> TrialResult:
+    """Write the row into the trial's folder, and return it; a full disk does not keep it from the driver."""
     try:
         place.folder.mkdir(parents=True, exist_ok=True)
         write_text(place.folder / RESULT_FILE, result.model_dump_json(indent=2))
     except OSError as error:
-        logger.warning("%s: %s", result.trial_id, told(error, place.folder))
+        logger.warning("%s: %s", result.trial_id, error_line(error, place.folder))
     return result
 
 

@@ -1,4 +1,4 @@
-"""The wait for a GPU's memory that the trial before gives back."""
+"""Waits until the trial before has given back the GPU's memory."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def wait_for_memory(device: str, needed_gib: float, context_gib: float) -> None:
     Args:
         device: "cuda:N".
         needed_gib: what the trial takes, its CUDA context included.
-        context_gib: what of it is the CUDA context, which this process has by now.
+        context_gib: the part of it that is the CUDA context, which this process has already.
 
     Raises:
-        TrialFailed: somebody holds it for longer than `FREE_WITHIN_S`.
+        TrialFailed: other processes hold the memory for longer than `FREE_WITHIN_S`.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What is known of GPUs: their memory, and what of it a trial's tensors cannot have."""
+"""Known GPUs: their memory, and the part of it that a trial's tensors cannot use."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Gpu:
     """What cuBLAS takes from the allocator: one workspace per thread and library, 32 MiB each on Hopper and 8.1 MiB
     before it (torch's CUBLAS_WORKSPACE_CONFIG). 104 MiB is the rest of four measured peaks on an H200."""
     slack: float = 0.08
-    """Share of the tensors' peak that the allocator reserves besides (measured on an H200: 0.05 to 0.08)."""
+    """What the allocator reserves beyond the tensors' peak, as a share of it (measured on an H200: 0.05 to 0.08)."""
     slack_uneven: float = 0.05
-    """The same in addition where passes differ in size."""
+    """Added to `slack` where passes differ in size."""
     margin: int = 256 * MIB
     """Kept free, so that what is said to fit fits."""
 
@@ -52,10 +52,10 @@ KNOWN = (
     Gpu("NVIDIA H100 80GB HBM3", 79.0),
     Gpu("NVIDIA H200", 139.5),
 )
-"""The memory is what the driver gives, which is less than the name where the card corrects its errors."""
+"""The memory is what the driver reports. It is less than the name says where the card corrects its memory's errors."""
 
 ANY = Gpu("any GPU", 12.0)
-"""A card of which nothing is known but its memory, which is given."""
+"""A card of which only the memory is known, which the caller gives."""
 
 
 def here(device: str) -> Gpu:

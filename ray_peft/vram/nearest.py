@@ -36,9 +36,10 @@ class Suggestion:
 
 
 WORTH_CHECKPOINTING = 4
-"""Times the rows a pass for which `fit: auto` checkpoints where the host takes most of a pass's time."""
+"""Where the host takes most of a pass's time, `fit: auto` turns checkpointing on if it allows this many times the rows
+of a pass."""
 RECOMPUTED = 1.45
-"""Times what a recorded pass takes with checkpointing (Gemma-3-1B, H100: 1.48)."""
+"""The time of a recorded pass with checkpointing, as a multiple of that without (Gemma-3-1B, H100: 1.48)."""
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
@@ -65,7 +66,7 @@ def nearest(
         predict: the peak of a variant; None for one that cannot be built.
         fits: whether a peak fits.
     """
-    found: list[Suggestion] = []
+    suggestions: list[Suggestion] = []
 
     def tried(changes: dict[str, Any], *, same: bool) -> bool:
         """Whether these changes are allowed and fit."""
@@ -73,21 +74,21 @@ def nearest(
         prediction = predict(variant) if variant is not None else None
         if variant is None or prediction is None:
             return False
-        found.append(Suggestion(changes, variant, prediction, fits(prediction), same))
-        return found[-1].fits
+        suggestions.append(Suggestion(changes, variant, prediction, fits(prediction), same))
+        return suggestions[-1].fits
 
     for also in _checkpointing(spec):
         if also and tried(also, same=True):
             break
         if _largest(_smaller(spec), lambda size, also=also: tried({MICRO_BATCH: size, **also}, same=True)) is not None:  # type: ignore[misc]
             break
-    if not any(each.fits for each in found):
+    if not any(suggestion.fits for suggestion in suggestions):
         for changes in _other_training(spec):
             tried(changes, same=False)
         for length in _shorter(spec):
             if tried({"data.max_length": length, **_least(spec)}, same=False):
                 break
-    return sorted(found, key=lambda each: (not each.fits, not each.same_training, _rank(each)))
+    return sorted(suggestions, key=_order)
 
 
 def choose(
@@ -133,15 +134,16 @@ def choose(
 
 
 def _row_time(rows: int, fixed_rows: float | None, *, checkpointing: bool) -> float:
-    """Time for one row where so many pass at a time, in any unit: only times with the same `fixed_rows` compare."""
+    """Time of one row in a pass of `rows` rows, in any unit: only times with the same `fixed_rows` can be compared."""
     if fixed_rows is None:
         return (WORTH_CHECKPOINTING if checkpointing else 1) / rows
     return (RECOMPUTED if checkpointing else 1.0) * (1 + fixed_rows / rows)
 
 
-def _rank(suggestion: Suggestion) -> tuple[int, int]:
-    """Fewer changes first; of the same changes, the larger micro-batch."""
-    return len(suggestion.changes), -int(suggestion.changes.get(MICRO_BATCH, 0))
+def _order(suggestion: Suggestion) -> tuple[bool, bool, int, int]:
+    """What fits comes first, then what keeps the training, then fewer changes, then the larger micro-batch."""
+    changes = suggestion.changes
+    return not suggestion.fits, not suggestion.same_training, len(changes), -int(changes.get(MICRO_BATCH, 0))
 
 
 def _largest(sizes: list[int], fits: Callable[[int], bool]) -> int | None:
@@ -193,8 +195,8 @@ def _shorter(spec: TrialSpec) -> Iterator[int]:
 def _changed(spec: TrialSpec, changes: Mapping[str, Any]) -> TrialSpec | None:
     """The trial with other settings; None where its rules forbid them, or one of them changes nothing."""
     try:
-        made = spec.changed(changes)
+        variant = spec.changed(changes)
     except (RayPeftError, ValueError):
         return None
-    before, after = spec.plain(), made.plain()
-    return None if any(dotted.get(before, key) == dotted.get(after, key) for key in changes) else made
+    before, after = spec.plain(), variant.plain()
+    return None if any(dotted.get(before, key) == dotted.get(after, key) for key in changes) else variant

@@ -1,4 +1,4 @@
-"""The parts of a trial that run on shapes, by name: an error says in which one it came up."""
+"""The parts of a trial that run on shapes, by name: an error names the part in which it was raised."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ATTACH, STEP, SCORING, ANSWERING = "attaching the method", "a training step", "s
 
 @contextlib.contextmanager
 def during(part: str) -> Iterator[None]:
-    """Note on an error that comes up in here in which part it did."""
+    """Add the part's name to an error that is raised inside."""
     try:
         yield
     except Exception as error:
@@ -20,6 +20,6 @@ def during(part: str) -> Iterator[None]:
 
 
 def part_of(error: BaseException) -> str | None:
-    """The part of a trial in which an error came up; None if it was in none of them."""
+    """The part of a trial in which an error was raised; None if it was in none of them."""
     notes = [note for note in getattr(error, "__notes__", []) if note in (ATTACH, STEP, SCORING, ANSWERING)]
     return notes[0] if notes else None

@@ -1,4 +1,4 @@
-"""What every task's prediction of its peak is made of, what decides it, and where predictions are kept."""
+"""Predicted peaks: their parts, the settings that decide them, and their cache on disk."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ class Prediction:
     """Peak of tensors outside of training, at most: while held-out rows are scored and answered, or images encoded,
     scored and made; None where nothing can say."""
     fixed_rows: float | None = None
-    """What a recorded pass takes whatever its rows, in the time of so many rows; None where passes are not recorded, so
-    that the host takes most of a pass's time."""
+    """The constant time of a recorded pass, as the number of rows that take as long. None where passes are not
+    recorded, so that the host takes most of a pass's time."""
 
     @property
     def needed(self) -> int:
-        """What the trial must find, in training or after, beside the CUDA context."""
+        """Bytes that the trial needs in training and evaluation, without the CUDA context."""
         return max(self.peak_reserved, self.evaluation or 0)
 
     def gib(self) -> dict[str, float]:
         """All of it in GiB, flat, as it is stored beside what is measured."""
-        found = {"peak_allocated_gib": self.peak_allocated, "peak_reserved_gib": self.peak_reserved}
-        found |= {"evaluation_gib": self.evaluation} if self.evaluation is not None else {}
-        found |= {f"{kind}_gib": size for kind, size in self.components.items()}
-        return {name: round(size / GIB, 4) for name, size in found.items()}
+        sizes = {"peak_allocated_gib": self.peak_allocated, "peak_reserved_gib": self.peak_reserved}
+        sizes |= {"evaluation_gib": self.evaluation} if self.evaluation is not None else {}
+        sizes |= {f"{kind}_gib": size for kind, size in self.components.items()}
+        return {name: round(size / GIB, 4) for name, size in sizes.items()}
 
 
 def segments(size: int, slack: float) -> int:
@@ -72,10 +72,10 @@ def segments(size: int, slack: float) -> int:
     return -(-int(size * (1 + slack)) // SEGMENT) * SEGMENT
 
 
-def evaluating(step: Counter[str], found: Counter[str]) -> Counter[str]:
+def evaluating(step: Counter[str], scoring: Counter[str]) -> Counter[str]:
     """Components while the held-out loss is measured between two steps: the optimizer keeps its state."""
-    held = ("weights", "quantization", "adapters", "optimizer", "projectors")
-    return Counter({kind: step[kind] for kind in held}) + Counter(buffers=found["scoring"])
+    resident = ("weights", "quantization", "adapters", "optimizer", "projectors")
+    return Counter({kind: step[kind] for kind in resident}) + Counter(buffers=scoring["scoring"])
 
 
 def common(spec: TrialSpec, stage: Stage | None, shape: ModelShape, longest: int) -> list[object]:
@@ -99,8 +99,8 @@ _lock = threading.RLock()
 _known: dict[str, Counter[str]] = {}
 
 
-def kept(decides: list[object], code: tuple[Path, ...], compute: Callable[[], Counter[str]]) -> Counter[str]:
-    """What `compute` gives, from memory or disk if it was computed before.
+def cached(decides: list[object], code: tuple[Path, ...], compute: Callable[[], Counter[str]]) -> Counter[str]:
+    """The result of `compute`, from memory or disk if it was computed before.
 
     Args:
         decides: all that the result depends on, as JSON-like data.

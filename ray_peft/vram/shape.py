@@ -1,4 +1,4 @@
-"""What of a model decides its memory: its config.json, without names and paths."""
+"""What decides a model's memory: its config.json, without names and paths."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class ModelShape:
             plain = json.loads(config.read_text(encoding="utf-8"))
         else:
             plain = config if isinstance(config, dict) else config.to_dict()
-        kept = {key: value for key, value in plain.items() if key not in _NOT_SHAPE}
-        return cls(json.dumps(kept, sort_keys=True, default=str))
+        settings = {key: value for key, value in plain.items() if key not in _NOT_SHAPE}
+        return cls(json.dumps(settings, sort_keys=True, default=str))
 
     def plain(self) -> dict[str, Any]:
         """The config's settings."""
-        found: dict[str, Any] = json.loads(self.config)
-        return found
+        settings: dict[str, Any] = json.loads(self.config)
+        return settings

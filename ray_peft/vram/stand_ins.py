@@ -1,4 +1,4 @@
-"""What has no kernel on the meta device, with the allocations of its CUDA kernel: each names its source."""
+"""Operations without a kernel on the meta device, with the allocations of their CUDA kernels; each names its source."""
 
 from __future__ import annotations
 
@@ -220,17 +220,17 @@ class _MatMul4Bit(Function):
     def forward(ctx: Any, x: Tensor, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         ctx.packed, ctx.shape, ctx.dtype = packed, shape, dtype
         constants = x.new_empty(math.prod(shape) // 64, dtype=FLOAT)
-        made: Tensor = F.linear(x, x.new_empty(shape))
+        product: Tensor = F.linear(x, x.new_empty(shape))
         del constants
-        return made
+        return product
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         constants = grad.new_empty(math.prod(ctx.shape) // 64, dtype=FLOAT)
-        made = torch.matmul(grad, grad.new_empty(ctx.shape, dtype=ctx.dtype).to(grad.dtype))
+        product = torch.matmul(grad, grad.new_empty(ctx.shape, dtype=ctx.dtype).to(grad.dtype))
         del constants
-        return made, None, None, None
+        return product, None, None, None
 
 
 def quantize(model: Any, how: Quantization, names: Iterable[str] | None = None) -> None:
@@ -268,18 +268,19 @@ def quantized_linear(linear: nn.Linear, how: Quantization) -> nn.Module:
             self.bias = linear.bias
             self.compute_dtype = getattr(torch, how.compute_dtype)
             self.quant_state = None
-            self._held = linear.weight.dtype
+            self._weight_dtype = linear.weight.dtype
             scales = -(-count // 64)
-            kept = {"scales": linear.weight.new_empty(scales, dtype=torch.uint8 if how.double_quant else FLOAT)}
+            scale_dtype = torch.uint8 if how.double_quant else FLOAT
+            scale_buffers = {"scales": linear.weight.new_empty(scales, dtype=scale_dtype)}
             if how.double_quant:
-                kept["scales_of_scales"] = linear.weight.new_empty(-(-scales // 256), dtype=FLOAT)
-            for name, tensor in kept.items():
+                scale_buffers["scales_of_scales"] = linear.weight.new_empty(-(-scales // 256), dtype=FLOAT)
+            for name, tensor in scale_buffers.items():
                 self.register_buffer(name, tensor, persistent=False)
 
         def forward(self, x: Tensor) -> Tensor:
             shape = (self.out_features, self.in_features)
-            made: Tensor = _MatMul4Bit.apply(x.to(self.compute_dtype), self.weight, shape, self._held)  # type: ignore[no-untyped-call]
-            return made.to(x.dtype)
+            product: Tensor = _MatMul4Bit.apply(x.to(self.compute_dtype), self.weight, shape, self._weight_dtype)  # type: ignore[no-untyped-call]
+            return product.to(x.dtype)
 
     return MetaLinear4bit()
 
@@ -358,7 +359,7 @@ def on_meta(*, autocast: bool) -> Iterator[None]:
         (Dice, "thrown", lambda *_: None),
         *((torch.nn.init, name, _as_it_is) for name in ("kaiming_uniform_", "uniform_", "normal_")),
     ]
-    kept = [getattr(owner, name) for owner, name, _ in places]
+    originals = [getattr(owner, name) for owner, name, _ in places]
     try:
         for owner, name, stand_in in places:
             setattr(owner, name, stand_in)
@@ -366,5 +367,5 @@ def on_meta(*, autocast: bool) -> Iterator[None]:
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        for (owner, name, _), original in zip(places, kept, strict=True):
+        for (owner, name, _), original in zip(places, originals, strict=True):
             setattr(owner, name, original)

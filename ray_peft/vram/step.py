@@ -18,7 +18,7 @@ from ray_peft.vram.tape import Tape
 
 @dataclass(frozen=True)
 class Conditions:
-    """What of a trial decides its memory beside model, method and rows."""
+    """What decides a trial's memory beside model, method and rows."""
 
     autocast: bool
     """Matrix products are in bfloat16."""
@@ -28,20 +28,20 @@ class Conditions:
     """Rows of a pass differ in length, so that attention needs a mask."""
 
 
-def components(model: nn.Module, stage: Stage, loss: Callable[[], Tensor], given: Conditions) -> Counter[str]:
+def components(model: nn.Module, stage: Stage, loss: Callable[[], Tensor], conditions: Conditions) -> Counter[str]:
     """Bytes by kind at the peak of a step in the steady state.
 
     Args:
         model: on the meta device, attached to `stage`, in training mode.
         stage: makes the optimizer.
         loss: the forward pass; called twice, and its tensors must be on the meta device.
-        given: the conditions.
+        conditions: the conditions.
 
     Returns:
         weights, quantization, adapters, gradients, optimizer, projectors, activations (what the forward pass keeps for
         the backward pass), buffers (all else at the peak: logits tiles, recomputed layers, dequantised weights).
     """
-    tape = Tape(truth=not given.padded)
+    tape = Tape(truth=not conditions.padded)
     own_model(tape, model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -49,14 +49,14 @@ def components(model: nn.Module, stage: Stage, loss: Callable[[], Tensor], given
     optimizer = stage.optimizer(model)  # a layer-wise one frees each gradient in a hook of its own
     away = getattr(optimizer, "holds_gradient", lambda _: False)
     for parameter in trained:
-        if given.accumulates and not away(parameter):
+        if conditions.accumulates and not away(parameter):
             parameter.grad = torch.empty_like(parameter)
             tape.own(parameter.grad, "gradients")
     with tape:
-        kept = _pass(tape, loss, given)
+        saved_bytes = _pass(tape, loss, conditions)
         if _state(optimizer):  # made in the backward pass, so only a second pass has all of it
             _own_state(tape, optimizer)
-            kept = _pass(tape, loss, given)
+            saved_bytes = _pass(tape, loss, conditions)
         passes = tape.at_peak
         tape.kind = "update"
         tape.restart()
@@ -66,14 +66,14 @@ def components(model: nn.Module, stage: Stage, loss: Callable[[], Tensor], given
     early = {kind: tape.bytes[kind] for kind in _STATE}
     _own_state(tape, optimizer)
     state = {kind: tape.bytes[kind] for kind in _STATE}
-    activations = min(kept, passes["buffers"])
+    activations = min(saved_bytes, passes["buffers"])
     passes = passes + Counter({"activations": activations, "buffers": -activations})
     for kind, size in state.items():
         passes[kind] += size - early[kind]
         part = min(size - early[kind], update["update"])
         update += Counter({kind: part, "update": -part})
     update["buffers"] += update.pop("update", 0)
-    return max(passes, update, key=lambda found: sum(found.values()))
+    return max(passes, update, key=lambda sizes: sum(sizes.values()))
 
 
 _STATE = ("optimizer", "projectors")
@@ -97,16 +97,16 @@ def _own_gradient(tape: Tape) -> Callable[[Tensor], None]:
     return own
 
 
-def _pass(tape: Tape, loss: Callable[[], Tensor], given: Conditions) -> int:
-    """Forward and backward; returns the bytes that lie between the two."""
+def _pass(tape: Tape, loss: Callable[[], Tensor], conditions: Conditions) -> int:
+    """Run forward and backward; returns the bytes that are stored between the two."""
     tape.restart()
-    autocast = Autocast(torch.bfloat16 if given.autocast else None)
+    autocast = Autocast(torch.bfloat16 if conditions.autocast else None)
     with autocast:
         value = loss()
     autocast.forget()
-    kept = tape.bytes["buffers"]
+    saved_bytes = tape.bytes["buffers"]
     torch.autograd.backward(value)
-    return kept
+    return saved_bytes
 
 
 def _own_state(tape: Tape, optimizer: Optimizer) -> None:

@@ -30,7 +30,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.at_peak: Counter[str] = Counter()
         self._truth = truth
         self._known: dict[Any, tuple[Any, ...]] = {}
-        """What operations made of which shapes: layers repeat, and meta kernels in Python take far longer than this."""
+        """Results of operations by their arguments' shapes: layers repeat, and meta kernels in Python are slower."""
         self._live: dict[int, tuple[str, int, Any]] = {}
 
     def own(self, tensor: Tensor, kind: str) -> None:
@@ -64,24 +64,24 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if function is torch.ops.aten._local_scalar_dense.default:
             return self._truth
         if function is torch.ops.aten.add.Tensor and _by_autograd() and _alone(args[0]):
-            made = args[0].detach()  # two gradients of one tensor: CUDA's engine adds in place, but not under a mode
+            result = args[0].detach()  # two gradients of one tensor: CUDA's engine adds in place, but not under a mode
         else:
-            made = self._made(function, args, kwargs or {})
-        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            result = self._result(function, args, kwargs or {})
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._live:  # noqa: SLF001
                 self.own(tensor, self.kind)
-        return made
+        return result
 
-    def _made(self, function: Any, args: Any, kwargs: Any) -> Any:
+    def _result(self, function: Any, args: Any, kwargs: Any) -> Any:
         if not _fresh(function):
             return function(*args, **kwargs)
         key = (function, *map(_shape, args), *((name, _shape(value)) for name, value in kwargs.items()))
         if key not in self._known:
-            made = function(*args, **kwargs)
+            result = function(*args, **kwargs)
             # _unsafe_view shares its argument's storage, and its schema does not say so
-            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in self._live:  # noqa: SLF001
-                self._known[key] = (made.shape, made.stride(), made.dtype)
-            return made
+            if isinstance(result, Tensor) and result.untyped_storage()._cdata not in self._live:  # noqa: SLF001
+                self._known[key] = (result.shape, result.stride(), result.dtype)
+            return result
         shape, stride, dtype = self._known[key]
         return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
@@ -109,8 +109,8 @@ def _alone(gradient: Tensor) -> bool:
 def _fresh(function: Any) -> bool:
     """Whether an operation returns one tensor of its own, and changes none."""
     schema = function._schema  # noqa: SLF001 - torch has no other way to ask
-    ours = [*schema.arguments, *schema.returns]
-    return len(schema.returns) == 1 and all(each.alias_info is None for each in ours)
+    values = [*schema.arguments, *schema.returns]
+    return len(schema.returns) == 1 and all(value.alias_info is None for value in values)
 
 
 def _shape(value: Any) -> Any:

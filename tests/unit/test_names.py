@@ -15,7 +15,7 @@ EMPTY = frozenset(
 """Words that say nothing about a value: it was found, made, asked for."""
 
 TO_DO = (
-    "engine/", "trial/", "store/", "vram/", "schedule/", "checks/", "methods/galore", "methods/stochastic.py",
+    "methods/galore", "methods/stochastic.py",
     *(f"methods/{name}.py" for name in ("host_gradients", "moments", "subspace", "vocabulary")),
     *(f"tasks/llm_sft/{name}.py" for name in ("continuous", "decodable", "decoding", "ensemble", "evaluate", "head",
       "in_lanes", "lane_cache", "lanes", "loss", "masks", "memory", "pack", "packed", "packed_scores", "steps",

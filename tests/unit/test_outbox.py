@@ -11,7 +11,7 @@ from tracked import artifact_text, client_of, result_of, spec_of, tracker_of
 from ray_peft.errors import TrackingError
 from ray_peft.store.outbox import FILE, SENT_FILE, Outbox, Sent
 from ray_peft.store.tracking import default_uri, open_store, send, start_sweep
-from ray_peft.store.tracking.sending import told_store
+from ray_peft.store.tracking.sending import store_label
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_full_disk_keeps_entries_in_memory_for_the_next(tmp_path, monkeypatch,
         patched.setattr(Path, "open", lambda path, mode="r", **more: Full(real(path, mode, **more)))
         assert not outbox.put({"do": "metrics", "step": 1})
         assert not outbox.put({"do": "metrics", "step": 2})
-    assert caplog.text.count("waits in memory") == 1
+    assert caplog.text.count("wait in memory") == 1
     assert outbox.put({"do": "metrics", "step": 3})
     assert [entry["step"] for entry, _ in outbox.after(0)] == [1, 2, 3]
 
@@ -122,7 +122,7 @@ def test_entries_that_are_sent_twice_are_there_once(store, tmp_path):
     run_id = row.mlflow_run_id
     offsets = [offset for _, offset in outbox.after(0)]
     for offset in offsets[:-1]:
-        outbox.note(Sent(told_store(store), offset=offset, run_id=run_id, closed=False))
+        outbox.note(Sent(store_label(store), offset=offset, run_id=run_id, closed=False))
         assert send(store, tracker._folder).run_id == run_id
     client = client_of(store)
     (run,) = client.search_runs([store.experiment_id])
@@ -135,7 +135,7 @@ def test_a_run_whose_creation_was_not_noted_is_found_again(store, tmp_path):
     run_id = tracker.start(spec)
     outbox = Outbox(tracker._folder)
     token = next(outbox.after(0))[0]["token"]
-    outbox.note(Sent(told_store(store), creating=token))
+    outbox.note(Sent(store_label(store), creating=token))
     assert send(store, tracker._folder).run_id == run_id
     assert len(client_of(store).search_runs([store.experiment_id])) == 1
 

@@ -41,7 +41,7 @@ class Search:
         rows = []
         while len(rows) < most and (trial := self.draws.next()) is not None:
             rows.append(self.row(trial, loss=5.0 - 0.1 * len(rows)))
-            self.draws.told(rows[-1])
+            self.draws.tell_row(rows[-1])
         return rows
 
     def row(self, trial: TrialSpec, loss: float) -> TrialResult:
@@ -161,7 +161,7 @@ def test_failed_trials_teach_nothing_and_are_not_drawn_again(search):
     found = search(METHODS)
     for _ in range(3):
         trial = found.draws.next()
-        found.draws.told(found.row(trial, 1.0).model_copy(update={"status": "failed"}))
+        found.draws.tell_row(found.row(trial, 1.0).model_copy(update={"status": "failed"}))
     assert found.draws.next() is None
     rows = [found.row(trial, 1.0).model_copy(update={"status": "failed"})]
     assert remembered(search(METHODS), rows) == []
@@ -174,7 +174,7 @@ def test_the_metric_is_what_optuna_improves(search, metric, best):
         row = drawn.row(drawn.draws.next(), loss=1.0)
         scores = Scores(**dict.fromkeys(("bleu4", "rouge_l", "chrf"), 0.5), eval_loss=0.5)
         better = {("eval_loss", "bleu4", "rouge_l", "chrf")[place]: 0.1 if place == 0 else 0.9}
-        drawn.draws.told(row.model_copy(update={"scores": scores.model_copy(update=better)}))
+        drawn.draws.tell_row(row.model_copy(update={"scores": scores.model_copy(update=better)}))
     assert drawn.draws._study.best_trial.number == best
 
 

@@ -13,7 +13,7 @@ from untracked import Notes, run
 from ray_peft.console import Console
 from ray_peft.errors import StorageError
 from ray_peft.foundation.cache import made_whole
-from ray_peft.foundation.storage import is_full, told, writing
+from ray_peft.foundation.storage import error_line, is_full, writing
 from ray_peft.spec import TrialSpec
 from ray_peft.store.keeping import LastSteps, Rows
 from ray_peft.store.ledger import Ledger
@@ -66,8 +66,8 @@ def test_errors_of_libraries_keep_their_meaning(tmp_path):
         raise RuntimeError("I/O error: No space left on device (os error 28)")  # as safetensors says it
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/b")
     assert is_full(full)
-    assert told(full) == "/a/b: No space left on device; free some space, or use a folder on another disk"
-    assert told(PermissionError(errno.EACCES, "Permission denied", "/a")) == "/a: Permission denied"
+    assert error_line(full) == "/a/b: No space left on device; free some space, or use a folder on another disk"
+    assert error_line(PermissionError(errno.EACCES, "Permission denied", "/a")) == "/a: Permission denied"
 
 
 def test_rows_wait_until_there_is_room(tmp_path, no_room, capsys):

@@ -21,7 +21,7 @@ _RUN = """
 def is_closed(uri: str, experiment: str, run_id: str, artifact: str) -> bool:
     """True if the store is a SQLite file in which the run finished, and the run's artifact is there.
 
-    False where that cannot be told: of a server, or of a store of another version of MLflow.
+    Also False where that is unknown: for a server, or a store of another version of MLflow.
     """
     if is_server(uri):
         return False

@@ -1,4 +1,4 @@
-"""An outbox on its way to its store: in order, each entry once, whoever sends it and however often that fails."""
+"""Sends an outbox to its store: in order, each entry once, whichever process sends it and however often that fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ray_peft.errors import TrackingError, first_line
 from ray_peft.foundation.masking import mask
 from ray_peft.foundation.measured import from_json
-from ray_peft.foundation.storage import told
+from ray_peft.foundation.storage import error_line
 from ray_peft.store.outbox import Entry, Outbox, Sent
 from ray_peft.store.tracking.rows import final_metrics, final_tags
 from ray_peft.store.tracking.runs import close, create_run, points, run_tags, running, upload
@@ -34,7 +34,7 @@ BUSY_S = 5.0
 
 
 def send(store: Store, folder: Path, *, patience_s: float = 0.0, parent_run_id: str | None = None) -> Sent:
-    """Send what waits in a trial's outbox; what of it is taken stays taken, also if a later entry is not.
+    """Send what waits in a trial's outbox. Entries that the store has taken are not sent again if a later one fails.
 
     Args:
         store: Where.
@@ -48,29 +48,29 @@ def send(store: Store, folder: Path, *, patience_s: float = 0.0, parent_run_id: 
     outbox = Outbox(folder)
     try:
         with outbox.sending(BUSY_S):
-            sent = outbox.sent(told_store(store))
+            sent = outbox.sent(store_label(store))
             _Sending(store, outbox, sent, patience_s, parent_run_id).run()
             return sent
     except TimeoutError:
         raise TrackingError(f"another process is sending what waits in {folder}") from None
     except OSError as error:
-        raise TrackingError(f"cannot send what waits in {folder}: {told(error, folder)}") from None
+        raise TrackingError(f"cannot send what waits in {folder}: {error_line(error, folder)}") from None
 
 
-def told_store(store: Store) -> str:
-    """How an outbox calls a store: without its credentials."""
+def store_label(store: Store) -> str:
+    """A store's name in an outbox: without its credentials."""
     return f"{mask(store.uri)} {store.experiment_id}"
 
 
 def sent_to(store: Store, folder: Path) -> Sent:
     """How much of a trial's outbox a store has taken."""
-    return Outbox(folder).sent(told_store(store))
+    return Outbox(folder).sent(store_label(store))
 
 
 def is_sent(store: Store, folder: Path) -> bool:
     """True if the store has all that a trial had for it."""
     outbox = Outbox(folder)
-    return not outbox.waits(outbox.sent(told_store(store)))
+    return not outbox.waits(outbox.sent(store_label(store)))
 
 
 @dataclass

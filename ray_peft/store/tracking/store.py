@@ -179,8 +179,8 @@ def failures() -> tuple[type[Exception], ...]:
 def reason(error: Exception) -> str:
     """One masked line that says why a call failed."""
     text = str(error)
-    found = _CAUSE.search(text)
-    line = next(filter(None, found.groups())) if found else (text.splitlines() or [type(error).__name__])[0]
+    cause = _CAUSE.search(text)
+    line = next(filter(None, cause.groups())) if cause else (text.splitlines() or [type(error).__name__])[0]
     return mask(line)[:300].rstrip(". ")
 
 
@@ -242,22 +242,22 @@ def _open_experiment(uri: str, name: str, artifact_location: str | None) -> Stor
     client, what = connect(uri), f"open experiment {name!r}"
     find = partial(client.get_experiment_by_name, name)
     until = time.monotonic() + FIRST_CONTACT_S
-    found = insist(uri, what, find, until)
-    if found is None:
+    experiment = insist(uri, what, find, until)
+    if experiment is None:
         try:
             client.create_experiment(name, artifact_location)
         except MlflowException as error:
             # Another process may have created it in between.
             if insist(uri, what, find, until) is None:
                 raise TrackingError(f"cannot create experiment {name!r} in {mask(uri)}: {reason(error)}") from None
-        found = insist(uri, what, find, until)
-    assert found is not None
-    if found.lifecycle_stage != "active":
+        experiment = insist(uri, what, find, until)
+    assert experiment is not None
+    if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"experiment {name!r} in {mask(uri)} is deleted; choose another name, or restore it: "
-            f"mlflow experiments restore --experiment-id {found.experiment_id}"
+            f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
         )
-    return Store(uri, str(found.experiment_id), name, str(found.artifact_location))
+    return Store(uri, str(experiment.experiment_id), name, str(experiment.artifact_location))
 
 
 def _check_sqlite(path: Path) -> None:
@@ -305,7 +305,7 @@ def _known_schemas() -> tuple[str, ...]:
 
     config = Config()
     config.set_main_option("script_location", str(Path(db_migrations.__file__).parent))
-    return tuple(each.revision for each in ScriptDirectory.from_config(config).walk_revisions())
+    return tuple(script.revision for script in ScriptDirectory.from_config(config).walk_revisions())
 
 
 def _create_sqlite(path: Path, artifact_root: Path) -> None:

@@ -1,4 +1,4 @@
-"""One trial's run, as its worker sees it: what it has for the store goes into its outbox, and a thread sends it."""
+"""One trial's run in its worker: entries for the store go into the trial's outbox, and a thread sends them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class TrialTracker:
             self._wake.set()
 
     def artifact(self, path: Path, folder: str, *, remove: bool = False) -> None:
-        """Let the store have a file, or a folder's whole content, under the artifact folder `folder` ("" is the top).
+        """Send a file, or a folder's whole content, to the artifact folder `folder` ("" is the top).
 
         Args:
             path: stays as it is until the trial is over.
@@ -108,7 +108,7 @@ class TrialTracker:
         )
 
     def table(self, rows: list[dict[str, object]], artifact_file: str) -> None:
-        """Let the store have rows so that MLflow's table view shows them and `load_table` reads them.
+        """Send rows so that MLflow's table view shows them and `load_table` reads them.
 
         Args:
             rows: Equal keys make a column; a missing key is empty.
@@ -120,7 +120,7 @@ class TrialTracker:
         self._put({"do": "table", "file": artifact_file, "columns": columns, "data": plain})
 
     def fetch(self, run_id: str, folder: str, to: Path) -> Path:
-        """Bring the artifact folder of another run below `to` and return its path there.
+        """Download the artifact folder of another run into `to` and return its path there.
 
         Raises:
             TrackingError: the run has no such folder, or the store does not answer.
@@ -128,7 +128,7 @@ class TrialTracker:
         return fetch(self._store.uri, run_id, folder, to)
 
     def record(self, result: TrialResult) -> TrialResult:
-        """Let the store have the result, and close the run; waits as long as the store takes it, not for a store.
+        """Send the result, and close the run. It waits while the store takes entries, but not for a store that is away.
 
         Returns:
             The row with its run's id. Its `untracked` says why the store lacks it; the driver goes on sending then.

@@ -13,7 +13,7 @@ from ray_peft.methods.base import ENOUGH_STEPS, Stage
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.vram.cards import ANY, Gpu
 from ray_peft.vram.parts import ANSWERING, ATTACH, SCORING, STEP, during
-from ray_peft.vram.predict import Prediction, common, evaluating, kept, segments
+from ray_peft.vram.predict import Prediction, cached, common, evaluating, segments
 from ray_peft.vram.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _step(spec: LlmTrialSpec, stage: Stage, shape: ModelShape, longest: int, pad
     def compute() -> Counter[str]:
         return components(spec, stage, shape, longest_tokens=longest, padded=padded)
 
-    return kept([*common(spec, stage, shape, longest), *settings], CODE, compute)
+    return cached([*common(spec, stage, shape, longest), *settings], CODE, compute)
 
 
 def _evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longest: int) -> Counter[str]:
@@ -119,7 +119,7 @@ def _evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, long
     def compute() -> Counter[str]:
         return evaluation(spec, stage, shape, longest)
 
-    return kept([*common(spec, stage, shape, longest), "evaluation", *settings], CODE, compute)
+    return cached([*common(spec, stage, shape, longest), "evaluation", *settings], CODE, compute)
 
 
 def components(

@@ -59,7 +59,7 @@ class Meter:
             first_step: optimizer steps that earlier stages of the trial have done.
         """
         if checkpoint is not None:
-            cost.take_up(cost.read(checkpoint), self._trained, self._costs, checkpoint)
+            cost.restore(cost.read(checkpoint), self._trained, self._costs, checkpoint)
             self._done = step_of(checkpoint)
             self._trained.resumed_from_step = first_step + self._done
             # TRL begins at zero, also where the Trainer goes on; it keeps no public name for it.

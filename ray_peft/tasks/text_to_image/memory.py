@@ -15,7 +15,7 @@ from ray_peft.methods.base import ENOUGH_STEPS, Stage
 from ray_peft.spec import ImageTrialSpec
 from ray_peft.vram.cards import ANY, Gpu
 from ray_peft.vram.parts import ATTACH, SCORING, STEP, during
-from ray_peft.vram.predict import Prediction, common, evaluating, kept, segments
+from ray_peft.vram.predict import Prediction, cached, common, evaluating, segments
 from ray_peft.vram.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def predict(
         def compute(stage: Stage = stage) -> Counter[str]:
             return components(spec, stage, shape)
 
-        step = kept([*decides, "unet", train.ema_decay is not None, *settings], CODE, compute)
+        step = cached([*decides, "unet", train.ema_decay is not None, *settings], CODE, compute)
         steps = [peak_kinds, step]
         if train.eval_every:
             between = evaluating(step, beside) + Counter(average=step["average"])
@@ -88,7 +88,7 @@ def _painting(
     def compute() -> Counter[str]:
         return evaluation(spec, stage, shape, others)
 
-    return kept([*common(spec, stage, shape, spec.data.resolution), "painting", *settings, *shapes], CODE, compute)
+    return cached([*common(spec, stage, shape, spec.data.resolution), "painting", *settings, *shapes], CODE, compute)
 
 
 def components(spec: ImageTrialSpec, stage: Stage, shape: ModelShape) -> Counter[str]:

@@ -53,7 +53,7 @@ def test_a_failed_member_leaves_the_others_unchanged_to_the_bit(llama, rows, tmp
 
     def break_the_second(pack):
         def poison(module, inputs):
-            if 1 in pack._seats and pack._seats[1][1].done == 1:  # its second step begins
+            if 1 in pack._seats and pack._seats[1][1].steps_done == 1:  # its second step begins
                 pack._slots.weights[1].fill_(math.nan)
 
         pack._base.base_model.register_forward_pre_hook(poison)
@@ -73,7 +73,7 @@ def test_a_pack_that_is_stopped_goes_on_from_its_members_checkpoints(llama, rows
 
     def stop(pack):
         def interrupt(module, inputs):
-            if 0 in pack._seats and pack._seats[0][1].done == 4:  # its last step begins
+            if 0 in pack._seats and pack._seats[0][1].steps_done == 4:  # its last step begins
                 raise KeyboardInterrupt
 
         pack._base.base_model.register_forward_pre_hook(interrupt)
