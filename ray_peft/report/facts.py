@@ -7,7 +7,7 @@ from pathlib import Path
 from ray_peft.report.digits import MISSING
 from ray_peft.report.document import Block, Bullets, Code, Paragraph, Table
 from ray_peft.report.flat import flat_spec
-from ray_peft.report.labels import differing, setting_text
+from ray_peft.report.labels import differing, short_text
 from ray_peft.report.material import Material
 from ray_peft.report.table import Row, error_line
 from ray_peft.trial.result import Provenance
@@ -125,7 +125,7 @@ def _length(steps: int | None, epochs: float | None) -> str:
 
 
 def _pairs(named: Mapping[str, object]) -> str:
-    return ", ".join(f"{key}={setting_text(value)}" for key, value in named.items() if key != "name") or MISSING
+    return ", ".join(f"{key}={short_text(value)}" for key, value in named.items() if key != "name") or MISSING
 
 
 def _first_and_last(times: Iterable[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What to call a trial: its method and the settings that tell it from the other trials of its sweep."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -12,6 +13,8 @@ from ray_peft.spec import TrialSpec
 
 _BARE = re.compile(r"[A-Za-z0-9_.:/+~-]+")
 _MEMBERS = "method.members."
+_DIGITS = 4
+"""Of a number in a label."""
 _ABSENT = "absent"
 """Stands for a key that a trial lacks; no JSON text, so it equals no value."""
 
@@ -77,6 +80,17 @@ def setting_text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
+def short_text(value: Any) -> str:
+    """A setting as a word, its number with four digits: 0.0003 for 0.00030000000000000003, 1.234e-05 for a draw."""
+    if isinstance(value, list):
+        return "[" + ",".join(short_text(entry) for entry in value) + "]"
+    if isinstance(value, float) and math.isfinite(value):
+        short = float(f"{value:.{_DIGITS}g}")
+        # Whole numbers keep all digits, which a reader counts.
+        return setting_text(value if value.is_integer() else short)
+    return setting_text(value)
+
+
 def _rank(key: str) -> int:
     """The model's name, what is the method's alone, what all methods share such as lr, the rest."""
     if key == "model.name":
@@ -102,9 +116,9 @@ def _value_texts(flats: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]
 
 
 def _texts(values: Iterable[Any]) -> list[str]:
-    """The words of different values, all different."""
+    """The words of different values, all different: the shortest kind that tells them apart."""
     full = [setting_text(value) for value in values]
-    short = [setting_text(_last_part(value)) for value in values]
+    short = [short_text(_last_part(value)) for value in values]
     return short if len(set(short)) == len(full) else full
 
 

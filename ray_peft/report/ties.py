@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import PurePath
 from statistics import fmean
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from ray_peft.metrics.intervals import (
     interval,
     mean_parts,
 )
+from ray_peft.metrics.seeds import SeedVariance, seed_variance, together, widened
+from ray_peft.report.choosing import chosen
 from ray_peft.report.lineage import lineages
 from ray_peft.report.recommend import tiers
 from ray_peft.report.table import Row, SeedGroup
@@ -53,11 +55,13 @@ class Family:
     values: tuple[float, ...]
     """Quality of each unit: the mean over its seeds."""
     intervals: tuple[ScoreInterval, ...] = ()
-    """Of `values`, over the held-out rows; none if only means are known."""
+    """Of `values`, over the held-out rows and the seeds; none if only means are known."""
     pairs: Mapping[tuple[int, int], Pair] = field(default_factory=dict)
     """By the places of two units, the smaller first; none if only means are known."""
     rows: int = 0
     """Held-out rows behind the intervals."""
+    passed_over: tuple[SeedGroup, ...] = ()
+    """Settings of which another setting of the same method was better: those that `units` leaves out."""
 
     @property
     def paired(self) -> bool:
@@ -109,7 +113,7 @@ def families(units: Sequence[SeedGroup], statistics: Statistics) -> tuple[list[F
 
     Units of one model that answered the same held-out rows are one family, compared by ROUGE-L. Where no unit answered
     any, those with the same held-out rows and tokenizer are one family, compared by loss; row by row if those losses
-    are known. `lineages` says what is one model.
+    are known. `lineages` says what is one model. Of each method the family has the chosen setting alone (`choosing`).
     """
     left_out: dict[str, str] = {}
     grouped: dict[tuple[str, ...], list[SeedGroup]] = {}
@@ -126,7 +130,31 @@ def families(units: Sequence[SeedGroup], statistics: Statistics) -> tuple[list[F
         else:
             grouped.setdefault((*of[unit.label], *key), []).append(unit)
     build = _by_answers if answered else _by_loss
-    return [build(members, statistics) for members in grouped.values()], left_out
+    quality = _rouge_of(statistics) if answered else _negative_loss
+    built = []
+    for members in grouped.values():
+        compared = chosen(members, quality)
+        others = tuple(unit for unit in members if unit not in compared)
+        built.append(replace(build(compared, statistics), passed_over=others))
+    return built, left_out
+
+
+def _rouge_of(statistics: Statistics) -> Callable[[SeedGroup], float]:
+    """The mean ROUGE-L over the seeds: of the row, or of its answers where the row has none."""
+
+    def quality(unit: SeedGroup) -> float:
+        return fmean(
+            row.rouge_l.value if row.rouge_l.value is not None else fmean(statistics.rouge(row.trial_id))
+            for row in unit.finished
+            if row.trial_id in statistics
+        )
+
+    return quality
+
+
+def _negative_loss(unit: SeedGroup) -> float:
+    spread = unit.spread(lambda row: row.eval_loss.value)
+    return -spread.mean if spread is not None else -float("inf")
 
 
 def _random(row: Row) -> bool:
@@ -170,8 +198,8 @@ def _by_row_losses(members: Sequence[SeedGroup], statistics: Statistics, rows: i
 
     by_seed = [{row.result.spec.seed: row.trial_id for row in unit.finished} for unit in members]
     places = trial_pairs(members, by_seed)
-    differences = compare([(losses(a), losses(b)) for a, b in places.values()])
-    unit_intervals = [interval(losses(tuple(trials.values()))) for trials in by_seed]
+    differences = _compared(list(places.values()), losses)
+    unit_intervals = [_interval(tuple(trials.values()), losses) for trials in by_seed]
     return Family(
         measure="eval_loss",
         units=tuple(members),
@@ -203,9 +231,9 @@ def _by_answers(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
         return bleu4_parts(_mean([statistics.bleu(trial) for trial in trials]))
 
     places = trial_pairs(members, by_seed)
-    qualities = compare([(rouge(a), rouge(b)) for a, b in places.values()])
-    bleus = compare([(bleu(a), bleu(b)) for a, b in places.values()])
-    unit_intervals = [interval(rouge(tuple(trials_by_seed.values()))) for trials_by_seed in by_seed]
+    qualities = _compared(list(places.values()), rouge)
+    bleus = _compared(list(places.values()), bleu)
+    unit_intervals = [_interval(tuple(trials_by_seed.values()), rouge) for trials_by_seed in by_seed]
     return Family(
         measure="rouge_l",
         units=tuple(members),
@@ -217,6 +245,37 @@ def _by_answers(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
         },
         rows=len(references),
     )
+
+
+Trials: TypeAlias = tuple[str, ...]
+"""Ids of trials that differ in their seed alone."""
+
+
+def _interval(trials: Trials, parts: Callable[[Trials], Numbers]) -> ScoreInterval:
+    """Of the mean over the trials, over rows and seeds."""
+    estimate = interval(parts(trials))
+    return widened(estimate, len(parts(trials)), _of_seeds(trials, parts))
+
+
+def _compared(pairs: Sequence[tuple[Trials, Trials]], parts: Callable[[Trials], Numbers]) -> list[DifferenceInterval]:
+    """Differences over rows and seeds; the p-values are those over rows, corrected for all pairs."""
+    differences = compare([(parts(first), parts(second)) for first, second in pairs])
+    return [
+        widened(difference, len(parts(first)), _of_pair(first, second, parts))
+        for difference, (first, second) in zip(differences, pairs, strict=True)
+    ]
+
+
+def _of_pair(first: Trials, second: Trials, parts: Callable[[Trials], Numbers]) -> SeedVariance | None:
+    """What seeds add to a difference: pair by pair where both have as many, which holds for equal and other seeds."""
+    if len(first) == len(second):
+        pairs = zip(first, second, strict=True)
+        return seed_variance([fmean(parts((a,))) - fmean(parts((b,))) for a, b in pairs])
+    return together([_of_seeds(trials, parts) for trials in (first, second)])
+
+
+def _of_seeds(trials: Trials, parts: Callable[[Trials], Numbers]) -> SeedVariance | None:
+    return seed_variance([fmean(parts((trial,))) for trial in trials])
 
 
 def _mean(runs: Sequence[object]) -> Numbers:
