@@ -28,8 +28,16 @@ from ray_peft.spec import TrialSpec
 from ray_peft.trial.result import Provenance, TrialResult, Usage
 
 TRIALS, ROWS, STEPS, SAMPLES, GPUS = 200, 500, 300, 8, 4
-WORDS = [first + last for first, last in product(("ka", "lo", "mi", "nu", "re", "so"), ("ra", "ton", "vel", "pi", "gus"))]
-COSTS = {"full": (11.2, 62.0), "lora": (7.3, 40.0), "qlora": (6.1, 55.0), "galore": (9.3, 48.0), "qlora_galore": (9.4, 66.0)}
+WORDS = [
+    first + last for first, last in product(("ka", "lo", "mi", "nu", "re", "so"), ("ra", "ton", "vel", "pi", "gus"))
+]
+COSTS = {
+    "full": (11.2, 62.0),
+    "lora": (7.3, 40.0),
+    "qlora": (6.1, 55.0),
+    "galore": (9.3, 48.0),
+    "qlora_galore": (9.4, 66.0),
+}
 """GiB and seconds of training."""
 ANSWERED_WELL, BASE_ANSWERED_WELL = 0.6, 0.35
 """Share of words that are right."""
@@ -44,13 +52,14 @@ def main(out: Path, folder: Path) -> None:
 def measure(folder: Path, seeds: int) -> dict[str, Any]:
     """The report of a generated sweep: seconds in a process that has imported what it needs, and sizes."""
     generate(folder, seeds)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     written = {path.name: path for path in write_report(folder)}
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     markdown = written["report.md"].read_text(encoding="utf-8")
     answer = markdown.split("## ")[1].splitlines()
     return {
         "report_s": round(seconds, 2),
+        "report_cpu_s": round(cpu_seconds, 2),
         "html_mb": round(written["report.html"].stat().st_size / 1e6, 2),
         "markdown_lines": len(markdown.splitlines()),
         "answer_lines": sum(line.startswith("- ") for line in answer),
@@ -89,7 +98,10 @@ def spec(method: str, seed: int, settings: dict[str, Any]) -> TrialSpec:
         {
             "model": {"name": "org/generated"},
             "data": {"sources": [{"recipe": "alpaca", "path": "rows.jsonl", "train": 9000, "test": ROWS}]},
-            "method": {"name": method, **({"qlora": settings, "galore": settings} if method == "qlora_galore" else settings)},
+            "method": {
+                "name": method,
+                **({"qlora": settings, "galore": settings} if method == "qlora_galore" else settings),
+            },
             "train": {"steps": STEPS, "log_every": 10, "eval_every": 50},
             "seed": seed,
         }
@@ -113,7 +125,8 @@ def one_trial(folder: Path, trial: TrialSpec, rows: list[tuple[str, str]], gpu: 
         for row, ((prompt, reference), answer) in enumerate(zip(rows, answers, strict=True))
     ])  # fmt: skip
     lines(place / "samples.jsonl", [
-        {"row": row, "source_dataset": "alpaca", "prompt": rows[row][0], "reference": references[row], "answer": answers[row]}
+        {"row": row, "source_dataset": "alpaca", "prompt": rows[row][0], "reference": references[row],
+         "answer": answers[row]}
         for row in range(SAMPLES)
     ])  # fmt: skip
     gib, train_s = COSTS.get(method, (0.3, 0.0))

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from ray_peft.foundation.measured import from_json
 
 logger = logging.getLogger(__name__)
 
+PointT = TypeVar("PointT")
 Points: TypeAlias = tuple[tuple[int, float], ...]
 """Step and loss, by ascending step."""
 
@@ -87,7 +88,17 @@ def mean_points(several: Sequence[Points]) -> Points:
     return tuple((step, fmean(losses[step] for losses in by_step)) for step in shared)
 
 
-def thinned(points: Points, most: int = 400) -> Points:
+def extreme_points(several: Sequence[Points]) -> tuple[tuple[int, float, float], ...]:
+    """Step, least and greatest value at every step that all of them logged."""
+    if not several:
+        return ()
+    by_step = [dict(points) for points in several]
+    shared = sorted(set(by_step[0]).intersection(*by_step))
+    values = [[losses[step] for losses in by_step] for step in shared]
+    return tuple((step, min(of_step), max(of_step)) for step, of_step in zip(shared, values, strict=True))
+
+
+def thinned(points: tuple[PointT, ...], most: int = 400) -> tuple[PointT, ...]:
     """At most about `most` points, evenly spread, the first and the last among them."""
     if len(points) <= most:
         return points

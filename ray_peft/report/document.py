@@ -1,4 +1,4 @@
-"""A report without a format: sections of paragraphs, lists, tables, figures, samples and pictures, as plain values.
+"""A report without a format: sections of paragraphs, lists, tables, figures, answers and pictures, as plain values.
 
 What a section says is decided once; `markdown` and `webpage` only escape and lay out.
 """
@@ -47,6 +47,8 @@ class Table:
     """Columns of words; those after them hold numbers and stand to the right."""
     folded: bool = False
     """Whether a page that can fold shows it on demand only."""
+    fits: bool = False
+    """Whether it has so few columns that it never needs to be scrolled sideways: long text is wrapped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ class Figure:
     title: str
     svg: str
     """The whole file."""
+    wide: bool = False
+    """Whether it is drawn for the whole width of a page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,43 @@ class Gallery:
     """Name of a line and its pictures; None where there is none."""
 
 
-Block: TypeAlias = Heading | Paragraph | Bullets | Code | Table | Figure | Prompt | Gallery
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One held-out row with the answers of all compared systems."""
+
+    number: int
+    """Its index in the held-out rows."""
+    prompt: str | None
+    """None where the trials did not keep it."""
+    reference: str
+    answers: tuple[str, ...]
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Held-out rows one by one, to be filtered by who is right."""
+
+    measure: str
+    """What `Question.scores` are."""
+    systems: tuple[str, ...]
+    """The labels of the systems, the best first."""
+    right_from: float
+    """A row counts as right from this score on, until the reader says otherwise."""
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Settings of trials, any two of which can be laid side by side."""
+
+    trials: tuple[str, ...]
+    """Labels."""
+    settings: tuple[tuple[str, tuple[str | None, ...]], ...]
+    """Name of a setting that differs, and its value in each trial; None where a trial has no such setting."""
+
+
+Block: TypeAlias = Heading | Paragraph | Bullets | Code | Table | Figure | Prompt | Gallery | Questions | Comparison
 
 
 @dataclass(frozen=True)
@@ -102,6 +142,8 @@ class Section:
 
     title: str
     blocks: tuple[Block, ...]
+    appendix: bool = False
+    """Whether a page that can fold shows it on demand only."""
 
 
 @dataclass(frozen=True)
@@ -115,5 +157,6 @@ class Document:
 
     @property
     def figures(self) -> list[Figure]:
-        """Its plots, in order."""
-        return [block for section in self.sections for block in section.blocks if isinstance(block, Figure)]
+        """Its plots, in order, each once."""
+        figures = [block for section in self.sections for block in section.blocks if isinstance(block, Figure)]
+        return list({figure.name: figure for figure in figures}.values())

@@ -5,12 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ray_peft.report.digits import MISSING
-from ray_peft.report.document import Block, Bullets, Code, Paragraph, Table
+from ray_peft.report.document import Block, Bullets, Code, Comparison, Paragraph, Table
 from ray_peft.report.flat import flat_spec
 from ray_peft.report.labels import differing, short_text
 from ray_peft.report.material import Material
 from ray_peft.report.table import Row, error_line
 from ray_peft.trial.result import Provenance
+
+MOST_VALUES = 20
+"""Values that a line of facts spells out."""
 
 _RERUN = """\
 python -c "import json; rows = map(json.loads, open('results.jsonl', encoding='utf-8')); \\
@@ -19,13 +22,15 @@ ray-peft run spec.json"""
 
 
 def head(material: Material) -> list[Block]:
-    """The question of the sweep, and facts about its trials."""
-    compared = material.rows
+    """The question of the sweep."""
     blocks: list[Block] = [Paragraph(material.description)] if material.description else []
-    if not compared:
-        blocks.append(Paragraph("No trial has a result."))
-    items = [*(_facts(compared) if compared else ()), *material.notes]
-    return [*blocks, Bullets(tuple(items))] if items else blocks
+    return blocks if material.rows else [*blocks, Paragraph("No trial has a result.")]
+
+
+def compared(material: Material) -> list[Block]:
+    """Facts about the trials and the data."""
+    items = [*(_facts(material.rows) if material.rows else ()), *material.notes]
+    return [Bullets(tuple(items))] if items else []
 
 
 def settings(compared: Sequence[Row]) -> list[Block]:
@@ -40,6 +45,17 @@ def settings(compared: Sequence[Row]) -> list[Block]:
         return []
     header = ("Trial", "Trial id", "Method's own settings", "Other settings that differ")
     return [Table(header=header, lines=tuple(lines), text_columns=len(header))]
+
+
+def comparison(compared: Sequence[Row]) -> list[Block]:
+    """Settings that differ, so that any two trials can be laid side by side; nothing of a single trial."""
+    flats = [flat_spec(row.result.spec) for row in compared]
+    texts = [{key: short_text(value) for key, value in flat.items()} for flat in flats]
+    keys = [key for key in dict.fromkeys(key for text in texts for key in text) if len({t.get(key) for t in texts}) > 1]
+    if not keys:
+        return []
+    values = tuple((key, tuple(text.get(key) for text in texts)) for key in keys)
+    return [Comparison(trials=tuple(row.label for row in compared), settings=values)]
 
 
 def unfinished(compared: Sequence[Row]) -> list[Block]:
@@ -134,5 +150,7 @@ def _first_and_last(times: Iterable[str]) -> list[str]:
 
 
 def _distinct(values: Sequence[str | None]) -> str:
-    """Each value once, in order; "-" if there is none."""
-    return "; ".join(dict.fromkeys(value for value in values if value)) or MISSING
+    """Each value once, in order, and of many the first; "-" if there is none."""
+    distinct = list(dict.fromkeys(value for value in values if value))
+    more = [f"{len(distinct) - MOST_VALUES} others"] if len(distinct) > MOST_VALUES else []
+    return "; ".join([*distinct[:MOST_VALUES], *more]) or MISSING

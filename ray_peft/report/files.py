@@ -1,6 +1,6 @@
 """A sweep's folder -> its report; reads what a killed sweep has left, too."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -49,6 +49,10 @@ class Answer(Strict):
     row: int
     prediction: str
     reference: str
+    prompt: str | None = None
+    """None in files of versions up to 0.2.0."""
+    ended: bool | None = None
+    """Whether the answer ended by itself; None in files of versions up to 0.2.0."""
 
 
 def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> list[Path]:
@@ -88,16 +92,21 @@ def _read_material(folder: Path, loss_steps: Sequence[int] | None) -> Material:
     if sweep.planned:  # rows of trials that the search space no longer names stay in results.jsonl alone
         results = [result for result in results if result.trial_id in sweep.planned]
     trials = {result.trial_id: folder / "trials" / result.trial_id for result in results}
-    answers = {
-        trial_id: _columns(answer_lines)
+    lines_of = {
+        trial_id: _ordered(lines)
         for trial_id, path in trials.items()
-        if (answer_lines := read_lines(path / "answers.jsonl", Answer))
+        if (lines := read_lines(path / "answers.jsonl", Answer))
+    }
+    answers = {
+        trial_id: ([line.prediction for line in lines], [line.reference for line in lines])
+        for trial_id, lines in lines_of.items()
     }
     results = rescored(results, answers)
+    samples = {trial_id: read_lines(path / "samples.jsonl", Sample) for trial_id, path in trials.items()}
     losses = {
-        trial_id: sorted(lines, key=lambda entry: entry.row)
+        trial_id: sorted(row_losses, key=lambda entry: entry.row)
         for trial_id, path in trials.items()
-        if (lines := read_lines(path / "losses.jsonl", RowLoss))
+        if (row_losses := read_lines(path / "losses.jsonl", RowLoss))
     }
     return Material(
         title=sweep.name or folder.absolute().name,
@@ -105,8 +114,10 @@ def _read_material(folder: Path, loss_steps: Sequence[int] | None) -> Material:
         notes=sweep.notes,
         planned=sweep.planned,
         results=results,
-        samples={trial_id: read_lines(path / "samples.jsonl", Sample) for trial_id, path in trials.items()},
+        samples=samples,
         answers=answers,
+        ended={trial_id: [line.ended for line in lines] for trial_id, lines in lines_of.items()},
+        prompts=_prompts(lines_of, samples),
         losses={trial_id: [entry.loss for entry in lines] for trial_id, lines in losses.items()},
         loss_tokens={
             trial_id: [entry.tokens for entry in lines if entry.tokens is not None]
@@ -149,11 +160,21 @@ def _read_sweep(folder: Path) -> Sweep | None:
         raise DataError(f"{path}: {problem(error)}") from None
 
 
-def _columns(answers: list[Answer]) -> tuple[list[str], list[str]]:
-    """Predictions and references in the order of rows; of a row given twice the later one."""
+def _ordered(answers: list[Answer]) -> list[Answer]:
+    """The answers in the order of rows; of a row given twice the later one."""
     by_row = {answer.row: answer for answer in answers}
-    ordered = [by_row[row] for row in sorted(by_row)]
-    return [answer.prediction for answer in ordered], [answer.reference for answer in ordered]
+    return [by_row[row] for row in sorted(by_row)]
+
+
+def _prompts(answers: Mapping[str, Sequence[Answer]], samples: Mapping[str, Sequence[Sample]]) -> dict[int, str]:
+    """The prompt of each held-out row that any trial kept; trials that answered other rows leave those out."""
+    prompts: dict[int, set[str]] = {}
+    for line in (line for lines in answers.values() for line in lines):
+        if line.prompt is not None:
+            prompts.setdefault(line.row, set()).add(line.prompt)
+    for sample in (sample for several in samples.values() for sample in several):
+        prompts.setdefault(sample.row, set()).add(sample.prompt)
+    return {row: next(iter(texts)) for row, texts in prompts.items() if len(texts) == 1}
 
 
 def _read_images(path: Path) -> list[ImageFile]:

@@ -11,7 +11,7 @@ from ray_peft.metrics.intervals import DifferenceInterval
 from ray_peft.metrics.scores import ImageFile, QuestionScores, Sample
 from ray_peft.report.curves import Curve
 from ray_peft.report.questions import Questions
-from ray_peft.report.table import Row, SeedGroup, rows, units
+from ray_peft.report.table import Row, SeedGroup, best_first, rows, units
 from ray_peft.report.ties import Family, families
 from ray_peft.report.uncertainty import (
     Answers,
@@ -23,6 +23,11 @@ from ray_peft.report.uncertainty import (
     loss_intervals,
 )
 from ray_peft.trial.result import TrialResult
+
+MOST_SHOWN = 12
+"""Units that a plot can tell apart."""
+MOST_ROWS = 24
+"""Trials of which every one is compared with the base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,10 @@ class Material:
     """By trial id, some held-out prompts with the trial's answers."""
     answers: Answers = field(default_factory=dict)
     """By trial id, predictions and references of every generated row."""
+    ended: Mapping[str, Sequence[bool | None]] = field(default_factory=dict)
+    """By trial id, whether each answer ended by itself; None where that was not noted."""
+    prompts: Mapping[int, str] = field(default_factory=dict)
+    """By held-out row its prompt, of the rows whose prompt a trial kept."""
     losses: Losses = field(default_factory=dict)
     """By trial id, the loss of every held-out row."""
     loss_tokens: LossTokens = field(default_factory=dict)
@@ -58,23 +67,44 @@ class Material:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """One a trial."""
-        return rows(self.results)
+        """One a trial, the best first."""
+        return best_first(rows(self.results))
 
     @cached_property
     def units(self) -> list[SeedGroup]:
-        """The rows over seeds."""
+        """The rows over seeds, the best first."""
         return units(self.rows)
 
     @cached_property
+    def main_units(self) -> list[SeedGroup]:
+        """What plots and answers show: all units of a small sweep, of a large one the compared ones."""
+        if len(self.units) <= MOST_SHOWN:
+            return self.units
+        compared = {unit.label for family in self.families for unit in family.units}
+        return [unit for unit in self.units if unit.label in compared][:MOST_SHOWN]
+
+    @cached_property
+    def main_rows(self) -> list[Row]:
+        """The trials of `main_units`, in the order of `rows`; all of a sweep of few trials."""
+        if len(self.rows) <= MOST_ROWS:
+            return self.rows
+        shown = {row.trial_id for unit in self.main_units for row in unit.rows}
+        return [row for row in self.rows if row.trial_id in shown]
+
+    @cached_property
     def intervals(self) -> dict[str, Intervals]:
-        """Differences to the base, by trial id."""
-        return intervals(self.rows, self._statistics)
+        """Differences to the base, by trial id: of all rows, or of a large sweep of those that are compared."""
+        return intervals(self.main_rows, self.statistics)
 
     @cached_property
     def loss_intervals(self) -> dict[str, DifferenceInterval]:
-        """Differences of the held-out loss to the base, by trial id."""
-        return loss_intervals(self.rows, self._statistics)
+        """Differences of the held-out loss to the base, by trial id: of the same rows."""
+        return loss_intervals(self.main_rows, self.statistics)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """What each answered or scored row adds to the scores."""
+        return Statistics(self.answers, self.losses, self.loss_tokens)
 
     @cached_property
     def benchmark_questions(self) -> Questions:
@@ -96,9 +126,5 @@ class Material:
         return self.curves.get(row.trial_id, Curve())
 
     @cached_property
-    def _statistics(self) -> Statistics:
-        return Statistics(self.answers, self.losses, self.loss_tokens)
-
-    @cached_property
     def _compared(self) -> tuple[list[Family], dict[str, str]]:
-        return families(self.units, self._statistics)
+        return families(self.units, self.statistics)

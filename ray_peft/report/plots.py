@@ -1,4 +1,4 @@
-"""Plots as SVG text: losses over steps, memory and time, quality against cost; the only module that draws."""
+"""Plots as SVG text: quality against cost, losses over steps, when trials ran; the only module that draws."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ray_peft.report.costs import costs
-from ray_peft.report.curves import finite, mean_points, thinned
+from ray_peft.report.curves import Points, extreme_points, finite, mean_points, thinned
 from ray_peft.report.digits import fixed
 from ray_peft.report.document import Figure
 from ray_peft.report.material import Material
 from ray_peft.report.palette import FAINT, GRID, INK, PAPER, SERIES, Style, styles
 from ray_peft.report.recommend import pareto
 from ray_peft.report.table import Phase, Row, SeedGroup
-from ray_peft.report.ties import Family
+from ray_peft.report.ties import Family, heading
+from ray_peft.report.timeline import Lane
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-_WIDTH = 7.0
+_WIDTH, _WIDE = 7.0, 12.0
+_MOST_LANES = 40
 _LEGEND_WIDTH = 88
 """Characters of legend that fit side by side."""
+_Place: TypeAlias = Literal["outside lower left", "outside right upper"]
 _PHASES: tuple[tuple[Phase, str, str], ...] = (
     ("load_s", "load", SERIES[4]),
     ("train_s", "training", SERIES[0]),
@@ -63,7 +66,8 @@ _SETTINGS: dict[Any, Any] = {
 
 def losses(material: Material) -> list[Figure]:
     """Training and held-out loss of every trial over its steps."""
-    rows = [row for unit in material.units for row in unit.rows]
+    units = material.main_units
+    rows = [row for unit in units for row in unit.rows]
     panels = [
         (title, curves)
         for title, curves in (
@@ -74,75 +78,124 @@ def losses(material: Material) -> list[Figure]:
     ]
     if not panels:
         return []
-    drawn = _styles(material.units)
-    with _canvas(2.9 * len(panels), material.units) as canvas:
+    drawn = _styles(units)
+    with _canvas(2.9 * len(panels), units) as canvas:
         several = canvas.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, curves) in zip(several, panels, strict=True):
-            for unit, style in zip(material.units, drawn, strict=True):
+            for unit, style in zip(units, drawn, strict=True):
                 of_seeds = [curves[row.trial_id] for row in unit.rows if curves[row.trial_id]]
-                for points in of_seeds if len(of_seeds) > 1 else ():
-                    _line(axes, thinned(points), style, faint=True)
                 # A seed that stopped early would end the mean there.
                 finished = [curves[row.trial_id] for row in unit.finished if curves[row.trial_id]]
+                _band(axes, finished or of_seeds, style)
                 _line(axes, thinned(mean_points(finished or of_seeds)), style)
             axes.set_title(title)
-            _mark_boundaries(axes, material)
-        several[-1].set_xlabel("Optimizer step" + _seed_note(material.units))
+            _mark_boundaries(axes, material, units)
+        seeds = "; bands: from the least to the greatest seed" if any(len(unit.rows) > 1 for unit in units) else ""
+        several[-1].set_xlabel("Optimizer step" + seeds)
         entries = [
             (unit.label, style)
-            for unit, style in zip(material.units, drawn, strict=True)
+            for unit, style in zip(units, drawn, strict=True)
             if any(curves[row.trial_id] for _, curves in panels for row in unit.rows)
         ]
         _legend(canvas, entries, marker=False)
-        return [Figure(name="losses", title="Loss over steps", svg=_svg(canvas))]
+        return [Figure(name="losses", title="Loss over steps" + _shown(material), svg=_svg(canvas))]
 
 
 def resources(material: Material) -> list[Figure]:
     """Bars of peak memory and of time; a unit is the mean over its seeds, which are dots."""
     figures = []
-    memory = [unit for unit in material.units if any(row.peak_memory_gib is not None for row in unit.rows)]
+    memory = [unit for unit in material.main_units if any(row.peak_memory_gib is not None for row in unit.rows)]
     if memory:
-        figures.append(Figure(name="memory", title="Peak memory", svg=_memory_bars(memory)))
-    timed = [unit for unit in material.units if any(_phase_sum(row) for row in unit.finished)]
+        figures.append(Figure(name="memory", title="Peak memory" + _shown(material), svg=_memory_bars(memory)))
+    timed = [unit for unit in material.main_units if any(_phase_sum(row) for row in unit.finished)]
     if timed:
-        figures.append(Figure(name="time", title="Time", svg=_time_bars(timed)))
+        figures.append(Figure(name="time", title="Time" + _shown(material), svg=_time_bars(timed)))
     return figures
 
 
 def quality_against_cost(material: Material) -> list[Figure]:
-    """Quality of the rows that can be compared, over memory and over time, with the Pareto front."""
+    """Quality of what can be compared, over memory and over time side by side, with the Pareto front."""
     figures = []
     families = [family for family in material.families if len(family.units) > 1]
     for number, family in enumerate(families, 1):
         needs = costs(family.units)
-        end = f"_{number}" if len(families) > 1 else ""
-        for name, cost_label, values, problem in (
-            ("memory", "Peak memory [GiB]", needs.memory_gib, needs.memory_problem),
-            ("time", "Training time [s]", needs.time_s, needs.time_problem),
-        ):
-            if problem is None and len({value for value in values if value is not None}) > 1:
-                svg = _scatter(family, values, cost_label, material)
-                title = f"Quality against {cost_label.partition(' [')[0].lower()}"
-                figures.append(Figure(name=f"quality_{name}{end}", title=title, svg=svg))
+        panels = [
+            (cost_label, values)
+            for cost_label, values, problem in (
+                ("Peak memory [GiB]", needs.memory_gib, needs.memory_problem),
+                ("Training time [s]", needs.time_s, needs.time_problem),
+            )
+            if problem is None and len({value for value in values if value is not None}) > 1
+        ]
+        if panels:
+            end = f"_{number}" if len(families) > 1 else ""
+            title = f"Quality against {' and '.join(label.partition(' [')[0].lower() for label, _ in panels)}"
+            title += f" ({heading(family, number, families)})" if len(families) > 1 else ""
+            figures.append(Figure(name=f"quality{end}", title=title, svg=_scatter(family, panels), wide=True))
     return figures
 
 
-def _line(axes: Axes, points: Sequence[tuple[int, float]], style: Style, *, faint: bool = False) -> None:
+def timeline(ran: Sequence[Lane]) -> list[Figure]:
+    """When each trial ran; what stays white was idle."""
+    if not ran:
+        return []
+    shown = ran[:_MOST_LANES]
+    methods = list(dict.fromkeys(method for lane in shown for span in lane.spans for method in [_method(span.row)]))
+    colours = dict(zip(methods, (style.colour for style in styles(len(methods))), strict=True))
+    end = max(span.end_s for lane in ran for span in lane.spans)
+    unit, seconds = ("h", 3600) if end > 7200 else ("min", 60) if end > 300 else ("s", 1)
+    with _canvas(1.3 + 0.3 * len(shown), (), width=_WIDE) as canvas:
+        axes = canvas.subplots()
+        for place, lane in enumerate(shown):
+            for method, colour in colours.items():
+                spans = [span for span in lane.spans if _method(span.row) == method]
+                bars = [(span.start_s / seconds, (span.end_s - span.start_s) / seconds) for span in spans]
+                axes.broken_barh(bars, (place - 0.36, 0.72), color=colour, edgecolor=PAPER, linewidth=0.6)
+            for span in lane.spans:
+                if span.row.status != "finished":
+                    axes.plot([span.end_s / seconds], [place], "x", color=INK, markersize=5)
+        axes.set_yticks(range(len(shown)), [textwrap.fill(lane.name, 34) for lane in shown])
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(0, end / seconds * 1.01)
+        axes.set_xlabel(f"Time since the first trial began [{unit}]; x: a trial that did not finish")
+        from matplotlib.patches import Patch
+
+        handles = [Patch(color=colour, label=method) for method, colour in colours.items()]
+        canvas.legend(handles=handles, loc="outside lower left", ncols=min(8, len(handles)))
+        more = f": {len(shown)} of {len(ran)} lanes" if len(shown) < len(ran) else ""
+        return [Figure(name="timeline", title=f"When each trial ran{more}", svg=_svg(canvas), wide=True)]
+
+
+def _method(row: Row) -> str:
+    return row.result.spec.method.name
+
+
+def _band(axes: Axes, of_seeds: Sequence[Points], style: Style) -> None:
+    """From the least to the greatest loss of the seeds."""
+    edges = extreme_points(of_seeds) if len(of_seeds) > 1 else ()
+    if edges:
+        steps, low, high = zip(*thinned(edges), strict=True)
+        axes.fill_between(steps, low, high, color=style.colour, alpha=0.18, linewidth=0)
+
+
+def _shown(material: Material) -> str:
+    """What a plot of a large sweep leaves out."""
+    left_out = len(material.units) - len(material.main_units)
+    return f" (the chosen settings; {left_out} others are in report.csv)" if left_out else ""
+
+
+def _line(axes: Axes, points: Points, style: Style) -> None:
     if points:
         axes.plot(
-            *zip(*points, strict=True),
-            color=style.colour,
-            linestyle="solid" if faint else style.line,
-            linewidth=0.8 if faint else 1.7,
-            alpha=0.4 if faint else 1.0,
-            marker=style.marker if len(points) < 8 else None,
-            markersize=2.5 if faint else 4,
-        )
+            *zip(*points, strict=True), color=style.colour, linestyle=style.line, linewidth=1.7,
+            marker=style.marker if len(points) < 8 else None, markersize=4,
+        )  # fmt: skip
 
 
-def _mark_boundaries(axes: Axes, material: Material) -> None:
+def _mark_boundaries(axes: Axes, material: Material, units: Sequence[SeedGroup]) -> None:
     ends: dict[int, list[str]] = {}
-    for unit in material.units:
+    for unit in units:
         for step in sorted({step for row in unit.rows for step in material.curve(row).boundaries}):
             ends.setdefault(step, []).append(unit.label)
     for step, labels in ends.items():
@@ -213,45 +266,73 @@ def _finish_bars(axes: Axes, units: Sequence[SeedGroup], label: str) -> None:
     axes.set_xlabel(label + _seed_note(units))
 
 
-def _scatter(family: Family, needs: Sequence[float | None], cost_label: str, material: Material) -> str:
-    all_styles = dict(zip((unit.label for unit in material.units), _styles(material.units), strict=True))
-    points = [(place, cost) for place, cost in enumerate(needs) if cost is not None]
+def _scatter(family: Family, panels: Sequence[tuple[str, Sequence[float | None]]]) -> str:
+    drawn = _styles(family.units)
     sign = 1 if family.measure == "rouge_l" else -1
-    with _canvas(3.7, [family.units[place] for place, _ in points]) as canvas:
-        axes = canvas.subplots()
-        front = pareto([cost for _, cost in points], [sign * family.values[place] for place, _ in points])
-        line = [(points[index][1], family.values[points[index][0]]) for index in front]
-        axes.plot(*zip(*line, strict=True), color=FAINT, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
-        for place, cost in points:
-            unit, style = family.units[place], all_styles[family.units[place].label]
-            if family.intervals:
-                interval = family.intervals[place]
-                axes.vlines(cost, interval.low, interval.high, color=style.colour, linewidth=1.2, alpha=0.6)
-            _seed_points(axes, unit, family, cost_label, style)
-            axes.plot(
-                [cost], [family.values[place]], style.marker, color=style.colour, markersize=8, markeredgecolor=PAPER
-            )
-        axes.set_xlabel(
-            cost_label + (", greatest of the seeds" if "memory" in cost_label and _seed_note(family.units) else "")
-        )
-        axes.set_ylabel("ROUGE-L" if sign > 0 else "Held-out loss (lower is better)")
-        axes.margins(0.08, 0.12)
-        axes.set_title(
-            "Dashed: Pareto front of the values" + ("; bars: 95 % interval over rows" if family.intervals else ""),
+    with _canvas(2.3, (), width=_WIDE) as canvas:
+        several = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (cost_label, needs) in zip(several, panels, strict=True):
+            points = [(place, cost) for place, cost in enumerate(needs) if cost is not None]
+            front = pareto([cost for _, cost in points], [sign * family.values[place] for place, _ in points])
+            line = [(points[index][1], family.values[points[index][0]]) for index in front]
+            axes.plot(*zip(*line, strict=True), color=FAINT, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
+            _passed_over(axes, family, cost_label)
+            for place, cost in points:
+                unit, style = family.units[place], drawn[place]
+                if family.intervals:
+                    interval = family.intervals[place]
+                    axes.vlines(cost, interval.low, interval.high, color=style.colour, linewidth=1.4, alpha=0.7)
+                _seed_points(axes, unit, family, cost_label, style)
+                axes.plot(
+                    [cost], [family.values[place]], style.marker, color=style.colour, markersize=7,
+                    markeredgecolor=INK if place in [points[index][0] for index in front] else PAPER,
+                )  # fmt: skip
+            seeds = ", greatest of the seeds" if "memory" in cost_label and _seed_note(family.units) else ""
+            axes.set_xlabel(cost_label + seeds)
+            axes.margins(0.08, 0.12)
+        several[0].set_ylabel("ROUGE-L" if sign > 0 else "Held-out loss (lower is better)")
+        several[0].set_title(
+            "Dashed, dark rims: Pareto front"
+            + ("; bars: 95 % interval" if family.intervals else "")
+            + ("; dots: other settings" if family.passed_over else ""),
             fontsize=9, color=FAINT,
         )  # fmt: skip
-        _legend(canvas, [(family.units[place].label, all_styles[family.units[place].label]) for place, _ in points])
+        _legend(
+            canvas,
+            [(unit.label, style) for unit, style in zip(family.units, drawn, strict=True)],
+            place="outside right upper",
+        )
         return _svg(canvas)
+
+
+def _passed_over(axes: Axes, family: Family, cost_label: str) -> None:
+    """The settings that were not chosen, as dots without intervals."""
+    rows = [row for unit in family.passed_over for row in unit.finished]
+    points = [
+        (cost, quality)
+        for row in rows
+        for cost, quality in [(_cost(row, cost_label), _quality(row, family))]
+        if cost is not None and quality is not None
+    ]
+    if points:
+        axes.plot(*zip(*points, strict=True), ".", color=FAINT, markersize=3.5, alpha=0.6, zorder=0)
 
 
 def _seed_points(axes: Axes, unit: SeedGroup, family: Family, cost_label: str, style: Style) -> None:
     if len(unit.finished) < 2:
         return
     for row in unit.finished:
-        cost = row.peak_memory_gib if "memory" in cost_label else row.seconds("train_s")
-        quality = row.rouge_l.value if family.measure == "rouge_l" else row.eval_loss.value
+        cost, quality = _cost(row, cost_label), _quality(row, family)
         if cost is not None and quality is not None:
             axes.plot([cost], [quality], style.marker, color=style.colour, markersize=4, alpha=0.55)
+
+
+def _cost(row: Row, cost_label: str) -> float | None:
+    return row.peak_memory_gib if "memory" in cost_label else row.seconds("train_s")
+
+
+def _quality(row: Row, family: Family) -> float | None:
+    return row.rouge_l.value if family.measure == "rouge_l" else row.eval_loss.value
 
 
 def _styles(units: Sequence[SeedGroup]) -> list[Style]:
@@ -264,7 +345,7 @@ def _seed_note(units: Sequence[SeedGroup]) -> str:
 
 
 @contextmanager
-def _canvas(height: float, legend: Sequence[SeedGroup]) -> Iterator[Canvas]:
+def _canvas(height: float, legend: Sequence[SeedGroup], *, width: float = _WIDTH) -> Iterator[Canvas]:
     """A figure of so many inches, and more for the legend of the units."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
@@ -273,21 +354,24 @@ def _canvas(height: float, legend: Sequence[SeedGroup]) -> Iterator[Canvas]:
     lines = sum(label.count("\n") + 1 for label in labels) if labels else 0
     with rc_context(_SETTINGS):
         yield Canvas(
-            figsize=(_WIDTH, height + 0.2 * -(-lines // (_columns(labels) if labels else 1))), layout="constrained"
+            figsize=(width, height + 0.2 * -(-lines // (_columns(labels) if labels else 1))), layout="constrained"
         )
 
 
-def _legend(canvas: Canvas, entries: Sequence[tuple[str, Style]], *, marker: bool = True) -> None:
-    """Below the axes, so that it covers nothing."""
+def _legend(
+    canvas: Canvas, entries: Sequence[tuple[str, Style]], *, marker: bool = True, place: _Place = "outside lower left"
+) -> None:
+    """Outside of the axes, so that it covers nothing; at the right as one narrow column."""
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], color=style.colour, linewidth=1.7, linestyle="none" if marker else style.line,
-               marker=style.marker if marker else None, label=_wrapped(label))
+               marker=style.marker if marker else None,
+               label=textwrap.fill(label, 30) if "right" in place else _wrapped(label))
         for label, style in entries
     ]  # fmt: skip
-    columns = _columns([_wrapped(label) for label, _ in entries])
-    canvas.legend(handles=handles, loc="outside lower left", ncols=columns)
+    columns = 1 if "right" in place else _columns([_wrapped(label) for label, _ in entries])
+    canvas.legend(handles=handles, loc=place, ncols=columns)
 
 
 def _wrapped(label: str) -> str:

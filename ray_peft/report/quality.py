@@ -22,8 +22,13 @@ _TIES = (
     "pair."
 )
 _SEEDS = (
-    " A row with several seeds is the mean over them, seed by seed beside the seeds of the other row; the interval "
-    "speaks of the choice of held-out rows, not of other seeds."
+    " A row with several seeds is the mean over them, seed by seed beside the seeds of the other row. Intervals are "
+    "over held-out rows and seeds (variances of crossed random effects, Student's t); those of a row with one seed "
+    "are over rows alone."
+)
+_LOSS_SEEDS = (
+    " A row with several seeds is the mean over them, seed by seed beside the seeds of the other row. Intervals of "
+    "losses are over held-out rows and seeds, those of differences over rows alone."
 )
 _RANGES = (
     " Losses are of the same {same} for all rows, so these intervals are narrow: a difference counts as shown only if "
@@ -168,7 +173,7 @@ def _family(family: Family) -> list[Block]:
         measure=_measure_name(family.measure),
         pairs=len(family.pairs),
     )
-    text += _SEEDS if seeds > 1 else ""
+    text += (_SEEDS if by_score else _LOSS_SEEDS) if seeds > 1 else ""
     evidence = "noise" if family.units[0].rows[0].of_images else "tokens"
     text += "" if by_score else _RANGES.format(same=evidence)
     text += _FEW.format(fewest=FEWEST_ROWS) if family.rows < FEWEST_ROWS and not by_score else ""

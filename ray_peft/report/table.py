@@ -1,6 +1,7 @@
 """A comparison as values: one row per trial, with differences to the untouched base; formats live elsewhere."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -173,6 +174,20 @@ def rows(results: Sequence[TrialResult]) -> list[Row]:
     trials = sorted(latest(results), key=lambda result: _ORDER[result.spec.method.name])
     names = labels({trial.trial_id: trial.spec for trial in trials})
     return [Row(label=names[result.trial_id], result=result, base=base_of(result, trials)) for result in trials]
+
+
+def best_first(rows: Sequence[Row]) -> list[Row]:
+    """The rows by quality: ROUGE-L where any row has one, else the held-out loss; rows without one last, as they were.
+
+    Seeds of one setting stand together, where the mean over them puts them.
+    """
+    answered = any(row.rouge_l.value is not None for row in rows)
+
+    def quality(unit: SeedGroup) -> float:
+        spread = unit.spread(lambda row: row.rouge_l.value if answered else row.eval_loss.value)
+        return -math.inf if spread is None else spread.mean if answered else -spread.mean
+
+    return [row for unit in sorted(units(rows), key=quality, reverse=True) for row in unit.rows]
 
 
 def seed_groups(rows: Sequence[Row]) -> list[SeedGroup]:

@@ -198,7 +198,8 @@ def _by_row_losses(members: Sequence[SeedGroup], statistics: Statistics, rows: i
 
     by_seed = [{row.result.spec.seed: row.trial_id for row in unit.finished} for unit in members]
     places = trial_pairs(members, by_seed)
-    differences = _compared(list(places.values()), losses)
+    # The ranges over the seeds have their say in `Family.better`, so these intervals are over rows alone.
+    differences = compare([(losses(a), losses(b)) for a, b in places.values()])
     unit_intervals = [_interval(tuple(trials.values()), losses) for trials in by_seed]
     return Family(
         measure="eval_loss",

@@ -1,6 +1,8 @@
-"""report.html: a document as one file that needs no other; plots and small pictures are in it, scripts are not."""
+"""report.html: a document as one file that needs no other: plots, small pictures and one script are in it."""
 
+import json
 import re
+from collections.abc import Sequence
 from html import escape
 from typing import assert_never
 
@@ -8,6 +10,7 @@ from ray_peft.report.document import (
     Block,
     Bullets,
     Code,
+    Comparison,
     Document,
     Figure,
     Gallery,
@@ -15,10 +18,13 @@ from ray_peft.report.document import (
     Paragraph,
     Picture,
     Prompt,
+    Question,
+    Questions,
     Section,
     Table,
 )
 from ray_peft.report.palette import VARIABLES
+from ray_peft.report.script import POLICY, SCRIPT
 from ray_peft.report.stylesheet import CSS
 
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -30,14 +36,19 @@ _COLOUR = re.compile("|".join(VARIABLES))
 
 def to_html(document: Document) -> str:
     """The file's text."""
-    links = "".join(
-        f'<a href="#s{number}">{_text(section.title)}</a>\n' for number, section in enumerate(document.sections)
-    )
+    anchored = [(section, f"s{number}") for number, section in enumerate(document.sections)]
+    main = [(section, anchor) for section, anchor in anchored if not section.appendix]
+    appendix = [(section, anchor) for section, anchor in anchored if section.appendix]
+    links = [f'<a href="#{anchor}">{_text(section.title)}</a>\n' for section, anchor in main]
+    links += ['<a href="#appendix">Appendix</a>\n'] if appendix else []
     body = [
         f"<h1>{_text(document.title)}</h1>",
         *(_block(block) for block in document.head),
-        f'<nav aria-label="Sections">\n{links}</nav>' if links else "",
-        *(_section(section, f"s{number}") for number, section in enumerate(document.sections)),
+        f'<nav aria-label="Sections">\n{"".join(links)}</nav>' if links else "",
+        *(_section(section, anchor) for section, anchor in main),
+        '<div id="appendix">\n<p><strong>Appendix</strong></p>' if appendix else "",
+        *(_folded_section(section, anchor) for section, anchor in appendix),
+        "</div>" if appendix else "",
     ]
     return "\n".join(
         [
@@ -46,11 +57,13 @@ def to_html(document: Document) -> str:
             "<head>",
             '<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
             f"<title>{_text(document.title)}</title>",
             f"<style>\n{CSS}\n</style>",
             "</head>",
             "<body>",
             *(part for part in body if part),
+            f"<script>\n{SCRIPT}\n</script>",
             "</body>",
             "</html>",
             "",
@@ -73,15 +86,24 @@ def _text(text: str) -> str:
 
 
 def _section(section: Section, anchor: str) -> str:
+    return "\n".join([f'<section id="{anchor}">', f"<h2>{_text(section.title)}</h2>", *_blocks(section), "</section>"])
+
+
+def _folded_section(section: Section, anchor: str) -> str:
+    summary = f"<summary><h2>{_text(section.title)}</h2></summary>"
+    return "\n".join([f'<details class="appendix" id="{anchor}">', summary, *_blocks(section), "</details>"])
+
+
+def _blocks(section: Section) -> list[str]:
     blocks = []
     prompts = 0
     for block in section.blocks:
         blocks.append(_block(block, unfolded=not prompts))
         prompts += isinstance(block, Prompt)
-    return "\n".join([f'<section id="{anchor}">', f"<h2>{_text(section.title)}</h2>", *blocks, "</section>"])
+    return blocks
 
 
-def _block(block: Block, *, unfolded: bool = True) -> str:
+def _block(block: Block, *, unfolded: bool = True) -> str:  # noqa: C901  # one case a kind of block
     match block:
         case Heading():
             return f"<h3>{_text(block.text)}</h3>"
@@ -94,11 +116,17 @@ def _block(block: Block, *, unfolded: bool = True) -> str:
         case Table():
             return _table(block)
         case Figure():
-            return f"<figure>\n{inline_svg(block)}\n<figcaption>{_text(block.title)}</figcaption>\n</figure>"
+            wide = ' class="wide"' if block.wide else ""
+            return f"<figure{wide}>\n{inline_svg(block)}\n<figcaption>{_text(block.title)}</figcaption>\n</figure>"
         case Prompt():
             return _prompt(block, unfolded=unfolded)
         case Gallery():
             return _gallery(block)
+        case Questions():
+            return _questions(block)
+        case Comparison():
+            settings = json.dumps({"trials": block.trials, "settings": block.settings}, separators=(",", ":"))
+            return f'<div class="comparison" data-settings="{_text(settings)}"></div>'
         case _:
             assert_never(block)
 
@@ -114,10 +142,9 @@ def _table(block: Table) -> str:
         cells = f'<th scope="row"{first[1]}><div>{_text(first[0])}</div></th>'
         lines.append(cells + "".join(f"<td{kind}>{_text(cell)}</td>" for cell, kind in others))
     rows = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    table = (
-        f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{header}</tr></thead>\n'
-        f"<tbody>\n{rows}\n</tbody>\n</table></div>"
-    )
+    # What can be scrolled must be reached by the keyboard; a table that fits must not be in its way.
+    box, kind = ("<div", ' class="fits"') if block.fits else ('<div class="scroll" tabindex="0"', "")
+    table = f"{box}><table{kind}>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>"
     return f"<details><summary>{len(lines)} lines</summary>\n{table}\n</details>" if block.folded else table
 
 
@@ -150,6 +177,32 @@ def _prompt(block: Prompt, *, unfolded: bool) -> str:
     return (
         f"<details{' open' if unfolded else ''}><summary>{_text(block.title)}: {_text(_shortened(block.prompt))}"
         f'</summary>\n<div class="given">\n{question}</div>\n<div class="answers">\n{answers}</div>\n</details>'
+    )
+
+
+def _questions(block: Questions) -> str:
+    systems = _text(json.dumps(block.systems))
+    rows = "\n".join(_question(question, block.systems) for question in block.questions)
+    return (
+        f'<div class="questions" data-systems="{systems}" data-measure="{_text(block.measure)}" '
+        f'data-right="{block.right_from:g}">\n<div class="list" tabindex="0">\n{rows}\n</div>\n</div>'
+    )
+
+
+def _question(question: Question, systems: Sequence[str]) -> str:
+    """One row: what was given, then every answer with its score."""
+    scores = " ".join(f"{score:g}" for score in question.scores)
+    start = question.reference if question.prompt is None else question.prompt
+    given = [("Prompt", question.prompt)] if question.prompt is not None else []
+    given += [("Reference", question.reference)]
+    given += [
+        (f"{label}: {score:.3f}", answer)
+        for label, score, answer in zip(systems, question.scores, question.answers, strict=True)
+    ]
+    cells = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(text)}</dd></div>" for name, text in given)
+    return (
+        f'<details data-scores="{scores}"><summary>Row {question.number}: {_text(_shortened(start, 70))}</summary>'
+        f"<dl>{cells}</dl></details>"
     )
 
 

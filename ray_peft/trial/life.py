@@ -28,7 +28,7 @@ from ray_peft.tasks.image_files import IMAGES, write_images
 from ray_peft.trial.clock import Clock
 from ray_peft.trial.log import MetricLog
 from ray_peft.trial.peaks import MemoryWatch, Peaks, larger_peaks
-from ray_peft.trial.provenance import device_name, git_commit, versions
+from ray_peft.trial.provenance import device_name, git_commit, gpu_number, versions
 from ray_peft.trial.result import RESTARTS_FILE, Provenance, Status, TrialResult, Usage
 
 logger = logging.getLogger(__name__)
@@ -204,7 +204,8 @@ class Life:
             num_workers=place.num_workers,
             gpus_per_worker=place.gpus_per_worker,
             hostname=platform.node(),
-            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            gpu=gpu_number(place.device),
+            started_at=_moment(),
         )
         self._progress = progress
 
@@ -299,7 +300,7 @@ class Life:
             four_bit_share=self.four_bit_share,
             mlflow_run_id=self.run_id,
             error=error,
-            provenance=self.provenance,
+            provenance=self.provenance.model_copy(update={"ended_at": _moment()}),
         )
 
 
@@ -391,6 +392,11 @@ def _report_scores(life: Life, known: Mapping[str, float]) -> dict[str, float]:
     if new := {name: value for name, value in scores.items() if name not in known}:
         life.report(new, life.trained.steps)
     return scores
+
+
+def _moment() -> str:
+    """Now, as a row says it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

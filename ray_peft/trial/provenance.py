@@ -41,6 +41,19 @@ def device_name(device: str) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
+def gpu_number(device: str) -> str | None:
+    """Which of the machine's GPUs a device of this process is: a process may be shown some of them only.
+
+    Args:
+        device: "cpu", or "cuda:N" with N counted among the GPUs that this process sees.
+    """
+    if not device.startswith("cuda"):
+        return None
+    place = int(device.partition(":")[2] or 0)
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[place] if place < len(visible) else str(place)
+
+
 def git_commit() -> str | None:
     """The commit of this package's working tree, with "+dirty" where it was changed; None outside a repository."""
     here = Path(__file__).resolve().parent

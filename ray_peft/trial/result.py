@@ -72,8 +72,13 @@ class Provenance(Strict):
     """SHA-256 of the model's config and weight index, or its hub commit."""
     data_key: str | None = None
     """Content hash of the prepared rows."""
+    gpu: str | None = None
+    """Number or UUID of the GPU that rank 0 used, as the machine counts them; None on a CPU, and in rows of versions up
+    to 0.2.0."""
     started_at: str = ""
-    """ISO 8601, UTC."""
+    """Start of the trial's last attempt; ISO 8601, UTC."""
+    ended_at: str = ""
+    """Its end; empty in rows of versions up to 0.2.0."""
 
 
 class TrialResult(Measured):

@@ -28,8 +28,8 @@ def test_budgets_and_ties():
             ]
         )
     )
-    assert "Best quality: full and lora (ROUGE-L 1.0000 and 1.0000): no row is shown to be better" in text
-    assert "recommended: lora, which takes the least memory (4.00 GiB) and the least training time (40.0 s)." in text
+    assert "Take lora: ROUGE-L 1.0000 (1.000 to 1.000); no method is shown to be better than it, and full" in text
+    assert "Of these lora takes the least memory (4.00 GiB) and the least training time (40.0 s)." in text
     assert (
         "shown to be better: full and lora; shown to be worse: galore; "
         "no difference that these rows can show: qlora." in text
@@ -73,13 +73,13 @@ def test_one_row():
 def test_no_base():
     text, _ = said(material([(trial("lora"), POOR), (trial("full"), REFERENCES)]))
     assert "Whether fine-tuning helps cannot be said" in text
-    assert "Best quality: full (ROUGE-L 1.0000), shown to be better than every other row." in text
+    assert "Take full: ROUGE-L 1.0000 (1.000 to 1.000), shown to be better than every other method." in text
 
 
 def test_no_answers():
     text, _ = said(material([(trial("none", loss=2.0), None), (trial("lora", loss=1.0), None)]))
     assert "No answers are on file" in text
-    assert "Best quality: lora (held-out loss 1.0000), lower by more than the margin than every other row." in text
+    assert "Take lora: held-out loss 1.0000, lower by more than 1% than every other method." in text
     assert "Against the model without fine-tuning: lower loss: lora." in text
 
 
@@ -95,9 +95,7 @@ def test_tied_rows_of_which_each_is_cheaper_in_its_way():
     slow = trial("lora", memory=1.0)
     slow = slow.model_copy(update={"usage": slow.usage.model_copy(update={"train_s": 99.0})})
     text, _ = said(material([(slow, POOR), (trial("full", memory=5.0), POOR)]))
-    assert (
-        "lora, which takes the least memory (1.00 GiB); or full, which takes the least training time (50.0 s)" in text
-    )
+    assert "lora takes the least memory (1.00 GiB); full takes the least training time (50.0 s)." in text
 
 
 def test_every_model_has_its_own_base():

@@ -127,7 +127,7 @@ def test_scores_and_resources_by_hand():
     ]
     text = written(results, notes=["90 rows read, 3 dropped"])
     scores = cells(text, "Scores")
-    assert list(scores) == ["Trial", ":---", "none", "full", "qlora"]
+    assert list(scores) == ["Trial", ":---", "qlora", "none", "full"]
     assert scores["none"][:7] == ["finished", "2.5000", "-", "0.0582", "-", "0.1632", "-"]
     assert scores["full"][:2] == ["out of memory", "-"]
     assert scores["qlora"][1:] == [
@@ -169,7 +169,7 @@ def test_intervals_and_ties():
 def test_seeds_are_aggregated_beside_the_single_rows():
     results = [trial("lora", seed=s, scores=(float(s), 0.1 * s, 0.2 * s)) for s in (1, 2)]
     text = written([trial("none", seed=1, scores=(4.0, 0.1, 0.2)), *results])
-    assert list(cells(text, "Scores"))[2:] == ["none seed=1", "lora seed=1", "lora seed=2"]
+    assert list(cells(text, "Scores"))[2:] == ["lora seed=1", "lora seed=2", "none seed=1"]
     line = cells(text, "Over seeds")["lora"]
     assert line[:3] == ["2 of 2", "1.5000 (1.0000 to 2.0000)", "-2.5000 (-3.0000 to -2.0000)"]
 

@@ -14,7 +14,7 @@ from ray_peft.report.palette import SERIES, VARIABLES, styles
 
 def test_the_plots_of_a_sweep_are_the_same_each_time(swept):
     before = {path.name: path.read_bytes() for path in (swept / "plots").iterdir()}
-    names = ["quality_memory.svg", "quality_time.svg", "losses.svg", "memory.svg", "time.svg"]
+    names = ["quality.svg", "losses.svg", "timeline.svg", "memory.svg", "time.svg"]
     assert [path.name for path in write_report(swept)[3:]] == names
     assert {path.name: path.read_bytes() for path in (swept / "plots").iterdir()} == before
     markdown = (swept / "report.md").read_text()

@@ -42,7 +42,7 @@ def test_chinese_rows_of_the_first_version_are_scored_again(tmp_path):
     assert "BLEU-4 of zh tokens and ROUGE-L of words of Unicode" in text
     assert "| chrF |" in text
     # Six of twelve rows differ: two flips of 64 are as far as that.
-    assert "Best quality: lora (ROUGE-L 1.0000), shown to be better than every other row." in text
+    assert "Take lora: ROUGE-L 1.0000 (1.000 to 1.000), shown to be better than every other method." in text
 
 
 def test_english_rows_of_the_first_version_stay_as_they_are(tmp_path):

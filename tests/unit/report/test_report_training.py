@@ -85,7 +85,7 @@ def test_storage(text):
 
 def test_ties_of_the_whole_sweep(text):
     tiers, matrix, pairs = tables(text, "Which differences are shown")
-    assert [each[1] for each in tiers[1:]] == ["1", "1", "2", "2", "2", "3", "4"]
+    assert [each[1] for each in tiers[1:]] == ["1", "1", "2", "2", "2", "2", "3"]
     names = [each[0].partition(": ")[2] for each in matrix[1:]]
     assert names == [each[0] for each in tiers[1:]]
     assert matrix[0][1:] == list("ABCDEFG")
