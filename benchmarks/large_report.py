@@ -15,6 +15,7 @@ import random
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def one_trial(folder: Path, trial: TrialSpec, rows: list[tuple[str, str]], gpu: 
             {"step": step, "time_s": step / 7, "train_loss": 1.6 + math.exp(-step / 60) + rng.gauss(0, 0.03)}
             for step in range(10, STEPS + 1, 10)
         ])  # fmt: skip
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(1_800_000_000 + start_s))
+    moments = [datetime.fromtimestamp(1_800_000_000 + at, UTC).isoformat() for at in (start_s, start_s + train_s + 22)]
     return TrialResult(
         trial_id=trial.trial_id, status="finished", spec=trial, steps=STEPS if train_s else 0,
         scores=Scores(
@@ -147,7 +148,9 @@ def one_trial(folder: Path, trial: TrialSpec, rows: list[tuple[str, str]], gpu: 
             peak_allocated_gib=gib, peak_reserved_gib=1.2 * gib, train_s=train_s, evaluate_s=20.0, load_s=2.0,
             wall_time_s=train_s + 22, steps_per_s=STEPS / train_s if train_s else None,
         ),
-        provenance=Provenance(device="generated", hostname="host", data_key="d", started_at=started),
+        provenance=Provenance(
+            device="generated", hostname="host", data_key="d", gpu=str(gpu), started_at=moments[0], ended_at=moments[1],
+        ),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from ray_peft.report.material import Material
 from ray_peft.report.rowwise import row_by_row
 from ray_peft.report.table import Row, seed_groups
 from ray_peft.report.ties import heading
-from ray_peft.report.timeline import Lane, lanes
+from ray_peft.report.timeline import STOPPED_S, Lane, lanes
 
 
 def build(material: Material) -> Document:
@@ -94,6 +94,7 @@ def _how_timed(ran: Sequence[Lane]) -> list[Block]:
     parts = []
     if any(not row.result.provenance.ended_at for row in rows):
         parts.append("Rows of an earlier version do not say when they ended: they end when their seconds are over.")
+    parts.append(f"Times in which no trial ran anywhere for {STOPPED_S / 60:.0f} minutes are left out.")
     if any(row.result.resumed_from_step is not None for row in rows):
         parts.append("Of a trial that was interrupted, the last attempt is shown.")
     return [Paragraph(" ".join(parts))] if parts else []

@@ -150,7 +150,9 @@ def timeline(ran: Sequence[Lane]) -> list[Figure]:
             for method, colour in colours.items():
                 spans = [span for span in lane.spans if _method(span.row) == method]
                 bars = [(span.start_s / seconds, (span.end_s - span.start_s) / seconds) for span in spans]
-                axes.broken_barh(bars, (place - 0.36, 0.72), color=colour, edgecolor=PAPER, linewidth=0.6)
+                # A rim tells bars apart, and would hide a bar that is hardly wider than itself.
+                rims = [PAPER if width * seconds > end / 200 else colour for _, width in bars]
+                axes.broken_barh(bars, (place - 0.36, 0.72), facecolors=colour, edgecolors=rims, linewidth=0.6)
             for span in lane.spans:
                 if span.row.status != "finished":
                     axes.plot([span.end_s / seconds], [place], "x", color=INK, markersize=5)

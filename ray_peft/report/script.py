@@ -84,7 +84,7 @@ function comparable(box) {
     const differing = settings.filter(([, values]) => values[a.value] !== values[b.value]);
     const cells = (values) => [a, b].map((one) => make("td", {className: "text"}, values[one.value] ?? "-"));
     body.replaceChildren(...differing.map(([name, values]) => make("tr", {}, named("row", name), ...cells(values))));
-    said.value = differing.length + " settings differ";
+    said.value = differing.length + " of " + settings.length + " settings differ";
   };
   const controls = make("div", {className: "controls"}, first, second, said);
   box.append(controls, make("div", {className: "scroll"}, table));

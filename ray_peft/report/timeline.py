@@ -44,15 +44,17 @@ class Lane:
 def lanes(rows: Sequence[Row]) -> list[Lane]:
     """The lanes of all trials that say when they started; trials that overlap on one device get a lane each.
 
-    A row of an earlier version does not say when it ended nor on which GPU it ran: it then ended when its seconds were
-    over, and the GPUs of its machine are told apart by what overlapped.
+    Times when the whole sweep was stopped are left out. A row of an earlier version does not say when it ended nor on
+    which GPU it ran: it then ended when its seconds were over, and the GPUs of its machine are told apart by what
+    overlapped.
     """
     timed = [(row, *moments) for row in rows if (moments := _moments(row)) is not None]
     if not timed:
         return []
-    first = min(start for _, start, _ in timed)
+    timed.sort(key=lambda entry: entry[1:])
+    shifts = _without_stops([(start, end) for _, start, end in timed])
     free: dict[str, list[list[Span]]] = {}
-    for row, start, end in sorted(timed, key=lambda entry: entry[1:]):
+    for (row, start, end), first in zip(timed, shifts, strict=True):
         span = Span(row=row, start_s=(start - first).total_seconds(), end_s=(end - first).total_seconds())
         device = _device(row)
         places = free.setdefault(device, [])
@@ -70,6 +72,21 @@ def lanes(rows: Sequence[Row]) -> list[Lane]:
 
 _SLACK_S = 1.0
 """Starts are told in whole seconds."""
+STOPPED_S = 600.0
+"""Where no trial ran anywhere for longer, the sweep was stopped and went on later."""
+
+
+def _without_stops(moments: Sequence[tuple[datetime, datetime]]) -> list[datetime]:
+    """For each trial, by ascending start, the moment that its seconds count from: stops of the sweep take no time."""
+    shifts = []
+    zero = busy_until = moments[0][0]
+    for start, end in moments:
+        idle = start - busy_until
+        if idle.total_seconds() > STOPPED_S:
+            zero += idle
+        busy_until = max(busy_until, end)
+        shifts.append(zero)
+    return shifts
 
 
 def _moments(row: Row) -> tuple[datetime, datetime] | None:
