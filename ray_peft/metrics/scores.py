@@ -21,6 +21,12 @@ class Scores(Measured):
     """Mean ROUGE-L F-measure, 0 to 1."""
     chrf: float | None = None
     """Corpus chrF2, 0 to 1: of characters, so it needs no tokenizer."""
+    exact_match: float | None = None
+    """Share of answers that are the reference, but for case, punctuation and articles, 0 to 1."""
+    token_f1: float | None = None
+    """Mean F1 of the words of answer and reference, normalised in the same way, 0 to 1."""
+    own: dict[str, float] = {}
+    """Means over rows of the metrics in `evaluation.metrics`, by the name of the function."""
     bleu_tokenizer: str | None = None
     """What cut the texts for bleu4, by sacrebleu's name: that of the references' script (metrics/scripts.py). Of rows
     that do not say it, it was 13a."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from ray_peft.metrics.intervals import DifferenceInterval
-from ray_peft.report.columns import Column, row_table
+from ray_peft.report.columns import Column, Read, row_table
 from ray_peft.report.digits import MISSING, fixed, percent, spread_text
 from ray_peft.report.document import Block, Heading, Paragraph, Table
 from ray_peft.report.table import Row, Score, SeedGroup
@@ -74,6 +74,9 @@ def scores(
         ("vs base", lambda row: _difference(row.rouge_l, rouge.get(row.trial_id))),
         ("chrF", lambda row: fixed(row.chrf.value, 4)),
         ("vs base", lambda row: _difference(row.chrf, chrf.get(row.trial_id))),
+        ("Exact match", lambda row: fixed(row.exact_match, 4)),
+        ("F1", lambda row: fixed(row.result.scores.token_f1, 4)),
+        *((name, _own(name)) for name in dict.fromkeys(name for row in compared for name in row.result.scores.own)),
         ("Style, held out", lambda row: fixed(row.style_heldout.value, 4)),
         ("vs base", lambda row: _difference(row.style_heldout)),
         ("Style, training", lambda row: fixed(row.style_train.value, 4)),
@@ -100,6 +103,10 @@ def scores(
     paragraphs += _cut(compared)
     paragraphs += [_STYLE] if any(row.style_heldout.value is not None for row in compared) else []
     return [*blocks, *(Paragraph(interval) for interval in paragraphs)]
+
+
+def _own(name: str) -> Read:
+    return lambda row: fixed(row.result.scores.own.get(name), 4)
 
 
 def _cut(compared: Sequence[Row]) -> list[str]:

@@ -79,6 +79,11 @@ class Row:
         return self._score(lambda result: result.scores.chrf)
 
     @property
+    def exact_match(self) -> float | None:
+        """Share of exact answers; None where there is none, as of long answers."""
+        return self.result.scores.exact_match or None
+
+    @property
     def style_heldout(self) -> Score:
         """Likeness in style to the held-out paintings."""
         return self._style(lambda result: result.scores.style_heldout)

@@ -101,6 +101,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "batch_size": 32,
         "samples": 10,
         "benchmarks": None,
+        "metrics": [],
     },
     "ImageDataSpec": {
         "train": 1.0,

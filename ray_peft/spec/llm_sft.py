@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -149,6 +149,8 @@ class EvaluationSpec(Strict):
     """Rows of the sample table: prompt, reference and answer."""
     benchmarks: BenchmarksSpec | None = None
     """Tasks of lm-eval after that; None runs none."""
+    metrics: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")], ...] = ()
+    """Metrics of one's own: MODULE:FUNCTION of functions that give a number for an answer and its reference."""
 
 
 class LlmTrialSpec(TrialSpec):

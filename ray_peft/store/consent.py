@@ -19,6 +19,8 @@ def check_consent(spec: TrialSpec, run_id: str, *, trust_remote_code: bool) -> N
     benchmarks = spec.evaluation.benchmarks if isinstance(spec, LlmTrialSpec) else None
     if benchmarks is not None and benchmarks.allow_code_execution:
         trusting.append("evaluation.benchmarks.allow_code_execution: true")
+    if isinstance(spec, LlmTrialSpec) and spec.evaluation.metrics:
+        trusting.append(f"evaluation.metrics: {', '.join(spec.evaluation.metrics)}")
     if trusting:
         raise SpecError(
             f"run {run_id} says {' and '.join(trusting)}: Python code from there would run on this machine; look at "

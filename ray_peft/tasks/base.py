@@ -46,6 +46,12 @@ class Scored:
     samples: list[Sample] = field(default_factory=list)
     answers: list[tuple[str, str]] = field(default_factory=list)
     """(prediction, reference) of every answered row, in row order."""
+    prompts: list[str] = field(default_factory=list)
+    """The prompt of every answered row."""
+    ended: list[bool] = field(default_factory=list)
+    """Whether each answer ended by itself, and not because it had `evaluation.max_new_tokens`."""
+    own: dict[str, list[float]] = field(default_factory=dict)
+    """By name of a metric of `evaluation.metrics`, its value for every answered row."""
     images: list[GeneratedImage] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     """The loss of every held-out row, in row order; empty if only their mean is known."""

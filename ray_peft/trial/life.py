@@ -342,11 +342,7 @@ def evaluate(life: Life, bench: Bench) -> None:
     folder = life.place.folder
     samples = [sample.plain() for sample in life.scored.samples]
     _write_lines(folder / "samples.jsonl", samples)
-    answers = [
-        {"row": row, "prediction": prediction, "reference": reference}
-        for row, (prediction, reference) in enumerate(life.scored.answers)
-    ]
-    _write_lines(folder / "answers.jsonl", answers)
+    _write_lines(folder / "answers.jsonl", _answers(life.scored))
     if losses := _row_losses(life.scored):
         _write_lines(folder / "losses.jsonl", losses)
     reported = _report_scores(life, {})
@@ -375,6 +371,18 @@ def _keep_questions(life: Life) -> None:
     _write_lines(file, [question.plain() for question in life.scored.questions])
     if life.tracker is not None:
         life.tracker.artifact(file, "evaluation")
+
+
+def _answers(scored: Scored) -> list[dict[str, Any]]:
+    """The lines of `answers.jsonl`: each answered row with what is known of its answer."""
+    lines: list[dict[str, Any]] = []
+    for row, (prediction, reference) in enumerate(scored.answers):
+        line: dict[str, Any] = {"row": row, "prediction": prediction, "reference": reference}
+        line |= {"prompt": scored.prompts[row]} if scored.prompts else {}
+        line |= {"ended": scored.ended[row]} if scored.ended else {}
+        line |= {"own": {name: values[row] for name, values in scored.own.items()}} if scored.own else {}
+        lines.append(line)
+    return lines
 
 
 def _row_losses(scored: Scored) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
     plain = result.plain()
     for name in TOKENIZERS:  # words, which are tags
         plain["scores"].pop(name)
-    benchmarks = ("benchmarks", "benchmark_stderr", "benchmark_rows")
+    benchmarks = ("benchmarks", "benchmark_stderr", "benchmark_rows", "own")
     numbers = {
         f"scores.{part}.{_REFUSED.sub('_', name)}": value
         for part in benchmarks

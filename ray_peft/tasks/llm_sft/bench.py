@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, cast
 
 from ray_peft.engine.trained import Report, Trained
@@ -120,14 +121,16 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
         pad = cast(int, self.tokenizer.pad_token_id)
         return token_log_probs(self.spec, self.model, self.data.test, pad, self.lowered)
 
-    def answer(self, rows: Dataset) -> list[str]:
-        """Greedy answers to the rows' prompts."""
+    def answer(self, rows: Dataset, ended: list[bool] | None = None) -> list[str]:
+        """Greedy answers to the rows' prompts; `ended` gets, for each of them, whether it ended by itself."""
         from ray_peft.tasks.llm_sft.evaluate import answers
 
-        return answers(self.spec, self.model, self.tokenizer, rows, lowered=self.lowered)
+        return answers(self.spec, self.model, self.tokenizer, rows, lowered=self.lowered, ended=ended)
 
     def evaluate(self) -> Scored:
-        """Loss, BLEU-4, ROUGE-L and chrF on the held-out rows."""
+        """Loss, scores of the answers, and what is behind them, on the held-out rows."""
+        from ray_peft.metrics.own_metrics import name_of
+        from ray_peft.metrics.own_metrics import rows as own_rows
         from ray_peft.tasks.llm_sft.scores import row_losses, score_answers
 
         log_probs, count = self.answer_log_probs(), len(self.data.test)
@@ -136,7 +139,8 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
         if not self.spec.evaluation.generate:
             return Scored(Scores(eval_loss=loss, eval_rows=count), losses=losses, loss_tokens=tokens)
         rows = self.data.test.select(range(min(self.spec.evaluation.rows or count, count)))
-        predictions, references = self.answer(rows), list(rows["reference"])
+        ended: list[bool] = []
+        predictions, references = self.answer(rows, ended), list(rows["reference"])
         samples = [
             Sample(
                 row=index,
@@ -147,9 +151,18 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
             )
             for index in range(min(self.spec.evaluation.samples, len(rows)))
         ]
-        scores = score_answers(predictions, references).model_copy(update={"eval_loss": loss, "eval_rows": count})
-        answered = list(zip(predictions, references, strict=True))
-        return Scored(scores, samples, answered, losses=losses, loss_tokens=tokens)
+        own = {name_of(path): own_rows(path, predictions, references) for path in self.spec.evaluation.metrics}
+        more = {"eval_loss": loss, "eval_rows": count, "own": {name: fmean(values) for name, values in own.items()}}
+        return Scored(
+            score_answers(predictions, references).model_copy(update=more),
+            samples,
+            answers=list(zip(predictions, references, strict=True)),
+            prompts=list(rows["prompt"]),
+            ended=ended,
+            own=own,
+            losses=losses,
+            loss_tokens=tokens,
+        )
 
     def benchmark(self, scored: Scored) -> Scored:
         """`scored` with the scores of the lm-eval tasks in `evaluation.benchmarks`."""

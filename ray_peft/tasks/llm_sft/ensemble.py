@@ -202,12 +202,12 @@ class LlmEnsemble(LlmBench, EnsembleBench):
         logs = torch.tensor([math.log(weight) if weight else -math.inf for weight in self.weights])
         return torch.logsumexp(self._log_probs(self.data.test) + logs.double()[:, None], dim=0)
 
-    def answer(self, rows: Dataset) -> list[str]:
+    def answer(self, rows: Dataset, ended: list[bool] | None = None) -> list[str]:
         """Greedy answers; members without weight are not asked."""
         asked = self._asked()
         with self._ready(asked[1:]), asked[0][0].at_work() as model:
             mixture = Mixture([member.voice(weight) for member, weight in asked], _mixer(asked))
-            return answers(self.spec, model, self.tokenizer, rows, mixture, lowered=self.lowered)
+            return answers(self.spec, model, self.tokenizer, rows, mixture, lowered=self.lowered, ended=ended)
 
     def benchmark(self, scored: Scored) -> Scored:
         """`scored` with what the lm-eval tasks say of the mixture's answers; members without weight are not asked."""

@@ -125,6 +125,7 @@ def answers(
     mixture: Mixture | None = None,
     *,
     lowered: dict[str, int] | None = None,
+    ended: list[bool] | None = None,
 ) -> list[str]:
     """The model's greedy answers, in the order of `rows`; those of its own `generate`.
 
@@ -139,6 +140,7 @@ def answers(
         rows: with `prompt_ids`.
         mixture: of an ensemble, of which `model` is the first member's, at work.
         lowered: `Bench.lowered`, read and written at `EVALUATION_BATCH`; null remembers nothing.
+        ended: gets for each answer whether it ended by itself, and not because it had as many tokens as it may.
 
     Raises:
         torch.OutOfMemoryError: a single row does not fit.
@@ -166,7 +168,12 @@ def answers(
             answered, size = _generated(model, tokenizer, prompts, settings, first, processor)
     if size < first:
         lowered[EVALUATION_BATCH] = size
+    stops = frozenset(settings.eos_token_id)
     texts = tokenizer.batch_decode([answered[row] for row in range(len(prompts))], skip_special_tokens=True)
+    if ended is not None:
+        ended += [
+            not stops.isdisjoint(answered[row]) or bool(end.text and end.text in text) for row, text in enumerate(texts)
+        ]
     return [(text.partition(end.text)[0] if end.text else text).strip() for text in texts]
 
 

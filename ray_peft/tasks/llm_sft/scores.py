@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ray_peft.metrics.chrf_scores import chrf
 from ray_peft.metrics.scores import Scores
 from ray_peft.metrics.scripts import tokenizers
+from ray_peft.metrics.short_answers import exact_match, token_f1
 from ray_peft.metrics.text_scores import bleu4, rouge_l
 from ray_peft.tasks.llm_sft.data import IGNORED
 
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
 
 
 def score_answers(predictions: Sequence[str], references: Sequence[str]) -> Scores:
-    """BLEU-4, ROUGE-L and chrF with the tokenisers of the references' script, which are named."""
+    """BLEU-4, ROUGE-L, chrF, exact match and F1 with the tokenisers of the references' script, which are named."""
     chosen = tokenizers(references)
     return Scores(
         bleu4=bleu4(predictions, references, chosen.bleu),
         rouge_l=rouge_l(predictions, references, chosen.rouge),
         chrf=chrf(predictions, references),
+        exact_match=exact_match(predictions, references),
+        token_f1=token_f1(predictions, references),
         bleu_tokenizer=chosen.bleu,
         rouge_tokenizer=chosen.rouge,
         generated_rows=len(references),

@@ -30,12 +30,15 @@ class LlmSft(TaskType[LlmTrialSpec]):
 
     def inspect(self, spec: LlmTrialSpec) -> Inspection:
         """Load config and tokenizer, find the benchmarks and their data, and prepare the rows."""
+        from ray_peft.metrics.own_metrics import load
         from ray_peft.tasks.llm_sft import benchmarks, counts, data, decoding, ensemble, fits, model, targets
 
         for trial in (spec, *spec.members()):
             model.check(trial.model)
         reach = targets.check(spec)
         benchmarks.check(spec)
+        for path in spec.evaluation.metrics:
+            load(path)
         ensemble.check_members(spec)
         prepared = _inspected_rows(spec)
         cautions = counts.cautions(prepared.facts)
