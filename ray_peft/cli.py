@@ -157,6 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_trust(command)
     command.set_defaults(act=_export)
 
+    command = commands.add_parser("promote", help="register a trial's adapter as a model version with the alias best")
+    command.add_argument("trial", help="a trial's id from the report, or the id of its MLflow run")
+    command.add_argument("name", help="the registered model's name, such as support-answers")
+    command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
+    command.set_defaults(act=_promote)
+
     command = commands.add_parser("ui", help="open the MLflow UI on the results")
     command.add_argument("--tracking-uri", help="default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
     command.add_argument("--host", default="127.0.0.1")
@@ -355,6 +361,17 @@ def _export(options: argparse.Namespace) -> int:
     size = f"{exported.num_bytes / 2**20:.1f} MiB"
     _say(f"{exported.folder}: {exported.format} of {exported.trial_id} in {exported.dtype}, {size}")
     _say(f"held-out loss {exported.eval_loss_before:.4f} as saved, {exported.eval_loss_after:.4f} as exported")
+    return 0
+
+
+def _promote(options: argparse.Namespace) -> int:
+    from ray_peft.schedule.experiment import tracking_uri
+    from ray_peft.space.read import TrackingSpec
+    from ray_peft.store import tracking
+
+    uri = tracking_uri(options.tracking_uri, TrackingSpec())
+    promoted = tracking.promote(uri, options.trial, options.name)
+    _say(f"{promoted.trial_id}: version {promoted.version} of {promoted.name}, {promoted.uri}")
     return 0
 
 

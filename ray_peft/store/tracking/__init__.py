@@ -5,6 +5,7 @@ package does not import mlflow.
 """
 
 from ray_peft.store.tracking.closed import is_closed
+from ray_peft.store.tracking.registry import Promoted, promote
 from ray_peft.store.tracking.runs import (
     RunStatus,
     close_if_open,
@@ -24,6 +25,7 @@ from ray_peft.store.tracking.ui import ui_command, ui_environment
 
 __all__ = [
     "MissingError",
+    "Promoted",
     "RunStatus",
     "Store",
     "TrialTracker",
@@ -38,6 +40,7 @@ __all__ = [
     "load_spec",
     "move_below",
     "open_store",
+    "promote",
     "send",
     "sent_to",
     "start_sweep",

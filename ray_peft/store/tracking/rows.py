@@ -48,4 +48,6 @@ def final_tags(result: TrialResult) -> dict[str, str]:
             tags[name] = json.dumps(settings)
     tags |= {name: used for name in TOKENIZERS if (used := getattr(result.scores, name)) is not None}
     tags |= {f"version.{name}": provenance.versions.get(name, "") for name in _MAIN_VERSIONS}
-    return {f"ray_peft.{name}": value for name, value in tags.items()}
+    # Where MLflow's list shows it beside the source.
+    source = {"mlflow.source.git.commit": provenance.git_commit.removesuffix("+dirty")} if provenance.git_commit else {}
+    return {f"ray_peft.{name}": value for name, value in tags.items()} | source

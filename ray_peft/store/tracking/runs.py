@@ -242,7 +242,8 @@ def create_run(
         TrackingError: the store does not take it.
     """
     start, attempts = token or uuid.uuid4().hex, int(again)
-    all_tags = {tag.key: tag.value for tag in run_tags({**tags, "ray_peft.start": start})}
+    source = {"mlflow.source.name": f"ray-peft: {tags.get('ray_peft.sweep', name)}", "mlflow.source.type": "LOCAL"}
+    all_tags = {tag.key: tag.value for tag in run_tags({**source, **tags, "ray_peft.start": start})}
 
     def create() -> str:
         nonlocal attempts

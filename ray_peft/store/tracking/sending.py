@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from ray_peft.foundation.masking import mask
 from ray_peft.foundation.measured import from_json
 from ray_peft.foundation.storage import error_line
 from ray_peft.store.outbox import Entry, Outbox, Sent
+from ray_peft.store.tracking.inputs import DataSet, data_sets
 from ray_peft.store.tracking.rows import final_metrics, final_tags
 from ray_peft.store.tracking.runs import close, create_run, points, run_tags, running, upload
 from ray_peft.store.tracking.store import Store, connect, insist
@@ -24,6 +25,7 @@ from ray_peft.trial.result import TrialResult
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput, Metric
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +195,9 @@ class _Sending:
         row = TrialResult.model_validate_json(entry["row"]).model_copy(update={"mlflow_run_id": self.run_id})
         what = f"store the result of trial {row.trial_id}"
         final, tags = points(final_metrics(row), row.steps, entry["at"]), run_tags(final_tags(row))
-        self.insist(what, partial(self.client.log_batch, self.run_id, metrics=final, tags=tags))
+        sets = data_sets(row)
+        self.insist(what, partial(self.client.log_inputs, self.run_id, datasets=[_input(data) for data in sets]))
+        self.insist(what, partial(self.client.log_batch, self.run_id, metrics=_linked(final, sets), tags=tags))
         files = {
             "result.json": json.dumps(row.plain(), indent=2),
             "versions.json": json.dumps(row.provenance.versions, indent=2, sort_keys=True),
@@ -205,6 +209,29 @@ class _Sending:
         status = {"finished": "FINISHED", "cancelled": "KILLED"}.get(row.status, "FAILED")
         self.insist(what, partial(self.client.set_terminated, self.run_id, status, entry["at"]))
         self.sent.closed = True
+
+
+def _input(data: DataSet) -> DatasetInput:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    entity = Dataset(data.name, data.digest, data.source_type, data.source, profile=data.profile)
+    return DatasetInput(entity, [InputTag("mlflow.data.context", data.context)])
+
+
+def _linked(final: Sequence[Metric], sets: Sequence[DataSet]) -> list[Metric]:
+    """The metrics, of which scores say their data set, where there is one."""
+    from mlflow.entities import Metric
+
+    held_out = [data for data in sets if data.context == "testing"]
+    if len(held_out) != 1:
+        return list(final)
+    of = {"dataset_name": held_out[0].name, "dataset_digest": held_out[0].digest}
+    return [
+        Metric(metric.key, metric.value, metric.timestamp, metric.step, **of)
+        if metric.key.startswith("scores.") and not metric.key.startswith("scores.benchmark")
+        else metric
+        for metric in final
+    ]
 
 
 def _batch(waiting: list[tuple[Entry, int]]) -> int:

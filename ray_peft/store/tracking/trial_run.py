@@ -16,6 +16,7 @@ from ray_peft.foundation import dotted
 from ray_peft.foundation.masking import mask
 from ray_peft.spec import TrialSpec
 from ray_peft.store.outbox import Outbox
+from ray_peft.store.tracking.inputs import group_of
 from ray_peft.store.tracking.runs import fetch
 from ray_peft.store.tracking.sending import send, sent_to, why_unsent
 from ray_peft.store.tracking.store import PATIENCE_S, Store
@@ -55,6 +56,7 @@ class TrialTracker:
         A run of the same trial that a killed process left open is closed as KILLED.
         """
         tags = {"ray_peft.trial_id": spec.trial_id, "ray_peft.method": spec.method.name, "ray_peft.sweep": self._sweep}
+        tags["group"] = group_of(spec)
         if self._parent is not None:
             tags["mlflow.parentRunId"] = self._parent
         values = {key: mask(value) for key, value in flatten(spec.plain()).items()}
