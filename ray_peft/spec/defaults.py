@@ -29,6 +29,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "gradients": "device",
         "eps": 1e-06,
     },
+    "Adapter": {"adapter_dtype": "float32", "lr": 0.0002, "optim": "adamw"},
+    "LayerAdapter": {
+        "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "modules_to_save": [],
+    },
     "LowRankAdapter": {
         "rank": 16,
         "alpha": 32.0,
@@ -37,6 +42,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "adapter_dtype": "float32",
         "lr": 0.0002,
         "optim": "adamw",
+        "rank_pattern": {},
+        "alpha_pattern": {},
     },
     "QLoRA": {"quant_type": "nf4", "double_quant": True, "compute_dtype": "bfloat16"},
     "QLoRAThenGaLore": {"switch_at": 2 / 3},

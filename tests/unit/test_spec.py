@@ -62,7 +62,8 @@ def test_text_is_no_number():
         (None, {"resources__gpus_per_worker": 2.0}, "a worker uses one GPU"),
         ({"name": "full"}, {"model__quantization": {}}, "use method qlora"),
         ({"name": "galore"}, {"model__quantization": {}}, "use method qlora"),
-        ({"name": "lora"}, {"model__quantization": {}}, "is method qlora"),
+        ({"name": "qlora"}, {"model__quantization": "int8"}, "model.quantization says int8; use method lora"),
+        (None, {"model__quantization": {"quant_type": "int8", "double_quant": False}}, "int8 has no double_quant"),
     ],
 )
 def test_what_cannot_mean_what_it_says_is_refused_with_the_way_out(method, changes, words):

@@ -174,7 +174,8 @@ def components(
 
 def keeps_gradients(spec: LlmTrialSpec, stage: Stage) -> bool:
     """Whether gradients lie in memory between steps: recorded passes add to the same tensors."""
-    return spec.train.cuda_graphs and not stage.conflicts(accumulates=True, num_workers=1)
+    in_eight_bits = spec.quantization is not None and spec.quantization.bits == 8  # those wait for what they find
+    return spec.train.cuda_graphs and not in_eight_bits and not stage.conflicts(accumulates=True, num_workers=1)
 
 
 def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTrainedModel:
@@ -182,8 +183,8 @@ def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTra
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
-    from ray_peft.tasks.llm_sft.targets import four_bit_layers
-    from ray_peft.vram.stand_ins import quantize
+    from ray_peft.tasks.llm_sft.targets import quantised_layers
+    from ray_peft.vram.quantised_layers import quantize
 
     method = stage or spec.method
     attention = spec.model.attention
@@ -194,7 +195,7 @@ def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTra
         )
     quantization = method.quantization() or (None if method.needs_full_weights else spec.model.quantization)
     if quantization is not None:
-        quantize(model, quantization, four_bit_layers(model))
+        quantize(model, quantization, quantised_layers(model))
     add_fused_lm_head(model)
     model.requires_grad_(False)
     return model

@@ -1,4 +1,4 @@
-"""Loading the base model: plain or 4-bit, with its own weights or random ones of its shape."""
+"""Loading the base model: plain or quantised, with its own weights or random ones of its shape."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def load_config(model: ModelSpec) -> PretrainedConfig:
         how = stored_as if isinstance(stored_as, dict) else stored_as.to_dict()
         raise ModelError(
             f"model.name: {model.name}: its weights are stored quantised ({how.get('quant_method', 'unknown')}); give "
-            "the plain model: method qlora, or model.quantization, stores its weights in 4 bits while it is loaded"
+            "the plain model: method qlora, or model.quantization, quantises its weights while it is loaded"
         )
     if is_local(model.name) and not model.random_weights:
         files_of(model, config)
@@ -192,12 +192,15 @@ def from_folder(
     if quantization is not None:
         from transformers import BitsAndBytesConfig
 
-        settings["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization.quant_type,
-            bnb_4bit_use_double_quant=quantization.double_quant,
-            bnb_4bit_compute_dtype=getattr(torch, quantization.compute_dtype),
-        )
+        how: dict[str, Any] = {"load_in_8bit": True}
+        if quantization.bits == 4:
+            how = {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": quantization.quant_type,
+                "bnb_4bit_use_double_quant": quantization.double_quant,
+                "bnb_4bit_compute_dtype": getattr(torch, quantization.compute_dtype),
+            }
+        settings["quantization_config"] = BitsAndBytesConfig(**how)  # type: ignore[no-untyped-call]
     if spec.attention is not None:
         settings["attn_implementation"] = spec.attention
     if is_local(folder):

@@ -20,6 +20,8 @@ def why_alone(spec: LlmTrialSpec) -> str | None:
     method = spec.method
     if not isinstance(method, LoRA | QLoRA):
         return f"method {method.name} has no adapter that lies beside those of others; lora and qlora have"
+    if spec.quantization is not None and spec.quantization.bits == 8:
+        return "a base in int8 looks for outliers in all rows of a pass; use nf4"
     if method.dropout:
         return f"method.dropout is {method.dropout:g}; set dropout: 0"
     if method.optim != "adamw":

@@ -98,6 +98,7 @@ def packs(spec: LlmTrialSpec, model: PreTrainedModel) -> bool:
         model.device.type == "cuda"
         and spec.train.cuda_graphs
         and config._attn_implementation in ("sdpa", "eager")
+        and not getattr(model, "is_loaded_in_8bit", False)  # which waits for what it finds in a pass
         and not getattr(config, "router_aux_loss_coef", 0.0)  # experts take what their content decides
     )
 
