@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+def on_shapes(model: nn.Module) -> bool:
+    """Whether a model has no numbers, so that nothing can be initialised from them."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 class Adapter(Stage):
     """A frozen base and what one of PEFT's configs adds to it."""
 
@@ -53,7 +58,7 @@ class Adapter(Stage):
         return self.peft_kind in PROMPTS
 
     @abstractmethod
-    def settings(self, model: nn.Module) -> dict[str, Any]:
+    def config_fields(self, model: nn.Module) -> dict[str, Any]:
         """The fields of PEFT's config that the method's settings mean; on the meta device without initial values."""
 
     def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
@@ -74,7 +79,7 @@ class Adapter(Stage):
         """Why what it trains cannot be added to the base's weights; None if it can."""
         return KINDS[self.peft_kind].merges
 
-    def config(self, model: nn.Module, *, of: str = "the model", key: str = "method") -> PeftConfig:
+    def peft_config(self, model: nn.Module, *, of: str = "the model", key: str = "method") -> PeftConfig:
         """PEFT's config for a model.
 
         Raises:
@@ -83,7 +88,7 @@ class Adapter(Stage):
         """
         task = "CAUSAL_LM" if hasattr(model, "generate") else None
         try:
-            config: PeftConfig = config_type(self.peft_kind)(task_type=task, **self.settings(model))
+            config: PeftConfig = config_type(self.peft_kind)(task_type=task, **self.config_fields(model))
         except (TypeError, ValueError) as error:
             raise SpecError(f"{key}: PEFT refuses these settings of {self.name}: {first_line(error)}") from None
         return config
@@ -92,12 +97,12 @@ class Adapter(Stage):
         """Freeze the base and add adapters.
 
         Raises:
-            ModelError, SpecError: as `config`.
+            ModelError, SpecError: as `peft_config`.
         """
         import torch
         from peft import get_peft_model
 
-        adapted: Any = get_peft_model(model, self.config(model))
+        adapted: Any = get_peft_model(model, self.peft_config(model))
         self.select(adapted)
         for parameter in trainable(adapted):
             parameter.data = parameter.data.to(getattr(torch, self.adapter_dtype))
@@ -111,9 +116,9 @@ class Adapter(Stage):
         """How many parameters are trained, counted on shapes.
 
         Raises:
-            ModelError, SpecError: as `config`, or PEFT cannot put the adapter on this model.
+            ModelError, SpecError: as `peft_config`, or PEFT cannot put the adapter on this model.
         """
-        config = self.config(model, of=of, key=key)  # with an error's own words
+        config = self.peft_config(model, of=of, key=key)  # with an error's own words
         try:
             adapted = self.attach(copy.deepcopy(model))
         except Exception as error:  # any of PEFT's kinds may raise anything
@@ -156,14 +161,14 @@ class LayerAdapter(Adapter):
     modules_to_save: tuple[str, ...] = ()
     """Ends of the names of modules that are trained whole and saved with the adapter, such as norms."""
 
-    def config(self, model: nn.Module, *, of: str = "the model", key: str = "method") -> PeftConfig:
+    def peft_config(self, model: nn.Module, *, of: str = "the model", key: str = "method") -> PeftConfig:
         """As that of every adapter, with its targets in `model`."""
         from ray_peft.methods.saved_modules import check_modules
 
         targets = self.placed(model, of=of, key=key)
         check_modules(self.modules_to_save, model, of=of, key=f"{key}.modules_to_save")
         fields = {field.name for field in dataclasses.fields(config_type(self.peft_kind))}
-        config: Any = super().config(model, of=of, key=key)
+        config: Any = super().peft_config(model, of=of, key=key)
         config.target_modules = set(targets.modules)
         if targets.parameters:
             config.target_parameters = list(targets.parameters)

@@ -30,7 +30,7 @@ class LowRankAdapter(LayerAdapter):
     alpha_pattern: dict[str, float] = {}
     """Other alphas for some layers, by the same."""
 
-    def settings(self, model: nn.Module) -> dict[str, Any]:
+    def config_fields(self, model: nn.Module) -> dict[str, Any]:
         """Rank, scale and dropout."""
         return {
             "r": self.rank,
@@ -62,11 +62,9 @@ class LowRankAdapter(LayerAdapter):
         from ray_peft.reach.coverage import adapter_notes
 
         targets = self.placed(model, of=of, key=key)
-        self.config(model, of=of, key=key)
         by_default = self.targets in (PROJECTIONS, (ALL_LINEAR,))
-        return [
-            f"{self.name}: {note}" for note in adapter_notes(model, targets, self.rank, of=of, by_default=by_default)
-        ]
+        notes = adapter_notes(model, targets, self.rank, of=of, by_default=by_default)
+        return [*(f"{self.name}: {note}" for note in notes), *super().check(model, of=of, key=key)]
 
 
 def check_pattern(pattern: dict[str, Any], layers: tuple[str, ...], *, of: str, key: str) -> None:
