@@ -61,9 +61,16 @@ class Adapter(Stage):
     def config_fields(self, model: nn.Module) -> dict[str, Any]:
         """The fields of PEFT's config that the method's settings mean; on the meta device without initial values."""
 
-    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
-        """The dtypes of base and adapters."""
-        return f"frozen {dtype} base, {self.adapter_dtype} adapters"
+    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None, storage: Quantization | None = None) -> str:
+        """The storage of the base, the dtype it is computed in, and that of the adapters."""
+        base = f"frozen {dtype} base"
+        if storage is not None:
+            computed = f" computed in {storage.compute_dtype}" if storage.bits == 4 else ""
+            base = f"frozen {storage.quant_type} base{computed}"
+            if four_bit_share is not None:
+                kind = f"{storage.quant_type}{computed}"
+                base = f"frozen base, {four_bit_share:.0%} of its weights in {kind}, the others in {dtype}"
+        return f"{base}, {self.adapter_dtype} adapters"
 
     def why_not_on(self, storage: Quantization) -> str | None:
         """Whether PEFT's kind of adapter can lie beside quantised layers."""

@@ -93,12 +93,13 @@ class Method(Strict, ABC):
         """The dtype in which the base is held when the first stage starts, given the model's own setting."""
         return dtype
 
-    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
+    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None, storage: Quantization | None = None) -> str:
         """How weights are held and updated, for the comparison's reader.
 
         Args:
             dtype: the model's own setting.
-            four_bit_share: share of the base's weights that are in 4 bits; None where nobody has counted.
+            four_bit_share: share of the base's weights that are quantised; None where nobody has counted.
+            storage: how they are; None for plain weights.
         """
         return f"{dtype} weights, untouched"
 
@@ -130,6 +131,10 @@ class Stage(Method):
 
     def why_not_on(self, storage: Quantization) -> str | None:
         """Why this stage cannot be trained on a base that is stored so, with the way out; None if it can."""
+        return None
+
+    def why_not_merged(self) -> str | None:
+        """Why what it trains cannot be added to the base's weights; None if it can."""
         return None
 
     def stages(self, steps: int) -> list[tuple[Stage, int]]:

@@ -33,9 +33,9 @@ class ChangedBase(LowRankAdapter):
     def why_not_on(self, storage: Quantization) -> str | None:
         """The rest of a quantised weight would be quantised again, and the saved adapter would not fit the base."""
         return (
-            f"method {self.name} cannot be trained on a base in {storage.quant_type}: what is left of a weight would be "
-            "quantised anew, so that the saved adapter would belong to another base; set model.quantization: null, or "
-            "use method qlora"
+            f"method {self.name} cannot be trained on a base in {storage.quant_type}: what is left of a weight would "
+            "be quantised anew, so that the saved adapter would belong to another base; set model.quantization: null, "
+            "or use method qlora"
         )
 
     def attach(self, model: nn.Module) -> nn.Module:

@@ -27,11 +27,13 @@ def merged_plain(model: nn.Module) -> nn.Module:
     name = adapted.active_adapter
     config = adapted.peft_config[name]
     adapters = get_peft_model_state_dict(adapted, adapter_name=name)
-    plain: Any = _dequantised(adapted.unload())
-    # transformers 5.23 leaves its marks, for which TRL would round all weights of a later stage to bfloat16.
+    # transformers 5.23 leaves its marks, for which TRL would round all weights of a later stage to bfloat16, and PEFT
+    # would not take (IA)3 out of its layers.
+    base: Any = adapted.get_base_model()
     for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-        if hasattr(plain, mark):
-            setattr(plain, mark, False)
+        if hasattr(base, mark):
+            setattr(base, mark, False)
+    plain: Any = _dequantised(adapted.unload())
     again = get_peft_model(plain, config)
     set_peft_model_state_dict(again, adapters)
     return _merged(again)

@@ -30,15 +30,9 @@ class QLoRA(LowRankAdapter):
             quant_type=self.quant_type, double_quant=self.double_quant, compute_dtype=self.compute_dtype
         )
 
-    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
+    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None, storage: Quantization | None = None) -> str:
         """The storage of the base, the dtype it is computed in, and that of the adapters."""
-        base = f"frozen {self.quant_type} base computed in {self.compute_dtype}"
-        if four_bit_share is not None:
-            base = (
-                f"frozen base, {four_bit_share:.0%} of its weights in {self.quant_type} computed in "
-                f"{self.compute_dtype}, the others in {dtype}"
-            )
-        return f"{base}, {self.adapter_dtype} adapters"
+        return super().arithmetic(dtype, four_bit_share, self.quantization())
 
     def merge(self, model: nn.Module) -> nn.Module:
         """Add B A to the dequantised base."""

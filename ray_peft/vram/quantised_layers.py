@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,34 @@ from torch.autograd import Function
 from ray_peft.methods.base import Quantization
 
 FLOAT = torch.float32
+
+
+class Params4bit(nn.Parameter):
+    """PEFT knows weights in 4 bits by the name of their class."""
+
+
+class Int8Params(nn.Parameter):
+    """The same in 8 bits."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What code reads of bitsandbytes' quantisation state, beside that of a real one."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    quant_type: str = "nf4"
+    nested: bool = False
+
+
+def dequantize_4bit(packed: Tensor, state: _Shape, *_: Any, **__: Any) -> Tensor:
+    """What the function of this name in bitsandbytes gives: the plain weight."""
+    return packed.new_empty(state.shape, dtype=state.dtype)
+
+
+def int8_vectorwise_dequant(codes: Tensor, *_: Any) -> Tensor:
+    """What the function of this name in bitsandbytes gives: the plain weight, float32."""
+    return torch.empty_like(codes, dtype=FLOAT)
 
 
 class _MatMul4Bit(Function):
@@ -51,7 +80,7 @@ class _MatMul8Bit(Function):
         sums = codes.new_empty(len(codes), len(stored), dtype=torch.int32)
         product = torch.empty_like(sums, dtype=torch.float16)
         del sums
-        out = product.to(x.dtype).view(*x.shape[:-1], len(stored))
+        out = x.new_empty(*x.shape[:-1], len(stored))
         del codes, scales, product
         return out
 
@@ -91,12 +120,13 @@ def quantized_linear(linear: nn.Linear, how: Quantization) -> nn.Module:
             nn.Module.__init__(self)
             count = linear.weight.numel()
             self.in_features, self.out_features = linear.in_features, linear.out_features
-            packed: Any = nn.Parameter(linear.weight.new_empty((count + 1) // 2, 1, dtype=torch.uint8), False)
+            packed: Any = Params4bit(linear.weight.new_empty((count + 1) // 2, 1, dtype=torch.uint8), False)
+            packed.quant_state = _Shape((linear.out_features, linear.in_features), linear.weight.dtype)
             packed.compress_statistics, packed.quant_type = how.double_quant, how.quant_type  # PEFT reads them
             self.weight = packed
             self.bias = linear.bias
             self.compute_dtype = getattr(torch, how.compute_dtype)
-            self.quant_state = None
+            self.quant_state = packed.quant_state
             self._weight_dtype = linear.weight.dtype
             scales = -(-count // 64)
             scale_dtype = torch.uint8 if how.double_quant else FLOAT
@@ -122,13 +152,14 @@ def _in_eight_bits(linear: nn.Linear) -> nn.Module:
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.in_features, self.out_features = linear.in_features, linear.out_features
-            stored: Any = nn.Parameter(torch.empty_like(linear.weight, dtype=torch.int8), False)
+            stored: Any = Int8Params(torch.empty_like(linear.weight, dtype=torch.int8), False)
             stored.CB, stored.SCB, stored.has_fp16_weights = None, None, False
             self.weight, self.bias, self.index = stored, linear.bias, None
             self.state = bitsandbytes.MatmulLtState()  # type: ignore[attr-defined]  # not in __all__
             self.state.threshold, self.state.has_fp16_weights = 6.0, False
             scales = linear.weight.new_empty(linear.out_features, dtype=FLOAT)
             self.register_buffer("scales", scales, persistent=False)
+            self.state.SCB = scales
 
         def forward(self, x: Tensor) -> Tensor:
             product: Tensor = _MatMul8Bit.apply(x, self.weight)  # type: ignore[no-untyped-call]

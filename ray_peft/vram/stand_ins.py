@@ -270,6 +270,7 @@ def on_meta(*, autocast: bool) -> Iterator[None]:
     import trl.trainer.utils
 
     from ray_peft.methods.stochastic import Dice
+    from ray_peft.vram import quantised_layers
 
     bits = bitsandbytes.optim
     places: list[tuple[Any, str, Any]] = [
@@ -281,6 +282,8 @@ def on_meta(*, autocast: bool) -> Iterator[None]:
         (bits, "AdamW8bit", blockwise_adamw(8, paged=False)),
         (bits, "PagedAdamW8bit", blockwise_adamw(8, paged=True)),
         (bits, "PagedAdamW32bit", blockwise_adamw(32, paged=True)),
+        (bitsandbytes.functional, "dequantize_4bit", quantised_layers.dequantize_4bit),
+        (bitsandbytes.functional, "int8_vectorwise_dequant", quantised_layers.int8_vectorwise_dequant),
         (Dice, "thrown", lambda *_: None),
         *((torch.nn.init, name, _as_it_is) for name in ("kaiming_uniform_", "uniform_", "normal_")),
     ]

@@ -1,4 +1,4 @@
-"""LoRA-FA: LoRA whose A stays as it was drawn, so that inputs need not be kept (Zhang et al. 2023, arXiv:2308.03303)."""
+"""LoRA-FA: LoRA with an A that stays as it was drawn, to keep fewer inputs (Zhang et al. 2023, arXiv:2308.03303)."""
 
 from __future__ import annotations
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from ray_peft.methods.adapter import LayerAdapter
+from ray_peft.methods.adapter import LayerAdapter, on_shapes
 
 if TYPE_CHECKING:
-    from torch import nn
+    from peft import PeftConfig
+    from torch import Tensor, nn
 
 
 class SHiRA(LayerAdapter):
@@ -26,3 +28,23 @@ class SHiRA(LayerAdapter):
     def config_fields(self, model: nn.Module) -> dict[str, Any]:
         """Rank and the seed of its places."""
         return {"r": self.rank, "random_seed": self.mask_seed}
+
+    def peft_config(self, model: nn.Module, *, of: str = "the model", key: str = "method") -> PeftConfig:
+        """As that of every adapter; on shapes no places are drawn."""
+        config: Any = super().peft_config(model, of=of, key=key)
+        if on_shapes(model):
+            config.mask_fn = lambda *_, **__: None
+        checked: PeftConfig = config
+        return checked
+
+    def select(self, adapted: nn.Module) -> None:
+        """On shapes, which have no sparse tensors, the trained numbers stand for all of a weight."""
+        if on_shapes(adapted):
+            for layer in adapted.modules():
+                if hasattr(layer, "shira_weight"):
+                    cast(Any, layer).get_delta_weight = partial(_delta_on_shapes, layer)
+
+
+def _delta_on_shapes(layer: Any, adapter: str) -> Tensor:
+    spread: Tensor = layer.shira_weight[adapter][0].expand(layer.out_features, layer.in_features)
+    return spread

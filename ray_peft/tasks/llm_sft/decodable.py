@@ -19,6 +19,9 @@ _ROUNDING = {True: 1e-4, False: 5e-2}
 EIGHT_BITS = "its base in 8 bits looks for outliers in all rows of a pass"
 """Why nothing is recorded, or put into lanes: LLM.int8() waits for what it finds."""
 
+VIRTUAL_TOKENS = "virtual tokens are put before each row"
+"""Why rows and prompts cannot lie in lanes: PEFT's wrapper puts them there, and lanes pass it by."""
+
 _right: set[str] = set()
 """Kinds of models whose scores were found right in this process, by all that this depends on."""
 
@@ -51,6 +54,12 @@ def why_not(voice: Voice, prompts: Sequence[Sequence[int]], pad: int, dtype: Any
             return reason
         _right.add(key)
     return None
+
+
+def has_virtual_tokens(model: PreTrainedModel) -> bool:
+    """Whether a model is PEFT's wrapper around one, which puts trained tokens before each row."""
+    configs: Any = model.peft_config if hasattr(model, "peft_config") else {}
+    return any(config.is_prompt_learning for config in configs.values())
 
 
 def by_config(model: PreTrainedModel) -> str | None:

@@ -15,6 +15,7 @@ from ray_peft.methods.base import Dtype, Quantization
 from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
 from ray_peft.tasks.four_bit_layers import keep_as_stored
 from ray_peft.tasks.llm_sft.decoding import in_place_of_invalid
+from ray_peft.tasks.llm_sft.saved_adapter import save_adapter
 from ray_peft.tasks.parameters import stored
 
 if TYPE_CHECKING:
@@ -287,21 +288,18 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     Raises:
         TrialFailed: a weight is beyond the range of `dtype`.
     """
-    adapter = hasattr(model, "peft_config")
-    chosen = model.state_dict()
-    if adapter:
-        prefix = str(model.base_model.prefix)  # PEFT's word in the names of what an adapter adds
-        chosen = {name: parameter for name, parameter in model.named_parameters() if prefix in name}
+    if hasattr(model, "peft_config"):
+        save_adapter(model, folder, dtype)
+        return
     converted: dict[int, Tensor] = {}  # tied weights are one tensor, and stay one: they are written once
     state = {}
-    for name, tensor in chosen.items():
+    for name, tensor in model.state_dict().items():
         address = tensor.data_ptr()
         if address not in converted:
             converted[address] = stored(name, tensor, dtype)
         state[name] = converted[address]
     model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
-    if not adapter:
-        config = folder / "config.json"
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        config.write_text(json.dumps({**settings, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save_pretrained(str(folder))
+    config = folder / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**settings, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(str(folder))

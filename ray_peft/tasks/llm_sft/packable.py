@@ -24,6 +24,8 @@ def why_alone(spec: LlmTrialSpec) -> str | None:
         return "a base in int8 looks for outliers in all rows of a pass; use nf4"
     if method.dropout:
         return f"method.dropout is {method.dropout:g}; set dropout: 0"
+    if method.rank_pattern or method.alpha_pattern or method.modules_to_save:
+        return "method.rank_pattern, alpha_pattern and modules_to_save are for a trial alone; leave them out"
     if method.optim != "adamw":
         return f"method.optim {method.optim} keeps its moments in blocks, which cross matrices; use optim: adamw"
     if spec.train.engine != "own":

@@ -13,9 +13,12 @@ from ray_peft.engine.passes import RecordedPasses
 from ray_peft.engine.row_dropout import RowDropout, row_dropout
 from ray_peft.engine.trained import Trained
 from ray_peft.engine.workers import this_worker
+from ray_peft.methods.adapter import Adapter
+from ray_peft.methods.lora import LoRA
+from ray_peft.methods.qlora import QLoRA
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.data import IGNORED
-from ray_peft.tasks.llm_sft.decodable import EIGHT_BITS
+from ray_peft.tasks.llm_sft.decodable import EIGHT_BITS, VIRTUAL_TOKENS
 from ray_peft.tasks.llm_sft.loss import TextLoss
 from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedRows
 from ray_peft.tasks.llm_sft.steps import TextPart, TextRows
@@ -50,7 +53,8 @@ def train_stage(
     from transformers import set_seed
 
     set_seed(spec.seed)
-    start_as_trl(spec, model)
+    if isinstance(job.stage, LoRA | QLoRA):
+        start_as_trl(spec, model)
     data = TextRows(spec, rows)
     pad = cast(int, tokenizer.pad_token_id)
     dropout, unkeyed = _dropout(spec, job, model, data, pad)
@@ -140,6 +144,10 @@ def _why_not_tried(
         return EIGHT_BITS
     if stage.conflicts(accumulates=True, num_workers=1):
         return f"{stage.name} updates weights in the backward pass"
+    if isinstance(stage, Adapter) and stage.trains_prompts:
+        return VIRTUAL_TOKENS
+    if isinstance(stage, Adapter) and not isinstance(stage, LoRA | QLoRA) and unkeyed is not None:
+        return "a recording would repeat what its adapter draws"
     if spec.train.gradient_checkpointing and unkeyed is not None:
         return "checkpointing would have to draw its dropout again"
     if plain.balances:
