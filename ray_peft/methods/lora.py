@@ -19,6 +19,8 @@ class LowRankAdapter(LayerAdapter):
     """What LoRA and its kin share: two thin trained matrices beside each target weight."""
 
     kind: ClassVar[str] = "LORA"
+    says_no_count: ClassVar[bool] = False
+    """Whether a plan leaves out how many parameters are trained, as it did before other methods could be compared."""
     rank: int = Field(default=16, ge=1)
     """Inner dimension of the update; trainable parameters grow linearly with it."""
     alpha: float = Field(default=32.0, gt=0)
@@ -64,7 +66,8 @@ class LowRankAdapter(LayerAdapter):
         targets = self.placed(model, of=of, key=key)
         by_default = self.targets in (PROJECTIONS, (ALL_LINEAR,))
         notes = adapter_notes(model, targets, self.rank, of=of, by_default=by_default)
-        return [*(f"{self.name}: {note}" for note in notes), *super().check(model, of=of, key=key)]
+        said = [f"{self.name}: {note}" for note in notes]
+        return said if self.says_no_count else [*said, *super().check(model, of=of, key=key)]
 
 
 def check_pattern(pattern: dict[str, Any], layers: tuple[str, ...], *, of: str, key: str) -> None:
@@ -87,3 +90,4 @@ class LoRA(LowRankAdapter):
     name: Literal["lora"] = "lora"
     tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft", "text_to_image"})
     takes_experts: ClassVar[bool] = True
+    says_no_count: ClassVar[bool] = True

@@ -18,6 +18,7 @@ class QLoRA(LowRankAdapter):
     name: Literal["qlora"] = "qlora"
     tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft", "text_to_image"})
     takes_experts: ClassVar[bool] = True
+    says_no_count: ClassVar[bool] = True
     quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True
     """Quantise the quantisation constants too: about 0.37 bits a parameter less."""

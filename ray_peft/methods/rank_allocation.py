@@ -35,8 +35,7 @@ def allocate_ranks(optimizer: Optimizer, model: Any, orthogonality: float) -> No
     allocator, config = tuner.rankallocator, model.peft_config[tuner.trainable_adapter_name]
 
     def clip(limit: float | None) -> Tensor:
-        if orthogonality:
-            (orthogonality * _distance(model)).backward()  # type: ignore[no-untyped-call]
+        (orthogonality * _distance(model)).backward()  # type: ignore[no-untyped-call]
         return torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
 
     def after_step(*_: Any) -> None:

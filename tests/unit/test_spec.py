@@ -22,6 +22,8 @@ def test_every_method_round_trips_through_json_with_the_same_id(method):
         plain |= {"members": [{"method": {"name": "lora"}}, {"method": {"name": "full"}, "seed": 3}]}
         sources = [{"recipe": "dolly", "path": "rows.jsonl", "train": 8, "test": 2, "validation": 2}]
         changes = {"data__sources": sources}
+    if "adapter" in method.model_fields:
+        plain |= {"adapter": "lokr", "config": {"r": 4}}
     one = spec(plain, **changes)
     again = TrialSpec.from_plain(json.loads(one.model_dump_json()))
     assert again == one

@@ -34,7 +34,7 @@ class AdaLoRA(LayerAdapter):
     """Share of the steps after that, with the ranks that are left."""
     every: int = Field(default=1, ge=1)
     """Optimizer steps between two choices."""
-    orthogonality: float = Field(default=0.1, ge=0)
+    orthogonality: float = Field(default=0.1, gt=0)
     """Weight of the loss that keeps P and Q orthogonal."""
     total_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps by which ranks are chosen; None takes the trial's."""

@@ -141,6 +141,8 @@ def load_members(members: Sequence[MemberModel[LlmTrialSpec]], device: str) -> l
             bases[key].load_adapter(str(folder), adapter_name=name)
         else:
             bases[key] = PeftModel.from_pretrained(bases[key], str(folder), adapter_name=name)
+            if bases[key].active_peft_config.peft_type == "ADALORA":  # PEFT 0.21 asks for it where labels are given
+                bases[key].base_model.trainable_adapter_name = name
         keys.append((key, name))
     for base in bases.values():
         base.requires_grad_(False)
