@@ -32,7 +32,7 @@ from ray_peft.vram.cards import ANY, known
 
 SPACE = Path(__file__).parents[1] / "search_spaces" / "peft_methods.yaml"
 FURTHER = [
-    {"name": "olora"}, {"name": "boft"}, {"name": "hra"}, {"name": "randlora"}, {"name": "fourierft"},
+    {"name": "olora"}, {"name": "hra"}, {"name": "randlora"}, {"name": "fourierft"},
     {"name": "ln_tuning"}, {"name": "prefix_tuning"}, {"name": "peft", "adapter": "lokr"},
 ]  # fmt: skip
 IN_EIGHT_BITS = ("lora", "miss", "oft")
@@ -44,7 +44,7 @@ def cells() -> list[dict[str, Any]]:
     chosen += [{"method": method, "storage": "nf4"} for method in methods if method["name"] != "pissa"]
     chosen += [{"method": method, "storage": None} for method in FURTHER]
     chosen += [{"method": {"name": name}, "storage": "int8"} for name in IN_EIGHT_BITS]
-    return chosen
+    return [*chosen, {"method": {"name": "boft"}, "storage": None}]  # PEFT may compile a kernel for it
 
 
 def spec_of(cell: dict[str, Any], options: argparse.Namespace) -> LlmTrialSpec:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from ray_peft.errors import ModelError, SpecError, first_line
+from ray_peft.errors import ModelError, RayPeftError, SpecError, first_line
 from ray_peft.methods.base import Dtype, Quantization, Stage, TargetNames, Task
 from ray_peft.methods.kinds import KINDS, PROMPTS, config_type
 from ray_peft.methods.optimizers import OptimizerName, adamw, trainable
@@ -128,6 +128,8 @@ class Adapter(Stage):
         self.peft_config(model, of=of, key=key)
         try:
             adapted = self.attach(copy.deepcopy(model))
+        except RayPeftError:
+            raise
         except Exception:  # noqa: BLE001 - of any of PEFT's kinds; the rehearsal says what failed, or that it cannot tell
             return []
         count, total = (sum(p.numel() for p in ps) for ps in (trainable(adapted), list(model.parameters())))

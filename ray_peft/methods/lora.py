@@ -61,9 +61,11 @@ class LowRankAdapter(LayerAdapter):
         Raises:
             ModelError, SpecError: as `placed`.
         """
+        from ray_peft.methods.saved_modules import check_modules
         from ray_peft.reach.coverage import adapter_notes
 
         targets = self.placed(model, of=of, key=key)
+        check_modules(self.modules_to_save, model, of=of, key=f"{key}.modules_to_save")
         by_default = self.targets in (PROJECTIONS, (ALL_LINEAR,))
         notes = adapter_notes(model, targets, self.rank, of=of, by_default=by_default)
         said = [f"{self.name}: {note}" for note in notes]

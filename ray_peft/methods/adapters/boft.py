@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from ray_peft.errors import SpecError
 from ray_peft.methods.adapter import LayerAdapter
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ class BOFT(LayerAdapter):
     block_size: int = Field(default=4, ge=2)
     """Side of a block; it must divide what every target takes."""
     factors: int = Field(default=1, ge=1)
-    """Butterfly factors; with more than one, blocks times 2 ** (factors - 1) must divide it, too."""
+    """Butterfly factors; with more than one, blocks times 2 ** (factors - 1) must divide it, too, and PEFT must be able
+    to compile its CUDA kernel: without it PEFT takes one factor, so that it is refused here."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of blocks that rest in a pass."""
 
@@ -31,3 +33,11 @@ class BOFT(LayerAdapter):
             "boft_n_butterfly_factor": self.factors,
             "boft_dropout": self.dropout,
         }
+
+    def select(self, adapted: nn.Module) -> None:
+        """Refuse several factors where PEFT has silently taken one."""
+        if self.factors > 1 and any(not getattr(layer, "fbd_cuda_available", True) for layer in adapted.modules()):
+            raise SpecError(
+                f"method.factors: {self.factors} needs PEFT's CUDA kernel, which cannot be compiled here, and PEFT "
+                "would take 1; set factors: 1, or install nvcc and ninja"
+            )
