@@ -10,6 +10,7 @@ from typing import Literal
 
 from ray_peft.errors import SpecError
 from ray_peft.foundation.whole import new_folder
+from ray_peft.methods.base import ENOUGH_STEPS
 from ray_peft.spec import TrialSpec
 from ray_peft.store import tracking
 from ray_peft.store.consent import check_consent
@@ -67,6 +68,10 @@ def export(
         raise SpecError(f"run {run_id} is an ensemble, which has no weights of its own; export its members: {ids}")
     if spec.method.name == "none":
         raise SpecError(f"run {run_id} is the untouched base, which has no adapter and no weights of its own")
+    if form == "merged":
+        for stage, _ in spec.method.stages(ENOUGH_STEPS):
+            if (reason := stage.why_not_merged()) is not None:
+                raise SpecError(f"run {run_id} ({spec.method.name}) cannot be merged: {reason}; use --format adapter")
     task = TASKS[spec.task]
     task.inspect(spec)
     with tempfile.TemporaryDirectory(prefix="ray_peft_export_") as scratch:

@@ -57,7 +57,8 @@ class FiniteGuard:
                 stage, train = self._stage, self._spec.train
                 raise TrialFailed(
                     f"{name} is {value} at step {self._first_step + step} ({stage.name}, lr {stage.lr:g}, "
-                    f"{stage.arithmetic(self._spec.model.dtype)}, precision {train.precision}); "
+                    f"{stage.arithmetic(self._spec.model.dtype, storage=self._spec.quantization)}, "
+                    f"precision {train.precision}); "
                     f"{ways_out(self._spec, stage)}"
                 )
 

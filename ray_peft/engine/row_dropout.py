@@ -44,6 +44,8 @@ def may_drop(model: nn.Module) -> bool:
 
     if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
         return True
+    if any(_adapter_may_drop(config) for config in getattr(model, "peft_config", {}).values()):
+        return True
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     settings = dict(config.to_dict() if hasattr(config, "to_dict") else config or {})
@@ -51,6 +53,14 @@ def may_drop(model: nn.Module) -> bool:
         ("drop" in name) and isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
         for name, value in settings.items()
     )
+
+
+def _adapter_may_drop(config: Any) -> bool:
+    """Whether a config of PEFT's asks for dropout of any kind, or is one that draws in every pass."""
+    if str(getattr(config.peft_type, "value", config.peft_type)) == "PVERA":
+        return True
+    rates = [value for name, value in vars(config).items() if "dropout" in name]
+    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
 class RowDropout:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ray_peft.foundation.strict import Strict
 from ray_peft.reach.targets import check_words
@@ -35,13 +35,36 @@ TargetNames = Annotated[tuple[str, ...], BeforeValidator(_as_list), AfterValidat
 
 
 class Quantization(Strict):
-    """How the frozen base is stored in 4 bits (Dettmers et al. 2023, arXiv:2305.14314)."""
+    """How the frozen base is stored by bitsandbytes; the name of a type alone stands for its defaults."""
 
-    quant_type: Literal["nf4", "fp4"] = "nf4"
+    quant_type: Literal["nf4", "fp4", "int8"] = "nf4"
+    """nf4 and fp4: 4 bits (Dettmers et al. 2023, arXiv:2305.14314). int8: 8 bits, with inputs above 6.0 in the model's
+    dtype (Dettmers et al. 2022, arXiv:2208.07339)."""
     double_quant: bool = True
-    """Quantise the quantisation constants too: about 0.37 bits a parameter less."""
+    """Quantise the quantisation constants too: about 0.37 bits a parameter less. Of 4 bits alone."""
     compute_dtype: Dtype = "bfloat16"
-    """The dtype into which weights are dequantised for each matrix product."""
+    """The dtype into which weights are dequantised for each matrix product. Of 4 bits alone: int8 multiplies whole
+    numbers."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: object) -> object:
+        return {"quant_type": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_eight_bits(self) -> Self:
+        unread = sorted({"double_quant", "compute_dtype"} & self.model_fields_set) if self.bits == 8 else []
+        changed = [name for name in unread if getattr(self, name) != type(self).model_fields[name].default]
+        if changed:
+            raise ValueError(
+                f"quant_type int8 has no {changed[0]} (found {getattr(self, changed[0])}); leave it out, or use nf4"
+            )
+        return self
+
+    @property
+    def bits(self) -> int:
+        """Of a stored weight."""
+        return 8 if self.quant_type == "int8" else 4
 
 
 class Method(Strict, ABC):
@@ -70,12 +93,13 @@ class Method(Strict, ABC):
         """The dtype in which the base is held when the first stage starts, given the model's own setting."""
         return dtype
 
-    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
+    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None, storage: Quantization | None = None) -> str:
         """How weights are held and updated, for the comparison's reader.
 
         Args:
             dtype: the model's own setting.
-            four_bit_share: share of the base's weights that are in 4 bits; None where nobody has counted.
+            four_bit_share: share of the base's weights that are quantised; None where nobody has counted.
+            storage: how they are; None for plain weights.
         """
         return f"{dtype} weights, untouched"
 
@@ -103,6 +127,14 @@ class Stage(Method):
 
     def needs_own_loop(self) -> str | None:
         """The setting, such as `gradients: host`, that another training loop than ours cannot serve; None without."""
+        return None
+
+    def why_not_on(self, storage: Quantization) -> str | None:
+        """Why this stage cannot be trained on a base that is stored so, with the way out; None if it can."""
+        return None
+
+    def why_not_merged(self) -> str | None:
+        """Why what it trains cannot be added to the base's weights; None if it can."""
         return None
 
     def stages(self, steps: int) -> list[tuple[Stage, int]]:

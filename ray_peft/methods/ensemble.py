@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from ray_peft.foundation.strict import Strict
-from ray_peft.methods.base import Dtype, Method, Stage, Task
+from ray_peft.methods.base import Dtype, Method, Quantization, Stage, Task
 from ray_peft.methods.single import SingleMethod
 
 
@@ -41,7 +41,7 @@ class Ensemble(Method):
             raise ValueError(f"an ensemble needs at least two members (found {len(members)})")
         return members
 
-    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
+    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None, storage: Quantization | None = None) -> str:
         """Of the members, which differ."""
         return "that of each member"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ray_peft.methods.base import Dtype, Stage
+from ray_peft.methods.base import Dtype, Quantization, Stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +30,7 @@ class FullWeights(Stage):
         """The dtype of the trained weights, whatever the model's setting."""
         return self.dtype
 
-    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
+    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None, storage: Quantization | None = None) -> str:
         """How the trained weights are held and rounded."""
         return {
             "bfloat16_stochastic": "bfloat16 weights, stochastic rounding",

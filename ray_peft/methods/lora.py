@@ -2,93 +2,57 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from ray_peft.errors import SpecError
-from ray_peft.methods.base import Dtype, Stage, TargetNames, Task
-from ray_peft.methods.optimizers import OptimizerName, adamw, trainable
-from ray_peft.reach.targets import ALL_LINEAR, PROJECTIONS, Targets, all_turned, resolve
+from ray_peft.methods.adapter import LayerAdapter
+from ray_peft.methods.base import Task
+from ray_peft.reach.targets import ALL_LINEAR, PROJECTIONS, Targets
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.optim import Optimizer
 
 
-class LowRankAdapter(Stage):
-    """What LoRA and QLoRA share: two thin trained matrices beside each target weight."""
+class LowRankAdapter(LayerAdapter):
+    """What LoRA and its kin share: two thin trained matrices beside each target weight."""
 
+    kind: ClassVar[str] = "LORA"
+    says_no_count: ClassVar[bool] = False
+    """Whether a plan leaves out how many parameters are trained, as it did before other methods could be compared."""
     rank: int = Field(default=16, ge=1)
     """Inner dimension of the update; trainable parameters grow linearly with it."""
     alpha: float = Field(default=32.0, gt=0)
     """Numerator of the scale alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    targets: TargetNames = Field(default=PROJECTIONS, min_length=1)
-    """The layers that get an adapter: ends of their names, regular expressions that match a whole name or its end, or
-    `all-linear`. The default means the linear layers of a block, whatever the architecture calls them, and the fused
-    experts of a mixture. Each must match something."""
-    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
-    """The dtype that holds adapters and their gradients while they train."""
-    lr: float = Field(default=2.0e-4, gt=0)
-    optim: OptimizerName = "adamw"
+    rank_pattern: dict[str, int] = {}
+    """Other ranks for some layers, by the end of a layer's name or a regular expression."""
+    alpha_pattern: dict[str, float] = {}
+    """Other alphas for some layers, by the same."""
 
-    @field_validator("optim", mode="before")
-    @classmethod
-    def _no_projection_of_thin_matrices(cls, value: object) -> object:
-        if isinstance(value, str) and "galore" in value:
-            raise ValueError(
-                f"{value} projects the gradients of full weight matrices, but an adapter trains two thin ones; "
-                "use method galore, or optim: adamw"
-            )
-        return value
-
-    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
-        """The dtypes of base and adapters."""
-        return f"frozen {dtype} base, {self.adapter_dtype} adapters"
-
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Freeze the base and add adapters to the targets.
-
-        Raises:
-            ModelError: a target matches nothing that can carry an adapter.
-        """
-        import torch
-        from peft import LoraConfig, get_peft_model
-
-        targets = self.placed(model)
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT annotates int and computes with floats
-            lora_dropout=self.dropout,
-            target_modules=list(targets.modules),
-            target_parameters=list(targets.parameters) or None,
-            fan_in_fan_out=all_turned(model, targets.layers),
-            bias="none",
-            task_type="CAUSAL_LM" if hasattr(model, "generate") else None,
-        )
-        adapted = get_peft_model(model, config)
-        for parameter in trainable(adapted):
-            parameter.data = parameter.data.to(getattr(torch, self.adapter_dtype))
-        return adapted
+    def config_fields(self, model: nn.Module) -> dict[str, Any]:
+        """Rank, scale and dropout."""
+        return {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+            "bias": "none",
+        }
 
     def placed(self, model: nn.Module, *, of: str = "the model", key: str = "method") -> Targets:
-        """The layers of `model` that get an adapter.
-
-        Raises:
-            ModelError: a target matches nothing that can carry one, or a layer whose weight is used elsewhere, too.
-            SpecError: dropout on fused experts.
-        """
-        from ray_peft.reach.shared_weights import refuse_head_and_tied
-
-        targets = resolve(self.targets, model, of=of, key=f"{key}.targets")
-        refuse_head_and_tied(model, targets.layers, of=of, key=f"{key}.targets")
+        """As that of every adapter; dropout cannot be put on the input of fused experts, and patterns must match."""
+        targets = super().placed(model, of=of, key=key)
         if self.dropout and targets.parameters:
             raise SpecError(
                 f"{key}.dropout: {self.dropout:g} cannot be put on the input of fused experts "
                 f"({', '.join(targets.parameters)}) of {of}; set dropout: 0, or name targets without them"
             )
+        for field, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            check_pattern(pattern, targets.layers, of=of, key=f"{key}.{field}")
         return targets
 
     def check(self, model: nn.Module, *, of: str, key: str) -> list[str]:
@@ -97,22 +61,29 @@ class LowRankAdapter(Stage):
         Raises:
             ModelError, SpecError: as `placed`.
         """
+        from ray_peft.methods.saved_modules import check_modules
         from ray_peft.reach.coverage import adapter_notes
 
         targets = self.placed(model, of=of, key=key)
+        check_modules(self.modules_to_save, model, of=of, key=f"{key}.modules_to_save")
         by_default = self.targets in (PROJECTIONS, (ALL_LINEAR,))
-        return [
-            f"{self.name}: {note}" for note in adapter_notes(model, targets, self.rank, of=of, by_default=by_default)
-        ]
+        notes = adapter_notes(model, targets, self.rank, of=of, by_default=by_default)
+        said = [f"{self.name}: {note}" for note in notes]
+        return said if self.says_no_count else [*said, *super().check(model, of=of, key=key)]
 
-    def optimizer(self, model: nn.Module) -> Optimizer:
-        """AdamW over the adapters."""
-        return adamw(trainable(model), self.optim, lr=self.lr, betas=self.betas, decay=self.weight_decay)
 
-    def merge(self, model: nn.Module) -> nn.Module:
-        """Add B A to the base weights and drop the adapters."""
-        merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
-        return merged
+def check_pattern(pattern: dict[str, Any], layers: tuple[str, ...], *, of: str, key: str) -> None:
+    """Refuse a pattern of which an entry matches no target layer, as PEFT would match it.
+
+    Raises:
+        SpecError: there is one.
+    """
+    import re
+
+    for entry in pattern:
+        # PEFT 0.21's get_pattern_key: the whole name, or its end from a dot on.
+        if not any(re.match(rf"(.*\.)?({entry})$", name) for name in layers):
+            raise SpecError(f"{key}: {entry} matches no target layer of {of}; name the end of a target's name")
 
 
 class LoRA(LowRankAdapter):
@@ -120,3 +91,5 @@ class LoRA(LowRankAdapter):
 
     name: Literal["lora"] = "lora"
     tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft", "text_to_image"})
+    takes_experts: ClassVar[bool] = True
+    says_no_count: ClassVar[bool] = True

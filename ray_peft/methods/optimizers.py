@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,13 +34,29 @@ def adamw(
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101; 8-bit moments: Dettmers et al. 2022, arXiv:2110.02861.
     """
-    import torch
+    return adamw_over(decayed(parameters, decay), name, lr=lr, betas=betas, stochastic=stochastic)
 
+
+def decayed(parameters: Sequence[nn.Parameter], decay: float) -> list[dict[str, Any]]:
+    """Groups of parameters for an optimizer; biases and norms (one axis) are not decayed."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
+    return [group for group in groups if group["params"]]
+
+
+def adamw_over(
+    groups: list[dict[str, Any]],
+    name: OptimizerName,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    stochastic: bool = False,
+) -> Optimizer:
+    """As `adamw`, over groups that may have rates of their own."""
+    import torch
+
     if stochastic:
         from ray_peft.methods.stochastic import StochasticAdamW
 

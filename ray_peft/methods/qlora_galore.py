@@ -26,7 +26,7 @@ class QLoRAThenGaLore(Method):
         """The 4-bit storage of the first stage's base."""
         return self.qlora.quantization()
 
-    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None) -> str:
+    def arithmetic(self, dtype: Dtype, four_bit_share: float | None = None, storage: Quantization | None = None) -> str:
         """Of both stages."""
         return f"{self.qlora.arithmetic(dtype, four_bit_share)}; then {self.galore.arithmetic(dtype)}"
 

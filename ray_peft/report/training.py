@@ -162,9 +162,10 @@ def _base_weights(row: Row) -> str:
     if not quantization:
         return spec.method.weights_dtype(spec.model.dtype)
     share = row.result.four_bit_share
+    kind = f"{quantization.bits}-bit {quantization.quant_type}"
     if share is None:  # rows of version 0.1.0 do not count them
-        return f"4-bit {quantization.quant_type}"
-    return f"{percent(share)} in 4-bit {quantization.quant_type}, the others {spec.model.dtype}"
+        return kind
+    return f"{percent(share)} in {kind}, the others {spec.model.dtype}"
 
 
 def _losses(points: Points, chosen: Sequence[int], steps: int) -> list[str]:

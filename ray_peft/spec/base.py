@@ -16,7 +16,7 @@ from ray_peft.foundation import dotted
 from ray_peft.foundation.durations import seconds_of
 from ray_peft.foundation.strict import Strict
 from ray_peft.methods import METHODS, AnyMethod
-from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization, Stage, Task
+from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization, Task
 from ray_peft.spec import identity
 from ray_peft.spec.identity import is_local as is_local
 
@@ -33,7 +33,7 @@ class ModelSpec(Strict):
     dtype: Dtype = "bfloat16"
     """The dtype of frozen weights. Methods that train the base choose their own (`method.weights`)."""
     quantization: Quantization | None = None
-    """Store a frozen base in 4 bits; method qlora does so by itself."""
+    """Store a frozen base in 4 or 8 bits, such as `nf4`, under any adapter; method qlora does so by itself."""
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] | None = None
     """The attention implementation; None takes the model's default."""
     random_weights: bool = False
@@ -266,8 +266,14 @@ class TrialSpec(Strict):
                 f"model.quantization ({quantization.quant_type}) stores weights that cannot be trained without an "
                 f"adapter, but method {method.name} trains them; use method qlora, or model.quantization: null"
             )
-        if isinstance(method, Stage) and method.name == "lora" and quantization is not None:
-            problems.append("method lora on a quantised base is method qlora; use that, or model.quantization: null")
+        own = method.quantization()
+        if own is not None and quantization not in (None, own):
+            problems.append(
+                f"method {method.name} stores the base as its own settings say ({own.quant_type}), but "
+                f"model.quantization says {quantization.quant_type}; use method lora, or model.quantization: null"
+            )
+        if self.quantization is not None and not method.needs_full_weights:
+            problems += [reason for _, stage in method.parts() if (reason := stage.why_not_on(self.quantization))]
         accumulates = train.batch_size > train.micro_batch_size * workers
         return problems + method.conflicts(accumulates=accumulates, num_workers=workers)
 
@@ -277,6 +283,12 @@ class TrialSpec(Strict):
         dtypes = {"model.dtype": self.model.dtype}
         if self.quantization is not None:
             dtypes["the 4-bit base's compute_dtype"] = self.quantization.compute_dtype
+            if self.quantization.bits == 8:
+                cautions.append(
+                    f"{self.method.name}: a base in int8 casts what its layers take to float16, in which values above "
+                    "65,504 overflow; which columns it keeps as they are depends on all rows of a pass, so that other "
+                    "rows of a pass change losses slightly"
+                )
         for name, dtype in dtypes.items():
             if dtype == "float16":
                 cautions.append(

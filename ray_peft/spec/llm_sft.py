@@ -11,7 +11,11 @@ from pydantic import Field, field_validator, model_validator
 
 from ray_peft.foundation.lists import first_duplicate
 from ray_peft.foundation.strict import Strict
+from ray_peft.methods.adapter import Adapter
+from ray_peft.methods.base import Stage
 from ray_peft.methods.ensemble import Ensemble
+from ray_peft.methods.lora import LoRA
+from ray_peft.methods.qlora import QLoRA
 from ray_peft.spec.base import TrainSpec, TrialSpec, check_parts
 
 Recipe = Literal["alpaca", "dolly", "tulu", "ultrachat", "messages", "prompt_completion", "text"]
@@ -153,6 +157,10 @@ class EvaluationSpec(Strict):
     """Metrics of one's own: MODULE:FUNCTION of functions that give a number for an answer and its reference."""
 
 
+_LOOKED_FOR_ANYWAY = {*Stage.model_fields, "name", "targets", "rank", "dropout", "alpha", "adapter_dtype", "optim"}
+"""Settings of an adapter that are looked for by themselves, or that nothing in a model decides."""
+
+
 class LlmTrialSpec(TrialSpec):
     """One trial of instruction tuning."""
 
@@ -184,6 +192,9 @@ class LlmTrialSpec(TrialSpec):
             storage = trial.quantization.plain() if trial.quantization else None
             for key, stage in trial.method.parts():
                 decides = [getattr(stage, name, None) for name in ("targets", "rank", "dropout")]
+                if isinstance(stage, Adapter):
+                    own = {name: value for name, value in stage.plain().items() if name not in _LOOKED_FOR_ANYWAY}
+                    decides.append({name: value for name, value in own.items() if value})
                 entries.append(json.dumps([key, stage.name, *decides, storage]))
         return entries
 
@@ -222,13 +233,41 @@ class LlmTrialSpec(TrialSpec):
                     f"{key}.{setting} cannot be trained by train.engine: trl, which would not clip it; "
                     "use train.engine: own, or leave the setting out"
                 )
-        return problems + self._ensemble_problems()
+        return problems + self._adapter_problems() + self._ensemble_problems()
+
+    def _adapter_problems(self) -> list[str]:
+        """The rules of PEFT's adapters: which loop trains them, and what virtual tokens before a row forbid."""
+        method, problems = self.method, []
+        if not isinstance(method, Adapter) or isinstance(method, LoRA | QLoRA):
+            return []
+        if self.train.engine == "trl":
+            problems.append(
+                f"train.engine: trl trains lora and qlora alone of PEFT's adapters (found method {method.name}); use "
+                "train.engine: own"
+            )
+        if method.trains_prompts and self.evaluation.benchmarks is not None:
+            problems.append(
+                f"evaluation.benchmarks score tokens by their places, which virtual tokens of method {method.name} "
+                "shift; leave them out, or use another method"
+            )
+        if method.peft_kind == "PREFIX_TUNING" and self.train.gradient_checkpointing:
+            problems.append(
+                f"train.gradient_checkpointing drops the trained keys and values of method {method.name}; set it to "
+                "false, or use method prompt_tuning"
+            )
+        return problems
 
     def _ensemble_problems(self) -> list[str]:
         members = self.members()
         if not members:
             return []
         problems = [f"method.members: {problem}" for member in members for problem in member.problems()]
+        virtual = [m.method.name for m in members if isinstance(m.method, Adapter) and m.method.trains_prompts]
+        if virtual:
+            problems.append(
+                f"method.members: {virtual[0]} puts virtual tokens before each row, so that its tokens lie elsewhere "
+                "than those of the other members; use another method"
+            )
         ids = [member.trial_id for member in members]
         if len(set(ids)) < len(ids):
             problems.append(f"method.members: {first_duplicate(ids)} is there twice; give members that differ")

@@ -34,13 +34,13 @@ class WeightStorage:
     num_bytes: dict[str, int]
     """By storage, such as {"nf4": 1, "bfloat16": 2}; 4-bit weights include their scales."""
     four_bit_share: float
-    """Share of the weights that are in 4 bits, each counted once."""
+    """Share of the weights that are in 4 bits, or of a base in 8 bits in those, each counted once."""
 
 
 def weight_storage(model: nn.Module) -> WeightStorage:
     """How the frozen and trained weights of `model` are stored."""
     num_bytes: dict[str, int] = {}
-    numbers = in_four_bits = 0
+    numbers = quantised = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         size = _bytes(parameter)
@@ -49,10 +49,13 @@ def weight_storage(model: nn.Module) -> WeightStorage:
         if state is not None:
             kind, count = state.quant_type, math.prod(state.shape)
             size += sum(_bytes(value) for value in _constants(state))
-            in_four_bits += count
+            quantised += count
+        elif hasattr(parameter, "SCB"):
+            size += 4 * parameter.shape[0]  # a float32 scale of each row, which the layer holds
+            quantised += count
         numbers += count
         num_bytes[kind] = num_bytes.get(kind, 0) + size
-    return WeightStorage(num_bytes, in_four_bits / numbers if numbers else 0.0)
+    return WeightStorage(num_bytes, quantised / numbers if numbers else 0.0)
 
 
 def computed_in(spec: TrialSpec, model: nn.Module) -> set[str]:
@@ -60,6 +63,8 @@ def computed_in(spec: TrialSpec, model: nn.Module) -> set[str]:
     kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
     if any(hasattr(parameter, "quant_state") for parameter in model.parameters()):
         kinds |= {spec.model.dtype} | ({spec.quantization.compute_dtype} if spec.quantization else set())
+    if "int8" in kinds:  # what its layers take is rounded to 8 bits, on the way to it to float16
+        kinds = kinds - {"int8"} | {"float16"}
     return kinds | ({"bfloat16"} if spec.train.precision == "bf16" else set())
 
 

@@ -289,7 +289,7 @@ class Life:
             restarts=self._restarts(),
             passes=trained.passes,
             members=self.weights,
-            arithmetic=self.spec.method.arithmetic(self.spec.model.dtype, self.four_bit_share),
+            arithmetic=self.spec.method.arithmetic(self.spec.model.dtype, self.four_bit_share, self.spec.quantization),
             chosen=dict(self.place.chosen),
             lowered=dict(self.lowered),
             predicted=self.predicted,

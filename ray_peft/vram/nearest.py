@@ -10,7 +10,8 @@ from typing import Any
 from ray_peft.errors import RayPeftError
 from ray_peft.foundation import dotted
 from ray_peft.foundation.units import GIB
-from ray_peft.methods.lora import LowRankAdapter
+from ray_peft.methods.adapter import Adapter
+from ray_peft.methods.lora import LoRA, LowRankAdapter
 from ray_peft.methods.qlora import QLoRA
 from ray_peft.spec import TrialSpec
 from ray_peft.spec.keys import CHECKPOINTING, MICRO_BATCH
@@ -179,7 +180,9 @@ def _other_training(spec: TrialSpec) -> Iterator[dict[str, Any]]:
     yield {"method.optim": "adamw_8bit", **least}
     if spec.method.needs_full_weights:
         yield {"method": {"name": "lora"}, **least}
-    if spec.quantization is None and spec.task in QLoRA.tasks:
+    if isinstance(spec.method, Adapter) and not isinstance(spec.method, LoRA | QLoRA):
+        yield {"model.quantization": {"quant_type": "nf4"}, **least}
+    elif spec.quantization is None and spec.task in QLoRA.tasks:
         own = spec.method.plain() if isinstance(spec.method, LowRankAdapter) else {}
         shared = {key: value for key, value in own.items() if key in QLoRA.model_fields and key != "name"}
         yield {"method": {"name": "qlora", **shared}, **least}

@@ -126,7 +126,7 @@ def _digest(code: tuple[Path, ...]) -> str:
     """A digest of all that computes a prediction: this package, the methods, a task's `code`, the libraries."""
     digest = hashlib.sha256()
     package = Path(__file__).parent.parent
-    parts = [file for part in ("vram", "methods", "reach") for file in sorted((package / part).glob("*.py"))]
+    parts = [file for part in ("vram", "methods", "reach") for file in sorted((package / part).rglob("*.py"))]
     for file in (*parts, *code):
         digest.update(file.read_bytes())
     for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "galore-torch", "diffusers"):

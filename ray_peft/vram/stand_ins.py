@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
-
-from ray_peft.methods.base import Quantization
 
 FLOAT = torch.float32
 _ATTENTION = torch._C._nn.scaled_dot_product_attention  # noqa: SLF001 - F's own may be another while a model trains
@@ -213,78 +210,6 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.bfloat16 if torch.is_autocast_enabled() else hidden.dtype
 
 
-class _MatMul4Bit(Function):
-    """bitsandbytes 0.50's MatMul4Bit: dequantise for each product, keep nothing of the input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        ctx.packed, ctx.shape, ctx.dtype = packed, shape, dtype
-        constants = x.new_empty(math.prod(shape) // 64, dtype=FLOAT)
-        product: Tensor = F.linear(x, x.new_empty(shape))
-        del constants
-        return product
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,) = grads
-        constants = grad.new_empty(math.prod(ctx.shape) // 64, dtype=FLOAT)
-        product = torch.matmul(grad, grad.new_empty(ctx.shape, dtype=ctx.dtype).to(grad.dtype))
-        del constants
-        return product, None, None, None
-
-
-def quantize(model: Any, how: Quantization, names: Iterable[str] | None = None) -> None:
-    """Store the named layers of `model`, by default all linear ones, as bitsandbytes does."""
-    from transformers.pytorch_utils import Conv1D
-
-    if names is None:
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for name in list(names):
-        module = model.get_submodule(name)
-        if isinstance(module, Conv1D):  # GPT-2's linear layer, whose matrix lies the other way round
-            linear = nn.Linear(module.nx, module.nf, device="meta", dtype=module.weight.dtype)
-            linear.bias = module.bias
-            module = linear
-        model.set_submodule(name, quantized_linear(module, how))
-    model.is_loaded_in_4bit = True  # what PEFT and diffusers ask for
-
-
-def quantized_linear(linear: nn.Linear, how: Quantization) -> nn.Module:
-    """`linear` as bitsandbytes stores it on a GPU, on the meta device.
-
-    Two numbers a byte; for each 64 numbers a scale, in float32, or with double quantisation in 8 bits and for each 256
-    scales one in float32 (Dettmers et al. 2023, arXiv:2305.14314, section 3).
-    """
-    import bitsandbytes
-
-    class MetaLinear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[name-defined, misc]  # the class that PEFT knows
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-            count = linear.weight.numel()
-            self.in_features, self.out_features = linear.in_features, linear.out_features
-            packed: Any = nn.Parameter(linear.weight.new_empty((count + 1) // 2, 1, dtype=torch.uint8), False)
-            packed.compress_statistics, packed.quant_type = how.double_quant, how.quant_type  # PEFT reads them
-            self.weight = packed
-            self.bias = linear.bias
-            self.compute_dtype = getattr(torch, how.compute_dtype)
-            self.quant_state = None
-            self._weight_dtype = linear.weight.dtype
-            scales = -(-count // 64)
-            scale_dtype = torch.uint8 if how.double_quant else FLOAT
-            scale_buffers = {"scales": linear.weight.new_empty(scales, dtype=scale_dtype)}
-            if how.double_quant:
-                scale_buffers["scales_of_scales"] = linear.weight.new_empty(-(-scales // 256), dtype=FLOAT)
-            for name, tensor in scale_buffers.items():
-                self.register_buffer(name, tensor, persistent=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            shape = (self.out_features, self.in_features)
-            product: Tensor = _MatMul4Bit.apply(x.to(self.compute_dtype), self.weight, shape, self._weight_dtype)  # type: ignore[no-untyped-call]
-            return product.to(x.dtype)
-
-    return MetaLinear4bit()
-
-
 class FusedAdamW(Optimizer):
     """torch's fused AdamW: two moments in the weight's dtype and a step counter; no buffers."""
 
@@ -345,6 +270,7 @@ def on_meta(*, autocast: bool) -> Iterator[None]:
     import trl.trainer.utils
 
     from ray_peft.methods.stochastic import Dice
+    from ray_peft.vram import quantised_layers
 
     bits = bitsandbytes.optim
     places: list[tuple[Any, str, Any]] = [
@@ -356,6 +282,8 @@ def on_meta(*, autocast: bool) -> Iterator[None]:
         (bits, "AdamW8bit", blockwise_adamw(8, paged=False)),
         (bits, "PagedAdamW8bit", blockwise_adamw(8, paged=True)),
         (bits, "PagedAdamW32bit", blockwise_adamw(32, paged=True)),
+        (bitsandbytes.functional, "dequantize_4bit", quantised_layers.dequantize_4bit),
+        (bitsandbytes.functional, "int8_vectorwise_dequant", quantised_layers.int8_vectorwise_dequant),
         (Dice, "thrown", lambda *_: None),
         *((torch.nn.init, name, _as_it_is) for name in ("kaiming_uniform_", "uniform_", "normal_")),
     ]

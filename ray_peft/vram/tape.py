@@ -62,7 +62,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation on shapes alone and count what it made."""
         if function is torch.ops.aten._local_scalar_dense.default:
-            return self._truth
+            return self._truth if args[0].is_meta else function(*args, **(kwargs or {}))
         if function is torch.ops.aten.add.Tensor and _by_autograd() and _alone(args[0]):
             result = args[0].detach()  # two gradients of one tensor: CUDA's engine adds in place, but not under a mode
         else:

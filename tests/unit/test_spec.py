@@ -22,6 +22,8 @@ def test_every_method_round_trips_through_json_with_the_same_id(method):
         plain |= {"members": [{"method": {"name": "lora"}}, {"method": {"name": "full"}, "seed": 3}]}
         sources = [{"recipe": "dolly", "path": "rows.jsonl", "train": 8, "test": 2, "validation": 2}]
         changes = {"data__sources": sources}
+    if "adapter" in method.model_fields:
+        plain |= {"adapter": "lokr", "config": {"r": 4}}
     one = spec(plain, **changes)
     again = TrialSpec.from_plain(json.loads(one.model_dump_json()))
     assert again == one
@@ -62,7 +64,8 @@ def test_text_is_no_number():
         (None, {"resources__gpus_per_worker": 2.0}, "a worker uses one GPU"),
         ({"name": "full"}, {"model__quantization": {}}, "use method qlora"),
         ({"name": "galore"}, {"model__quantization": {}}, "use method qlora"),
-        ({"name": "lora"}, {"model__quantization": {}}, "is method qlora"),
+        ({"name": "qlora"}, {"model__quantization": "int8"}, "model.quantization says int8; use method lora"),
+        (None, {"model__quantization": {"quant_type": "int8", "double_quant": False}}, "int8 has no double_quant"),
     ],
 )
 def test_what_cannot_mean_what_it_says_is_refused_with_the_way_out(method, changes, words):

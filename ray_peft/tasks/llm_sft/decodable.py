@@ -16,6 +16,12 @@ TRIED_STEPS = 2
 _ROUNDING = {True: 1e-4, False: 5e-2}
 """Largest difference of scores, relative to the largest score, by whether all is computed in float32."""
 
+EIGHT_BITS = "its base in 8 bits looks for outliers in all rows of a pass"
+"""Why nothing is recorded, or put into lanes: LLM.int8() waits for what it finds."""
+
+VIRTUAL_TOKENS = "virtual tokens are put before each row"
+"""Why rows and prompts cannot lie in lanes: PEFT's wrapper puts them there, and lanes pass it by."""
+
 _right: set[str] = set()
 """Kinds of models whose scores were found right in this process, by all that this depends on."""
 
@@ -50,9 +56,17 @@ def why_not(voice: Voice, prompts: Sequence[Sequence[int]], pad: int, dtype: Any
     return None
 
 
+def has_virtual_tokens(model: PreTrainedModel) -> bool:
+    """Whether a model is PEFT's wrapper around one, which puts trained tokens before each row."""
+    configs: Any = model.peft_config if hasattr(model, "peft_config") else {}
+    return any(config.is_prompt_learning for config in configs.values())
+
+
 def by_config(model: PreTrainedModel) -> str | None:
     """Why a model's kind cannot answer in lanes; None if nothing is known against it."""
     config: Any = model.config.get_text_config()
+    if getattr(model, "is_loaded_in_8bit", False):
+        return EIGHT_BITS
     if not type(model).__module__.startswith("transformers."):
         return "its code is its own"
     if model.config.is_encoder_decoder:

@@ -12,6 +12,7 @@ from ray_peft.engine.recovery import in_parts
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.spec.keys import EVALUATION_BATCH
 from ray_peft.tasks.llm_sft.data import IGNORED
+from ray_peft.tasks.llm_sft.decodable import VIRTUAL_TOKENS, has_virtual_tokens
 from ray_peft.tasks.llm_sft.decoding import end_of_answers, greedy
 from ray_peft.tasks.llm_sft.packed_scores import Row, packed_log_probs, packs
 
@@ -159,7 +160,7 @@ def answers(
         settings.stop_strings = [end.text] if end.text else None
         settings.max_new_tokens = spec.evaluation.max_new_tokens
         work = InLanes(spec, voices, tokenizer, prompts, settings)
-        reason = work.why_not()
+        reason = VIRTUAL_TOKENS if has_virtual_tokens(model) else work.why_not()
         if reason is None:
             answered, size = work.answers(first)
         else:

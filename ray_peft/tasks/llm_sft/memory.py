@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.engine.row_dropout import CODE as DROPOUT
+from ray_peft.methods.adapter import Adapter
 from ray_peft.methods.base import ENOUGH_STEPS, Stage
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.vram.cards import ANY, Gpu
@@ -174,7 +175,10 @@ def components(
 
 def keeps_gradients(spec: LlmTrialSpec, stage: Stage) -> bool:
     """Whether gradients lie in memory between steps: recorded passes add to the same tensors."""
-    return spec.train.cuda_graphs and not stage.conflicts(accumulates=True, num_workers=1)
+    in_eight_bits = spec.quantization is not None and spec.quantization.bits == 8  # those wait for what they find
+    virtual = isinstance(stage, Adapter) and stage.trains_prompts
+    unrecorded = in_eight_bits or virtual or stage.conflicts(accumulates=True, num_workers=1)
+    return spec.train.cuda_graphs and not unrecorded
 
 
 def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTrainedModel:
@@ -182,8 +186,8 @@ def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTra
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
-    from ray_peft.tasks.llm_sft.targets import four_bit_layers
-    from ray_peft.vram.stand_ins import quantize
+    from ray_peft.tasks.llm_sft.targets import quantised_layers
+    from ray_peft.vram.quantised_layers import quantize
 
     method = stage or spec.method
     attention = spec.model.attention
@@ -194,7 +198,7 @@ def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTra
         )
     quantization = method.quantization() or (None if method.needs_full_weights else spec.model.quantization)
     if quantization is not None:
-        quantize(model, quantization, four_bit_layers(model))
+        quantize(model, quantization, quantised_layers(model))
     add_fused_lm_head(model)
     model.requires_grad_(False)
     return model
@@ -212,7 +216,7 @@ def evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longe
     """Bytes of the model, and beside it while the held-out loss is measured and while prompts are answered."""
     import torch
 
-    from ray_peft.tasks.llm_sft.decodable import by_config
+    from ray_peft.tasks.llm_sft.decodable import by_config, has_virtual_tokens
     from ray_peft.tasks.llm_sft.evaluate import LOSS_TOKENS, bare
     from ray_peft.vram.stand_ins import Autocast, on_meta
     from ray_peft.vram.step import own_model
@@ -239,7 +243,7 @@ def evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longe
         found["scoring"] = beside(
             SCORING, lambda _: _score(model, max(1, LOSS_TOKENS // longest_tokens), longest_tokens)
         )
-        if spec.evaluation.generate and by_config(bare(model)) is None:
+        if spec.evaluation.generate and by_config(bare(model)) is None and not has_virtual_tokens(model):
             found["answering"] = beside(ANSWERING, lambda _: _answer(spec, model, longest_tokens))
         elif spec.evaluation.generate:
             cached: list[int] = []

@@ -1,4 +1,4 @@
-"""Loading the base model: plain or 4-bit, with its own weights or random ones of its shape."""
+"""Loading the base model: plain or quantised, with its own weights or random ones of its shape."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ray_peft.methods.base import Dtype, Quantization
 from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
 from ray_peft.tasks.four_bit_layers import keep_as_stored
 from ray_peft.tasks.llm_sft.decoding import in_place_of_invalid
+from ray_peft.tasks.llm_sft.saved_adapter import save_adapter
 from ray_peft.tasks.parameters import stored
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def load_config(model: ModelSpec) -> PretrainedConfig:
         how = stored_as if isinstance(stored_as, dict) else stored_as.to_dict()
         raise ModelError(
             f"model.name: {model.name}: its weights are stored quantised ({how.get('quant_method', 'unknown')}); give "
-            "the plain model: method qlora, or model.quantization, stores its weights in 4 bits while it is loaded"
+            "the plain model: method qlora, or model.quantization, quantises its weights while it is loaded"
         )
     if is_local(model.name) and not model.random_weights:
         files_of(model, config)
@@ -192,12 +193,15 @@ def from_folder(
     if quantization is not None:
         from transformers import BitsAndBytesConfig
 
-        settings["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization.quant_type,
-            bnb_4bit_use_double_quant=quantization.double_quant,
-            bnb_4bit_compute_dtype=getattr(torch, quantization.compute_dtype),
-        )
+        how: dict[str, Any] = {"load_in_8bit": True}
+        if quantization.bits == 4:
+            how = {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": quantization.quant_type,
+                "bnb_4bit_use_double_quant": quantization.double_quant,
+                "bnb_4bit_compute_dtype": getattr(torch, quantization.compute_dtype),
+            }
+        settings["quantization_config"] = BitsAndBytesConfig(**how)  # type: ignore[no-untyped-call]
     if spec.attention is not None:
         settings["attn_implementation"] = spec.attention
     if is_local(folder):
@@ -284,21 +288,18 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     Raises:
         TrialFailed: a weight is beyond the range of `dtype`.
     """
-    adapter = hasattr(model, "peft_config")
-    chosen = model.state_dict()
-    if adapter:
-        prefix = str(model.base_model.prefix)  # PEFT's word in the names of what an adapter adds
-        chosen = {name: parameter for name, parameter in model.named_parameters() if prefix in name}
+    if hasattr(model, "peft_config"):
+        save_adapter(model, folder, dtype)
+        return
     converted: dict[int, Tensor] = {}  # tied weights are one tensor, and stay one: they are written once
     state = {}
-    for name, tensor in chosen.items():
+    for name, tensor in model.state_dict().items():
         address = tensor.data_ptr()
         if address not in converted:
             converted[address] = stored(name, tensor, dtype)
         state[name] = converted[address]
     model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
-    if not adapter:
-        config = folder / "config.json"
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        config.write_text(json.dumps({**settings, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save_pretrained(str(folder))
+    config = folder / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**settings, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(str(folder))

@@ -20,8 +20,12 @@ def why_alone(spec: LlmTrialSpec) -> str | None:
     method = spec.method
     if not isinstance(method, LoRA | QLoRA):
         return f"method {method.name} has no adapter that lies beside those of others; lora and qlora have"
+    if spec.quantization is not None and spec.quantization.bits == 8:
+        return "a base in int8 looks for outliers in all rows of a pass; use nf4"
     if method.dropout:
         return f"method.dropout is {method.dropout:g}; set dropout: 0"
+    if method.rank_pattern or method.alpha_pattern or method.modules_to_save:
+        return "method.rank_pattern, alpha_pattern and modules_to_save are for a trial alone; leave them out"
     if method.optim != "adamw":
         return f"method.optim {method.optim} keeps its moments in blocks, which cross matrices; use optim: adamw"
     if spec.train.engine != "own":

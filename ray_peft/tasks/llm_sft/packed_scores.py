@@ -12,6 +12,7 @@ from ray_peft.engine.recovery import free_memory, is_out_of_memory
 from ray_peft.engine.replays import Replays
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.data import IGNORED
+from ray_peft.tasks.llm_sft.decodable import has_virtual_tokens
 from ray_peft.tasks.llm_sft.lanes import Bucket, Pass, largest_capacity, lay_out, reused
 from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedPart
 
@@ -98,6 +99,8 @@ def packs(spec: LlmTrialSpec, model: PreTrainedModel) -> bool:
         model.device.type == "cuda"
         and spec.train.cuda_graphs
         and config._attn_implementation in ("sdpa", "eager")
+        and not has_virtual_tokens(model)
+        and not getattr(model, "is_loaded_in_8bit", False)  # which waits for what it finds in a pass
         and not getattr(config, "router_aux_loss_coef", 0.0)  # experts take what their content decides
     )
 

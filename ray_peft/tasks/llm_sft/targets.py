@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 LITTLE = 0.5
-"""If less than this share of a base is in 4 bits, the plan says what is not."""
+"""If less than this share of a base is quantised, the plan says what is not."""
 
 _built: dict[str, PreTrainedModel] = {}
 _MOST_BUILT = 4
@@ -39,7 +39,7 @@ def check(spec: LlmTrialSpec) -> list[str]:
         within = f"method.members.{place}." if members else ""
         for key, stage in parts:
             notes += stage.check(model, of=of, key=within + key)
-        notes += _four_bits(trial, model, of)
+        notes += _quantised(trial, model, of)
     return list(dict.fromkeys(notes))
 
 
@@ -74,8 +74,8 @@ def _build(model: ModelSpec, config: PretrainedConfig) -> PreTrainedModel:
     return built
 
 
-def four_bit_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the layers that transformers stores in 4 bits: plain nn.Linear and GPT-2's Conv1D, but not the output.
+def quantised_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the layers that transformers quantises: plain nn.Linear and GPT-2's Conv1D, but not the output.
 
     Subclasses of nn.Linear, such as Falcon's, and fused experts stay as they are (transformers 5.23,
     integrations/bitsandbytes.py).
@@ -94,8 +94,8 @@ def four_bit_layers(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _four_bits(trial: LlmTrialSpec, model: PreTrainedModel, of: str) -> list[str]:
-    """A note if only a small share of a quantised base is in 4 bits.
+def _quantised(trial: LlmTrialSpec, model: PreTrainedModel, of: str) -> list[str]:
+    """A note if only a small share of a quantised base is quantised.
 
     Raises:
         SpecError: nothing of it would be.
@@ -106,13 +106,15 @@ def _four_bits(trial: LlmTrialSpec, model: PreTrainedModel, of: str) -> list[str
     quantization = trial.quantization
     if quantization is None:
         return []
-    names = set(four_bit_layers(model))
+    bits = quantization.bits
+    names = set(quantised_layers(model))
     total = sum(parameter.numel() for parameter in model.parameters())
     share = sum(numbers(model.get_submodule(name)) for name in names) / total
     if not names:
         raise SpecError(
-            f"method {trial.method.name}: nothing of {of} would be in 4 bits: bitsandbytes stores plain linear layers, "
-            f"and those of this architecture are {_kinds(model)}; use method lora, with model.quantization: null"
+            f"method {trial.method.name}: nothing of {of} would be in {bits} bits: bitsandbytes stores plain linear "
+            f"layers, and those of this architecture are {_kinds(model)}; use method lora, with model.quantization: "
+            "null"
         )
     if share >= LITTLE:
         return []
@@ -121,7 +123,7 @@ def _four_bits(trial: LlmTrialSpec, model: PreTrainedModel, of: str) -> list[str
     others = 1 - share - sum(remaining.values()) / total
     parts = ([in_words(remaining, total)] if remaining else []) + [f"embeddings, norms and the like ({others:.0%})"]
     return [
-        f"{trial.method.name}: {share:.0%} of the weights of {of} are in 4 bits; the others stay in "
+        f"{trial.method.name}: {share:.0%} of the weights of {of} are in {bits} bits; the others stay in "
         f"{trial.model.dtype}: {', '.join(parts)}"
     ]
 

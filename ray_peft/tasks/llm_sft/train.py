@@ -13,8 +13,12 @@ from ray_peft.engine.passes import RecordedPasses
 from ray_peft.engine.row_dropout import RowDropout, row_dropout
 from ray_peft.engine.trained import Trained
 from ray_peft.engine.workers import this_worker
+from ray_peft.methods.adapter import Adapter
+from ray_peft.methods.lora import LoRA
+from ray_peft.methods.qlora import QLoRA
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.data import IGNORED
+from ray_peft.tasks.llm_sft.decodable import EIGHT_BITS, VIRTUAL_TOKENS
 from ray_peft.tasks.llm_sft.loss import TextLoss
 from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedRows
 from ray_peft.tasks.llm_sft.steps import TextPart, TextRows
@@ -49,7 +53,8 @@ def train_stage(
     from transformers import set_seed
 
     set_seed(spec.seed)
-    start_as_trl(spec, model)
+    if isinstance(job.stage, LoRA | QLoRA):
+        start_as_trl(spec, model)
     data = TextRows(spec, rows)
     pad = cast(int, tokenizer.pad_token_id)
     dropout, unkeyed = _dropout(spec, job, model, data, pad)
@@ -101,20 +106,9 @@ def why_not_packed(
     """
     import torch
 
-    config = model.config.get_text_config()
-    stage = job.stage
-    if not job.device.startswith("cuda"):
-        return "there is no GPU"
-    if not spec.train.cuda_graphs:
-        return "train.cuda_graphs is false"
-    if stage.conflicts(accumulates=True, num_workers=1):
-        return f"{stage.name} updates weights in the backward pass"
-    if spec.train.gradient_checkpointing and unkeyed is not None:
-        return "checkpointing would have to draw its dropout again"
-    if plain.balances:
-        return "a mixture of experts sends rows where their content decides"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"attention is {config._attn_implementation}"
+    reason = _why_not_tried(spec, job, model, plain, unkeyed)
+    if reason is not None:
+        return reason
     part = PackedRows(data).heaviest(range(job.first_step, job.first_step + 1), this_worker(), 1)
     assert part is not None
     packed = PackedLoss(spec, model, dropout)
@@ -133,6 +127,33 @@ def why_not_packed(
         return f"its attention does not take rows one after the other ({type(error).__name__})"
     if abs(usual - laid) > ROUNDING[spec.train.precision] * max(abs(usual), 1e-3):
         return f"rows one after the other have another loss ({laid:.6g}, not {usual:.6g})"
+    return None
+
+
+def _why_not_tried(
+    spec: LlmTrialSpec, job: Job, model: PreTrainedModel, plain: TextLoss, unkeyed: str | None
+) -> str | None:
+    """What settings, method and architecture say against recording."""
+    config = model.config.get_text_config()
+    stage = job.stage
+    if not job.device.startswith("cuda"):
+        return "there is no GPU"
+    if not spec.train.cuda_graphs:
+        return "train.cuda_graphs is false"
+    if getattr(model, "is_loaded_in_8bit", False):
+        return EIGHT_BITS
+    if stage.conflicts(accumulates=True, num_workers=1):
+        return f"{stage.name} updates weights in the backward pass"
+    if isinstance(stage, Adapter) and stage.trains_prompts:
+        return VIRTUAL_TOKENS
+    if isinstance(stage, Adapter) and not isinstance(stage, LoRA | QLoRA) and unkeyed is not None:
+        return "a recording would repeat what its adapter draws"
+    if spec.train.gradient_checkpointing and unkeyed is not None:
+        return "checkpointing would have to draw its dropout again"
+    if plain.balances:
+        return "a mixture of experts sends rows where their content decides"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"attention is {config._attn_implementation}"
     return None
 
 

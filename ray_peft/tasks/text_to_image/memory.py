@@ -267,7 +267,7 @@ def _built(spec: ImageTrialSpec, stage: Stage | None, shape: ModelShape) -> Any:
     from diffusers import UNet2DConditionModel
     from torch import nn
 
-    from ray_peft.vram.stand_ins import quantize
+    from ray_peft.vram.quantised_layers import quantize
 
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(shape.plain())

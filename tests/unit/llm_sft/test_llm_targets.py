@@ -136,7 +136,7 @@ def test_what_is_counted_in_4_bits_is_what_transformers_stores_so(built, questio
         name for name, module in bench.model.named_modules() if hasattr(getattr(module, "weight", 0), "quant_state")
     }
     shapes = targets.on_meta(spec.model)
-    assert stored == set(targets.four_bit_layers(shapes))
+    assert stored == set(targets.quantised_layers(shapes))
     counted = sum(shapes.get_submodule(name).weight.numel() for name in stored)
     assert bench.four_bit_share() == pytest.approx(counted / sum(p.numel() for p in shapes.parameters()))
     assert set(bench.storage()) == {"nf4", "float32"}

@@ -8,6 +8,7 @@ import torch
 
 from ray_peft.errors import SpecError
 from ray_peft.methods import METHODS
+from ray_peft.methods.adapter import Adapter
 from ray_peft.methods.base import Stage
 from ray_peft.methods.full import FullFineTuning
 from ray_peft.methods.galore import GaLore
@@ -17,7 +18,12 @@ from ray_peft.methods.optimizers import trainable
 from ray_peft.methods.qlora import QLoRA
 from ray_peft.spec import TrialSpec
 
-STAGES = [method for method in METHODS if issubclass(method, Stage)]
+STAGES = [
+    method
+    for method in METHODS
+    if issubclass(method, Stage) and (not issubclass(method, Adapter) or method in (LoRA, QLoRA))
+]
+"""All others of PEFT's adapters are in test_adapters.py."""
 
 
 @pytest.fixture(scope="module")

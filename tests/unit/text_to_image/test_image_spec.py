@@ -88,7 +88,7 @@ def test_an_ensemble_does_not_serve_the_task():
         (None, {"train__precision": "fp16"}, "no range for gradients"),
         (FULL_BF16, {"train__ema_decay": 0.9, "train__precision": "bf16"}, "ema_decay .* needs method.weights: float3"),
         ({"name": "none"}, {"model__quantization": {}}, "a UNet in 4 bits is method qlora"),
-        (None, {"model__quantization": {}}, "method lora on a quantised base is method qlora"),
+        (None, {"model__quantization": {}}, "a UNet in 4 bits is method qlora"),
         ({"name": "full"}, {"model__quantization": {}}, "use method qlora"),
         (None, {"train__micro_batch_size": 3}, r"batch_size \(4\) must be a multiple"),
         (None, {"evaluation__prompts": ["a", "a"]}, "'a' is there twice; name each once"),
