@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray_peft.engine.recovery import answers
 from ray_peft.engine.trained import Report
 from ray_peft.errors import RayPeftError, TrialFailed, first_line
 from ray_peft.foundation.quiet import quiet_libraries
@@ -151,24 +152,10 @@ def final_report(result: TrialResult) -> dict[str, Any]:
 def raise_if_broken(result: TrialResult) -> None:
     """Raise for a failed row that left the GPU unusable, so that the process is not used again.
 
-    A kernel that failed poisons the CUDA context for good: every later call fails. Any other failed trial costs the
-    next one nothing.
+    Any other failed trial costs the next one nothing.
     """
-    if result.status == "failed" and not _gpu_answers():
+    if result.status == "failed" and not answers("cuda"):
         raise TrialFailed(first_line(result.error))
-
-
-def _gpu_answers() -> bool:
-    """True if CUDA still works in this process, or was never used in it."""
-    import torch
-
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return True
-    try:
-        torch.cuda.synchronize()
-        return bool((torch.ones(1, device="cuda") + 1).item() == 2)
-    except RuntimeError:  # what torch raises for CUDA errors, torch.AcceleratorError included
-        return False
 
 
 def _device(demand: Demand) -> str:

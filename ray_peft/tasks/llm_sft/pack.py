@@ -14,6 +14,7 @@ from ray_peft.engine.passes import Pass, RecordedPasses
 from ray_peft.engine.trained import Report
 from ray_peft.errors import ModelError
 from ray_peft.methods.lora import LowRankAdapter
+from ray_peft.spec.keys import MICRO_BATCH
 from ray_peft.tasks.base import PackEnded
 from ray_peft.tasks.llm_sft import train
 from ray_peft.tasks.llm_sft.bench import LlmBench
@@ -214,15 +215,18 @@ def train_together(
     benches: Sequence[LlmBench], folders: Sequence[Path], reports: Sequence[Report], ended: PackEnded
 ) -> None:
     """Train the only stage of each trial, all at once; arguments as those of `TaskType.train_pack`."""
+    lowered: dict[str, int] = {}
 
     def told(bench: LlmBench, member: Member, error: Exception | None) -> None:
+        if MICRO_BATCH in lowered:  # of the pack, and no setting of any trial
+            member.trained.passes += f", at most {lowered[MICRO_BATCH]} rows of all trials a pass, since memory ran out"
         ended(benches.index(bench), bench, member.trained, error)
 
     def job(bench: LlmBench, folder: Path, report: Report) -> Job:
         ((stage, steps),) = bench.spec.method.stages(bench.total_steps())
         return Job(
             bench.spec, stage, steps, 0, folder, bench.device, report, lambda: pack.evaluation(bench)(),
-            lowered=bench.lowered, costs=bench.costs,
+            lowered=lowered, costs=bench.costs,
         )  # fmt: skip
 
     jobs = [job(*given) for given in zip(benches, folders, reports, strict=True)]

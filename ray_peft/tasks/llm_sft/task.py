@@ -12,7 +12,16 @@ from ray_peft.errors import ModelError, first_line
 from ray_peft.methods.base import Task
 from ray_peft.spec import LlmTrialSpec, ModelSpec
 from ray_peft.spec.identity import Content
-from ray_peft.tasks.base import Bench, DataReport, EnsembleBench, Inspection, MemberModel, PackEnded, TaskType
+from ray_peft.tasks.base import (
+    Bench,
+    DataReport,
+    EnsembleBench,
+    Inspection,
+    MemberModel,
+    PackEnded,
+    PackForecast,
+    TaskType,
+)
 from ray_peft.tasks.llm_sft import bench
 from ray_peft.vram.cards import Gpu
 
@@ -126,6 +135,18 @@ class LlmSft(TaskType[LlmTrialSpec]):
         tokenizer, prepared = _rows(spec)
         (loaded,) = ensemble.load_members([MemberModel(spec, weights)], device)
         return bench.LlmBench(spec, device, tokenizer, prepared, loaded.model)
+
+    def bases(self, specs: Sequence[LlmTrialSpec]) -> list[list[LlmTrialSpec]]:
+        """LoRA trials of one model and one precision share it."""
+        from ray_peft.tasks.llm_sft import packable
+
+        return packable.packs(specs)
+
+    def forecast(self, specs: Sequence[LlmTrialSpec], gpu: Gpu) -> PackForecast:
+        """From the shape of the model and the lengths of the rows."""
+        from ray_peft.tasks.llm_sft import forecast
+
+        return forecast.of_pack(specs, [_inspected_rows(spec) for spec in specs], gpu)
 
     def load_pack(self, specs: Sequence[LlmTrialSpec], device: str) -> list[Bench]:
         """Rows of each trial, and one model for all.
