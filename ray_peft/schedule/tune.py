@@ -6,6 +6,7 @@ time over a grid.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -13,8 +14,8 @@ import pickle
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -23,16 +24,49 @@ from ray_peft.errors import first_line
 from ray_peft.schedule import watch, worker
 from ray_peft.schedule.decide import Demand, Run
 from ray_peft.schedule.experiment import Experiment
+from ray_peft.schedule.order import Order
+from ray_peft.schedule.relay import Relay
 from ray_peft.spec import TrialSpec
 from ray_peft.store.adopted import left_row
 from ray_peft.trial.result import TrialResult
 
-_TRIAL = "trial"
-"""The only key of Tune's configurations: a place in the list of runs, or the text of a proposed one."""
+_TRIAL, _MEMBER = "trial", "member"
+"""The keys of Tune's configurations: a place in the list of runs, or the text of a proposed one; and which trial of a
+pack the Tune trial passes on."""
+RELAY_FAILURES = 20
+"""How often the process of a Tune trial that passes reports on is started again: nothing is lost with it."""
 
 
-_Task = tuple[TrialSpec, Demand]
-"""A trial, and what it holds while it runs."""
+@dataclass(frozen=True)
+class _Task:
+    """What a Tune trial is for."""
+
+    trials: tuple[tuple[TrialSpec, Demand], ...]
+    """Of its run, with what the run's process holds."""
+    place: int = 0
+    """The run's."""
+    member: int | None = None
+    """The trial of a pack that it passes on; None if it runs its trials."""
+
+    @property
+    def specs(self) -> list[TrialSpec]:
+        """The trials of its run."""
+        return [spec for spec, _ in self.trials]
+
+    @property
+    def spec(self) -> TrialSpec:
+        """Its trial, of those of a pack that it runs, the first."""
+        return self.trials[self.member or 0][0]
+
+    @property
+    def demand(self) -> Demand:
+        """What its run holds."""
+        return self.trials[0][1]
+
+    @property
+    def hosts(self) -> bool:
+        """Whether it runs trials together, each of which has a Tune trial of its own."""
+        return len(self.trials) > 1 and self.member is None
 
 
 class _OfThisProcess:
@@ -62,6 +96,9 @@ class Receiver(Protocol):
 
     def lose(self, spec: TrialSpec, reason: str) -> None:
         """A worker died for good."""
+
+    def lose_pack(self, specs: Sequence[TrialSpec], reason: str) -> None:
+        """The worker of trials that ran together died for good."""
 
 
 @dataclass(frozen=True)
@@ -111,18 +148,26 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     if work.most is not None:
         settings["max_concurrent_trials"] = work.most
     space: dict[str, Any] = {}
+    order = Order(work.runs)
+    packs = any(run.is_pack for run in work.runs)
     if work.propose is not None:
         settings |= {"search_alg": _searcher(work.propose), "num_samples": work.samples}
+    elif packs:
+        seats = sum(1 + len(run.trials) if run.is_pack else 1 for run in work.runs)
+        settings |= {"search_alg": _in_order(order), "num_samples": seats}
     else:
         space = {_TRIAL: tune.grid_search(list(range(len(work.runs))))}
-    tasks = [(run.trial, run.demand) for run in work.runs]
+    tasks = [
+        _Task(tuple((trial, run.demand_of(trial)) for trial in run.trials), place)
+        for place, run in enumerate(work.runs)
+    ]
     resolve, name = _resolver(tasks), f"tune-{os.urandom(4).hex()}"
     folder = opened.ledger.folder / "ray" / name
     folder.mkdir(parents=True, exist_ok=True)
     handout_file = folder / "handout.pickle"
     handout_file.write_bytes(pickle.dumps(_Handout(tasks, dict(work.members))))
     trainable = _trainable(opened, handout_file)
-    _demands[name] = lambda config: resolve(config)[1]
+    _tasks[name] = resolve
     stopped = threading.Event()
     tuner = tune.Tuner(
         tune.with_resources(trainable, partial(_resources, name)),
@@ -132,16 +177,17 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
             name=name,
             storage_path=str(opened.ledger.folder / "ray"),
             verbose=0,
-            callbacks=[_callback(resolve, receiver, stopped)],
+            callbacks=[_callback(resolve, receiver, stopped, order, Relay(folder / "relay"))],
             failure_config=tune.FailureConfig(max_failures=0),  # each trial has its own, see the callback
         ),
     )
     # Tune logs a traceback for each lost trial; its reason is in the trial's row and line.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:
-        watch.waited(tuner.fit, stopped.set)
+        with _many_pending() if packs else contextlib.nullcontext():
+            watch.waited(tuner.fit, stopped.set)
     finally:
-        del _demands[name]
+        del _tasks[name]
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -151,11 +197,50 @@ def _resolver(tasks: Sequence[_Task]) -> Callable[[Mapping[str, Any]], _Task]:
     def resolve(config: Mapping[str, Any]) -> _Task:
         where = config[_TRIAL]
         if isinstance(where, int):
-            return tasks[where]
+            return replace(tasks[where], member=config.get(_MEMBER))
         proposal = json.loads(where)
-        return TrialSpec.from_plain(proposal["spec"]).under(proposal["trial_id"]), Demand(**proposal["demand"])
+        spec = TrialSpec.from_plain(proposal["spec"]).under(proposal["trial_id"])
+        return _Task(((spec, Demand(**proposal["demand"])),))
 
     return resolve
+
+
+@contextlib.contextmanager
+def _many_pending() -> Iterator[None]:
+    """Let many trials wait for resources at once, as those of a grid do: of a search, Tune lets one."""
+    name = "TUNE_MAX_PENDING_TRIALS_PG"
+    before = os.environ.get(name)
+    os.environ[name] = before or "200"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+def _in_order(order: Order) -> Any:
+    """Tune's side of an order."""
+    from ray.tune.search import Searcher
+
+    class Seats(_OfThisProcess, Searcher):
+        def suggest(self, trial_id: str) -> Any:
+            seat = order.next()
+            if seat is None:
+                return None if order.left else Searcher.FINISHED
+            place, member = seat
+            return {_TRIAL: place, _MEMBER: member}
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            """Rows reach the sweep through the receiver."""
+
+        def save(self, checkpoint_path: str) -> None:
+            """Rows are the memory of a sweep: what Tune asks for stays empty."""
+            Path(checkpoint_path).touch()
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing was kept."""
+
+    return Seats()
 
 
 def _searcher(propose: Callable[[], Run | None]) -> Any:
@@ -206,34 +291,48 @@ def _trainable(opened: Experiment, handout_file: Path) -> Callable[..., None]:
     """The function that Tune runs for each trial, in a process that it uses again for the next."""
     ledger, store, parent, name = opened.ledger, opened.store, opened.parent_run_id, opened.name
 
+    relay = Relay(handout_file.parent / "relay")
+
     def trial(config: dict[str, Any]) -> None:
         from ray import tune
 
         handout = _read_handout(handout_file)
-        spec, demand = _resolver(handout.tasks)(config)
-        assignment = worker.Assignment(
-            spec=spec,
-            folder=ledger.trial_folder(spec.trial_id),
-            store=store,
-            parent_run_id=parent,
-            sweep=name,
-            demand=demand,
-            members=tuple(
-                handout.members[member.trial_id] for member in spec.members() if member.trial_id in handout.members
-            ),
-        )
+        task = _resolver(handout.tasks)(config)
+
+        def assignment(spec: TrialSpec, demand: Demand) -> worker.Assignment:
+            return worker.Assignment(
+                spec=spec,
+                folder=ledger.trial_folder(spec.trial_id),
+                store=store,
+                parent_run_id=parent,
+                sweep=name,
+                demand=demand,
+                members=tuple(
+                    handout.members[member.trial_id] for member in spec.members() if member.trial_id in handout.members
+                ),
+            )
 
         def report(metrics: Mapping[str, float], step: int) -> None:
             tune.report({"step": step, **metrics})
 
-        left = left_row(assignment.folder, spec.trial_id)
+        if task.member is not None:
+            for line in relay.follow(task.spec.trial_id):
+                tune.report(line)
+                if worker.ROW in line:
+                    return
+            return
+        if task.hosts:
+            worker.run_together([assignment(*both) for both in task.trials], relay)
+            return
+        single = assignment(*task.trials[0])
+        left = left_row(single.folder, single.spec.trial_id)
         if left is not None and left.status == "finished":  # its worker died before the driver had it
             tune.report(worker.final_report(left))
             return
-        if assignment.demand.num_workers > 1:
-            result: TrialResult | None = worker.run_in_trainer(assignment, ledger.folder / "ray")
+        if single.demand.num_workers > 1:
+            result: TrialResult | None = worker.run_in_trainer(single, ledger.folder / "ray")
         else:
-            result = worker.run_alone(assignment, report)
+            result = worker.run_alone(single, report)
         assert result is not None
         tune.report(worker.final_report(result))
         worker.raise_if_broken(result)
@@ -245,7 +344,13 @@ class _Stopped(Exception):
     """Ends Tune's loop from within: the user stopped it, or the cluster is lost."""
 
 
-def _callback(resolve: Callable[[Mapping[str, Any]], _Task], receiver: Receiver, stopped: threading.Event) -> Any:
+def _callback(
+    resolve: Callable[[Mapping[str, Any]], _Task],
+    receiver: Receiver,
+    stopped: threading.Event,
+    order: Order,
+    relay: Relay,
+) -> Any:
     """Tune's callback in the driver."""
     from ray import tune
 
@@ -255,45 +360,70 @@ def _callback(resolve: Callable[[Mapping[str, Any]], _Task], receiver: Receiver,
                 raise _Stopped
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            spec, _ = resolve(trial.config)
-            trial.max_failures = spec.resources.max_failures
-            receiver.begin(spec)
+            task = resolve(trial.config)
+            if task.member is not None:
+                trial.max_failures = RELAY_FAILURES
+                return
+            trial.max_failures = task.spec.resources.max_failures
+            for spec in task.specs:
+                receiver.begin(spec)
+            order.started(task.place)
 
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
             # Tune ends with an error in here, and with it all the other trials.
-            spec, _ = resolve(trial.config)
+            task = resolve(trial.config)
+            if task.hosts:
+                return
             try:
                 if worker.ROW in result:
                     trial.max_failures = 0  # what its process does after that is not the trial's
                     receiver.take(TrialResult.model_validate_json(result[worker.ROW]))
-                else:
-                    receiver.show(spec, result)
+                elif "step" in result:
+                    receiver.show(task.spec, result)
             except Exception as error:
-                receiver.lose(spec, f"its row cannot be kept: {type(error).__name__}: {first_line(error)}")
+                receiver.lose(task.spec, f"its row cannot be kept: {type(error).__name__}: {first_line(error)}")
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            task = resolve(trial.config)
+            if task.hosts:
+                order.ended(task.place)
+                for spec in task.specs:
+                    receiver.lose(spec, "the process of its pack ended without its row")
+                    relay.end(spec.trial_id)
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            if not stopped.is_set():
-                receiver.again(resolve(trial.config)[0], _reason(trial))
+            task = resolve(trial.config)
+            if not stopped.is_set() and task.member is None:
+                for spec in task.specs:
+                    receiver.again(spec, _reason(trial))
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            receiver.lose(resolve(trial.config)[0], _reason(trial))
+            task = resolve(trial.config)
+            if task.hosts:
+                order.ended(task.place)
+                receiver.lose_pack(task.specs, _reason(trial))
+                for spec in task.specs:
+                    relay.end(spec.trial_id)
+            elif task.member is None:
+                receiver.lose(task.spec, _reason(trial))
 
     return Rows()
 
 
-_demands: dict[str, Callable[[Mapping[str, Any]], Demand]] = {}
-"""A function from a configuration of Tune's to its demand, by the name of the call of Tune. Used in the driver only."""
+_tasks: dict[str, Callable[[Mapping[str, Any]], _Task]] = {}
+"""A function from a configuration of Tune's to its task, by the name of the call of Tune. Used in the driver only."""
 
 
 def _resources(name: str, config: dict[str, Any]) -> Any:
     """What Tune holds for a trial; the workers of a multi-worker trial are held by Ray Train."""
     from ray import tune
 
-    needed = _demands[name](config)
-    if needed.num_workers > 1:
-        # The driver that waits for the workers must not hold what they need: not even a hundredth of a core.
+    task = _tasks[name](config)
+    needed = task.demand
+    if needed.num_workers > 1 or task.member is not None:
+        # What waits for others must not hold what they need: not even a hundredth of a core.
         return tune.PlacementGroupFactory([{"memory": 1}])
     return tune.PlacementGroupFactory([{"CPU": needed.cpus_per_worker, "GPU": needed.gpus_per_worker}])
 
