@@ -10,19 +10,22 @@ import time
 import psutil
 import pytest
 import tiny
+import torch
 import yaml
+from mlflow import MlflowClient
 from safetensors.torch import load_file
-from tracked import client_of
 
 import ray_peft
 from ray_peft.console import Console
-from ray_peft.store.tracking import Store
 
 LORA = [
     {"name": "lora", "rank": 4, "lr": 0.01},
     {"name": "lora", "rank": 8, "lr": 0.02, "alpha": 8},
     {"name": "lora", "rank": 2, "lr": 1.0e30},  # diverges
 ]
+
+
+FLOAT32 = {"train__eval_every": 2, "train__save_dtype": "float32"}
 
 
 def write_space(path, model, data, **changes):
@@ -37,7 +40,7 @@ def swept(ray_cluster, shared, tiny_model, questions, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed_sweep")
     outcomes = {}
     for name, pack in (("packed", True), ("apart", False)):
-        space = write_space(folder / f"{name}.yaml", tiny_model, questions, train__eval_every=2)
+        space = write_space(folder / f"{name}.yaml", tiny_model, questions, **FLOAT32)
         outcomes[name] = ray_peft.sweep(
             space, out=folder / name, console=Console(), overrides=[f"train.pack={str(pack).lower()}"]
         )
@@ -62,21 +65,24 @@ def test_rows_and_adapters_are_those_of_trials_alone(swept):
             continue
         assert ours.scores.eval_loss == pytest.approx(theirs.scores.eval_loss, rel=1e-5)
         assert ours.scores.rouge_l == theirs.scores.rouge_l
+        if not theirs.trainable_parameters:
+            continue
         assert ours.train_loss_final == pytest.approx(theirs.train_loss_final, rel=1e-5)
         files = [
             outcome.folder / "trials" / trial_id / "adapter" / "adapter_model.safetensors" for outcome in swept.values()
         ]
-        if theirs.trainable_parameters:
-            weights = [load_file(file) for file in files]
-            assert weights[0].keys() == weights[1].keys()
-            for name, value in weights[0].items():
-                assert value.float().numpy() == pytest.approx(weights[1][name].float().numpy(), rel=1e-2, abs=1e-4)
+        weights = [load_file(file) for file in files]
+        assert weights[0].keys() == weights[1].keys()
+        for name, value in weights[0].items():
+            # AdamW divides the first gradient by itself, so one that is all rounding goes either way.
+            far = ~torch.isclose(value, weights[1][name], rtol=1e-4, atol=1e-5)
+            assert far.float().mean() < 0.005, name
 
 
 def test_every_run_in_mlflow_looks_like_that_of_a_trial_alone(swept):
     runs = {}
     for name, outcome in swept.items():
-        client = client_of(Store(outcome.tracking_uri, "0"))
+        client = MlflowClient(tracking_uri=outcome.tracking_uri)
         for row in outcome.results:
             run = client.get_run(row.mlflow_run_id)
             history = client.get_metric_history(run.info.run_id, "train_loss") if row.trainable_parameters else []
