@@ -166,10 +166,10 @@ def _train(lives: _Lives, numbers: list[int]) -> None:
     def ended(order: int, bench: Bench, trained: Trained, error: Exception | None) -> None:
         number = numbers[order]
         life = lives.lives[number]
-        life.trained = replace(trained)
         try:
             if error is not None:
                 raise error
+            life.trained = replace(trained)
             life.parameters = bench.parameters()
             with life.process.clock.phase("save"):
                 trial.save(life, bench)
