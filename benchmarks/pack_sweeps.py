@@ -71,7 +71,8 @@ def write_space(case: Case, folder: Path, kind: str, model: str, dolly: str) -> 
     """The search space of one kind of run."""
     count = case.apart if kind == "apart" else case.trials
     grid = [
-        {"name": case.method, "rank": (8, 16)[place % 2], "lr": 1e-4 * (1 + place // 2)} for place in range(case.trials)
+        {"name": case.method, "rank": (8, 16)[place % 2], "lr": round(1e-4 * (1 + place // 2), 6)}
+        for place in range(case.trials)
     ]
     plain = {
         "name": f"{kind}_{case.method}_{case.trials}_{case.rows}",

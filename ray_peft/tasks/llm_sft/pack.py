@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ray_peft.engine.slots import Slots
+
+logger = logging.getLogger(__name__)
 
 FEW_ROWS = 4
 """Rows whose loss is computed both ways."""
@@ -108,6 +111,7 @@ class Pack(Crew):
         rows = self._rows[self._benches.index(bench)]
         member = SlotMember(job, self._slots, slot, pieces, rows)
         self._seats[slot] = (bench, member)
+        logger.info("%s: place %d of %d", bench.spec.trial_id, slot + 1, self._places)
         return member
 
     @contextlib.contextmanager
