@@ -7,66 +7,27 @@ time over a grid.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import pickle
-import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
-from ray_peft.errors import first_line
 from ray_peft.schedule import watch, worker
 from ray_peft.schedule.decide import Demand, Run
+from ray_peft.schedule.events import Events, Receiver
 from ray_peft.schedule.experiment import Experiment
+from ray_peft.schedule.handout import TRIAL, Handout, Task, proposed, read_handout, resolver, seated, tasks_of
 from ray_peft.schedule.order import Order
 from ray_peft.schedule.relay import Relay
 from ray_peft.spec import TrialSpec
 from ray_peft.store.adopted import left_row
 from ray_peft.trial.result import TrialResult
-
-_TRIAL, _MEMBER = "trial", "member"
-"""The keys of Tune's configurations: a place in the list of runs, or the text of a proposed one; and which trial of a
-pack the Tune trial passes on."""
-RELAY_FAILURES = 20
-"""How often the process of a Tune trial that passes reports on is started again: nothing is lost with it."""
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What a Tune trial is for."""
-
-    trials: tuple[tuple[TrialSpec, Demand], ...]
-    """Of its run, with what the run's process holds."""
-    place: int = 0
-    """The run's."""
-    member: int | None = None
-    """The trial of a pack that it passes on; None if it runs its trials."""
-
-    @property
-    def specs(self) -> list[TrialSpec]:
-        """The trials of its run."""
-        return [spec for spec, _ in self.trials]
-
-    @property
-    def spec(self) -> TrialSpec:
-        """Its trial, of those of a pack that it runs, the first."""
-        return self.trials[self.member or 0][0]
-
-    @property
-    def demand(self) -> Demand:
-        """What its run holds."""
-        return self.trials[0][1]
-
-    @property
-    def hosts(self) -> bool:
-        """Whether it runs trials together, each of which has a Tune trial of its own."""
-        return len(self.trials) > 1 and self.member is None
 
 
 class _OfThisProcess:
@@ -77,28 +38,6 @@ class _OfThisProcess:
 
     def __deepcopy__(self, _: dict[int, Any]) -> Self:
         return self
-
-
-class Receiver(Protocol):
-    """Receives the events of trials."""
-
-    def begin(self, spec: TrialSpec) -> None:
-        """A trial was handed out."""
-
-    def take(self, result: TrialResult) -> None:
-        """A row is there."""
-
-    def show(self, spec: TrialSpec, metrics: Mapping[str, Any]) -> None:
-        """A running trial reports a step."""
-
-    def again(self, spec: TrialSpec, reason: str) -> None:
-        """A worker died, and its trial is started once more."""
-
-    def lose(self, spec: TrialSpec, reason: str) -> None:
-        """A worker died for good."""
-
-    def lose_pack(self, specs: Sequence[TrialSpec], reason: str) -> None:
-        """The worker of trials that ran together died for good."""
 
 
 @dataclass(frozen=True)
@@ -156,16 +95,13 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
         seats = sum(1 + len(run.trials) if run.is_pack else 1 for run in work.runs)
         settings |= {"search_alg": _in_order(order), "num_samples": seats}
     else:
-        space = {_TRIAL: tune.grid_search(list(range(len(work.runs))))}
-    tasks = [
-        _Task(tuple((trial, run.demand_of(trial)) for trial in run.trials), place)
-        for place, run in enumerate(work.runs)
-    ]
-    resolve, name = _resolver(tasks), f"tune-{os.urandom(4).hex()}"
+        space = {TRIAL: tune.grid_search(list(range(len(work.runs))))}
+    tasks = tasks_of(work.runs)
+    resolve, name = resolver(tasks), f"tune-{os.urandom(4).hex()}"
     folder = opened.ledger.folder / "ray" / name
     folder.mkdir(parents=True, exist_ok=True)
     handout_file = folder / "handout.pickle"
-    handout_file.write_bytes(pickle.dumps(_Handout(tasks, dict(work.members))))
+    handout_file.write_bytes(pickle.dumps(Handout(tasks, dict(work.members))))
     trainable = _trainable(opened, handout_file)
     _tasks[name] = resolve
     stopped = threading.Event()
@@ -177,7 +113,7 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
             name=name,
             storage_path=str(opened.ledger.folder / "ray"),
             verbose=0,
-            callbacks=[_callback(resolve, receiver, stopped, order, Relay(folder / "relay"))],
+            callbacks=[_callback(Events(resolve, receiver, order, Relay(folder / "relay")), stopped)],
             failure_config=tune.FailureConfig(max_failures=0),  # each trial has its own, see the callback
         ),
     )
@@ -189,20 +125,6 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     finally:
         del _tasks[name]
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _resolver(tasks: Sequence[_Task]) -> Callable[[Mapping[str, Any]], _Task]:
-    """Tune's configuration of a trial -> its spec, under the id that was settled for it, and what it holds."""
-
-    def resolve(config: Mapping[str, Any]) -> _Task:
-        where = config[_TRIAL]
-        if isinstance(where, int):
-            return replace(tasks[where], member=config.get(_MEMBER))
-        proposal = json.loads(where)
-        spec = TrialSpec.from_plain(proposal["spec"]).under(proposal["trial_id"])
-        return _Task(((spec, Demand(**proposal["demand"])),))
-
-    return resolve
 
 
 @contextlib.contextmanager
@@ -227,8 +149,7 @@ def _in_order(order: Order) -> Any:
             seat = order.next()
             if seat is None:
                 return None if order.left else Searcher.FINISHED
-            place, member = seat
-            return {_TRIAL: place, _MEMBER: member}
+            return seated(seat)
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             """Rows reach the sweep through the receiver."""
@@ -252,8 +173,7 @@ def _searcher(propose: Callable[[], Run | None]) -> Any:
             run = propose()
             if run is None:
                 return Searcher.FINISHED
-            config = {"trial_id": run.trial.trial_id, "spec": run.trial.plain(), "demand": asdict(run.demand)}
-            return {_TRIAL: json.dumps(config)}
+            return proposed(run)
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             """Rows reach the search through the receiver, lost ones too."""
@@ -268,25 +188,6 @@ def _searcher(propose: Callable[[], Run | None]) -> Any:
     return Proposals()
 
 
-@dataclass(frozen=True)
-class _Handout:
-    """What the workers need of a call of Tune. It is no part of Tune's function, which Tune unpickles for each trial.
-
-    It is a file, and not in Ray's object store: when its node dies, Ray 2.60 silently ends a driver that has put
-    something there.
-    """
-
-    tasks: list[_Task]
-    members: dict[str, TrialResult]
-
-
-@cache
-def _read_handout(path: Path) -> _Handout:
-    """The file's content, read once by each worker process."""
-    handout: _Handout = pickle.loads(path.read_bytes())
-    return handout
-
-
 def _trainable(opened: Experiment, handout_file: Path) -> Callable[..., None]:
     """The function that Tune runs for each trial, in a process that it uses again for the next."""
     ledger, store, parent, name = opened.ledger, opened.store, opened.parent_run_id, opened.name
@@ -296,8 +197,8 @@ def _trainable(opened: Experiment, handout_file: Path) -> Callable[..., None]:
     def trial(config: dict[str, Any]) -> None:
         from ray import tune
 
-        handout = _read_handout(handout_file)
-        task = _resolver(handout.tasks)(config)
+        handout = read_handout(handout_file)
+        task = resolver(handout.tasks)(config)
 
         def assignment(spec: TrialSpec, demand: Demand) -> worker.Assignment:
             return worker.Assignment(
@@ -344,13 +245,7 @@ class _Stopped(Exception):
     """Ends Tune's loop from within: the user stopped it, or the cluster is lost."""
 
 
-def _callback(
-    resolve: Callable[[Mapping[str, Any]], _Task],
-    receiver: Receiver,
-    stopped: threading.Event,
-    order: Order,
-    relay: Relay,
-) -> Any:
+def _callback(events: Events, stopped: threading.Event) -> Any:
     """Tune's callback in the driver."""
     from ray import tune
 
@@ -360,59 +255,27 @@ def _callback(
                 raise _Stopped
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            task = resolve(trial.config)
-            if task.member is not None:
-                trial.max_failures = RELAY_FAILURES
-                return
-            trial.max_failures = task.spec.resources.max_failures
-            for spec in task.specs:
-                receiver.begin(spec)
-            order.started(task.place)
+            events.start(trial)
 
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
-            # Tune ends with an error in here, and with it all the other trials.
-            task = resolve(trial.config)
-            if task.hosts:
-                return
-            try:
-                if worker.ROW in result:
-                    trial.max_failures = 0  # what its process does after that is not the trial's
-                    receiver.take(TrialResult.model_validate_json(result[worker.ROW]))
-                elif "step" in result:
-                    receiver.show(task.spec, result)
-            except Exception as error:
-                receiver.lose(task.spec, f"its row cannot be kept: {type(error).__name__}: {first_line(error)}")
+            events.result(trial, result)
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            task = resolve(trial.config)
-            if task.hosts:
-                order.ended(task.place)
-                for spec in task.specs:
-                    receiver.lose(spec, "the process of its pack ended without its row")
-                    relay.end(spec.trial_id)
+            events.complete(trial)
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            task = resolve(trial.config)
-            if not stopped.is_set() and task.member is None:
-                for spec in task.specs:
-                    receiver.again(spec, _reason(trial))
+            if not stopped.is_set():
+                events.again(trial)
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            task = resolve(trial.config)
-            if task.hosts:
-                order.ended(task.place)
-                receiver.lose_pack(task.specs, _reason(trial))
-                for spec in task.specs:
-                    relay.end(spec.trial_id)
-            elif task.member is None:
-                receiver.lose(task.spec, _reason(trial))
+            events.error(trial)
 
     return Rows()
 
 
-_tasks: dict[str, Callable[[Mapping[str, Any]], _Task]] = {}
+_tasks: dict[str, Callable[[Mapping[str, Any]], Task]] = {}
 """A function from a configuration of Tune's to its task, by the name of the call of Tune. Used in the driver only."""
 
 
@@ -426,19 +289,3 @@ def _resources(name: str, config: dict[str, Any]) -> Any:
         # What waits for others must not hold what they need: not even a hundredth of a core.
         return tune.PlacementGroupFactory([{"memory": 1}])
     return tune.PlacementGroupFactory([{"CPU": needed.cpus_per_worker, "GPU": needed.gpus_per_worker}])
-
-
-_DIED = re.compile(r"(?:Worker )?exit detail: ([^\n]+)|(\S*node \S* ?was terminated[^\n]*)", re.I)
-"""What Ray says of a worker that died: the last reason counts."""
-
-
-def _reason(trial: Any) -> str:
-    """Why Tune lost a trial that left no row: one line, and the whole error below it."""
-    path = getattr(trial, "error_file", None)
-    text = Path(path).read_text(encoding="utf-8", errors="replace") if path and Path(path).is_file() else ""
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    if not lines:
-        return "the worker ended without leaving an error"
-    details = [next(filter(None, groups)) for groups in _DIED.findall(text)]
-    line = details[-1] if details else lines[-1].strip()
-    return f"the worker died: {line.split('. ')[0]}\n\n{text}"

@@ -221,8 +221,9 @@ class PackForecast:
     """How many times as long their steps take one trial after the other."""
 
 
-PackEnded = Callable[[int, Bench, Trained, Exception | None], None]
-"""Takes a trial of a pack by its place in it, its bench, what its training took, and why it failed if it did."""
+PackEnded = Callable[[int, Bench, tuple[int, int], Trained, Exception | None], None]
+"""Takes a trial of a pack by its place in it, its bench, its `Bench.parameters` in training, what its training took, and
+why it failed if it did."""
 
 
 class TaskType(ABC, Generic[SpecT]):

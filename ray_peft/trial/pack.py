@@ -163,14 +163,14 @@ def _train(lives: _Lives, numbers: list[int]) -> None:
         life.process.clock.note("load", lives.process.clock.seconds["load"] / len(numbers))
     lives.process.memory.start()
 
-    def ended(order: int, bench: Bench, trained: Trained, error: Exception | None) -> None:
+    def ended(order: int, bench: Bench, parameters: tuple[int, int], trained: Trained, error: Exception | None) -> None:
         number = numbers[order]
         life = lives.lives[number]
+        life.parameters = parameters
         try:
             if error is not None:
                 raise error
             life.trained = replace(trained)
-            life.parameters = bench.parameters()
             with life.process.clock.phase("save"):
                 trial.save(life, bench)
             with life.process.clock.phase("evaluate"):

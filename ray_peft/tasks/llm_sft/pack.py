@@ -60,8 +60,8 @@ class Pack(Crew):
         self._together = RowsTogether(self._rows)
         self._slots = self._make_slots()
         self._seats: dict[int, tuple[LlmBench, Member]] = {}
-        self.passes = ""
-        """How passes ran."""
+        self.parameters = [(0, 0)] * len(benches)
+        """`Bench.parameters` of each once it has started."""
 
     def run(self) -> None:
         """Train them all."""
@@ -105,6 +105,7 @@ class Pack(Crew):
         bench, job = self._waiting.pop(0)
         stage = cast(LowRankAdapter, job.stage)
         bench.attach(stage)
+        self.parameters[self._benches.index(bench)] = bench.parameters()
         train.start_as_trl(bench.spec, bench.model)
         pieces = self._slots.fill(slot, bench.model, stage.alpha / stage.rank)
         bench.model = unwrapped(bench.model)
@@ -224,7 +225,8 @@ def train_together(
     def told(bench: LlmBench, member: Member, error: Exception | None) -> None:
         if MICRO_BATCH in lowered:  # of the pack, and no setting of any trial
             member.trained.passes += f", at most {lowered[MICRO_BATCH]} rows of all trials a pass, since memory ran out"
-        ended(benches.index(bench), bench, member.trained, error)
+        place = benches.index(bench)
+        ended(place, bench, pack.parameters[place], member.trained, error)
 
     def job(bench: LlmBench, folder: Path, report: Report) -> Job:
         ((stage, steps),) = bench.spec.method.stages(bench.total_steps())
