@@ -222,8 +222,8 @@ class PackForecast:
 
 
 PackEnded = Callable[[int, Bench, tuple[int, int], Trained, Exception | None], None]
-"""Takes a trial of a pack by its place in it, its bench, its `Bench.parameters` in training, what its training took, and
-why it failed if it did."""
+"""Takes a trial of a pack by its place in it, its bench, its `Bench.parameters` in training, what its training took,
+and why it failed if it did."""
 
 
 class TaskType(ABC, Generic[SpecT]):
