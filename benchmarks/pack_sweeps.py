@@ -5,28 +5,33 @@
 RAY_PEFT_MODEL names a folder with config.json and tokenizer; weights are random, of the true shape. A makespan is that
 of `ray_peft.sweep` on a Ray that is there: checks, processes, loading, training, the held-out loss, saving, MLflow and
 report. `packed` has `train.pack: auto`, `shared` lets trials share the GPU as processes, `apart` runs some of them one
-after the other on the whole GPU, and counts the mean of their seconds for each.
+after the other on the whole GPU, and counts the mean of their seconds for each. `here` and `here_apart` are packed
+trials and single ones in this process, without Ray and MLflow, after a trial that has loaded all libraries.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import json
 import os
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 import ray_peft
 from ray_peft.console import Console
 from ray_peft.schedule import cluster
-from ray_peft.trial import provenance
+from ray_peft.space.read import load
+from ray_peft.trial import provenance, trial
+from ray_peft.trial.pack import Member, run_pack
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,10 @@ class Case:
 
 
 CASES = [
-    Case("lora", 8),
-    Case("qlora", 16),
+    Case("lora", 8, apart=1),
+    Case("qlora", 16, apart=1),
     Case("lora", 8, rows=8, steps=20, full=True),
+    Case("lora", 1, apart=1),
 ]
 
 
@@ -69,7 +75,7 @@ def long_rows(folder: Path, dolly: str) -> str:
 
 def write_space(case: Case, folder: Path, kind: str, model: str, dolly: str) -> Path:
     """The search space of one kind of run."""
-    count = case.apart if kind == "apart" else case.trials
+    count = case.apart if kind.endswith("apart") else case.trials
     grid = [
         {"name": case.method, "rank": (8, 16)[place % 2], "lr": round(1e-4 * (1 + place // 2), 6)}
         for place in range(case.trials)
@@ -105,10 +111,12 @@ def measured(case: Case, kind: str, folder: Path, model: str, dolly: str) -> dic
     begin = time.perf_counter()
     outcome = ray_peft.sweep(space, out=folder / space.stem, console=Console())
     seconds = time.perf_counter() - begin
-    rows = outcome.results
-    log = folder / space.stem / "trials" / rows[0].trial_id / "log.txt"
+    return {"seconds": seconds, **of_rows(outcome.results)}
+
+
+def of_rows(rows: list[Any]) -> dict[str, Any]:
+    """What their rows say."""
     return {
-        "seconds": seconds,
         "trials": len(rows),
         "status": sorted(row.status for row in rows),
         "pack_size": [row.pack_size for row in rows],
@@ -116,6 +124,7 @@ def measured(case: Case, kind: str, folder: Path, model: str, dolly: str) -> dic
         "gpus_per_worker": [row.provenance.gpus_per_worker for row in rows],
         "eval_loss": [row.scores.eval_loss for row in rows],
         "train_loss": [row.train_loss_final for row in rows],
+        "steps": [row.steps for row in rows],
         "usage": [
             {key: getattr(row.usage, key) for key in ("wall_time_s", "load_s", "train_s", "evaluate_s", "save_s")}
             for row in rows
@@ -123,8 +132,52 @@ def measured(case: Case, kind: str, folder: Path, model: str, dolly: str) -> dic
         "peak_allocated_gib": max(row.usage.peak_allocated_gib or 0 for row in rows),
         "peak_reserved_gib": max(row.usage.peak_reserved_gib or 0 for row in rows),
         "errors": [(row.error or "")[-1500:] for row in rows if row.error],
-        "log": log.read_text()[-3000:] if log.is_file() else "",
     }
+
+
+class Untracked:
+    """A tracker that keeps nothing."""
+
+    def start(self, spec: Any) -> None:
+        """Nothing is opened."""
+
+    def log(self, metrics: Any, step: int) -> None:
+        """Nothing is kept."""
+
+    def artifact(self, path: Path, folder: str, *, remove: bool = False) -> None:
+        """Nothing is kept."""
+
+    def table(self, rows: Any, artifact_file: str) -> None:
+        """Nothing is kept."""
+
+    def fetch(self, run_id: str, folder: str, to: Path) -> Path:
+        """Nothing is there."""
+        raise LookupError(run_id)
+
+    def record(self, result: Any) -> Any:
+        """The row as it is."""
+        return result
+
+
+def here(case: Case, kind: str, folder: Path, model: str, dolly: str) -> dict[str, Any]:
+    """Trials in this process: loading, training, the held-out loss and saving."""
+    specs = load(write_space(case, folder, kind, model, dolly)).trials
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    members = [
+        Member(spec, trial.Place(folder / kind / spec.trial_id, device), Untracked(), lambda metrics, step: None)
+        for spec in specs
+    ]
+    begin, ends = time.perf_counter(), []
+    if kind == "here":
+        rows = run_pack(members, lambda row: ends.append(time.perf_counter() - begin))
+    else:
+        rows = []
+        for member in members:
+            row = trial.run(member.spec, member.place, member.tracker, member.progress)
+            assert row is not None
+            rows.append(row)
+            ends.append(time.perf_counter() - begin)
+    return {"seconds": ends[-1], "ends": ends, **of_rows(rows)}
 
 
 def ratios(case: Case, cells: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -137,6 +190,11 @@ def ratios(case: Case, cells: dict[str, dict[str, Any]]) -> dict[str, float]:
         walls = [usage["wall_time_s"] for usage in cells["apart"]["usage"]]
         whole = cells["apart"]["seconds"] + (case.trials - len(walls)) * min(walls)  # later ones have warm libraries
         found |= {"apart": whole / packed, "apart_makespan_s": whole}
+    if "seconds" in cells.get("here", {}) and "seconds" in cells.get("here_apart", {}):
+        pack, single = cells["here"], cells["here_apart"]
+        found["here"] = single["seconds"] / single["trials"] * case.trials / pack["seconds"]
+        seconds = [sum(usage["train_s"] for usage in cell["usage"]) / cell["trials"] for cell in (single, pack)]
+        found["here_training"] = seconds[0] / seconds[1]
     return found
 
 
@@ -145,9 +203,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("/tmp/pack_sweeps"))
-    parser.add_argument("--runs", default="0:packed,0:shared,0:apart", help="case:kind, in order")
+    parser.add_argument("--runs", default="0:packed,0:shared,0:apart", help="case:kind:steps, in order")
     parser.add_argument("--within", type=float, default=1e9, help="seconds after which no further sweep begins")
-    parser.add_argument("--steps", type=int, default=None)
     options = parser.parse_args()
     begin = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -155,20 +212,21 @@ def main() -> None:
     os.environ.setdefault("RAY_PEFT_OUTPUTS", str(options.work))
     results: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "cases": {}}
     results["versions"] = provenance.versions()
-    with cluster.connect() as nodes:
-        results["nodes"] = [str(node) for node in nodes]
-        for number, kind in (run.split(":") for run in options.runs.split(",")):
+    runs = [run.split(":") for run in options.runs.split(",")]
+    with contextlib.ExitStack() as ray:
+        if any(not kind.startswith("here") for _, kind, *_ in runs):
+            results["nodes"] = [str(node) for node in ray.enter_context(cluster.connect())]
+        for number, kind, *steps in runs:
             case = CASES[int(number)]
-            if options.steps is not None:
-                case = Case(**{**case.__dict__, "steps": options.steps})
+            if steps:
+                case = replace(case, steps=int(steps[0]))
             cells = results["cases"].setdefault(case.name, {})
             if time.perf_counter() - begin > options.within:
                 cells[kind] = {"left_out": "no time was left"}
                 continue
+            run = here if kind.startswith("here") else measured
             try:
-                cells[kind] = measured(
-                    case, kind, options.work, os.environ["RAY_PEFT_MODEL"], os.environ["RAY_PEFT_DOLLY"]
-                )
+                cells[kind] = run(case, kind, options.work, os.environ["RAY_PEFT_MODEL"], os.environ["RAY_PEFT_DOLLY"])
             except Exception as error:  # a sweep that fails is a row
                 cells[kind] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-2500:]}
             cells["ratios"] = ratios(case, {key: cell for key, cell in cells.items() if key != "ratios"})

@@ -224,6 +224,7 @@ def _trainable(opened: Experiment, handout_file: Path) -> Callable[..., None]:
             return
         if task.hosts:
             worker.run_together([assignment(*both) for both in task.trials], relay)
+            tune.report({"trials": len(task.trials)})  # Tune prints a line of its own for what never reported
             return
         single = assignment(*task.trials[0])
         left = left_row(single.folder, single.spec.trial_id)
