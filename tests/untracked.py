@@ -15,16 +15,16 @@ HYBRID = {
 
 
 class Notes:
-    """A tracker that keeps the rows it is given, and the names of artifacts."""
+    """A tracker that keeps the rows it is given, the steps of metrics, and the names of artifacts."""
 
     def __init__(self):
-        self.rows, self.artifacts = [], []
+        self.rows, self.artifacts, self.steps = [], [], []
 
     def start(self, spec):
         return "run"
 
     def log(self, metrics, step):
-        pass
+        self.steps.append((step, sorted(metrics)))
 
     def artifact(self, path, folder, *, remove=False):
         assert path.exists()

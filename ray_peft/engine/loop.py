@@ -240,6 +240,7 @@ class Engine(Generic[PartT]):
         weights = [member.weight() for member in self._members]
         for member, weight in zip(self._members, weights, strict=True):
             member.trained.seconds += (now - self._counted) * (weight / sum(weights) if len(weights) > 1 else 1.0)
+            member.job.costs.trained_for(member.trained.seconds)
         self._counted = now
 
     def _save(self, member: Member) -> None:

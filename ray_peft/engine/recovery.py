@@ -36,6 +36,22 @@ def free_memory(device: str) -> None:
         torch.cuda.empty_cache()
 
 
+def answers(device: str) -> bool:
+    """True if the device still works in this process, or was never used in it.
+
+    A kernel that failed poisons the CUDA context for good: every later call fails.
+    """
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return True
+    try:
+        torch.cuda.synchronize()
+        return bool((torch.ones(1, device="cuda") + 1).item() == 2)
+    except RuntimeError:  # what torch raises for CUDA errors, torch.AcceleratorError included
+        return False
+
+
 def divisor(number: int, most: int) -> int:
     """The greatest divisor of `number` up to `most`: as many rows in every pass."""
     return next(rows for rows in range(most, 0, -1) if number % rows == 0)

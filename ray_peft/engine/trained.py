@@ -45,5 +45,8 @@ class Costs:
         """Enclose the writing of a checkpoint: its seconds do not count as training, which is compared."""
         return nullcontext()
 
+    def trained_for(self, seconds: float) -> None:
+        """Told of the stage's `Trained.seconds` as they grow."""
+
     def incomplete(self) -> None:
         """Note that a checkpoint does not say what the steps before it took."""

@@ -11,6 +11,9 @@ from ray_peft.report.table import Row, SeedGroup
 _LOST = "a trial went on from a checkpoint of version 0.1.0, which does not say what came before it"
 
 
+_PACKED = "trials trained together on one base"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Costs:
     """Of units, in their order; None where it was not measured."""
@@ -32,6 +35,7 @@ def costs(units: Sequence[SeedGroup]) -> Costs:
     timed = [row.result.provenance for row in finished if row.result.usage.train_s]
     places = {(provenance.device, provenance.num_workers) for provenance in timed}
     shared = any(0 < provenance.gpus_per_worker < 1 for provenance in timed)
+    packed = any(row.result.pack_size > 1 for row in finished)
     resumed = any(not row.result.usage.complete for row in finished)
     passes = {_passes(row) for row in finished if row.on_gpu and row.result.trainable_parameters}
     return Costs(
@@ -39,6 +43,8 @@ def costs(units: Sequence[SeedGroup]) -> Costs:
         time_s=tuple(_over_seeds(unit, lambda row: row.seconds("train_s"), fmean) for unit in units),
         memory_problem="some peaks are of a GPU and some of a process"
         if len(kinds) > 1
+        else f"{_PACKED}, and their peaks are those of all of them"
+        if packed
         else "memory decided the rows per pass, and they differ"
         if len(passes) > 1
         else _LOST
@@ -46,6 +52,8 @@ def costs(units: Sequence[SeedGroup]) -> Costs:
         else None,
         time_problem="the trials ran on different devices or numbers of workers"
         if len(places) > 1
+        else f"{_PACKED}, and their times are shares; train.pack: false gives each its own"
+        if packed
         else "trials shared a GPU; resources.gpus_per_worker: 1 gives each its own"
         if shared
         else _LOST

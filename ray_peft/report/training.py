@@ -25,6 +25,13 @@ _SHARED = (
 )
 
 
+_PACKED = (
+    "Trials that trained together on one base share its passes: their seconds of training are divided by the tokens of "
+    "their steps, those of loading equally, and the peak of each is that of all of them. Predicted is what each takes "
+    "alone. With train.pack: false each trial trains by itself."
+)
+
+
 def metrics(compared: Sequence[Row]) -> list[Block]:
     """How each trial computed, how long it took and where it ended."""
     trained = [
@@ -96,6 +103,7 @@ def resources(compared: Sequence[Row]) -> list[Block]:
         ("Peak memory [GiB]", _memory),
         ("Predicted [GiB]", _predicted),
         ("Memory decided", _decided),
+        ("Trained together", lambda row: str(row.result.pack_size) if row.result.pack_size > 1 else MISSING),
         ("In the evaluation [GiB]", lambda row: fixed(row.result.usage.evaluation_allocated_gib, 2)),
         ("Beyond the GPU's memory [GiB]", lambda row: fixed(row.result.usage.spilled_gib or None, 2)),
         ("Training [s]", lambda row: fixed(row.seconds("train_s"), 1)),
@@ -115,6 +123,7 @@ def resources(compared: Sequence[Row]) -> list[Block]:
     shared = any(0 < row.result.provenance.gpus_per_worker < 1 for row in compared)
     note = [Paragraph(f"Peak memory on a {'; on a '.join(meaning)}. 1 GiB = 2**30 bytes.")] if meaning else []
     note += [Paragraph(_SHARED)] if shared else []
+    note += [Paragraph(_PACKED)] if any(row.result.pack_size > 1 for row in compared) else []
     return [*row_table(compared, columns), *note]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from ray_peft.errors import PlacementError
 from ray_peft.foundation.units import GIB
 from ray_peft.spec import ResourcesSpec, TrialSpec
+from ray_peft.tasks.base import PackForecast
 from ray_peft.vram.cards import ANY, Gpu, known
 from ray_peft.vram.fit import Size
 
@@ -52,22 +53,44 @@ class Demand:
 
 
 @dataclass(frozen=True)
+class Pack:
+    """Trials that train together on one base."""
+
+    trials: tuple[TrialSpec, ...]
+    forecast: PackForecast | None
+    """None where they train together on demand, without a GPU."""
+
+
+@dataclass(frozen=True)
 class Run:
     """Trials that share a process, or a team of workers, and what it holds."""
 
     trials: tuple[TrialSpec, ...]
-    """One; several would be trained together on one base."""
+    """One, or a pack."""
     demand: Demand
     size: Size = field(default_factory=Size)
     """What is predicted of it."""
     fits: bool | None = None
     """Whether its training is predicted to fit the memory that it may take; None where nothing predicts it."""
+    gain: float | None = None
+    """Of a pack, how many times as long its trials' steps are predicted to take one after the other."""
+    chosen: Mapping[str, Mapping[str, int | bool]] = field(default_factory=dict)
+    """Of a pack, what `train.fit: auto` chose for each trial, by its id."""
 
     @property
     def trial(self) -> TrialSpec:
         """Its only trial."""
         (trial,) = self.trials
         return trial
+
+    @property
+    def is_pack(self) -> bool:
+        """Whether several trials train together."""
+        return len(self.trials) > 1
+
+    def demand_of(self, trial: TrialSpec) -> Demand:
+        """What the process holds, with what was chosen for one of its trials."""
+        return replace(self.demand, chosen=self.chosen.get(trial.trial_id, {})) if self.is_pack else self.demand
 
 
 @dataclass(frozen=True)
@@ -93,7 +116,7 @@ class Decision:
     card: Card | None
     """The GPU that they are placed on; None where there is none, or nothing says how large it is."""
     at_once: int
-    """Most runs that hold what they need at one time."""
+    """Most trials that run at one time."""
 
     @property
     def runs(self) -> list[Run]:
@@ -140,6 +163,7 @@ def decide(
     *,
     gpu_memory_gib: float | None = None,
     alone: Collection[str] = (),
+    packs: Sequence[Pack] = (),
 ) -> Decision:
     """Where trials run.
 
@@ -152,25 +176,35 @@ def decide(
         sizes: predictions for `card(nodes, gpu_memory_gib)` by trial id; a trial without one is of unknown size.
         gpu_memory_gib: what trials may take of a GPU, to see whether they fit a smaller one; None is all of it.
         alone: ids of trials that share with nobody.
+        packs: those of the trials that train together (schedule/packs.py).
     """
     gpu = card(nodes, gpu_memory_gib)
     runs: list[Run] = []
     impossible: dict[str, str] = {}
-    for trial in trials:
-        size, share = sizes.get(trial.trial_id, Size()), None
-        may_share = trial.resources.num_workers == 1 and trial.trial_id not in alone
+    packed = {trial.trial_id for pack in packs for trial in pack.trials}
+    single = [Pack((trial,), None) for trial in trials if trial.trial_id not in packed]
+    for group in (*single, *packs):
+        first, share = group.trials[0], None
+        size = Size(group.forecast.prediction) if group.forecast else Size()
+        if len(group.trials) == 1:
+            size = sizes.get(first.trial_id, Size())
+        may_share = first.resources.num_workers == 1 and first.trial_id not in alone
         if gpu is not None and size.prediction is not None and may_share:
             share = share_of(gpu.gpu.footprint(size.prediction.needed), gpu.memory_gib)
         try:
-            demand = _demand(trial, nodes, share)
+            demand = _demand(first, nodes, share)
         except PlacementError as error:
-            impossible[trial.trial_id] = str(error)
+            impossible |= {trial.trial_id: str(error) for trial in group.trials}
             continue
-        runs.append(_run(trial, demand, size, gpu, limited=gpu_memory_gib is not None))
+        run = _run(group.trials, demand, size, gpu, limited=gpu_memory_gib is not None)
+        if run.is_pack:
+            chosen = {trial.trial_id: sizes[trial.trial_id].chosen for trial in group.trials if trial.trial_id in sizes}
+            run = replace(run, gain=group.forecast.gain if group.forecast else None, chosen=chosen)
+        runs.append(run)
     runs.sort(key=_predicted_bytes, reverse=True)
     teams = [run for run in runs if run.demand.num_workers > 1]
-    singles = [run for run in runs if run.demand.num_workers == 1 and not run.trial.members()]
-    ensembles = [run for run in runs if run.demand.num_workers == 1 and run.trial.members()]
+    singles = [run for run in runs if run.demand.num_workers == 1 and not run.trials[0].members()]
+    ensembles = [run for run in runs if run.demand.num_workers == 1 and run.trials[0].members()]
     most_teams = _most_teams([run.demand for run in teams], nodes) if teams else None
     phases = (Phase(tuple(teams), most_teams), Phase(tuple(singles)), Phase(tuple(ensembles)))
     at_once = max(min(len(teams), most_teams or 0), _most_at_once(singles, nodes), _most_at_once(ensembles, nodes))
@@ -182,10 +216,10 @@ def share_of(footprint: int, gpu_memory_gib: float) -> float:
     return min(PARTS, math.ceil(footprint / (gpu_memory_gib * GIB) * PARTS)) / PARTS
 
 
-def _run(trial: TrialSpec, demand: Demand, size: Size, card: Card | None, *, limited: bool) -> Run:
-    """A trial with what it may take of a GPU, and what of it must be free."""
+def _run(trials: tuple[TrialSpec, ...], demand: Demand, size: Size, card: Card | None, *, limited: bool) -> Run:
+    """Trials with what they may take of a GPU, and what of it must be free."""
     if card is None:
-        return Run((trial,), demand, size)
+        return Run(trials, demand, size)
     room = card.memory_gib * (demand.gpus_per_worker or 1.0)
     fits, free = None, None
     if size.prediction is not None:
@@ -194,10 +228,10 @@ def _run(trial: TrialSpec, demand: Demand, size: Size, card: Card | None, *, lim
         fits = card.gpu.holds(least, memory_gib=room)
         free = (card.gpu.footprint(least) - card.gpu.margin) / GIB if fits else None
     if not demand.gpus_per_worker:
-        return Run((trial,), demand, size, fits)
+        return Run(trials, demand, size, fits)
     capped = demand.gpus_per_worker < 1 or limited
     placed = replace(demand, gpu_memory_gib=room if capped else None, needed_gib=free, chosen=size.chosen)
-    return Run((trial,), placed, size, fits)
+    return Run(trials, placed, size, fits)
 
 
 def _predicted_bytes(run: Run) -> tuple[int, int]:
@@ -269,7 +303,7 @@ def _most_teams(demands: Sequence[Demand], nodes: Sequence[Node]) -> int:
 
 
 def _most_at_once(runs: Sequence[Run], nodes: Sequence[Node]) -> int:
-    """Runs of one worker that hold what they need at one time, when those that need the least come together."""
+    """Trials of one worker that run at one time, when the runs that need the least come together."""
     all_cpus, all_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
 
     def part(demand: Demand) -> float:
@@ -279,7 +313,8 @@ def _most_at_once(runs: Sequence[Run], nodes: Sequence[Node]) -> int:
     cpus = [node.cpus for node in nodes]
     gpus = [[1.0] * node.gpus for node in nodes]
     count = 0
-    for demand in sorted((run.demand for run in runs), key=part):
+    for run in sorted(runs, key=lambda run: part(run.demand)):
+        demand = run.demand
         for number in range(len(nodes)):
             # A sum of shares such as 0.1 is rounded.
             free = [gpu for gpu, left in enumerate(gpus[number]) if left > demand.gpus_per_worker - 1e-6]
@@ -287,6 +322,6 @@ def _most_at_once(runs: Sequence[Run], nodes: Sequence[Node]) -> int:
                 cpus[number] -= demand.cpus_per_worker
                 if demand.gpus_per_worker:
                     gpus[number][free[0]] -= demand.gpus_per_worker
-                count += 1
+                count += len(run.trials)
                 break
     return count

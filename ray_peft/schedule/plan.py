@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.foundation.units import GIB
 from ray_peft.schedule.cluster import cores_here
 from ray_peft.schedule.decide import Decision, Demand, Node, Run, card, decide
-from ray_peft.schedule.sizes import predicted
+from ray_peft.schedule.packs import packs
+from ray_peft.schedule.sizes import forecast, predicted
 from ray_peft.space.read import load
 from ray_peft.spec import TrialSpec
 from ray_peft.vram import settings_text
@@ -67,18 +69,22 @@ def planned(
     machine = Node(cpus or max(cores_here(), *cores), gpus, gpu_name, gpu_memory_gib)
     target = card([machine])
     assert target is not None
-    return decide(trials, [machine], {trial.trial_id: predicted(trial, target) for trial in trials})
+    sizes = {trial.trial_id: predicted(trial, target) for trial in trials}
+    formed = packs(trials, [machine], target, sizes, partial(forecast, target))
+    return decide(trials, [machine], sizes, packs=formed)
 
 
 def plain(trial: TrialSpec, decision: Decision | None) -> dict[str, Any]:
     """A trial of a plan as JSON: what is predicted, and where it runs if that was decided."""
     row: dict[str, Any] = {"trial_id": trial.trial_id, "predicted_peak_gib": None}
-    runs = {run.trial.trial_id: (order, run) for order, run in enumerate(decision.runs if decision else [], start=1)}
-    if trial.trial_id in runs:
-        order, run = runs[trial.trial_id]
-        row |= _predicted(run) | _placed(run, order)
-    elif decision is not None:
-        row |= {"fits": False, "problem": decision.impossible[trial.trial_id]}
+    runs = decision.runs if decision is not None else []
+    for order, run in enumerate(runs, start=1):
+        if trial.trial_id in [member.trial_id for member in run.trials]:
+            row |= _predicted(run) | _placed(run, order, trial)
+            break
+    else:
+        if decision is not None:
+            row |= {"fits": False, "problem": decision.impossible[trial.trial_id]}
     return row | {"spec": trial.plain()}
 
 
@@ -94,14 +100,17 @@ def _predicted(run: Run) -> dict[str, Any]:
     }
 
 
-def _placed(run: Run, order: int) -> dict[str, Any]:
+def _placed(run: Run, order: int, trial: TrialSpec) -> dict[str, Any]:
+    together = [member.trial_id for member in run.trials] if run.is_pack else []
     return {
+        "pack": together,
+        "pack_gain": None if run.gain is None else round(run.gain, 2),
         "fits": run.fits,
         "gpu_fraction": run.demand.gpus_per_worker,
         "cpus_per_worker": run.demand.cpus_per_worker,
         "num_workers": run.demand.num_workers,
         "order": order,
-        "chosen": dict(run.demand.chosen),
+        "chosen": dict(run.demand_of(trial).chosen),
         "suggestions": [
             {
                 "changes": way.changes,
@@ -123,14 +132,24 @@ def lines(trials: Sequence[TrialSpec], labels: dict[str, str], decision: Decisio
     heads = {trial.trial_id: f"{trial.trial_id}  {labels[trial.trial_id]}" for trial in trials}
     if decision is None:
         return list(heads.values())
-    runs = {run.trial.trial_id: run for run in decision.runs}
     text = []
+    singles = {run.trial.trial_id: run for run in decision.runs if not run.is_pack}
+    packs = [run for run in decision.runs if run.is_pack]
+    packed = {trial.trial_id for run in packs for trial in run.trials}
     for trial_id, head in heads.items():
-        if trial_id in runs:
-            text += _run_lines(head, runs[trial_id])
-        else:
+        if trial_id in singles:
+            text += _run_lines(head, singles[trial_id])
+        elif trial_id not in packed:
             text.append(f"{head}, DOES NOT FIT: {decision.impossible[trial_id]}")
+    for run in packs:
+        text += [_run_lines(pack_text(run), run)[0], *(f"    {heads[trial.trial_id]}" for trial in run.trials)]
     return [*text, _summary(len(trials), decision)]
+
+
+def pack_text(run: Run) -> str:
+    """How many trials train together, and what that is predicted to save."""
+    saved = f", their steps {run.gain:.1f} times as fast as one after the other" if run.gain is not None else ""
+    return f"{len(run.trials)} trials together on one base{saved}"
 
 
 def _run_lines(head: str, run: Run) -> list[str]:
@@ -147,7 +166,7 @@ def cautions(decision: Decision) -> list[str]:
     """What a user must know of a decision before its runs start: what is not predicted, or predicted not to fit."""
     text = []
     for run in decision.runs:
-        trial_id, size = run.trial.trial_id, run.size
+        trial_id, size = ", ".join(trial.trial_id for trial in run.trials), run.size
         if size.problem:
             text.append(f"no memory prediction of {trial_id}: {size.problem}")
         if run.fits is False and decision.card is not None and size.prediction is not None:
@@ -168,8 +187,8 @@ def demand_text(demand: Demand) -> str:
 
 
 def _summary(trials: int, decision: Decision) -> str:
-    fitting = sum(run.fits is True for run in decision.runs)
-    unknown = sum(run.size.prediction is None for run in decision.runs)
+    fitting = sum(len(run.trials) for run in decision.runs if run.fits is True)
+    unknown = sum(len(run.trials) for run in decision.runs if run.size.prediction is None)
     at_once = f"at most {decision.at_once} at once, the largest first"
     if decision.card is None:
         return at_once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -9,9 +10,13 @@ from functools import partial
 from ray_peft.errors import first_line
 from ray_peft.schedule import cluster
 from ray_peft.schedule.decide import Card, Decision, Node, card, decide, uses_gpu
+from ray_peft.schedule.packs import packs
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
+from ray_peft.tasks.base import PackForecast
 from ray_peft.vram.fit import Size, size
+
+logger = logging.getLogger(__name__)
 
 PATIENCE_S = 1.0
 """Predictions that are on disk take milliseconds; after this long, the others are computed on the cluster."""
@@ -35,7 +40,11 @@ class Scheduler:
         decide(trials, self._nodes, {}).check()  # before predictions, which take seconds
         new = [trial for trial in trials if trial.trial_id not in self._sizes]
         self._sizes |= predicted_sizes(new, self._nodes, self._gpu_memory_gib)
-        decision = decide(trials, self._nodes, self._sizes, gpu_memory_gib=self._gpu_memory_gib, alone=alone)
+        target = card(self._nodes, self._gpu_memory_gib)
+        formed = packs(trials, self._nodes, target, self._sizes, partial(forecast, target), alone)
+        decision = decide(
+            trials, self._nodes, self._sizes, gpu_memory_gib=self._gpu_memory_gib, alone=alone, packs=formed
+        )
         decision.check()
         return decision
 
@@ -47,6 +56,17 @@ def predicted(trial: TrialSpec, target: Card) -> Size:
         DataError, ModelError: the user's to mend.
     """
     return size(trial, TASKS[trial.task].predictor(trial), target.gpu, target.memory_gib)
+
+
+def forecast(target: Card | None, trials: Sequence[TrialSpec]) -> PackForecast | None:
+    """What is predicted of trials that train together on a card; None if nothing can predict it."""
+    if target is None:
+        return None
+    try:
+        return TASKS[trials[0].task].forecast(trials, target.gpu)
+    except Exception as error:  # trials run by themselves, too
+        logger.warning("no prediction of trials together: %s: %s", type(error).__name__, error)
+        return None
 
 
 def predicted_sizes(

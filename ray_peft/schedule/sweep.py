@@ -17,13 +17,13 @@ from ray_peft.report.plain import trial_line
 from ray_peft.schedule import cluster, experiment, repeats, tune
 from ray_peft.schedule.decide import Decision, Demand, Node, Phase, Run, decide
 from ray_peft.schedule.experiment import Experiment
-from ray_peft.schedule.plan import cautions
+from ray_peft.schedule.plan import cautions, pack_text
 from ray_peft.schedule.search import Draws
 from ray_peft.schedule.signals import callers_signals
 from ray_peft.schedule.sizes import Scheduler
 from ray_peft.space.read import Space, load
 from ray_peft.spec import TrialSpec
-from ray_peft.store.adopted import adopt
+from ray_peft.store.adopted import adopt, left_row
 from ray_peft.store.earlier import Earlier, recall
 from ray_peft.store.ledger import Ledger, SweepRecord
 from ray_peft.trial.result import TrialResult
@@ -214,6 +214,8 @@ class _Sweep:
         """Trials that were handed out, by their id."""
         self.demands: dict[str, Demand] = {}
         """What the trials hold, or held last, by their id."""
+        self.apart: dict[str, TrialSpec] = {}
+        """Trials without a row whose pack could not go on, by their id: they run once more, each by itself."""
 
     def run(self, nodes: list[Node], leave: Callable[[], None]) -> bool:
         """Run the missing trials and `leave` the cluster; true if the user interrupted them."""
@@ -221,10 +223,14 @@ class _Sweep:
         try:
             decision = self.scheduler.decide(self.plan.todo or self.plan.trials)
             self.console.say(_placement_line(nodes, [run.demand for run in decision.runs], self.plan.missing))
+            for run in decision.runs:
+                if run.is_pack:
+                    self.console.say(f"{pack_text(run)}: {', '.join(trial.trial_id for trial in run.trials)}")
             for phase in self._phases(decision):
                 self._fit(phase.runs, phase.most_teams)
-                trials = [run.trial for run in phase.runs]
-                again = [] if self._interrupted(trials) else self._too_small(trials)
+                trials = [trial for run in phase.runs for trial in run.trials]
+                again = [] if self._interrupted(trials) else [*self._too_small(trials), *self.apart.values()]
+                self.apart.clear()
                 if again:
                     alone = self.scheduler.decide(again, alone={trial.trial_id for trial in again})
                     self._fit(alone.runs)
@@ -272,12 +278,13 @@ class _Sweep:
         """True if Tune came back before all of them, or all proposals, had a row: the user stopped it."""
         draws = self.plan.draws
         few = draws is not None and not draws.exhausted and len(self.started) < self.plan.missing
-        return few or any(trial.trial_id not in self.rows for trial in trials or self.started.values())
+        expected = {trial.trial_id for trial in trials or self.started.values()}
+        return few or bool(expected - self.rows.keys() - self.apart.keys())
 
     def _fit(self, runs: Sequence[Run], most: int | None = None) -> None:
         """Run trials at once; what a search proposes, if there are none."""
-        self.demands |= {run.trial.trial_id: run.demand for run in runs}
-        member_ids = {member.trial_id for run in runs for member in run.trial.members()}
+        self.demands |= {trial.trial_id: run.demand_of(trial) for run in runs for trial in run.trials}
+        member_ids = {member.trial_id for run in runs for member in run.trials[0].members()}
         members = {trial_id: row for trial_id, row in self.rows.items() if trial_id in member_ids}
         work = tune.Work(runs, None if runs else self._propose, self.plan.missing, most, members)
         tune.fit(work, self.opened, self)
@@ -293,6 +300,8 @@ class _Sweep:
 
     def begin(self, spec: TrialSpec) -> None:
         """A trial was handed out; one that a search proposed is planned from now on."""
+        if spec.trial_id in self.rows:  # of a pack whose process died after that
+            return
         again = spec.trial_id in self.started
         self.started[spec.trial_id] = spec
         self.opened.begin(spec, again=again)
@@ -318,7 +327,19 @@ class _Sweep:
 
     def again(self, spec: TrialSpec, reason: str) -> None:
         """A worker died, and its trial is started once more."""
-        self.opened.again(spec, reason)
+        if spec.trial_id not in self.rows:
+            self.opened.again(spec, reason)
+
+    def lose_pack(self, specs: Sequence[TrialSpec], reason: str) -> None:
+        """Keep the rows that trials of a pack have left; the others run once more by themselves."""
+        for spec in specs:
+            if spec.trial_id in self.rows:
+                continue
+            if left_row(self.opened.ledger.trial_folder(spec.trial_id), spec.trial_id) is not None:
+                self.lose(spec, reason)
+            else:
+                self.apart[spec.trial_id] = spec
+                self.opened.again(spec, reason)
 
     def show(self, spec: TrialSpec, metrics: Mapping[str, Any]) -> None:
         """Show where a running trial is."""

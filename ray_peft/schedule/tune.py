@@ -6,33 +6,28 @@ time over a grid.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import os
 import pickle
-import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
-from ray_peft.errors import first_line
 from ray_peft.schedule import watch, worker
 from ray_peft.schedule.decide import Demand, Run
+from ray_peft.schedule.events import Events, Receiver
 from ray_peft.schedule.experiment import Experiment
+from ray_peft.schedule.handout import TRIAL, Handout, Task, proposed, read_handout, resolver, seated, tasks_of
+from ray_peft.schedule.order import Order
+from ray_peft.schedule.relay import Relay
 from ray_peft.spec import TrialSpec
 from ray_peft.store.adopted import left_row
 from ray_peft.trial.result import TrialResult
-
-_TRIAL = "trial"
-"""The only key of Tune's configurations: a place in the list of runs, or the text of a proposed one."""
-
-
-_Task = tuple[TrialSpec, Demand]
-"""A trial, and what it holds while it runs."""
 
 
 class _OfThisProcess:
@@ -43,25 +38,6 @@ class _OfThisProcess:
 
     def __deepcopy__(self, _: dict[int, Any]) -> Self:
         return self
-
-
-class Receiver(Protocol):
-    """Receives the events of trials."""
-
-    def begin(self, spec: TrialSpec) -> None:
-        """A trial was handed out."""
-
-    def take(self, result: TrialResult) -> None:
-        """A row is there."""
-
-    def show(self, spec: TrialSpec, metrics: Mapping[str, Any]) -> None:
-        """A running trial reports a step."""
-
-    def again(self, spec: TrialSpec, reason: str) -> None:
-        """A worker died, and its trial is started once more."""
-
-    def lose(self, spec: TrialSpec, reason: str) -> None:
-        """A worker died for good."""
 
 
 @dataclass(frozen=True)
@@ -111,18 +87,23 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     if work.most is not None:
         settings["max_concurrent_trials"] = work.most
     space: dict[str, Any] = {}
+    order = Order(work.runs)
+    packs = any(run.is_pack for run in work.runs)
     if work.propose is not None:
         settings |= {"search_alg": _searcher(work.propose), "num_samples": work.samples}
+    elif packs:
+        seats = sum(1 + len(run.trials) if run.is_pack else 1 for run in work.runs)
+        settings |= {"search_alg": _in_order(order), "num_samples": seats}
     else:
-        space = {_TRIAL: tune.grid_search(list(range(len(work.runs))))}
-    tasks = [(run.trial, run.demand) for run in work.runs]
-    resolve, name = _resolver(tasks), f"tune-{os.urandom(4).hex()}"
+        space = {TRIAL: tune.grid_search(list(range(len(work.runs))))}
+    tasks = tasks_of(work.runs)
+    resolve, name = resolver(tasks), f"tune-{os.urandom(4).hex()}"
     folder = opened.ledger.folder / "ray" / name
     folder.mkdir(parents=True, exist_ok=True)
     handout_file = folder / "handout.pickle"
-    handout_file.write_bytes(pickle.dumps(_Handout(tasks, dict(work.members))))
+    handout_file.write_bytes(pickle.dumps(Handout(tasks, dict(work.members))))
     trainable = _trainable(opened, handout_file)
-    _demands[name] = lambda config: resolve(config)[1]
+    _tasks[name] = resolve
     stopped = threading.Event()
     tuner = tune.Tuner(
         tune.with_resources(trainable, partial(_resources, name)),
@@ -132,30 +113,55 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
             name=name,
             storage_path=str(opened.ledger.folder / "ray"),
             verbose=0,
-            callbacks=[_callback(resolve, receiver, stopped)],
+            callbacks=[_callback(Events(resolve, receiver, order, Relay(folder / "relay")), stopped)],
             failure_config=tune.FailureConfig(max_failures=0),  # each trial has its own, see the callback
         ),
     )
     # Tune logs a traceback for each lost trial; its reason is in the trial's row and line.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:
-        watch.waited(tuner.fit, stopped.set)
+        with _many_pending() if packs else contextlib.nullcontext():
+            watch.waited(tuner.fit, stopped.set)
     finally:
-        del _demands[name]
+        del _tasks[name]
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _resolver(tasks: Sequence[_Task]) -> Callable[[Mapping[str, Any]], _Task]:
-    """Tune's configuration of a trial -> its spec, under the id that was settled for it, and what it holds."""
+@contextlib.contextmanager
+def _many_pending() -> Iterator[None]:
+    """Let many trials wait for resources at once, as those of a grid do: of a search, Tune lets one."""
+    name = "TUNE_MAX_PENDING_TRIALS_PG"
+    before = os.environ.get(name)
+    os.environ[name] = before or "200"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
 
-    def resolve(config: Mapping[str, Any]) -> _Task:
-        where = config[_TRIAL]
-        if isinstance(where, int):
-            return tasks[where]
-        proposal = json.loads(where)
-        return TrialSpec.from_plain(proposal["spec"]).under(proposal["trial_id"]), Demand(**proposal["demand"])
 
-    return resolve
+def _in_order(order: Order) -> Any:
+    """Tune's side of an order."""
+    from ray.tune.search import Searcher
+
+    class Seats(_OfThisProcess, Searcher):
+        def suggest(self, trial_id: str) -> Any:
+            seat = order.next()
+            if seat is None:
+                return None if order.left else Searcher.FINISHED
+            return seated(seat)
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            """Rows reach the sweep through the receiver."""
+
+        def save(self, checkpoint_path: str) -> None:
+            """Rows are the memory of a sweep: what Tune asks for stays empty."""
+            Path(checkpoint_path).touch()
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing was kept."""
+
+    return Seats()
 
 
 def _searcher(propose: Callable[[], Run | None]) -> Any:
@@ -167,8 +173,7 @@ def _searcher(propose: Callable[[], Run | None]) -> Any:
             run = propose()
             if run is None:
                 return Searcher.FINISHED
-            config = {"trial_id": run.trial.trial_id, "spec": run.trial.plain(), "demand": asdict(run.demand)}
-            return {_TRIAL: json.dumps(config)}
+            return proposed(run)
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             """Rows reach the search through the receiver, lost ones too."""
@@ -183,57 +188,53 @@ def _searcher(propose: Callable[[], Run | None]) -> Any:
     return Proposals()
 
 
-@dataclass(frozen=True)
-class _Handout:
-    """What the workers need of a call of Tune. It is no part of Tune's function, which Tune unpickles for each trial.
-
-    It is a file, and not in Ray's object store: when its node dies, Ray 2.60 silently ends a driver that has put
-    something there.
-    """
-
-    tasks: list[_Task]
-    members: dict[str, TrialResult]
-
-
-@cache
-def _read_handout(path: Path) -> _Handout:
-    """The file's content, read once by each worker process."""
-    handout: _Handout = pickle.loads(path.read_bytes())
-    return handout
-
-
 def _trainable(opened: Experiment, handout_file: Path) -> Callable[..., None]:
     """The function that Tune runs for each trial, in a process that it uses again for the next."""
     ledger, store, parent, name = opened.ledger, opened.store, opened.parent_run_id, opened.name
 
+    relay = Relay(handout_file.parent / "relay")
+
     def trial(config: dict[str, Any]) -> None:
         from ray import tune
 
-        handout = _read_handout(handout_file)
-        spec, demand = _resolver(handout.tasks)(config)
-        assignment = worker.Assignment(
-            spec=spec,
-            folder=ledger.trial_folder(spec.trial_id),
-            store=store,
-            parent_run_id=parent,
-            sweep=name,
-            demand=demand,
-            members=tuple(
-                handout.members[member.trial_id] for member in spec.members() if member.trial_id in handout.members
-            ),
-        )
+        handout = read_handout(handout_file)
+        task = resolver(handout.tasks)(config)
+
+        def assignment(spec: TrialSpec, demand: Demand) -> worker.Assignment:
+            return worker.Assignment(
+                spec=spec,
+                folder=ledger.trial_folder(spec.trial_id),
+                store=store,
+                parent_run_id=parent,
+                sweep=name,
+                demand=demand,
+                members=tuple(
+                    handout.members[member.trial_id] for member in spec.members() if member.trial_id in handout.members
+                ),
+            )
 
         def report(metrics: Mapping[str, float], step: int) -> None:
             tune.report({"step": step, **metrics})
 
-        left = left_row(assignment.folder, spec.trial_id)
+        if task.member is not None:
+            for line in relay.follow(task.spec.trial_id):
+                tune.report(line)
+                if worker.ROW in line:
+                    return
+            return
+        if task.hosts:
+            worker.run_together([assignment(*both) for both in task.trials], relay)
+            tune.report({"trials": len(task.trials)})  # Tune prints a line of its own for what never reported
+            return
+        single = assignment(*task.trials[0])
+        left = left_row(single.folder, single.spec.trial_id)
         if left is not None and left.status == "finished":  # its worker died before the driver had it
             tune.report(worker.final_report(left))
             return
-        if assignment.demand.num_workers > 1:
-            result: TrialResult | None = worker.run_in_trainer(assignment, ledger.folder / "ray")
+        if single.demand.num_workers > 1:
+            result: TrialResult | None = worker.run_in_trainer(single, ledger.folder / "ray")
         else:
-            result = worker.run_alone(assignment, report)
+            result = worker.run_alone(single, report)
         assert result is not None
         tune.report(worker.final_report(result))
         worker.raise_if_broken(result)
@@ -245,7 +246,7 @@ class _Stopped(Exception):
     """Ends Tune's loop from within: the user stopped it, or the cluster is lost."""
 
 
-def _callback(resolve: Callable[[Mapping[str, Any]], _Task], receiver: Receiver, stopped: threading.Event) -> Any:
+def _callback(events: Events, stopped: threading.Event) -> Any:
     """Tune's callback in the driver."""
     from ray import tune
 
@@ -255,60 +256,37 @@ def _callback(resolve: Callable[[Mapping[str, Any]], _Task], receiver: Receiver,
                 raise _Stopped
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            spec, _ = resolve(trial.config)
-            trial.max_failures = spec.resources.max_failures
-            receiver.begin(spec)
+            events.start(trial)
 
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
-            # Tune ends with an error in here, and with it all the other trials.
-            spec, _ = resolve(trial.config)
-            try:
-                if worker.ROW in result:
-                    trial.max_failures = 0  # what its process does after that is not the trial's
-                    receiver.take(TrialResult.model_validate_json(result[worker.ROW]))
-                else:
-                    receiver.show(spec, result)
-            except Exception as error:
-                receiver.lose(spec, f"its row cannot be kept: {type(error).__name__}: {first_line(error)}")
+            events.result(trial, result)
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            events.complete(trial)
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             if not stopped.is_set():
-                receiver.again(resolve(trial.config)[0], _reason(trial))
+                events.again(trial)
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            receiver.lose(resolve(trial.config)[0], _reason(trial))
+            events.error(trial)
 
     return Rows()
 
 
-_demands: dict[str, Callable[[Mapping[str, Any]], Demand]] = {}
-"""A function from a configuration of Tune's to its demand, by the name of the call of Tune. Used in the driver only."""
+_tasks: dict[str, Callable[[Mapping[str, Any]], Task]] = {}
+"""A function from a configuration of Tune's to its task, by the name of the call of Tune. Used in the driver only."""
 
 
 def _resources(name: str, config: dict[str, Any]) -> Any:
     """What Tune holds for a trial; the workers of a multi-worker trial are held by Ray Train."""
     from ray import tune
 
-    needed = _demands[name](config)
-    if needed.num_workers > 1:
-        # The driver that waits for the workers must not hold what they need: not even a hundredth of a core.
+    task = _tasks[name](config)
+    needed = task.demand
+    if needed.num_workers > 1 or task.member is not None:
+        # What waits for others must not hold what they need: not even a hundredth of a core.
         return tune.PlacementGroupFactory([{"memory": 1}])
     return tune.PlacementGroupFactory([{"CPU": needed.cpus_per_worker, "GPU": needed.gpus_per_worker}])
-
-
-_DIED = re.compile(r"(?:Worker )?exit detail: ([^\n]+)|(\S*node \S* ?was terminated[^\n]*)", re.I)
-"""What Ray says of a worker that died: the last reason counts."""
-
-
-def _reason(trial: Any) -> str:
-    """Why Tune lost a trial that left no row: one line, and the whole error below it."""
-    path = getattr(trial, "error_file", None)
-    text = Path(path).read_text(encoding="utf-8", errors="replace") if path and Path(path).is_file() else ""
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    if not lines:
-        return "the worker ended without leaving an error"
-    details = [next(filter(None, groups)) for groups in _DIED.findall(text)]
-    line = details[-1] if details else lines[-1].strip()
-    return f"the worker died: {line.split('. ')[0]}\n\n{text}"

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ray_peft.engine.recovery import answers
 from ray_peft.engine.trained import Report
 from ray_peft.errors import RayPeftError, TrialFailed, first_line
 from ray_peft.foundation.quiet import quiet_libraries
 from ray_peft.foundation.units import GIB
 from ray_peft.schedule.decide import Demand
+from ray_peft.schedule.relay import Relay
 from ray_peft.spec import TrialSpec
-from ray_peft.store.adopted import left_row
+from ray_peft.store.adopted import left_row, restarts
 from ray_peft.store.tracking import Store, TrialTracker
-from ray_peft.trial import trial
+from ray_peft.trial import pack, trial
 from ray_peft.trial.result import TrialResult
 from ray_peft.vram.cards import known
 
@@ -48,7 +51,69 @@ def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResu
     demand = assignment.demand
     device = _device(demand)
     room = _room(demand, device)
-    place = trial.Place(
+    quiet_libraries()
+    tracker = _tracker(assignment)
+    assignment.folder.mkdir(parents=True, exist_ok=True)
+    with _log_file(assignment.folder / "log.txt", rank), _memory_limit(room, device):
+        return trial.run(assignment.spec, _place(assignment, device, room, rank), tracker, report)
+
+
+def run_together(assignments: Sequence[Assignment], relay: Relay) -> None:
+    """Run trials on one base in this process; what each reports, its row as the last, goes to the relay.
+
+    Trials that have a row are those of a process that died before: they are not run again. One that died twice runs
+    them one after the other.
+
+    Raises:
+        TrialFailed: the process must not be used again, and some have no row.
+    """
+    for assignment in assignments:
+        relay.open(assignment.spec.trial_id)
+    left: list[Assignment] = []
+    for assignment in assignments:
+        row = left_row(assignment.folder, assignment.spec.trial_id)
+        if row is not None:
+            relay.put(assignment.spec.trial_id, final_report(row))
+        else:
+            left.append(assignment)
+    if not left:
+        return
+    device = _device(left[0].demand)
+    room = _room(left[0].demand, device)
+    quiet_libraries()
+
+    def report(trial_id: str, metrics: Mapping[str, float], step: int) -> None:
+        relay.put(trial_id, {"step": step, **metrics})
+
+    with contextlib.ExitStack() as stack:
+        for assignment in left:
+            assignment.folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_log_file(assignment.folder / "log.txt", 0))
+        stack.enter_context(_memory_limit(room, device))
+        members = [
+            pack.Member(
+                assignment.spec,
+                _place(assignment, device, room),
+                _tracker(assignment),
+                partial(report, assignment.spec.trial_id),
+            )
+            for assignment in left
+        ]
+        deaths = max(len(restarts(assignment.folder)) for assignment in left)
+        parts = [members] if deaths < 2 else [[member] for member in members]
+        for part in parts:
+            rows = pack.run_pack(part, lambda row: relay.put(row.trial_id, final_report(row)))
+            for row in rows:
+                raise_if_broken(row)
+
+
+def _tracker(assignment: Assignment) -> TrialTracker:
+    return TrialTracker(assignment.store, assignment.parent_run_id, assignment.sweep, assignment.folder)
+
+
+def _place(assignment: Assignment, device: str, room: float | None, rank: int = 0) -> trial.Place:
+    demand = assignment.demand
+    return trial.Place(
         folder=assignment.folder,
         device=device,
         rank=rank,
@@ -60,11 +125,6 @@ def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResu
         gpu_memory_gib=room,
         needed_gib=demand.needed_gib,
     )
-    quiet_libraries()
-    tracker = TrialTracker(assignment.store, assignment.parent_run_id, assignment.sweep, assignment.folder)
-    assignment.folder.mkdir(parents=True, exist_ok=True)
-    with _log_file(assignment.folder / "log.txt", rank), _memory_limit(room, device):
-        return trial.run(assignment.spec, place, tracker, report)
 
 
 def run_alone(assignment: Assignment, report: Report) -> TrialResult:
@@ -151,24 +211,10 @@ def final_report(result: TrialResult) -> dict[str, Any]:
 def raise_if_broken(result: TrialResult) -> None:
     """Raise for a failed row that left the GPU unusable, so that the process is not used again.
 
-    A kernel that failed poisons the CUDA context for good: every later call fails. Any other failed trial costs the
-    next one nothing.
+    Any other failed trial costs the next one nothing.
     """
-    if result.status == "failed" and not _gpu_answers():
+    if result.status == "failed" and not answers("cuda"):
         raise TrialFailed(first_line(result.error))
-
-
-def _gpu_answers() -> bool:
-    """True if CUDA still works in this process, or was never used in it."""
-    import torch
-
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return True
-    try:
-        torch.cuda.synchronize()
-        return bool((torch.ones(1, device="cuda") + 1).item() == 2)
-    except RuntimeError:  # what torch raises for CUDA errors, torch.AcceleratorError included
-        return False
 
 
 def _device(demand: Demand) -> str:

@@ -102,7 +102,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "checkpoint_every": None,
         "save_dtype": "bfloat16",
     },
-    "LlmTrainSpec": {"loss": "answers", "engine": "own", "cuda_graphs": True},
+    "LlmTrainSpec": {"loss": "answers", "engine": "own", "cuda_graphs": True, "pack": False},
     "ImageTrainSpec": {
         "prediction": None,
         "snr_gamma": None,
@@ -166,6 +166,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 CHANGES_NO_RESULT: dict[str, frozenset[str]] = {
     "TrialSpec": frozenset({"resources"}),
     "TrainSpec": frozenset({"fit", "checkpoint_every"}),
+    "LlmTrainSpec": frozenset({"pack"}),
     "EvaluationSpec": frozenset({"samples"}),
     "BenchmarksSpec": frozenset({"allow_code_execution"}),
     "ImageDataSpec": frozenset({"unusable"}),

@@ -107,6 +107,10 @@ class LlmTrainSpec(TrainSpec):
     held-out losses are recorded, too."""
     loss: Literal["answers", "all"] = "answers"
     """The tokens that are trained: the assistant's turns with their end-of-turn token, or all tokens."""
+    pack: Literal["auto"] | bool = False
+    """Train this trial together with others on one base, with the numbers that each has alone. auto: in a sweep on a
+    GPU, where that is predicted to be faster and fits; true: in every sweep, on a CPU as well. Times and peaks of such
+    trials are shares of what all of them take; false is for sweeps that compare methods by time or memory."""
 
 
 class BenchmarksSpec(Strict):

@@ -217,8 +217,19 @@ class EnsembleBench(Bench):
         """Choose the members' weights on the validation rows; they are at least 0 and add up to one."""
 
 
-PackEnded = Callable[[int, Bench, Trained, Exception | None], None]
-"""Takes a trial of a pack by its place in it, its bench, what its training took, and why it failed if it did."""
+@dataclass(frozen=True)
+class PackForecast:
+    """What is predicted of trials that train together on one base."""
+
+    prediction: Prediction
+    """Of all of them in one process."""
+    gain: float
+    """How many times as long their steps take one trial after the other."""
+
+
+PackEnded = Callable[[int, Bench, tuple[int, int], Trained, Exception | None], None]
+"""Takes a trial of a pack by its place in it, its bench, its `Bench.parameters` in training, what its training took,
+and why it failed if it did."""
 
 
 class TaskType(ABC, Generic[SpecT]):
@@ -315,6 +326,18 @@ class TaskType(ABC, Generic[SpecT]):
     @abstractmethod
     def load_trained(self, spec: SpecT, weights: Path, device: str) -> Bench:
         """A finished trial's data and model, with the weights that its `save` wrote."""
+
+    def bases(self, specs: Sequence[SpecT]) -> list[list[SpecT]]:
+        """The trials by the base that they may share, in their order; one that can share with none is by itself."""
+        return [[spec] for spec in specs]
+
+    def forecast(self, specs: Sequence[SpecT], gpu: Gpu) -> PackForecast | None:
+        """What is predicted of trials of one base that train together; None if it cannot be.
+
+        Raises:
+            DataError, ModelError: the user must correct something.
+        """
+        return None
 
     def load_pack(self, specs: Sequence[SpecT], device: str) -> list[Bench]:
         """The benches of trials that share one base, which is held once.

@@ -41,6 +41,21 @@ class Clock:
         on = 0.0 if self._since is None else time.perf_counter() - self._since
         return {**self.seconds, self.last: self.seconds.get(self.last, 0.0) + on} if on else dict(self.seconds)
 
+    def note(self, name: str, seconds: float) -> None:
+        """Told what a phase has taken so far, which this clock measures itself."""
+
     def total(self) -> float:
         """Seconds since the clock was made."""
         return time.perf_counter() - self._begin
+
+
+class ShareClock(Clock):
+    """Of one of several trials that train together: its share of the seconds that they spend together."""
+
+    def note(self, name: str, seconds: float) -> None:
+        """A phase's share so far."""
+        self.seconds[name] = max(0.0, seconds)
+
+    def total(self) -> float:
+        """Its seconds, of all phases."""
+        return sum(self.so_far().values())

@@ -25,7 +25,7 @@ from ray_peft.metrics.scores import Scores
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import Bench, Scored
 from ray_peft.tasks.image_files import IMAGES, write_images
-from ray_peft.trial.clock import Clock
+from ray_peft.trial.clock import Clock, ShareClock
 from ray_peft.trial.log import MetricLog
 from ray_peft.trial.peaks import MemoryWatch, Peaks, larger_peaks
 from ray_peft.trial.provenance import device_name, git_commit, gpu_number, versions
@@ -89,8 +89,9 @@ class Process:
         self.evaluation_memory = MemoryWatch(device)
 
     def of_a_member(self) -> Process:
-        """For one of several trials in this process: a clock of its own, and the memory of the whole process."""
+        """For one of several trials in this process: its share of the seconds, and the memory of them all."""
         own = Process(self.memory.device)
+        own.clock = ShareClock()
         own.memory = SharedWatch(self.memory)
         return own
 
@@ -127,9 +128,9 @@ class LifeCosts(Costs):
         own, earlier = self._clock.so_far(), self._earlier.get("seconds", {})
         return {name: own.get(name, 0.0) + earlier.get(name, 0.0) for name in own | earlier}
 
-    def earlier_s(self, phase: str) -> float:
-        """Of a phase, the seconds of the attempts before."""
-        return float(self._earlier.get("seconds", {}).get(phase, 0.0))
+    def trained_for(self, seconds: float) -> None:
+        """Give the clock this attempt's part of them."""
+        self._clock.note("train", seconds - float(self._earlier.get("seconds", {}).get("train", 0.0)))
 
     def wall_s(self) -> float:
         """Seconds over all attempts, without what was done twice: from a checkpoint to the end of its attempt."""
@@ -199,6 +200,7 @@ class Life:
         self.boundaries: dict[str, float] = {}
         self.weights: dict[str, float] = {}
         self.predicted: dict[str, float] = {}
+        self.pack_size = 1
         self.lowered: dict[str, int] = {}
         self.provenance = Provenance(
             num_workers=place.num_workers,
@@ -208,6 +210,14 @@ class Life:
             started_at=_moment(),
         )
         self._progress = progress
+
+    def begin_again(self, process: Process) -> None:
+        """Start over from the last checkpoint, in the same run: what was measured since then counts no more."""
+        self.process = process
+        if self._log is not None:
+            self._log.begin_again()
+        self.costs = LifeCosts(process, self._log)
+        self.trained, self.lowered, self.pack_size = Trained(), {}, 1
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         """Keep metrics in the trial's log and the tracker, and pass them on."""
@@ -288,6 +298,7 @@ class Life:
             resumed_from_step=trained.resumed_from_step,
             restarts=self._restarts(),
             passes=trained.passes,
+            pack_size=self.pack_size,
             members=self.weights,
             arithmetic=self.spec.method.arithmetic(self.spec.model.dtype, self.four_bit_share, self.spec.quantization),
             chosen=dict(self.place.chosen),

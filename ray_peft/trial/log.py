@@ -55,6 +55,10 @@ class MetricLog:
         for step, _, metrics in self._points:
             self._pass_on(step, metrics)
 
+    def begin_again(self) -> None:
+        """Forget the points, but not which of them the tracker has: the trial starts over."""
+        self._points, self._begun = [], False
+
     def _pass_on(self, step: int, metrics: Mapping[str, float]) -> None:
         """Pass to the tracker the metrics that it does not have."""
         if new := {name: value for name, value in metrics.items() if (step, name) not in self._tracked}:

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from ray_peft.engine.recovery import answers
 from ray_peft.engine.trained import Report, Trained
-from ray_peft.errors import TrackingError, TrialFailed, first_line
+from ray_peft.errors import RayPeftError, TrackingError, TrialFailed, first_line
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Bench
@@ -36,8 +37,8 @@ class _Lives:
     def __init__(self, members: Sequence[Member], report: Callable[[TrialResult], None]) -> None:
         self.members, self._report = members, report
         self.rows: list[TrialResult | None] = [None] * len(members)
-        device = members[0].place.device
-        self.process = Process(device)
+        self.device = members[0].place.device
+        self.process = Process(self.device)
         self.lives = [
             Life(member.spec, member.place, member.tracker, member.progress, self.process.of_a_member())
             for member in members
@@ -56,21 +57,28 @@ class _Lives:
                 self.lives[number].run_id = member.tracker.start(member.spec)
             except TrackingError as error:
                 row = self.lives[number].failed(error).model_copy(update={"untracked": str(error)})
-                self._keep(number, row)
+                self.keep(number, row)
+
+    def begin_again(self, numbers: Sequence[int]) -> None:
+        """Let members start over from their last checkpoints; those that have none, from nothing."""
+        self.process.memory.stop()
+        self.process = Process(self.device)
+        for number in numbers:
+            self.lives[number].begin_again(self.process.of_a_member())
 
     def end(self, number: int, row: TrialResult) -> None:
         """Record a member's row."""
         member = self.members[number]
-        self._keep(number, trial.end(row, member.place, member.tracker))
+        self.keep(number, trial.end(row, member.place, member.tracker))
 
-    def fail(self, error: Exception) -> None:
-        """Record the failure of what the members share for all that have no row."""
-        for number in self.open:
-            row = self.lives[number].failed(error)
-            logger.warning("%s: %s: %s", self.members[number].spec.trial_id, row.status, first_line(row.error))
-            self.end(number, row)
+    def alone(self, number: int) -> None:
+        """Run a member by itself."""
+        life = self.lives[number]
+        life.begin_again(Process(self.device))
+        self.keep(number, trial.run_started(life, self.members[number].tracker))
 
-    def _keep(self, number: int, row: TrialResult) -> None:
+    def keep(self, number: int, row: TrialResult) -> None:
+        """Take a member's row, which is recorded."""
         self.rows[number] = row
         self._report(row)
 
@@ -78,11 +86,11 @@ class _Lives:
 def run_pack(members: Sequence[Member], report: Callable[[TrialResult], None] = lambda row: None) -> list[TrialResult]:
     """Run trials on one base, and record their results, whatever happens.
 
-    A member that fails leaves the pack; the others go on. If loading or a pass fails, which they share, it fails for
-    all members that have no row yet.
+    A member that fails leaves; the others go on. Where what they share fails, loading or passes, as where memory runs
+    out, those without a row go on from their checkpoints in two smaller packs, one after the other, and at last alone.
 
     Args:
-        members: at least one; all of one base and one way to compute (tasks/llm_sft/packable.py).
+        members: at least one; all of one base and one way to compute (`TaskType.bases`).
         report: called with every row as soon as it is recorded.
 
     Returns:
@@ -90,14 +98,17 @@ def run_pack(members: Sequence[Member], report: Callable[[TrialResult], None] = 
 
     Raises:
         KeyboardInterrupt, SystemExit: passed on after all that have no row are recorded as cancelled.
+        TrialFailed: the device does not answer any more; some have no row.
     """
     lives = _Lives(members, report)
     try:
         lives.start()
-        if lives.open:
-            _run(lives)
-    except Exception as error:
-        lives.fail(error)
+        waiting = [lives.open]
+        while waiting:
+            if numbers := waiting.pop(0):
+                waiting = [*_run(lives, numbers), *waiting]
+    except Exception:  # none of a member's own
+        raise
     except BaseException:
         for number in lives.open:
             lives.end(number, lives.lives[number].result("cancelled", error="stopped before the end"))
@@ -108,29 +119,58 @@ def run_pack(members: Sequence[Member], report: Callable[[TrialResult], None] = 
     return [row for row in lives.rows if row is not None]
 
 
-def _run(lives: _Lives) -> None:
-    numbers = lives.open
-    place = lives.members[0].place
+def _run(lives: _Lives, numbers: list[int]) -> list[list[int]]:
+    """Run members together; returns the packs in which those without a row go on.
+
+    Raises:
+        TrialFailed: the device does not answer any more.
+    """
+    if len(numbers) == 1:
+        lives.alone(numbers[0])
+        return []
+    try:
+        _train(lives, numbers)
+        return []
+    except Exception as error:
+        failure, alone = f"{type(error).__name__}: {first_line(error)}", isinstance(error, RayPeftError)
+        logger.warning("%d trials together: %s", len(numbers), failure)
+    if not answers(lives.device):
+        raise TrialFailed(failure)
+    trial.release(lives.members[0].place)
+    left = [number for number in numbers if number in lives.open]
+    lives.begin_again(left)
+    if alone:  # they cannot share this base at all
+        return [[number] for number in left]
+    middle = -(-len(left) // 2)
+    return [left[:middle], left[middle:]]
+
+
+def _train(lives: _Lives, numbers: list[int]) -> None:
+    """Train members together, and score each as it ends.
+
+    Raises:
+        Exception: what they share failed.
+    """
+    place = lives.members[numbers[0]].place
     trial.take_place(place)
     task = TASKS[lives.members[0].spec.task]
     with lives.process.clock.phase("load"):
         benches = task.load_pack([lives.lives[number].runs for number in numbers], place.device)
     for number, bench in zip(numbers, benches, strict=True):
-        trial.loaded(lives.lives[number], bench)
-        lives.lives[number].predicted = {}  # of the trial alone, which what is measured here is not
-        lives.lives[number].process.clock.seconds["load"] = lives.process.clock.seconds["load"] / len(numbers)
+        life = lives.lives[number]
+        trial.loaded(life, bench)
+        life.pack_size = len(numbers)
+        life.process.clock.note("load", lives.process.clock.seconds["load"] / len(numbers))
     lives.process.memory.start()
 
-    def ended(order: int, bench: Bench, trained: Trained, error: Exception | None) -> None:
+    def ended(order: int, bench: Bench, parameters: tuple[int, int], trained: Trained, error: Exception | None) -> None:
         number = numbers[order]
         life = lives.lives[number]
-        shared = f"together with {len(numbers) - 1} other trials: seconds by tokens, memory of all"
-        life.trained = replace(trained, passes=f"{trained.passes}, {shared}")
-        life.process.clock.seconds["train"] = trained.seconds - life.costs.earlier_s("train")
+        life.parameters = parameters
         try:
             if error is not None:
                 raise error
-            life.parameters = bench.parameters()
+            life.trained = replace(trained)
             with life.process.clock.phase("save"):
                 trial.save(life, bench)
             with life.process.clock.phase("evaluate"):
@@ -143,5 +183,5 @@ def _run(lives: _Lives) -> None:
 
     folders = [lives.lives[number].place.folder / "stage1" for number in numbers]
     task.train_pack(benches, folders, [lives.lives[number].report for number in numbers], ended)
-    if lives.open:
+    if any(number in lives.open for number in numbers):
         raise TrialFailed("the pack ended without this trial")

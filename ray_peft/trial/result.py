@@ -106,6 +106,9 @@ class TrialResult(Measured):
     """How its training ran forward and backward passes: recorded, or why not."""
     arithmetic: str = ""
     """How the trained weights are held and updated, such as "bfloat16 weights, stochastic rounding"."""
+    pack_size: int = 1
+    """Trials that trained together with it on one base, itself included. Of more than one, its peaks are those of all,
+    its seconds of loading an equal share, and its seconds of training a share by the tokens of its steps."""
     members: dict[PathPart, float] = {}
     """Of an ensemble, the weight of each member by its trial id; they add up to one."""
     chosen: dict[str, int | bool] = {}

@@ -60,11 +60,17 @@ def run(spec: TrialSpec, place: Place, tracker: Tracker, progress: Report) -> Tr
         return None
     life = Life(spec, place, tracker, progress)
     life.run_id = tracker.start(spec)
+    return run_started(life, tracker)
+
+
+def run_started(life: Life, tracker: Tracker) -> TrialResult:
+    """Run a trial whose tracker has its run, and record its result, whatever happens."""
+    place = life.place
     try:
         result = _run(life)
     except Exception as error:
         result = life.failed(error)
-        logger.warning("%s: %s: %s", spec.trial_id, result.status, first_line(result.error))
+        logger.warning("%s: %s: %s", life.spec.trial_id, result.status, first_line(result.error))
     except BaseException:
         _record(life.result("cancelled", error="stopped before the end"), place, tracker)
         raise

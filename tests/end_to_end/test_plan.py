@@ -23,20 +23,22 @@ from ray_peft.schedule import tune
 given = []
 
 
-def heard(resolve, receiver, stopped, callback=tune._callback):
-    rows = callback(resolve, receiver, stopped)
+def heard(events, stopped, callback=tune._callback):
+    rows = callback(events, stopped)
     begin = rows.on_trial_start
 
     def on_trial_start(iteration, trials, trial):
         for each in trials:  # all that Tune knows, in its order
-            spec, demand = resolve(each.config)
-            given[-1].setdefault(spec.trial_id, {
-                "bundles": each.placement_group_factory.bundles,
-                "num_workers": demand.num_workers,
-                "cpus_per_worker": demand.cpus_per_worker,
-                "gpu_fraction": demand.gpus_per_worker,
-                "chosen": dict(demand.chosen),
-            })
+            task = events.resolve(each.config)
+            for spec, demand in task.trials if task.member is None else []:
+                given[-1].setdefault(spec.trial_id, {
+                    "bundles": each.placement_group_factory.bundles,
+                    "num_workers": demand.num_workers,
+                    "cpus_per_worker": demand.cpus_per_worker,
+                    "gpu_fraction": demand.gpus_per_worker,
+                    "chosen": dict(demand.chosen),
+                    "pack": task.hosts * [member.trial_id for member in task.specs],
+                })
         begin(iteration=iteration, trials=trials, trial=trial)
 
     rows.on_trial_start = on_trial_start
@@ -53,12 +55,23 @@ print(json.dumps(given))
 """
 """Sweeps on two GPUs of which Ray is only told: it places trials there, and each ends where torch looks for one."""
 
+RANKS = [{"name": "lora", "rank": rank} for rank in (2, 4, 6, 8, 10)]
 METHODS = [{"name": "lora", "rank": 4}, {"name": "full"}, {"name": "lora", "rank": 64}]
 SPACES = {
     "shared": ({"resources": {}, "train__micro_batch_size": 8, "method": {"grid": METHODS}}, 2.0),
     "fitted": ({"resources": {}, "train__fit": "auto", "method": {"grid": METHODS}}, 2.0),
     "cramped": ({"resources": {"cpus_per_worker": 3}, "train__micro_batch_size": 256}, 0.9),
     "halves": ({"resources": {"gpus_per_worker": 0.5}, "train__fit": "auto"}, 2.0),
+    "packs": (
+        {
+            "resources": {},
+            "train__pack": "auto",
+            "train__micro_batch_size": 8,
+            "train__batch_size": 8,
+            "method": {"grid": [{"name": "full"}, *RANKS]},
+        },
+        2.0,
+    ),
     "cpu": ({"resources": {"gpus_per_worker": 0}, "train__fit": "auto", "train__batch_size": 8}, 2.0),
 }
 """Search spaces, and what trials may take of a GPU [GiB]."""
@@ -82,7 +95,7 @@ def test_a_plan_says_what_a_sweep_gives_tune(tiny_model, questions, tmp_path, mo
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     given = json.loads(done.stdout.splitlines()[-1])
-    kinds = ("num_workers", "cpus_per_worker", "gpu_fraction", "chosen")
+    kinds = ("num_workers", "cpus_per_worker", "gpu_fraction", "chosen", "pack")
     for name, rows, trials in zip(SPACES, planned, given, strict=True):
         assert [row["trial_id"] for row in rows] == list(trials), name
         assert [{kind: row[kind] for kind in kinds} for row in rows] == [
@@ -91,7 +104,8 @@ def test_a_plan_says_what_a_sweep_gives_tune(tiny_model, questions, tmp_path, mo
         for trial in trials.values():
             held = {"CPU": trial["cpus_per_worker"], "GPU": trial["gpu_fraction"]}
             assert trial["bundles"] == [{key: count for key, count in held.items() if count}], name
-    shared, fitted, cramped, halves, cpu = planned
+    shared, fitted, cramped, halves, packs, cpu = planned
+    assert sorted(len(row["pack"]) for row in packs) == [0, 2, 2, 3, 3, 3]  # on two GPUs
     assert all(0 < row["gpu_fraction"] < 1 for row in shared)
     assert len({row["gpu_fraction"] for row in shared}) > 1
     assert all("train.micro_batch_size" in row["chosen"] for row in (*fitted, *halves))

@@ -46,6 +46,7 @@ def final_tags(result: TrialResult) -> dict[str, str]:
     for name, settings in (("chosen", result.chosen), ("lowered_out_of_memory", result.lowered)):
         if settings:
             tags[name] = json.dumps(settings)
+    tags |= {"pack_size": str(result.pack_size)} if result.pack_size > 1 else {}
     tags |= {name: used for name in TOKENIZERS if (used := getattr(result.scores, name)) is not None}
     tags |= {f"version.{name}": provenance.versions.get(name, "") for name in _MAIN_VERSIONS}
     # Where MLflow's list shows it beside the source.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,6 +15,7 @@ from ray_peft.engine.passes import Pass, RecordedPasses
 from ray_peft.engine.trained import Report
 from ray_peft.errors import ModelError
 from ray_peft.methods.lora import LowRankAdapter
+from ray_peft.spec.keys import MICRO_BATCH
 from ray_peft.tasks.base import PackEnded
 from ray_peft.tasks.llm_sft import train
 from ray_peft.tasks.llm_sft.bench import LlmBench
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ray_peft.engine.slots import Slots
+
+logger = logging.getLogger(__name__)
 
 FEW_ROWS = 4
 """Rows whose loss is computed both ways."""
@@ -56,8 +60,8 @@ class Pack(Crew):
         self._together = RowsTogether(self._rows)
         self._slots = self._make_slots()
         self._seats: dict[int, tuple[LlmBench, Member]] = {}
-        self.passes = ""
-        """How passes ran."""
+        self.parameters = [(0, 0)] * len(benches)
+        """`Bench.parameters` of each once it has started."""
 
     def run(self) -> None:
         """Train them all."""
@@ -101,12 +105,14 @@ class Pack(Crew):
         bench, job = self._waiting.pop(0)
         stage = cast(LowRankAdapter, job.stage)
         bench.attach(stage)
+        self.parameters[self._benches.index(bench)] = bench.parameters()
         train.start_as_trl(bench.spec, bench.model)
         pieces = self._slots.fill(slot, bench.model, stage.alpha / stage.rank)
         bench.model = unwrapped(bench.model)
         rows = self._rows[self._benches.index(bench)]
         member = SlotMember(job, self._slots, slot, pieces, rows)
         self._seats[slot] = (bench, member)
+        logger.info("%s: place %d of %d", bench.spec.trial_id, slot + 1, self._places)
         return member
 
     @contextlib.contextmanager
@@ -214,15 +220,19 @@ def train_together(
     benches: Sequence[LlmBench], folders: Sequence[Path], reports: Sequence[Report], ended: PackEnded
 ) -> None:
     """Train the only stage of each trial, all at once; arguments as those of `TaskType.train_pack`."""
+    lowered: dict[str, int] = {}
 
     def told(bench: LlmBench, member: Member, error: Exception | None) -> None:
-        ended(benches.index(bench), bench, member.trained, error)
+        if MICRO_BATCH in lowered:  # of the pack, and no setting of any trial
+            member.trained.passes += f", at most {lowered[MICRO_BATCH]} rows of all trials a pass, since memory ran out"
+        place = benches.index(bench)
+        ended(place, bench, pack.parameters[place], member.trained, error)
 
     def job(bench: LlmBench, folder: Path, report: Report) -> Job:
         ((stage, steps),) = bench.spec.method.stages(bench.total_steps())
         return Job(
             bench.spec, stage, steps, 0, folder, bench.device, report, lambda: pack.evaluation(bench)(),
-            lowered=bench.lowered, costs=bench.costs,
+            lowered=lowered, costs=bench.costs,
         )  # fmt: skip
 
     jobs = [job(*given) for given in zip(benches, folders, reports, strict=True)]

@@ -12,7 +12,16 @@ from ray_peft.errors import ModelError, first_line
 from ray_peft.methods.base import Task
 from ray_peft.spec import LlmTrialSpec, ModelSpec
 from ray_peft.spec.identity import Content
-from ray_peft.tasks.base import Bench, DataReport, EnsembleBench, Inspection, MemberModel, PackEnded, TaskType
+from ray_peft.tasks.base import (
+    Bench,
+    DataReport,
+    EnsembleBench,
+    Inspection,
+    MemberModel,
+    PackEnded,
+    PackForecast,
+    TaskType,
+)
 from ray_peft.tasks.llm_sft import bench
 from ray_peft.vram.cards import Gpu
 
@@ -130,6 +139,18 @@ class LlmSft(TaskType[LlmTrialSpec]):
         (loaded,) = ensemble.load_members([MemberModel(spec, weights)], device)
         return bench.LlmBench(spec, device, tokenizer, prepared, loaded.model)
 
+    def bases(self, specs: Sequence[LlmTrialSpec]) -> list[list[LlmTrialSpec]]:
+        """LoRA trials of one model and one precision share it."""
+        from ray_peft.tasks.llm_sft import packable
+
+        return packable.packs(specs)
+
+    def forecast(self, specs: Sequence[LlmTrialSpec], gpu: Gpu) -> PackForecast:
+        """From the shape of the model and the lengths of the rows."""
+        from ray_peft.tasks.llm_sft import forecast
+
+        return forecast.of_pack(specs, [_inspected_rows(spec) for spec in specs], gpu)
+
     def load_pack(self, specs: Sequence[LlmTrialSpec], device: str) -> list[Bench]:
         """Rows of each trial, and one model for all.
 
@@ -139,11 +160,13 @@ class LlmSft(TaskType[LlmTrialSpec]):
         from ray_peft.tasks.llm_sft import packable
 
         packable.check(specs)
-        benches = [self.load(specs[0], device)]
-        base = cast(bench.LlmBench, benches[0]).model
+        first = cast(bench.LlmBench, self.load(specs[0], device))
+        rows = {_decides_rows(specs[0]): (first.tokenizer, first.data)}  # a large tokenizer takes seconds to read
+        benches: list[Bench] = [first]
         for spec in specs[1:]:
-            tokenizer, prepared = _rows(spec)
-            benches.append(bench.LlmBench(spec, device, tokenizer, prepared, base))
+            if (key := _decides_rows(spec)) not in rows:
+                rows[key] = _rows(spec)
+            benches.append(bench.LlmBench(spec, device, *rows[key], first.model))
         return benches
 
     def train_pack(
@@ -171,6 +194,11 @@ def _rows(spec: LlmTrialSpec) -> tuple[PreTrainedTokenizerBase, PreparedData]:
     return tokenizer, prepare(spec, tokenizer)
 
 
+def _decides_rows(spec: LlmTrialSpec) -> str:
+    """The settings that decide a trial's tokenizer and rows."""
+    return json.dumps([spec.model.plain(), spec.data.plain(), spec.train.loss], sort_keys=True)
+
+
 _recent_rows: dict[str, PreparedData] = {}
 _MOST_RECENT = 4
 
@@ -179,8 +207,7 @@ def _inspected_rows(spec: LlmTrialSpec) -> PreparedData:
     """A trial's prepared rows, kept for the next trial on the same ones: a large tokenizer takes seconds to read."""
     from ray_peft.foundation.cache import cache_folder
 
-    decides = [str(cache_folder()), spec.model.plain(), spec.data.plain(), spec.train.loss, _stamps(spec)]
-    key = json.dumps(decides, sort_keys=True)
+    key = json.dumps([str(cache_folder()), _decides_rows(spec), _stamps(spec)])
     if key not in _recent_rows:
         _, rows = _rows(spec)
         while len(_recent_rows) >= _MOST_RECENT:

@@ -131,3 +131,18 @@ def test_the_command_reports_a_killed_sweep(tmp_path, swept, capsys):
     shutil.copy(swept / "sweep.json", tmp_path)
     assert main(["report", str(tmp_path)]) == 0
     assert "No trial has a result." in capsys.readouterr().out
+
+
+def test_trials_that_trained_together_say_so_and_are_compared_by_neither_memory_nor_time(swept, tmp_path):
+    folder = shutil.copytree(swept, tmp_path / "packed")
+    rows = [json.loads(row) for row in (folder / "results.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["pack_size"] = 2 if row["spec"]["method"]["name"] == "lora" else 1
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report(folder)
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "Trained together" in text
+    assert "their seconds of training are divided by the tokens of their steps" in text
+    assert "trials trained together on one base, and their peaks are those of all of them" in text
+    assert "train.pack: false gives each its own" in text
+    assert "Trained together" not in (swept / "report.md").read_text(encoding="utf-8")

@@ -1,0 +1,128 @@
+"""What Tune's events mean for trials: who is told of what, of trials by themselves and of those that train together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ray_peft.errors import first_line
+from ray_peft.schedule import worker
+from ray_peft.schedule.handout import Task
+from ray_peft.schedule.order import Order
+from ray_peft.schedule.relay import Relay
+from ray_peft.spec import TrialSpec
+from ray_peft.trial.result import TrialResult
+
+RELAY_FAILURES = 20
+"""How often the process of a Tune trial that passes reports on is started again: nothing is lost with it."""
+
+
+class Receiver(Protocol):
+    """Receives the events of trials."""
+
+    def begin(self, spec: TrialSpec) -> None:
+        """A trial was handed out."""
+
+    def take(self, result: TrialResult) -> None:
+        """A row is there."""
+
+    def show(self, spec: TrialSpec, metrics: Mapping[str, Any]) -> None:
+        """A running trial reports a step."""
+
+    def again(self, spec: TrialSpec, reason: str) -> None:
+        """A worker died, and its trial is started once more."""
+
+    def lose(self, spec: TrialSpec, reason: str) -> None:
+        """A worker died for good."""
+
+    def lose_pack(self, specs: Sequence[TrialSpec], reason: str) -> None:
+        """The worker of trials that ran together died for good."""
+
+
+class Events:
+    """Tells a receiver of Tune's events; `trial` is Tune's own."""
+
+    def __init__(
+        self, resolve: Callable[[Mapping[str, Any]], Task], receiver: Receiver, order: Order, relay: Relay
+    ) -> None:
+        """Prepare.
+
+        Args:
+            resolve: a configuration of Tune's to its task.
+            receiver: is told.
+            order: gives Tune the trials of a pack once it has started.
+            relay: of what packs report.
+        """
+        self.resolve, self._receiver, self._order, self._relay = resolve, receiver, order, relay
+
+    def start(self, trial: Any) -> None:
+        """A Tune trial has its process; also a further time."""
+        task = self.resolve(trial.config)
+        if task.member is not None:
+            trial.max_failures = RELAY_FAILURES
+            return
+        trial.max_failures = task.spec.resources.max_failures
+        for spec in task.specs:
+            self._receiver.begin(spec)
+        self._order.started(task.place)
+
+    def result(self, trial: Any, result: Mapping[str, Any]) -> None:
+        """A Tune trial has reported. Tune would end with an error in here, and with it all the other trials."""
+        task = self.resolve(trial.config)
+        if task.hosts:
+            return
+        try:
+            if worker.ROW in result:
+                trial.max_failures = 0  # what its process does after that is not the trial's
+                self._receiver.take(TrialResult.model_validate_json(result[worker.ROW]))
+            elif "step" in result:
+                self._receiver.show(task.spec, result)
+        except Exception as error:
+            self._receiver.lose(task.spec, f"its row cannot be kept: {type(error).__name__}: {first_line(error)}")
+
+    def complete(self, trial: Any) -> None:
+        """A Tune trial has ended by itself."""
+        task = self.resolve(trial.config)
+        if task.hosts:
+            self._order.ended(task.place)
+            for spec in task.specs:
+                self._receiver.lose(spec, "the process of its pack ended without its row")
+            self._end(task)
+
+    def again(self, trial: Any) -> None:
+        """The process of a Tune trial died, and is started once more."""
+        task = self.resolve(trial.config)
+        for spec in task.specs if task.member is None else []:
+            self._receiver.again(spec, _reason(trial))
+
+    def error(self, trial: Any) -> None:
+        """The process of a Tune trial died for good."""
+        task = self.resolve(trial.config)
+        if task.hosts:
+            self._order.ended(task.place)
+            self._receiver.lose_pack(task.specs, _reason(trial))
+            self._end(task)
+        elif task.member is None:
+            self._receiver.lose(task.spec, _reason(trial))
+
+    def _end(self, task: Task) -> None:
+        for spec in task.specs:
+            self._relay.end(spec.trial_id)
+
+
+_DIED = re.compile(r"(?:Worker )?exit detail: ([^\n]+)|(\S*node \S* ?was terminated[^\n]*)", re.I)
+"""What Ray says of a worker that died: the last reason counts."""
+
+
+def _reason(trial: Any) -> str:
+    """Why Tune lost a trial that left no row: one line, and the whole error below it."""
+    path = getattr(trial, "error_file", None)
+    text = Path(path).read_text(encoding="utf-8", errors="replace") if path and Path(path).is_file() else ""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    if not lines:
+        return "the worker ended without leaving an error"
+    details = [next(filter(None, groups)) for groups in _DIED.findall(text)]
+    line = details[-1] if details else lines[-1].strip()
+    return f"the worker died: {line.split('. ')[0]}\n\n{text}"

@@ -1,0 +1,46 @@
+"""The order in which Tune is given its trials where some of them train together.
+
+Such trials run in one process, which a Tune trial of its own holds: the host. Each of them is a Tune trial, too, which
+holds nothing and passes on what the host reports of it. These are given to Tune once their host has started, so that
+none waits in a process while its pack waits for a GPU.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from ray_peft.schedule.decide import Run
+
+Seat = tuple[int, int | None]
+"""A run by its place, and which of its trials is passed on; None for what holds the run's resources."""
+
+
+class Order:
+    """Seats in the order of starting."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._runs = deque(range(len(runs)))
+        self._waiting = {place: len(run.trials) for place, run in enumerate(runs) if run.is_pack}
+        """Trials of packs whose hosts have not started."""
+        self._ready: deque[Seat] = deque()
+
+    @property
+    def left(self) -> bool:
+        """Whether there is a seat to come."""
+        return bool(self._runs or self._waiting or self._ready)
+
+    def next(self) -> Seat | None:
+        """The next seat; None if there is none, or none yet."""
+        if self._ready:
+            return self._ready.popleft()
+        return (self._runs.popleft(), None) if self._runs else None
+
+    def started(self, place: int) -> None:
+        """A run has its process: its trials follow, the first time."""
+        self._ready += [(place, member) for member in range(self._waiting.pop(place, 0))]
+
+    def ended(self, place: int) -> None:
+        """A run is over: none of its trials follows any more."""
+        self._waiting.pop(place, None)
+        self._ready = deque(seat for seat in self._ready if seat[0] != place)

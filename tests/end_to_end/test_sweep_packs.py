@@ -1,0 +1,138 @@
+"""Trials of a sweep that train together: each has the row, the MLflow run and the files of one that trains alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+
+import psutil
+import pytest
+import tiny
+import torch
+import yaml
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+import ray_peft
+from ray_peft.console import Console
+
+LORA = [
+    {"name": "lora", "rank": 4, "lr": 0.01},
+    {"name": "lora", "rank": 8, "lr": 0.02, "alpha": 8},
+    {"name": "lora", "rank": 2, "lr": 1.0e30},  # diverges
+]
+
+
+FLOAT32 = {"train__eval_every": 2, "train__save_dtype": "float32"}
+
+
+def write_space(path, model, data, **changes):
+    plain = tiny.plain_spec(model, data, {"grid": [{"name": "none"}, *LORA]}, **changes)
+    path.write_text(yaml.safe_dump({"name": path.stem, **plain}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def swept(ray_cluster, shared, tiny_model, questions, tmp_path_factory):
+    """The same trials, packed and by themselves."""
+    folder = tmp_path_factory.mktemp("packed_sweep")
+    outcomes = {}
+    for name, pack in (("packed", True), ("apart", False)):
+        space = write_space(folder / f"{name}.yaml", tiny_model, questions, **FLOAT32)
+        outcomes[name] = ray_peft.sweep(
+            space, out=folder / name, console=Console(), overrides=[f"train.pack={str(pack).lower()}"]
+        )
+    return outcomes
+
+
+def rows_of(outcome):
+    return {row.trial_id: row for row in outcome.results}
+
+
+def test_rows_and_adapters_are_those_of_trials_alone(swept):
+    packed, apart = rows_of(swept["packed"]), rows_of(swept["apart"])
+    assert packed.keys() == apart.keys()
+    assert sorted(row.status for row in packed.values()) == ["failed", "finished", "finished", "finished"]
+    for trial_id, theirs in apart.items():
+        ours = packed[trial_id]
+        assert (ours.pack_size, theirs.pack_size) == (1 if "none" in trial_id else 3, 1)
+        assert ours.status == theirs.status
+        assert ours.steps == theirs.steps
+        if theirs.status == "failed":
+            assert "is nan at step" in ours.error
+            continue
+        assert ours.scores.eval_loss == pytest.approx(theirs.scores.eval_loss, rel=1e-5)
+        assert ours.scores.rouge_l == theirs.scores.rouge_l
+        if not theirs.trainable_parameters:
+            continue
+        assert ours.train_loss_final == pytest.approx(theirs.train_loss_final, rel=1e-5)
+        files = [
+            outcome.folder / "trials" / trial_id / "adapter" / "adapter_model.safetensors" for outcome in swept.values()
+        ]
+        weights = [load_file(file) for file in files]
+        assert weights[0].keys() == weights[1].keys()
+        for name, value in weights[0].items():
+            # AdamW divides the first gradient by itself, so one that is all rounding goes either way.
+            far = ~torch.isclose(value, weights[1][name], rtol=1e-4, atol=1e-5)
+            assert far.float().mean() < 0.005, name
+
+
+def test_every_run_in_mlflow_looks_like_that_of_a_trial_alone(swept):
+    runs = {}
+    for name, outcome in swept.items():
+        client = MlflowClient(tracking_uri=outcome.tracking_uri)
+        for row in outcome.results:
+            run = client.get_run(row.mlflow_run_id)
+            history = client.get_metric_history(run.info.run_id, "train_loss") if row.trainable_parameters else []
+            files = {file.path for file in client.list_artifacts(run.info.run_id)}
+            runs[name, row.trial_id] = (
+                run.info.status,
+                {key: value for key, value in run.data.params.items() if key != "train.pack"},
+                {key for key in run.data.tags if key != "ray_peft.pack_size"},
+                set(run.data.metrics),
+                files,
+                [(point.step, pytest.approx(point.value, rel=1e-5)) for point in history],
+            )
+    trials = {trial_id for _, trial_id in runs}
+    for trial_id in trials:
+        assert runs["packed", trial_id] == runs["apart", trial_id], trial_id
+
+
+def kill_while(folder, step, done):
+    """kill -9 of the process that writes a trial's log, once it has logged a step."""
+    while not done.is_set():
+        time.sleep(0.02)
+        for log in folder.glob("trials/lora-*/metrics.jsonl"):
+            if f'"step": {step},' not in log.read_text():
+                continue
+            text = str(log.with_name("log.txt"))
+            for process in psutil.process_iter():
+                with contextlib.suppress(psutil.Error):
+                    if text in {file.path for file in process.open_files()}:
+                        process.kill()
+                        return
+
+
+def test_a_pack_that_is_killed_goes_on_from_its_checkpoints(ray_cluster, swept, tiny_model, questions, tmp_path):
+    changes = {"train__checkpoint_every": 2, "train__steps": 40, "train__pack": True, "evaluation__generate": False}
+    space = write_space(tmp_path / "killed.yaml", tiny_model, questions, **changes)
+    done = threading.Event()
+    killer = threading.Thread(target=kill_while, args=(tmp_path / "out", 6, done))
+    killer.start()
+    try:
+        outcome = ray_peft.sweep(space, out=tmp_path / "out", console=Console())
+    finally:
+        done.set()
+        killer.join()
+    rows = [row for row in outcome.results if row.trainable_parameters and row.status == "finished"]
+    assert len(rows) == 2
+    for row in rows:
+        assert row.resumed_from_step >= 4
+        assert len(row.restarts) == 1
+        assert "died" in row.restarts[0]
+        assert row.pack_size >= 2
+        log = (outcome.folder / "trials" / row.trial_id / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in log if "train_loss" in line]
+        assert steps == list(range(1, 41))

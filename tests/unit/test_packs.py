@@ -1,0 +1,146 @@
+"""Which trials train together, in which order Tune gets them, and how their reports travel: values and files alone."""
+
+import threading
+
+import pytest
+import tiny
+
+from ray_peft.schedule.decide import Card, Node, Run, decide
+from ray_peft.schedule.decide import Pack as Together
+from ray_peft.schedule.order import Order
+from ray_peft.schedule.packs import MOST_MEMBERS, packs
+from ray_peft.schedule.relay import Relay
+from ray_peft.spec import TrialSpec
+from ray_peft.spec.identity import settings
+from ray_peft.tasks.base import PackForecast
+from ray_peft.tasks.llm_sft.forecast import gain, overhead
+from ray_peft.vram import Prediction
+from ray_peft.vram.cards import ANY
+from ray_peft.vram.fit import Size
+
+GIB = 2**30
+LAPTOP = [Node(cpus=2, gpus=0)]
+
+
+def gpus(count):
+    return [Node(cpus=16, gpus=count, gpu_memory_gib=12.0)]
+
+
+def lora(rank=4, pack="auto", **changes):
+    plain = tiny.plain_spec("m/m", "d/d", {"name": "lora", "rank": rank}, train__pack=pack, **changes)
+    plain["resources"] = changes.get("resources", {})
+    return TrialSpec.from_plain(plain)
+
+
+def prediction(gib):
+    return Prediction({}, int(gib * GIB), int(gib * GIB), int(gib * GIB))
+
+
+def forecast(trials):
+    """1 GiB, and 1 GiB a trial; half of a trial's time is a pass's own."""
+    return PackForecast(prediction(1 + len(trials)), gain([100] * len(trials), [1] * len(trials), 100))
+
+
+def formed(trials, nodes, told=forecast, **more):
+    card = Card(ANY, 12.0) if nodes[0].gpus else None
+    sizes = {trial.trial_id: Size(prediction(2)) for trial in trials} if card else {}
+    found = packs(trials, nodes, card, sizes, told, **more)
+    decision = decide(trials, nodes, sizes, packs=found)
+    assert sorted(trial.trial_id for run in decision.runs for trial in run.trials) == sorted(t.trial_id for t in trials)
+    return [len(pack.trials) for pack in found], decision
+
+
+def ranks(count, **changes):
+    return [lora(rank, **changes) for rank in range(1, count + 1)]
+
+
+@pytest.mark.parametrize(
+    ("trials", "nodes", "sizes"),
+    [
+        (ranks(8), gpus(1), [8]),
+        (ranks(8), gpus(2), [4, 4]),
+        (ranks(3), gpus(2), [3]),
+        (ranks(15), gpus(1), [8, 7]),  # 12 GiB hold ten of them
+        (ranks(8, pack=False), gpus(1), []),
+        (ranks(8), LAPTOP, []),
+        (ranks(8, pack=True), LAPTOP, [8]),
+        (ranks(MOST_MEMBERS + 2, pack=True), LAPTOP, [9, 9]),
+        (ranks(8, resources={"gpus_per_worker": 1}), gpus(1), []),  # each is to have a GPU of its own
+        (ranks(8, resources={"num_workers": 2, "gpus_per_worker": 0}), gpus(1), []),
+        ([*ranks(3), *ranks(3, train__precision="bf16")], gpus(1), [3, 3]),
+        ([lora()], gpus(1), []),
+    ],
+)
+def test_trials_of_one_base_form_few_packs_that_fit(trials, nodes, sizes):
+    found, _ = formed(trials, nodes)
+    assert sorted(found, reverse=True) == sizes
+
+
+def test_trials_that_fill_the_gpu_by_themselves_stay_by_themselves():
+    def full(trials):
+        return PackForecast(prediction(3), gain([8 * 512] * len(trials), [1] * len(trials), 700))
+
+    assert formed(ranks(8), gpus(1), full)[0] == []
+    assert formed(ranks(8, pack=True), gpus(1), full)[0] == [8]
+    assert formed(ranks(8), gpus(1), lambda trials: None)[0] == []
+
+
+def test_a_pack_holds_what_all_take_and_each_keeps_what_was_chosen_for_it():
+    trials = ranks(4)
+    together = Together(tuple(trials), PackForecast(prediction(5), 3.0))
+    sizes = {
+        trial.trial_id: Size(prediction(2), {"train.micro_batch_size": place + 1}) for place, trial in enumerate(trials)
+    }
+    (run,) = decide(trials, gpus(1), sizes, packs=[together]).runs
+    assert 5.8 / 12 < run.demand.gpus_per_worker <= 6.1 / 12
+    assert (run.fits, run.gain, run.size.prediction) == (True, 3.0, prediction(5))
+    assert [run.demand_of(trial).chosen["train.micro_batch_size"] for trial in trials] == [1, 2, 3, 4]
+
+
+def test_trials_that_are_to_run_alone_are_in_no_pack():
+    trials = ranks(3)
+    assert formed(trials, gpus(1), alone={trials[0].trial_id})[0] == [2]
+
+
+def test_packing_changes_no_result():
+    assert settings(lora(pack="auto")) == settings(lora(pack=False))
+    assert lora(pack=True).trial_id == lora(pack=False).trial_id
+
+
+def test_what_is_saved_is_counted():
+    assert gain([168] * 8, [1] * 8, 700) == pytest.approx((8 * 168 + 8 * 700) / (8 * 168 + 700))
+    assert gain([100, 300], [2, 1], 50) == pytest.approx((400 + 150) / (400 + 100))
+
+    class Gemma3:
+        num_hidden_layers, hidden_size, intermediate_size, vocab_size = 26, 1152, 6912, 262144
+
+    assert overhead(Gemma3) == pytest.approx(700, rel=0.01)
+
+
+def test_trials_of_a_pack_follow_once_it_has_started():
+    trials = ranks(5)
+    demand = decide([trials[0]], LAPTOP, {}).runs[0].demand
+    order = Order([Run((trials[0],), demand), Run(tuple(trials[1:3]), demand), Run(tuple(trials[3:]), demand)])
+    assert [order.next() for _ in range(4)] == [(0, None), (1, None), (2, None), None]
+    assert order.left
+    order.started(0)
+    order.started(2)
+    order.started(2)  # again, after a death
+    assert [order.next() for _ in range(3)] == [(2, 0), (2, 1), None]
+    order.ended(1)  # it never started
+    assert not order.left
+
+
+def test_reports_travel_to_who_follows_them_whole_and_in_order(tmp_path):
+    relay, seen = Relay(tmp_path / "relay"), []
+    follower = threading.Thread(target=lambda: seen.extend(relay.follow("lora-1")))
+    follower.start()
+    relay.open("lora-1")
+    relay.put("lora-1", {"step": 1, "train_loss": 2.0})
+    with (tmp_path / "relay" / "lora-1.jsonl").open("a") as file:
+        file.write('{"step": 2, "train_lo')  # its process was killed
+    relay.open("lora-1")
+    relay.put("lora-1", {"step": 2, "train_loss": float("inf")})
+    relay.end("lora-1")
+    follower.join(timeout=10)
+    assert seen == [{"step": 1, "train_loss": 2.0}, {"step": 2, "train_loss": float("inf")}]
