@@ -199,6 +199,7 @@ class Life:
         self.boundaries: dict[str, float] = {}
         self.weights: dict[str, float] = {}
         self.predicted: dict[str, float] = {}
+        self.predicted_s: dict[str, float] = {}
         self.lowered: dict[str, int] = {}
         self.provenance = Provenance(
             num_workers=place.num_workers,
@@ -292,6 +293,7 @@ class Life:
             chosen=dict(self.place.chosen),
             lowered=dict(self.lowered),
             predicted=self.predicted,
+            predicted_s=self.predicted_s,
             trainable_parameters=self.parameters[0],
             total_parameters=self.parameters[1],
             adapter_bytes=self.adapter_bytes,
