@@ -16,8 +16,9 @@ from ray_peft.methods.base import Method
 USUAL = ("full", "lora", "qlora", "galore")
 """Compared unless others are named."""
 
-FACTORS = {3: (0.2, 1.0, 5.0), 5: (0.1, 0.3, 1.0, 3.0, 10.0), 7: (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)}
-"""By how many rates are tried: what a method's default rate is multiplied by, spread evenly in its logarithm."""
+FACTORS = {3: (1.0, 4.0, 16.0), 5: (0.1, 0.3, 1.0, 3.0, 10.0), 7: (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)}
+"""By how many rates are tried: what a method's default rate is multiplied by, spread evenly in its logarithm. Three are
+tried where there is time for few steps, which want higher rates than the defaults, made for whole epochs."""
 
 _KINDS: dict[str, type[Method]] = {
     kind.model_fields["name"].default: kind for kind in METHODS if "llm_sft" in kind.tasks

@@ -49,7 +49,8 @@ class Speed(Strict):
     row_tokens: float = Field(gt=0)
     """Mean tokens of a training row."""
     rest_s: float = Field(ge=0)
-    """Seconds of a trial beside its steps and its scores: load, first step, save."""
+    """Seconds of a trial beside its steps and its scores: load, first step, save. The least that was measured: the
+    first trial of a process imports its libraries, too."""
     scored_row_s: float | None = None
     """Seconds for the loss of a held-out row; None where it was not measured by itself."""
     answers_s: float | None = None
@@ -221,8 +222,9 @@ def remember(name: str, speed: Speed) -> None:
             answers = {"answers_s", "answered_rows", "new_tokens", "answered_at_once"}
             speed = speed.model_copy(update={field: getattr(before, field) for field in answers})
         if speed.timed < min(before.timed, ENOUGH_TIMES):
-            kept = {"step_s", "row_tokens", "rest_s", "timed"}
+            kept = {"step_s", "row_tokens", "timed"}
             speed = speed.model_copy(update={field: getattr(before, field) for field in kept})
+        speed = speed.model_copy(update={"rest_s": min(speed.rest_s, before.rest_s)})
     with contextlib.suppress(OSError):
         _folder().mkdir(parents=True, exist_ok=True)
         write_text(_folder() / f"{name}.json", speed.model_dump_json())

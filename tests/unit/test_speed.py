@@ -102,10 +102,11 @@ def test_fewer_times_do_not_take_the_place_of_more(tmp_path, monkeypatch):
     kept = speed.read("a")
     assert kept is not None
     assert (kept.step_s, kept.answers_s) == (1.0, 3.0)
-    speed.remember("a", speed.Speed(step_s=2.0, row_tokens=50.0, rest_s=1.0, timed=30))
+    speed.remember("a", speed.Speed(step_s=2.0, row_tokens=50.0, rest_s=8.0, timed=30))
     kept = speed.read("a")
     assert kept is not None
     assert (kept.step_s, kept.answers_s) == (2.0, 3.0)
+    assert kept.rest_s == 1.0  # the later one imported libraries, too
     (tmp_path / "speed" / "a.json").write_text("{")
     assert speed.read("a") is None
 
