@@ -146,6 +146,7 @@ class Comparing:
         setup = measured.setup
         journal.left_out = dict(measured.left_out)
         journal.steps_of_an_epoch = -(-setup.most_train // setup.batch_size)
+        journal.write()  # makes the folder
         rungs.write_search(self.folder, measured, journal.plan, request.hours)
         journal.write()
 

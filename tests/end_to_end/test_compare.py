@@ -93,6 +93,8 @@ def test_a_comparison_is_planned_edited_run_and_gone_on_with(
     assert cli.main([*command, "--hours", "0.0005", "--out", "short"]) == 2
     assert "the smallest comparison of 2 methods is predicted to take" in capsys.readouterr().err
     assert not (tmp_path / "short").exists()
+    assert cli.main([*command, "--plan-only", "--out", "second"]) == 0
+    assert {path.name for path in (tmp_path / "second").iterdir()} == {"1_search.yaml", "compare.json"}
     assert cli.main(["plan", str(file), "--gpu-memory-gib", "12"]) == 0
     planned = capsys.readouterr().out
     assert planned.count("s a step)") == 6
