@@ -148,7 +148,6 @@ class Comparing:
         journal.steps_of_an_epoch = -(-setup.most_train // setup.batch_size)
         journal.write()  # makes the folder
         rungs.write_search(self.folder, measured, journal.plan, request.hours)
-        journal.write()
 
     def _say_found(self, setup: Setup) -> None:
         look = setup.look

@@ -82,6 +82,8 @@ def opened(folder: Path, asked: dict[str, Any]) -> Journal:
         journal = Journal(folder, plan=plan, **plain)
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise SpecError(f"{path}: is no record of a comparison ({error}); give another --out, or remove it") from None
+    if journal.plan is None:  # the time was too short, or the measuring was interrupted
+        return Journal(folder, asked)
     for name, value in asked.items():
         if journal.asked.get(name) != value:
             raise SpecError(
