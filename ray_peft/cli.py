@@ -98,6 +98,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    command = commands.add_parser("compare", help="find out which method is best for a model and a file of rows")
+    command.add_argument("model", help="a folder, or a Hugging Face id")
+    command.add_argument("data", help="a file or a folder of rows, or a Hugging Face id; its recipe is recognised")
+    command.add_argument("--hours", type=_positive, default=2.0, metavar="H", help="time for all of it; default: 2")
+    command.add_argument(
+        "--methods", type=_names, metavar="NAME,...", help="methods to compare; default: full,lora,qlora,galore"
+    )
+    command.add_argument(
+        "--metric",
+        choices=("rouge_l", "eval_loss"),
+        default="rouge_l",
+        help="decides the answer; default: rouge_l",
+    )
+    command.add_argument("--plan-only", action="store_true", help="write the search space and stop")
+    command.add_argument("--out", metavar="DIR", help="folder for all of it; default: outputs/compare-MODEL-DATA")
+    _add_places(command)
+    command.set_defaults(act=_compare)
+
     command = commands.add_parser("sweep", help="run every trial of a search space and compare them")
     command.add_argument("space", help="a YAML file, such as search_spaces/quickstart.yaml")
     _add_common(command, "folder for results; default: outputs/<name of the search space>")
@@ -197,15 +215,24 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """Names from a comma-separated list."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def _add_common(command: argparse.ArgumentParser, out: str) -> None:
     command.add_argument("--out", metavar="DIR", help=out)
+    _add_places(command)
+    _add_settings(command)
+
+
+def _add_places(command: argparse.ArgumentParser) -> None:
     command.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else a local one is started")
     command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
     command.add_argument(
         "--gpu-memory-gib", type=_positive, metavar="GIB",
         help="treat every GPU as if it had this much memory: trials are placed for it and cannot take more",
     )  # fmt: skip
-    _add_settings(command)
 
 
 def _add_trust(command: argparse.ArgumentParser) -> None:
@@ -221,6 +248,28 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
         help="replace a setting of the file, such as --set train.steps=20; may be repeated",
     )  # fmt: skip
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from ray_peft.compare.candidates import USUAL
+    from ray_peft.compare.command import Comparing, Request
+
+    request = Request(
+        model=options.model,
+        data=options.data,
+        hours=options.hours,
+        methods=options.methods or USUAL,
+        metric=options.metric,
+        gpu_memory_gib=options.gpu_memory_gib,
+    )
+    comparing = Comparing(
+        request, out=options.out, address=options.address, tracking_uri=options.tracking_uri, console=Console()
+    )
+    comparison = comparing.run(plan_only=options.plan_only)
+    _say("\n" + "\n".join(comparison.lines))
+    if not comparison.finished:
+        return 1
+    return UNSENT if comparison.unsent else 0
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -283,6 +332,7 @@ def _plan(options: argparse.Namespace) -> int:
     from ray_peft.errors import SpecError
     from ray_peft.report.labels import labels
     from ray_peft.schedule import plan
+    from ray_peft.schedule.seconds import predicted_seconds
     from ray_peft.vram.cards import ANY, KNOWN, known
 
     trials = plan.plan(options.space, options.overrides, options.profile, Console(quiet=options.json))
@@ -295,12 +345,13 @@ def _plan(options: argparse.Namespace) -> int:
     decision = None
     if memory is not None:  # a prediction takes seconds where it was not made before
         decision = plan.planned(trials, memory, gpus=options.gpus, gpu_name=options.gpu, cpus=options.cpus)
+    seconds = predicted_seconds(decision, options.gpu) if decision is not None else None
     code = 1 if options.strict and decision is not None and not decision.all_fit else 0
     if options.json:
-        _say(json.dumps([plan.plain(trial, decision) for trial in trials], indent=2))
+        _say(json.dumps([plan.plain(trial, decision, seconds) for trial in trials], indent=2))
         return code
     named = labels({trial.trial_id: trial for trial in trials})
-    _say("\n".join(plan.lines(trials, named, decision)))
+    _say("\n".join(plan.lines(trials, named, decision, seconds)))
     _say(f"{len(trials)} trials, checked: no weights were loaded")
     return code
 

@@ -69,7 +69,7 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
         DataError: the folder holds no sweep, or a file in it is malformed.
     """
     folder = Path(folder)
-    material = _read_material(folder, loss_steps)
+    material = read_material(folder, loss_steps)
     document = build(material)
     markdown, page, table = (folder / name for name in (REPORT, "report.html", "report.csv"))
     plots = _write_plots(document.figures, folder / "plots")
@@ -79,7 +79,7 @@ def write_report(folder: Path, *, loss_steps: Sequence[int] | None = None) -> li
     return [markdown, page, table, *plots]
 
 
-def _read_material(folder: Path, loss_steps: Sequence[int] | None) -> Material:
+def read_material(folder: Path, loss_steps: Sequence[int] | None = None) -> Material:
     """The results and files of a sweep's folder.
 
     Raises:

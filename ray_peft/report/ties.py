@@ -170,7 +170,8 @@ def _scored_rows(unit: SeedGroup, statistics: Statistics) -> tuple[str, ...] | N
     if all(row.eval_loss.value is None for row in unit.finished):
         return None
     spec = first.spec
-    data = (json.dumps(spec.data.plain(), sort_keys=True), first.provenance.data_key or "")
+    split = getattr(spec.evaluation, "split", "test")
+    data = (json.dumps(spec.data.plain(), sort_keys=True), first.provenance.data_key or "", split)
     if numbers := {len(values) for row in unit.finished if (values := statistics.losses.get(row.trial_id))}:
         tokens = repr([values for row in unit.finished if (values := statistics.loss_tokens.get(row.trial_id))][:1])
         if spec.task == "llm_sft":

@@ -111,6 +111,7 @@ def resources(compared: Sequence[Row]) -> list[Block]:
         ("Evaluate [s]", lambda row: fixed(row.seconds("evaluate_s"), 1)),
         ("Save [s]", lambda row: fixed(row.seconds("save_s"), 1)),
         ("Whole trial [s]", lambda row: fixed(row.seconds("wall_time_s"), 1)),
+        ("Predicted [s]", lambda row: fixed(row.result.predicted_s.get("wall_time_s"), 1)),
         ("Tokens/s", lambda row: speed(row.result.usage.tokens_per_s)),
         ("Images/s", lambda row: speed(row.result.usage.images_per_s)),
         (_steps_per_s(compared), lambda row: fixed(row.result.usage.steps_per_s, 3)),

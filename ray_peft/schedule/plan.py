@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ray_peft.foundation.units import GIB
 from ray_peft.schedule.cluster import cores_here
 from ray_peft.schedule.decide import Decision, Demand, Node, Run, card, decide
 from ray_peft.schedule.packs import packs
+from ray_peft.schedule.seconds import seconds_text, sum_line
 from ray_peft.schedule.sizes import forecast, predicted
 from ray_peft.space.read import load
 from ray_peft.spec import TrialSpec
@@ -74,8 +75,16 @@ def planned(
     return decide(trials, [machine], sizes, packs=formed)
 
 
-def plain(trial: TrialSpec, decision: Decision | None) -> dict[str, Any]:
-    """A trial of a plan as JSON: what is predicted, and where it runs if that was decided."""
+def plain(
+    trial: TrialSpec, decision: Decision | None, seconds: Mapping[str, Mapping[str, float]] | None = None
+) -> dict[str, Any]:
+    """A trial of a plan as JSON: what is predicted, and where it runs if that was decided.
+
+    Args:
+        trial: of the plan.
+        decision: None if nothing was decided.
+        seconds: what trials are predicted to take, by id; None if that was not asked for.
+    """
     row: dict[str, Any] = {"trial_id": trial.trial_id, "predicted_peak_gib": None}
     runs = decision.runs if decision is not None else []
     for order, run in enumerate(runs, start=1):
@@ -85,6 +94,7 @@ def plain(trial: TrialSpec, decision: Decision | None) -> dict[str, Any]:
     else:
         if decision is not None:
             row |= {"fits": False, "problem": decision.impossible[trial.trial_id]}
+    row |= {} if seconds is None else {"predicted_s": dict(seconds.get(trial.trial_id, {}))}
     return row | {"spec": trial.plain()}
 
 
@@ -127,8 +137,20 @@ def _gib(size: int) -> float:
     return round(size / GIB, 4)
 
 
-def lines(trials: Sequence[TrialSpec], labels: dict[str, str], decision: Decision | None) -> list[str]:
-    """For people: a line a trial, what to change where it does not fit, and how many run at once."""
+def lines(
+    trials: Sequence[TrialSpec],
+    labels: dict[str, str],
+    decision: Decision | None,
+    seconds: Mapping[str, Mapping[str, float]] | None = None,
+) -> list[str]:
+    """For people: a line a trial, what to change where it does not fit, how many run at once, and how long they take.
+
+    Args:
+        trials: of the plan.
+        labels: what to call them, by id.
+        decision: None if nothing was decided.
+        seconds: what trials are predicted to take, by id; None says nothing of it.
+    """
     heads = {trial.trial_id: f"{trial.trial_id}  {labels[trial.trial_id]}" for trial in trials}
     if decision is None:
         return list(heads.values())
@@ -138,12 +160,13 @@ def lines(trials: Sequence[TrialSpec], labels: dict[str, str], decision: Decisio
     packed = {trial.trial_id for run in packs for trial in run.trials}
     for trial_id, head in heads.items():
         if trial_id in singles:
-            text += _run_lines(head, singles[trial_id])
+            text += _run_lines(head, singles[trial_id], None if seconds is None else seconds.get(trial_id, {}))
         elif trial_id not in packed:
             text.append(f"{head}, DOES NOT FIT: {decision.impossible[trial_id]}")
     for run in packs:
         text += [_run_lines(pack_text(run), run)[0], *(f"    {heads[trial.trial_id]}" for trial in run.trials)]
-    return [*text, _summary(len(trials), decision)]
+    times = [] if seconds is None else [sum_line(trials, seconds)]
+    return [*text, *times, _summary(len(trials), decision)]
 
 
 def pack_text(run: Run) -> str:
@@ -152,13 +175,14 @@ def pack_text(run: Run) -> str:
     return f"{len(run.trials)} trials together on one base{saved}"
 
 
-def _run_lines(head: str, run: Run) -> list[str]:
+def _run_lines(head: str, run: Run, seconds: Mapping[str, float] | None = None) -> list[str]:
     prediction, chosen, less = run.size.prediction, run.demand.chosen, run.size.less
     line = head
     line += f"  peak {prediction.peak_allocated / GIB:.2f} GiB" if prediction is not None else ""
     line += ", DOES NOT FIT" if run.fits is False else ""
     line += f", {demand_text(run.demand)}"
     line += f", with {settings_text(chosen)}" if chosen else ""
+    line += f", {seconds_text(seconds)}" if seconds is not None else ""
     return [line + ("; what takes less:" if less else ""), *(f"    {way.line()}" for way in less)]
 
 

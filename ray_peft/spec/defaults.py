@@ -131,6 +131,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "allow_code_execution": False,
     },
     "EvaluationSpec": {
+        "split": "test",
         "generate": True,
         "rows": None,
         "max_new_tokens": 256,

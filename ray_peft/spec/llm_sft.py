@@ -144,6 +144,9 @@ class BenchmarksSpec(Strict):
 class EvaluationSpec(Strict):
     """How every trial is scored, on the same held-out rows."""
 
+    split: Literal["test", "validation"] = "test"
+    """The held-out rows that are scored. Settings that are chosen by their scores are chosen on validation rows: then
+    no choice has seen the test rows, on which the chosen ones are compared."""
     generate: bool = True
     """Answer the held-out prompts and score BLEU-4 and ROUGE-L; false gives the loss alone."""
     rows: int | None = Field(default=None, ge=1)
@@ -186,8 +189,8 @@ class LlmTrialSpec(TrialSpec):
         return f"loss on {'all tokens' if self.train.loss == 'all' else 'answers'}"
 
     def scored_as(self) -> tuple[object, ...]:
-        """Which rows are answered, and at what length."""
-        return (self.evaluation.rows, self.evaluation.max_new_tokens)
+        """Which rows are scored and answered, and at what length."""
+        return (self.evaluation.split, self.evaluation.rows, self.evaluation.max_new_tokens)
 
     def looked_for(self) -> list[str]:
         """The layers that its stages train, their rank, and how the base is stored."""
@@ -237,6 +240,11 @@ class LlmTrialSpec(TrialSpec):
                     f"{key}.{setting} cannot be trained by train.engine: trl, which would not clip it; "
                     "use train.engine: own, or leave the setting out"
                 )
+        if self.evaluation.split == "validation" and not any(source.validation for source in self.data.sources):
+            problems.append(
+                "evaluation.split: validation needs validation rows, but no source has any; set `validation` of a "
+                "source in data.sources, or evaluation.split: test"
+            )
         return problems + self._adapter_problems() + self._ensemble_problems()
 
     def _adapter_problems(self) -> list[str]:
@@ -271,6 +279,10 @@ class LlmTrialSpec(TrialSpec):
             problems.append(
                 f"method.members: {virtual[0]} puts virtual tokens before each row, so that its tokens lie elsewhere "
                 "than those of the other members; use another method"
+            )
+        if self.evaluation.split == "validation":
+            problems.append(
+                "evaluation.split: validation cannot score an ensemble, whose weights are tuned on those rows; use test"
             )
         ids = [member.trial_id for member in members]
         if len(set(ids)) < len(ids):

@@ -121,6 +121,18 @@ class DataReport:
     """The first rows left out when read, by source and reason, such as `rows 3, 10 and 17`."""
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What of a trial's data decides how long it takes."""
+
+    row_tokens: float
+    """Mean tokens of a training row."""
+    scored_rows: int
+    """Held-out rows whose loss is taken."""
+    answered_rows: int = 0
+    """Those of them that are answered."""
+
+
 class Bench(ABC):
     """One trial's model and data on one device."""
 
@@ -141,6 +153,10 @@ class Bench(ABC):
 
     def predicted(self) -> Prediction | None:
         """The trial's peak memory, predicted from its model's config and its longest row; None if it cannot be."""
+        return None
+
+    def workload(self) -> Workload | None:
+        """What of its data decides its time; None for a task whose times are not predicted."""
         return None
 
     @abstractmethod
@@ -314,6 +330,14 @@ class TaskType(ABC, Generic[SpecT]):
         """
         predictor = self.predictor(spec)
         return predictor(spec, gpu) if predictor is not None else None
+
+    def workload(self, spec: SpecT) -> Workload | None:
+        """What of a trial's data decides its time; None for a task whose times are not predicted.
+
+        Raises:
+            DataError, ModelError: the user must correct something.
+        """
+        return None
 
     @abstractmethod
     def total_steps(self, spec: SpecT, train_rows: int) -> int:

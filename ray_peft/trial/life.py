@@ -201,6 +201,7 @@ class Life:
         self.weights: dict[str, float] = {}
         self.predicted: dict[str, float] = {}
         self.pack_size = 1
+        self.predicted_s: dict[str, float] = {}
         self.lowered: dict[str, int] = {}
         self.provenance = Provenance(
             num_workers=place.num_workers,
@@ -304,6 +305,7 @@ class Life:
             chosen=dict(self.place.chosen),
             lowered=dict(self.lowered),
             predicted=self.predicted,
+            predicted_s=self.predicted_s,
             trainable_parameters=self.parameters[0],
             total_parameters=self.parameters[1],
             adapter_bytes=self.adapter_bytes,

@@ -34,11 +34,16 @@ def device_name(device: str) -> str:
 
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
+    return cpu_name(torch.get_num_threads())
+
+
+def cpu_name(threads: int) -> str:
+    """The model of this machine's CPU, and the threads of torch in use."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{model}, {threads} threads"
 
 
 def gpu_number(device: str) -> str | None:

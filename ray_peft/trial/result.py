@@ -119,6 +119,9 @@ class TrialResult(Measured):
     in bf16 the last digits do, and an answer may turn at a near tie of two tokens."""
     predicted: dict[str, float] = {}
     """Peak memory as predicted before it ran [GiB]: peak_allocated_gib, peak_reserved_gib, and its components."""
+    predicted_s: dict[str, float] = {}
+    """Seconds as predicted before it ran, from what was measured of its shape: step_s, evaluate_s and wall_time_s;
+    empty where nothing was."""
     trainable_parameters: int = 0
     total_parameters: int = 0
     adapter_bytes: int = 0

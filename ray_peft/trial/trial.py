@@ -23,6 +23,7 @@ from ray_peft.trial.ensembles import run_ensemble
 from ray_peft.trial.life import Life, Place, Tracker, evaluate, keep, predict, provenance
 from ray_peft.trial.result import RESULT_FILE, TrialResult
 from ray_peft.trial.stages import STAGE_FILE, train_all
+from ray_peft.trial.timing import predict_time, remember_time
 from ray_peft.trial.waiting import wait_for_memory
 from ray_peft.vram.cards import here
 from ray_peft.vram.fit import ways
@@ -150,6 +151,8 @@ def _run(life: Life) -> TrialResult:
     with life.process.clock.phase("load"):
         bench = TASKS[spec.task].load(life.runs, place.device)
     loaded(life, bench)
+    if place.rank == 0:
+        predict_time(life, bench)
     stages = spec.method.stages(bench.total_steps())
     if not stages:  # the weights alone
         life.process.memory.start()
@@ -164,7 +167,9 @@ def _run(life: Life) -> TrialResult:
         life.process.evaluation_memory.start()
     with life.process.clock.phase("evaluate"):
         evaluate(life, bench)
-    return life.result("finished")
+    result = life.result("finished")
+    remember_time(life, bench, result)
+    return result
 
 
 def prepare_folder(place: Place) -> None:

@@ -17,7 +17,7 @@ ROOMS = (
     # one trial
     "vram", "engine", "tasks", "checks", "trial",
     # many trials: what is kept of them, what it says, and what runs where
-    "store", "report", "schedule",
+    "store", "report", "schedule", "compare",
     # what people call
     "export", "data_report", "quickstart", "doctor", "console", "cli", "__main__", "",
 )  # fmt: skip

@@ -29,6 +29,7 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
     numbers |= {f"{part}.{name}": value for part in ("scores", "usage") for name, value in plain[part].items()}
     numbers |= {f"storage.{_REFUSED.sub('_', kind)}": size for kind, size in plain["storage"].items()}
     numbers |= {f"predicted.{name}": gib for name, gib in plain["predicted"].items()}
+    numbers |= {f"predicted.{name}": seconds for name, seconds in plain["predicted_s"].items()}
     names = ["train_loss_final", "eval_loss_best", "steps", "resumed_from_step"]
     names += ["trainable_parameters", "total_parameters", "adapter_bytes"]
     numbers |= {name: plain[name] for name in names}

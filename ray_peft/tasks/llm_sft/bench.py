@@ -12,7 +12,7 @@ from ray_peft.engine.trained import Report, Trained
 from ray_peft.methods.base import Dtype, Stage
 from ray_peft.metrics.scores import Sample, Scores
 from ray_peft.spec import LlmTrialSpec
-from ray_peft.tasks.base import Scored
+from ray_peft.tasks.base import Scored, Workload
 from ray_peft.tasks.one_model import OneModelBench
 from ray_peft.tasks.parameters import weight_storage
 from ray_peft.vram.cards import Gpu, here
@@ -54,6 +54,13 @@ def total_steps(spec: LlmTrialSpec, train_rows: int) -> int:
     return max(1, math.ceil(spec.train.epochs * math.ceil(train_rows / spec.train.batch_size)))
 
 
+def workload(spec: LlmTrialSpec, rows: PreparedData) -> Workload:
+    """The mean length of its training rows, and the held-out rows that it scores and answers."""
+    scored = len(rows.held_out(spec.evaluation.split))
+    answered = min(spec.evaluation.rows or scored, scored) if spec.evaluation.generate else 0
+    return Workload(sum(map(len, rows.train["input_ids"])) / len(rows.train), scored, answered)
+
+
 class LlmBench(OneModelBench[LlmTrialSpec]):
     """A causal language model, its tokenizer and its rows."""
 
@@ -87,6 +94,10 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
         """The peak with passes as long as the longest training row, on the GPU that is here."""
         return predictor(self.spec, self.data)(self.spec, here(self.device))
 
+    def workload(self) -> Workload:
+        """Of its rows."""
+        return workload(self.spec, self.data)
+
     def attach(self, stage: Stage) -> None:
         """Prepare the model for a stage, from the trial's seed."""
         from transformers import set_seed
@@ -110,6 +121,11 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
                 return trl_engine.train_stage(*arguments)
         return train.train_stage(*arguments, rehearse=self.device != "cpu")
 
+    @property
+    def scored_rows(self) -> Dataset:
+        """The held-out rows that the trial is scored on."""
+        return self.data.held_out(self.spec.evaluation.split)
+
     def eval_loss(self) -> float:
         """Mean loss of the held-out answers' tokens [nats]."""
         return -float(self.answer_log_probs().mean())
@@ -119,7 +135,7 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
         from ray_peft.tasks.llm_sft.evaluate import token_log_probs
 
         pad = cast(int, self.tokenizer.pad_token_id)
-        return token_log_probs(self.spec, self.model, self.data.test, pad, self.lowered)
+        return token_log_probs(self.spec, self.model, self.scored_rows, pad, self.lowered)
 
     def answer(self, rows: Dataset, ended: list[bool] | None = None) -> list[str]:
         """Greedy answers to the rows' prompts; `ended` gets, for each of them, whether it ended by itself."""
@@ -133,12 +149,13 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
         from ray_peft.metrics.own_metrics import rows as own_rows
         from ray_peft.tasks.llm_sft.scores import row_losses, score_answers
 
-        log_probs, count = self.answer_log_probs(), len(self.data.test)
+        held_out, log_probs = self.scored_rows, self.answer_log_probs()
+        count = len(held_out)
         loss = -float(log_probs.mean())
-        losses, tokens = row_losses(self.data.test, log_probs)
+        losses, tokens = row_losses(held_out, log_probs)
         if not self.spec.evaluation.generate:
             return Scored(Scores(eval_loss=loss, eval_rows=count), losses=losses, loss_tokens=tokens)
-        rows = self.data.test.select(range(min(self.spec.evaluation.rows or count, count)))
+        rows = held_out.select(range(min(self.spec.evaluation.rows or count, count)))
         ended: list[bool] = []
         predictions, references = self.answer(rows, ended), list(rows["reference"])
         samples = [

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ray_peft.errors import DataError
 from ray_peft.foundation.cache import made_whole
@@ -60,6 +60,12 @@ class PreparedData:
     """Columns as `test`: rows for choices made after training; None if no source has any."""
     overlap: Overlap | None = None
     """Training rows that repeat held-out rows, found when the rows were prepared."""
+
+    def held_out(self, split: Literal["test", "validation"]) -> Dataset:
+        """The rows that a trial is scored on; LlmTrialSpec.problems() asks for validation rows where they are."""
+        rows = self.test if split == "test" else self.validation
+        assert rows is not None
+        return rows
 
 
 @dataclass

@@ -38,7 +38,8 @@ def check(spec: LlmTrialSpec, model: ModelSpec, config: PretrainedConfig, prepar
         return cautions
     needs = [(prepared.facts.longest, "the longest row", f"lower data.max_length to at most {positions}")]
     if spec.evaluation.generate:
-        answered = prepared.test.select(range(min(spec.evaluation.rows or len(prepared.test), len(prepared.test))))
+        held_out = prepared.held_out(spec.evaluation.split)
+        answered = held_out.select(range(min(spec.evaluation.rows or len(held_out), len(held_out))))
         prompt = max(map(len, answered["prompt_ids"]), default=0)
         new = spec.evaluation.max_new_tokens
         length = f"the longest prompt ({prompt} tokens) and evaluation.max_new_tokens ({new})"

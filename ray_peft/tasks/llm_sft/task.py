@@ -21,6 +21,7 @@ from ray_peft.tasks.base import (
     PackEnded,
     PackForecast,
     TaskType,
+    Workload,
 )
 from ray_peft.tasks.llm_sft import bench
 from ray_peft.vram.cards import Gpu
@@ -116,6 +117,10 @@ class LlmSft(TaskType[LlmTrialSpec]):
     def predictor(self, spec: LlmTrialSpec) -> Callable[[LlmTrialSpec, Gpu], Prediction]:
         """The peak with passes as long as the longest training row, or as `data.max_length` of a variant."""
         return bench.predictor(spec, _inspected_rows(spec))
+
+    def workload(self, spec: LlmTrialSpec) -> Workload:
+        """The mean length of its training rows, and the held-out rows that it scores and answers."""
+        return bench.workload(spec, _inspected_rows(spec))
 
     def total_steps(self, spec: LlmTrialSpec, train_rows: int) -> int:
         """Optimizer steps of a whole trial; the last one of an epoch may hold fewer rows."""

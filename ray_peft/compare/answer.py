@@ -1,0 +1,117 @@
+"""The answer in five lines: which method to take, what it is not shown to differ from, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ray_peft.compare.budget import BASE
+from ray_peft.compare.rungs import Chosen, rate_of
+from ray_peft.report.costs import costs
+from ray_peft.report.digits import duration, fixed, gib, listed
+from ray_peft.report.material import Material
+from ray_peft.report.recommend import cheapest
+from ray_peft.report.table import SeedGroup
+from ray_peft.report.ties import FEWEST_ROWS, Family
+from ray_peft.spec import TrialSpec
+
+_MEASURES = {"rouge_l": "ROUGE-L", "eval_loss": "loss"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a comparison says."""
+
+    take: TrialSpec | None
+    """One of the trials of the method to take; None if no method can be recommended."""
+    lines: tuple[str, ...]
+
+
+def answer(material: Material, chosen: Mapping[str, Chosen]) -> Answer:
+    """The method to take: of those that none is shown to be better than, the cheapest.
+
+    Cheap is what takes the least memory on a GPU, and the least time on a CPU.
+
+    Args:
+        material: of the last rung.
+        chosen: the settings of each method, with how they were chosen.
+    """
+    families = [family for family in material.families if any(not unit.is_base for unit in family.units)]
+    if not families:
+        reasons = "; ".join(f"{name}: {why}" for name, why in material.left_out.items())
+        return Answer(None, (f"No answer: no trained method has scores to compare ({reasons or 'none finished'}).",))
+    family = max(families, key=lambda family: len(family.units))
+    base = next((place for place, unit in enumerate(family.units) if unit.is_base), None)
+    best = [place for place in family.tiers()[0] if place != base]
+    if not best:
+        return Answer(None, (f"Take none of them: {_score(family, base or 0)} of the untouched base is the best.",))
+    needs = costs(family.units)
+    on_gpu = family.units[best[0]].rows[0].on_gpu and needs.memory_problem is None
+    spent = (needs.memory_gib, needs.time_s) if on_gpu else (needs.time_s, needs.memory_gib)
+    take = cheapest(best, *spent)
+    take = best[0] if take is None else take
+    unit = family.units[take]
+    trial = unit.rows[0].result.spec
+    lines = (
+        f"Take {_name(unit)}: {_score(family, take)} on {family.rows} test rows{_seeds(unit)}"
+        + (f"; the untouched base: {_score(family, base)}." if base is not None else "."),
+        _others(family, take, base),
+        f"It takes {gib(needs.memory_gib[take])} and {duration(needs.time_s[take])} for {unit.rows[0].result.steps} "
+        f"steps{_least(len(best), on_gpu=on_gpu)}.",
+        _how_chosen(chosen),
+    )
+    return Answer(trial, lines)
+
+
+def _name(unit: SeedGroup) -> str:
+    method = unit.rows[0].result.spec.method
+    return method.name if unit.is_base else f"{method.name} (learning rate {rate_of(method):g})"
+
+
+def _score(family: Family, place: int) -> str:
+    text = f"{_MEASURES[family.measure]} {fixed(family.values[place], 4)}"
+    if not family.intervals:
+        return text
+    interval = family.intervals[place]
+    return f"{text} ({fixed(interval.low, 4)} to {fixed(interval.high, 4)})"
+
+
+def _seeds(unit: SeedGroup) -> str:
+    count = len(unit.finished)
+    return f", mean of {count} seeds" if count > 1 else ", one seed"
+
+
+def _others(family: Family, take: int, base: int | None) -> str:
+    """What the chosen method is shown to be better than, and what not."""
+    others = [place for place in range(len(family.units)) if place not in (take, base)]
+    worse = [place for place in others if family.better(take, place)]
+    alike = [place for place in others if place not in worse]
+    parts = []
+    if base is not None and not family.better(take, base):
+        parts.append("These rows do not show that it is better than the untouched base")
+    if alike:
+        parts.append(f"Not shown to differ from it: {listed(_scored_names(family, alike))}")
+    if worse:
+        parts.append(f"Shown to be worse: {listed(_scored_names(family, worse))}")
+    if family.rows < FEWEST_ROWS:
+        parts.append(f"fewer than {FEWEST_ROWS} test rows show no difference")
+    return "; ".join(parts) + "." if parts else "No other method was compared."
+
+
+def _scored_names(family: Family, places: Sequence[int]) -> list[str]:
+    return [f"{_name(family.units[place])} {fixed(family.values[place], 4)}" for place in places]
+
+
+def _least(tied: int, *, on_gpu: bool) -> str:
+    if tied < 2:
+        return ""
+    return f", the least {'memory' if on_gpu else 'time'} of the {tied} that none is shown to be better than"
+
+
+def _how_chosen(chosen: Mapping[str, Chosen]) -> str:
+    """How rates were chosen, and which of them lie at an edge of what was tried."""
+    edges = [method for method, settings in chosen.items() if settings.at_edge and method != BASE]
+    text = "Learning rates were chosen by the loss on validation rows, within each method."
+    if edges:
+        text += f" Caution: at the edge of those tried: {listed(edges)}; a wider range may be better."
+    return text
