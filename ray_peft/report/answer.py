@@ -38,11 +38,17 @@ def answer(material: Material) -> tuple[str, ...]:
 
 
 def best_line(family: Family, needs: Costs) -> str:
-    """What to take, and what cannot be told apart from it."""
+    """What to take, and what cannot be told apart from it; where fine-tuning is not shown to help, that."""
     best = family.tiers()[0]
     take = taken(family, needs)
     value = f"{measure_name(family)} {_value(family, take)}"
     others = [name(family.units[place]) for place in best if place != take]
+    if not family.units[take].is_base and any(family.units[place].is_base for place in best):
+        better = "shown to be better" if family.paired else f"better by more than {LOSS_MARGIN:.0%}"
+        return (
+            f"No {_kind(family)} is {better} than the model without fine-tuning. The cheapest of what is tied with it: "
+            f"{name(family.units[take])} ({value}), of {len(best)}."
+        )
     if not others:
         how = "shown to be better" if family.paired else f"lower by more than {LOSS_MARGIN:.0%}"
         return f"Take {name(family.units[take])}: {value}, {how} than every other {_kind(family)}."

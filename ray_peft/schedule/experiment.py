@@ -201,8 +201,9 @@ class Experiment:
         try:
             patience_s = 0.0 if self.lacking else END_PATIENCE_S
             tracking.finish_sweep(
-                self.store, self.parent_run_id, status, metrics=counts, files=files, patience_s=patience_s
-            )
+                self.store, self.parent_run_id, status, metrics=counts, files=files, results=results,
+                patience_s=patience_s,
+            )  # fmt: skip
         except TrackingError as error:
             self.lacking[self.name] = str(error)
         show(results, self.console)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from ray_peft.errors import TrackingError, first_line
 from ray_peft.foundation.masking import mask, masked_keys
 from ray_peft.spec import TrialSpec
+from ray_peft.store.tracking.inputs import DataSet, data_sets
 from ray_peft.store.tracking.store import (
     FIRST_CONTACT_S,
     PATIENCE_S,
@@ -28,6 +29,7 @@ from ray_peft.store.tracking.store import (
     insist,
     is_server,
 )
+from ray_peft.trial.result import TrialResult
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -140,6 +142,7 @@ def finish_sweep(
     *,
     metrics: Mapping[str, float],
     files: Mapping[str, Path],
+    results: Iterable[TrialResult] = (),
     patience_s: float = PATIENCE_S,
 ) -> None:
     """Store a sweep's summary and close its run.
@@ -150,6 +153,7 @@ def finish_sweep(
         status: How it ended.
         metrics: Numbers of the whole sweep.
         files: Artifact path -> a file, or a folder whose content goes there.
+        results: Of the trials, whose data sets are the sweep's, too.
         patience_s: How long all of it is tried while the store is away.
 
     Raises:
@@ -159,9 +163,31 @@ def finish_sweep(
     client = connect(store.uri, until)
     log = partial(client.log_batch, run_id, metrics=points(metrics, 0))
     insist(store, "store the sweep's metrics", log, until)
+    log_data_sets(client, store, run_id, [data for result in results for data in data_sets(result)], until)
     for artifact_path, path in files.items():
         upload(client, store, run_id, path, artifact_path, until)
     insist(store, "close the sweep", partial(client.set_terminated, run_id, status), until)
+
+
+def log_data_sets(
+    client: MlflowClient, store: Store, run_id: str, sets: Iterable[DataSet], until: float | None = None
+) -> None:
+    """Say which data a run was trained and scored on; equal ones once.
+
+    Raises:
+        TrackingError: the store does not take it.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    inputs = [
+        DatasetInput(
+            Dataset(data.name, data.digest, data.source_type, data.source, profile=data.profile),
+            [InputTag("mlflow.data.context", data.context)],
+        )
+        for data in dict.fromkeys(sets)
+    ]
+    if inputs:
+        insist(store, "store the data sets", partial(client.log_inputs, run_id, datasets=inputs), until)
 
 
 def load_spec(uri: str, run_id: str) -> TrialSpec:

@@ -19,13 +19,13 @@ from ray_peft.foundation.storage import error_line
 from ray_peft.store.outbox import Entry, Outbox, Sent
 from ray_peft.store.tracking.inputs import DataSet, data_sets
 from ray_peft.store.tracking.rows import final_metrics, final_tags
-from ray_peft.store.tracking.runs import close, create_run, points, run_tags, running, upload
+from ray_peft.store.tracking.runs import close, create_run, log_data_sets, points, run_tags, running, upload
 from ray_peft.store.tracking.store import Store, connect, insist
 from ray_peft.trial.result import TrialResult
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput, Metric
+    from mlflow.entities import Metric
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ class _Sending:
         what = f"store the result of trial {row.trial_id}"
         final, tags = points(final_metrics(row), row.steps, entry["at"]), run_tags(final_tags(row))
         sets = data_sets(row)
-        self.insist(what, partial(self.client.log_inputs, self.run_id, datasets=[_input(data) for data in sets]))
+        log_data_sets(self.client, self.store, self.run_id, sets, self.until())
         self.insist(what, partial(self.client.log_batch, self.run_id, metrics=_linked(final, sets), tags=tags))
         files = {
             "result.json": json.dumps(row.plain(), indent=2),
@@ -209,13 +209,6 @@ class _Sending:
         status = {"finished": "FINISHED", "cancelled": "KILLED"}.get(row.status, "FAILED")
         self.insist(what, partial(self.client.set_terminated, self.run_id, status, entry["at"]))
         self.sent.closed = True
-
-
-def _input(data: DataSet) -> DatasetInput:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    entity = Dataset(data.name, data.digest, data.source_type, data.source, profile=data.profile)
-    return DatasetInput(entity, [InputTag("mlflow.data.context", data.context)])
 
 
 def _linked(final: Sequence[Metric], sets: Sequence[DataSet]) -> list[Metric]:
