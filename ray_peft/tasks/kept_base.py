@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,7 @@ def drop(unless: str | None = None) -> None:
 def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The model with modules of its own over the same tensors."""
     memo: dict[int, Any] = {id(shared): shared for shared in _shared(model)}
-    return cast("PreTrainedModel", copy.deepcopy(model, memo))
+    return copy.deepcopy(model, memo)
 
 
 def _shared(model: PreTrainedModel) -> Iterator[Any]:
