@@ -363,6 +363,7 @@ def curves(options: Any) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as work:
             trained = bench.train(stage, count, 0, Path(work), report)
         by_row[way] = _by_row(bench)
+        found[f"losses_by_row_{way}"] = [round(loss, 5) for loss in by_row[way]]  # to compare runs of one way each
         held_out.append(bench.eval_loss())
         found[way] = {
             "train_loss": losses, "eval_loss": held_out, "passes": trained.passes, "train_s": trained.seconds,

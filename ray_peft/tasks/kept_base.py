@@ -26,7 +26,7 @@ class KeptBase:
     """Of the bits of each weight as it was loaded."""
 
 
-_kept: list[KeptBase] = []
+_bases: list[KeptBase] = []
 """One at most: a second base would take memory that a trial may need."""
 
 
@@ -42,25 +42,25 @@ def keep(key: str, model: PreTrainedModel) -> PreTrainedModel:
     drop()
     if any("forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules()):
         return model
-    _kept.append(KeptBase(key, model, _sums(model)))
+    _bases.append(KeptBase(key, model, _sums(model)))
     return _shared_copy(model)
 
 
 def take(key: str) -> PreTrainedModel | None:
     """A model that shares the kept weights; None if others are kept, or they are no longer what was loaded."""
-    if not _kept or _kept[0].key != key:
+    if not _bases or _bases[0].key != key:
         return None
-    if _sums(_kept[0].model) != _kept[0].sums:
+    if _sums(_bases[0].model) != _bases[0].sums:
         logger.warning("the weights of the base that was kept have changed, so it is loaded again")
         drop()
         return None
-    return _shared_copy(_kept[0].model)
+    return _shared_copy(_bases[0].model)
 
 
 def drop(unless: str | None = None) -> None:
     """Give the kept base back, unless it is that of this key."""
-    if _kept and _kept[0].key != unless:
-        _kept.clear()
+    if _bases and _bases[0].key != unless:
+        _bases.clear()
 
 
 def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -51,7 +51,7 @@ def test_a_trial_leaves_the_base_as_it_was_loaded_and_the_next_takes_it_without_
     fresh = models.load_model(spec, "cpu")
     before, modules = digest(fresh), str(fresh)
     attempt(spec, tmp_path / "first")
-    weights = {name: weight.data_ptr() for name, weight in kept_base._kept[0].model.named_parameters()}
+    weights = {name: weight.data_ptr() for name, weight in kept_base._bases[0].model.named_parameters()}
     again = load(spec)
     assert {name: weight.data_ptr() for name, weight in again.named_parameters()} == weights  # nothing was loaded
     assert digest(again) == before
@@ -70,7 +70,7 @@ def test_a_trial_on_the_kept_base_is_the_trial_alone_to_the_last_bit(tiny_model,
     alone, expected = attempt(spec_of(tiny_model, questions, method), tmp_path / "alone")
     kept_base.drop()
     attempt(spec_of(tiny_model, questions, method | {"rank": 8, "lr": 0.1, "dropout": 0.3}, seed=5), tmp_path / "first")
-    assert kept_base._kept
+    assert kept_base._bases
     second, points = attempt(spec_of(tiny_model, questions, method), tmp_path / "second")
     assert points == expected
     assert second.scores == alone.scores
@@ -93,9 +93,9 @@ def test_what_may_change_the_base_or_needs_another_one_gets_it_from_its_files(ti
     assert TASKS["text_to_image"].base_key(None, "cpu") is None
 
     load(spec_of(tiny_model, questions))
-    assert kept_base._kept
+    assert kept_base._bases
     load(spec_of(tiny_model, questions, {"name": "full"}))
-    assert not kept_base._kept  # its memory is needed
+    assert not kept_base._bases  # its memory is needed
 
 
 def test_a_base_that_was_changed_or_whose_files_were_is_loaded_again(tiny_model, questions, tmp_path, caplog):
@@ -114,7 +114,7 @@ def test_a_base_that_was_changed_or_whose_files_were_is_loaded_again(tiny_model,
 def test_a_trial_that_fails_leaves_no_base(tiny_model, questions, tmp_path):
     row, _ = attempt(spec_of(tiny_model, questions, LORA | {"lr": 1e30}, train__steps=6), tmp_path)
     assert row.status == "failed"
-    assert not kept_base._kept
+    assert not kept_base._bases
 
 
 def test_the_tokenizer_of_the_trial_before_is_as_it_was_loaded(tiny_model, questions, tmp_path):
