@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import math
 import os
 import sys
 import time
@@ -36,18 +37,22 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """On the CPU nothing is recorded: that only shows that the script runs."""
 PAD = 0
 PROMPTS, LONGEST, NEW = 500, 1024, 1024
+ADAPTED = {"name": "lora", "rank": 16}
+ADAPTED_4BIT = {"name": "qlora", "rank": 16}
 
 
-def spec_of(model: str, precision: str) -> TrialSpec:
-    """What decides the precision; no rows are read."""
+def spec_of(
+    model: str, precision: str, method: dict[str, Any] | None = None, lanes: int = 1, new: int = NEW
+) -> TrialSpec:
+    """What decides precision, storage and the predicted memory; no rows are read."""
     return TrialSpec.from_plain(
         {
             "task": "llm_sft",
             "model": {"name": model, "random_weights": True},
             "data": {"sources": [{"recipe": "prompt_completion", "path": "rows.jsonl", "train": 1, "test": 1}]},
-            "method": {"name": "none"},
-            "train": {"steps": 1, "precision": precision},
-            "evaluation": {"max_new_tokens": NEW},
+            "method": method or {"name": "none"},
+            "train": {"steps": 1, "precision": precision} if method is None else {"steps": 1},
+            "evaluation": {"max_new_tokens": new, "batch_size": lanes},
         }
     )
 
@@ -68,9 +73,10 @@ def row_of(tokens: Any) -> int:
 
 
 def limits(count: int, most: int) -> list[int]:
-    """Tokens after which answers end."""
+    """Tokens after which answers end: a seventh of `most` in the median."""
     draw = torch.Generator().manual_seed(1)
-    return torch.empty(count).log_normal_(5.0, 0.8, generator=draw).round().clamp(1, most).int().tolist()
+    drawn_limits = torch.empty(count).log_normal_(5.0 + math.log(most / NEW), 0.8, generator=draw)
+    return drawn_limits.round().clamp(1, most).int().tolist()
 
 
 def stock(model: Any, prompts: list[list[int]], ends: Ends, limit: list[int] | None, most: int) -> dict[int, list[int]]:
@@ -149,6 +155,7 @@ def measured(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     gc.collect()
     wait()
     if DEVICE == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
@@ -255,7 +262,7 @@ def tiny_cases(found: dict[str, Any], save: Callable[[], None], left: Callable[[
 class Study:
     """The study's prompts on a model of the true shape."""
 
-    def __init__(self, folder: Path, count: int) -> None:
+    def __init__(self, folder: Path, count: int, new: int) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(0)
@@ -263,15 +270,40 @@ class Study:
         with torch.device(DEVICE):
             self.model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         self.model.generation_config.eos_token_id = None
+        self.folder, self.new = folder, new
+        self.method: dict[str, Any] | None = None
         self.prompts = drawn(count, LONGEST, 10000, 5.3)
-        self.limit, self.ends = limits(count, NEW), Ends(NEW, ())
+        self.limit, self.ends = limits(count, new), Ends(new, ())
         self.tokens = sum(self.limit)
 
     def adapt(self) -> None:
         """Attach a LoRA adapter of rank 16."""
         from ray_peft.methods.lora import LoRA
 
-        self.model = LoRA(rank=16).attach(self.model).eval()
+        self.model, self.method = LoRA(rank=16).attach(self.model).eval(), ADAPTED
+
+    def quantise(self) -> None:
+        """Take the base in 4 bits, with a LoRA adapter of rank 16."""
+        from ray_peft.tasks.llm_sft.model import load_model
+
+        del self.model
+        spec: Any = spec_of(str(self.folder), "bf16", ADAPTED_4BIT)
+        ((stage, _),) = spec.method.stages(1)
+        self.model, self.method = stage.attach(load_model(spec, DEVICE)).eval(), ADAPTED_4BIT
+        self.model.generation_config.eos_token_id = None
+
+    def predicted(self, lanes: int) -> float | None:
+        """The predicted peak [GiB] of answering so many prompts at a time."""
+        from ray_peft.tasks.llm_sft.memory import predict
+        from ray_peft.vram import ModelShape
+        from ray_peft.vram.cards import here
+
+        if DEVICE == "cpu":
+            return None
+        shape = ModelShape.from_config(self.folder / "config.json")
+        spec: Any = spec_of(str(self.folder), "bf16", self.method, lanes, self.new)
+        longest = max(map(len, self.prompts))
+        return predict(spec, shape, longest_tokens=longest, gpu=here("cuda:0")).gib()["evaluation_gib"]
 
     def ours(self, lanes: int) -> dict[str, Any]:
         """All prompts in lanes."""
@@ -280,12 +312,8 @@ class Study:
             lambda: in_lanes(bare, self.prompts, self.ends, self.limit, lanes, torch.bfloat16)
         )
         right = all(len(answers[row]) == self.limit[row] for row in range(len(self.prompts)))
-        return {**cost, **how, "tokens_per_s": self.tokens / how["seconds"], "right_lengths": right}
-
-    def lora(self, lanes: int) -> dict[str, Any]:
-        """The same with an adapter, which stays."""
-        self.adapt()
-        return self.ours(lanes)
+        speed = self.tokens / how["seconds"]
+        return {**cost, **how, "method": self.method, "tokens_per_s": speed, "right_lengths": right}
 
     def profile(self, lanes: int) -> dict[str, Any]:
         """One step."""
@@ -294,8 +322,8 @@ class Study:
     def whole(self, size: int) -> dict[str, Any]:
         """All prompts by `generate`, by length, in batches of one size."""
         batches, steps = self._batches(size, by_length=True)
-        _, cost = measured(lambda: [stock(self.model, batch, self.ends, self.limit, NEW) for batch in batches])
-        return {**cost, "tokens_per_s": self.tokens / cost["seconds"], "steps": steps}
+        _, cost = measured(lambda: [stock(self.model, batch, self.ends, self.limit, self.new) for batch in batches])
+        return {**cost, "method": self.method, "tokens_per_s": self.tokens / cost["seconds"], "steps": steps}
 
     def sorted(self, size: int) -> dict[str, Any]:
         """Reckoned from one batch of `generate`, prompts by length."""
@@ -326,25 +354,33 @@ class Study:
 
 
 def big_cases(found: dict[str, Any], save: Callable[[], None], left: Callable[[], float], options: Any) -> None:
-    """The cells that were asked for, in order."""
+    """The cells that were asked for, in order; `lora` and `qlora` change the model for those after them."""
     folder = Path(os.environ["RAY_PEFT_CONFIGS"]).absolute() / options.model
-    study = Study(folder, options.prompts)
+    study = Study(folder, options.prompts, options.new)
     cells: dict[str, Any] = {}
     found["big"] = {
         "model": options.model, "prompts": len(study.prompts), "prompt_tokens": sum(map(len, study.prompts)),
-        "answer_tokens": study.tokens, "cells": cells,
+        "answer_tokens": study.tokens, "longest_answer": max(study.limit), "cells": cells,
     }  # fmt: skip
-    with evaluate.inference(spec_of(str(folder), "bf16"), study.model):
-        for cell in options.cells.split(","):
-            way, _, size = cell.partition(":")
-            if left() < 12:
-                cells[cell] = {"skipped": "no time was left"}
-            else:
-                try:
-                    cells[cell] = getattr(study, way)(int(size))
-                except Exception as error:  # a cell that fails is a row
-                    cells[cell] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-1500:]}
+    changes: dict[str, Callable[[], None]] = {"lora": study.adapt, "qlora": study.quantise}
+    for number, cell in enumerate(options.cells.split(",")):
+        name, (way, _, size) = f"{number + 1} {cell}", cell.partition(":")
+        if left() < 12:
+            cells[name] = {"skipped": "no time was left"}
             save()
+            continue
+        try:
+            if way in changes:  # for this cell and those after it
+                changes[way]()
+            else:
+                with evaluate.inference(spec_of(str(folder), "bf16"), study.model):  # type: ignore[arg-type]
+                    cells[name] = getattr(study, way)(int(size))
+                if way == "ours":
+                    with torch.enable_grad():  # it runs a training step on shapes, too
+                        cells[name]["predicted_gib"] = study.predicted(int(size))
+        except Exception as error:  # a cell that fails is a row
+            cells[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-1500:]}
+        save()
 
 
 def main() -> None:
@@ -354,6 +390,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="nothing is begun that might not end in time")
     parser.add_argument("--model", default="gemma-3-1b-it")
     parser.add_argument("--prompts", type=int, default=PROMPTS)
+    parser.add_argument("--new", type=int, default=NEW, help="most tokens of an answer")
     parser.add_argument("--cells", default="sorted:32,unsorted:32,ours:32,whole:500,ours:128,ours:256")
     parser.add_argument("--tiny", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()

@@ -16,6 +16,7 @@ of 500 held-out rows, and their differences with intervals. Without weights in t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -23,6 +24,7 @@ import statistics
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--stock-steps", type=int, default=None, help="default: as many as the others")
     parser.add_argument("--model", default="gemma-3-1b-it")
     parser.add_argument("--free-rows", type=int, default=16, help="rows of a pass with memory to spare")
     parser.add_argument("--parts", default="refresh,stock,free,frugal,peak")
@@ -208,6 +211,30 @@ class StockStage:
         )
 
 
+@contextlib.contextmanager
+def _refreshes_timed() -> Iterator[list[float]]:
+    """The seconds of each SVD that galore-torch's projectors do inside."""
+    import torch
+    from galore_torch.galore_projector import GaLoreProjector
+
+    seconds: list[float] = []
+    usual = GaLoreProjector.get_orthogonal_matrix
+
+    def timed(*arguments: Any, **named: Any) -> Any:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        basis = usual(*arguments, **named)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+        return basis
+
+    GaLoreProjector.get_orthogonal_matrix = timed
+    try:
+        yield seconds
+    finally:
+        GaLoreProjector.get_orthogonal_matrix = usual
+
+
 def run(
     folder: Path, options: Any, method: dict[str, Any], rows_a_pass: int, *, stock: bool = False, full: bool = False,
     cuda_graphs: bool = True, overlaps: bool = False,
@@ -226,7 +253,8 @@ def run(
     from ray_peft.vram.cards import known
 
     HostGaLoreAdamW.overlaps = overlaps
-    steps = 4 if full else options.steps
+    steps = 4 if full else options.stock_steps if stock and options.stock_steps else options.steps
+    left = speed.released()
     case = speed.Case(options.model, method, 16, rows_a_pass, TOKENS, checkpointing=True)
     spec = speed.spec_of(case, folder, steps, cuda_graphs=cuda_graphs, log_every=max(1, steps // 3))
     set_seed(0)
@@ -255,7 +283,8 @@ def run(
             spec, StockStage(stage, stage.lr) if stock else stage, steps, 0, Path(work), "cuda:0", report, lambda: 0.0
         )  # type: ignore[arg-type]
         if stock:
-            passes = speed._stock(spec, job, rows, model, case, Path(work), report)  # noqa: SLF001
+            with _refreshes_timed() as refreshes:
+                passes = speed._stock(spec, job, rows, model, case, Path(work), report)  # noqa: SLF001
         else:
             passes = train.train_stage(spec, job, rows, model, speed.Pad(), rehearse=False).passes  # type: ignore[arg-type]
     settled, start = next(stamp for stamp in stamps if stamp[0] >= max(2, steps // 3))
@@ -269,9 +298,12 @@ def run(
         "first_step_s": stamps[0][1] - begin,
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
         "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "allocated_before_gib": left,
         "losses": [losses[0], losses[len(losses) // 2], losses[-1]],
     }
-    if not stock:
+    if stock:
+        result |= {"refreshed_matrices": len(refreshes), "refresh_s": sum(refreshes)}
+    else:
         shape = ModelShape.from_config(folder / options.model / "config.json")
         longest = max(map(len, rows["input_ids"]))
         given = {"longest_tokens": longest, "gpu": known(torch.cuda.get_device_name())}
@@ -331,6 +363,7 @@ def curves(options: Any) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as work:
             trained = bench.train(stage, count, 0, Path(work), report)
         by_row[way] = _by_row(bench)
+        found[f"losses_by_row_{way}"] = [round(loss, 5) for loss in by_row[way]]  # to compare runs of one way each
         held_out.append(bench.eval_loss())
         found[way] = {
             "train_loss": losses, "eval_loss": held_out, "passes": trained.passes, "train_s": trained.seconds,

@@ -6,7 +6,7 @@ RAY_PEFT_CONFIGS names a folder of folders that hold config.json alone; weights 
 have log-normal lengths like Dolly's (mean about 150 tokens), cut at the case's limit; half of each carries loss.
 `capped` trains under each memory cap of a case, with what `train.fit: auto` chooses for it; `free` with what it chooses
 for the whole GPU. The last tenth of the steps runs under the profiler, apart from the timed ones: `gpu_busy` is the
-share of its time in which a kernel or a copy ran.
+share of its time in which a kernel or a copy ran. `stock` takes `--stock-steps` steps, each of the study's passes.
 """
 
 from __future__ import annotations
@@ -121,8 +121,7 @@ def run(case: Case, folder: Path, steps: int, way: str) -> dict[str, Any]:
     if stock:
         case = replace(case, micro=STOCK_MICRO[case.batch])
     set_seed(0)
-    gc.collect()
-    torch.cuda.empty_cache()
+    left = released()
     spec = spec_of(case, folder, steps, cuda_graphs=way not in ("stock", "plain"))
     predicted = None
     if way == "free" or way.startswith("under "):
@@ -154,7 +153,7 @@ def run(case: Case, folder: Path, steps: int, way: str) -> dict[str, Any]:
             passes = _stock(spec, job, rows, model, case, Path(work), report)
         else:
             passes = train.train_stage(spec, job, rows, model, Pad(), rehearse=way == "recorded").passes  # type: ignore[arg-type]
-    settled, start = next(stamp for stamp in stamps if stamp[0] >= steps // 3)
+    settled, start = next(stamp for stamp in stamps if stamp[0] >= max(1, steps // 3))
     last, end = next(stamp for stamp in stamps if stamp[0] == profiled)
     seconds = end - start
     order = _tokens(spec, rows)
@@ -168,12 +167,24 @@ def run(case: Case, folder: Path, steps: int, way: str) -> dict[str, Any]:
         "s_per_step": seconds / (last - settled),
         "tokens_per_s": sum(order[settled:last]) / seconds,
         "first_step_s": stamps[0][1] - begin,
+        "allocated_before_gib": left,
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
         "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         "losses": [losses[0], losses[len(losses) // 2], losses[-1]],
     }
     del model
     return result
+
+
+def released() -> float:
+    """Give all memory back; returns what is still allocated [GiB]."""
+    import torch
+
+    gc.collect()
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()  # one a stream (32 MiB), which would count for the next case
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated() / GIB
 
 
 def _fitted(spec: TrialSpec, case: Case, folder: Path, cap_gib: float | None) -> tuple[TrialSpec, dict[str, float]]:
@@ -265,12 +276,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--stock-steps", type=int, default=None, help="default: as many as the others")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no case is begun after so many")
+    parser.add_argument("--name", default="speed.json")
     parser.add_argument("--cases", default="", help="numbers of cases, such as 0,3; default: all")
     parser.add_argument("--ways", default="stock,plain,recorded")
     options = parser.parse_args()
     folder = Path(os.environ["RAY_PEFT_CONFIGS"]).absolute()
     options.out.mkdir(parents=True, exist_ok=True)
     chosen = [int(number) for number in options.cases.split(",") if number] or range(len(CASES))
+    begin = time.perf_counter()
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "gpu": provenance.device_name("cuda:0"),
@@ -284,8 +299,11 @@ def main() -> None:
         if "capped" in options.ways:
             ways += [f"under {cap:g} GiB" for cap in case.caps]
         for way in ways:
+            if time.perf_counter() - begin > options.seconds:
+                break
+            steps = options.stock_steps if way == "stock" and options.stock_steps else options.steps
             try:
-                cell = run(case, folder, options.steps, way)
+                cell = run(case, folder, steps, way)
             except Exception as error:  # a cell that fails is a row
                 cell = {
                     "way": way,
@@ -296,7 +314,7 @@ def main() -> None:
             found["cases"].setdefault(case.name, []).append(cell)
             shown = {k: v for k, v in cell.items() if k != "trace"}
             print(case.name, json.dumps(shown), flush=True)
-            (options.out / "speed.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            (options.out / options.name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Generic
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Generic
 
 from ray_peft.engine.contract import Computation, PartT
-from ray_peft.engine.recovery import free_memory, is_out_of_memory
-from ray_peft.engine.replays import end_recording, uncollected
+from ray_peft.engine.replays import Replays
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 
 class Pass(Generic[PartT]):
@@ -69,81 +66,17 @@ class _Staging:
         self._sent.record()
 
 
-class RecordedPass(Pass[PartT]):
-    """The same on a GPU, recorded as a CUDA graph: at few rows a pass, the host would take most of the time.
-
-    The first call runs as usual, the second records; all calls have parts of one shape. Both run on one stream of
-    their own, as torch's documentation asks, so that there is one workspace of cuBLAS (32 MiB) and not three. Where
-    memory does not suffice for a recording, which has its own beside that of other work, all calls run as usual.
-    """
-
-    def __init__(self, computation: Computation[PartT], device: str) -> None:
-        import torch
-
-        super().__init__(computation, device)
-        self._inputs: list[Tensor] = []
-        self._staging = [_Staging(), _Staging()]
-        self._replay: Callable[[], None] | None = None
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-    def __call__(self, part: PartT) -> None:
-        """Add the gradients and the loss of `part`."""
-        if not self._inputs:
-            self._inputs = self._moved(part)
-            self._aside()
-            return
-        self._staging.reverse()
-        self._staging[0].send(self._computation.inputs(part), self._inputs)
-        if self._replay is None:
-            self._replay = self._recorded() or self._aside
-        self._replay()
-
-    def _aside(self) -> None:
-        """Run as usual."""
-        import torch
-
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._run(*self._inputs)
-        torch.cuda.current_stream().wait_stream(self._stream)
-
-    def _recorded(self) -> Callable[[], None] | None:
-        """Replays what `_run` does to the inputs; None if memory ran out."""
-        import torch
-
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:
-            with uncollected(), torch.cuda.graph(graph, stream=self._stream):
-                self._run(*self._inputs)
-            replay: Callable[[], Any] = graph.replay
-            return replay
-        except RuntimeError as error:
-            # The end of a recording that failed may fail as well; the first error is the context of that.
-            if not any(is_out_of_memory(failure) for failure in (error, error.__context__) if failure is not None):
-                raise
-        # torch.cuda.graph has not gone back to it where its end failed (torch 2.13).
-        torch.cuda.set_stream(stream)
-        del graph
-        free_memory(self._device)
-        logger.warning("there is no memory to record a pass; passes run unrecorded, which is slower")
-        return None
-
-
 class RecordedPasses(Pass[PartT]):
-    """Passes of a few static shapes on a GPU, each recorded once as a CUDA graph, all on one memory pool.
+    """Passes of a few static shapes on a GPU, each recorded once as a CUDA graph.
 
-    The first pass of a shape runs as usual, in the pool; the second is recorded. What cannot be recorded runs as usual
-    from then on, and `unrecorded` says why.
+    At few rows a pass, the host would take most of the time. The first pass of a shape runs as usual, the second is
+    recorded. What cannot be recorded runs as usual from then on, for want of memory, too; `how` says why.
     """
 
     def __init__(self, computation: Computation[PartT], device: str) -> None:
-        import torch
-
         super().__init__(computation, device)
         self._shapes: dict[tuple[object, ...], _Shape] = {}
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.MemPool()
-        self.unrecorded: str | None = None
+        self._replays = Replays(records=True, divisible=False)
         self.how = "recorded"
 
     def __call__(self, part: PartT) -> None:
@@ -153,53 +86,17 @@ class RecordedPasses(Pass[PartT]):
         shape = self._shapes.get(key)
         if shape is None:
             shape = self._shapes[key] = _Shape([value.to(self._device) for value in inputs])
-            self._aside(shape)
-            return
-        shape.staging.reverse()
-        shape.staging[0].send(inputs, shape.inputs)
-        if shape.replay is None and self.unrecorded is None:
-            shape.replay = self._recorded(shape)
-        if shape.replay is None:
-            self._aside(shape)
         else:
-            shape.replay()
-
-    def _aside(self, shape: _Shape) -> None:
-        """Run as usual, in the graphs' memory."""
-        import torch
-
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with uncollected(), torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
-            self._run(*shape.inputs)
-        torch.cuda.current_stream().wait_stream(self._stream)
-
-    def _recorded(self, shape: _Shape) -> Callable[[], None] | None:
-        """Replays what `_run` does to the inputs; None if it cannot be recorded."""
-        import torch
-
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        pool: Any = self._pool.id
-        try:
-            with uncollected(), torch.cuda.graph(graph, pool=pool, stream=self._stream):
-                self._run(*shape.inputs)
-            replay: Callable[[], Any] = graph.replay
-            return replay
-        except RuntimeError as error:
-            # The end of a recording that failed may fail as well; the first error is the context of that.
-            first = error.__context__ or error
-            self.unrecorded = f"{type(first).__name__}: {str(first).splitlines()[0]}"
-            self.how = f"as they are, since they cannot be recorded ({self.unrecorded})"
-            del first  # whose traceback holds this frame, and with it the pool
-        del graph
-        end_recording(pool, stream)
-        logger.warning("a pass cannot be recorded, so passes run unrecorded, which is slower: %s", self.unrecorded)
-        return None
+            shape.staging.reverse()
+            shape.staging[0].send(inputs, shape.inputs)
+        self._replays(key, partial(self._run, *shape.inputs))
+        if self._replays.unrecorded is not None:
+            self.how = f"as they are, since they cannot be recorded ({self._replays.unrecorded})"
 
 
 class _Shape:
-    """A static shape: the tensors that its passes read, and its recording."""
+    """A static shape: the tensors that its passes read, and what they are sent from."""
 
     def __init__(self, inputs: list[Tensor]) -> None:
         self.inputs = inputs
         self.staging = [_Staging(), _Staging()]
-        self.replay: Callable[[], None] | None = None

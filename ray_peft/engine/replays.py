@@ -1,4 +1,4 @@
-"""Work without gradients on tensors of static shape: done as it is, or recorded once for a GPU to replay."""
+"""Work on tensors of static shape: done as it is, or recorded once as a CUDA graph for a GPU to replay."""
 
 from __future__ import annotations
 
@@ -20,8 +20,15 @@ class Replays:
     from then on, and `unrecorded` says why.
     """
 
-    def __init__(self, *, records: bool) -> None:
-        """`records`: the work is on a GPU, and may be recorded."""
+    def __init__(self, *, records: bool, divisible: bool = True) -> None:
+        """Prepare to record.
+
+        Args:
+            records: the work is on a GPU, and may be recorded.
+            divisible: where memory runs out in a recording, the caller does less work at a time, which may still be
+                recorded; else work runs unrecorded from then on.
+        """
+        self._divisible = divisible
         self.unrecorded: str | None = None if records else "it is not asked for"
         self._graphs: dict[Hashable, Callable[[], Any] | None] = {}
         if records:
@@ -58,7 +65,7 @@ class Replays:
         """Replays the work; None if it cannot be recorded.
 
         Raises:
-            torch.OutOfMemoryError: memory ran out: less work at a time may still be recorded.
+            torch.OutOfMemoryError: memory ran out, and the work is divisible.
         """
         import torch
 
@@ -74,7 +81,7 @@ class Replays:
             failure = error.__context__ or error
         del graph
         end_recording(pool, stream)
-        if is_out_of_memory(failure):
+        if self._divisible and is_out_of_memory(failure):
             raise torch.OutOfMemoryError(str(failure))
         self.unrecorded = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
         logger.debug("where it failed", exc_info=failure)

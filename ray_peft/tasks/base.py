@@ -343,6 +343,10 @@ class TaskType(ABC, Generic[SpecT]):
     def total_steps(self, spec: SpecT, train_rows: int) -> int:
         """Optimizer steps of a whole trial."""
 
+    def base_key(self, spec: SpecT, device: str) -> str | None:
+        """What decides the base that `load` puts on `device`, if `load` keeps it for the next trial; None if not."""
+        return None
+
     @abstractmethod
     def load(self, spec: SpecT, device: str) -> Bench:
         """The trial's data and its model on `device`, seeded."""

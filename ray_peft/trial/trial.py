@@ -17,7 +17,7 @@ from ray_peft.foundation.units import GIB
 from ray_peft.foundation.whole import write_text
 from ray_peft.spec import TrialSpec
 from ray_peft.spec.keys import MICRO_BATCH
-from ray_peft.tasks import TASKS
+from ray_peft.tasks import TASKS, kept_base
 from ray_peft.tasks.base import Bench
 from ray_peft.trial.ensembles import run_ensemble
 from ray_peft.trial.life import Life, Place, Tracker, evaluate, keep, predict, provenance
@@ -72,6 +72,7 @@ def run_started(life: Life, tracker: Tracker) -> TrialResult:
     except Exception as error:
         result = life.failed(error)
         logger.warning("%s: %s: %s", life.spec.trial_id, result.status, first_line(result.error))
+        kept_base.drop()  # who knows what it has done
     except BaseException:
         _record(life.result("cancelled", error="stopped before the end"), place, tracker)
         raise
@@ -145,11 +146,13 @@ def _written(result: TrialResult, place: Place) -> TrialResult:
 def _run(life: Life) -> TrialResult:
     spec, place = life.spec, life.place
     prepare_folder(place)
+    task = TASKS[spec.task]
+    kept_base.drop(unless=task.base_key(life.runs, place.device))
     take_place(place)
     if spec.members():
         return run_ensemble(life)
     with life.process.clock.phase("load"):
-        bench = TASKS[spec.task].load(life.runs, place.device)
+        bench = task.load(life.runs, place.device)
     loaded(life, bench)
     if place.rank == 0:
         predict_time(life, bench)

@@ -6,13 +6,15 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import ModelError, first_line
 from ray_peft.foundation.cache import cache_folder, made_whole
-from ray_peft.methods.base import Dtype, Quantization
+from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization
 from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
+from ray_peft.tasks import kept_base
 from ray_peft.tasks.four_bit_layers import keep_as_stored
 from ray_peft.tasks.llm_sft.decoding import in_place_of_invalid
 from ray_peft.tasks.llm_sft.saved_adapter import save_adapter
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ray_peft.tasks.llm_sft.weight_files import WeightFiles
+
+logger = logging.getLogger(__name__)
 
 _CHECKING = (
     *(Path(__file__).with_name(name) for name in ("architecture.py", "weight_files.py")),
@@ -145,19 +149,49 @@ def _check_finite_files(model: ModelSpec, files: WeightFiles) -> None:
         architecture.raise_not_finite(model.name, weight)
 
 
-def load_model(spec: LlmTrialSpec, device: str) -> PreTrainedModel:
+def load_model(spec: LlmTrialSpec, device: str, keep: str | None = None) -> PreTrainedModel:
     """The base model on `device`, in the dtype and storage that the method's first stage needs.
+
+    Args:
+        spec: the trial.
+        device: where the weights are put.
+        keep: keep the base under this key for the next trial, or take the one that is kept (`base_key`); None loads it.
 
     Raises:
         ModelError: the model cannot be loaded.
     """
+    from trl.trainer.utils import add_fused_lm_head
+
     check(spec.model)
-    folder = str(random_model(spec.model)) if spec.model.random_weights else spec.model.name
-    dtype = spec.method.weights_dtype(spec.model.dtype)
-    model = from_folder(spec.model, folder, dtype, spec.quantization, device)
-    _check_finite(spec, model)
-    model.requires_grad_(False)
+    kept_base.drop(unless=keep)
+    model = kept_base.take(keep) if keep is not None else None
+    if model is None:
+        folder = str(random_model(spec.model)) if spec.model.random_weights else spec.model.name
+        dtype = spec.method.weights_dtype(spec.model.dtype)
+        model = _from_folder(spec.model, folder, dtype, spec.quantization, device)
+        _check_finite(spec, model)
+        model.requires_grad_(False)
+        if keep is not None:
+            model = kept_base.keep(keep, model)
+    else:
+        logger.info("%s: the base is the one of the trial before", spec.trial_id)
+    add_fused_lm_head(model)
     return model
+
+
+def base_key(spec: LlmTrialSpec, device: str) -> str | None:
+    """What the base of a trial depends on; None for a trial that may change the base, or whose loading may do more.
+
+    A trial leaves the base as it is where it trains adapters in one stage, or nothing.
+    """
+    stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
+    changes = len(stages) > 1 or any(stage.needs_full_weights for stage in stages) or bool(spec.members())
+    by_others = spec.train.engine != "own" or spec.resources.num_workers > 1 or spec.model.trust_remote_code
+    if changes or by_others:
+        return None
+    quantization = spec.quantization.plain() if spec.quantization is not None else None
+    dtype = spec.method.weights_dtype(spec.model.dtype)
+    return json.dumps([fingerprint(spec.model), spec.model.plain(), dtype, quantization, device], sort_keys=True)
 
 
 def _check_finite(spec: LlmTrialSpec, model: PreTrainedModel) -> None:
@@ -177,14 +211,24 @@ def _check_finite(spec: LlmTrialSpec, model: PreTrainedModel) -> None:
 def from_folder(
     spec: ModelSpec, folder: str, dtype: Dtype, quantization: Quantization | None, device: str
 ) -> PreTrainedModel:
-    """Load weights from a folder or the hub.
+    """Load weights from a folder or the hub, for training and scoring.
 
     Raises:
         ModelError: they cannot be loaded.
     """
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = _from_folder(spec, folder, dtype, quantization, device)
+    # Per-token log-probabilities in tiles: full logits of a 262,144-word vocabulary would fill a small GPU.
+    add_fused_lm_head(model)
+    return model
+
+
+def _from_folder(
+    spec: ModelSpec, folder: str, dtype: Dtype, quantization: Quantization | None, device: str
+) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
-    from trl.trainer.utils import add_fused_lm_head
 
     from ray_peft.tasks.llm_sft.architecture import raise_if_incomplete
     from ray_peft.tasks.llm_sft.weight_files import weight_files
@@ -225,8 +269,6 @@ def from_folder(
     raise_if_incomplete(folder, report)
     if quantization is not None:
         keep_as_stored(model)
-    # Per-token log-probabilities in tiles: full logits of a 262,144-word vocabulary would fill a small GPU.
-    add_fused_lm_head(model)
     return model
 
 

@@ -126,15 +126,22 @@ class LlmSft(TaskType[LlmTrialSpec]):
         """Optimizer steps of a whole trial; the last one of an epoch may hold fewer rows."""
         return bench.total_steps(spec, train_rows)
 
+    def base_key(self, spec: LlmTrialSpec, device: str) -> str | None:
+        """Of trials that train adapters in one stage, or nothing."""
+        from ray_peft.tasks.llm_sft import model
+
+        return model.base_key(spec, device)
+
     def load(self, spec: LlmTrialSpec, device: str) -> Bench:
         """Rows and model for one trial; random state is that of `spec.seed`."""
         from transformers import set_seed
 
         from ray_peft.tasks.llm_sft import model
 
-        tokenizer, prepared = _rows(spec)
+        tokenizer, prepared = _rows_of_last(spec)
         set_seed(spec.seed)
-        return bench.LlmBench(spec, device, tokenizer, prepared, model.load_model(spec, device))
+        base = model.load_model(spec, device, self.base_key(spec, device))
+        return bench.LlmBench(spec, device, tokenizer, prepared, base)
 
     def load_trained(self, spec: LlmTrialSpec, weights: Path, device: str) -> Bench:
         """The model with a trained adapter, or with trained weights."""
@@ -204,15 +211,35 @@ def _decides_rows(spec: LlmTrialSpec) -> str:
     return json.dumps([spec.model.plain(), spec.data.plain(), spec.train.loss], sort_keys=True)
 
 
+def _decides(spec: LlmTrialSpec) -> str:
+    """What decides a trial's tokenizer and rows: its settings, where they are kept, and the files that they name."""
+    from ray_peft.foundation.cache import cache_folder
+
+    return json.dumps([str(cache_folder()), _decides_rows(spec), _stamps(spec)])
+
+
+_last_rows: dict[str, tuple[PreTrainedTokenizerBase, PreparedData]] = {}
+"""Of the trial that was loaded last in this process, by what decides them."""
+
+
+def _rows_of_last(spec: LlmTrialSpec) -> tuple[PreTrainedTokenizerBase, PreparedData]:
+    """A trial's tokenizer and prepared rows; those of the trial before where they are the same."""
+    if spec.train.engine != "own" or spec.evaluation.benchmarks is not None:  # TRL and lm-eval change tokenizers
+        return _rows(spec)
+    key = _decides(spec)
+    if key not in _last_rows:
+        _last_rows.clear()
+        _last_rows[key] = _rows(spec)
+    return _last_rows[key]
+
+
 _recent_rows: dict[str, PreparedData] = {}
 _MOST_RECENT = 4
 
 
 def _inspected_rows(spec: LlmTrialSpec) -> PreparedData:
     """A trial's prepared rows, kept for the next trial on the same ones: a large tokenizer takes seconds to read."""
-    from ray_peft.foundation.cache import cache_folder
-
-    key = json.dumps([str(cache_folder()), _decides_rows(spec), _stamps(spec)])
+    key = _decides(spec)
     if key not in _recent_rows:
         _, rows = _rows(spec)
         while len(_recent_rows) >= _MOST_RECENT:

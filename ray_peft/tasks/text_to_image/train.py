@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.engine.loop import Engine
 from ray_peft.engine.member import Job, Member
-from ray_peft.engine.passes import Pass, RecordedPass
+from ray_peft.engine.passes import Pass, RecordedPasses
 from ray_peft.engine.row_dropout import RowDropout, row_dropout
 from ray_peft.engine.trained import Trained
 from ray_peft.methods.optimizers import trainable
@@ -60,7 +60,7 @@ def _dropout(spec: ImageTrialSpec, job: Job, draws: Draws, model: nn.Module) -> 
 def _kind_of_pass(spec: ImageTrialSpec, job: Job, *, random: bool) -> type[Pass[Batch]]:
     train = spec.train
     restores_draws = train.gradient_checkpointing and random
-    return RecordedPass if job.device != "cpu" and train.cuda_graphs and not restores_draws else Pass
+    return RecordedPasses if job.device != "cpu" and train.cuda_graphs and not restores_draws else Pass
 
 
 def _average(spec: ImageTrialSpec, model: nn.Module) -> Any:

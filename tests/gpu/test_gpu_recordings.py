@@ -1,0 +1,97 @@
+"""What is recorded on a GPU does what it does unrecorded; what cannot be recorded runs all the same, and says why."""
+
+from __future__ import annotations
+
+import pytest
+
+from ray_peft.engine.contract import Computation
+from ray_peft.engine.passes import Pass, RecordedPasses
+from ray_peft.engine.replays import Replays
+
+pytestmark = pytest.mark.gpu
+
+
+class Squares(Computation):
+    """The mean square of a weight times its inputs; `trouble` is called in each pass."""
+
+    keeps_gradients = True
+
+    def __init__(self, trouble=lambda: None):
+        import torch
+
+        self.trouble = trouble
+        self.weight = torch.arange(1.0, 9.0, device="cuda").requires_grad_()
+        self.weight.grad = torch.zeros_like(self.weight)
+
+    def inputs(self, part):
+        import torch
+
+        return [torch.full((part, 8), float(part))]
+
+    def loss(self, inputs):
+        self.trouble()
+        return (inputs * self.weight).square().mean()
+
+
+def too_much_memory():
+    import torch
+
+    if torch.cuda.is_current_stream_capturing():
+        torch.empty(2**45, dtype=torch.uint8, device="cuda")
+
+
+def waits():
+    import torch
+
+    float(torch.ones(1, device="cuda").sum())
+
+
+def gradients(kind, parts, trouble=lambda: None):
+    computation = Squares(trouble)
+    passes = kind(computation, "cuda:0")
+    for part in parts:
+        passes(part)
+    return computation.weight.grad.tolist(), float(passes.loss), passes.how
+
+
+PARTS = [1, 2, 1, 1, 2, 2, 3, 1, 3, 3]
+
+
+def test_recorded_passes_of_few_shapes_add_up_what_plain_ones_do():
+    plain, loss, _ = gradients(Pass, PARTS)
+    recorded, recorded_loss, how = gradients(RecordedPasses, PARTS)
+    assert recorded == pytest.approx(plain, rel=1e-6)
+    assert recorded_loss == pytest.approx(loss, rel=1e-6)
+    assert how == "recorded"
+
+
+@pytest.mark.parametrize(("trouble", "reason"), [(too_much_memory, "OutOfMemoryError"), (waits, "capturing")])
+def test_passes_that_cannot_be_recorded_run_as_they_are_and_later_ones_are_recorded_again(trouble, reason):
+    import torch
+
+    plain, loss, _ = gradients(Pass, PARTS)
+    unrecorded, unrecorded_loss, how = gradients(RecordedPasses, PARTS, trouble)
+    assert unrecorded == pytest.approx(plain, rel=1e-6)
+    assert unrecorded_loss == pytest.approx(loss, rel=1e-6)
+    assert how.startswith("as they are, since they cannot be recorded")
+    assert reason in how
+    torch.rand(3, device="cuda")  # random numbers can be drawn, and other passes recorded
+    assert gradients(RecordedPasses, PARTS)[2] == "recorded"
+
+
+def test_divisible_work_without_memory_says_so_and_smaller_work_is_recorded():
+    import torch
+
+    replays, total = Replays(records=True), torch.zeros((), device="cuda")
+
+    def large():
+        too_much_memory()
+        total.add_(1)
+
+    replays("large", large)
+    with pytest.raises(torch.OutOfMemoryError):
+        replays("large", large)
+    for _ in range(4):
+        replays("small", lambda: total.add_(10))
+    assert float(total) == 41
+    assert replays.unrecorded is None
