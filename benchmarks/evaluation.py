@@ -113,7 +113,7 @@ def in_lanes(
 ) -> tuple[dict[int, list[int]], dict[str, Any]]:
     """Ours, and how it passed."""
 
-    def stop(tokens: Any, looked_at: int) -> int | None:
+    def stop(tokens: Any, searched: int) -> int | None:
         assert limit is not None
         row = row_of(tokens)
         end = len(prompts[row]) + limit[row]

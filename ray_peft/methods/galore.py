@@ -56,35 +56,35 @@ class GaLore(FullWeights):
 
     def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
         """Layer-wise updates see one pass on one worker and no global norm; the host adds up for one worker."""
-        found = []
+        conflicts: list[str] = []
         if self.gradients == "host" and num_workers > 1:
-            found.append(
+            conflicts.append(
                 f"method.gradients: host adds gradients up where workers cannot exchange them, so it needs "
                 f"resources.num_workers: 1 (found {num_workers})"
             )
         if not self.layerwise:
-            return found
+            return conflicts
         if self.gradients == "host":
-            found.append(
+            conflicts.append(
                 "layerwise GaLore keeps no gradient, so method.gradients: host has none to keep; set layerwise: false, "
                 "which accumulates and clips, or gradients: device"
             )
         if accumulates:
-            found.append(
+            conflicts.append(
                 "layerwise GaLore updates in the backward pass, so it cannot accumulate gradients; "
                 "set train.micro_batch_size to train.batch_size / resources.num_workers, or method.layerwise: false"
             )
         if num_workers > 1:
-            found.append(
+            conflicts.append(
                 f"layerwise GaLore updates before workers exchange gradients, so it needs resources.num_workers: 1 "
                 f"(found {num_workers})"
             )
         if self.max_grad_norm is not None:
-            found.append(
+            conflicts.append(
                 f"layerwise GaLore never holds the whole gradient, so it cannot clip its norm; "
                 f"set method.max_grad_norm: null (found {self.max_grad_norm})"
             )
-        return found
+        return conflicts
 
     def needs_own_loop(self) -> str | None:
         """Gradients that are kept by the optimizer are clipped by it, and another loop would not ask it to."""

@@ -121,7 +121,7 @@ class GaLoreAdamW(Optimizer):
 
     def _start(self, parameter: Tensor, columns: int) -> Tensor:
         """The basis before, filled up with random columns that seed, step and place decide alone."""
-        generator = self._dice.thrown(parameter, self.state[parameter]["step"], _OF_REFRESH)
+        generator = self._dice.generator(parameter, self.state[parameter]["step"], _OF_REFRESH)
         size = (min(parameter.shape), columns)
         start = torch.randn(size, generator=generator, device=parameter.device, dtype=torch.float32).double()
         basis = self.state[parameter].get(BASIS)
@@ -271,7 +271,7 @@ class GaLoreAdamW(Optimizer):
     ) -> None:
         """Write new weights and moments back, all flat, rounded as the weights are."""
         first, begin, _ = parts[0]
-        generator = self._dice.thrown(first, pieces[0].state["step"], begin) if self._stochastic else None
+        generator = self._dice.generator(first, pieces[0].state["step"], begin) if self._stochastic else None
 
         def stored(values: Tensor, dtype: torch.dtype) -> Tensor:
             return rounded(values, dtype, generator) if self._stochastic else values.to(dtype)

@@ -20,7 +20,7 @@ from ray_peft.methods.vocabulary import is_added_in_place
 
 SMALL = 2**16
 """Gradients of fewer numbers stay on the GPU: a copy would cost more than it frees."""
-AFLOAT = 2**26
+BYTES_IN_FLIGHT = 2**26
 """Bytes of gradients that are on their way at a time."""
 
 
@@ -39,17 +39,17 @@ class HostGaLoreAdamW(GaLoreAdamW):
         away = [p for p in parameters if p.numel() >= SMALL and not is_added_in_place(p)]
         self._places = {id(parameter): place for place, parameter in enumerate(away)}
         self._here = [parameter for parameter in parameters if id(parameter) not in self._places]
-        self._kept = [_on_host(parameter) for parameter in away]
-        self._taken = [False] * len(away)
+        self._host_gradients = [_on_host(parameter) for parameter in away]
+        self._offloaded = [False] * len(away)
         device = parameters[0].device
         self._filled = torch.zeros(len(away), dtype=torch.bool, device=device)
         """Whether a pass of this step has added to a gradient; on the GPU, so that recorded passes set it."""
         self._norms = torch.zeros(len(away), dtype=torch.float32, device=device)
-        self._ferry = _Ferry() if device.type == "cuda" and self.overlaps else None
+        self._copies = _CopyStreams() if device.type == "cuda" and self.overlaps else None
         self._factor: Tensor | None = None
         """What clipping multiplies the gradients with."""
         for place, parameter in enumerate(away):
-            parameter.register_post_accumulate_grad_hook(_taker(weakref.ref(self), place))
+            parameter.register_post_accumulate_grad_hook(_offload_hook(weakref.ref(self), place))
 
     def holds_gradient(self, parameter: Tensor) -> bool:
         """Whether a weight's gradient leaves the GPU."""
@@ -74,7 +74,7 @@ class HostGaLoreAdamW(GaLoreAdamW):
 
     def _has_gradient(self, parameter: Tensor) -> bool:
         place = self._places.get(id(parameter))
-        return super()._has_gradient(parameter) if place is None else self._taken[place]
+        return super()._has_gradient(parameter) if place is None else self._offloaded[place]
 
     def _gradient(self, parameter: Tensor) -> Tensor:
         place = self._places.get(id(parameter))
@@ -86,27 +86,27 @@ class HostGaLoreAdamW(GaLoreAdamW):
     def _fetched(self, parameter: Tensor, place: int) -> Tensor:
         """What the host has of this step; zeros before the first pass."""
         grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
-        grad.copy_(self._kept[place], non_blocking=True)
+        grad.copy_(self._host_gradients[place], non_blocking=True)
         return torch.where(self._filled[place], grad, 0.0)
 
-    def _take(self, parameter: Tensor, place: int) -> None:
+    def _offload(self, parameter: Tensor, place: int) -> None:
         assert parameter.grad is not None
         grad, parameter.grad = parameter.grad, None
-        self._taken[place] = True
-        if self._ferry is None:
+        self._offloaded[place] = True
+        if self._copies is None:
             self._add(self._fetched(parameter, place), grad, place)
             return
-        on_host = self._ferry.fetch(lambda: self._fetched(parameter, place))
-        self._ferry.bring(on_host, grad, lambda: self._add(on_host, grad, place))
+        on_host = self._copies.fetch(lambda: self._fetched(parameter, place))
+        self._copies.send_back(on_host, grad, lambda: self._add(on_host, grad, place))
 
     def _add(self, on_host: Tensor, grad: Tensor, place: int) -> None:
         on_host.add_(grad)
-        self._kept[place].copy_(on_host, non_blocking=True)
+        self._host_gradients[place].copy_(on_host, non_blocking=True)
         self._norms[place].copy_(torch.linalg.vector_norm(on_host, dtype=torch.float32))
         self._filled[place].fill_(True)
 
 
-class _Ferry:
+class _CopyStreams:
     """Two streams beside a backward pass: one copies from the host, the other to it, while the pass goes on.
 
     What they use stays alive until they are done with it: a few tensors at a time, for which the pass then waits. At
@@ -114,46 +114,46 @@ class _Ferry:
     """
 
     def __init__(self) -> None:
-        self._inward, self._outward = (torch.cuda.Stream() for _ in range(2))  # type: ignore[no-untyped-call]
-        self._afloat: list[tuple[torch.cuda.Event, Tensor, Tensor]] = []
+        self._from_host, self._to_host = (torch.cuda.Stream() for _ in range(2))  # type: ignore[no-untyped-call]
+        self._in_flight: list[tuple[torch.cuda.Event, Tensor, Tensor]] = []
         self._bytes = 0
-        self._sails = False
+        self._in_pass = False
 
     def fetch(self, work: Callable[[], Tensor]) -> Tensor:
-        """What `work` copies from the host, to be used in `bring`."""
-        if not self._sails:
-            self._sails = True
-            self._inward.wait_stream(torch.cuda.current_stream())
-            self._outward.wait_stream(torch.cuda.current_stream())
-            torch.autograd.Variable._execution_engine.queue_callback(self._land)  # noqa: SLF001 - as torch's own FSDP
-        with torch.cuda.stream(self._inward):
+        """What `work` copies from the host, to be used in `send_back`."""
+        if not self._in_pass:
+            self._in_pass = True
+            self._from_host.wait_stream(torch.cuda.current_stream())
+            self._to_host.wait_stream(torch.cuda.current_stream())
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)  # noqa: SLF001 - as torch's own FSDP
+        with torch.cuda.stream(self._from_host):
             return work()
 
-    def bring(self, on_host: Tensor, grad: Tensor, work: Callable[[], None]) -> None:
-        """Let `work` add `grad` to `kept` and copy the sum to the host."""
-        self._outward.wait_stream(self._inward)
-        self._outward.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._outward):
+    def send_back(self, on_host: Tensor, grad: Tensor, work: Callable[[], None]) -> None:
+        """Let `work` add `grad` to `on_host` and copy the sum to the host."""
+        self._to_host.wait_stream(self._from_host)
+        self._to_host.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._to_host):
             work()
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record(self._outward)
-        self._afloat.append((arrived, on_host, grad))
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(self._to_host)
+        self._in_flight.append((copied, on_host, grad))
         self._bytes += 2 * grad.nbytes
-        while self._bytes > AFLOAT and len(self._afloat) > 1:
-            self._let_go()
+        while self._bytes > BYTES_IN_FLIGHT and len(self._in_flight) > 1:
+            self._wait_for_oldest()
 
-    def _let_go(self) -> None:
-        arrived, _, grad = self._afloat.pop(0)
-        torch.cuda.current_stream().wait_event(arrived)
-        self._inward.wait_event(arrived)
+    def _wait_for_oldest(self) -> None:
+        copied, _, grad = self._in_flight.pop(0)
+        torch.cuda.current_stream().wait_event(copied)
+        self._from_host.wait_event(copied)
         self._bytes -= 2 * grad.nbytes
 
-    def _land(self) -> None:
+    def _end_pass(self) -> None:
         """The end of a backward pass."""
-        torch.cuda.current_stream().wait_stream(self._inward)
-        torch.cuda.current_stream().wait_stream(self._outward)
-        self._afloat.clear()
-        self._bytes, self._sails = 0, False
+        torch.cuda.current_stream().wait_stream(self._from_host)
+        torch.cuda.current_stream().wait_stream(self._to_host)
+        self._in_flight.clear()
+        self._bytes, self._in_pass = 0, False
 
 
 def _on_host(parameter: Tensor) -> Tensor:
@@ -164,12 +164,12 @@ def _on_host(parameter: Tensor) -> Tensor:
     return torch.zeros(parameter.shape, dtype=parameter.dtype, pin_memory=True)
 
 
-def _taker(optimizer: weakref.ref[HostGaLoreAdamW], place: int) -> Any:
+def _offload_hook(optimizer: weakref.ref[HostGaLoreAdamW], place: int) -> Any:
     # The collector cannot see through a tensor's hooks: one that held the optimizer would keep all weights.
-    def take(parameter: Tensor) -> None:
+    def offload(parameter: Tensor) -> None:
         self = optimizer()
         if self is not None:  # a later stage trains with another optimizer
             with torch.no_grad():
-                self._take(parameter, place)
+                self._offload(parameter, place)
 
-    return take
+    return offload

@@ -68,8 +68,8 @@ class LowRankAdapter(LayerAdapter):
         check_modules(self.modules_to_save, model, of=of, key=f"{key}.modules_to_save")
         by_default = self.targets in (PROJECTIONS, (ALL_LINEAR,))
         notes = adapter_notes(model, targets, self.rank, of=of, by_default=by_default)
-        said = [f"{self.name}: {note}" for note in notes]
-        return said if self.says_no_count else [*said, *super().check(model, of=of, key=key)]
+        lines = [f"{self.name}: {note}" for note in notes]
+        return lines if self.says_no_count else [*lines, *super().check(model, of=of, key=key)]
 
 
 def check_pattern(pattern: dict[str, Any], layers: tuple[str, ...], *, of: str, key: str) -> None:

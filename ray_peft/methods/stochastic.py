@@ -28,7 +28,7 @@ class Dice:
         self._place = {id(parameter): place for place, parameter in enumerate(parameters)}
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def thrown(self, parameter: Tensor, step: int, part: int = 0) -> torch.Generator:
+    def generator(self, parameter: Tensor, step: int, part: int = 0) -> torch.Generator:
         """The generator for one rounding of a weight, or of the bucket that begins with it."""
         generator = self._generators.setdefault(parameter.device, torch.Generator(parameter.device))
         return generator.manual_seed(self.seed(parameter, step, part))
@@ -90,9 +90,9 @@ def adamw_step(
         size = group["lr"] / (1 - beta1**bucket.step)
         torch.sqrt(second, out=grad).div_(root).add_(group["eps"])
         weight.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(first, grad, value=-size)
-        generator = dice.thrown(bucket.first, bucket.step, bucket.begin)
-        for kept, values in zip((0, 2, 3), (weight, first, second), strict=True):
-            _write(bucket.columns[kept], values, generator)
+        generator = dice.generator(bucket.first, bucket.step, bucket.begin)
+        for column, values in zip((0, 2, 3), (weight, first, second), strict=True):
+            _write(bucket.columns[column], values, generator)
 
 
 def _buckets(parameters: Sequence[Tensor], states: dict[Any, dict[str, Any]]) -> Iterator[_Bucket]:

@@ -199,8 +199,8 @@ def _certainty(family: Family) -> list[str]:
         parts.append(f"{family.rows} {'answered' if family.measure == 'rouge_l' else 'held-out'} rows")
     seeds = [len(unit.finished) for unit in family.units if not unit.is_base]
     if seeds:
-        one = "one seed each (how much another seed would change is not known)"
-        parts.append(one if max(seeds) == 1 else f"{min(seeds)} to {max(seeds)} seeds" if min(seeds) < max(seeds)
+        single = "one seed each (how much another seed would change is not known)"
+        parts.append(single if max(seeds) == 1 else f"{min(seeds)} to {max(seeds)} seeds" if min(seeds) < max(seeds)
                      else f"{max(seeds)} seeds")  # fmt: skip
     if family.passed_over:
         settings = len(family.passed_over) + sum(not unit.is_base for unit in family.units)

@@ -33,9 +33,9 @@ def chosen(members: Sequence[SeedGroup], quality: Callable[[SeedGroup], float]) 
         if not unit.is_base:
             by_method.setdefault(method_of(unit), []).append(unit)
     most = MOST if len(by_method) == 1 else 1
-    taken = {
+    chosen = {
         unit.label
         for settings in by_method.values()
         for unit in (sorted(settings, key=quality, reverse=True)[:most] if len(settings) > most else settings)
     }
-    return [unit for unit in members if unit.is_base or unit.label in taken]
+    return [unit for unit in members if unit.is_base or unit.label in chosen]

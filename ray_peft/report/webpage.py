@@ -193,13 +193,13 @@ def _question(question: Question, systems: Sequence[str]) -> str:
     """One row: what was given, then every answer with its score."""
     scores = " ".join(f"{score:g}" for score in question.scores)
     start = question.reference if question.prompt is None else question.prompt
-    given = [("Prompt", question.prompt)] if question.prompt is not None else []
-    given += [("Reference", question.reference)]
-    given += [
+    texts = [("Prompt", question.prompt)] if question.prompt is not None else []
+    texts += [("Reference", question.reference)]
+    texts += [
         (f"{label}: {score:.3f}", answer)
         for label, score, answer in zip(systems, question.scores, question.answers, strict=True)
     ]
-    cells = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(text)}</dd></div>" for name, text in given)
+    cells = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(text)}</dd></div>" for name, text in texts)
     return (
         f'<details data-scores="{scores}"><summary>Row {question.number}: {_text(_shortened(start, 70))}</summary>'
         f"<dl>{cells}</dl></details>"

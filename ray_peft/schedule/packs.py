@@ -77,13 +77,15 @@ def _on_gpus(
 
     def formed(count: int) -> list[Pack] | None:
         """So many packs; None if one of them does not fit."""
-        made: list[Pack] = []
+        fitting: list[Pack] = []
         for part in _parts(group, count):
-            told = forecast([_as_it_runs(trial, sizes) for trial in part]) if len(part) > 1 else None
-            if len(part) > 1 and (told is None or not card.gpu.holds(told.prediction.peak_reserved, memory_gib=room)):
+            expected = forecast([_as_it_runs(trial, sizes) for trial in part]) if len(part) > 1 else None
+            if len(part) > 1 and (
+                expected is None or not card.gpu.holds(expected.prediction.peak_reserved, memory_gib=room)
+            ):
                 return None
-            made.append(Pack(tuple(part), told))
-        return made
+            fitting.append(Pack(tuple(part), expected))
+        return fitting
 
     count = least
     while count < len(group):

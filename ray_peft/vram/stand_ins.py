@@ -284,7 +284,7 @@ def on_meta(*, autocast: bool) -> Iterator[None]:
         (bits, "PagedAdamW32bit", blockwise_adamw(32, paged=True)),
         (bitsandbytes.functional, "dequantize_4bit", quantised_layers.dequantize_4bit),
         (bitsandbytes.functional, "int8_vectorwise_dequant", quantised_layers.int8_vectorwise_dequant),
-        (Dice, "thrown", lambda *_: None),
+        (Dice, "generator", lambda *_: None),
         *((torch.nn.init, name, _as_it_is) for name in ("kaiming_uniform_", "uniform_", "normal_")),
     ]
     originals = [getattr(owner, name) for owner, name, _ in places]

@@ -72,7 +72,7 @@ def test_gradients_on_the_host_change_no_loss_and_no_norm(
 ):
     monkeypatch.setattr("ray_peft.methods.host_gradients.HostGaLoreAdamW.overlaps", overlaps)
     monkeypatch.setattr("ray_peft.methods.host_gradients.SMALL", 100)
-    monkeypatch.setattr("ray_peft.methods.host_gradients.AFLOAT", 2**14)
+    monkeypatch.setattr("ray_peft.methods.host_gradients.BYTES_IN_FLIGHT", 2**14)
     runs = {}
     for where in ("device", "host"):
         given = {"train__steps": 8, "train__micro_batch_size": 2, "train__cuda_graphs": graphs}

@@ -14,16 +14,6 @@ EMPTY = frozenset(
 )  # fmt: skip
 """Words that say nothing about a value: it was found, made, asked for."""
 
-TO_DO = (
-    "methods/galore", "methods/stochastic.py",
-    *(f"methods/{name}.py" for name in ("host_gradients", "moments", "subspace", "vocabulary")),
-    *(f"tasks/llm_sft/{name}.py" for name in ("continuous", "decodable", "decoding", "ensemble", "evaluate", "head",
-      "in_lanes", "lane_cache", "lanes", "loss", "masks", "memory", "pack", "packed", "packed_scores", "steps",
-      "together", "train", "trl_checkpoints", "trl_engine")),
-    "tasks/text_to_image/train.py",
-)  # fmt: skip
-"""Folders and files of ray_peft that still have such names; take out what is mended."""
-
 
 def names(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """Every name that code gives to a value, with its line: variables, parameters, attributes, loop variables."""
@@ -42,9 +32,8 @@ def empty_names(source: str) -> list[str]:
 
 def test_values_are_named_by_what_they_are():
     paths = [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
-    checked = [path for path in paths if not path.startswith(TO_DO)]
-    assert checked
-    assert [f"{path}: {line}" for path in checked for line in empty_names((PACKAGE / path).read_text("utf-8"))] == []
+    assert paths
+    assert [f"{path}: {line}" for path in paths for line in empty_names((PACKAGE / path).read_text("utf-8"))] == []
 
 
 def test_the_check_sees_every_kind_of_name():

@@ -19,7 +19,7 @@ import torch
 from ray_peft.engine.replays import Replays
 from ray_peft.tasks.llm_sft.lane_cache import LaneCache, NextTokens, TokensOfPass, WholePrompts
 from ray_peft.tasks.llm_sft.lanes import CAPACITIES, LANES, largest_capacity
-from ray_peft.tasks.llm_sft.masks import as_taken, windows, windows_of_layers
+from ray_peft.tasks.llm_sft.masks import for_model, windows, windows_of_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,7 +157,7 @@ class _Reading:
             output = model(
                 input_ids=ids,
                 position_ids=positions,
-                attention_mask=as_taken(masks, config, dtype),
+                attention_mask=for_model(masks, config, dtype),
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
@@ -175,7 +175,7 @@ class _Prompt:
     length: int
     written: int = 1
     """Tokens of the answer, as far as the host knows; more once it has ended."""
-    looked_at: int = 0
+    searched: int = 0
     """Of these, such as were searched for the text that ends an answer."""
 
 
@@ -192,7 +192,7 @@ class Answering:
     stop: Callable[[Sequence[int], int], int | None] | None = None
     """Given tokens and how many of them were looked at, after how many the text that ends an answer is complete; None
     if it is not."""
-    _held: dict[int, _Prompt] = field(default_factory=dict)
+    _prompts: dict[int, _Prompt] = field(default_factory=dict)
     """What lanes hold, by lane."""
     _buffers: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
 
@@ -205,23 +205,23 @@ class Answering:
         """
         waiting = deque(sorted(rows, key=lambda row: len(prompts[row]), reverse=True))
         self._largest = largest_capacity(len(prompts[waiting[0]])) if waiting else 0
-        while waiting or self._held:
+        while waiting or self._prompts:
             self._read(prompts, waiting)
             yield from self._ended(prompts)
-            if not self._held:
+            if not self._prompts:
                 continue
             lanes, steps = self._close_up(bool(waiting)), self._steps()
-            span = self._span(max(prompt.length + prompt.written for prompt in self._held.values()) + steps)
+            span = self._span(max(prompt.length + prompt.written for prompt in self._prompts.values()) + steps)
             for _ in range(steps):
                 self.replays((lanes, span), partial(self.lanes.add, lanes, span))
-            for prompt in self._held.values():
+            for prompt in self._prompts.values():
                 prompt.written += steps
             yield from self._ended(prompts)
 
     def _steps(self) -> int:
         """Tokens to add before the next look; on the CPU, looking costs nothing."""
         most = self.lanes.answers.shape[1]
-        left = max(most - prompt.written for prompt in self._held.values())
+        left = max(most - prompt.written for prompt in self._prompts.values())
         return min(STEPS, left) if self.static else 1
 
     def _span(self, tokens: int) -> int:
@@ -232,15 +232,15 @@ class Answering:
 
     def _read(self, prompts: Sequence[Sequence[int]], waiting: deque[int]) -> None:
         """Put waiting prompts into free lanes, once there are enough of either."""
-        free = [lane for lane in range(self.lanes.count) if lane not in self._held]
-        enough = max(1, self.lanes.count // 8) if self.static and self._held else 1
+        free = [lane for lane in range(self.lanes.count) if lane not in self._prompts]
+        enough = max(1, self.lanes.count // 8) if self.static and self._prompts else 1
         while waiting and len(free) >= min(enough, len(waiting)):
             capacity = self._capacity(len(prompts[waiting[0]]))
             most = min(len(waiting), group_of(len(free), capacity))
             rows = [waiting.popleft() for _ in range(most)]
             self._begin([prompts[row] for row in rows], free[:most], capacity)
             for row, lane in zip(rows, free, strict=False):
-                self._held[lane] = _Prompt(row, len(prompts[row]))
+                self._prompts[lane] = _Prompt(row, len(prompts[row]))
             free = free[most:]
 
     def _capacity(self, tokens: int) -> int:
@@ -270,19 +270,19 @@ class Answering:
 
     def _ended(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
         """The answers that ended since the last look; their lanes are free from then on."""
-        if not self._held:
+        if not self._prompts:
             return
         lanes = self.lanes
-        last = max(self._held) + 1
+        last = max(self._prompts) + 1
         state = torch.stack([lanes.ended[:last].long(), lanes.written[:last]]).tolist()
-        ended = {lane: state[1][lane] for lane in self._held if state[0][lane]}
+        ended = {lane: state[1][lane] for lane in self._prompts if state[0][lane]}
         if self.stop is not None:
             texts = lanes.answers[:last].tolist()
-            for lane, prompt in self._held.items():
+            for lane, prompt in self._prompts.items():
                 written = state[1][lane]
                 tokens = [*prompts[prompt.row], *texts[lane][:written]]
-                end = self.stop(tokens, prompt.length + prompt.looked_at)
-                prompt.looked_at = written
+                end = self.stop(tokens, prompt.length + prompt.searched)
+                prompt.searched = written
                 if end is not None:
                     ended[lane] = end - prompt.length
                     lanes.ended[lane] = True
@@ -290,19 +290,19 @@ class Answering:
             return
         answers = lanes.answers[torch.tensor(list(ended), device=lanes.answers.device)].tolist()
         for (lane, written), answer in zip(ended.items(), answers, strict=True):
-            yield self._held.pop(lane).row, answer[:written]
+            yield self._prompts.pop(lane).row, answer[:written]
 
     def _close_up(self, more: bool) -> int:
         """How many of the first lanes the next tokens are added to; none is free there that could be held."""
         if more:
             return self.lanes.count
-        count = self._fewest(len(self._held))
-        beyond = sorted(lane for lane in self._held if lane >= count)
-        free = [lane for lane in range(count) if lane not in self._held][: len(beyond)]
+        count = self._fewest(len(self._prompts))
+        beyond = sorted(lane for lane in self._prompts if lane >= count)
+        free = [lane for lane in range(count) if lane not in self._prompts][: len(beyond)]
         if beyond:
             self.lanes.move(beyond, free)
             for source, target in zip(beyond, free, strict=True):
-                self._held[target] = self._held.pop(source)
+                self._prompts[target] = self._prompts.pop(source)
         return count
 
     def _fewest(self, used: int) -> int:
@@ -330,8 +330,8 @@ def text_stop(tokenizer: PreTrainedTokenizerBase, text: str) -> Callable[[Sequen
     criteria = StopStringCriteria(tokenizer, [text])
     width, pad = criteria.maximum_token_len, tokenizer.pad_token_id
 
-    def stop(tokens: Sequence[int], looked_at: int) -> int | None:
-        ends = range(looked_at + 1, len(tokens) + 1)
+    def stop(tokens: Sequence[int], searched: int) -> int | None:
+        ends = range(searched + 1, len(tokens) + 1)
         if not ends:
             return None
         lasts = [list(tokens[max(0, end - width) : end]) for end in ends]

@@ -62,7 +62,7 @@ def check_members(spec: LlmTrialSpec) -> None:
                 f"{where}: its chat template is not that of {spec.model.name}, so it would be asked in another "
                 "format than it was tuned for; name one .jinja file for all in data.chat_template"
             )
-        sizes = [each.get_text_config().vocab_size for each in (config, own[1])]
+        sizes = [model_config.get_text_config().vocab_size for model_config in (config, own[1])]
         if sizes[0] != sizes[1]:
             raise ModelError(
                 f"{where}: its output layer scores {sizes[0]} tokens, that of {spec.model.name} {sizes[1]}; "
@@ -89,7 +89,7 @@ class LoadedMember:
                 yield self.model
             finally:
                 adapted.set_adapter(before)
-        elif self.beneath:
+        elif self.is_bare_base:
             with adapted.disable_adapter():
                 yield self.model
         else:
@@ -102,7 +102,7 @@ class LoadedMember:
         return Voice(bare(self.model), self.at_work, math.log(weight))
 
     @property
-    def beneath(self) -> bool:
+    def is_bare_base(self) -> bool:
         """True for the untouched base of a model that carries others' adapters."""
         return self.adapter is None and hasattr(self.model, "peft_config")
 
@@ -209,9 +209,9 @@ class LlmEnsemble(LlmBench, EnsembleBench):
 
     def answer(self, rows: Dataset, ended: list[bool] | None = None) -> list[str]:
         """Greedy answers; members without weight are not asked."""
-        asked = self._asked()
-        with self._ready(asked[1:]), asked[0][0].at_work() as model:
-            mixture = Mixture([member.voice(weight) for member, weight in asked], _mixer(asked))
+        weighted = self._weighted_members()
+        with self._ready(weighted[1:]), weighted[0][0].at_work() as model:
+            mixture = Mixture([member.voice(weight) for member, weight in weighted], _mixer(weighted))
             return answers(self.spec, model, self.tokenizer, rows, mixture, lowered=self.lowered, ended=ended)
 
     def benchmark(self, scored: Scored) -> Scored:
@@ -220,22 +220,23 @@ class LlmEnsemble(LlmBench, EnsembleBench):
             return scored
         from ray_peft.tasks.llm_sft import benchmarks
 
-        asked = self._asked()
-        mixture = benchmarks.Mixture(partial(_mixed_log_probs, asked), _mixer(asked))
-        with self._ready(asked), asked[0][0].at_work() as model:
+        weighted = self._weighted_members()
+        mixture = benchmarks.Mixture(partial(_mixed_log_probs, weighted), _mixer(weighted))
+        with self._ready(weighted), weighted[0][0].at_work() as model:
             return benchmarks.measure(self.spec, model, self.tokenizer, scored, mixture, lowered=self.lowered)
 
-    def _asked(self) -> list[tuple[LoadedMember, float]]:
+    def _weighted_members(self) -> list[tuple[LoadedMember, float]]:
         """Members with their weights, less those without weight."""
-        asked = [(member, weight) for member, weight in zip(self.members, self.weights, strict=True) if weight]
-        asked.sort(key=lambda each: each[0].beneath)  # within its context the others' adapters would be off, too
-        return asked
+        weighted = [(member, weight) for member, weight in zip(self.members, self.weights, strict=True) if weight]
+        # The bare base comes last: the adapters of members inside its context would be off, too.
+        weighted.sort(key=lambda pair: pair[0].is_bare_base)
+        return weighted
 
     @contextlib.contextmanager
-    def _ready(self, asked: Sequence[tuple[LoadedMember, float]]) -> Iterator[None]:
+    def _ready(self, weighted: Sequence[tuple[LoadedMember, float]]) -> Iterator[None]:
         """The members' models in evaluation mode."""
         with contextlib.ExitStack() as modes:
-            for member, _ in asked:
+            for member, _ in weighted:
                 modes.enter_context(inference(self.spec, member.model))
             yield
 
@@ -243,11 +244,11 @@ class LlmEnsemble(LlmBench, EnsembleBench):
         """(member, answer token) float64."""
         import torch
 
-        found, pad = [], cast(int, self.tokenizer.pad_token_id)
+        log_probs, pad = [], cast(int, self.tokenizer.pad_token_id)
         for member in self.members:
             with member.at_work() as model:
-                found.append(token_log_probs(self.spec, model, rows, pad, self.lowered))
-        return torch.stack(found)
+                log_probs.append(token_log_probs(self.spec, model, rows, pad, self.lowered))
+        return torch.stack(log_probs)
 
     def attach(self, stage: Stage) -> None:
         """Nothing is trained."""
@@ -288,7 +289,7 @@ def _mixer(members: list[tuple[LoadedMember, float]]) -> Callable[[Tensor], Logi
         def __init__(self, mask: Tensor) -> None:
             self.mask = mask
             self.caches: list[Any] = [None] * len(others)
-            self.seen = 0
+            self.cached_tokens = 0
             """Tokens that are in the caches."""
 
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -299,16 +300,16 @@ def _mixer(members: list[tuple[LoadedMember, float]]) -> Callable[[Tensor], Logi
             for place, (member, _) in enumerate(others):
                 with member.at_work() as model:
                     output: Any = model(
-                        input_ids=input_ids[:, self.seen :],
+                        input_ids=input_ids[:, self.cached_tokens :],
                         attention_mask=mask,
-                        position_ids=positions[:, self.seen :],
+                        position_ids=positions[:, self.cached_tokens :],
                         past_key_values=self.caches[place],
                         use_cache=True,
                         logits_to_keep=1,
                     )
                 self.caches[place] = output.past_key_values
                 mixed.append(torch.log_softmax(output.logits[:, -1].float(), dim=-1) + logs[place + 1])
-            self.seen = length
+            self.cached_tokens = length
             return torch.logsumexp(torch.stack(mixed), dim=0)
 
     return Mixer

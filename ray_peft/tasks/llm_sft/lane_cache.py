@@ -96,7 +96,7 @@ class NextTokens(TokensOfPass):
 
     def seen(self, layer: LaneLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """What the lanes hold."""
-        return layer.held(len(self._positions), self._span)
+        return layer.first_places(len(self._positions), self._span)
 
     def mask(self, window: int | None, capacity: int) -> Tensor:
         """Places that were written: in a ring of `places`, those whose latest position is none before the first."""
@@ -136,7 +136,7 @@ class LaneLayer(StaticLayer):  # type: ignore[no-untyped-call]  # transformers h
             memory.index_copy_(0, rows, states.transpose(1, 2).flatten(0, 1))
         return tokens.seen(self, key_states, value_states)
 
-    def held(self, lanes: int, span: int) -> tuple[Tensor, Tensor]:
+    def first_places(self, lanes: int, span: int) -> tuple[Tensor, Tensor]:
         """Keys and values (lane, head, place, size) of the first lanes and places."""
         keys, values = (self._by_lane(memory)[:lanes, :span].transpose(1, 2) for memory in self._memory)
         return keys, values

@@ -80,9 +80,11 @@ class TextLoss(Computation[TextPart]):
             self._dropout.begin(keys[0])
         if not self._balance and adds_in_place(self._model):
             return -self._log_probs_in_place(ids, mask, labels).sum() / loss_tokens
-        given: dict[str, Any] = {"output_router_logits": True} if self._balance else {}
+        router_settings: dict[str, Any] = {"output_router_logits": True} if self._balance else {}
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self._autocasts):
-            output = self._model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, **given)
+            output = self._model(
+                input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, **router_settings
+            )
         loss: torch.Tensor = -output.log_probs.float().sum() / loss_tokens
         if self._balance:
             loss = loss + self._balance * output.aux_loss.float() / passes

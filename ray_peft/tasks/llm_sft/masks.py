@@ -26,7 +26,7 @@ def windows_of_layers(config: Any) -> list[int | None]:
     return [kinds[kind] for kind in config.layer_types]
 
 
-def as_taken(masks: Mapping[str, Tensor], config: Any, dtype: Any) -> Any:
+def for_model(masks: Mapping[str, Tensor], config: Any, dtype: Any) -> Any:
     """Boolean masks by kind of layer in the form that the model takes.
 
     By kind where it has several; as numbers of `dtype` that are added to the scores where attention is eager.

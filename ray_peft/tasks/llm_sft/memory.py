@@ -74,15 +74,15 @@ def predict(
         return Prediction({"evaluation": together}, together, segments(together, gpu.slack), together)
     uneven = spec.train.micro_batch_size > 1 if padded is None else padded
     stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
-    held_for: list[Stage | None] = [*stages] or [None]
-    scored = [_evaluation(spec, stage, shape, outside) for stage in held_for]
-    evaluation = max(found["model"] + max(found["scoring"], found["answering"]) for found in scored) + gpu.workspace
+    evaluated_stages: list[Stage | None] = [*stages] or [None]
+    scored = [_evaluation(spec, stage, shape, outside) for stage in evaluated_stages]
+    evaluation = max(part["model"] + max(part["scoring"], part["answering"]) for part in scored) + gpu.workspace
     if not stages:
-        held = scored[0]["model"]
-        return Prediction({"weights": held}, held, segments(held, 0.0), evaluation)
+        weights = scored[0]["model"]
+        return Prediction({"weights": weights}, weights, segments(weights, 0.0), evaluation)
     steps = [_step(spec, stage, shape, longest_tokens, uneven) for stage in stages]
     if spec.train.eval_every:
-        steps += [evaluating(step, found) for step, found in zip(steps, scored, strict=True)]
+        steps += [evaluating(step, part) for step, part in zip(steps, scored, strict=True)]
     largest = max(steps, key=lambda step: sum(step.values())) + Counter(workspace=gpu.workspace)
     if spec.resources.num_workers > 1:  # DistributedDataParallel holds the gradients twice
         largest["buckets"] = largest["adapters"] or largest["weights"]
@@ -114,8 +114,8 @@ def _step(spec: LlmTrialSpec, stage: Stage, shape: ModelShape, longest: int, pad
 
 def _evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longest: int) -> Counter[str]:
     """The model, and what scoring and answering take beside it."""
-    asked = spec.evaluation
-    settings = [asked.generate, asked.batch_size, asked.max_new_tokens, spec.train.precision]
+    answers = spec.evaluation
+    settings = [answers.generate, answers.batch_size, answers.max_new_tokens, spec.train.precision]
 
     def compute() -> Counter[str]:
         return evaluation(spec, stage, shape, longest)
@@ -159,10 +159,10 @@ def components(
                 hidden = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
                 layer: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
                 return log_probs(layer, hidden.flatten(0, 1), ids.flatten(), *head).sum()
-            made: Any = model(
+            output: Any = model(
                 input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), use_cache=False, fused_lm_head=True
             )
-            total: Tensor = made.log_probs.sum()
+            total: Tensor = output.log_probs.sum()
             return total
 
         recorded = keeps_gradients(spec, stage)
@@ -223,7 +223,7 @@ def evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longe
     from ray_peft.vram.tape import Tape
 
     autocast = spec.train.precision == "bf16"
-    found: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     with on_meta(autocast=autocast):
         model = _built(spec, stage, shape)
         if stage is not None and not stage.needs_full_weights:
@@ -235,24 +235,24 @@ def evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longe
             """Bytes of the work's peak beside the model."""
             tape = Tape(truth=False)
             own_model(tape, model)
-            found["model"] = tape.now
+            sizes["model"] = tape.now
             with during(part), torch.no_grad(), Autocast(torch.bfloat16 if autocast else None), tape:
                 work(tape)
-            return tape.peak - found["model"]
+            return tape.peak - sizes["model"]
 
-        found["scoring"] = beside(
+        sizes["scoring"] = beside(
             SCORING, lambda _: _score(model, max(1, LOSS_TOKENS // longest_tokens), longest_tokens)
         )
         if spec.evaluation.generate and by_config(bare(model)) is None and not has_virtual_tokens(model):
-            found["answering"] = beside(ANSWERING, lambda _: _answer(spec, model, longest_tokens))
+            sizes["answering"] = beside(ANSWERING, lambda _: _answer(spec, model, longest_tokens))
         elif spec.evaluation.generate:
             cached: list[int] = []
-            found["answering"] = beside(ANSWERING, lambda tape: cached.append(_read(spec, model, longest_tokens, tape)))
+            sizes["answering"] = beside(ANSWERING, lambda tape: cached.append(_read(spec, model, longest_tokens, tape)))
             # While tokens are added, one layer's keys and values are there twice, and next-token scores in float32.
             new, vocabulary = spec.evaluation.max_new_tokens, model.config.get_text_config().vocab_size
             grown = int(cached[0] * (longest_tokens + new) / longest_tokens * 1.1)
-            found["answering"] = max(found["answering"], grown + spec.evaluation.batch_size * vocabulary * 12)
-    return found
+            sizes["answering"] = max(sizes["answering"], grown + spec.evaluation.batch_size * vocabulary * 12)
+    return sizes
 
 
 def _score(model: PreTrainedModel, rows: int, tokens: int) -> None:

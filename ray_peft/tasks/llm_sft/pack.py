@@ -222,7 +222,7 @@ def train_together(
     """Train the only stage of each trial, all at once; arguments as those of `TaskType.train_pack`."""
     lowered: dict[str, int] = {}
 
-    def told(bench: LlmBench, member: Member, error: Exception | None) -> None:
+    def report_end(bench: LlmBench, member: Member, error: Exception | None) -> None:
         if MICRO_BATCH in lowered:  # of the pack, and no setting of any trial
             member.trained.passes += f", at most {lowered[MICRO_BATCH]} rows of all trials a pass, since memory ran out"
         place = benches.index(bench)
@@ -235,6 +235,6 @@ def train_together(
             lowered=lowered, costs=bench.costs,
         )  # fmt: skip
 
-    jobs = [job(*given) for given in zip(benches, folders, reports, strict=True)]
-    pack = Pack(benches, jobs, len(benches), told)
+    jobs = [job(*arguments) for arguments in zip(benches, folders, reports, strict=True)]
+    pack = Pack(benches, jobs, len(benches), report_end)
     pack.run()

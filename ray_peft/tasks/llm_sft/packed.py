@@ -10,7 +10,7 @@ from ray_peft.engine.contract import Computation, Rows, Seen, Share
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.data import IGNORED
 from ray_peft.tasks.llm_sft.lanes import Bucket, largest_capacity, lay_out, reused
-from ray_peft.tasks.llm_sft.masks import as_taken, windows
+from ray_peft.tasks.llm_sft.masks import for_model, windows
 from ray_peft.tasks.llm_sft.steps import TextRows
 
 if TYPE_CHECKING:
@@ -192,4 +192,4 @@ class PackedLoss(Computation[PackedPart]):
             visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
             masks[kind] = same & visible
         dtype = torch.bfloat16 if self._autocasts else self._model.dtype
-        return as_taken(masks, self._model.config.get_text_config(), dtype)
+        return for_model(masks, self._model.config.get_text_config(), dtype)

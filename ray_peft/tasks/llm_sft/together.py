@@ -54,7 +54,7 @@ class RowsTogether(Rows[PackedPart]):
         most = rows * self._largest
         laid = lay_out_apart([len(ids) for _, ids, *_ in own], most, self._largest, [slot for slot, *_ in own])
         parts = []
-        for plan in (reused(one, self._used, most) for one in laid):
+        for plan in (reused(plan, self._used, most) for plan in laid):
             lanes = sorted(plan.lanes, key=lambda lane: own[lane[0]][0])  # by slot
             parts.append(
                 PackedPart(
@@ -115,10 +115,10 @@ class LossTogether(PackedLoss):
         """Each slot's share (slots,) of the mean loss of its member's step [nats]."""
         import torch
 
-        *given, lanes = inputs
-        ids, places = given[0], given[3]
+        *tensors, lanes = inputs
+        ids, places = tensors[0], tensors[3]
         self._slots.begin(lanes)
-        shares = self._losses(*given)
+        shares = self._losses(*tensors)
         places_lane = places // ids.shape[1]
         members = lanes.index_select(0, places_lane) if len(lanes) else places_lane
         return torch.zeros(len(self._slots), device=shares.device).index_add(0, members, shares)

@@ -49,7 +49,7 @@ class Meter:
     def __init__(self, trained: Trained, trainer: Any, costs: Costs) -> None:
         self._trained, self._trainer, self._costs = trained, trainer, costs
         self._begin = 0.0
-        self._done = 0
+        self._restored_steps = 0
 
     def start(self, checkpoint: Path | None, first_step: int) -> None:
         """Begin to count, from a checkpoint's numbers if there is one.
@@ -60,8 +60,8 @@ class Meter:
         """
         if checkpoint is not None:
             cost.restore(cost.read(checkpoint), self._trained, self._costs, checkpoint)
-            self._done = step_of(checkpoint)
-            self._trained.resumed_from_step = first_step + self._done
+            self._restored_steps = step_of(checkpoint)
+            self._trained.resumed_from_step = first_step + self._restored_steps
             # TRL begins at zero, also where the Trainer goes on; it keeps no public name for it.
             self._trainer._total_train_tokens = self._trained.tokens
         self._timed = self._trained.timed_steps
@@ -73,7 +73,7 @@ class Meter:
         return replace(
             self._trained,
             steps=step,
-            timed_steps=self._timed + step - self._done,
+            timed_steps=self._timed + step - self._restored_steps,
             tokens=int(self._trainer._total_train_tokens),  # noqa: SLF001
             seconds=self._trained.seconds + time.perf_counter() - self._begin,
         )

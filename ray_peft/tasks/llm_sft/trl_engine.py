@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 def train_rows(spec: LlmTrialSpec, rows: Dataset) -> Dataset:
     """The training rows with the labels that the spec's loss asks for."""
-    kept = rows.select_columns(["input_ids", "labels"])
+    columns = rows.select_columns(["input_ids", "labels"])
     if spec.train.loss == "all":
-        return kept.map(lambda row: {"labels": row["input_ids"]}, keep_in_memory=True)
-    return kept
+        return columns.map(lambda row: {"labels": row["input_ids"]}, keep_in_memory=True)
+    return columns
 
 
 def _rows_of_later_stage(spec: LlmTrialSpec, rows: Dataset, job: Job, filler: int) -> tuple[Dataset, int]:
@@ -120,14 +120,14 @@ def _arguments(spec: LlmTrialSpec, job: Job) -> Any:
 
 def _keep_adapter_dtype(stage: Stage, model: PreTrainedModel) -> None:
     """Undo SFTTrainer's cast of adapters on a quantised base to bf16 (TRL 1.16): the method's own dtype counts."""
-    asked = getattr(stage, "adapter_dtype", None)
-    if asked is None:
+    dtype = getattr(stage, "adapter_dtype", None)
+    if dtype is None:
         return
     import torch
 
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(getattr(torch, asked))
+            parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def _guarded_trainer(guard: FiniteGuard, optimizer: Optimizer) -> Any:
@@ -152,19 +152,19 @@ def _watcher(spec: LlmTrialSpec, job: Job, trained: Trained, guard: FiniteGuard,
     due = Due(spec.train.checkpoint_every, job.device)
 
     class Watcher(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            logs: dict[str, Any] = given["logs"]
+        def on_log(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+            logs: dict[str, Any] = keywords["logs"]
             if "loss" not in logs:
                 return
             guard.check()
             trained.losses.append(float(logs["loss"]))
-            kept = {
+            logged = {
                 "train_loss": logs["loss"],
                 "grad_norm": logs.get("grad_norm"),
                 "lr": logs.get("learning_rate"),
                 "epoch": logs.get("epoch"),
             }
-            metrics = {name: float(value) for name, value in kept.items() if value is not None}
+            metrics = {name: float(value) for name, value in logged.items() if value is not None}
             job.report(metrics, job.first_step + state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -339,7 +339,7 @@ def test_the_mixture_is_that_of_the_probabilities(trained):
     ensemble.weights = [0.5, 0.2, 0.3]
     ids = torch.tensor([[87, 104, 97, 116]])
     with torch.no_grad():
-        mixed = _mixed_log_probs(ensemble._asked(), ids).exp()
+        mixed = _mixed_log_probs(ensemble._weighted_members(), ids).exp()
         alone = [torch.softmax(bench.model.eval()(ids).logits, dim=-1) for _, bench in members]
     expected = 0.5 * alone[0] + 0.2 * alone[1] + 0.3 * alone[2]
     assert torch.allclose(mixed, expected, atol=1e-5)

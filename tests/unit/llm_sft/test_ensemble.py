@@ -129,7 +129,7 @@ def test_two_adapters_share_one_base_and_the_untouched_base_is_beneath_them(talk
     spec, members = trained
     loaded = load_members([members[0][0], members[2][0], MemberModel(spec.members()[0], None)], "cpu")
     assert len({id(member.model) for member in loaded}) == 1
-    assert loaded[2].beneath
+    assert loaded[2].is_bare_base
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         outputs = []
