@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(act=_run)
 
     command = commands.add_parser("plan", help="list and check the trials of a search space, without running them")
-    command.add_argument("space")
+    command.add_argument("space", help="a YAML file, such as search_spaces/quickstart.yaml")
     _add_settings(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument(
@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(act=_plan)
 
     command = commands.add_parser("data", help="prepare the rows of a search space and report what happened to them")
-    command.add_argument("space")
+    command.add_argument("space", help="a YAML file, such as search_spaces/quickstart.yaml")
     _add_settings(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--out", metavar="DIR", help="write the prepared rows, examples and the report there")
@@ -168,8 +168,13 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("export", help="write a trial's adapter or merged model in another dtype")
     command.add_argument("run", metavar="RUN_ID", help="the trial's MLflow run")
-    command.add_argument("--format", choices=("adapter", "merged"), default="adapter")
-    command.add_argument("--dtype", choices=tuple(_DTYPES), default="bf16")
+    command.add_argument(
+        "--format",
+        choices=("adapter", "merged"),
+        default="adapter",
+        help="the adapter alone (the default), or the base with the adapter merged into it",
+    )
+    command.add_argument("--dtype", choices=tuple(_DTYPES), default="bf16", help="of the weights; default: bf16")
     command.add_argument("--out", metavar="DIR", help="a new folder; default: exports/<trial id>-<format>-<dtype>")
     command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
     _add_trust(command)
@@ -182,9 +187,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(act=_promote)
 
     command = commands.add_parser("ui", help="open the MLflow UI on the results")
-    command.add_argument("--tracking-uri", help="default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
-    command.add_argument("--host", default="127.0.0.1")
-    command.add_argument("--port", type=int, default=5000)
+    command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
+    command.add_argument("--port", type=int, default=5000, help="default: 5000")
     command.set_defaults(act=_ui)
 
     command = commands.add_parser("doctor", help="what this machine can do")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 ATTENTION_AND_MLP = ("attn", "mlp")
-"""What the names of a Llama-style block's linear layers contain; as `targets`, those of any architecture's blocks."""
+"""Parts of the names of a Llama-style block's linear layers. As `targets`, they mean the linear layers of any block."""
 
 
 class GaLore(FullWeights):
@@ -28,7 +28,7 @@ class GaLore(FullWeights):
     name: Literal["galore"] = "galore"
     tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft"})
     rank: int = Field(default=128, ge=1)
-    """Dimension of the gradient's subspace; moments of an (m, n) matrix take rank * max(m, n) numbers each."""
+    """Dimension of the gradient's subspace; moments of an (m, n) matrix take rank * max(m, n) numbers."""
     update_proj_gap: int = Field(default=200, ge=1)
     """Optimizer steps for which a subspace is kept."""
     scale: float = Field(default=0.25, gt=0)
@@ -39,35 +39,36 @@ class GaLore(FullWeights):
     projected; all other weights get plain AdamW. The default means the linear layers of a block, whatever the
     architecture calls them. Each must match something."""
     svd: Literal["randomized", "exact"] = "randomized"
-    """How a subspace is found. randomized: orthogonal iteration for all matrices of a size at once, from the subspace
-    before; the first starts from columns that the seed decides. exact: a singular value decomposition of each matrix,
-    as galore-torch does, which took 12 s for all of Gemma-3-1B on an H200. `proj_type`s that project the larger side
-    are always exact."""
+    """How a subspace is computed. randomized: orthogonal iteration on all matrices of a size at once, from the previous
+    subspace, and the first time from random columns that depend on the seed. exact: a singular value
+    decomposition of each matrix, as in galore-torch; for all of Gemma-3-1B it took 12 s on an H200. A `proj_type` that
+    projects the larger side is always exact."""
     moments: Literal["weights", "8bit"] = "weights"
-    """How AdamW's moments are stored: as the weights are, or in 8 bits a number with a scale for each 256."""
+    """How AdamW's moments are stored: in the dtype of the weights, or as 8-bit numbers with a scale for every 256."""
     gradients: Literal["device", "host"] = "device"
-    """Where a step's gradients add up. host: each leaves the GPU as soon as a backward pass has it, and comes back for
-    the update, so that the GPU holds one layer's at a time; the vocabulary's adds up in place. Accumulation, clipping
-    and refreshes see what they would see on the device. The host needs as many bytes as the weights take."""
+    """Where the gradients of a step are accumulated. host: a gradient moves to the host as soon as the backward pass
+    has computed it, and comes back for the update, so that the GPU holds one layer's gradient at a time. The gradient
+    of the vocabulary is accumulated in place. Accumulation, clipping and new subspaces use the same numbers as on the
+    device. The host needs as many bytes as the weights take."""
     layerwise: bool = False
-    """Update each weight as soon as its gradient is there, then free the gradient."""
+    """Update each weight as soon as its gradient is computed, then free the gradient."""
     eps: float = Field(default=1.0e-6, gt=0)
     """AdamW's term for numerical stability; the value of the reference implementation."""
 
     def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
-        """Layer-wise updates see one pass on one worker and no global norm; the host adds up for one worker."""
+        """A layer-wise update uses one pass of one worker and has no global norm; `host` accumulates for one worker."""
         conflicts: list[str] = []
         if self.gradients == "host" and num_workers > 1:
             conflicts.append(
-                f"method.gradients: host adds gradients up where workers cannot exchange them, so it needs "
+                f"method.gradients: host keeps gradients where workers cannot exchange them, so it needs "
                 f"resources.num_workers: 1 (found {num_workers})"
             )
         if not self.layerwise:
             return conflicts
         if self.gradients == "host":
             conflicts.append(
-                "layerwise GaLore keeps no gradient, so method.gradients: host has none to keep; set layerwise: false, "
-                "which accumulates and clips, or gradients: device"
+                "layerwise GaLore keeps no gradient, so method.gradients: host has no effect; "
+                "set method.layerwise: false, which accumulates and clips, or method.gradients: device"
             )
         if accumulates:
             conflicts.append(
@@ -87,11 +88,11 @@ class GaLore(FullWeights):
         return conflicts
 
     def needs_own_loop(self) -> str | None:
-        """Gradients that are kept by the optimizer are clipped by it, and another loop would not ask it to."""
+        """Gradients on the host must be clipped by the optimizer itself, and another loop would not ask it to."""
         return "gradients: host" if self.gradients == "host" else None
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Mark every parameter as trained, and prepare where gradients add up."""
+        """Mark every parameter as trained. With gradients on the host, accumulate the vocabulary's in place."""
         from ray_peft.methods.vocabulary import add_in_place
 
         model = super().attach(model)

@@ -1,7 +1,8 @@
 """GaLore's AdamW: the algorithm of galore-torch, over all matrices of one shape at once, without waiting for the GPU.
 
-Where galore-torch keeps a projector object in the optimizer's state, this one keeps its matrix: checkpoints hold
-tensors and numbers alone. Only a refresh of the subspaces, each `update_proj_gap` steps, waits for the GPU.
+galore-torch keeps a projector object in the optimizer's state. This optimizer keeps only its matrix, so that a
+checkpoint holds nothing but tensors and numbers. The host waits for the GPU only when new subspaces are computed, every
+`update_proj_gap` steps.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from ray_peft.methods.moments import Piece
 from ray_peft.methods.stochastic import BUCKET, Dice, rounded
 
 BASIS = "ortho_matrix"
-"""In a weight's state: its basis, or for `proj_type: full` the left and the right one."""
+"""Key of a weight's state: its basis, or the left and the right basis for `proj_type: full`."""
 _OF_REFRESH, _OF_MOMENTS = -1, -2
-"""Parts of a weight's random numbers: what its first basis starts from, and the rounding of its moments."""
+"""Which random numbers of a weight: those that its first basis starts from, and those that round its moments."""
 
 
 class GaLoreAdamW(Optimizer):
@@ -34,7 +35,7 @@ class GaLoreAdamW(Optimizer):
 
     param_groups: list[dict[str, Any]]
     at_a_time, grams_at_a_time = BUCKET, subspace.AT_A_TIME
-    """Numbers that are updated, and those of Gram matrices that are iterated, at a time: more are faster."""
+    """How many numbers are updated at a time, and how many numbers of Gram matrices are iterated: more is faster."""
 
     def __init__(
         self,
@@ -46,14 +47,14 @@ class GaLoreAdamW(Optimizer):
         stochastic: bool = False,
         eight_bit: bool = False,
     ) -> None:
-        """Take the weights.
+        """Set up the optimizer.
 
         Args:
-            groups: of weights; those with `rank`, `update_proj_gap`, `scale`, `proj_type` and `svd` are projected.
+            groups: of weights. Groups with `rank`, `update_proj_gap`, `scale`, `proj_type` and `svd` are projected.
             lr: learning rate.
             betas: decay rates of the moments.
-            eps: is added to the uncorrected root of the second moment.
-            stochastic: round what is stored in bfloat16 stochastically; the arithmetic is then float32.
+            eps: added to the root of the second moment, without bias correction.
+            stochastic: round stochastically what is stored in bfloat16; the arithmetic is then float32.
             eight_bit: store moments in 8 bits; the arithmetic is then float32.
         """
         super().__init__(list(groups), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
@@ -101,7 +102,7 @@ class GaLoreAdamW(Optimizer):
             self._update_projected(group, batch)
 
     def _refresh(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
-        """New bases for the weights whose time has come."""
+        """Compute new bases for the weights that have none, and for all weights every `update_proj_gap` steps."""
         due = [
             parameter
             for parameter in parameters
@@ -120,26 +121,26 @@ class GaLoreAdamW(Optimizer):
             self.state[iterated[place]][BASIS] = basis
 
     def _start(self, parameter: Tensor, columns: int) -> Tensor:
-        """The basis before, filled up with random columns that seed, step and place decide alone."""
+        """The previous basis, and random columns up to `columns`, which depend on seed, step and place alone."""
         generator = self._dice.generator(parameter, self.state[parameter]["step"], _OF_REFRESH)
         size = (min(parameter.shape), columns)
         start = torch.randn(size, generator=generator, device=parameter.device, dtype=torch.float32).double()
         basis = self.state[parameter].get(BASIS)
         if basis is not None:
-            before = (basis.mT if parameter.shape[0] >= parameter.shape[1] else basis)[:, :columns]
-            start[:, : before.shape[1]] = before
+            previous = (basis.mT if parameter.shape[0] >= parameter.shape[1] else basis)[:, :columns]
+            start[:, : previous.shape[1]] = previous
         return start
 
     def _batches(self, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Weights of one shape at one step, of at most `at_a_time` numbers together."""
-        alike: dict[Any, list[Tensor]] = {}
+        """Weights of one shape that are at the same step, at most `at_a_time` numbers in a batch."""
+        by_kind: dict[Any, list[Tensor]] = {}
         for parameter in parameters:
             key = (parameter.shape, parameter.dtype, parameter.device, self.state[parameter]["step"])
-            alike.setdefault(key, []).append(parameter)
-        for same in alike.values():
-            count = max(1, self.at_a_time // same[0].numel())
-            for begin in range(0, len(same), count):
-                yield same[begin : begin + count]
+            by_kind.setdefault(key, []).append(parameter)
+        for weights in by_kind.values():
+            count = max(1, self.at_a_time // weights[0].numel())
+            for begin in range(0, len(weights), count):
+                yield weights[begin : begin + count]
 
     def _update_projected(self, group: dict[str, Any], batch: list[Tensor]) -> None:
         if self._stochastic and fused.serves(batch[0]):
@@ -211,7 +212,7 @@ class GaLoreAdamW(Optimizer):
         return size
 
     def _pieces(self, parameters: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, int, int]]]:
-        """Weights at one step, whole or cut, flat, of at most `at_a_time` numbers together: (weight, begin, end)."""
+        """Lists of flat parts of weights (weight, begin, end), each at one step and of about `at_a_time` numbers."""
         open_pieces: dict[Any, list[tuple[Tensor, int, int]]] = {}
         for parameter in parameters:
             if not parameter.is_contiguous():
@@ -252,7 +253,7 @@ class GaLoreAdamW(Optimizer):
     def _direction(
         self, group: dict[str, Any], pieces: list[Piece], grad: Tensor, dtype: torch.dtype
     ) -> tuple[list[Tensor], Tensor]:
-        """The new moments, flat, and their quotient."""
+        """The updated moments, flat, and the first divided by the root of the second."""
         beta1, beta2 = group["betas"]
         first, second = moments.read(pieces, dtype)
         first.mul_(beta1).add_(grad, alpha=1 - beta1)
@@ -269,7 +270,7 @@ class GaLoreAdamW(Optimizer):
     def _store(
         self, parts: list[tuple[Tensor, int, int]], weight: Tensor, pieces: list[Piece], changed: list[Tensor]
     ) -> None:
-        """Write new weights and moments back, all flat, rounded as the weights are."""
+        """Store the updated weights and moments, all flat; moments are rounded in the way that weights are."""
         first, begin, _ = parts[0]
         generator = self._dice.generator(first, pieces[0].state["step"], begin) if self._stochastic else None
 
@@ -284,7 +285,7 @@ class GaLoreAdamW(Optimizer):
 
 
 class LayerwiseGaLoreAdamW(GaLoreAdamW):
-    """Steps one weight as soon as its gradient is there, then frees the gradient; `step` finds nothing left to do."""
+    """Updates a weight as soon as its gradient is computed, then frees the gradient; `step` has nothing left to do."""
 
     worst: Tensor | float = 0.0
     """Zero, or NaN once a gradient was not finite."""
@@ -298,8 +299,8 @@ class LayerwiseGaLoreAdamW(GaLoreAdamW):
 
 
 def _stepper(optimizer: weakref.ref[LayerwiseGaLoreAdamW], index: int) -> Any:
-    # The collector cannot see through a tensor's hooks: one that held the optimizer, and with it the weights, would
-    # keep all of them for the life of the process.
+    # Python's garbage collector does not follow the hooks of a tensor. A hook with a reference to the optimizer would
+    # keep it and all weights alive until the process ends.
     def step_one(parameter: Tensor) -> None:
         self = optimizer()
         if self is None:  # a later stage trains with another optimizer

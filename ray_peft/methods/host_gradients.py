@@ -1,8 +1,9 @@
-"""GaLore whose gradients wait in the host's memory: on the GPU there is that of one layer at a time.
+"""GaLore with gradients in the host's memory: the GPU holds the gradient of one layer at a time.
 
-A weight's gradient is added to the host's copy as soon as a backward pass has it, and freed. So passes add up, the norm
-is that of the whole step's gradient, and refreshes see it whole: what is computed is what plain GaLore computes. At the
-step, each matrix comes back to be projected. Nothing waits for the GPU, and a recorded pass holds these copies as well.
+As soon as a backward pass has computed a gradient, it is added to the host's copy and freed. So gradients accumulate
+over passes, the norm is that of the whole step, and new subspaces are computed from the whole gradient, as in plain
+GaLore. For the update, each gradient is copied back and projected. The host never waits for the GPU, and a recorded
+pass contains these copies.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from ray_peft.methods.galore_adamw import GaLoreAdamW
 from ray_peft.methods.vocabulary import is_added_in_place
 
 SMALL = 2**16
-"""Gradients of fewer numbers stay on the GPU: a copy would cost more than it frees."""
+"""Gradients with fewer numbers stay on the GPU: the copy would cost more than the memory is worth."""
 BYTES_IN_FLIGHT = 2**26
-"""Bytes of gradients that are on their way at a time."""
+"""Bytes of gradients that are being copied at a time."""
 
 
 class HostGaLoreAdamW(GaLoreAdamW):
-    """GaLore's AdamW over gradients that are kept by the host, small ones and those of a vocabulary apart."""
+    """GaLore's AdamW with gradients on the host; those of small weights and of a vocabulary stay on the GPU."""
 
     at_a_time, grams_at_a_time = GaLoreAdamW.at_a_time // 4, GaLoreAdamW.grams_at_a_time // 4
 
     overlaps = False
-    """Copy beside the backward pass, on streams of their own. Off: no GPU has run tests/gpu/test_gpu_galore.py yet."""
+    """Copy while the backward pass runs, on two more streams. Off: no GPU has run tests/gpu/test_gpu_galore.py yet."""
 
     def __init__(self, groups: Iterable[dict[str, object]], **settings: Any) -> None:
         """As `GaLoreAdamW`."""
@@ -43,20 +44,20 @@ class HostGaLoreAdamW(GaLoreAdamW):
         self._offloaded = [False] * len(away)
         device = parameters[0].device
         self._filled = torch.zeros(len(away), dtype=torch.bool, device=device)
-        """Whether a pass of this step has added to a gradient; on the GPU, so that recorded passes set it."""
+        """Whether a pass of this step has written a gradient; on the GPU, so that recorded passes can set it."""
         self._norms = torch.zeros(len(away), dtype=torch.float32, device=device)
         self._copies = _CopyStreams() if device.type == "cuda" and self.overlaps else None
         self._factor: Tensor | None = None
-        """What clipping multiplies the gradients with."""
+        """The factor of clipping on the gradients."""
         for place, parameter in enumerate(away):
             parameter.register_post_accumulate_grad_hook(_offload_hook(weakref.ref(self), place))
 
     def holds_gradient(self, parameter: Tensor) -> bool:
-        """Whether a weight's gradient leaves the GPU."""
+        """Whether a weight's gradient is on the host."""
         return id(parameter) in self._places
 
     def clip(self, limit: float | None) -> Tensor:
-        """Scale the step's gradients to a norm of at most `limit`; returns the norm (), of all passes together."""
+        """Scale the step's gradients to a norm of at most `limit`; returns their norm (), over all passes."""
         here = [parameter.grad for parameter in self._here if parameter.grad is not None]
         norms = [torch.linalg.vector_norm(grad, dtype=torch.float32)[None] for grad in here]
         norm: Tensor = torch.linalg.vector_norm(torch.cat([self._norms, *norms]))
@@ -66,7 +67,7 @@ class HostGaLoreAdamW(GaLoreAdamW):
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the step's gradients."""
+        """Discard the step's gradients."""
         super().zero_grad(set_to_none)
         self._filled.zero_()
         self._norms.zero_()
@@ -84,7 +85,7 @@ class HostGaLoreAdamW(GaLoreAdamW):
         return grad if self._factor is None else grad.mul_(self._factor)
 
     def _fetched(self, parameter: Tensor, place: int) -> Tensor:
-        """What the host has of this step; zeros before the first pass."""
+        """A copy on the GPU of the gradient that the host has for this step; zeros before the first pass."""
         grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
         grad.copy_(self._host_gradients[place], non_blocking=True)
         return torch.where(self._filled[place], grad, 0.0)
@@ -107,10 +108,10 @@ class HostGaLoreAdamW(GaLoreAdamW):
 
 
 class _CopyStreams:
-    """Two streams beside a backward pass: one copies from the host, the other to it, while the pass goes on.
+    """Two CUDA streams that copy from the host and to it while a backward pass runs.
 
-    What they use stays alive until they are done with it: a few tensors at a time, for which the pass then waits. At
-    the end of the pass, its stream waits for both, so that a recorded pass holds all of it.
+    The tensors of a copy stay alive until the copy has ended; if they exceed `BYTES_IN_FLIGHT`, the pass waits for the
+    oldest copy. At its end the pass waits for both streams, so that a recorded pass contains all copies.
     """
 
     def __init__(self) -> None:
@@ -120,7 +121,7 @@ class _CopyStreams:
         self._in_pass = False
 
     def fetch(self, work: Callable[[], Tensor]) -> Tensor:
-        """What `work` copies from the host, to be used in `send_back`."""
+        """The tensor that `work` copies from the host; pass it to `send_back`."""
         if not self._in_pass:
             self._in_pass = True
             self._from_host.wait_stream(torch.cuda.current_stream())
@@ -165,7 +166,8 @@ def _on_host(parameter: Tensor) -> Tensor:
 
 
 def _offload_hook(optimizer: weakref.ref[HostGaLoreAdamW], place: int) -> Any:
-    # The collector cannot see through a tensor's hooks: one that held the optimizer would keep all weights.
+    # Python's garbage collector does not follow the hooks of a tensor: a reference to the optimizer would keep all
+    # weights alive.
     def offload(parameter: Tensor) -> None:
         self = optimizer()
         if self is not None:  # a later stage trains with another optimizer

@@ -1,4 +1,4 @@
-"""How AdamW's two moments are stored: in a dtype of their own, or in 8 bits a number."""
+"""How AdamW's two moments are stored: in a given dtype, or as 8-bit numbers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 NAMES = ("exp_avg", "exp_avg_sq")
 BLOCK = 256
-"""Numbers that share a scale in 8 bits; pieces begin at multiples of it."""
+"""How many 8-bit numbers share a scale; a piece begins at a multiple of it."""
 _SMALL = 4096
-"""Moments of fewer numbers stay in float32, as in bitsandbytes."""
+"""Moments with fewer numbers are stored in float32, as in bitsandbytes."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of the numbers of one weight's moments."""
+    """A contiguous part of the moments of one weight."""
 
     state: dict[str, Any]
     """The optimizer's, of the weight."""
@@ -32,8 +32,8 @@ def make(state: dict[str, Any], like: Tensor, *, eight_bit: bool) -> None:
 
     Args:
         state: the optimizer's, of the weight.
-        like: of the moments' shape, device and, unless they are in 8 bits, dtype.
-        eight_bit: store a code of 8 bits a number, and a float32 scale for each 256 of them (Dettmers et al. 2022,
+        like: a tensor with the shape and device of the moments and, unless they are in 8 bits, their dtype.
+        eight_bit: store an 8-bit code for each number, and a float32 scale for every 256 (Dettmers et al. 2022,
             arXiv:2110.02861).
     """
     for name in NAMES:
@@ -67,9 +67,9 @@ def write(pieces: Sequence[Piece], values: Sequence[Tensor], stored: Callable[[T
     """Store both moments, (number,) each, back into the pieces.
 
     Args:
-        pieces: as they were read.
+        pieces: those that were read.
         values: first and second moments; they may be overwritten.
-        stored: makes what a dtype can hold of float32 numbers.
+        stored: converts float32 numbers to a dtype.
     """
     sizes = [piece.end - piece.begin for piece in pieces]
     for name, moment in zip(NAMES, values, strict=True):
@@ -111,7 +111,7 @@ def _ops() -> Any:
 
 @cache
 def _code(name: str, device: torch.device) -> Tensor:
-    """What the 256 codes mean: the dynamic map of bitsandbytes; second moments have no sign."""
+    """The numbers (256,) that the codes stand for: bitsandbytes' dynamic map, unsigned for second moments."""
     from bitsandbytes.functional import create_dynamic_map
 
     if device.type == "meta":

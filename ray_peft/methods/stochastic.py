@@ -1,8 +1,9 @@
-"""AdamW on bfloat16 weights and moments, rounded stochastically: an update counts on average, however small it is.
+"""AdamW on bfloat16 weights and moments with stochastic rounding: even the smallest update counts on average.
 
-Rounded to the nearest, an update below 2**-9 of its weight changes nothing, and a second moment that decays by 0.1 % a
-step never decays. Rounded up with the probability of the remainder, both hold in expectation (Gupta et al. 2015,
-arXiv:1502.02551; for bfloat16 training: Zamirai et al. 2020, arXiv:2010.06192). The arithmetic itself is float32.
+With rounding to the nearest, an update below 2**-9 of its weight changes nothing, and a second moment that should decay
+by 0.1 % a step never decays. Stochastic rounding rounds up with the probability of the remainder, so that both are
+right in expectation (Gupta et al. 2015, arXiv:1502.02551; for bfloat16 training: Zamirai et al. 2020,
+arXiv:2010.06192). The arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ BUCKET = 2**23
 
 
 class Dice:
-    """Random bits that depend on seed, step and place alone: equal on every data-parallel worker and after a resume."""
+    """Random bits from seed, step and place alone: the same on every data-parallel worker and after a resume."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._seed = torch.initial_seed()
@@ -29,23 +30,24 @@ class Dice:
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def generator(self, parameter: Tensor, step: int, part: int = 0) -> torch.Generator:
-        """The generator for one rounding of a weight, or of the bucket that begins with it."""
+        """The generator that rounds a weight, or the bucket that begins with it, at one step."""
         generator = self._generators.setdefault(parameter.device, torch.Generator(parameter.device))
         return generator.manual_seed(self.seed(parameter, step, part))
 
     def seed(self, parameter: Tensor, step: int, part: int = 0) -> int:
-        """The same as a seed of 62 bits, for a kernel that counts."""
+        """The 62-bit seed of that generator, for a kernel that draws random bits by itself."""
         return hash((self._seed, step, self._place[id(parameter)], part)) & (2**62 - 1)
 
 
 def rounded(values: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
-    """`values` (float32) in `dtype`; if that is bfloat16, up or down at random, so that the mean is kept.
+    """Convert `values` (float32) to `dtype`; to bfloat16 by stochastic rounding, which keeps the mean.
 
     Overwrites `values`.
     """
     if dtype != torch.bfloat16:
         return values.to(dtype)
-    # A bfloat16 is the upper half of a float32. The sign is a bit apart, so adding to the bits enlarges the magnitude.
+    # A bfloat16 is the upper half of a float32. The sign has a bit of its own, so adding to the bits adds to the
+    # magnitude.
     bits = values.view(torch.int32)
     bits += torch.empty_like(bits).random_(0, 2**16, generator=generator)
     bits &= -(2**16)
@@ -54,11 +56,11 @@ def rounded(values: Tensor, dtype: torch.dtype, generator: torch.Generator | Non
 
 @dataclass
 class _Bucket:
-    """Parts of weights, flat, with their gradients and moments; all of one dtype and at one step."""
+    """Flat parts of weights with their gradients and moments, all of one dtype and at the same step."""
 
     step: int
     first: Tensor
-    """The weight it begins with, at number `begin`."""
+    """The weight that the bucket begins with, from its number `begin` on."""
     begin: int
     columns: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = field(
         default_factory=lambda: ([], [], [], [])
@@ -79,7 +81,7 @@ def adamw_step(
         parameters: of one group.
         states: the optimizer's state, filled at a parameter's first step.
         group: lr, betas, eps, weight_decay.
-        dice: for the rounding.
+        dice: random bits for the rounding.
     """
     beta1, beta2 = group["betas"]
     for bucket in _buckets(parameters, states):
@@ -134,7 +136,7 @@ def _write(parts: list[Tensor], values: Tensor, generator: torch.Generator) -> N
 
 
 class StochasticAdamW(Optimizer):
-    """torch's AdamW with weights and moments in the parameters' own dtype, rounded stochastically if it is bfloat16."""
+    """torch's AdamW with moments in the dtype of the weights; both are rounded stochastically if it is bfloat16."""
 
     def __init__(
         self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float = 1e-8

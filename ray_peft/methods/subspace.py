@@ -1,8 +1,8 @@
-"""The subspaces that GaLore projects gradients to: their leading singular vectors, exact, or by orthogonal iteration.
+"""The subspaces that GaLore projects gradients to: leading singular vectors, exact or by orthogonal iteration.
 
-The iteration works on the Gram matrix of the smaller side, for all matrices of one size at once: each round multiplies
-with it and makes the columns orthonormal, and a Rayleigh-Ritz step at the end turns them into singular vectors (Halko,
-Martinsson and Tropp 2011, arXiv:0909.4061, algorithm 4.4). It starts from the basis before, where there is one.
+The iteration uses the Gram matrix of the smaller side, for all matrices of one size at once. Each round multiplies by
+it and makes the columns orthonormal; a final Rayleigh-Ritz step turns the columns into singular vectors (Halko,
+Martinsson and Tropp 2011, arXiv:0909.4061, algorithm 4.4). It starts from the previous basis if there is one.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 SVD = Literal["randomized", "exact"]
 
 ROUNDS = 8
-"""Products with the Gram matrix: each squares what one with the gradient would do."""
+"""Products with the Gram matrix; each counts as two with the gradient."""
 _SPARE = 4
-"""A quarter more columns than the rank are iterated: the last ones of a block converge late."""
+"""One spare column is iterated for every four of the rank: the last columns of a block converge slowly."""
 _RIDGE = 1e-7
-"""Of the mean eigenvalue, added to the diagonal: a gradient of lower rank than its basis has one all the same."""
+"""Share of the mean eigenvalue that is added to the diagonal, so that a gradient of low rank has a full basis."""
 AT_A_TIME = 2**24
-"""Numbers of the Gram matrices that are iterated at a time, in float64: 128 MiB."""
+"""How many numbers of Gram matrices are iterated at a time; in float64, 128 MiB."""
 
 
 def side_of(shape: torch.Size, proj_type: ProjType) -> str:
-    """`left` if a gradient (m, n) is multiplied from the left with (rank, m), `right` with (n, rank), or `full`."""
+    """`left` if a gradient (m, n) is multiplied by (rank, m) from the left, `right` if by (n, rank), else `full`."""
     if proj_type in ("left", "right", "full"):
         return proj_type
     tall = shape[0] >= shape[1]
@@ -35,14 +35,14 @@ def side_of(shape: torch.Size, proj_type: ProjType) -> str:
 
 
 def projected(grad: Tensor, bases: Sequence[Tensor], side: str) -> Tensor:
-    """Gradients (..., m, n) in their subspaces; `bases` are one for the side, or left and right."""
+    """Project gradients (..., m, n) to their subspaces; `bases` are that of `side`, or for `full` left and right."""
     if side == "full":
         return bases[0].mT @ grad @ bases[1].mT
     return grad @ bases[0].mT if side == "right" else bases[0].mT @ grad
 
 
 def projected_back(low: Tensor, bases: Sequence[Tensor], side: str) -> Tensor:
-    """(..., m, n) of what `projected` made."""
+    """Project `low`, a result of `projected`, back to (..., m, n)."""
     if side == "full":
         return bases[0] @ low @ bases[1]
     return low @ bases[0] if side == "right" else bases[0] @ low
@@ -51,13 +51,13 @@ def projected_back(low: Tensor, bases: Sequence[Tensor], side: str) -> Tensor:
 def exact(grad: Tensor, rank: int, side: str) -> list[Tensor]:
     """The leading singular vectors of a gradient (m, n), in its dtype: left ones (m, rank), right ones (rank, n)."""
     left, _, right = torch.linalg.svd(grad.float(), full_matrices=False)
-    # Copies: a view would hold on to the whole decomposition.
+    # Copies: a view would keep the whole decomposition in memory.
     vectors = {"left": left[:, :rank].to(grad.dtype, copy=True), "right": right[:rank].to(grad.dtype, copy=True)}
     return list(vectors.values()) if side == "full" else [vectors[side]]
 
 
 def can_iterate(shape: torch.Size, side: str) -> bool:
-    """Whether the basis lies on the smaller side of a gradient: on the larger one its Gram matrix would not pay."""
+    """Whether the basis is on the smaller side of a gradient; the larger side's Gram matrix would cost too much."""
     return side == ("right" if shape[0] >= shape[1] else "left")
 
 
@@ -68,14 +68,14 @@ def iterated(
     rank: int,
     at_a_time: int = AT_A_TIME,
 ) -> dict[int, Tensor]:
-    """Bases of the gradients of some weights, on their smaller sides, in the weights' dtypes, by place in `weights`.
+    """Bases of gradients on their smaller sides, in the dtypes of the weights, by place in `weights`.
 
     Waits for the GPU.
 
     Args:
         weights: (m, n) each.
-        gradient: gives a weight's.
-        start: columns (smaller side, count) to start from, given a weight and their count; float64.
+        gradient: returns the gradient of a weight.
+        start: returns float64 columns (smaller side, count) to start from, given a weight and the count.
         rank: of the bases, at most the smaller side.
         at_a_time: numbers of the Gram matrices that are iterated at a time.
     """
@@ -102,9 +102,9 @@ def iterated(
 
 
 def _fill_gram(gram: Tensor, grad: Tensor) -> None:
-    """Make `gram` (smaller side, smaller side) the gradient's, with a mean eigenvalue of 1; products are in float32."""
+    """Write a gradient's Gram matrix into `gram` (smaller side, smaller side), scaled to a mean eigenvalue of 1."""
     matrix = grad.float()
-    # A trial whose gradient is not finite ends by its guard, which says more than a failed decomposition.
+    # The trial's guard reports a gradient that is not finite, more clearly than a failed decomposition would.
     gram.copy_((matrix.mT @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.mT).nan_to_num_())
     gram *= len(gram) / gram.trace().clamp_min(torch.finfo(torch.float32).tiny)
     gram.diagonal().add_(_RIDGE)
@@ -116,18 +116,18 @@ def _leading(grams: Tensor, starts: Tensor, rank: int) -> Tensor:
     for _ in range(ROUNDS):
         columns = _orthonormal(grams @ columns)
     within = columns.mT @ (grams @ columns)
-    turned = torch.linalg.eigh((within + within.mT) / 2).eigenvectors.flip(-1)[..., :rank]
-    vectors = columns @ turned
-    # An eigenvector's sign is arbitrary: that of the start is the same on every worker, and after a resume.
-    agree = (vectors * starts[..., :rank]).sum(-2, keepdim=True)
-    signed: Tensor = vectors * torch.where(agree < 0, -1.0, 1.0)
+    rotation = torch.linalg.eigh((within + within.mT) / 2).eigenvectors.flip(-1)[..., :rank]
+    vectors = columns @ rotation
+    # The sign of an eigenvector is arbitrary; `starts` decides it, the same on all workers and after a resume.
+    agreement = (vectors * starts[..., :rank]).sum(-2, keepdim=True)
+    signed: Tensor = vectors * torch.where(agreement < 0, -1.0, 1.0)
     return signed
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """The same span (matrix, size, count) with orthonormal columns, in their order: Cholesky QR, twice.
+    """Orthonormal columns (matrix, size, count) of the same span and order, by two passes of Cholesky QR.
 
-    Source: Yamamoto et al. 2015, doi:10.1553/etna_vol44s306; the shift against a failure, arXiv:1809.11085.
+    Source: Yamamoto et al. 2015, doi:10.1553/etna_vol44s306; the shift that keeps it from failing, arXiv:1809.11085.
     """
     for _ in range(2):
         columns = columns / columns.norm(dim=-2, keepdim=True).clamp_min(1e-150)

@@ -1,8 +1,8 @@
-"""Gradients of a vocabulary's matrix, added up in place: that of an embedding is never whole beside the one kept.
+"""Gradients of a vocabulary's matrix, accumulated in place: no second gradient of its size is ever in memory.
 
-Autograd makes a gradient of the size of the matrix for each use of it, and adds it to the one that is there: with
-Gemma's 262,144 words and a tied output layer that is more than the rest of the model. Here each use adds a piece of
-the vocabulary at a time to `weight.grad`.
+For every use of a matrix, autograd computes a gradient of its full size and adds it to the one so far. With Gemma's
+262,144 words and a tied output layer, that takes more memory than the rest of the model. Here each use adds to
+`weight.grad` piece by piece.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.autograd import Function
 from ray_peft.reach.shared_weights import output_layer
 
 PIECE = 8192
-"""Words whose gradient is computed at a time."""
+"""Rows of the vocabulary whose gradient is computed at a time."""
 _MARK = "_gradient_added_in_place"
 
 
 def add_in_place(model: nn.Module) -> None:
-    """Let the matrices of `model`'s input embedding and output layer add up their gradients in place.
+    """Accumulate the gradients of `model`'s input embedding and output layer in place.
 
-    The embedding does so by itself from now on; an output layer's loss function asks `is_added_in_place`.
+    The embedding does so by itself from now on. The loss function of an output layer must ask `is_added_in_place`.
     """
     embedding, head = model.get_input_embeddings(), output_layer(model)  # type: ignore[operator]
     if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None or embedding.scale_grad_by_freq:
@@ -39,19 +39,19 @@ def add_in_place(model: nn.Module) -> None:
 
 
 def is_added_in_place(weight: Tensor) -> bool:
-    """Whether a matrix's gradient is added up in place, so that its user has to do so."""
+    """Whether whoever uses a matrix must add to its gradient in place."""
     return getattr(weight, _MARK, False) and weight.requires_grad
 
 
 def add_rows(weight: Tensor, begin: int, gradient: Tensor) -> None:
-    """Add the gradient of the rows from `begin` on, (row, column)."""
+    """Add `gradient` (row, column) to the rows of `weight.grad` from `begin` on."""
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     weight.grad[begin : begin + len(gradient)] += gradient
 
 
 class _Embedded(Function):
-    """An embedding's forward pass, whose backward pass adds to `weight.grad` and hands no gradient on."""
+    """The forward pass of an embedding; the backward pass adds to `weight.grad` and returns no gradient."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, module: nn.Embedding, forward: Any) -> Tensor:
@@ -70,17 +70,17 @@ class _Embedded(Function):
         for begin in range(0, len(weight), PIECE):
             count = min(PIECE, len(weight) - begin)
             place = ids - begin
-            place = torch.where((place < 0) | (place >= count), count, place)  # all others into one row more
+            place = torch.where((place < 0) | (place >= count), count, place)  # others go into a spare row
             piece = torch.ops.aten.embedding_dense_backward(rows, place, count + 1, count, False)
             add_rows(weight, begin, piece[:count])
         return None, None, None, None
 
 
 def _of_rows(module: nn.Embedding, ids: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of the row of each token (token, column), through what the module does to its rows.
+    """The gradient (token, column) of the row that each token looks up, before the module scales it.
 
-    A model's embedding may scale them: the module is linear in its matrix, so one of zeros, with a row for each token,
-    has the same derivative.
+    Some models scale their embedding. The module is linear in its matrix, so a copy of it with a matrix of zeros, one
+    row for each token, has the same derivative.
     """
     tokens = ids.numel()
     twin = copy.copy(module)

@@ -1,7 +1,7 @@
-"""Greedy answers to many prompts: a lane whose prompt is answered takes the next one while the others go on.
+"""Greedy answers to many prompts: continuous batching, where a lane whose answer is complete takes the next prompt.
 
-All shapes are static, so that a GPU can replay recorded passes: few sizes of groups of new prompts, few numbers of
-lanes, and few spans of the cache that are looked at.
+All shapes are static, so that a GPU can replay recorded passes: there are few sizes of a group of new prompts, few
+numbers of lanes, and few lengths of the cache that attention reads.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 4096
 """Tokens, padding included, of one pass that reads prompts."""
 STEPS = 8
-"""Tokens that a GPU adds before the host looks which prompts are answered."""
+"""Tokens that are added to each answer before the host looks which answers are complete."""
 FEWEST_LANES = 8
-"""A GPU's pass takes as long for fewer."""
+"""A pass with fewer lanes takes a GPU as long."""
 
 
 @dataclass(frozen=True)
 class Voice:
-    """A model that has a say in the next token."""
+    """A model that chooses the next token, alone or with others."""
 
     model: PreTrainedModel
     at_work: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
-    """The surroundings in which it is itself: of several adapters on one base, its own is on."""
+    """The context in which it runs: of several adapters on one base, this switches on its own."""
     log_weight: float = 0.0
-    """Of its distribution in the mixture, where there are several."""
+    """Logarithm of its weight in the mixture, if there are several models."""
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,25 @@ class Ends:
     """What ends an answer."""
 
     new_tokens: int
-    """Most tokens of an answer."""
+    """Largest number of tokens of an answer."""
     tokens: Sequence[int]
-    """Each of them does."""
+    """Tokens each of which ends an answer."""
     text: str | None = None
-    """It does, as soon as it is written out; None if nothing does."""
+    """Text that ends an answer as soon as it is complete; None if there is none."""
 
 
 class Lanes:
-    """What the lanes hold on the device, and the two passes that change it: reading prompts, and adding a token."""
+    """The lanes on the device, with the two passes that change them: one reads prompts, one adds a token."""
 
     def __init__(self, voices: Sequence[Voice], lanes: int, capacity: int, ends: Ends, dtype: Any) -> None:
-        """Take memory for the lanes, all of them empty.
+        """Allocate empty lanes.
 
         Args:
             voices: the models, in evaluation mode, on one device.
-            lanes: prompts that are answered at a time.
-            capacity: tokens of a prompt and its answer.
-            ends: what ends an answer; of it, text is left to the caller.
-            dtype: of attention scores, where attention adds masks to them.
+            lanes: number of prompts that are answered at a time.
+            capacity: largest number of tokens of a prompt with its answer.
+            ends: what ends an answer; its `text` is not looked for here, the caller must do that.
+            dtype: of attention masks that are added to scores.
         """
         device = voices[0].model.device
         self.count, self.capacity, self._ends, self._dtype = lanes, capacity, ends, dtype
@@ -75,7 +75,7 @@ class Lanes:
             _Reading(voice, LaneCache(windows_of_layers(voice.model.config.get_text_config()), lanes, capacity))
             for voice in voices
         ]
-        # One lane more, which is spare: groups of prompts are filled up with empty ones.
+        # The last lane is spare: it takes the empty prompts that fill up a group.
         self.tokens, self.positions, self.written = (
             torch.zeros(lanes + 1, dtype=torch.int64, device=device) for _ in range(3)
         )
@@ -84,7 +84,7 @@ class Lanes:
         self._stops = torch.tensor(list(ends.tokens), dtype=torch.int64, device=device)
 
     def read(self, ids: Tensor, lengths: Tensor, lanes: Tensor) -> Tensor:
-        """Put prompts into lanes, with the first token of each answer; returns that token's scores (prompt, token).
+        """Put prompts into lanes and choose the first token of each answer; returns its scores (prompt, vocabulary).
 
         Args:
             ids: (prompt, longest) int64, padded on the left.
@@ -102,12 +102,12 @@ class Lanes:
         return scores
 
     def add(self, lanes: int, span: int) -> Tensor:
-        """Add a token to each of the first lanes that has not ended; returns its scores (lane, token)."""
+        """Add a token to each of the first lanes whose answer has not ended; returns its scores (lane, vocabulary)."""
         ended, written = self.ended[:lanes], self.written[:lanes]
         positions = self.positions[:lanes]
         scores = self._scores(NextTokens(positions, span), self.tokens[:lanes, None], positions[:, None])
         following = torch.where(ended, self.tokens[:lanes], scores.argmax(dim=-1))
-        place = written.clamp(max=self._ends.new_tokens - 1)[:, None]  # an answer that ended is written over its end
+        place = written.clamp(max=self._ends.new_tokens - 1)[:, None]  # an ended answer keeps its last token
         self.answers[:lanes].scatter_(
             1, place, torch.where(ended[:, None], self.answers[:lanes].gather(1, place), following[:, None])
         )
@@ -118,7 +118,7 @@ class Lanes:
         return scores
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Put what some lanes hold into others."""
+        """Copy the content of some lanes into others."""
         device = self.tokens.device
         source, target = (torch.tensor(list(lanes), device=device) for lanes in (sources, targets))
         for voice in self._voices:
@@ -127,11 +127,11 @@ class Lanes:
             state.index_copy_(0, target, state.index_select(0, source))
 
     def _stop(self, tokens: Tensor) -> Tensor:
-        """Which tokens (row,) end an answer. `torch.isin` waits for the GPU where many do (torch 2.11)."""
+        """Which of `tokens` (row,) end an answer. `torch.isin` would wait for the GPU if many do (torch 2.11)."""
         return (tokens[:, None] == self._stops).any(dim=-1)
 
     def _scores(self, tokens: TokensOfPass, ids: Tensor, positions: Tensor) -> Tensor:
-        """Scores (row, token) float32 of what follows the last of `ids`: one model's logits, or a mixture's logs."""
+        """Scores (row, vocabulary) float32 of the token after `ids`: logits of one model, or log-probabilities."""
         scores = [voice.scores(tokens, ids, positions, self.capacity, self._dtype) for voice in self._voices]
         if len(scores) == 1:
             return scores[0]
@@ -142,13 +142,13 @@ class Lanes:
 
 @dataclass(frozen=True)
 class _Reading:
-    """A voice, and what it has read."""
+    """A model with the keys and values of what it has read."""
 
     voice: Voice
     cache: LaneCache
 
     def scores(self, tokens: TokensOfPass, ids: Tensor, positions: Tensor, capacity: int, dtype: Any) -> Tensor:
-        """Logits (row, token) float32 behind the last of `ids`."""
+        """Logits (row, vocabulary) float32 of the token after `ids`."""
         model: Any = self.voice.model
         config = model.config.get_text_config()
         masks = {kind: tokens.mask(window, capacity) for kind, window in windows(config).items()}
@@ -174,9 +174,9 @@ class _Prompt:
     row: int
     length: int
     written: int = 1
-    """Tokens of the answer, as far as the host knows; more once it has ended."""
+    """Tokens of the answer; too many once it has ended and the host has not seen that yet."""
     searched: int = 0
-    """Of these, such as were searched for the text that ends an answer."""
+    """How many of these were searched for the text that ends an answer."""
 
 
 @dataclass
@@ -188,16 +188,16 @@ class Answering:
     """The padding token."""
     replays: Replays
     static: bool
-    """Passes come in few shapes, to be recorded; else in the smallest, which is right for the CPU."""
+    """True: passes have few shapes, so that they can be recorded. False: the smallest shapes, which suits the CPU."""
     stop: Callable[[Sequence[int], int], int | None] | None = None
-    """Given tokens and how many of them were looked at, after how many the text that ends an answer is complete; None
-    if it is not."""
+    """Given tokens and how many of them were searched: after how many tokens the text that ends an answer is complete;
+    None if it is not."""
     _prompts: dict[int, _Prompt] = field(default_factory=dict)
-    """What lanes hold, by lane."""
+    """The prompt in each lane that has one."""
     _buffers: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
 
     def answers(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-        """(row, tokens of its answer, the end token included) of each of `rows`, as they end.
+        """(row, tokens of its answer with the end token) of each of `rows`, in the order in which answers end.
 
         Args:
             prompts: token ids.
@@ -219,19 +219,19 @@ class Answering:
             yield from self._ended(prompts)
 
     def _steps(self) -> int:
-        """Tokens to add before the next look; on the CPU, looking costs nothing."""
+        """Tokens to add before the host looks again; on the CPU it can look after each."""
         most = self.lanes.answers.shape[1]
         left = max(most - prompt.written for prompt in self._prompts.values())
         return min(STEPS, left) if self.static else 1
 
     def _span(self, tokens: int) -> int:
-        """Places to look at for so many tokens."""
+        """How many places of the cache to read for `tokens` tokens."""
         if not self.static:
             return min(tokens, self.lanes.capacity)
         return next((size for size in _SPANS if tokens <= size < self.lanes.capacity), self.lanes.capacity)
 
     def _read(self, prompts: Sequence[Sequence[int]], waiting: deque[int]) -> None:
-        """Put waiting prompts into free lanes, once there are enough of either."""
+        """Put waiting prompts into free lanes, once an eighth of the lanes is free."""
         free = [lane for lane in range(self.lanes.count) if lane not in self._prompts]
         enough = max(1, self.lanes.count // 8) if self.static and self._prompts else 1
         while waiting and len(free) >= min(enough, len(waiting)):
@@ -249,7 +249,7 @@ class Answering:
         return next((size for size in CAPACITIES if tokens <= size < self._largest), self._largest)
 
     def _begin(self, prompts: Sequence[Sequence[int]], lanes: Sequence[int], capacity: int) -> None:
-        """Read a group of prompts, filled up with empty ones to one of few sizes."""
+        """Read a group of prompts; empty prompts fill it up to one of few sizes."""
         size = next(count for count in LANES if count >= len(prompts)) if self.static else len(prompts)
         ids = torch.full((size, capacity), self.pad)
         lengths, targets = torch.ones(size, dtype=torch.int64), torch.full((size,), self.lanes.count)
@@ -269,7 +269,7 @@ class Answering:
         self.replays(("read", size, capacity), partial(self.lanes.read, *buffers))
 
     def _ended(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
-        """The answers that ended since the last look; their lanes are free from then on."""
+        """(row, answer) of the answers that have ended since the last call; their lanes become free."""
         if not self._prompts:
             return
         lanes = self.lanes
@@ -293,7 +293,7 @@ class Answering:
             yield self._prompts.pop(lane).row, answer[:written]
 
     def _close_up(self, more: bool) -> int:
-        """How many of the first lanes the next tokens are added to; none is free there that could be held."""
+        """Move prompts to the first lanes if no prompt waits; returns how many lanes the next passes compute."""
         if more:
             return self.lanes.count
         count = self._fewest(len(self._prompts))
@@ -306,7 +306,7 @@ class Answering:
         return count
 
     def _fewest(self, used: int) -> int:
-        """Lanes for so many prompts."""
+        """The fewest lanes for `used` prompts, of the sizes that are recorded."""
         if not self.static:
             return used
         count = self.lanes.count
@@ -316,7 +316,7 @@ class Answering:
 
 
 def group_of(prompts: int, capacity: int) -> int:
-    """How many of so many prompts are read in one pass of rows of so many tokens."""
+    """How many of `prompts` prompts one pass reads, if its rows have `capacity` tokens."""
     return min(prompts, max(1, PROMPT_TOKENS // capacity))
 
 
@@ -324,7 +324,7 @@ _SPANS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 def text_stop(tokenizer: PreTrainedTokenizerBase, text: str) -> Callable[[Sequence[int], int], int | None]:
-    """What `Answering.stop` asks for, as `generate` decides it."""
+    """The function for `Answering.stop`, with the rule that `generate` uses."""
     from transformers import StopStringCriteria
 
     criteria = StopStringCriteria(tokenizer, [text])

@@ -1,4 +1,4 @@
-"""Which models may answer prompts in lanes (continuous.py): those whose scores are their own there."""
+"""Which models may answer prompts in lanes (continuous.py): those whose scores stay the same there."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ if TYPE_CHECKING:
     from ray_peft.tasks.llm_sft.continuous import Voice
 
 TRIED_TOKENS = (9, 6)
-"""Tokens of the prompts that a model is tried on, at most."""
+"""Most tokens of each of the two prompts that a model is tried on."""
 TRIED_STEPS = 2
 _ROUNDING = {True: 1e-4, False: 5e-2}
-"""Largest difference of scores, relative to the largest score, by whether all is computed in float32."""
+"""Largest allowed difference of scores, relative to the largest score: in float32 throughout (True) or not."""
 
 EIGHT_BITS = "its base in 8 bits looks for outliers in all rows of a pass"
-"""Why nothing is recorded, or put into lanes: LLM.int8() waits for what it finds."""
+"""Why nothing is recorded, or put into lanes: LLM.int8() waits for the GPU to count the outliers."""
 
 VIRTUAL_TOKENS = "virtual tokens are put before each row"
-"""Why rows and prompts cannot lie in lanes: PEFT's wrapper puts them there, and lanes pass it by."""
+"""Why rows and prompts cannot lie in lanes: PEFT's wrapper adds these tokens, and lanes call the model inside it."""
 
-_right: set[str] = set()
-"""Kinds of models whose scores were found right in this process, by all that this depends on."""
+_equal: set[str] = set()
+"""Keys of the kinds of models whose scores were found equal in this process."""
 
 
 def why_not(voice: Voice, prompts: Sequence[Sequence[int]], pad: int, dtype: Any) -> str | None:
-    """Why a model's answers must come from its own `generate`; None if lanes give the same.
+    """Why a model must answer with its own `generate`; None if lanes give the same answers.
 
-    The scores of two short prompts are computed both ways, once for every kind of model of a process.
+    Compares the scores of two short prompts both ways, once in a process for every kind of model.
 
     Args:
         voice: the model, in the mode and under the autocast in which it answers.
         prompts: token ids.
         pad: the padding token.
-        dtype: of attention scores.
+        dtype: of attention masks.
 
     Raises:
         torch.OutOfMemoryError: memory ran out.
@@ -48,11 +48,11 @@ def why_not(voice: Voice, prompts: Sequence[Sequence[int]], pad: int, dtype: Any
     model: Any = voice.model
     settings = model.config.to_json_string(), model.config._attn_implementation
     key = repr((type(model), *settings, model.device.type, dtype))
-    if key not in _right:
+    if key not in _equal:
         reason = _by_trial(voice, prompts, pad, dtype)
         if reason is not None:
             return reason
-        _right.add(key)
+        _equal.add(key)
     return None
 
 
@@ -63,14 +63,14 @@ def has_virtual_tokens(model: PreTrainedModel) -> bool:
 
 
 def by_config(model: PreTrainedModel) -> str | None:
-    """Why a model's kind cannot answer in lanes; None if nothing is known against it."""
+    """Why a model cannot answer in lanes, by its config; None if the config gives no reason."""
     config: Any = model.config.get_text_config()
     if getattr(model, "is_loaded_in_8bit", False):
         return EIGHT_BITS
     if not type(model).__module__.startswith("transformers."):
-        return "its code is its own"
+        return "its code is not part of transformers"
     if model.config.is_encoder_decoder:
-        return "it is an encoder and a decoder"
+        return "it is an encoder-decoder model"
     if not getattr(model, "_can_compile_fullgraph", False):
         return "transformers has no static cache for it"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -87,7 +87,7 @@ def by_config(model: PreTrainedModel) -> str | None:
 
 
 def _rope_types(settings: Any) -> set[str]:
-    """The kinds of rotary positions in a config, of each kind of layer where they differ."""
+    """The kinds of rotary positions in a config, over all kinds of layers."""
     if not isinstance(settings, dict):
         return set()
     inner = [_rope_types(value) for value in settings.values()]
@@ -115,11 +115,11 @@ def _by_trial(voice: Voice, prompts: Sequence[Sequence[int]], pad: int, dtype: A
         for place, prompt in enumerate(tried):
             whole = torch.tensor([[*prompt, *lanes.answers[place].tolist()[:TRIED_STEPS]]], device=device)
             with voice.at_work():
-                usual = model(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 :].float()
+                expected = model(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 :].float()
             ours = torch.stack([step[place] for step in scores])
-            apart = float((usual - ours).abs().max() / usual.abs().max().clamp(min=1e-3))
-            if not apart <= _ROUNDING[exact]:
-                return f"its scores would differ by {apart:.2g} of the largest ({dtype})"
+            difference = float((expected - ours).abs().max() / expected.abs().max().clamp(min=1e-3))
+            if not difference <= _ROUNDING[exact]:
+                return f"its scores would differ by {difference:.2g} of the largest ({dtype})"
     except Exception as error:  # of a model's own code
         if is_out_of_memory(error):
             raise

@@ -1,4 +1,4 @@
-"""How answers are decoded: as the trial says, whatever generation settings a model brings along."""
+"""How answers are decoded: by the trial's settings, not by the generation config that comes with a model."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _OF_NO_EFFECT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version")
-"""Settings that do not change which token is chosen, and the ids that end an answer, which are used."""
+"""Settings that do not change which token is chosen. The ids that end an answer are used."""
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "max_length", "max_new_tokens")
-"""Settings that nearly every chat model brings along; the trial's `max_new_tokens` and greedy decoding replace them."""
+"""Settings that most chat models have; the trial's `max_new_tokens` and greedy decoding replace them."""
 _BESIDE_ANSWERS = ("use_cache", "cache_implementation", "output_attentions", "output_hidden_states")
-"""What is computed or handed back beside the tokens: transformers writes it into every model that it saves."""
+"""Settings of what is cached or returned beside the tokens; transformers writes them for every model it saves."""
 _NEUTRAL: dict[str, float] = {
     "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "repetition_penalty": 1, "length_penalty": 1,
     "encoder_repetition_penalty": 1, "diversity_penalty": 0, "min_length": 0, "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0, "epsilon_cutoff": 0, "eta_cutoff": 0, "guidance_scale": 1,
 }  # fmt: skip
-"""Values that transformers 4 and earlier wrote out though they are the defaults, and change nothing."""
+"""Default values, which change nothing; transformers 4 and earlier wrote them out."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class End:
     tokens: tuple[int, ...] = ()
     """Special tokens, each of which ends an answer; empty if there is none."""
     text: str | None = None
-    """Plain text that does; None if there is none."""
+    """Plain text that ends an answer; None if there is none."""
 
 
 def end_of_answers(spec: LlmTrialSpec, tokenizer: PreTrainedTokenizerBase) -> End:
-    """What the chat template writes behind an answer, which the model learns to write there.
+    """What the chat template writes after an answer, and what the model therefore learns to write there.
 
-    It need be none of the end-of-sequence tokens: a base model with a chat template of somebody else's learns to end
-    with that template's <|im_end|>, and would write on behind it.
+    This may differ from the end-of-sequence token. A base model that is trained with another model's chat template
+    learns to end an answer with that template's <|im_end|>; if this did not stop it, it would write on.
     """
     from ray_peft.tasks.llm_sft.turns import end_of_answer_tokens
 
@@ -52,11 +52,11 @@ def end_of_answers(spec: LlmTrialSpec, tokenizer: PreTrainedTokenizerBase) -> En
     if tokens[0] in tokenizer.all_special_ids or tokens[0] in _added(tokenizer):
         return End(tokens=(tokens[0],))
     text = str(tokenizer.decode(list(tokens))).strip()
-    return End(text=text) if text else End()  # white space alone stands inside of answers, too
+    return End(text=text) if text else End()  # white space alone occurs inside answers, too
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Added tokens that are special, whatever their role."""
+    """Ids of the added tokens that are marked as special."""
     return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
@@ -64,15 +64,15 @@ def _added(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def greedy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end: End | None = None
 ) -> Iterator[GenerationConfig]:
-    """Greedy decoding without any setting of the model's own; yields the config, which ends answers at `stop_tokens`.
+    """Greedy decoding without the model's own generation config; yields a config that ends answers at `stop_tokens`.
 
-    `generate` fills what a config leaves open from the model's own generation config, so that is replaced, too; the
-    model has it back afterwards.
+    `generate` takes what a config leaves open from the model's generation config. So that one is replaced, too, and put
+    back afterwards.
 
     Args:
         model: adapted or not.
         tokenizer: of the model.
-        end: what ends an answer beside its end-of-sequence tokens; of it, text is left to the caller.
+        end: what else ends an answer; its `text` is not used here, the caller must set it.
     """
     from transformers import GenerationConfig
 
@@ -93,7 +93,7 @@ def greedy(
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end: End) -> list[int]:
-    """The tokens each of which ends an answer, sorted: of the model, of the tokenizer, and of the training rows."""
+    """The tokens that end an answer, sorted: those of the model, of the tokenizer and of the training rows."""
     own = getattr(_generating(model), "generation_config", None)
     ids = getattr(own, "eos_token_id", None)
     known = (*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id, *end.tokens)
@@ -101,21 +101,21 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end:
 
 
 def unused_settings(model: ModelSpec) -> list[str]:
-    """Names of the settings in a model's generation config that would change greedy answers, and are not used.
+    """Names of the settings in a model's generation config that would change greedy answers; they are not used.
 
-    An absent or unreadable generation config has none: it is not needed.
+    Empty for a generation config that is missing or cannot be read: it is not needed.
     """
     settings = _written(model.name, model.revision)
-    unsaid = (*_OF_NO_EFFECT, *_SAMPLING, *_BESIDE_ANSWERS)
+    ignored = (*_OF_NO_EFFECT, *_SAMPLING, *_BESIDE_ANSWERS)
     return sorted(
         name
         for name, value in settings.items()
-        if name not in unsaid and not name.startswith("_") and value not in (None, False, [], _NEUTRAL.get(name))
+        if name not in ignored and not name.startswith("_") and value not in (None, False, [], _NEUTRAL.get(name))
     )
 
 
 def cautions(model: ModelSpec) -> list[str]:
-    """What is said of them, at most one sentence."""
+    """At most one sentence: the settings of the model that are not used."""
     unused = unused_settings(model)
     return (
         [f"{model.name} sets {', '.join(unused)} for its answers, which are not used: answers are greedy"]
@@ -125,9 +125,9 @@ def cautions(model: ModelSpec) -> list[str]:
 
 
 def in_place_of_invalid(folder: str, revision: str | None) -> GenerationConfig | None:
-    """What a model is given in place of a generation config that transformers refuses to load; None if it does not.
+    """A generation config in place of one that transformers refuses to load; None if it accepts the model's own.
 
-    Such as one with several answers a prompt without sampling. The ids that end an answer are taken over.
+    It refuses, for example, several answers to a prompt without sampling. The ids that end an answer are copied.
     """
     from transformers import GenerationConfig
 
@@ -142,7 +142,7 @@ def in_place_of_invalid(folder: str, revision: str | None) -> GenerationConfig |
 
 
 def _written(name: str, revision: str | None) -> dict[str, Any]:
-    """A model's generation_config.json; empty where there is none, or none that can be read."""
+    """The content of a model's generation_config.json; empty if the file is missing or cannot be read."""
     from transformers.utils.hub import cached_file
 
     try:
@@ -154,6 +154,6 @@ def _written(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def _generating(model: PreTrainedModel) -> Any:
-    """The model whose generation config `generate` reads: of an adapted model, its base."""
+    """The model whose generation config `generate` reads: the base, if the model is adapted."""
     adapted: Any = model
     return adapted.get_base_model() if hasattr(model, "get_base_model") else model

@@ -33,7 +33,7 @@ CHANGE = 1e-7
 """Expectation maximisation ends when no weight moves by more than this in a round."""
 
 LEAST = 1e-3
-"""A member with less weight is left out: it would cost as much as the others and change no answer."""
+"""A member with less weight is left out: it would cost as much time as the others and change hardly any answer."""
 
 
 def check_members(spec: LlmTrialSpec) -> None:
@@ -59,8 +59,8 @@ def check_members(spec: LlmTrialSpec) -> None:
             )
         if other.chat_template != own[0].chat_template:
             raise ModelError(
-                f"{where}: its chat template is not that of {spec.model.name}, so it would be asked in another "
-                "format than it was tuned for; name one .jinja file for all in data.chat_template"
+                f"{where}: its chat template is not that of {spec.model.name}, so its prompts would have another "
+                "format than in its training; name one .jinja file for all in data.chat_template"
             )
         sizes = [model_config.get_text_config().vocab_size for model_config in (config, own[1])]
         if sizes[0] != sizes[1]:
@@ -72,15 +72,15 @@ def check_members(spec: LlmTrialSpec) -> None:
 
 @dataclass(frozen=True)
 class LoadedMember:
-    """A member's part of a model that may serve several members."""
+    """A member, and the model that it may share with other members."""
 
     model: PreTrainedModel
     adapter: str | None
-    """Its adapter in `model`; null if it has none."""
+    """Name of its adapter in `model`; None if it has none."""
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[PreTrainedModel]:
-        """The model as this member knows it; afterwards as the member knew it that was at work around this one."""
+        """The model with this member's adapter switched on; afterwards with the adapter that was on before."""
         adapted = cast("PeftModel", self.model)
         if self.adapter is not None:
             before = adapted.active_adapter
@@ -96,19 +96,19 @@ class LoadedMember:
             yield self.model
 
     def voice(self, weight: float) -> Voice:
-        """Its say in a mixture."""
+        """This member as one model of a mixture, with its weight."""
         from ray_peft.tasks.llm_sft.continuous import Voice
 
         return Voice(bare(self.model), self.at_work, math.log(weight))
 
     @property
     def is_bare_base(self) -> bool:
-        """True for the untouched base of a model that carries others' adapters."""
+        """True for an untouched base in whose model other members have adapters."""
         return self.adapter is None and hasattr(self.model, "peft_config")
 
 
 def load_members(members: Sequence[MemberModel[LlmTrialSpec]], device: str) -> list[LoadedMember]:
-    """Load every member; those that hold the same base in the same storage share it.
+    """Load every member; members with the same base in the same storage share it.
 
     Raises:
         ModelError: weights cannot be loaded.
@@ -153,7 +153,7 @@ def load_members(members: Sequence[MemberModel[LlmTrialSpec]], device: str) -> l
 def mixture_weights(log_probs: Tensor) -> list[float]:
     """Weights of a linear mixture that make the observed tokens most likely, by expectation maximisation.
 
-    The likelihood is concave in the weights, so the point found is the best one (Dempster et al. 1977).
+    The likelihood is concave in the weights, so this converges to the best weights (Dempster et al. 1977).
 
     Args:
         log_probs: (member, token): each member's log-probability of every observed token.
@@ -164,9 +164,9 @@ def mixture_weights(log_probs: Tensor) -> list[float]:
     for _ in range(MOST_ROUNDS):
         shares = torch.softmax(log_probs + weights.log()[:, None], dim=0)
         new = shares.mean(dim=1)
-        moved = float((new - weights).abs().max())
+        largest_change = float((new - weights).abs().max())
         weights = new
-        if moved < CHANGE:
+        if largest_change < CHANGE:
             break
     weights[weights < LEAST] = 0
     return [float(weight) for weight in weights / weights.sum()]
@@ -188,7 +188,7 @@ class LlmEnsemble(LlmBench, EnsembleBench):
         self.weights = [1 / len(members)] * len(members)
 
     def parameters(self) -> tuple[int, int]:
-        """No parameter takes gradients; all that are held, a shared base once."""
+        """(0, number of all parameters): nothing is trained, and a shared base counts once."""
         from ray_peft.tasks.parameters import count_parameters
 
         models = {id(member.model): member.model for member in self.members}
@@ -208,14 +208,14 @@ class LlmEnsemble(LlmBench, EnsembleBench):
         return torch.logsumexp(self._log_probs(self.data.test) + logs.double()[:, None], dim=0)
 
     def answer(self, rows: Dataset, ended: list[bool] | None = None) -> list[str]:
-        """Greedy answers; members without weight are not asked."""
+        """Greedy answers of the mixture, without the members whose weight is 0."""
         weighted = self._weighted_members()
         with self._ready(weighted[1:]), weighted[0][0].at_work() as model:
             mixture = Mixture([member.voice(weight) for member, weight in weighted], _mixer(weighted))
             return answers(self.spec, model, self.tokenizer, rows, mixture, lowered=self.lowered, ended=ended)
 
     def benchmark(self, scored: Scored) -> Scored:
-        """`scored` with what the lm-eval tasks say of the mixture's answers; members without weight are not asked."""
+        """`scored` with the lm-eval scores of the mixture, without the members whose weight is 0."""
         if self.spec.evaluation.benchmarks is None:
             return scored
         from ray_peft.tasks.llm_sft import benchmarks
@@ -226,7 +226,7 @@ class LlmEnsemble(LlmBench, EnsembleBench):
             return benchmarks.measure(self.spec, model, self.tokenizer, scored, mixture, lowered=self.lowered)
 
     def _weighted_members(self) -> list[tuple[LoadedMember, float]]:
-        """Members with their weights, less those without weight."""
+        """The members whose weight is not 0, with their weights."""
         weighted = [(member, weight) for member, weight in zip(self.members, self.weights, strict=True) if weight]
         # The bare base comes last: the adapters of members inside its context would be off, too.
         weighted.sort(key=lambda pair: pair[0].is_bare_base)
@@ -241,7 +241,7 @@ class LlmEnsemble(LlmBench, EnsembleBench):
             yield
 
     def _log_probs(self, rows: Dataset) -> Tensor:
-        """(member, answer token) float64."""
+        """Log-probabilities (member, answer token) float64 of the answers of `rows`."""
         import torch
 
         log_probs, pad = [], cast(int, self.tokenizer.pad_token_id)
@@ -267,7 +267,7 @@ class LlmEnsemble(LlmBench, EnsembleBench):
 
 
 def _mixed_log_probs(members: Sequence[tuple[LoadedMember, float]], ids: Tensor) -> Tensor:
-    """Log-probabilities of the mixture for every next token: (row, token) ids give (row, token, vocab) float32."""
+    """Log-probabilities (row, token, vocabulary) float32 of the mixture after each of `ids` (row, token)."""
     import torch
 
     mixed = []
@@ -278,7 +278,7 @@ def _mixed_log_probs(members: Sequence[tuple[LoadedMember, float]], ids: Tensor)
 
 
 def _mixer(members: list[tuple[LoadedMember, float]]) -> Callable[[Tensor], LogitsProcessor]:
-    """What makes the processor of one batch: the first member's scores become those of the mixture."""
+    """Makes the processor of a batch, which turns the first member's scores into those of the mixture."""
     import torch
     from transformers import LogitsProcessor
 

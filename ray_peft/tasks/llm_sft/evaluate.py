@@ -1,4 +1,4 @@
-"""Loss on answer tokens and greedy answers on held-out rows, the same for every method."""
+"""Loss on answer tokens and greedy answers on held-out rows, in the same way for every method."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ LOSS_TOKENS = 4096
 """Tokens, padding included, of one forward pass that measures the loss."""
 
 LOSS_BATCH = "evaluation.loss_tokens"
-"""What memory forced `LOSS_TOKENS` down to, as a key of `Bench.lowered`. It is none of the trial's settings, and apart
-from the rows that are answered at a time: passes of few tokens must not make answers slow."""
+"""Key of `Bench.lowered` for the value to which `LOSS_TOKENS` was lowered when memory ran out. It is not a setting of
+the trial. The rows that are answered at a time have another key, so that small passes do not slow down answers."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """An ensemble's models, and how they mix."""
+    """The models of an ensemble, and how their distributions are mixed."""
 
     voices: Sequence[Voice]
     processor: Callable[[Tensor], LogitsProcessor]
-    """Given the attention mask of a batch's prompts (row, longest), what turns the first model's scores of the next
-    tokens into those of the mixture."""
+    """Takes the attention mask of a batch of prompts (row, longest); returns a processor that turns the first model's
+    scores of the next tokens into those of the mixture."""
 
 
 def answer_loss(
@@ -48,7 +48,7 @@ def answer_loss(
 ) -> float:
     """Mean negative log-likelihood of the answers' tokens over all rows [nats].
 
-    Every token counts once: it is the loss of one batch that holds all rows. `lowered` is as for `token_log_probs`.
+    Every token counts once, as in the loss of one batch of all rows. `lowered` is that of `token_log_probs`.
     """
     return -float(token_log_probs(spec, model, rows, pad, lowered).mean())
 
@@ -58,17 +58,17 @@ def token_log_probs(
 ) -> Tensor:
     """Log-probabilities of all answer tokens of all rows (answer tokens,) float64 on the CPU, the longest row first.
 
-    Where memory runs out, passes hold half as many rows, and later ones no more tokens than those.
+    If memory runs out, the pass is halved, and later passes hold no more tokens than that.
 
     Args:
         spec: how to evaluate.
         model: in any mode; its mode is restored.
         rows: with `input_ids` and `labels`.
         pad: the padding token.
-        lowered: `Bench.lowered`, read and written at `LOSS_BATCH`; null remembers nothing.
+        lowered: `Bench.lowered`, read and written at `LOSS_BATCH`; None for a call that should not remember it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no row has an answer token.
         torch.OutOfMemoryError: a single row does not fit.
     """
     import torch
@@ -81,10 +81,10 @@ def token_log_probs(
         if ordered and packs(spec, model):
             tokens = lowered.get(LOSS_BATCH, LOSS_TOKENS)
 
-            def usual(part: Sequence[Row]) -> Tensor:
+            def padded_pass(part: Sequence[Row]) -> Tensor:
                 return torch.cat(_padded_log_probs(model, part, pad, {}))
 
-            log_probs, fitting = packed_log_probs(spec, model, ordered, tokens, usual)
+            log_probs, fitting = packed_log_probs(spec, model, ordered, tokens, padded_pass)
             if fitting < tokens:
                 lowered[LOSS_BATCH] = fitting
         if log_probs is None:
@@ -95,7 +95,7 @@ def token_log_probs(
 
 
 def _padded_log_probs(model: PreTrainedModel, rows: Sequence[Row], pad: int, lowered: dict[str, int]) -> list[Tensor]:
-    """What `token_log_probs` gives, in parts, of rows that are padded to the longest of a pass."""
+    """The result of `token_log_probs` in parts, where the rows of a pass are padded to the longest of them."""
 
     def score(part: Sequence[Row]) -> list[Tensor]:
         ids, labels = [row[0] for row in part], [row[1] for row in part]
@@ -128,10 +128,10 @@ def answers(
     lowered: dict[str, int] | None = None,
     ended: list[bool] | None = None,
 ) -> list[str]:
-    """The model's greedy answers, in the order of `rows`; those of its own `generate`.
+    """The model's greedy answers, in the order of `rows`, equal to those of its own `generate`.
 
-    The longest prompts come first, and a prompt takes the place of one that is answered (continuous.py). Where memory
-    runs out, half as many are answered at a time, for the rest of the rows. A model that does not take prompts so
+    The longest prompts are answered first, and a new prompt takes the place of one whose answer is complete
+    (continuous.py). If memory runs out, half as many are answered at a time from there on. A model that cannot do this
     answers with `generate`, batch by batch, and the log says why.
 
     Args:
@@ -139,9 +139,9 @@ def answers(
         model: in any mode; its mode is restored.
         tokenizer: of the model.
         rows: with `prompt_ids`.
-        mixture: of an ensemble, of which `model` is the first member's, at work.
-        lowered: `Bench.lowered`, read and written at `EVALUATION_BATCH`; null remembers nothing.
-        ended: gets for each answer whether it ended by itself, and not because it had as many tokens as it may.
+        mixture: that of an ensemble; `model` is then its first member's, with its adapter on.
+        lowered: `Bench.lowered`, read and written at `EVALUATION_BATCH`; None for a call that should not remember it.
+        ended: a list to which is added, for each answer, whether it ended before it had the most tokens it may have.
 
     Raises:
         torch.OutOfMemoryError: a single row does not fit.
@@ -192,7 +192,7 @@ def _generated(
     size: int,
     processor: Callable[[Tensor], LogitsProcessor] | None,
 ) -> tuple[dict[int, list[int]], int]:
-    """The same with `generate`: prompts are padded on the left and batched by length, so that little is padded."""
+    """Answers with `generate`: prompts are batched by length, so that little is padded, and padded on the left."""
     import torch
 
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
@@ -217,13 +217,13 @@ def _generated(
 
 @contextlib.contextmanager
 def inference(spec: LlmTrialSpec, model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode in the spec's precision; training mode and checkpointing are restored after."""
+    """Evaluation mode in the spec's precision; the training mode and gradient checkpointing are restored afterwards."""
     import torch
 
     from ray_peft.tasks.llm_sft.routers import switched_off
 
     was_training = model.training
-    ways = {part: part._gradient_checkpointing_func for part in model.modules() if _checkpoints(part)}
+    checkpoint_functions = {part: part._gradient_checkpointing_func for part in model.modules() if _checkpoints(part)}
     checkpointing = getattr(model, "is_gradient_checkpointing", False)
     model.eval()  # type: ignore[no-untyped-call]
     if checkpointing:
@@ -235,8 +235,8 @@ def inference(spec: LlmTrialSpec, model: PreTrainedModel) -> Iterator[None]:
     finally:
         if checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
-            for part, way in ways.items():  # as training has set it
-                cast(Any, part)._gradient_checkpointing_func = way
+            for part, function in checkpoint_functions.items():  # those that training had set
+                cast(Any, part)._gradient_checkpointing_func = function
         model.train(was_training)
 
 
@@ -245,7 +245,7 @@ def _checkpoints(part: nn.Module) -> bool:
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, side: str) -> Tensor:
-    """Rows of unequal length as one tensor (row, longest) int64, filled up with `value` on one side, left or right."""
+    """Rows of unequal length as one tensor (row, longest) int64, padded with `value` on one `side`, left or right."""
     import torch
 
     longest = max(len(row) for row in rows)

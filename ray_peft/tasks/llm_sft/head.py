@@ -13,15 +13,15 @@ from torch.autograd import Function
 from ray_peft.methods.vocabulary import PIECE, add_rows, is_added_in_place
 
 trl_utils: Any = trl.trainer.utils
-"""TRL's own head reads its kernel from here, too: predictions put a stand-in in its place."""
+"""TRL's own head reads its kernel from this module, too; memory predictions replace the kernel there."""
 
 
 def log_probs(head: Any, hidden: Tensor, targets: Tensor, softcap: float | None, scale: float) -> Tensor:
     """Natural logarithms of the probabilities of `targets` (token,), float32.
 
     Args:
-        head: the output layer. Where its gradient is added up in place, it is in the backward pass of this.
-        hidden: (token, column), what the layer is given.
+        head: the output layer. If its gradient is accumulated in place, the backward pass of this function does so.
+        hidden: (token, column), the input of the layer.
         targets: (token,) int64.
         softcap: limit of the logits; None without one.
         scale: factor on the logits.
@@ -45,7 +45,7 @@ def log_probs(head: Any, hidden: Tensor, targets: Tensor, softcap: float | None,
 
 
 def head_settings(config: Any) -> tuple[float | None, float]:
-    """The output layer's soft cap, and the factor on its logits, as TRL 1.16 reads them (trainer/utils.py)."""
+    """The soft cap of the logits and the factor on them, read as in TRL 1.16 (trainer/utils.py)."""
     scale = next(
         (
             value
@@ -61,19 +61,19 @@ def head_settings(config: Any) -> tuple[float | None, float]:
 
 
 def adds_in_place(model: Any) -> bool:
-    """Whether the gradient of a model's output layer is added up in place, which its own forward pass does not do."""
+    """Whether the gradient of a model's output layer must be accumulated in place; its own forward pass does not."""
     head = model.get_output_embeddings()
     return head is not None and is_added_in_place(head.weight)
 
 
 class _InPlace(Function):
-    """`log_probs` whose backward pass adds to the weight's gradient, each piece of it as TRL computes the whole."""
+    """`log_probs` whose backward pass adds to the weight's gradient piece by piece, with TRL's kernel for each."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: Any, scale: float
     ) -> Tensor:
-        # Tiles are as wide as the pieces of the gradient.
+        # The tiles of logits are as wide as the pieces of the gradient.
         ctx.kernel, ctx.weight = trl_utils._ChunkedLogProbFunction, weight  # noqa: SLF001
         chosen: Tensor = ctx.kernel.forward(
             ctx, hidden, weight, bias, targets, 1.0, PIECE, softcap, scale, ("log_probs",)
@@ -83,7 +83,7 @@ class _InPlace(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hidden, _, bias, targets, log_z, _ = ctx.saved_tensors
-        # Gradients come in the dtype of what they belong to: those of the hidden states are to add up in float32.
+        # The kernel returns gradients in the dtype of its inputs, and hidden states need a sum in float32.
         exact, weight = hidden.float(), ctx.weight
         total = torch.zeros_like(exact)
         biases = []

@@ -1,4 +1,4 @@
-"""A trial's answers in lanes: whether that is right for its models, and as many at a time as memory holds."""
+"""A trial's answers in lanes: whether its models can, and as many prompts at a time as memory holds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class InLanes:
     tokenizer: PreTrainedTokenizerBase
     prompts: Sequence[Sequence[int]]
     settings: GenerationConfig
-    """Says what ends answers."""
+    """Decides what ends an answer."""
 
     def why_not(self) -> str | None:
         """Why answers must be generated batch by batch; None if lanes give the same.
@@ -40,10 +40,10 @@ class InLanes:
         return next((reason for reason in reasons if reason is not None), None)
 
     def answers(self, size: int) -> tuple[dict[int, list[int]], int]:
-        """The tokens of every prompt's answer, by its place, and how many were answered at a time in the end.
+        """The tokens of every prompt's answer, by its place, and how many were answered at a time at the end.
 
         Args:
-            size: prompts that are answered at a time; half as many from where memory runs out.
+            size: prompts that are answered at a time; halved whenever memory runs out.
 
         Raises:
             torch.OutOfMemoryError: a single prompt does not fit.
@@ -65,7 +65,7 @@ class InLanes:
         return answered, size
 
     def _some(self, rows: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
-        """The answers to some prompts, as they end; what they took is given back with the iterator."""
+        """(row, answer) of some prompts, as answers end; their memory is freed with the iterator."""
         settings, on_gpu = self.settings, self._device.type == "cuda"
         ends = Ends(settings.max_new_tokens, settings.eos_token_id)
         capacity = max(len(self.prompts[row]) for row in rows) + ends.new_tokens
@@ -84,5 +84,5 @@ class InLanes:
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Of attention scores."""
+        """Dtype of attention masks."""
         return torch.bfloat16 if self.spec.train.precision == "bf16" else self.voices[0].model.dtype

@@ -1,8 +1,9 @@
-"""Keys and values of prompts that are being answered: every lane holds one prompt, and writes at a place of its own.
+"""Keys and values of prompts that are being answered: every lane has one prompt, and its own next place to write.
 
-transformers' StaticCache writes all rows of a batch at one place, and its sliding layers decide in Python which. So no
-new prompt could take the lane of one that ended, and sliding layers could not be recorded while they fill. Here a layer
-with a window is a ring of as many places as the window, so all that it holds is in sight.
+transformers' StaticCache writes all rows of a batch at the same place, and its sliding layers choose that place in
+Python. A new prompt could then not take a lane in the middle of the work, and passes of a sliding layer could not be
+recorded until it is full. Here a layer with a window is a ring buffer of the window's size, so that attention sees all
+that the buffer holds.
 """
 
 from __future__ import annotations
@@ -19,73 +20,73 @@ if TYPE_CHECKING:
 
 
 class TokensOfPass(ABC):
-    """The tokens of one pass: where they are written, and what they see."""
+    """The tokens of one pass: where their keys and values are written, and which ones they attend to."""
 
     def __init__(self) -> None:
         self._rows: dict[int, Tensor] = {}
 
     def rows(self, places: int) -> Tensor:
-        """The rows (tokens,) int64 that the pass's tokens take in a layer with so many places a lane."""
+        """The rows (tokens,) int64 of memory that the tokens are written to, in a layer of `places` places a lane."""
         if places not in self._rows:
             self._rows[places] = self._written(places)
         return self._rows[places]
 
     @abstractmethod
     def _written(self, places: int) -> Tensor:
-        """What `rows` gives."""
+        """Compute the result of `rows`."""
 
     @abstractmethod
     def seen(self, layer: LaneLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values (row, head, place, size) that a layer's new ones are scored against."""
+        """The keys and values (row, head, place, size) that attention reads, given those of the new tokens."""
 
     @abstractmethod
     def mask(self, window: int | None, capacity: int) -> Tensor:
-        """Which of them are in sight, (row, 1, token, place) bool, in layers with such a window."""
+        """Which of them each token attends to, (row, 1, token, place) bool, in layers with such a window."""
 
 
 class WholePrompts(TokensOfPass):
-    """Prompts of up to `capacity` tokens, padded on the left, that see themselves alone."""
+    """Prompts of up to `capacity` tokens, padded on the left; each attends to itself alone."""
 
     def __init__(self, lengths: Tensor, lanes: Tensor, capacity: int, spare: int) -> None:
-        """Look at the prompts.
+        """Set up the pass.
 
         Args:
             lengths: (prompt,) int64, in tokens.
             lanes: (prompt,) int64, the lane of each.
             capacity: tokens of the pass's rows.
-            spare: the lane that takes what nobody reads: padding, and what a window has left behind.
+            spare: the lane that takes what is never read: padding, and tokens outside the window.
         """
         super().__init__()
         self._lengths, self._lanes, self._spare = lengths[:, None], lanes[:, None], spare
         self._index = torch.arange(capacity, device=lengths.device)
         self.positions = self._index - (capacity - self._lengths)
-        """(prompt, capacity) int64, negative in the padding."""
+        """Position of each token (prompt, capacity) int64, negative in the padding."""
 
     def _written(self, places: int) -> Tensor:
-        read = (self.positions >= 0) & (self.positions >= self._lengths - places)
-        lanes = torch.where(read, self._lanes, self._spare)
+        stored = (self.positions >= 0) & (self.positions >= self._lengths - places)
+        lanes = torch.where(stored, self._lanes, self._spare)
         return (lanes * places + self.positions.clamp(min=0) % places).flatten()
 
     def seen(self, layer: LaneLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The prompts' own."""
+        """The keys and values of the prompts themselves."""
         return keys, values
 
     def mask(self, window: int | None, capacity: int) -> Tensor:
-        """Backwards, within the window, and no padding; padding sees itself, since a row must see something."""
+        """A token attends to earlier ones in the window, and not to padding; padding attends to itself alone."""
         distance = self._index[:, None] - self._index[None, :]
         backwards = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         return ((backwards & (self.positions >= 0)[:, None, :]) | (distance == 0))[:, None]
 
 
 class NextTokens(TokensOfPass):
-    """One token of each of the first lanes, that sees all that its lane holds."""
+    """The next token of each of the first lanes; it attends to all that its lane holds."""
 
     def __init__(self, positions: Tensor, span: int) -> None:
-        """Look at the lanes.
+        """Set up the pass.
 
         Args:
             positions: (lane,) int64 of the tokens, below `span`.
-            span: places that are looked at, of layers that hold more.
+            span: how many places are read, of layers that hold more.
         """
         super().__init__()
         self._positions, self._span = positions, span
@@ -95,11 +96,11 @@ class NextTokens(TokensOfPass):
         return lanes * places + self._positions % places
 
     def seen(self, layer: LaneLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What the lanes hold."""
+        """The keys and values that the lanes hold."""
         return layer.first_places(len(self._positions), self._span)
 
     def mask(self, window: int | None, capacity: int) -> Tensor:
-        """Places that were written: in a ring of `places`, those whose latest position is none before the first."""
+        """The places that were written: in a ring buffer, those whose latest position is not negative."""
         places = capacity if window is None else min(window, capacity)
         place = torch.arange(min(self._span, places), device=self._positions.device)
         positions = self._positions[:, None]
@@ -110,7 +111,7 @@ class LaneLayer(StaticLayer):  # type: ignore[no-untyped-call]  # transformers h
     """One layer's keys and values, (lane x place, head, size): of each lane the last `max_cache_len` tokens."""
 
     def __init__(self, lanes: int, capacity: int, window: int | None, state: LaneState) -> None:
-        """Memory is taken when the first keys show their shape and dtype; one lane more than `lanes` is spare."""
+        """Memory is allocated with the first keys, whose shape and dtype it takes; one more lane is spare."""
         super().__init__(max_cache_len=capacity if window is None else min(window, capacity))
         self._lanes, self._state = lanes + 1, state
         self._memory: list[Tensor] = []
@@ -126,7 +127,7 @@ class LaneLayer(StaticLayer):  # type: ignore[no-untyped-call]  # transformers h
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the tokens of the pass, (row, head, token, size); returns what they see."""
+        """Write the tokens of the pass, (row, head, token, size); returns the keys and values that they attend to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         tokens = self._state.tokens
@@ -150,22 +151,22 @@ class LaneLayer(StaticLayer):  # type: ignore[no-untyped-call]  # transformers h
         return memory.view(self._lanes, self.max_cache_len, *memory.shape[1:])
 
     def get_seq_length(self) -> int:
-        """Nothing that all lanes share: positions are given with every pass."""
+        """Zero: lanes have no common length, and every pass gets its positions as an input."""
         return 0
 
 
 class LaneState:
-    """What all layers of a cache look at."""
+    """State that all layers of a cache share."""
 
     tokens: TokensOfPass | None = None
-    """Of the pass that runs."""
+    """The tokens of the pass that runs."""
 
 
 class LaneCache(Cache):
     """The cache of one model."""
 
     def __init__(self, windows: Sequence[int | None], lanes: int, capacity: int) -> None:
-        """A layer for each of `windows`, which is None for one that looks back on everything."""
+        """A layer for each of `windows`, which is None for a layer without a window."""
         self.state = LaneState()
         self._own = [LaneLayer(lanes, capacity, window, self.state) for window in windows]
         super().__init__(layers=[*self._own])

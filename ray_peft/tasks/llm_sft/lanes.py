@@ -1,8 +1,7 @@
-"""Rows of a step laid into few static shapes: several rows a lane, one after the other, few lanes a pass. Pure.
+"""Packs the rows of a step into few static shapes: a lane holds several rows, a pass several lanes. Pure.
 
-A recorded pass replays one shape, so every step's rows must come in few of them; and padding costs time on a GPU that
-waits for nothing. A bucket is `lanes` times `capacity` tokens; a row lies whole in one lane, and attention stays
-inside the row.
+A recorded pass replays one shape, so the rows of all steps must fit few shapes, and padding costs time. A bucket is
+`lanes` times `capacity` tokens. A row lies in one lane as a whole, and attention stays inside the row.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 CAPACITIES = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
-"""Tokens of a lane; few, since each shape is recorded once, which costs what some steps do."""
+"""Tokens of a lane. They are few, since every shape is recorded once, which takes as long as a few steps."""
 WASTE = 1.5
 PASS = 700
-"""What a recorded pass costs by itself, in tokens: of Gemma-3-1B on an H200, 18 ms and 0.026 ms a token."""
+"""Fixed time of a recorded pass, in tokens that take as long: for Gemma-3-1B on an H200, 18 ms at 0.026 ms a token."""
 LANES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
@@ -28,7 +27,7 @@ class Bucket:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a pass, empty places included."""
+        """Tokens of a pass, with empty places."""
         return self.lanes * self.capacity
 
 
@@ -38,25 +37,25 @@ class Pass:
 
     bucket: Bucket
     lanes: tuple[tuple[int, ...], ...]
-    """The rows of each lane that has any, in order, by their place in the step."""
+    """The rows of each lane that is not empty, in order, as indices into the rows of the step."""
 
 
 def largest_capacity(tokens: int) -> int:
-    """The capacity for rows of up to so many tokens: little more, since memory is predicted for them."""
+    """The capacity for rows of up to `tokens` tokens: hardly more, since memory is predicted for the longest row."""
     return -(-tokens // 64) * 64
 
 
 def lay_out(lengths: Sequence[int], tokens: int, largest: int, members: Sequence[int] | None = None) -> list[Pass]:
-    """Few passes of little padding for the rows of a step.
+    """Pack the rows of a step into few passes with little padding.
 
-    Of the capacities that hold the longest row, the one that leaves the fewest tokens to pass is taken, of equal ones
-    the largest. Rows are laid first fit, the longest first.
+    Of the capacities that hold the longest row, it chooses the one with the fewest tokens in all passes, and of several
+    with as few the one with the fewest passes, then the largest. Rows are placed first fit, the longest first.
 
     Args:
         lengths: tokens of each row.
         tokens: most tokens of a pass; one that a single row exceeds passes that row alone.
         largest: the capacity that holds every row of the trial.
-        members: whose each row is: no lane holds rows of several members; None for a single one.
+        members: the member of each row, since a lane holds rows of one member; None for a single member.
     """
     if not lengths:
         return []
@@ -67,43 +66,44 @@ def lay_out(lengths: Sequence[int], tokens: int, largest: int, members: Sequence
 
 
 def lay_out_apart(lengths: Sequence[int], tokens: int, largest: int, members: Sequence[int]) -> list[Pass]:
-    """As `lay_out`, with short rows in passes of their own where that costs less than the lanes that they leave empty.
+    """As `lay_out`, with separate passes for short rows if these cost less than the padding that they save.
 
-    A lane holds rows of one member: of many members with a row each, all lanes would be as long as the longest row.
+    A lane holds rows of one member. With many members of one row each, all lanes would be as long as the longest row.
 
     Args:
         lengths: tokens of each row.
         tokens: most tokens of a pass; one that a single row exceeds passes that row alone.
         largest: the capacity that holds every row.
-        members: whose each row is.
+        members: the member of each row.
     """
     kinds: dict[int, list[int]] = {}
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         capacity = min((size for size in CAPACITIES if lengths[row] <= size < largest), default=largest)
         kinds.setdefault(capacity, []).append(row)
-    sorted_rows = list(kinds.values())
-    # plans[n]: the cheapest way to pass the rows of the n largest kinds
+    rows_by_kind = list(kinds.values())
+    # plans[n]: cost and passes of the cheapest way to pass the rows of the n largest kinds
     plans: list[tuple[int, list[Pass]]] = [(0, [])]
-    for last in range(1, len(sorted_rows) + 1):
+    for last in range(1, len(rows_by_kind) + 1):
         options = []
         for first in range(last):
-            rows = [row for kind in sorted_rows[first:last] for row in kind]
-            laid = lay_out([lengths[row] for row in rows], tokens, largest, [members[row] for row in rows])
+            rows = [row for kind in rows_by_kind[first:last] for row in kind]
+            packed = lay_out([lengths[row] for row in rows], tokens, largest, [members[row] for row in rows])
             passes = [
-                replace(part, lanes=tuple(tuple(rows[row] for row in lane) for lane in part.lanes)) for part in laid
+                replace(part, lanes=tuple(tuple(rows[row] for row in lane) for lane in part.lanes)) for part in packed
             ]
-            before, earlier = plans[first]
-            options.append((before + sum(part.bucket.tokens + PASS for part in passes), earlier + passes))
+            earlier_cost, earlier_passes = plans[first]
+            cost = earlier_cost + sum(part.bucket.tokens + PASS for part in passes)
+            options.append((cost, earlier_passes + passes))
         plans.append(min(options, key=lambda option: option[0]))
     return plans[-1][1]
 
 
 def reused(part: Pass, used: set[Bucket], tokens: int) -> Pass:
-    """The pass in a shape that was used before, if one is at most half as large again; else its own, used from now on.
+    """The pass in a shape that was used before, if one is at most 1.5 times as large; else in its own shape.
 
     Args:
         part: a pass.
-        used: shapes, which its own is added to if none serves.
+        used: the shapes so far; a new one is added to them.
         tokens: most tokens of a pass.
     """
     fitting = [
@@ -120,18 +120,18 @@ def reused(part: Pass, used: set[Bucket], tokens: int) -> Pass:
 
 
 def _filled(lengths: Sequence[int], owners: Sequence[int], capacity: int) -> list[list[int]]:
-    """Lanes of rows of one owner, first fit, the longest row first."""
+    """Lanes with the rows of one owner each, placed first fit, the longest row first."""
     lanes: list[list[int]] = []
-    left: list[int] = []
+    room: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        free = (lane for lane, room in enumerate(left) if room >= lengths[row])
+        free = (lane for lane, tokens in enumerate(room) if tokens >= lengths[row])
         place = next((lane for lane in free if owners[lanes[lane][0]] == owners[row]), None)
         if place is None:
             lanes.append([])
-            left.append(capacity)
+            room.append(capacity)
             place = len(lanes) - 1
         lanes[place].append(row)
-        left[place] -= lengths[row]
+        room[place] -= lengths[row]
     return lanes
 
 

@@ -1,4 +1,4 @@
-"""What a training pass of text computes: its share of the mean loss of a step's tokens, as TRL's SFTTrainer does."""
+"""What a training pass of text computes: its share of the mean loss of a step's tokens, as in TRL's SFTTrainer."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 
 class TextLoss(Computation[TextPart]):
-    """The negative log-likelihood of the tokens with loss, over their number in the whole step.
+    """The negative log-likelihood of the tokens with loss, divided by their number in the whole step.
 
-    A mixture of experts adds the loss that balances its experts, weighed as its config says, a mean over its passes.
+    A mixture of experts adds its balancing loss, weighted by its config and averaged over the passes of the step.
     """
 
     def __init__(self, spec: LlmTrialSpec, model: Any, pad: int, dropout: RowDropout | None = None) -> None:
-        """Look at the model.
+        """Set up the loss.
 
         Args:
-            spec: says in which precision products are computed.
+            spec: decides the precision of matrix products.
             model: with TRL's fused head (model.py), adapted or not.
             pad: the padding token.
-            dropout: what rows drop; None where nothing does, or where torch draws it.
+            dropout: draws the dropout of each row; None if the model has none, or if torch draws it.
         """
         from ray_peft.tasks.llm_sft.head import head_settings
 
@@ -45,13 +45,13 @@ class TextLoss(Computation[TextPart]):
 
     @property
     def balances(self) -> bool:
-        """True for a mixture of experts, whose loss holds that of its experts' balance."""
+        """True for a mixture of experts with a balancing loss."""
         return self._balance > 0
 
     def inputs(self, part: TextPart) -> Sequence[Tensor]:
         """ids, attention mask and labels (row, longest) int64; tokens with loss and passes of the step () float32.
 
-        With dropout by the row also the keys of tokens (row, longest) int64.
+        If dropout is drawn by the row, also the keys of tokens (row, longest) int64.
         """
         import torch
 
@@ -91,7 +91,7 @@ class TextLoss(Computation[TextPart]):
         return loss
 
     def _log_probs_in_place(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """Of the tokens with loss, through a head whose gradient is added up in place."""
+        """Log-probabilities of the tokens with loss; the gradient of the output layer is accumulated in place."""
         import torch
 
         from ray_peft.tasks.llm_sft.head import log_probs

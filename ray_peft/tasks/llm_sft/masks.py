@@ -1,4 +1,4 @@
-"""Which kinds of attention layers a model has, and the form in which it takes masks."""
+"""Which kinds of attention layers a model has, and the form in which it expects masks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def windows(config: Any) -> dict[str, int | None]:
-    """Kinds of attention layers, and on how many tokens each looks back; one kind, "", where the model has one mask."""
+    """Kinds of attention layers and their windows in tokens, None for no window; one kind, "", if all are alike."""
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
     if "sliding_attention" in kinds and "full_attention" in kinds or kinds == {"sliding_attention"}:
@@ -19,7 +19,7 @@ def windows(config: Any) -> dict[str, int | None]:
 
 
 def windows_of_layers(config: Any) -> list[int | None]:
-    """On how many tokens each layer looks back; None for everything."""
+    """The window of each layer in tokens; None for a layer without one."""
     kinds = windows(config)
     if "" in kinds:
         return [kinds[""]] * config.num_hidden_layers
@@ -27,9 +27,9 @@ def windows_of_layers(config: Any) -> list[int | None]:
 
 
 def for_model(masks: Mapping[str, Tensor], config: Any, dtype: Any) -> Any:
-    """Boolean masks by kind of layer in the form that the model takes.
+    """Convert boolean masks, by kind of layer, to the form that the model expects.
 
-    By kind where it has several; as numbers of `dtype` that are added to the scores where attention is eager.
+    That is a dict if it has several kinds of layers. Eager attention adds numbers of `dtype` to its scores.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The predicted peak of a causal language model: built from its config, adapted, trained and scored on shapes."""
+"""The predicted peak memory of a causal language model: built, adapted, trained and scored on shapes alone."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
     from ray_peft.vram.tape import Tape
 
 _LIKE_SDPA = ("flex_attention", "flash_attention_2")
-"""Attention that keeps what torch's fused kernels keep: q, k, v and the output, not the scores."""
+"""Attention that keeps the same tensors for the backward pass as torch's fused kernels: no scores."""
 
 FIXED_TOKENS = 150
-"""What a recorded pass takes whatever its tokens, in the time of so many tokens (Gemma-3-1B, H100: 50; with a base in
-4 bits, which each pass dequantises, 150 more)."""
+"""Fixed time of a recorded pass, in tokens that take as long (Gemma-3-1B on an H100: 50; a base in 4 bits, which every
+pass dequantises, adds 150)."""
 
 HOST_GRADIENTS_SLACK = 0.2
-"""What the allocator reserves in addition where gradients leave the GPU in the pass (measured: 1.15 to 1.28 times the
-tensors' peak in all): a recorded pass and the update do not share segments."""
+"""Share of the peak that the allocator reserves in addition if gradients are on the host (measured: 1.15 to 1.28 times
+the peak of the tensors in all), since a recorded pass and the update do not share segments."""
 
 _FILES = (
     "memory.py", "evaluate.py", "targets.py", "head.py", "continuous.py", "decodable.py", "lane_cache.py", "lanes.py",
     "masks.py",
 )  # fmt: skip
 CODE = (*(Path(__file__).with_name(name) for name in _FILES), *DROPOUT)
-"""What of this task predictions run or read; those kept on disk are of this code."""
+"""The files of this task that predictions run or read; a cached prediction is valid for the same code only."""
 
 
 def predict(
@@ -51,14 +51,14 @@ def predict(
     padded: bool | None = None,
     gpu: Gpu = ANY,
 ) -> Prediction:
-    """The peak of a trial: of its largest stage; of an ensemble, that of its members asked together.
+    """The peak memory of a trial's largest stage, or of an ensemble whose members answer together.
 
     Args:
         spec: the trial.
-        shape: its model's.
-        longest_tokens: of a training row, at most `data.max_length`.
-        longest_scored: of a row or prompt outside of training; None takes that of training.
-        padded: rows of a pass differ in length; None assumes it where a pass holds several.
+        shape: the shape of its model.
+        longest_tokens: tokens of the longest training row, at most `data.max_length`.
+        longest_scored: tokens of the longest held-out row or prompt; None for `longest_tokens`.
+        padded: whether the rows of a pass differ in length; None assumes so if a pass holds several.
         gpu: decides the workspace of matrix products and the slack of the allocator.
 
     Raises:
@@ -113,7 +113,7 @@ def _step(spec: LlmTrialSpec, stage: Stage, shape: ModelShape, longest: int, pad
 
 
 def _evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longest: int) -> Counter[str]:
-    """The model, and what scoring and answering take beside it."""
+    """Bytes of the model, and the bytes that scoring and answering add."""
     answers = spec.evaluation
     settings = [answers.generate, answers.batch_size, answers.max_new_tokens, spec.train.precision]
 
@@ -174,8 +174,8 @@ def components(
 
 
 def keeps_gradients(spec: LlmTrialSpec, stage: Stage) -> bool:
-    """Whether gradients lie in memory between steps: recorded passes add to the same tensors."""
-    in_eight_bits = spec.quantization is not None and spec.quantization.bits == 8  # those wait for what they find
+    """Whether gradients stay in memory between steps, as for recorded passes, which add to the same tensors."""
+    in_eight_bits = spec.quantization is not None and spec.quantization.bits == 8  # LLM.int8() waits for the GPU
     virtual = isinstance(stage, Adapter) and stage.trains_prompts
     unrecorded = in_eight_bits or virtual or stage.conflicts(accumulates=True, num_workers=1)
     return spec.train.cuda_graphs and not unrecorded
@@ -213,7 +213,7 @@ def _config(shape: ModelShape) -> PretrainedConfig:
 
 
 def evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longest_tokens: int) -> Counter[str]:
-    """Bytes of the model, and beside it while the held-out loss is measured and while prompts are answered."""
+    """Bytes of the model, and the bytes that measuring the held-out loss and answering prompts add."""
     import torch
 
     from ray_peft.tasks.llm_sft.decodable import by_config, has_virtual_tokens
@@ -231,8 +231,8 @@ def evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longe
                 model = cast("PreTrainedModel", stage.attach(model))
         model.eval()  # type: ignore[no-untyped-call]
 
-        def beside(part: str, work: Callable[[Tape], None]) -> int:
-            """Bytes of the work's peak beside the model."""
+        def added(part: str, work: Callable[[Tape], None]) -> int:
+            """Bytes that the peak of `work` adds to the model."""
             tape = Tape(truth=False)
             own_model(tape, model)
             sizes["model"] = tape.now
@@ -240,15 +240,15 @@ def evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longe
                 work(tape)
             return tape.peak - sizes["model"]
 
-        sizes["scoring"] = beside(
+        sizes["scoring"] = added(
             SCORING, lambda _: _score(model, max(1, LOSS_TOKENS // longest_tokens), longest_tokens)
         )
         if spec.evaluation.generate and by_config(bare(model)) is None and not has_virtual_tokens(model):
-            sizes["answering"] = beside(ANSWERING, lambda _: _answer(spec, model, longest_tokens))
+            sizes["answering"] = added(ANSWERING, lambda _: _answer(spec, model, longest_tokens))
         elif spec.evaluation.generate:
             cached: list[int] = []
-            sizes["answering"] = beside(ANSWERING, lambda tape: cached.append(_read(spec, model, longest_tokens, tape)))
-            # While tokens are added, one layer's keys and values are there twice, and next-token scores in float32.
+            sizes["answering"] = added(ANSWERING, lambda tape: cached.append(_read(spec, model, longest_tokens, tape)))
+            # While a token is added, one layer has its keys and values twice, and next-token scores are in float32.
             new, vocabulary = spec.evaluation.max_new_tokens, model.config.get_text_config().vocab_size
             grown = int(cached[0] * (longest_tokens + new) / longest_tokens * 1.1)
             sizes["answering"] = max(sizes["answering"], grown + spec.evaluation.batch_size * vocabulary * 12)
@@ -274,7 +274,7 @@ def _read(spec: LlmTrialSpec, model: PreTrainedModel, tokens: int, tape: Tape) -
 
 
 def _answer(spec: LlmTrialSpec, model: PreTrainedModel, longest_tokens: int) -> None:
-    """Fill all lanes with prompts of a length and add a token to them at the end of their answers, on shapes."""
+    """Fill all lanes with prompts of one length and add the last token of their answers, on shapes."""
     import torch
 
     from ray_peft.tasks.llm_sft.continuous import Ends, Lanes, Voice, group_of

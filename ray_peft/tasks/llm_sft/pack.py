@@ -1,4 +1,4 @@
-"""Several LoRA trials that train together on one frozen base: they share its passes, and nothing else."""
+"""Several LoRA trials that train together on one frozen base and share nothing but its passes."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ FEW_ROWS = 4
 """Rows whose loss is computed both ways."""
 
 Ended = Callable[[LlmBench, Member, Exception | None], None]
-"""Takes a member that has done its steps, with its adapter in its bench's model, or that has failed."""
+"""Called with a member that has finished, with its adapter in its bench's model, or that has failed."""
 
 
 class Pack(Crew):
-    """Trials of one base, some of them at a time; whoever waits follows one that ends."""
+    """Trials on one base, some of them at a time: when one ends, the next takes its place."""
 
     def __init__(self, benches: Sequence[LlmBench], jobs: Sequence[Job], places: int, ended: Ended) -> None:
         """Prepare.
@@ -48,8 +48,8 @@ class Pack(Crew):
         Args:
             benches: of the trials, all on the same model object, without adapters; in the order of starting.
             jobs: of each, its only stage.
-            places: most members at a time.
-            ended: told of every member that ends.
+            places: largest number of members at a time.
+            ended: called for every member that ends.
         """
         self._benches, self._ended = list(benches), ended
         self._base = benches[0].model
@@ -81,19 +81,19 @@ class Pack(Crew):
             self._slots.remove()
 
     def seat(self, member: Member, number: int) -> None:
-        """The member's rows are passed from round `number` on."""
+        """Pass the member's rows from round `number` on."""
         assert member.slot is not None
         self._together.seat(member.slot, cast(TextRows, member.rows), member.number - number)
 
     def leave(self, member: Member, error: Exception | None) -> Member | None:
-        """Tell of a member's end, and give its place to the next that waits."""
+        """Report that a member has ended; returns the next trial's member, which takes its place."""
         slot = cast(int, member.slot)
         bench, _ = self._seats.pop(slot)
         self._together.free(slot)
         if error is not None:
             self._ended(bench, member, error)
         else:
-            with self._worn(bench, member):
+            with self._with_adapter(bench, member):
                 self._ended(bench, member, None)
         self._slots.clear(slot)
         return self._member(slot) if self._waiting else None
@@ -116,8 +116,8 @@ class Pack(Crew):
         return member
 
     @contextlib.contextmanager
-    def _worn(self, bench: LlmBench, member: Member) -> Iterator[None]:
-        """The bench's model has the member's adapter in PEFT's own layers inside, as that of a trial alone."""
+    def _with_adapter(self, bench: LlmBench, member: Member) -> Iterator[None]:
+        """Inside this context, the bench's model has the member's adapter in PEFT's layers, as in a trial by itself."""
         import torch
 
         with torch.random.fork_rng(), self._slots.away():
@@ -127,15 +127,15 @@ class Pack(Crew):
                 yield
             finally:
                 bench.model = unwrapped(bench.model)
-                if self._benches[0].spec.train.gradient_checkpointing:  # an evaluation has set its own way
+                if self._benches[0].spec.train.gradient_checkpointing:  # an evaluation has changed it
                     train.recompute_activations(self._base, None, random=False)
 
     def evaluation(self, bench: LlmBench) -> Callable[[], float]:
-        """Measures the held-out loss of a bench's member while it trains."""
+        """A function that measures the held-out loss of a bench's member while it trains."""
 
         def loss() -> float:
             member = next(member for other, member in self._seats.values() if other is bench)
-            with self._worn(bench, member):
+            with self._with_adapter(bench, member):
                 return bench.eval_loss()
 
         return loss
@@ -161,12 +161,12 @@ class Pack(Crew):
 
 
 def why_apart(bench: LlmBench, stages: Sequence[LowRankAdapter]) -> str | None:
-    """Why a base cannot be shared; None if it can.
+    """Why trials cannot share a base; None if they can.
 
-    The loss of a few rows is computed both ways, so that no trial is trained on other numbers than its own.
+    Compares the loss of a few rows both ways, so that every trial trains on the numbers that it would have alone.
 
     Args:
-        bench: of any of the trials, with the base in its model.
+        bench: that of any trial, with the base as its model.
         stages: of all trials.
     """
     import torch
@@ -174,15 +174,15 @@ def why_apart(bench: LlmBench, stages: Sequence[LowRankAdapter]) -> str | None:
     base, spec = bench.model, bench.spec
     experts = next((name for stage in stages for name in stage.placed(base).parameters), None)
     if experts is not None:
-        return f"{experts} are fused experts, whose rows are not in the order of their trials"
+        return f"{experts} are fused experts, which mix up the rows of the trials"
     config: Any = base.config.get_text_config()
     if any(isinstance(layer, torch.nn.Dropout) and layer.p > 0 for layer in base.modules()):
-        return "the model drops numbers at random"
+        return "the model has dropout"
     if getattr(config, "attention_dropout", 0.0):
         return f"its attention_dropout is {config.attention_dropout:g}"
     plain = TextLoss(spec, base, cast(int, bench.tokenizer.pad_token_id))
     if plain.balances:
-        return "a mixture of experts sends rows where their content decides"
+        return "it is a mixture of experts, where a row's path depends on its content"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"its attention is {config._attn_implementation}, not sdpa or eager"
     rows = bench.data.train[: min(FEW_ROWS, len(bench.data.train))]
@@ -202,14 +202,14 @@ def why_apart(bench: LlmBench, stages: Sequence[LowRankAdapter]) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of a model's own code
-        return f"it does not take rows one after the other ({type(error).__name__})"
+        return f"it cannot compute several rows in one lane ({type(error).__name__})"
     if abs(losses[0] - losses[1]) > train.ROUNDING[spec.train.precision] * max(abs(losses[0]), 1e-3):
-        return f"rows one after the other have another loss ({losses[1]:.6g}, not {losses[0]:.6g})"
+        return f"rows in lanes have another loss ({losses[1]:.6g}, not {losses[0]:.6g})"
     return None
 
 
 def unwrapped(adapted: Any) -> PreTrainedModel:
-    """The base of a model in PEFT's wrapper, without adapters and their marks."""
+    """Take PEFT's wrapper and the adapters off a model; returns its base."""
     base = adapted.unload()
     if hasattr(base, "peft_config"):
         del base.peft_config

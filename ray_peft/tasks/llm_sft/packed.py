@@ -1,4 +1,4 @@
-"""Passes of static shape: rows one after the other in lanes, attention inside each row, the loss of chosen places."""
+"""Passes of static shape: lanes of several rows, attention inside each row, and the loss at the scored places."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ class PackedPart:
     lanes: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]]
     """(ids, labels) of the rows of each lane."""
     loss_tokens: Sequence[int]
-    """For each of them, tokens with loss of its member's whole step, over all workers: the divisor of the loss."""
+    """For each lane, the tokens with loss in its member's whole step, over all workers: the divisor of the loss."""
     scored: float
-    """Share of the places that are scored, unless more carry loss."""
+    """Share of the places that are scored; all are if more than this share carries loss."""
     members: Sequence[int] = ()
-    """The place of each lane's member, where there are several."""
+    """The slot of each lane's member, if there are several members."""
     keys: Sequence[Sequence[int]] = ()
-    """What the dropout of the rows of each lane is drawn from, where anything drops."""
+    """The key from which each row's dropout is drawn, by lane; empty without dropout."""
 
 
 class PackedRows(Rows[PackedPart]):
     """The rows of a trial's steps, in passes of few static shapes."""
 
     def __init__(self, rows: TextRows) -> None:
-        """Look at the rows: as many tokens pass at a time as so many of the longest of them take."""
+        """Measure the rows: the longest decides how many tokens a pass of a number of rows may hold."""
         self._rows = rows
         self._largest = largest_capacity(max(rows.lengths()))
         self._scored = rows.scored_share
         self._used: set[Bucket] = set()
 
     def parts(self, step: int, share: Share, rows: int) -> list[PackedPart]:
-        """A worker's rows of a step, in passes of no more tokens than `rows` of the longest rows have."""
+        """A worker's rows of a step, in passes of at most as many tokens as `rows` of the longest row."""
         own = [
             (ids, labels, key)
             for part in self._rows.parts(step, share, self._rows.micro_batch)
             for ids, labels, key in zip(part.ids, part.labels, part.keys, strict=True)
         ]
         loss_tokens, most = self._rows.loss_tokens(step), rows * self._largest
-        laid = [reused(plan, self._used, most) for plan in lay_out([len(ids) for ids, *_ in own], most, self._largest)]
+        plans = [reused(plan, self._used, most) for plan in lay_out([len(ids) for ids, *_ in own], most, self._largest)]
         return [
             PackedPart(
                 plan.bucket,
@@ -63,11 +63,11 @@ class PackedRows(Rows[PackedPart]):
                 self._scored,
                 keys=[[own[row][2] for row in lane] for lane in plan.lanes],
             )
-            for plan in laid
+            for plan in plans
         ]
 
     def size(self, part: PackedPart) -> int:
-        """How many of the longest rows take as many tokens."""
+        """The size of a pass in rows: how many of the longest row have as many tokens."""
         return -(-part.bucket.tokens // self._largest)
 
     def seen(self, step: int) -> Seen:
@@ -75,11 +75,11 @@ class PackedRows(Rows[PackedPart]):
         return self._rows.seen(step)
 
     def epoch(self, steps: int) -> float:
-        """Epochs after so many steps."""
+        """Epochs after `steps` steps."""
         return self._rows.epoch(steps)
 
     def heaviest(self, steps: range, share: Share, rows: int) -> PackedPart | None:
-        """Of the passes of some steps, one with the most tokens."""
+        """The pass with the most tokens among those of `steps`."""
         lengths = self._rows.lengths()
 
         def tokens(step: int) -> int:
@@ -91,14 +91,17 @@ class PackedRows(Rows[PackedPart]):
 
 
 class PackedLoss(Computation[PackedPart]):
-    """What `TextLoss` computes, on packed rows; every tensor has a shape that the bucket decides."""
+    """What `TextLoss` computes, on packed rows; the bucket decides the shape of every tensor."""
 
     keeps_gradients = True
 
     def __init__(self, spec: LlmTrialSpec, model: Any, dropout: RowDropout | None = None) -> None:
-        """Look at the model: with or without PEFT's wrapper, its causal language model's body and head.
+        """Set up the loss.
 
-        `dropout` is what rows drop; None where nothing does, or where torch draws it.
+        Args:
+            spec: decides the precision of matrix products.
+            model: a causal language model, with or without PEFT's wrapper.
+            dropout: draws the dropout of each row; None if the model has none, or if torch draws it.
         """
         from ray_peft.tasks.llm_sft.head import head_settings
 
@@ -110,11 +113,11 @@ class PackedLoss(Computation[PackedPart]):
         self._softcap, self._scale = head_settings(config)
 
     def inputs(self, part: PackedPart) -> Sequence[Tensor]:
-        """The tensors of a bucket.
+        """The tensors of a pass.
 
-        ids, positions and document numbers (lanes, capacity) int64, of which document 0 is empty; the places that carry
-        loss in the flattened lanes, their targets (places,) int64 and weights (places,) float32. There are as many
-        places as `scored` says, or as tokens. With dropout by the row also the keys of tokens (lanes, capacity) int64.
+        ids, positions and row numbers (lanes, capacity) int64, where row 0 means empty; then the scored places in the
+        flattened lanes and their targets, (places,) int64, and weights (places,) float32. There are as many places as
+        `scored` says, or one for every token. With dropout by the row, also the keys of tokens (lanes, capacity) int64.
         """
         import torch
 
@@ -139,8 +142,8 @@ class PackedLoss(Computation[PackedPart]):
                 targets += [labels[place] for place in scored]
                 weights += [1 / max(part.loss_tokens[lane], 1)] * len(scored)
                 begin = end
-        usual = int(part.bucket.tokens * part.scored)
-        fill = (usual if len(places) <= usual else part.bucket.tokens) - len(places)
+        scored_places = int(part.bucket.tokens * part.scored)
+        fill = (scored_places if len(places) <= scored_places else part.bucket.tokens) - len(places)
         return [
             ids,
             positions,
@@ -156,7 +159,7 @@ class PackedLoss(Computation[PackedPart]):
         return self._losses(*inputs).sum()
 
     def _losses(self, *inputs: Tensor) -> Tensor:
-        """What each place (places,) adds to the loss of its step."""
+        """The contribution of each place (places,) to the loss of its step."""
         ids, positions, documents, places, targets, weights, *keys = inputs
         if self._dropout is not None:
             self._dropout.begin(keys[0], positions)
@@ -164,7 +167,7 @@ class PackedLoss(Computation[PackedPart]):
         return shares
 
     def log_probs(self, ids: Tensor, positions: Tensor, documents: Tensor, places: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities (places,) float32 of the targets, of the tensors that `inputs` made."""
+        """Log-probabilities (places,) float32 of the targets; arguments are the first five tensors of `inputs`."""
         import torch
 
         from ray_peft.tasks.llm_sft.head import log_probs
@@ -178,9 +181,9 @@ class PackedLoss(Computation[PackedPart]):
         return chosen.float()
 
     def _masks(self, documents: Tensor) -> Any:
-        """Who sees whom, (lanes, 1, capacity, capacity): a row itself alone, backwards, within the window if any.
+        """Attention masks (lanes, 1, capacity, capacity): a token attends to earlier ones of its row and window.
 
-        In the form that the model takes.
+        They have the form that the model expects.
         """
         import torch
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of held-out answers on a GPU: rows one after the other in lanes, as training passes them."""
+"""Log-probabilities of held-out answers on a GPU, with rows packed into lanes as in training."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROUNDING = {"fp32": 1e-5, "bf16": 2e-2}
-"""Largest relative difference of a mean that is computed in another order."""
+"""Largest allowed relative difference between the two means, which are summed in another order."""
 
 Row = tuple[Sequence[int], Sequence[int]]
-"""Token ids, and labels as long, IGNORED where no loss is."""
+"""Token ids, and as many labels, IGNORED for tokens without loss."""
 
 
 class PackedScores:
     """Scores rows in passes of few static shapes, each recorded once."""
 
     def __init__(self, spec: LlmTrialSpec, model: PreTrainedModel, rows: Sequence[Row], replays: Replays) -> None:
-        """Look at the rows that will be scored.
+        """Measure the rows that will be scored.
 
         Args:
             spec: the trial.
             model: in evaluation mode.
-            rows: all of them.
-            replays: how passes run.
+            rows: all rows that will be scored.
+            replays: records the passes and replays them.
         """
         self._computation, self._device, self._replays = PackedLoss(spec, model), model.device, replays
         self._largest = largest_capacity(max(len(ids) for ids, _ in rows))
@@ -49,7 +49,7 @@ class PackedScores:
         self._buffers: dict[Any, tuple[list[Tensor], Tensor]] = {}
 
     def first_pass(self, rows: Sequence[Row], tokens: int) -> Pass:
-        """The pass of the first rows of `rows`, the longest first, that holds at most `tokens`, or one row."""
+        """The pass of the first of `rows`, which begin with the longest: at most `tokens` tokens, or one row."""
         lengths: list[int] = []
         for ids, _ in rows:
             if lengths and sum(lengths) + len(ids) > tokens:
@@ -58,11 +58,11 @@ class PackedScores:
         return reused(lay_out(lengths, tokens, self._largest)[0], self._used, tokens)
 
     def log_probs(self, part: Pass, rows: Sequence[Row]) -> list[Tensor]:
-        """Of each row of a pass, the log-probabilities (answer tokens,) float32 on the device, lane by lane.
+        """Log-probabilities (answer tokens,) float32, on the device, of each row of a pass, lane by lane.
 
         Args:
-            part: which of `rows` it holds, and where.
-            rows: those that `part` counts.
+            part: the pass.
+            rows: those to which its indices refer.
         """
         import torch
 
@@ -88,20 +88,20 @@ class PackedScores:
 
 
 def scored_tokens(row: Row) -> int:
-    """Tokens of a row that are scored: the first has none before it that could predict it."""
+    """How many tokens of a row are scored; nothing predicts its first."""
     return sum(label != IGNORED for label in row[1][1:])
 
 
 def packs(spec: LlmTrialSpec, model: PreTrainedModel) -> bool:
-    """Whether rows may lie one after the other in recorded passes."""
+    """Whether held-out rows may be packed into recorded passes."""
     config: Any = model.config.get_text_config()
     return (
         model.device.type == "cuda"
         and spec.train.cuda_graphs
         and config._attn_implementation in ("sdpa", "eager")
         and not has_virtual_tokens(model)
-        and not getattr(model, "is_loaded_in_8bit", False)  # which waits for what it finds in a pass
-        and not getattr(config, "router_aux_loss_coef", 0.0)  # experts take what their content decides
+        and not getattr(model, "is_loaded_in_8bit", False)  # LLM.int8() waits for the GPU in every pass
+        and not getattr(config, "router_aux_loss_coef", 0.0)  # in a mixture of experts, content decides the path
     )
 
 
@@ -110,20 +110,19 @@ def packed_log_probs(
     model: PreTrainedModel,
     rows: Sequence[Row],
     tokens: int,
-    usual: Callable[[Sequence[Row]], Tensor],
+    padded_pass: Callable[[Sequence[Row]], Tensor],
 ) -> tuple[list[Tensor] | None, int]:
-    """Log-probabilities (answer tokens,) float32 of every row, and the tokens of a pass in the end.
+    """Log-probabilities (answer tokens,) float32 of every row, and the tokens of a pass at the end.
 
-    Where memory runs out, passes hold half as many tokens from there. None if rows one after the other are not what
-    `usual` makes of them, which is seen in the first pass, and in the first with
-    several rows a lane.
+    If memory runs out, later passes hold half as many tokens. None if packed rows give other numbers than padded ones.
+    This is checked in the first pass, and in the first pass with several rows in a lane.
 
     Args:
         spec: the trial.
         model: in evaluation mode.
         rows: the longest first.
-        tokens: most tokens of a pass; a row that has more passes alone.
-        usual: log-probabilities of rows that are padded, the longest first.
+        tokens: most tokens of a pass; a longer row is passed alone.
+        padded_pass: returns the log-probabilities of padded rows, which begin with the longest.
 
     Raises:
         torch.OutOfMemoryError: a single row does not fit.
@@ -131,22 +130,22 @@ def packed_log_probs(
     records = model.device.type == "cuda"
     scores = PackedScores(spec, model, rows, Replays(records=records))
     log_probs: dict[int, Tensor] = {}
-    left = list(range(len(rows)))
+    remaining = list(range(len(rows)))
     checked = 0
-    while left:
-        part = scores.first_pass([rows[row] for row in left], tokens)
-        places = [left[row] for lane in part.lanes for row in lane]
+    while remaining:
+        part = scores.first_pass([rows[row] for row in remaining], tokens)
+        places = [remaining[row] for lane in part.lanes for row in lane]
         try:
-            scored = scores.log_probs(part, [rows[row] for row in left])
-            together, reason = max(map(len, part.lanes)), None
-            if checked < min(together, 2):  # a row alone in its lane shows less than several do
-                reason = _differs(spec, scored, usual([rows[row] for row in sorted(places)]))
-                checked = together
+            scored = scores.log_probs(part, [rows[row] for row in remaining])
+            rows_of_lane, reason = max(map(len, part.lanes)), None
+            if checked < min(rows_of_lane, 2):  # several rows in a lane can go wrong where one cannot
+                reason = _differs(spec, scored, padded_pass([rows[row] for row in sorted(places)]))
+                checked = rows_of_lane
         except Exception as error:  # of a model's own code
             if is_out_of_memory(error) and len(places) == 1:
                 raise
             ran_out = is_out_of_memory(error)
-            reason = f"its attention does not take them ({type(error).__name__})"
+            reason = f"the model cannot compute several rows in one lane ({type(error).__name__})"
             if log_probs and not ran_out:
                 raise
         else:
@@ -159,20 +158,20 @@ def packed_log_probs(
             scores = PackedScores(spec, model, rows, Replays(records=records))
             continue
         if reason is not None:
-            logger.info("%s: held-out rows are padded, not one after the other: %s", spec.trial_id, reason)
+            logger.info("%s: held-out rows are padded, not packed: %s", spec.trial_id, reason)
             return None, tokens
         log_probs |= dict(zip(places, scored, strict=True))
-        left = [row for row in left if row not in log_probs]
+        remaining = [row for row in remaining if row not in log_probs]
     return [log_probs[row] for row in range(len(rows))], tokens
 
 
-def _differs(spec: LlmTrialSpec, ours: Sequence[Tensor], usual: Tensor) -> str | None:
-    """Why rows one after the other are not what padded rows are; None if they are."""
+def _differs(spec: LlmTrialSpec, packed: Sequence[Tensor], padded: Tensor) -> str | None:
+    """How the loss of packed rows differs from that of padded rows; None if it does not."""
     import torch
 
-    if not usual.numel():
+    if not padded.numel():
         return None
-    loss, padded = (-float(log_probs.double().mean()) for log_probs in (torch.cat(list(ours)), usual))
-    if abs(loss - padded) <= ROUNDING[spec.train.precision] * max(abs(padded), 1e-3):
+    loss, padded_loss = (-float(log_probs.double().mean()) for log_probs in (torch.cat(list(packed)), padded))
+    if abs(loss - padded_loss) <= ROUNDING[spec.train.precision] * max(abs(padded_loss), 1e-3):
         return None
-    return f"their loss would be {loss:.6g}, not {padded:.6g}"
+    return f"their loss would be {loss:.6g}, not {padded_loss:.6g}"

@@ -1,4 +1,4 @@
-"""What each optimizer step sees: the rows of a trial in the seeded order of accelerate's sampler."""
+"""The rows of each optimizer step, in the seeded order of accelerate's sampler."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ class TextPart:
 
     ids: Sequence[Sequence[int]]
     labels: Sequence[Sequence[int]]
-    """As long as `ids`, IGNORED where no loss is."""
+    """As many as `ids`, IGNORED for tokens without loss."""
     loss_tokens: int
-    """Tokens with loss of the whole step, over all workers: the divisor of the pass's loss."""
+    """Tokens with loss in the whole step, over all workers: the divisor of the pass's loss."""
     passes: int
     """Passes of the whole step, over all workers."""
     keys: Sequence[int] = ()
-    """What the dropout of each row is drawn from."""
+    """The key from which the dropout of each row is drawn."""
 
 
 class TextRows(Rows[TextPart]):
     """The training rows of a trial, step by step.
 
-    Every epoch sees all rows once, in an order of its own; its last step may hold fewer.
+    Every epoch has all rows once, in an order of its own; its last step may hold fewer.
     """
 
     def __init__(self, spec: LlmTrialSpec, rows: Dataset) -> None:
-        """Look at the rows.
+        """Set up the steps.
 
         Args:
             spec: the trial.
@@ -63,7 +63,7 @@ class TextRows(Rows[TextPart]):
 
     @cached_property
     def scored_share(self) -> float:
-        """A quarter, half, three quarters or all: a quarter more than the share of all tokens that carries loss."""
+        """The share of tokens with loss, and a quarter of it more, rounded up to 0.25, 0.5, 0.75 or 1."""
         if self._spec.train.loss == "all":
             return 1.0
         labels = self._data["labels"]
@@ -78,21 +78,21 @@ class TextRows(Rows[TextPart]):
         return self._lengths
 
     def places(self, step: int) -> list[int]:
-        """The rows of a step by their place in the data, in order."""
+        """The rows of a step in order, as indices into the data."""
         epoch, batch = divmod(step, self._per_epoch)
         if epoch not in self._orders:
             from accelerate.data_loader import SeedableRandomSampler
 
             sampler = SeedableRandomSampler(range(len(self._data)), data_seed=self._spec.seed)
             sampler.set_epoch(epoch)
-            # Of this epoch and the one before: a rehearsal looks ahead, and training is where it was.
-            self._orders = {past: order for past, order in self._orders.items() if past >= epoch - 1}
+            # The previous epoch is kept, too: a rehearsal looks ahead, and training then goes on where it was.
+            self._orders = {number: order for number, order in self._orders.items() if number >= epoch - 1}
             self._orders[epoch] = list(sampler)
         size = self._spec.train.batch_size
         return self._orders[epoch][batch * size : (batch + 1) * size]
 
     def parts(self, step: int, share: Share, rows: int) -> list[TextPart]:
-        """A worker's rows of a step: every so many micro-batches one, each in passes of at most `rows` rows."""
+        """A worker's rows of a step: of every `share.workers` micro-batches one, in passes of at most `rows` rows."""
         from ray_peft.engine.keyed_dropout import row_key
 
         ids, labels, loss_tokens = self._step(step)
@@ -115,11 +115,11 @@ class TextRows(Rows[TextPart]):
         return Seen(tokens=sum(map(len, ids)))
 
     def epoch(self, steps: int) -> float:
-        """Epochs after so many steps; a partial last step counts as a whole one."""
+        """Epochs after `steps` steps; a partial last step counts as a whole one."""
         return steps / self._per_epoch
 
     def heaviest(self, steps: range, share: Share, rows: int) -> TextPart | None:
-        """Of the passes of some steps, one with the most rows times tokens of the longest of them."""
+        """The largest pass of `steps`: the one with the most tokens, padding included."""
         lengths = self.lengths()
 
         def cost(step: int) -> tuple[int, int]:
@@ -128,7 +128,7 @@ class TextRows(Rows[TextPart]):
             costs = [(last - first) * max(own[first:last]) for first, last in spans]
             return max(costs), costs.index(max(costs))
 
-        # The steps of one epoch hold every row; a later epoch mixes them anew.
+        # A later epoch has the same rows in another order, so its passes may be larger.
         heaviest = max(steps, key=lambda step: cost(step)[0])
         return self.parts(heaviest, Share(), rows)[cost(heaviest)[1]]
 
@@ -149,5 +149,5 @@ class TextRows(Rows[TextPart]):
 
 
 def _spans(batch: range, rows: int) -> list[tuple[int, int]]:
-    """A micro-batch in pieces of at most `rows` rows: first and last, exclusive."""
+    """A micro-batch in pieces of at most `rows` rows: (first, last), last excluded."""
     return [(first, min(first + rows, batch.stop)) for first in range(batch.start, batch.stop, rows)]

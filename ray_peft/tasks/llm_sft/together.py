@@ -1,4 +1,4 @@
-"""Passes of several members: their rows in lanes of one shape, and the loss of each."""
+"""Passes with the rows of several members, each in lanes of its own, and the loss of each member."""
 
 from __future__ import annotations
 
@@ -20,31 +20,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Seated:
+    """The rows of the member in a slot."""
+
     rows: TextRows
     ahead: int
-    """The member's step less the number of the round."""
+    """The member's step minus the number of the round."""
 
 
 class RowsTogether(Rows[PackedPart]):
-    """What the members see in each round: each of them its own next step."""
+    """The rows of each round: of every member its own next step."""
 
     def __init__(self, rows: Sequence[TextRows]) -> None:
-        """Look at the rows of all who may ever be members: their longest row decides the largest shape."""
+        """Measure the rows of all trials that may become members: the longest row decides the largest shape."""
         self._largest = largest_capacity(max(max(data.lengths()) for data in rows))
         self._scored = max(data.scored_share for data in rows)
         self._seats: dict[int, _Seated] = {}
         self._used: set[Bucket] = set()
 
     def seat(self, slot: int, rows: TextRows, ahead: int) -> None:
-        """From now on, `slot` sees step `number + ahead` of its own rows in round `number`."""
+        """From now on, round `number` has step `number + ahead` of `rows` in `slot`."""
         self._seats[slot] = _Seated(rows, ahead)
 
     def free(self, slot: int) -> None:
-        """From now on, `slot` sees nothing."""
+        """From now on, rounds have no rows in `slot`."""
         del self._seats[slot]
 
     def parts(self, step: int, share: Share, rows: int) -> list[PackedPart]:
-        """The rows of a round, in passes of no more tokens than `rows` of the longest rows have."""
+        """The rows of a round, in passes of at most as many tokens as `rows` of the longest row."""
         own = [
             (slot, ids, labels, seat.rows.loss_tokens(step + seat.ahead), key)
             for slot, seat in sorted(self._seats.items())
@@ -52,9 +54,9 @@ class RowsTogether(Rows[PackedPart]):
             for ids, labels, key in zip(part.ids, part.labels, part.keys, strict=True)
         ]
         most = rows * self._largest
-        laid = lay_out_apart([len(ids) for _, ids, *_ in own], most, self._largest, [slot for slot, *_ in own])
+        plans = lay_out_apart([len(ids) for _, ids, *_ in own], most, self._largest, [slot for slot, *_ in own])
         parts = []
-        for plan in (reused(plan, self._used, most) for plan in laid):
+        for plan in (reused(plan, self._used, most) for plan in plans):
             lanes = sorted(plan.lanes, key=lambda lane: own[lane[0]][0])  # by slot
             parts.append(
                 PackedPart(
@@ -69,7 +71,7 @@ class RowsTogether(Rows[PackedPart]):
         return parts
 
     def size(self, part: PackedPart) -> int:
-        """How many of the longest rows take as many tokens."""
+        """The size of a pass in rows: how many of the longest row have as many tokens."""
         return -(-part.bucket.tokens // self._largest)
 
     def seen(self, step: int) -> Seen:
@@ -77,11 +79,11 @@ class RowsTogether(Rows[PackedPart]):
         return Seen(tokens=sum(seat.rows.seen(step + seat.ahead).tokens for seat in self._seats.values()))
 
     def epoch(self, steps: int) -> float:
-        """Epochs of the member that is furthest."""
+        """Epochs of the member that has done most."""
         return max(seat.rows.epoch(steps + seat.ahead) for seat in self._seats.values())
 
     def heaviest(self, steps: range, share: Share, rows: int) -> PackedPart | None:
-        """A pass as large as any may be: of the most tokens, and full of the longest rows."""
+        """The largest pass that may occur: of the most tokens, full of rows as long as the longest."""
         slot = min(self._seats)
         bucket = lay_out([self._largest] * rows, rows * self._largest, self._largest)[0].bucket
         row = [0] * self._largest
@@ -92,18 +94,24 @@ class RowsTogether(Rows[PackedPart]):
 
 
 class LossTogether(PackedLoss):
-    """What `PackedLoss` computes, for the members one by one."""
+    """What `PackedLoss` computes, for every member by itself."""
 
     def __init__(self, spec: LlmTrialSpec, model: Any, slots: Slots) -> None:
-        """Look at the model, the base of all members; `spec` is any of them: they agree in what is looked at."""
+        """Set up the loss.
+
+        Args:
+            spec: that of any member: they agree in the settings that are used here.
+            model: the base of all members.
+            slots: the adapters of the members.
+        """
         super().__init__(spec, model)
         self._slots = slots
         self.members = len(slots)
 
     def inputs(self, part: PackedPart) -> Sequence[Tensor]:
-        """As for one member, and the slots of the lanes int64, as `Slots.begin` takes them.
+        """The tensors of `PackedLoss`, and the slot of each lane int64, in the form that `Slots.begin` expects.
 
-        Empty lanes count to the first lane's slot.
+        Empty lanes belong to the first lane's slot.
         """
         import torch
 
@@ -112,7 +120,7 @@ class LossTogether(PackedLoss):
         return [*super().inputs(part), torch.tensor([] if in_order else lanes, dtype=torch.int64)]
 
     def loss(self, *inputs: Tensor) -> Tensor:
-        """Each slot's share (slots,) of the mean loss of its member's step [nats]."""
+        """For each slot (slots,), the pass's share of the mean loss of its member's step [nats]."""
         import torch
 
         *tensors, lanes = inputs

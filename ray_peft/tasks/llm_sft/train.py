@@ -48,7 +48,7 @@ def train_stage(
         rows: the training rows, with columns input_ids and labels.
         model: with the stage attached.
         tokenizer: of the model.
-        rehearse: try the pass that needs the most memory before the first steps.
+        rehearse: try the pass that needs the most memory before the first step.
     """
     from transformers import set_seed
 
@@ -68,7 +68,7 @@ def train_stage(
             packed = PackedLoss(spec, model, dropout)
             Engine([member], model, PackedRows(data), packed, RecordedPasses, rehearse=rehearse).run()
         else:
-            logger.info("%s: passes run as they are: %s", spec.trial_id, reason)
+            logger.info("%s: passes are not recorded: %s", spec.trial_id, reason)
             Engine([member], model, data, plain, rehearse=rehearse).run()
             member.trained.passes = f"as they are, since {reason}"
     if unkeyed is not None:
@@ -79,7 +79,7 @@ def train_stage(
 def _dropout(
     spec: LlmTrialSpec, job: Job, model: PreTrainedModel, data: TextRows, pad: int
 ) -> tuple[RowDropout | None, str | None]:
-    """The dropout of the model's rows, tried on the first row of the stage that carries loss; or why there is none."""
+    """The dropout that is drawn by the row, tried on the stage's first row with loss; or the reason why it is not."""
     rows = data.parts(job.first_step, Share(), 1)
     part = next((row for row in rows if any(label != IGNORED for label in row.labels[0][1:])), rows[0])
 
@@ -99,16 +99,17 @@ def why_not_packed(
     dropout: RowDropout | None,
     unkeyed: str | None,
 ) -> str | None:
-    """Why the passes of a stage cannot be recorded; None if they can.
+    """Why the passes of a stage cannot be packed and recorded; None if they can.
 
-    The loss of the heaviest pass is computed both ways, so that no model is trained on other numbers than its own:
-    with the dropout that belongs to the rows, else without any.
+    Compares the loss of the largest pass of its first step both ways, so that a recorded trial has the losses that it
+    would have otherwise: with the dropout that is drawn by the row, else without dropout.
     """
     import torch
 
     reason = _why_not_tried(spec, job, model, plain, unkeyed)
     if reason is not None:
         return reason
+    # A second PackedRows: that of the training reuses its shapes, and the one tried here could then replace a smaller.
     part = PackedRows(data).heaviest(range(job.first_step, job.first_step + 1), this_worker(), 1)
     assert part is not None
     packed = PackedLoss(spec, model, dropout)
@@ -119,21 +120,21 @@ def why_not_packed(
     model.train(dropout is not None)
     try:
         with torch.no_grad():
-            usual = float(plain.loss(*(value.to(job.device) for value in plain.inputs(alone))))
-            laid = float(packed.loss(*(value.to(job.device) for value in packed.inputs(part))))
+            padded_loss = float(plain.loss(*(value.to(job.device) for value in plain.inputs(alone))))
+            packed_loss = float(packed.loss(*(value.to(job.device) for value in packed.inputs(part))))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of a model's own code
-        return f"its attention does not take rows one after the other ({type(error).__name__})"
-    if abs(usual - laid) > ROUNDING[spec.train.precision] * max(abs(usual), 1e-3):
-        return f"rows one after the other have another loss ({laid:.6g}, not {usual:.6g})"
+        return f"it cannot compute several rows in one lane ({type(error).__name__})"
+    if abs(padded_loss - packed_loss) > ROUNDING[spec.train.precision] * max(abs(padded_loss), 1e-3):
+        return f"rows in lanes have another loss ({packed_loss:.6g}, not {padded_loss:.6g})"
     return None
 
 
 def _why_not_tried(
     spec: LlmTrialSpec, job: Job, model: PreTrainedModel, plain: TextLoss, unkeyed: str | None
 ) -> str | None:
-    """What settings, method and architecture say against recording."""
+    """Why passes cannot be recorded by settings, method and architecture; None if these give no reason."""
     config = model.config.get_text_config()
     stage = job.stage
     if not job.device.startswith("cuda"):
@@ -149,22 +150,22 @@ def _why_not_tried(
     if isinstance(stage, Adapter) and not isinstance(stage, LoRA | QLoRA) and unkeyed is not None:
         return "a recording would repeat what its adapter draws"
     if spec.train.gradient_checkpointing and unkeyed is not None:
-        return "checkpointing would have to draw its dropout again"
+        return "gradient checkpointing would have to draw its dropout again"
     if plain.balances:
-        return "a mixture of experts sends rows where their content decides"
+        return "it is a mixture of experts, where a row's path depends on its content"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"attention is {config._attn_implementation}"
     return None
 
 
 ROUNDING = {"fp32": 1e-4, "bf16": 2e-2}
-"""Largest share of a loss by which rows apart and rows in lanes may differ, by precision."""
+"""Largest allowed relative difference of the loss between padded rows and rows in lanes, by precision."""
 
 
 def start_as_trl(spec: LlmTrialSpec, model: PreTrainedModel) -> None:
-    """Round new adapters on a quantised base to bf16 once, as TRL's SFTTrainer does; they keep their own dtype.
+    """Round new adapters on a quantised base to bf16 once, as TRL's SFTTrainer does, and keep their dtype.
 
-    So a trial begins where it began under that trainer, and earlier results compare.
+    So a trial begins with the same numbers as under that trainer, and can be compared with earlier results.
     """
     import torch
 
@@ -175,7 +176,7 @@ def start_as_trl(spec: LlmTrialSpec, model: PreTrainedModel) -> None:
 
 
 def recompute_activations(model: Any, dropout: RowDropout | None, *, random: bool) -> None:
-    """Recompute activations in the backward pass; only `random` draws need the random state kept for it."""
+    """Recompute activations in the backward pass; with `random`, the random state is restored for that."""
     contexts = {} if dropout is None else {"context_fn": dropout.contexts}
     model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": random, **contexts})
     if hasattr(model, "peft_config"):

@@ -1,6 +1,6 @@
-"""TRL's checkpoints of a stage: which one is whole, what its steps cost, and when the ones before it may go.
+"""TRL's checkpoints of a stage: which ones are complete, what their steps cost, and when older ones are removed.
 
-The Trainer writes a checkpoint's files in their place, one after the other; then come the costs, and the seal last.
+The Trainer writes the files of a checkpoint one after the other, in place. Then the costs are added, and last the seal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _STATE = "trainer_state.json"
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that is whole; None without one: a killed process, or a full disk, leaves part of one."""
+    """The last complete checkpoint; None if there is none. A killed process or a full disk leaves an incomplete one."""
     for checkpoint in numbered(folder):
         reason = broken(checkpoint)
         if reason is None or _is_of_first_version(checkpoint):
@@ -30,9 +30,9 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _is_of_first_version(checkpoint: Path) -> bool:
-    """Whether version 0.1.0 wrote it to its end, without costs and seal: the Trainer writes its state last.
+    """Whether version 0.1.0 wrote it completely, without costs and seal: the Trainer writes its state last.
 
-    Nothing proves that its other files are as they were.
+    Nothing shows whether its other files have changed since.
     """
     if (checkpoint / SEAL_FILE).exists() or (checkpoint / cost.COST_FILE).exists():
         return False
@@ -44,7 +44,7 @@ def _is_of_first_version(checkpoint: Path) -> bool:
 
 
 class Meter:
-    """What a stage has taken, from its first start on; `trainer` is an SFTTrainer of TRL 1.16."""
+    """Steps, tokens and seconds of a stage since its first start; `trainer` is an SFTTrainer of TRL 1.16."""
 
     def __init__(self, trained: Trained, trainer: Any, costs: Costs) -> None:
         self._trained, self._trainer, self._costs = trained, trainer, costs
@@ -52,23 +52,23 @@ class Meter:
         self._restored_steps = 0
 
     def start(self, checkpoint: Path | None, first_step: int) -> None:
-        """Begin to count, from a checkpoint's numbers if there is one.
+        """Begin to count; if there is a checkpoint, from its numbers on.
 
         Args:
-            checkpoint: of the stage.
+            checkpoint: that of the stage to go on from.
             first_step: optimizer steps that earlier stages of the trial have done.
         """
         if checkpoint is not None:
             cost.restore(cost.read(checkpoint), self._trained, self._costs, checkpoint)
             self._restored_steps = step_of(checkpoint)
             self._trained.resumed_from_step = first_step + self._restored_steps
-            # TRL begins at zero, also where the Trainer goes on; it keeps no public name for it.
+            # TRL begins at zero even if the Trainer resumes, and has no public name for this number.
             self._trainer._total_train_tokens = self._trained.tokens
         self._timed = self._trained.timed_steps
         self._begin = time.perf_counter()
 
     def so_far(self) -> Trained:
-        """The stage up to now."""
+        """The numbers of the stage up to now."""
         step = int(self._trainer.state.global_step)
         return replace(
             self._trained,
@@ -79,7 +79,7 @@ class Meter:
         )
 
     def keep(self, folder: Path) -> None:
-        """Complete the checkpoint of this step; all but it and the one before it go after that."""
+        """Complete the checkpoint of this step; then remove all but it and the previous one."""
         step = int(self._trainer.state.global_step)
         checkpoint = folder / f"checkpoint-{step}"
         cost.write(checkpoint, cost.plain(self.so_far(), self._costs))

@@ -1,6 +1,6 @@
-"""One stage on TRL's SFTTrainer itself, for those who want the stock path: `train.engine: trl`.
+"""One stage on TRL's SFTTrainer itself, for people who want the stock path: `train.engine: trl`.
 
-It neither goes on with fewer rows where memory runs out, nor tries the heaviest pass first.
+It does not go on with fewer rows when memory runs out, and does not try the largest pass first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def train_rows(spec: LlmTrialSpec, rows: Dataset) -> Dataset:
-    """The training rows with the labels that the spec's loss asks for."""
+    """The training rows with the labels of the spec's loss."""
     columns = rows.select_columns(["input_ids", "labels"])
     if spec.train.loss == "all":
         return columns.map(lambda row: {"labels": row["input_ids"]}, keep_in_memory=True)
@@ -34,9 +34,9 @@ def train_rows(spec: LlmTrialSpec, rows: Dataset) -> Dataset:
 
 
 def _rows_of_later_stage(spec: LlmTrialSpec, rows: Dataset, job: Job, filler: int) -> tuple[Dataset, int]:
-    """The stage's rows in order, so that it goes on where the one before ended; and how many of them are fillers.
+    """The stage's rows in order, from where the previous stage ended; and how many of them are fillers.
 
-    An epoch's last batch may hold fewer rows: it is filled up with rows of one token without loss.
+    The last batch of an epoch may hold fewer rows: rows of one token without loss fill it up.
     """
     from datasets import Dataset, concatenate_datasets
 
@@ -77,9 +77,9 @@ def train_stage(
     meter.start(checkpoint, job.first_step)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     guard.check()
-    whole = meter.so_far()
+    total = meter.so_far()
     trainer.accelerator.free_memory()
-    return replace(whole, tokens=whole.tokens - fillers)
+    return replace(total, tokens=total.tokens - fillers)
 
 
 def _arguments(spec: LlmTrialSpec, job: Job) -> Any:
@@ -106,7 +106,7 @@ def _arguments(spec: LlmTrialSpec, job: Job) -> Any:
         logging_steps=train.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_strategy="no",  # the watcher says when, and removes older ones once a new one is whole
+        save_strategy="no",  # the watcher decides when, and removes older ones once a new one is complete
         max_length=None,
         packing=False,
         report_to="none",
@@ -119,7 +119,7 @@ def _arguments(spec: LlmTrialSpec, job: Job) -> Any:
 
 
 def _keep_adapter_dtype(stage: Stage, model: PreTrainedModel) -> None:
-    """Undo SFTTrainer's cast of adapters on a quantised base to bf16 (TRL 1.16): the method's own dtype counts."""
+    """Undo SFTTrainer's cast of adapters on a quantised base to bf16 (TRL 1.16): they keep the method's dtype."""
     dtype = getattr(stage, "adapter_dtype", None)
     if dtype is None:
         return
@@ -135,10 +135,10 @@ def _guarded_trainer(guard: FiniteGuard, optimizer: Optimizer) -> Any:
     from trl import SFTTrainer  # type: ignore[attr-defined]  # not in __all__
 
     class GuardedTrainer(SFTTrainer):
-        # The one place of transformers 5.23 that has both numbers in every step; callbacks get them when logged.
+        # The only place in transformers 5.23 that has both numbers in every step; callbacks get them only when logged.
         def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
             norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-            # A layer-wise optimizer has used and freed the gradients by now, and keeps their worst.
+            # A layer-wise optimizer has freed the gradients by now; `worst` is NaN if one of them was not finite.
             guard.see(self.state.global_step + 1, self._tr_loss, norm + getattr(optimizer, "worst", 0.0))
             return norm
 
@@ -146,7 +146,7 @@ def _guarded_trainer(guard: FiniteGuard, optimizer: Optimizer) -> Any:
 
 
 def _watcher(spec: LlmTrialSpec, job: Job, trained: Trained, guard: FiniteGuard, meter: Meter) -> Any:
-    """A TrainerCallback that passes on logged metrics, measures held-out loss in between, and completes checkpoints."""
+    """A TrainerCallback that reports logged metrics, measures the held-out loss, and completes checkpoints."""
     from transformers import TrainerCallback
 
     due = Due(spec.train.checkpoint_every, job.device)

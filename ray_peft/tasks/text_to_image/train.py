@@ -25,13 +25,13 @@ def train_stage(spec: ImageTrialSpec, job: Job, draws: Draws, model: nn.Module) 
     Args:
         spec: the trial.
         job: its stage.
-        draws: what each step sees.
+        draws: the images and noise of each step.
         model: the UNet, with the stage attached.
     """
     import torch
 
     if job.device != "cpu":
-        torch._C._cuda_clearCublasWorkspaces()  # of evaluations before, on another stream
+        torch._C._cuda_clearCublasWorkspaces()  # those of earlier evaluations, on another stream
     dropout, unkeyed = _dropout(spec, job, draws, model)
     random = unkeyed is not None
     spare_activations(spec, unwrapped(model), running_again(dropout, random=random), random=random)
@@ -42,12 +42,12 @@ def train_stage(spec: ImageTrialSpec, job: Job, draws: Draws, model: nn.Module) 
     if unkeyed is not None:
         member.trained.passes += f"; dropout is drawn by the pass: {unkeyed}"
     if job.device != "cpu":
-        torch._C._cuda_clearCublasWorkspaces()  # one a stream, which would stay for ever
+        torch._C._cuda_clearCublasWorkspaces()  # each stream has one, which would stay until the process ends
     return member.trained
 
 
 def _dropout(spec: ImageTrialSpec, job: Job, draws: Draws, model: nn.Module) -> tuple[RowDropout | None, str | None]:
-    """The dropout of the model's rows, tried on the stage's first image; or why there is none."""
+    """The dropout that is drawn by the row, tried on the stage's first image; or the reason why it is not."""
 
     def loss(dropout: RowDropout) -> Tensor:
         computation = UNetLoss(spec, model, job.device, dropout)
@@ -64,7 +64,7 @@ def _kind_of_pass(spec: ImageTrialSpec, job: Job, *, random: bool) -> type[Pass[
 
 
 def _average(spec: ImageTrialSpec, model: nn.Module) -> Any:
-    """Diffusers' exponential moving average of what is trained, in float32; None where none is asked for."""
+    """Diffusers' exponential moving average of the trained parameters, in float32; None without `ema_decay`."""
     if spec.train.ema_decay is None:
         return None
     from diffusers.training_utils import EMAModel

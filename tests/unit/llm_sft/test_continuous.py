@@ -145,7 +145,7 @@ def test_what_cannot_be_right_is_named(prompts):
     own = type("Own", (type(model("llama")),), {"__module__": "their_code"})
     built = model("llama")
     built.__class__ = own
-    assert why_not(Voice(built), prompts, PAD, torch.float32) == "its code is its own"
+    assert why_not(Voice(built), prompts, PAD, torch.float32) == "its code is not part of transformers"
 
 
 def test_scores_that_differ_are_seen(prompts, monkeypatch):

@@ -218,7 +218,7 @@ def test_seconds_are_divided_by_tokens(llama, rows, tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("gpt2", "the model drops numbers at random; train them apart"),
+        ("gpt2", "the model has dropout; train them apart"),
         ("mixtral", "a mixture of experts sends rows"),
         ("mamba", "(cannot train together|carr)"),
     ],

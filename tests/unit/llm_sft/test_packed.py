@@ -1,4 +1,4 @@
-"""Rows laid one after the other have the losses and the gradients of rows apart."""
+"""Packed rows have the losses and the gradients of padded rows."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Held-out rows one after the other have the log-probabilities of padded rows, in the same order."""
+"""Packed held-out rows have the log-probabilities of padded rows, in the same order."""
 
 import pytest
 import tiny
@@ -85,4 +85,4 @@ def test_a_model_whose_loss_would_differ_is_scored_padded(rows, monkeypatch, cap
     with caplog.at_level("INFO"):
         padded, packed = both(model("llama"), rows, monkeypatch)
     assert torch.equal(padded, packed)
-    assert "are padded, not one after the other: their loss would be" in caplog.text
+    assert "are padded, not packed: their loss would be" in caplog.text
