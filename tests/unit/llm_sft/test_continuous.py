@@ -151,7 +151,7 @@ def test_what_cannot_be_right_is_named(prompts):
 def test_scores_that_differ_are_seen(prompts, monkeypatch):
     from ray_peft.tasks.llm_sft import decodable, lane_cache
 
-    monkeypatch.setattr(decodable, "_right", set())
+    monkeypatch.setattr(decodable, "_equal", set())
     monkeypatch.setattr(lane_cache.NextTokens, "_written", lambda self, places: torch.zeros(2, dtype=torch.int64))
     assert "would differ" in why_not(Voice(model("llama")), prompts, PAD, torch.float32)
 
