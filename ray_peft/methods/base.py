@@ -74,6 +74,8 @@ class Method(Strict, ABC):
     tasks: ClassVar[frozenset[Task]]
     needs_full_weights: ClassVar[bool] = False
     """True if the base itself is trained, so that it cannot be stored in 4 bits."""
+    changes_base: ClassVar[bool] = False
+    """True if attaching or training changes the base's weights, so that no other trial can start from them."""
 
     @abstractmethod
     def stages(self, steps: int) -> list[tuple[Stage, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ray_peft.methods.adapter import on_shapes
 from ray_peft.methods.base import Quantization
@@ -20,6 +20,8 @@ INITIAL = "initial_adapter"
 
 class ChangedBase(LowRankAdapter):
     """LoRA that starts from parts of W, which PEFT subtracts from the base while it attaches."""
+
+    changes_base: ClassVar[bool] = True
 
     @property
     @abstractmethod

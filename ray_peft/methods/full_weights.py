@@ -16,6 +16,7 @@ class FullWeights(Stage):
     """A stage that trains every weight of the base."""
 
     needs_full_weights: ClassVar[bool] = True
+    changes_base: ClassVar[bool] = True
     weights: TrainedWeights = "bfloat16_stochastic"
     """How trained weights and AdamW's moments are held. bfloat16_stochastic: 2 bytes a number, rounded up or down at
     random so that small updates count on average. float32: 4 bytes. bfloat16: 2 bytes, rounded to the nearest, where

@@ -50,11 +50,12 @@ def take(key: str) -> PreTrainedModel | None:
     """A model that shares the kept weights; None if others are kept, or they are no longer what was loaded."""
     if not _bases or _bases[0].key != key:
         return None
-    if _sums(_bases[0].model) != _bases[0].sums:
+    model, sums = _bases[0].model, _bases[0].sums
+    if any(parameter.requires_grad for parameter in model.parameters()) or _sums(model) != sums:
         logger.warning("the weights of the base that was kept have changed, so it is loaded again")
         drop()
         return None
-    return _shared_copy(_bases[0].model)
+    return _shared_copy(model)
 
 
 def drop(unless: str | None = None) -> None:

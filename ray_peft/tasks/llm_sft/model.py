@@ -185,9 +185,10 @@ def base_key(spec: LlmTrialSpec, device: str) -> str | None:
     A trial leaves the base as it is where it trains adapters in one stage, or nothing.
     """
     stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
-    changes = len(stages) > 1 or any(stage.needs_full_weights for stage in stages) or bool(spec.members())
+    changes = len(stages) > 1 or any(stage.changes_base for stage in stages) or bool(spec.members())
     by_others = spec.train.engine != "own" or spec.resources.num_workers > 1 or spec.model.trust_remote_code
-    if changes or by_others:
+    eight_bit = spec.quantization is not None and spec.quantization.bits == 8  # its layers change in a forward pass
+    if changes or by_others or eight_bit:
         return None
     quantization = spec.quantization.plain() if spec.quantization is not None else None
     dtype = spec.method.weights_dtype(spec.model.dtype)

@@ -153,3 +153,26 @@ def test_an_adapter_keeps_its_contract(kind, storage, tiny_model, tmp_path):
     assert not hasattr(merged, "peft_config")
     assert not any(hasattr(parameter, "quant_state") for parameter in merged.parameters())
     assert apart(logits(merged), following[1]) < (0.05 if storage else 1e-4)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS, ids=lambda kind: kind.model_fields["name"].default)
+def test_the_next_trial_starts_from_the_base_as_it_was_unless_the_method_changes_it(kind, tiny_model):
+    from ray_peft.tasks import kept_base
+    from ray_peft.tasks.llm_sft.model import base_key, load_model
+
+    spec = trial(tiny_model, plain_method(kind))
+    key = base_key(spec, "cpu")
+    assert (key is None) == kind.changes_base
+    if key is None:
+        return
+    kept_base.drop()
+    base = load_model(spec, "cpu", key)
+    before = {name: (weight.data_ptr(), weight.clone()) for name, weight in base.named_parameters()}
+    model = stage_of(spec).attach(base)
+    step(model, stage_of(spec).optimizer(model))
+    for name, weight in load_model(spec, "cpu", key).named_parameters():
+        address, value = before[name]
+        assert weight.data_ptr() == address
+        assert torch.equal(weight, value)
+        assert not weight.requires_grad
+    kept_base.drop()
