@@ -8,7 +8,7 @@ import tiny
 from ray_peft.schedule.decide import Card, Node, Run, decide
 from ray_peft.schedule.decide import Pack as Together
 from ray_peft.schedule.order import Order
-from ray_peft.schedule.packs import MOST_MEMBERS, packs
+from ray_peft.schedule.packs import MOST_MEMBERS, by_themselves, packs
 from ray_peft.schedule.relay import Relay
 from ray_peft.spec import TrialSpec
 from ray_peft.spec.identity import settings
@@ -100,6 +100,12 @@ def test_a_pack_holds_what_all_take_and_each_keeps_what_was_chosen_for_it():
 def test_trials_that_are_to_run_alone_are_in_no_pack():
     trials = ranks(3)
     assert formed(trials, gpus(1), alone={trials[0].trial_id})[0] == [2]
+
+
+def test_trials_that_a_search_proposes_one_by_one_are_in_no_pack():
+    trials = ranks(3)
+    assert formed(by_themselves(trials), gpus(1))[0] == []
+    assert [trial.trial_id for trial in by_themselves(trials)] == [trial.trial_id for trial in trials]
 
 
 def test_packing_changes_no_result():
