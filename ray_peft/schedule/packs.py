@@ -12,6 +12,7 @@ from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import PackForecast
 from ray_peft.vram.fit import Size
 
+PACK = "train.pack"
 MOST_MEMBERS = 16
 """Trials of a pack at most: the gain of a further one is small by then, and a killed process interrupts all."""
 WORTH = 1.2
@@ -49,6 +50,14 @@ def packs(
         elif card is not None and uses_gpu(group[0], nodes):
             formed += _on_gpus(group, sum(node.gpus for node in nodes), card, sizes, forecast)
     return [pack for pack in formed if len(pack.trials) > 1]
+
+
+def by_themselves(trials: Sequence[TrialSpec]) -> list[TrialSpec]:
+    """The same trials, of which none trains with others: a search proposes them one by one."""
+    return [
+        trial.changed({PACK: False}).under(trial.trial_id) if _setting(trial) is not False else trial
+        for trial in trials
+    ]
 
 
 def _groups(trials: Sequence[TrialSpec]) -> list[list[TrialSpec]]:

@@ -13,7 +13,7 @@ from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.foundation.units import GIB
 from ray_peft.schedule.cluster import cores_here
 from ray_peft.schedule.decide import Decision, Demand, Node, Run, card, decide
-from ray_peft.schedule.packs import packs
+from ray_peft.schedule.packs import by_themselves, packs
 from ray_peft.schedule.seconds import seconds_text, sum_line
 from ray_peft.schedule.sizes import forecast, predicted
 from ray_peft.space.read import load
@@ -36,14 +36,16 @@ def plan(
     if not loaded.trials:
         raise SearchSpaceError(f"{space}: has no trials")
     console = console or Silence()
-    if loaded.search is not None and loaded.search.algorithm == "optuna":
+    proposed = loaded.search is not None and loaded.search.algorithm == "optuna"
+    if loaded.search is not None and proposed:
         console.say(
             f"search: Optuna proposes {loaded.search.samples} trials one by one, from what earlier ones gave; the "
             "trials below are random draws, which show their kind"
         )
     for note in loaded.notes:
         console.say(note)
-    return inspect_trials(loaded.trials, console).trials
+    trials = inspect_trials(loaded.trials, console).trials
+    return by_themselves(trials) if proposed else trials
 
 
 def planned(

@@ -17,6 +17,7 @@ from ray_peft.report.plain import trial_line
 from ray_peft.schedule import cluster, experiment, repeats, tune
 from ray_peft.schedule.decide import Decision, Demand, Node, Phase, Run, decide
 from ray_peft.schedule.experiment import Experiment
+from ray_peft.schedule.packs import by_themselves
 from ray_peft.schedule.plan import cautions, pack_text
 from ray_peft.schedule.search import Draws
 from ray_peft.schedule.signals import callers_signals
@@ -174,7 +175,8 @@ def _plan(space: Space, rows: list[TrialResult], inspector: Inspector, console: 
     if space.search is not None and space.search.algorithm == "optuna":
         draws = Draws(space, inspector, console.say)
         total = space.search.samples
-        return _Plan(space.trials, space.trials, draws.remember(rows, total), draws, total)
+        samples = by_themselves(space.trials)
+        return _Plan(samples, samples, draws.remember(rows, total), draws, total)
     earlier = recall(space.trials, rows, inspector)
     for note in earlier.notes:
         console.say(note)

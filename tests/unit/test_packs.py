@@ -1,19 +1,24 @@
 """Which trials train together, in which order Tune gets them, and how their reports travel: values and files alone."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import tiny
 
 from ray_peft.schedule.decide import Card, Node, Run, decide
 from ray_peft.schedule.decide import Pack as Together
+from ray_peft.schedule.events import Events
+from ray_peft.schedule.handout import resolver, seated, tasks_of
 from ray_peft.schedule.order import Order
-from ray_peft.schedule.packs import MOST_MEMBERS, packs
+from ray_peft.schedule.packs import MOST_MEMBERS, by_themselves, packs
 from ray_peft.schedule.relay import Relay
+from ray_peft.schedule.worker import ROW
 from ray_peft.spec import TrialSpec
 from ray_peft.spec.identity import settings
 from ray_peft.tasks.base import PackForecast
 from ray_peft.tasks.llm_sft.forecast import gain, overhead
+from ray_peft.trial.result import TrialResult
 from ray_peft.vram import Prediction
 from ray_peft.vram.cards import ANY
 from ray_peft.vram.fit import Size
@@ -102,6 +107,12 @@ def test_trials_that_are_to_run_alone_are_in_no_pack():
     assert formed(trials, gpus(1), alone={trials[0].trial_id})[0] == [2]
 
 
+def test_trials_that_a_search_proposes_one_by_one_are_in_no_pack():
+    trials = ranks(3)
+    assert formed(by_themselves(trials), gpus(1))[0] == []
+    assert [trial.trial_id for trial in by_themselves(trials)] == [trial.trial_id for trial in trials]
+
+
 def test_packing_changes_no_result():
     assert settings(lora(pack="auto")) == settings(lora(pack=False))
     assert lora(pack=True).trial_id == lora(pack=False).trial_id
@@ -144,3 +155,44 @@ def test_reports_travel_to_who_follows_them_whole_and_in_order(tmp_path):
     relay.end("lora-1")
     follower.join(timeout=10)
     assert seen == [{"step": 1, "train_loss": 2.0}, {"step": 2, "train_loss": float("inf")}]
+
+
+class Told:
+    """A receiver that keeps what it is told, by name and trial."""
+
+    def __init__(self):
+        self.events = []
+
+    def __getattr__(self, name):
+        def keep(what, *more):
+            ids = [spec.trial_id for spec in what] if isinstance(what, list) else what.trial_id
+            self.events.append((name, ids))
+
+        return keep
+
+
+def test_what_happens_to_the_process_of_a_pack_happens_to_its_trials(tmp_path):
+    trials = ranks(2)
+    ids = [trial.trial_id for trial in trials]
+    run = Run(tuple(trials), decide([trials[0]], LAPTOP, {}).runs[0].demand)
+    order, relay, told = Order([run]), Relay(tmp_path), Told()
+    events = Events(resolver(tasks_of([run])), told, order, relay)
+    host = SimpleNamespace(config=seated(order.next()), max_failures=0)
+    events.start(host)
+    assert host.max_failures == trials[0].resources.max_failures
+    members = [SimpleNamespace(config=seated(order.next()), max_failures=0) for _ in trials]
+    for member in members:
+        events.start(member)
+        events.again(member)  # nothing is lost with a process that passes reports on
+        events.error(member)
+    assert [event for event, _ in told.events] == ["begin", "begin"]
+    events.result(host, {"trials": 2})
+    events.result(members[1], {"step": 3, "train_loss": 1.0})
+    row = TrialResult(trial_id=ids[1], status="failed", spec=trials[1], error="diverged")
+    events.result(members[1], {"step": 4, ROW: row.model_dump_json()})
+    assert told.events[2:] == [("show", ids[1]), ("take", ids[1])]
+    events.again(host)
+    assert told.events[4:] == [("again", ids[0]), ("again", ids[1])]
+    events.error(host)
+    assert told.events[6:] == [("lose_pack", ids)]
+    assert [list(relay.follow(trial_id)) for trial_id in ids] == [[], []]
