@@ -167,6 +167,24 @@ class Experiment:
             f"{self.ledger.folder / 'results.jsonl'}; when the store is back: ray-peft sync {self.ledger.folder}"
         )
 
+    def _close_run(
+        self, status: Literal["FINISHED", "FAILED", "KILLED"], counts: dict[str, float], results: list[TrialResult]
+    ) -> None:
+        """Store the report and the counts in the sweep's run and close it, unless the store is away."""
+        names = (REPORT, "report.html", "report.csv", "results.jsonl", "plots")
+        files = {name: self.ledger.folder / name for name in names if (self.ledger.folder / name).exists()}
+        if self.unsent.away:
+            self.lacking[self.name] = next(iter(self.lacking.values()))
+            return
+        patience_s = 0.0 if self.lacking else END_PATIENCE_S
+        try:
+            tracking.finish_sweep(
+                self.store, self.parent_run_id, status, metrics=counts, files=files, results=results,
+                patience_s=patience_s,
+            )  # fmt: skip
+        except TrackingError as error:
+            self.lacking[self.name] = str(error)
+
     def finish(self, planned: list[str], interrupted: bool) -> list[TrialResult]:
         """Write the report, close the runs and print the comparison; returns the planned trials' rows.
 
@@ -196,16 +214,7 @@ class Experiment:
         elif bad:
             status = "FAILED"
         counts = {"trials": float(len(results)), "trials_not_finished": float(len(bad))}
-        names = (REPORT, "report.html", "report.csv", "results.jsonl", "plots")
-        files = {name: self.ledger.folder / name for name in names if (self.ledger.folder / name).exists()}
-        try:
-            patience_s = 0.0 if self.lacking else END_PATIENCE_S
-            tracking.finish_sweep(
-                self.store, self.parent_run_id, status, metrics=counts, files=files, results=results,
-                patience_s=patience_s,
-            )  # fmt: skip
-        except TrackingError as error:
-            self.lacking[self.name] = str(error)
+        self._close_run(status, counts, results)
         show(results, self.console)
         if self.lacking:
             self._say_lacking()
