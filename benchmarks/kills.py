@@ -98,7 +98,7 @@ def damage(case: Case) -> bool:
     hit = False
     for stage in case.out.glob("trials/*/stage*"):
         files = sorted(stage.glob("checkpoint-*/state.pt"), key=lambda file: file.stat().st_mtime)
-        if len(files) < 2:
+        if len(files) < 2 or not files[-1].stat().st_size:
             continue
         content, how = files[-1].read_bytes(), case.rng.randrange(4)
         if how == 0:

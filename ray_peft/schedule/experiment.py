@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ray_peft.errors import StorageError, TrackingError, first_line
+from ray_peft.errors import ReportLost, StorageError, TrackingError, first_line
 from ray_peft.foundation.audience import Audience
 from ray_peft.foundation.masking import mask
+from ray_peft.foundation.storage import error_line
 from ray_peft.report.files import REPORT, write_report
 from ray_peft.report.plain import console_table
 from ray_peft.schedule import repeats
@@ -87,6 +88,13 @@ class Experiment:
         make_way(folder, spec.trial_id)
         if not again:
             (folder / RESTARTS_FILE).unlink(missing_ok=True)
+
+    def may_start_again(self, spec: TrialSpec) -> bool:
+        """True if a trial whose worker died left no row that stands, and has not died too often yet."""
+        folder = self.ledger.trial_folder(spec.trial_id)
+        row = left_row(folder, spec.trial_id)
+        ended = row is not None and row.status != "cancelled"
+        return not ended and len(restarts(folder)) < spec.resources.max_failures
 
     def again(self, spec: TrialSpec, reason: str) -> None:
         """A trial's worker died, and it is started once more."""
@@ -218,7 +226,12 @@ class Experiment:
         show(results, self.console)
         if self.lacking:
             self._say_lacking()
-        last.done()
+        try:
+            last.done()
+        except StorageError as error:
+            raise ReportLost(str(error)) from error
+        except OSError as error:
+            raise ReportLost(error_line(error, self.ledger.folder)) from error
         if status == "FINISHED" and not self.lacking:
             repeats.close(self.ledger, self.record, results)
         return results
