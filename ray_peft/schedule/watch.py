@@ -81,23 +81,27 @@ def waited(call: Callable[[], object], stop: Callable[[], None] | None = None) -
     auto_init_hook.enable_auto_connect = False
     raised: list[BaseException] = []
 
+    # Not the thread's own end: CPython 3.11 takes a thread for ended once its join was interrupted.
+    ended = threading.Event()
+
     def body() -> None:
         try:
             call()
         except BaseException as error:  # raised in the caller's thread
             raised.append(error)
+        finally:
+            ended.set()
 
-    thread, watch = threading.Thread(target=body, name="waited", daemon=True), Watch()
-    thread.start()
+    watch = Watch()
+    threading.Thread(target=body, name="waited", daemon=True).start()
     try:
-        while thread.is_alive():
-            thread.join(POLL_S)
-            if thread.is_alive() and (why := watch.lost()) is not None:
+        while not ended.wait(POLL_S):
+            if (why := watch.lost()) is not None:
                 raise ClusterLost(why)
     except KeyboardInterrupt:
         if stop is not None:
             stop()
-            thread.join(STOP_S)
+            ended.wait(STOP_S)
         return False
     except ClusterLost:
         if stop is not None:
