@@ -2,297 +2,389 @@
 
 python benchmarks/kills.py benchmarks/results/kills.json [--times N] [SCENARIO ...]
 
-Every scenario disturbs a sweep of three trials, gives the same command again until it ends with 0, and compares what is
-there then with a sweep that nobody disturbed: scores to 1e-6, one FINISHED run a trial in MLflow, none left open.
+A scenario disturbs one sweep again and again at random moments, with the command given again where it ended, until it
+was disturbed N times; then the sweep runs to its end, and is compared with one that nobody disturbed: scores to 1e-6,
+one FINISHED run a trial in MLflow with every loss once, none left open, nothing that had finished trained again. A
+scenario that was measured before is measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+import psutil
+from disturbed import Case, Nodes, Place, Server, Wire, full_disk, losses, prepare
+from provenance import write
 
-import tiny  # noqa: E402
-from killed import Sweep, write_space  # noqa: E402
-from provenance import write  # noqa: E402
-from served import Server, Wire  # noqa: E402
-from tracked import client_of  # noqa: E402
-
-from ray_peft.store.tracking import default_uri, open_store  # noqa: E402
-
-METHODS = [{"name": "none"}, {"name": "lora", "rank": 4, "lr": 0.001}, {"name": "full", "lr": 0.001}]
-STEPS = 40
-TOLERANCE = 1e-6
+TRIALS = 5
+LONG_STEPS = 400
+"""Steps of a trial that lasts while a server is away for long."""
 
 
-class Case:
-    """One sweep to disturb, in a folder of its own."""
+@dataclass(frozen=True)
+class Scenario:
+    """What is done to a sweep."""
 
-    def __init__(self, folder: Path, space: Path, store: str, rng: random.Random) -> None:
-        self.folder, self.space, self.store, self.rng = folder, space, store, rng
-        self.sweep = Sweep(space, folder / "out", store)
-        self.disturbed_at = time.monotonic()
-
-    def trains(self) -> None:
-        """Wait until some moment of a training."""
-        method, steps = self.rng.choice(["lora", "full"]), self.rng.randint(1, STEPS // 2)
-        self.sweep.until(lambda: self.sweep.steps(method) >= steps)
-
-    def writes_a_result(self) -> None:
-        """Wait until a worker has written a row that the driver has not listed yet."""
-        count = self.rng.randint(1, len(METHODS))
-        until = time.monotonic() + 240
-        while len(list(self.sweep.out.glob("trials/*/result.json"))) < count and time.monotonic() < until:
-            self.sweep.look()
-            time.sleep(0.002)
+    act: Callable[[Case], bool]
+    """Disturbs it once, at a random moment; false if the sweep ended before that."""
+    local: bool = False
+    """Each start has a Ray of its own, since that is what dies."""
+    ends: bool = False
+    """The command ends by it, and is given again."""
 
 
-def signals(*numbers: signal.Signals) -> Callable[[Case], None]:
+def signals(*numbers: signal.Signals) -> Callable[[Case], bool]:
     """Send signals a second apart while a trial trains."""
 
-    def disturb(case: Case) -> None:
-        case.trains()
+    def act(case: Case) -> bool:
+        if not case.training():
+            return False
         for place, number in enumerate(numbers):
             time.sleep(1.0 if place else 0.0)
-            with suppress(ProcessLookupError):
-                case.sweep.send(number)
+            case.last.send(number)
+        return True
 
-    return disturb
+    return act
 
 
-def kill_driver_at_result(case: Case) -> None:
+def kill_driver_at_row(case: Case) -> bool:
     """kill -9 of the driver when a worker has just written its row."""
-    case.writes_a_result()
-    case.sweep.send(signal.SIGKILL)
+    if not case.row_written():
+        return False
+    case.last.send(signal.SIGKILL)
+    return True
 
 
-def kill_worker(case: Case) -> None:
+def kill_worker(case: Case) -> bool:
     """kill -9 of the process that trains."""
-    case.trains()
-    for method in ("lora", "full"):
-        if any(case.sweep.out.glob(f"trials/{method}-*/log.txt")):
-            case.sweep.kill_worker(method)
+    if not case.training():
+        return False
+    victims = case.workers()
+    for process in victims:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    return bool(victims)
 
 
-def kill_ray(name: str) -> Callable[[Case], None]:
-    """kill -9 of one of Ray's own processes."""
+def kill_ray(name: str) -> Callable[[Case], bool]:
+    """kill -9 of one of a local Ray's own processes."""
 
-    def disturb(case: Case) -> None:
-        case.trains()
-        case.sweep.kill(name)
+    def act(case: Case) -> bool:
+        return case.training() and case.kill(name)
 
-    return disturb
-
-
-LOCAL: dict[str, Callable[[Case], None]] = {
-    "kill -9 of the driver": signals(signal.SIGKILL),
-    "kill -9 of the driver as a worker writes its row": kill_driver_at_result,
-    "kill -9 of a worker": kill_worker,
-    "kill -9 of the raylet": kill_ray("raylet"),
-    "kill -9 of the raylet's agent": kill_ray("ray::DashboardAgent"),
-    "kill -9 of the head (GCS)": kill_ray("gcs_server"),
-    "SIGINT": signals(signal.SIGINT),
-    "SIGTERM": signals(signal.SIGTERM),
-    "SIGHUP": signals(signal.SIGHUP),
-    "SIGINT twice": signals(signal.SIGINT, signal.SIGINT),
-}
+    return act
 
 
-def server_away(seconds: float | None) -> Callable[[Case, Server, Wire], None]:
-    """kill -9 of the MLflow server; it is started again after `seconds`, or not before the sweep's end."""
-
-    def disturb(case: Case, server: Server, wire: Wire) -> None:
-        case.trains()
-        server.kill()
-        if seconds is not None:
-            time.sleep(seconds)
-            server.start()
-
-    return disturb
-
-
-def cut_often(case: Case, server: Server, wire: Wire) -> None:
-    """All connections to the server are cut every 3 s."""
-
-    def cut() -> None:
-        while case.sweep.process.poll() is None:
-            time.sleep(3.0)
-            wire.cut()
-            wire.mend()
-
-    threading.Thread(target=cut, daemon=True).start()
-
-
-SERVED: dict[str, Callable[[Case, Server, Wire], None]] = {
-    "MLflow server away for 5 s": server_away(5.0),
-    "MLflow server away for 100 s": server_away(100.0),
-    "MLflow server away for good": server_away(None),
-    "connections to MLflow cut every 3 s": cut_often,
-}
-
-
-def scores(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Held-out losses by method."""
-    return {name: row["scores"]["eval_loss"] for name, row in rows.items() if row["status"] == "finished"}
-
-
-def findings(case: Case, expected: dict[str, float]) -> dict[str, Any]:
-    """What is lost or wrong in the end."""
-    reached = scores(case.sweep.rows())
-    store = open_store(case.store, case.space.stem, None)
-    runs = client_of(store).search_runs([store.experiment_id], max_results=1000)
-    finished = [run.data.tags["ray_peft.method"] for run in runs if run.info.status == "FINISHED" and
-                "ray_peft.method" in run.data.tags]  # fmt: skip
-    return {
-        "lost": sorted(set(expected) - set(reached)),
-        "other_scores": [name for name, loss in reached.items() if abs(loss - expected[name]) > TOLERANCE],
-        "twice_in_mlflow": sorted({name for name in finished if finished.count(name) > 1}),
-        "not_in_mlflow": sorted(set(expected) - set(finished)),
-        "left_open_in_mlflow": sum(run.info.status == "RUNNING" for run in runs),
-        "folders_in_ray": len(list((case.sweep.out / "ray").glob("*"))),
-    }
-
-
-def trained_again(case: Case, before: dict[str, dict[str, Any]]) -> list[str]:
-    """Trials that had a finished row, and started once more."""
-    after = case.sweep.rows()
-    return [name for name, row in before.items() if row["status"] == "finished" and
-            row["provenance"]["started_at"] != after[name]["provenance"]["started_at"]]  # fmt: skip
-
-
-def once(name: str, folder: Path, inputs: tuple[Path, Path], expected: dict[str, float], seed: int) -> dict[str, Any]:
-    """One disturbed sweep and its repetitions."""
-    rng = random.Random(f"{name} {seed}")
-    folder.mkdir(parents=True)
-    space = write_space(folder / "space.yaml", plain(*inputs))
-    server = wire = None
-    if name in SERVED:
-        server = Server(folder / "served", empty_database(inputs[0].parent))
-        server.start()
-        wire = Wire(server.port)
-        store = f"http://127.0.0.1:{wire.port}"
-    else:
-        store = f"sqlite:///{folder / 'mlflow.db'}"
-    case = Case(folder, space, store, rng)
-    try:
-        if name in SERVED:
-            SERVED[name](case, server, wire)
+def damage(case: Case) -> bool:
+    """kill -9 of the driver; then each trial's newest checkpoint is cut, emptied, changed or removed."""
+    if not case.training():
+        return False
+    case.last.send(signal.SIGKILL)
+    case.last.wait()
+    time.sleep(1.0)  # its workers follow
+    hit = False
+    for stage in case.out.glob("trials/*/stage*"):
+        files = sorted(stage.glob("checkpoint-*/state.pt"), key=lambda file: file.stat().st_mtime)
+        if len(files) < 2 or not files[-1].stat().st_size:
+            continue
+        content, how = files[-1].read_bytes(), case.rng.randrange(4)
+        if how == 0:
+            files[-1].unlink()
         else:
-            LOCAL[name](case)
-        began = time.monotonic()
-        codes = [case.sweep.wait(600)]
-        ended_s = round(time.monotonic() - began, 1)
-        left = case.sweep.left()
-        before = left_rows(case)
-        if server is not None and server.process is None:
-            server.start()
-        tracebacks = case.sweep.output.count("Traceback")
-        restarts = sum(len(row["restarts"]) for row in case.sweep.rows().values())
-        while codes[-1] != 0 and len(codes) < 4:
-            case.sweep = Sweep(space, folder / "out", store)
-            codes.append(case.sweep.wait(600))
-        return {
-            "exit_codes": codes, "seconds_to_the_end": ended_s, "processes_left": left, "tracebacks": tracebacks,
-            "restarts": restarts, "trained_again": trained_again(case, before), **findings(case, expected),
-        }  # fmt: skip
-    finally:
-        case.sweep.end()
-        if wire is not None:
+            middle = len(content) // 2
+            changed = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            files[-1].write_bytes([b"", content[:middle], changed][how - 1])
+        hit = True
+    return hit
+
+
+def fill_disk(case: Case) -> bool:
+    """The disk below --out is full from a random moment on, until the command has ended."""
+    if not case.training():
+        return False
+    with suppress(OSError), (case.out / ".filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**12))
+    case.last.wait()
+    (case.out / ".filler").unlink()
+    return True
+
+
+LOCAL = {
+    "kill -9 of the raylet": Scenario(kill_ray("raylet"), local=True),
+    "kill -9 of the raylet's agent": Scenario(kill_ray("ray::DashboardAgent"), local=True),
+    "kill -9 of the head (GCS)": Scenario(kill_ray("gcs_server"), local=True),
+    "kill -9 of the driver, which has a local Ray": Scenario(signals(signal.SIGKILL), local=True, ends=True),
+    "Ctrl-C of a sweep that has a local Ray": Scenario(signals(signal.SIGINT), local=True, ends=True),
+}
+JOINED = {
+    "kill -9 of the driver": Scenario(signals(signal.SIGKILL), ends=True),
+    "kill -9 of the driver as a worker writes its row": Scenario(kill_driver_at_row, ends=True),
+    "kill -9 of a worker": Scenario(kill_worker),
+    "SIGINT": Scenario(signals(signal.SIGINT), ends=True),
+    "SIGTERM": Scenario(signals(signal.SIGTERM), ends=True),
+    "SIGHUP": Scenario(signals(signal.SIGHUP), ends=True),
+    "SIGINT twice": Scenario(signals(signal.SIGINT, signal.SIGINT), ends=True),
+    "newest checkpoints damaged after kill -9 of the driver": Scenario(damage, ends=True),
+    "disk full": Scenario(fill_disk, ends=True),
+}
+SERVED = ("MLflow server away for 5 s", "connections to MLflow cut every 3 s", "MLflow server away for good",
+          "MLflow server away for 100 s")  # fmt: skip
+
+
+class Measured:
+    """What came of the scenarios; written after every sweep, so that a late failure loses nothing."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self.scenarios: dict[str, Any] = json.loads(target.read_text())["scenarios"] if target.exists() else {}
+
+    def add(self, name: str, case: Case, times: int, seconds: list[float]) -> None:
+        """Take what one sweep showed."""
+        rows = list(case.rows().values())
+        entry = self.scenarios.setdefault(name, {"times": 0, "sweeps": 0, "exit_codes": {}, "seconds": [], "wrong": {},
+                                                 "restarts": 0, "resumed": 0})  # fmt: skip
+        entry["times"] += times
+        entry["sweeps"] += 1
+        entry["exit_codes"] = dict(Counter(entry["exit_codes"]) + Counter(map(str, case.codes)))
+        entry["seconds"] += [round(value, 1) for value in seconds]
+        entry["wrong"] = dict(Counter(entry["wrong"]) + case.wrong)
+        entry["restarts"] += sum(len(row["restarts"]) for row in rows)
+        entry["resumed"] += sum(row["resumed_from_step"] is not None for row in rows)
+        if +case.wrong:
+            entry["output"] = case.output()[-6000:]
+        self.write()
+
+    def failed(self, name: str, error: Exception) -> None:
+        """A scenario that could not be measured."""
+        self.scenarios.setdefault(name, {"times": 0})["error"] = f"{type(error).__name__}: {error}"[-2000:]
+        self.write()
+
+    def write(self) -> None:
+        write(self._target, {"trials": TRIALS, "scenarios": self.scenarios})
+
+
+class Table:
+    """Runs scenarios."""
+
+    def __init__(self, place: Place, nodes: Nodes, measured: Measured, times: int) -> None:
+        self.place, self.nodes, self.measured, self.times = place, nodes, measured, times
+        self.expected = self.undisturbed()
+
+    def undisturbed(self, **changes: Any) -> dict[str, float]:
+        """Held-out losses by trial id, as they must be."""
+        label = f"undisturbed{'_'.join(map(str, changes.values()))}"
+        case = self.case(label, self.place.database(label), **changes)
+        case.start()
+        if case.ended() != 0:
+            raise RuntimeError(case.last.output)
+        return losses(case.rows())
+
+    def case(self, name: str, store: str, *, local: bool = False, folder: Path | None = None, **changes: Any) -> Case:
+        """A sweep that is not started yet."""
+        seed = random.Random(name)
+        return Case(self.place, name, store, TRIALS, None if local else self.nodes, seed, folder, changes)
+
+    def killed(self, name: str, scenario: Scenario) -> None:
+        """Sweeps on SQLite."""
+        done = sweeps = 0
+        while done < self.times:
+            label = f"{''.join(letter for letter in name if letter.isalnum())}{sweeps}"
+            with ExitStack() as disk:
+                folder = None
+                if name == "disk full":
+                    folder = disk.enter_context(full_disk(self.place.folder / f"{label}_disk", 30)) / "out"
+                case = self.case(label, self.place.database(label), local=scenario.local, folder=folder)
+                happened, seconds = self.run(case, scenario, self.times - done)
+                case.check_end(self.expected)
+                self.measured.add(name, case, happened, seconds)
+            done += happened
+            sweeps += 1
+
+    def run(self, case: Case, scenario: Scenario, times: int) -> tuple[int, list[float]]:
+        """Start, disturb and start again until the sweep has ended with 0; how often, and seconds to the ends."""
+        happened, seconds = 0, []
+        while not case.codes or case.codes[-1] != 0:
+            case.start()
+            while case.last.alive and happened < times:
+                if not scenario.act(case):
+                    break
+                happened += 1
+                if scenario.ends:
+                    break
+            began = time.monotonic()
+            code = case.ended()
+            if scenario.ends and code != 0:
+                seconds.append(time.monotonic() - began)
+                case.check_left()
+            if len(case.codes) > 3 * times + 3:
+                case.wrong["never ends with 0"] += 1
+                break
+        return happened, seconds
+
+    def served(self, name: str) -> None:
+        """Sweeps with a real MLflow server."""
+        label = "".join(letter for letter in name if letter.isalnum())
+        server = self.place.server(f"{label}server")
+        wire = Wire(server.port)
+        try:
+            if name.endswith("5 s"):
+                self.away(name, label, server, 5.0)
+            elif name.endswith("100 s"):
+                self.away(name, label, server, 100.0)
+            elif name.endswith("good"):
+                self.gone(name, label, server)
+            else:
+                self.cut(name, label, wire)
+        finally:
             wire.cut()
-        if server is not None:
             server.kill()
 
+    def away(self, name: str, label: str, server: Server, seconds: float) -> None:
+        """The server is killed again and again, and is back after some time."""
+        changes = {"train__steps": LONG_STEPS} if seconds > 30 else {}
+        expected = self.undisturbed(**changes) if changes else self.expected
+        done = sweeps = 0
+        while done < self.times:
+            case = self.case(f"{label}{sweeps}", server.uri, **changes)
+            case.start()
+            happened = 0
+            with slowed(case) if seconds > 30 else ExitStack():
+                while happened < self.times - done and case.training():
+                    server.kill()
+                    time.sleep(seconds)
+                    server.start()
+                    happened += 1
+                    time.sleep(5.0)
+            while case.ended() != 0 and len(case.codes) < 4:
+                case.start()
+            case.check_end(expected)
+            self.measured.add(name, case, happened, [])
+            done += happened
+            sweeps += 1
 
-def left_rows(case: Case) -> dict[str, dict[str, Any]]:
-    """Rows that were there when the first process had ended: those of its ledger, and those that workers left."""
-    rows = case.sweep.rows()
-    for path in case.sweep.out.glob("trials/*/result.json"):
-        row = json.loads(path.read_text())
-        rows.setdefault(row["spec"]["method"]["name"], row)
-        if row["status"] == "finished":
-            rows[row["spec"]["method"]["name"]] = row
-    return rows
+    def gone(self, name: str, label: str, server: Server) -> None:
+        """The server is killed and stays away until the sweep has ended; then `ray-peft sync`."""
+        for number in range(self.times):
+            case = self.case(f"{label}{number}", server.uri)
+            case.start()
+            happened = case.training()
+            server.kill()
+            began = time.monotonic()
+            code = case.ended()
+            seconds = time.monotonic() - began
+            case.wrong["exit code other than 3"] += code != 3
+            server.start()
+            case.start("sync", str(case.out))
+            case.wrong["sync fails"] += case.ended() != 0
+            case.check_end(self.expected)
+            self.measured.add(name, case, int(happened), [seconds])
+
+    def cut(self, name: str, label: str, wire: Wire) -> None:
+        """All connections to the server are cut every 3 s."""
+        done = sweeps = 0
+        while done < self.times:
+            case = self.case(f"{label}{sweeps}", f"http://127.0.0.1:{wire.port}")
+            case.start()
+            happened = 0
+            while case.last.alive:
+                time.sleep(3.0)
+                wire.cut()
+                wire.mend()
+                happened += 1
+            while case.ended() != 0 and len(case.codes) < 4:
+                case.start()
+            case.check_end(self.expected)
+            self.measured.add(name, case, happened, [])
+            done += happened
+            sweeps += 1
 
 
-def plain(model: Path, data: Path) -> dict[str, Any]:
-    """The search space; trials keep checkpoints."""
-    changes = {"train__steps": STEPS, "train__checkpoint_every": 5, "evaluation__generate": False}
-    return tiny.plain_spec(model, data, {"grid": METHODS}, **changes)
+class slowed:  # noqa: N801  # a context
+    """Lets a sweep's workers run a tenth of the time, so that it lasts long and takes little of the machine."""
+
+    def __init__(self, case: Case) -> None:
+        self._case, self._done = case, threading.Event()
+        self._thread = threading.Thread(target=self._slow, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _slow(self) -> None:
+        while not self._done.wait(0.1):
+            stopped = self._case.workers()
+            for process in stopped:
+                with suppress(psutil.NoSuchProcess):
+                    process.suspend()
+            self._done.wait(0.9)
+            for process in stopped:
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
 
 
-def empty_database(folder: Path) -> Path:
-    """A SQLite store without runs: building the schema takes seconds."""
-    if not (folder / "empty" / "mlflow.db").exists():
-        (folder / "empty").mkdir()
-        open_store(default_uri(folder / "empty"), "unused", folder / "empty" / "artifacts")
-    return folder / "empty" / "mlflow.db"
-
-
-def main(target: Path, times: int, chosen: list[str]) -> None:
-    """Run the scenarios; the result is written after each, so that a late failure loses nothing."""
-    folder = Path(tempfile.mkdtemp(prefix="kills"))
-    os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_PEFT_OUTPUTS": str(folder / "outputs")}
-    os.environ["RAY_PEFT_CACHE"] = str(folder / "cache")
-    inputs = tiny.build_model(folder / "model"), tiny.write_rows(folder / "rows.jsonl", tiny.QUESTIONS)
-    undisturbed = Sweep(write_space(folder / "space.yaml", plain(*inputs)), folder / "out", f"sqlite:///{folder}/u.db")
-    assert undisturbed.wait() == 0, undisturbed.output
-    expected = scores(undisturbed.rows())
-    measured: dict[str, Any] = json.loads(target.read_text()).get("scenarios", {}) if target.exists() else {}
-    try:
-        for seed in range(times):  # every scenario once, then every one again
-            for name in chosen or [*LOCAL, *SERVED]:
-                print(f"== {name}, {seed + 1} of {times}", flush=True)
-                place = folder / f"{name} {seed}".replace(" ", "_").replace("'", "")
-                try:
-                    found = once(name, place, inputs, expected, seed)
-                except Exception as error:  # a benchmark reports what failed and goes on
-                    found = {"error": f"{type(error).__name__}: {error}"[-2000:]}
-                measured.setdefault(name, []).append(found)
-                write(target, {"trials": len(METHODS), "steps": STEPS, "scenarios": measured})
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    print(table(measured))
-
-
-WRONG = ("lost", "other_scores", "twice_in_mlflow", "not_in_mlflow", "left_open_in_mlflow", "trained_again",
-         "processes_left", "tracebacks", "folders_in_ray", "error")  # fmt: skip
-
-
-def table(measured: dict[str, list[dict[str, Any]]]) -> str:
+def table(scenarios: dict[str, Any]) -> str:
     """What stands in the documentation."""
     lines = [
         "| what | times | lost or wrong | exit codes | seconds to the end |",
         "| :--- | ---: | :--- | :--- | ---: |",
     ]
-    for name, runs in measured.items():
-        wrong = [f"{key}: {run[key]}" for run in runs for key in WRONG if run.get(key)]
-        codes = sorted({", ".join(map(str, run["exit_codes"])) for run in runs if "exit_codes" in run})
-        seconds = [run["seconds_to_the_end"] for run in runs if "seconds_to_the_end" in run]
+    for name, entry in scenarios.items():
+        wrong = "; ".join(f"{what}: {count}" for what, count in entry.get("wrong", {}).items() if count)
+        codes = ", ".join(f"{code} ({count})" for code, count in entry.get("exit_codes", {}).items())
+        seconds = entry.get("seconds") or []
         span = f"{min(seconds):.0f} to {max(seconds):.0f}" if seconds else "-"
-        lines.append(f"| {name} | {len(runs)} | {'; '.join(wrong) or 'nothing'} | {' or '.join(codes)} | {span} |")
+        lines.append(f"| {name} | {entry['times']} | {wrong or entry.get('error') or 'nothing'} | {codes} | {span} |")
     return "\n".join(lines)
 
 
+def main(target: Path, times: int, chosen: list[str]) -> None:
+    """Run the scenarios."""
+    folder = Path(tempfile.mkdtemp(prefix="kills"))
+    measured = Measured(target)
+    place = prepare(folder)
+    nodes = Nodes(1, cpus=2)
+    try:
+        runs = Table(place, nodes, measured, times)
+        for name in chosen:
+            print(f"== {name}", flush=True)
+            measured.scenarios.pop(name, None)
+            try:
+                if name in SERVED:
+                    runs.served(name)
+                else:
+                    runs.killed(name, {**JOINED, **LOCAL}[name])
+            except Exception as error:  # a benchmark reports what failed and goes on
+                measured.failed(name, error)
+    finally:
+        nodes.end()
+        shutil.rmtree(folder, ignore_errors=True)
+    print(table(measured.scenarios))
+
+
 if __name__ == "__main__":
+    known = [*JOINED, *SERVED, *LOCAL]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("scenarios", nargs="*", help=", ".join([*LOCAL, *SERVED]))
+    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("scenarios", nargs="*", help=", ".join(known))
     options = parser.parse_intermixed_args()
-    if unknown := set(options.scenarios) - {*LOCAL, *SERVED}:
-        parser.error(f"no such scenario: {', '.join(sorted(unknown))}; there are {', '.join([*LOCAL, *SERVED])}")
-    main(options.target, options.times, options.scenarios)
+    if unknown := set(options.scenarios) - set(known):
+        parser.error(f"no such scenario: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    main(options.target, options.times, options.scenarios or known)

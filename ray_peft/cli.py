@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from ray_peft.console import Console, abandon_output, prepare_streams
-from ray_peft.errors import ClusterLost, RayPeftError, StorageError
+from ray_peft.errors import ClusterLost, RayPeftError, ReportLost, StorageError
 from ray_peft.foundation.masking import mask
 from ray_peft.foundation.processes import end_now
 from ray_peft.foundation.quiet import quiet_libraries
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as in `ray-peft plan FILE | head`
         abandon_output()
         return 141
-    except ClusterLost as error:
+    except (ClusterLost, ReportLost) as error:
         return min(1, _failed(str(error)))
     except RayPeftError as error:
         return _failed(str(error))

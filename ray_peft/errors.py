@@ -6,13 +6,14 @@
         DataError            a data file is missing, malformed or too small, or training rows repeat held-out rows
         ModelError           a model or its tokenizer cannot be used
         StorageError         a folder cannot be written: the disk is full, read-only or gone
+            ReportLost       ... after the trials had ended: their report is missing
         PlacementError       the cluster cannot be reached, or lacks the resources that a trial needs
         ClusterLost          the cluster died while trials ran
         TrackingError        the tracking store cannot be reached, or a result could not be stored in it
         TrialFailed          a trial crashed; a single run raises this, a sweep keeps the trial as a failed row
 
 The user can correct what a `RayPeftError` reports: the command line prints its text and exits with code 2 (1 after
-`ClusterLost`, since trials were started).
+`ClusterLost` and `ReportLost`, since trials were started).
 """
 
 
@@ -40,6 +41,10 @@ class StorageError(RayPeftError):
     """A folder cannot be written: the disk is full, read-only or gone."""
 
 
+class ReportLost(StorageError):
+    """The trials have ended, but their rows or their report cannot be written."""
+
+
 class PlacementError(RayPeftError):
     """The cluster cannot be reached, or lacks the resources that a trial needs."""
 
@@ -48,6 +53,8 @@ class ClusterLost(RayPeftError):
     """The Ray cluster died while trials ran. Rows that were there by then are kept."""
 
     def __init__(self, reason: str) -> None:
+        self.reason = reason
+        """Without the way out."""
         super().__init__(
             f"the Ray cluster is lost: {reason}. What finished is kept; the same command runs what is missing"
         )

@@ -74,10 +74,14 @@ class Wire:
         self.open.clear()
 
     def accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):
+        with suppress(OSError):  # the listener was closed
             while True:
                 near, _ = listener.accept()
-                far = socket.create_connection(("127.0.0.1", self.target))
+                try:
+                    far = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:  # the server is away: so says the connection, and the next one is tried again
+                    near.close()
+                    continue
                 self.open += [near, far]
                 for source, sink in [(near, far), (far, near)]:
                     threading.Thread(target=self.pump, args=(source, sink), daemon=True).start()

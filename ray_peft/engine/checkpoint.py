@@ -101,6 +101,11 @@ def numbered(folder: Path) -> list[Path]:
     return sorted(paths, key=step_of, reverse=True)
 
 
+def last_step(folder: Path) -> int | None:
+    """The step of the last checkpoint in `folder`, whole or not."""
+    return next((step_of(path) for path in numbered(folder)), None)
+
+
 def step_of(checkpoint: Path) -> int:
     """The optimizer steps of the stage that a checkpoint holds."""
     return int(checkpoint.name.rpartition("-")[2])

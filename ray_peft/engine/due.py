@@ -34,6 +34,11 @@ class Due:
         self.start()
         self._took = 0.0
 
+    @property
+    def ever(self) -> bool:
+        """True if the stage writes checkpoints at all."""
+        return self._steps is not None or self._seconds is not None
+
     def start(self) -> None:
         """Count from now on."""
         self._since = self._begin = time.monotonic()

@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic
 
-from ray_peft.engine import checkpoint
+from ray_peft.engine import checkpoint, stopping
 from ray_peft.engine.contract import Computation, PartT, Rows
 from ray_peft.engine.crew import Alone, Crew
 from ray_peft.engine.member import Member
 from ray_peft.engine.passes import Pass
 from ray_peft.engine.random_state import draw_from, random_state
 from ray_peft.engine.recovery import free_memory, is_out_of_memory
-from ray_peft.engine.workers import add_up, add_up_gradients, from_all, this_worker
+from ray_peft.engine.workers import add_up, add_up_gradients, from_all, from_first, this_worker
+from ray_peft.errors import StorageError
 from ray_peft.spec.keys import MICRO_BATCH
 
 if TYPE_CHECKING:
@@ -103,6 +104,12 @@ class Engine(Generic[PartT]):
         self._members.append(member)
         member.due.start()
         self._crew.seat(member, number)
+        try:
+            if self._share.rank == 0:
+                member.check_disk()
+        except StorageError as error:
+            self._leave(member, number, error)
+            return
         if not member.left:
             self._end(member, number)
 
@@ -120,6 +127,25 @@ class Engine(Generic[PartT]):
             else:
                 if not member.left:
                     self._end(member, number + 1)
+        self._stop_if_told()
+
+    def _stop_if_told(self) -> None:
+        """Write every member's checkpoint and end, if this process was told to stop.
+
+        Raises:
+            Stopped: it was.
+        """
+        told = stopping.is_told()
+        if self._share.workers > 1 and self._members:  # all workers, at the same step
+            told = self._members[0].logs() and from_first(told, self._device)
+        if not told or not self._members:
+            return
+        for member in self._members:
+            self._count_time()
+            if member.due.ever and checkpoint.last_step(member.job.folder) != member.steps_done:
+                with member.job.costs.saving():
+                    self._save(member)
+        raise stopping.Stopped
 
     def _end_step(self, member: Member) -> None:
         train = member.job.spec.train

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.engine import cost
+from ray_peft.engine import cost, disk
 from ray_peft.engine.contract import Rows
 from ray_peft.engine.due import Due
 from ray_peft.engine.finite import FiniteGuard
@@ -157,6 +157,16 @@ class Member:
             self.average.restore(self.parameters)
         self.trained.eval_losses.append(loss)
         self.job.report({"eval_loss": loss}, self.number)
+
+    def check_disk(self) -> None:
+        """Compare what the stage writes with the space that is free.
+
+        Raises:
+            StorageError: it does not fit.
+        """
+        train, state = self.job.spec.train, disk.state_bytes(self.parameters, self.optimizer)
+        weights = sum(parameter.numel() for parameter in self.parameters) * disk.SAVED_BYTES[train.save_dtype]
+        disk.check(self.job.folder, weights, state, steps=self.job.steps, every=train.checkpoint_every)
 
     def end(self) -> None:
         """Leave the trained weights, or their average, in the model, and no gradients."""

@@ -79,6 +79,63 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
         watch.leave()
 
 
+class Connection:
+    """The cluster of one sweep: left at the end, and replaced if it is a local one that has died."""
+
+    def __init__(self, address: str | None) -> None:
+        """`address` is that of `connect`."""
+        self._address = address
+        self._context = contextlib.ExitStack()
+        self.replaceable = False
+        """True once this process has started a Ray of its own."""
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def connect(self) -> list[Node]:
+        """The nodes of the cluster.
+
+        Raises:
+            PlacementError: it cannot be reached.
+        """
+        import ray
+
+        self.replaceable = not (ray.is_initialized() or self._address or os.environ.get("RAY_ADDRESS"))
+        if self.replaceable:
+            _outlive_head()
+        return self._context.enter_context(connect(self._address))
+
+    def close(self) -> None:
+        """Leave the cluster."""
+        self._context.close()
+
+    def replace(self) -> None:
+        """Start another local Ray in place of one that has died.
+
+        Raises:
+            PlacementError: it does not start.
+        """
+        self.close()
+        self._context.enter_context(connect(self._address))
+
+
+def _outlive_head() -> None:
+    """Let this process, not those that it starts, live on when its head dies: Ray ends it after 60 s otherwise."""
+    name = "RAY_gcs_rpc_server_reconnect_timeout_s"
+    if name in os.environ:
+        return
+    os.environ[name] = str(365 * 24 * 3600)
+    try:
+        from ray._raylet import Config  # type: ignore[attr-defined]
+
+        Config.ray_cookie()  # Ray reads its settings once, when it first needs one
+    finally:
+        del os.environ[name]
+
+
 def cores_here() -> int:
     """The CPU cores that a local Ray counts on this machine: in a container, those that it may use."""
     from ray._private.utils import get_num_cpus

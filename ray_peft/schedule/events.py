@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ray_peft.errors import first_line
-from ray_peft.schedule import worker
+from ray_peft.schedule import watch, worker
 from ray_peft.schedule.handout import Task
 from ray_peft.schedule.order import Order
 from ray_peft.schedule.relay import Relay
+from ray_peft.schedule.stop import Stop
 from ray_peft.spec import TrialSpec
 from ray_peft.trial.result import TrialResult
 
@@ -45,7 +46,7 @@ class Events:
     """Tells a receiver of Tune's events; `trial` is Tune's own."""
 
     def __init__(
-        self, resolve: Callable[[Mapping[str, Any]], Task], receiver: Receiver, order: Order, relay: Relay
+        self, resolve: Callable[[Mapping[str, Any]], Task], receiver: Receiver, order: Order, relay: Relay, stop: Stop
     ) -> None:
         """Prepare.
 
@@ -54,17 +55,28 @@ class Events:
             receiver: is told.
             order: gives Tune the trials of a pack once it has started.
             relay: of what packs report.
+            stop: whether somebody wants to stop.
         """
         self.resolve, self._receiver, self._order, self._relay = resolve, receiver, order, relay
+        self._stop = stop
+        self._running: set[str] = set()
+
+    @property
+    def over(self) -> bool:
+        """True if Tune is to end now: somebody wants to stop, and the trials have ended or had their time."""
+        return self._stop.over(self._running)
 
     def start(self, trial: Any) -> None:
-        """A Tune trial has its process; also a further time."""
+        """A Tune trial has its process; also a further time. Once somebody wants to stop, it does not begin."""
+        if self._stop.asked:
+            return
         task = self.resolve(trial.config)
         if task.member is not None:
             trial.max_failures = RELAY_FAILURES
             return
         trial.max_failures = task.spec.resources.max_failures
         for spec in task.specs:
+            self._running.add(spec.trial_id)
             self._receiver.begin(spec)
         self._order.started(task.place)
 
@@ -76,7 +88,10 @@ class Events:
         try:
             if worker.ROW in result:
                 trial.max_failures = 0  # what its process does after that is not the trial's
-                self._receiver.take(TrialResult.model_validate_json(result[worker.ROW]))
+                self._running.discard(task.spec.trial_id)
+                row = TrialResult.model_validate_json(result[worker.ROW])
+                if row.status != "cancelled":  # whoever stopped it knows why
+                    self._receiver.take(row)
             elif "step" in result:
                 self._receiver.show(task.spec, result)
         except Exception as error:
@@ -87,25 +102,33 @@ class Events:
         task = self.resolve(trial.config)
         if task.hosts:
             self._order.ended(task.place)
-            for spec in task.specs:
+            for spec in task.specs if not self._stop.asked else []:
                 self._receiver.lose(spec, "the process of its pack ended without its row")
             self._end(task)
 
     def again(self, trial: Any) -> None:
         """The process of a Tune trial died, and is started once more."""
         task = self.resolve(trial.config)
-        for spec in task.specs if task.member is None else []:
+        for spec in task.specs if task.member is None and self._died_alone() else []:
             self._receiver.again(spec, _reason(trial))
 
     def error(self, trial: Any) -> None:
         """The process of a Tune trial died for good."""
         task = self.resolve(trial.config)
+        alone = task.member is None and self._died_alone()
+        if task.member is None:
+            self._running.difference_update(spec.trial_id for spec in task.specs)
         if task.hosts:
             self._order.ended(task.place)
-            self._receiver.lose_pack(task.specs, _reason(trial))
+            if alone:
+                self._receiver.lose_pack(task.specs, _reason(trial))
             self._end(task)
-        elif task.member is None:
+        elif alone:
             self._receiver.lose(task.spec, _reason(trial))
+
+    def _died_alone(self) -> bool:
+        """True if a worker died by itself: not because it was stopped, or with its cluster."""
+        return not self._stop.asked and not watch.dies()
 
     def _end(self, task: Task) -> None:
         for spec in task.specs:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ray_peft.errors import StorageError, TrackingError, first_line
+from ray_peft.errors import ReportLost, StorageError, TrackingError, first_line
 from ray_peft.foundation.audience import Audience
 from ray_peft.foundation.masking import mask
+from ray_peft.foundation.storage import error_line
 from ray_peft.report.files import REPORT, write_report
 from ray_peft.report.plain import console_table
 from ray_peft.schedule import repeats
@@ -87,6 +88,13 @@ class Experiment:
         make_way(folder, spec.trial_id)
         if not again:
             (folder / RESTARTS_FILE).unlink(missing_ok=True)
+
+    def may_start_again(self, spec: TrialSpec) -> bool:
+        """True if a trial whose worker died left no row that stands, and has not died too often yet."""
+        folder = self.ledger.trial_folder(spec.trial_id)
+        row = left_row(folder, spec.trial_id)
+        ended = row is not None and row.status != "cancelled"
+        return not ended and len(restarts(folder)) < spec.resources.max_failures
 
     def again(self, spec: TrialSpec, reason: str) -> None:
         """A trial's worker died, and it is started once more."""
@@ -167,6 +175,24 @@ class Experiment:
             f"{self.ledger.folder / 'results.jsonl'}; when the store is back: ray-peft sync {self.ledger.folder}"
         )
 
+    def _close_run(
+        self, status: Literal["FINISHED", "FAILED", "KILLED"], counts: dict[str, float], results: list[TrialResult]
+    ) -> None:
+        """Store the report and the counts in the sweep's run and close it, unless the store is away."""
+        names = (REPORT, "report.html", "report.csv", "results.jsonl", "plots")
+        files = {name: self.ledger.folder / name for name in names if (self.ledger.folder / name).exists()}
+        if self.unsent.away:
+            self.lacking[self.name] = next(iter(self.lacking.values()))
+            return
+        patience_s = 0.0 if self.lacking else END_PATIENCE_S
+        try:
+            tracking.finish_sweep(
+                self.store, self.parent_run_id, status, metrics=counts, files=files, results=results,
+                patience_s=patience_s,
+            )  # fmt: skip
+        except TrackingError as error:
+            self.lacking[self.name] = str(error)
+
     def finish(self, planned: list[str], interrupted: bool) -> list[TrialResult]:
         """Write the report, close the runs and print the comparison; returns the planned trials' rows.
 
@@ -196,20 +222,16 @@ class Experiment:
         elif bad:
             status = "FAILED"
         counts = {"trials": float(len(results)), "trials_not_finished": float(len(bad))}
-        names = (REPORT, "report.html", "report.csv", "results.jsonl", "plots")
-        files = {name: self.ledger.folder / name for name in names if (self.ledger.folder / name).exists()}
-        try:
-            patience_s = 0.0 if self.lacking else END_PATIENCE_S
-            tracking.finish_sweep(
-                self.store, self.parent_run_id, status, metrics=counts, files=files, results=results,
-                patience_s=patience_s,
-            )  # fmt: skip
-        except TrackingError as error:
-            self.lacking[self.name] = str(error)
+        self._close_run(status, counts, results)
         show(results, self.console)
         if self.lacking:
             self._say_lacking()
-        last.done()
+        try:
+            last.done()
+        except StorageError as error:
+            raise ReportLost(str(error)) from error
+        except OSError as error:
+            raise ReportLost(error_line(error, self.ledger.folder)) from error
         if status == "FINISHED" and not self.lacking:
             repeats.close(self.ledger, self.record, results)
         return results

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ def run(
     store = experiment.open_store(
         experiment.tracking_uri(tracking_uri, tracking_spec), tracking_spec.experiment or "single runs"
     )
-    with ledger.locked(), callers_signals(), contextlib.ExitStack() as ray:
-        scheduler = Scheduler(ray.enter_context(cluster.connect(address)), gpu_memory_gib)
+    with ledger.locked(), callers_signals(), cluster.Connection(address) as ray:
+        scheduler = Scheduler(ray.connect(), gpu_memory_gib)
         decision = scheduler.decide([trial], alone=[trial.trial_id])
         for caution in cautions(decision):
             console.say(caution)
@@ -77,7 +77,7 @@ def run(
         )
         interrupted = True
         try:
-            opened.keep(_run(trial, opened, decision.runs[0].demand))
+            opened.keep(_run(trial, opened, decision.runs[0].demand, ray))
             interrupted = False
         except KeyboardInterrupt:
             ray.close()  # no worker may still write to the run that is closed here
@@ -92,9 +92,13 @@ def run(
     return results[0]
 
 
-def _run(trial: TrialSpec, opened: experiment.Experiment, demand: Demand) -> TrialResult:
+def _run(trial: TrialSpec, opened: experiment.Experiment, demand: Demand, ray: cluster.Connection) -> TrialResult:
+    """Run the trial, again if its workers die or its local Ray does."""
     for name in (RESULT_FILE, RESTARTS_FILE):  # of an earlier run of it
         (opened.ledger.trial_folder(trial.trial_id) / name).unlink(missing_ok=True)
+    storage = opened.ledger.folder / "ray"
+    storage.mkdir(parents=True, exist_ok=True)
+    stop_file = storage / f"stop-{os.urandom(4).hex()}"
     assignment = worker.Assignment(
         spec=trial,
         folder=opened.ledger.trial_folder(trial.trial_id),
@@ -102,18 +106,25 @@ def _run(trial: TrialSpec, opened: experiment.Experiment, demand: Demand) -> Tri
         parent_run_id=opened.parent_run_id,
         sweep=opened.name,
         demand=demand,
+        stop_file=stop_file,
     )
     rows: list[TrialResult] = []
     failures = 0
     while not rows:
         try:
-            if not watch.waited(lambda: rows.append(worker.run_in_trainer(assignment, opened.ledger.folder / "ray"))):
+            if not watch.waited(lambda: rows.append(worker.run_in_trainer(assignment, storage)), stop_file.touch):
                 raise KeyboardInterrupt
         except TrialFailed as error:
             failures += 1
             if failures > trial.resources.max_failures:
                 return opened.lost(trial, "failed", str(error))
             opened.again(trial, str(error))
+        except ClusterLost as error:
+            failures += 1
+            if not ray.replaceable or not opened.may_start_again(trial):
+                raise
+            opened.again(trial, error.reason)
+            ray.replace()
     return rows[0]
 
 

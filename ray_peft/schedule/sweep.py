@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ray_peft.checks.inspector import Inspector
 from ray_peft.checks.trials import inspect_trials
-from ray_peft.errors import ClusterLost
+from ray_peft.errors import ClusterLost, PlacementError, first_line
 from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.foundation.masking import mask
 from ray_peft.report.plain import trial_line
@@ -28,6 +27,9 @@ from ray_peft.store.adopted import adopt, left_row
 from ray_peft.store.earlier import Earlier, recall
 from ray_peft.store.ledger import Ledger, SweepRecord
 from ray_peft.trial.result import TrialResult
+
+MOST_LOSSES = 3
+"""Deaths of a local Ray without a row in between, after which a sweep gives up."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def sweep(
         experiment.show(repeated.results, console)
         return repeated
     store = experiment.open_store(uri, space.tracking.experiment or space.name)
-    with ledger.locked(), callers_signals(), contextlib.ExitStack() as ray:
+    with ledger.locked(), callers_signals(), cluster.Connection(address) as ray:
         plan = _plan(space, [] if fresh else _earlier_rows(ledger, console), inspector, console)
         notes += plan.earlier.notes
         console.say(f"{space.name}: {plan.total} trials, {plan.total - plan.missing} finished before")
@@ -116,7 +118,7 @@ def sweep(
         scheduler = Scheduler(nodes, gpu_memory_gib)
         if plan.missing:
             tune.quiet()
-            nodes = ray.enter_context(cluster.connect(address))
+            nodes = ray.connect()
             decide(plan.trials, nodes, {}).check()  # a trial that can never run here, before the others start
             scheduler = Scheduler(nodes, gpu_memory_gib)
             for caution in cautions(scheduler.decide(plan.todo)):
@@ -138,7 +140,7 @@ def sweep(
         interrupted = False
         try:
             if plan.missing:
-                interrupted = _Sweep(plan, opened, scheduler).run(nodes, ray.close)
+                interrupted = _Sweep(plan, opened, scheduler, ray).run(nodes)
         except BaseException:
             opened.finish(opened.record.planned, interrupted=True)
             raise
@@ -206,8 +208,11 @@ def _repeated(space: Space, ledger: Ledger, inspector: Inspector, notes: list[st
 class _Sweep:
     """Gives trials to Tune, and receives their rows."""
 
-    def __init__(self, plan: _Plan, opened: Experiment, scheduler: Scheduler) -> None:
+    def __init__(self, plan: _Plan, opened: Experiment, scheduler: Scheduler, ray: cluster.Connection) -> None:
         self.scheduler = scheduler
+        self.ray = ray
+        self.losses_in_a_row = 0
+        """Clusters that died since the last row."""
         self.plan = plan
         self.opened = opened
         self.console = opened.console
@@ -219,8 +224,8 @@ class _Sweep:
         self.apart: dict[str, TrialSpec] = {}
         """Trials without a row whose pack could not go on, by their id: they run once more, each by itself."""
 
-    def run(self, nodes: list[Node], leave: Callable[[], None]) -> bool:
-        """Run the missing trials and `leave` the cluster; true if the user interrupted them."""
+    def run(self, nodes: list[Node]) -> bool:
+        """Run the missing trials and leave the cluster; true if the user interrupted them."""
         why = "interrupted before the end"
         try:
             decision = self.scheduler.decide(self.plan.todo or self.plan.trials)
@@ -243,7 +248,7 @@ class _Sweep:
             raise
         finally:
             try:
-                leave()  # no worker may still write to the runs that are closed here
+                self.ray.close()  # no worker may still write to the runs that are closed here
             finally:  # also after a second Ctrl-C
                 lost = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
                 for trial in lost:
@@ -284,12 +289,50 @@ class _Sweep:
         return few or bool(expected - self.rows.keys() - self.apart.keys())
 
     def _fit(self, runs: Sequence[Run], most: int | None = None) -> None:
-        """Run trials at once; what a search proposes, if there are none."""
+        """Run trials at once; what a search proposes, if there are none. A local Ray that dies is started again."""
         self.demands |= {trial.trial_id: run.demand_of(trial) for run in runs for trial in run.trials}
         member_ids = {member.trial_id for run in runs for member in run.trials[0].members()}
-        members = {trial_id: row for trial_id, row in self.rows.items() if trial_id in member_ids}
-        work = tune.Work(runs, None if runs else self._propose, self.plan.missing, most, members)
-        tune.fit(work, self.opened, self)
+        while True:
+            members = {trial_id: row for trial_id, row in self.rows.items() if trial_id in member_ids}
+            propose, samples = (None, 0) if runs else (self._propose, self.plan.missing - len(self.started))
+            try:
+                tune.fit(tune.Work(runs, propose, samples, most, members), self.opened, self)
+                return
+            except ClusterLost as error:
+                self._replace_cluster(error)
+            if not runs:  # those that were running, then further proposals
+                running = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
+                if running:
+                    self._fit([Run((trial,), self.demands[trial.trial_id]) for trial in running], most)
+                if len(self.started) >= self.plan.missing:
+                    return
+            elif not (runs := [rest for run in runs if (rest := self._without_rows(run)) is not None]):
+                return
+
+    def _without_rows(self, run: Run) -> Run | None:
+        """The part of a run that has no row yet."""
+        trials = tuple(trial for trial in run.trials if trial.trial_id not in self.rows)
+        return replace(run, trials=trials) if trials else None
+
+    def _replace_cluster(self, error: ClusterLost) -> None:
+        """Start another local Ray; trials that were running count its death as a failure of their workers.
+
+        Raises:
+            ClusterLost: it cannot be, or would be of no use.
+        """
+        self.losses_in_a_row += 1
+        if not self.ray.replaceable or self.losses_in_a_row > MOST_LOSSES:
+            raise error
+        self.console.say(f"caution: {error.reason}; another local Ray is started")
+        try:
+            self.ray.replace()
+        except PlacementError as failure:
+            raise ClusterLost(f"{error.reason}, and {first_line(failure)}") from None
+        for trial in [trial for trial in self.started.values() if trial.trial_id not in self.rows]:
+            if self.opened.may_start_again(trial):
+                self.again(trial, error.reason)
+            else:
+                self.lose(trial, error.reason)
 
     def _propose(self) -> Run | None:
         """The next run that the search proposes."""
@@ -317,6 +360,7 @@ class _Sweep:
         if result.trial_id in self.rows:
             return
         self.rows[result.trial_id] = result
+        self.losses_in_a_row = 0
         self.opened.keep(result)
         if self.plan.draws is not None:
             self.plan.draws.tell_row(result)

@@ -11,7 +11,6 @@ import logging
 import os
 import pickle
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +24,8 @@ from ray_peft.schedule.experiment import Experiment
 from ray_peft.schedule.handout import TRIAL, Handout, Task, proposed, read_handout, resolver, seated, tasks_of
 from ray_peft.schedule.order import Order
 from ray_peft.schedule.relay import Relay
+from ray_peft.schedule.stop import Stop
 from ray_peft.spec import TrialSpec
-from ray_peft.store.adopted import left_row
 from ray_peft.trial.result import TrialResult
 
 
@@ -83,6 +82,10 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     """
     from ray import tune
 
+    name = f"tune-{os.urandom(4).hex()}"
+    folder = opened.ledger.folder / "ray" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    stop = Stop(folder / "stop")
     settings: dict[str, Any] = {"reuse_actors": True}
     if work.most is not None:
         settings["max_concurrent_trials"] = work.most
@@ -90,21 +93,18 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     order = Order(work.runs)
     packs = any(run.is_pack for run in work.runs)
     if work.propose is not None:
-        settings |= {"search_alg": _searcher(work.propose), "num_samples": work.samples}
+        settings |= {"search_alg": _searcher(work.propose, stop), "num_samples": work.samples}
     elif packs:
         seats = sum(1 + len(run.trials) if run.is_pack else 1 for run in work.runs)
-        settings |= {"search_alg": _in_order(order), "num_samples": seats}
+        settings |= {"search_alg": _in_order(order, stop), "num_samples": seats}
     else:
         space = {TRIAL: tune.grid_search(list(range(len(work.runs))))}
     tasks = tasks_of(work.runs)
-    resolve, name = resolver(tasks), f"tune-{os.urandom(4).hex()}"
-    folder = opened.ledger.folder / "ray" / name
-    folder.mkdir(parents=True, exist_ok=True)
+    resolve = resolver(tasks)
     handout_file = folder / "handout.pickle"
     handout_file.write_bytes(pickle.dumps(Handout(tasks, dict(work.members))))
-    trainable = _trainable(opened, handout_file)
+    trainable = _trainable(opened, handout_file, stop.file)
     _tasks[name] = resolve
-    stopped = threading.Event()
     tuner = tune.Tuner(
         tune.with_resources(trainable, partial(_resources, name)),
         param_space=space,
@@ -113,7 +113,7 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
             name=name,
             storage_path=str(opened.ledger.folder / "ray"),
             verbose=0,
-            callbacks=[_callback(Events(resolve, receiver, order, Relay(folder / "relay")), stopped)],
+            callbacks=[_callback(Events(resolve, receiver, order, Relay(folder / "relay"), stop))],
             failure_config=tune.FailureConfig(max_failures=0),  # each trial has its own, see the callback
         ),
     )
@@ -121,7 +121,7 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:
         with _many_pending() if packs else contextlib.nullcontext():
-            watch.waited(tuner.fit, stopped.set)
+            watch.waited(tuner.fit, stop.ask)
     finally:
         del _tasks[name]
         shutil.rmtree(folder, ignore_errors=True)
@@ -140,13 +140,13 @@ def _many_pending() -> Iterator[None]:
             del os.environ[name]
 
 
-def _in_order(order: Order) -> Any:
+def _in_order(order: Order, stop: Stop) -> Any:
     """Tune's side of an order."""
     from ray.tune.search import Searcher
 
     class Seats(_OfThisProcess, Searcher):
         def suggest(self, trial_id: str) -> Any:
-            seat = order.next()
+            seat = None if stop.asked else order.next()
             if seat is None:
                 return None if order.left else Searcher.FINISHED
             return seated(seat)
@@ -164,13 +164,13 @@ def _in_order(order: Order) -> Any:
     return Seats()
 
 
-def _searcher(propose: Callable[[], Run | None]) -> Any:
+def _searcher(propose: Callable[[], Run | None], stop: Stop) -> Any:
     """Tune's side of a search."""
     from ray.tune.search import Searcher
 
     class Proposals(_OfThisProcess, Searcher):
         def suggest(self, trial_id: str) -> Any:
-            run = propose()
+            run = None if stop.asked else propose()
             if run is None:
                 return Searcher.FINISHED
             return proposed(run)
@@ -188,8 +188,11 @@ def _searcher(propose: Callable[[], Run | None]) -> Any:
     return Proposals()
 
 
-def _trainable(opened: Experiment, handout_file: Path) -> Callable[..., None]:
-    """The function that Tune runs for each trial, in a process that it uses again for the next."""
+def _trainable(opened: Experiment, handout_file: Path, stop_file: Path) -> Callable[..., None]:
+    """The function that Tune runs for each trial, in a process that it uses again for the next.
+
+    Once `stop_file` is there, trials that run end at their next step, and none begins.
+    """
     ledger, store, parent, name = opened.ledger, opened.store, opened.parent_run_id, opened.name
 
     relay = Relay(handout_file.parent / "relay")
@@ -197,6 +200,8 @@ def _trainable(opened: Experiment, handout_file: Path) -> Callable[..., None]:
     def trial(config: dict[str, Any]) -> None:
         from ray import tune
 
+        if stop_file.exists():
+            return
         handout = read_handout(handout_file)
         task = resolver(handout.tasks)(config)
 
@@ -211,6 +216,7 @@ def _trainable(opened: Experiment, handout_file: Path) -> Callable[..., None]:
                 members=tuple(
                     handout.members[member.trial_id] for member in spec.members() if member.trial_id in handout.members
                 ),
+                stop_file=stop_file,
             )
 
         def report(metrics: Mapping[str, float], step: int) -> None:
@@ -226,16 +232,7 @@ def _trainable(opened: Experiment, handout_file: Path) -> Callable[..., None]:
             worker.run_together([assignment(*both) for both in task.trials], relay)
             tune.report({"trials": len(task.trials)})  # Tune prints a line of its own for what never reported
             return
-        single = assignment(*task.trials[0])
-        left = left_row(single.folder, single.spec.trial_id)
-        if left is not None and left.status == "finished":  # its worker died before the driver had it
-            tune.report(worker.final_report(left))
-            return
-        if single.demand.num_workers > 1:
-            result: TrialResult | None = worker.run_in_trainer(single, ledger.folder / "ray")
-        else:
-            result = worker.run_alone(single, report)
-        assert result is not None
+        result = worker.run_single(assignment(*task.trials[0]), report, ledger.folder / "ray")
         tune.report(worker.final_report(result))
         worker.raise_if_broken(result)
 
@@ -246,13 +243,13 @@ class _Stopped(Exception):
     """Ends Tune's loop from within: the user stopped it, or the cluster is lost."""
 
 
-def _callback(events: Events, stopped: threading.Event) -> Any:
+def _callback(events: Events) -> Any:
     """Tune's callback in the driver."""
     from ray import tune
 
     class Rows(_OfThisProcess, tune.Callback):
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-            if stopped.is_set():
+            if events.over:
                 raise _Stopped
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -267,8 +264,7 @@ def _callback(events: Events, stopped: threading.Event) -> Any:
             events.complete(trial)
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            if not stopped.is_set():
-                events.again(trial)
+            events.again(trial)
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             events.error(trial)

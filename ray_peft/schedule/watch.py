@@ -17,6 +17,8 @@ SILENT_S = 20.0
 """How long a head may not answer; one that restarts with its state in Redis needs part of this time."""
 STOP_S = 10.0
 """How long a call that was told to stop is waited for, and so is Ray's own way to leave a cluster that is lost."""
+DEATH_S = 1.0
+"""How long after its workers a local Ray may be seen to be dead."""
 _VITAL = ("gcs_server", "raylet")
 """Ray's processes without which it does nothing, by its own names; a raylet ends by itself when its agent dies."""
 
@@ -79,23 +81,27 @@ def waited(call: Callable[[], object], stop: Callable[[], None] | None = None) -
     auto_init_hook.enable_auto_connect = False
     raised: list[BaseException] = []
 
+    # Not the thread's own end: CPython 3.11 takes a thread for ended once its join was interrupted.
+    ended = threading.Event()
+
     def body() -> None:
         try:
             call()
         except BaseException as error:  # raised in the caller's thread
             raised.append(error)
+        finally:
+            ended.set()
 
-    thread, watch = threading.Thread(target=body, name="waited", daemon=True), Watch()
-    thread.start()
+    watch = Watch()
+    threading.Thread(target=body, name="waited", daemon=True).start()
     try:
-        while thread.is_alive():
-            thread.join(POLL_S)
-            if thread.is_alive() and (why := watch.lost()) is not None:
+        while not ended.wait(POLL_S):
+            if (why := watch.lost()) is not None:
                 raise ClusterLost(why)
     except KeyboardInterrupt:
         if stop is not None:
             stop()
-            thread.join(STOP_S)
+            ended.wait(STOP_S)
         return False
     except ClusterLost:
         if stop is not None:
@@ -107,6 +113,16 @@ def waited(call: Callable[[], object], stop: Callable[[], None] | None = None) -
         why = watch.lost()
         raise raised[0] if why is None else ClusterLost(why)
     return True
+
+
+def dies() -> bool:
+    """True if a local Ray has just died: the deaths of its workers are told first, and are not their own then."""
+    until = time.monotonic() + DEATH_S
+    while _own_node() is not None and time.monotonic() < until:
+        if _dead_process() is not None:
+            return True
+        time.sleep(POLL_S)
+    return False
 
 
 def leave() -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ray_peft.engine import stopping
 from ray_peft.engine.recovery import answers
 from ray_peft.engine.trained import Report
 from ray_peft.errors import RayPeftError, TrialFailed, first_line
 from ray_peft.foundation.quiet import quiet_libraries
+from ray_peft.foundation.storage import error_line
 from ray_peft.foundation.units import GIB
 from ray_peft.schedule.decide import Demand
 from ray_peft.schedule.relay import Relay
@@ -31,6 +34,10 @@ ROW = "row"
 """The reported key that holds a trial's finished row, as JSON text."""
 
 
+STOP_LOOK_S = 0.2
+"""Between two looks for the file that stops a trial."""
+
+
 @dataclass(frozen=True)
 class Assignment:
     """A trial on its way to a worker."""
@@ -44,18 +51,27 @@ class Assignment:
     demand: Demand
     members: tuple[TrialResult, ...] = ()
     """Of an ensemble, its members' rows."""
+    stop_file: Path | None = None
+    """Once it is there, the trial ends at its next step, with a checkpoint."""
 
 
 def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResult | None:
-    """Run a trial in this process; returns its row, or None on ranks above 0."""
+    """Run a trial in this process; returns its row, or None on ranks above 0.
+
+    A trial that is told to stop writes a checkpoint, and has a row as a cancelled one.
+    """
     demand = assignment.demand
     device = _device(demand)
     room = _room(demand, device)
     quiet_libraries()
     tracker = _tracker(assignment)
     assignment.folder.mkdir(parents=True, exist_ok=True)
-    with _log_file(assignment.folder / "log.txt", rank), _memory_limit(room, device):
-        return trial.run(assignment.spec, _place(assignment, device, room, rank), tracker, report)
+    log = assignment.folder / "log.txt"
+    with _log_file(log, rank), _memory_limit(room, device), _stopped_by(assignment.stop_file):
+        try:
+            return trial.run(assignment.spec, _place(assignment, device, room, rank), tracker, report)
+        except stopping.Stopped:
+            return left_row(assignment.folder, assignment.spec.trial_id) if rank == 0 else None
 
 
 def run_together(assignments: Sequence[Assignment], relay: Relay) -> None:
@@ -90,6 +106,8 @@ def run_together(assignments: Sequence[Assignment], relay: Relay) -> None:
             assignment.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_log_file(assignment.folder / "log.txt", 0))
         stack.enter_context(_memory_limit(room, device))
+        stack.enter_context(_stopped_by(left[0].stop_file))
+        stack.enter_context(contextlib.suppress(stopping.Stopped))  # its trials have rows as cancelled ones
         members = [
             pack.Member(
                 assignment.spec,
@@ -127,6 +145,19 @@ def _place(assignment: Assignment, device: str, room: float | None, rank: int = 
     )
 
 
+def run_single(assignment: Assignment, report: Report, storage: Path) -> TrialResult:
+    """Run a trial of one worker here, of several as a Ray Train job; returns its row.
+
+    A finished row that is there is that of a worker that died before the driver had it.
+    """
+    left = left_row(assignment.folder, assignment.spec.trial_id)
+    if left is not None and left.status == "finished":
+        return left
+    if assignment.demand.num_workers > 1:
+        return run_in_trainer(assignment, storage)
+    return run_alone(assignment, report)
+
+
 def run_alone(assignment: Assignment, report: Report) -> TrialResult:
     """Run a trial of one worker in this process; returns its row, also if it could not begin.
 
@@ -136,6 +167,8 @@ def run_alone(assignment: Assignment, report: Report) -> TrialResult:
         result = run_here(assignment, report)
     except Exception as error:
         text = f"{type(error).__name__}: {error}" if not isinstance(error, RayPeftError) else str(error)
+        if isinstance(error, OSError) and error.errno is not None:
+            text = f"cannot read or write {error_line(error, assignment.folder)}"
         spec = assignment.spec
         return TrialResult(trial_id=spec.trial_id, status="failed", spec=spec, error=text)
     assert result is not None
@@ -254,6 +287,28 @@ def _memory_limit(room_gib: float | None, device: str) -> Iterator[None]:
         yield
     finally:  # the process may run other trials
         torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+@contextlib.contextmanager
+def _stopped_by(file: Path | None) -> Iterator[None]:
+    """Tell this process to stop as soon as `file` is there."""
+    stopping.forget()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(STOP_LOOK_S):
+            if file is not None and file.exists():
+                stopping.tell()
+                return
+
+    thread = threading.Thread(target=look, name="stop", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        stopping.forget()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from ray_peft.errors import TrackingError, first_line
 from ray_peft.foundation.audience import Audience
 from ray_peft.store import tracking
-from ray_peft.store.tracking import Store
+from ray_peft.store.tracking import AwayError, Store
 
 EVERY_S = 5.0
 """Between two attempts; each that fails makes the pause longer."""
@@ -28,6 +28,8 @@ class Unsent:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._sender: threading.Thread | None = None
+        self.away = False
+        """True if the store did not answer at the last attempt."""
 
     def add(self, trial_id: str, reason: str) -> None:
         """Go on trying to send what a trial has."""
@@ -52,7 +54,10 @@ class Unsent:
         self._closing.set()
         if self._sender is not None:
             self._sender.join(timeout=patience_s)
-        self._send_all(patience_s)
+        if self._sender is not None and self._sender.is_alive():  # it waits for an answer, and so would the next call
+            self.away = True
+        else:
+            self._send_all(patience_s)
         with self._lock:
             return dict(self._reasons)
 
@@ -64,16 +69,20 @@ class Unsent:
             pause = EVERY_S if empty or self._send_all(0.0) else min(2 * pause, LONGEST_S)
 
     def _send_all(self, patience_s: float) -> bool:
-        """One attempt for each trial; False if the store refused one. After the first failure it waits for none."""
+        """One attempt for each; false if the store did not take one. A store that is away is asked once."""
         with self._lock:
             waiting = list(self._reasons)
+        self.away = False
         for trial_id in waiting:
             try:
                 tracking.send(self._store, self._folder_of(trial_id), patience_s=patience_s, parent_run_id=self._parent)
             except TrackingError as error:
-                patience_s = 0.0
+                self.away = isinstance(error, AwayError)
                 with self._lock:
                     self._reasons[trial_id] = str(error)
+                if self.away:  # it may take a minute each time to keep silent
+                    break
+                patience_s = 0.0
                 continue
             with self._lock:
                 del self._reasons[trial_id]

@@ -3,15 +3,19 @@
 import json
 import os
 import shutil
+import socket
+import time
 from pathlib import Path
 
 import pytest
 from tracked import artifact_text, client_of, result_of, spec_of, tracker_of
 
 from ray_peft.errors import TrackingError
+from ray_peft.foundation.audience import Silence
 from ray_peft.store.outbox import FILE, SENT_FILE, Outbox, Sent
-from ray_peft.store.tracking import default_uri, open_store, send, start_sweep
+from ray_peft.store.tracking import Store, default_uri, open_store, send, start_sweep
 from ray_peft.store.tracking.sending import store_label
+from ray_peft.store.unsent import Unsent
 
 
 @pytest.fixture
@@ -198,3 +202,32 @@ def test_credentials_stay_out_of_the_outbox(store, tmp_path):
     tracker.start(spec_of(path="https://me:secret@host/rows.jsonl"))
     for name in os.listdir(tracker._folder):
         assert "secret" not in (tracker._folder / name).read_text()
+
+
+def test_a_server_that_takes_connections_and_never_answers_holds_up_no_trial(tmp_path, monkeypatch):
+    monkeypatch.setattr("ray_peft.store.tracking.trial_run.ANSWER_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        store = Store(f"http://127.0.0.1:{silent.getsockname()[1]}", "1", "comparison", "mlflow-artifacts:/1")
+        spec, tracker = spec_of(), tracker_of(tmp_path, store, None)
+        tracker.start(spec)  # imports mlflow
+        began = time.monotonic()
+        others = [tracker_of(tmp_path, store, None) for _ in range(2)]
+        assert [other.start(spec) for other in others] == [None, None]
+        rows = [other.record(result_of(spec)) for other in others]
+        assert time.monotonic() - began < 10
+    assert [row.untracked for row in rows] == ["it is still being sent"] * 2
+
+
+def test_a_store_that_is_away_is_asked_once_for_all_trials(store, tmp_path):
+    away(tmp_path)
+    trackers = {name: tracker_of(tmp_path, store, None) for name in ("first", "second")}
+    for tracker in trackers.values():
+        tracker.start(spec_of())
+        tracker.record(result_of(spec_of()))
+    unsent = Unsent(store, lambda name: trackers[name]._folder, "parent", Silence())
+    for name in trackers:
+        unsent.add(name, "away")
+    lacking = unsent.close(0.2)
+    assert unsent.away
+    assert lacking["first"].startswith("no tracking store at")
+    assert lacking["second"] == "away"

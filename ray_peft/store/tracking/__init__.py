@@ -19,11 +19,12 @@ from ray_peft.store.tracking.runs import (
     store_of,
 )
 from ray_peft.store.tracking.sending import is_sent, send, sent_to
-from ray_peft.store.tracking.store import MissingError, Store, default_uri, open_store
+from ray_peft.store.tracking.store import AwayError, MissingError, Store, default_uri, open_store
 from ray_peft.store.tracking.trial_run import TrialTracker
 from ray_peft.store.tracking.ui import ui_command, ui_environment
 
 __all__ = [
+    "AwayError",
     "MissingError",
     "Promoted",
     "RunStatus",

@@ -62,6 +62,10 @@ class MissingError(TrackingError):
     """The store answers, and has no such run."""
 
 
+class AwayError(TrackingError):
+    """The store does not answer, or is busy for too long: it may take the same later."""
+
+
 @dataclass(frozen=True, repr=False)
 class Store:
     """One experiment of one tracking store; travels to Ray workers. Its text hides the URI's credentials."""
@@ -125,13 +129,13 @@ def connect(uri: str, until: float | None = None) -> MlflowClient:
         path = sqlite_file(uri)
         # mlflow would create a second, empty store here.
         if not path.exists():
-            raise TrackingError(
+            raise AwayError(
                 f"no tracking store at {path} on {socket.gethostname()}; put the outputs on a folder that all "
                 "machines share, or use the http:// address of an MLflow server"
             )
         uri = f"sqlite:///{path}"
         _check_schema(path)
-    _quiet_mlflow()
+    import_mlflow()
     from mlflow import MlflowClient
 
     return insist(uri, "open it", partial(MlflowClient, tracking_uri=uri), until)
@@ -160,7 +164,8 @@ def insist(store: Store | str, what: str, call: Callable[[], T], until: float | 
             if _is_final(error) or time.monotonic() + pause > until:
                 where = mask(store) if isinstance(store, str) else repr(store)
                 missing = getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
-                raise (MissingError if missing else TrackingError)(
+                kind = MissingError if missing else TrackingError if _is_final(error) else AwayError
+                raise kind(
                     f"cannot {what} in the tracking store ({where}): {reason(error)}. "
                     "Check that the store is there, may be written and has space left"
                 ) from None
@@ -214,7 +219,7 @@ def first_contact(uri: str) -> None:
     Raises:
         TrackingError: nothing answers, it refuses, or it is no MLflow server.
     """
-    _quiet_mlflow()
+    import_mlflow()
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
@@ -298,7 +303,7 @@ def _other_schema(uri: str) -> str:
 @cache
 def _known_schemas() -> tuple[str, ...]:
     """The schemas that the installed MLflow has had, its own first."""
-    _quiet_mlflow()
+    import_mlflow()
     from alembic.config import Config
     from alembic.script import ScriptDirectory
     from mlflow.store import db_migrations
@@ -310,7 +315,7 @@ def _known_schemas() -> tuple[str, ...]:
 
 def _create_sqlite(path: Path, artifact_root: Path) -> None:
     """Build the schema beside `path` and move it there, so that a killed process leaves no half of it."""
-    _quiet_mlflow()
+    import_mlflow()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     fresh = path.with_name(path.name + ".new")
@@ -340,7 +345,7 @@ def _is_final(error: Exception) -> bool:
     return getattr(error, "error_code", None) in _FINAL_CODES
 
 
-def _quiet_mlflow() -> None:
+def import_mlflow() -> None:
     """Import mlflow without telemetry, and keep its migrations and its own reports of errors off the console."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -19,7 +19,7 @@ from ray_peft.store.outbox import Outbox
 from ray_peft.store.tracking.inputs import group_of
 from ray_peft.store.tracking.runs import fetch
 from ray_peft.store.tracking.sending import send, sent_to, why_unsent
-from ray_peft.store.tracking.store import PATIENCE_S, Store
+from ray_peft.store.tracking.store import PATIENCE_S, Store, import_mlflow
 from ray_peft.trial.result import TrialResult
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ FLUSH_AT_POINTS = 200
 MAX_PARAM_CHARACTERS = 6000
 SHORT_PATIENCE_S = 3.0
 """How long a call is repeated at a trial's start and end. After that the trial goes on, and its driver sends."""
+ANSWER_S = 10.0
+"""How long a trial waits at its start, and at its end if there was no answer yet, for a store that keeps silent."""
 
 
 class TrialTracker:
@@ -42,6 +44,8 @@ class TrialTracker:
         self._reason: str | None = None
         self._wake = threading.Event()
         self._closing = threading.Event()
+        self._answered = threading.Event()
+        """The first attempt to send has ended, one way or the other."""
         # A thread of its own, so that a slow store does not slow down the training that is being measured.
         self._sender = threading.Thread(target=self._send_often, name="mlflow-outbox", daemon=True)
 
@@ -70,9 +74,10 @@ class TrialTracker:
             {"do": "params", "values": values},
             *({"do": "text", "file": file, "content": content} for file, content in texts.items()),
         )
-        self._send(SHORT_PATIENCE_S)
+        import_mlflow()  # so that it does not count as silence, and no two threads import at once
         self._sender.start()
-        return self.run_id if self._reason is None else None
+        in_time = self._answered.wait(ANSWER_S)
+        return self.run_id if in_time and self._reason is None else None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Take live metrics; they reach the store within seconds, or when it is back. Never raises.
@@ -138,7 +143,7 @@ class TrialTracker:
         written = self._outbox.put({"do": "result", "row": result.model_dump_json(), "at": _now()})
         self._closing.set()
         self._wake.set()
-        self._sender.join(timeout=PATIENCE_S)
+        self._sender.join(timeout=PATIENCE_S if self._answered.is_set() else ANSWER_S)
         sent = sent_to(self._store, self._folder)
         lacking = not written or self._outbox.waits(sent)
         untracked = why_unsent(self._reason) if lacking else None
@@ -160,6 +165,8 @@ class TrialTracker:
             self._reason = None
 
     def _send_often(self) -> None:
+        self._send(SHORT_PATIENCE_S)
+        self._answered.set()
         pause = FLUSH_EVERY_S
         while not self._closing.is_set():
             # While the store is away, a full outbox must not hurry.

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.foundation.cache import cache_folder
+from ray_peft.foundation.cache import entry
 from ray_peft.spec import DataSpec, LlmTrialSpec, ModelSpec, is_local
 from ray_peft.spec.identity import Content, differing
 from ray_peft.tasks.files import content_of
@@ -34,7 +34,7 @@ def data_key(version: int, data: DataSpec, tokenizer: PreTrainedTokenizerBase, a
 def prepared_folder(data: DataSpec, key: str) -> Path:
     """The folder with the prepared rows of this content."""
     # The same rows, but those with bad rows among them are refused where `unusable` says to fail.
-    return cache_folder() / "prepared" / (key if data.unusable == "fail" else f"{key}-skip")
+    return entry("prepared", key if data.unusable == "fail" else f"{key}-skip")
 
 
 def _content(path: str | None) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import ModelError, first_line
-from ray_peft.foundation.cache import cache_folder, made_whole
+from ray_peft.foundation.cache import cache_folder, entry, made_whole
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization
 from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
 from ray_peft.tasks import kept_base
@@ -280,7 +280,7 @@ def random_model(model: ModelSpec) -> Path:
 
     config = load_config(model)
     key = hashlib.sha256(config.to_json_string().encode()).hexdigest()[:24]
-    folder = cache_folder() / "random" / key
+    folder = entry("random", key)
     if (folder / "config.json").is_file():
         return folder
     device = "cuda" if torch.cuda.is_available() else "cpu"

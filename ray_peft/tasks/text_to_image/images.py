@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.engine.recovery import free_memory
-from ray_peft.foundation.cache import cache_folder, made_whole
+from ray_peft.foundation.cache import entry, made_whole
 from ray_peft.spec import ImageTrialSpec
 from ray_peft.tasks.base import GeneratedImage, Scored
 from ray_peft.tasks.text_to_image.evaluate import make_images
@@ -92,7 +92,7 @@ def _before(
     train, kind = [spec.train.prediction, spec.train.precision], device.partition(":")[0]
     settings = [evaluation.plain(), str(stored), spec.data.resolution, train, kind]
     key = hashlib.sha256(json.dumps([fingerprint, spec.model.dtype, settings]).encode()).hexdigest()[:24]
-    folder = cache_folder() / "images" / key
+    folder = entry("images", key)
     count = len(evaluation.prompts) * len(evaluation.seeds)
     if not folder.is_dir():
         with _as_base(spec, device, model, pipeline):

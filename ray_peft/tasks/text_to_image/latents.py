@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.engine.recovery import free_memory
 from ray_peft.errors import ModelError
-from ray_peft.foundation.cache import cache_folder, made_whole
+from ray_peft.foundation.cache import entry, made_whole
 from ray_peft.spec.text_to_image import ImageDataSpec, ImageTrialSpec
 from ray_peft.tasks.text_to_image.data import Picture, Pictures, as_tensor, view_of
 
@@ -88,7 +88,7 @@ def encode(
         ModelError: an encoder gives NaN or infinity for a picture or caption.
     """
     key = hashlib.sha256(json.dumps([FORMAT, pictures.key, fingerprint]).encode()).hexdigest()[:24]
-    folder = cache_folder() / "latents" / key
+    folder = entry("latents", key)
     cached = _read(folder, key, pictures)
     if cached is not None:
         return cached

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import ModelError, first_line
-from ray_peft.foundation.cache import cache_folder, made_whole
+from ray_peft.foundation.cache import entry, made_whole
 from ray_peft.methods.base import Dtype
 from ray_peft.spec import ImageTrialSpec, ModelSpec, is_local
 from ray_peft.tasks.files import file_digest
@@ -243,7 +243,7 @@ def _random_part(model: ModelSpec, part: str) -> Path:
 
     config = load_configs(model).parts[part]
     key = hashlib.sha256(json.dumps([part, config], sort_keys=True).encode()).hexdigest()[:24]
-    folder = cache_folder() / "random" / key
+    folder = entry("random", key)
     if (folder / part / "config.json").is_file():
         return folder
     device = "cuda" if torch.cuda.is_available() else "cpu"
