@@ -246,7 +246,7 @@ class Comparing:
         ]
         if told.take is not None:
             epochs = max(1.0, round((told.take.train.steps or 0) / max(1, journal.steps_of_an_epoch), 2))
-            file = rungs.train_all(self.folder, told.take, test_rows=plan.test_rows, epochs=epochs)
+            file = rungs.train_all(self.folder, told.take, epochs=epochs)
             lines.append(f"Train it on all rows but the test rows: ray-peft run {file}")
         lines += [f"Left out: {name}: {reason}" for name, reason in journal.left_out.items()]
         write_text(self.folder / "answer.txt", "\n".join(lines) + "\n")
