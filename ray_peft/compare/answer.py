@@ -60,6 +60,8 @@ def answer(material: Material, chosen: Mapping[str, Chosen]) -> Answer:
         f"steps{_least(len(best), on_gpu=on_gpu)}.",
         _how_chosen(chosen),
     )
+    if base is not None and (forgotten := _forgotten(unit, family.units[base])):
+        lines = (*lines[:2], f"{lines[2]} {forgotten}", *lines[3:])
     return Answer(trial, lines)
 
 
@@ -106,6 +108,15 @@ def _least(tied: int, *, on_gpu: bool) -> str:
     if tied < 2:
         return ""
     return f", the least {'memory' if on_gpu else 'time'} of the {tied} that none is shown to be better than"
+
+
+def _forgotten(unit: SeedGroup, base: SeedGroup) -> str:
+    """What it lost of a general text; nothing where that was not measured."""
+    after, before = (group.spread(lambda row: row.general_loss.value) for group in (unit, base))
+    if after is None or before is None:
+        return ""
+    change = fixed(after.mean - before.mean, 3, signed=True)
+    return f"Loss on a general text, of which a rise is forgetting: {fixed(after.mean, 3)} ({change} to the base)."
 
 
 def _how_chosen(chosen: Mapping[str, Chosen]) -> str:

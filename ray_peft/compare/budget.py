@@ -66,6 +66,8 @@ class Limits:
     test_rows: int
     answers: bool
     """Whether the test rows are answered."""
+    general_rows: int = 0
+    """Rows like these that a general text would make, whose loss is taken beside that of the test rows."""
 
 
 @dataclass(frozen=True)
@@ -160,15 +162,15 @@ def _planned(
 ) -> Plan:
     search, longer, answer = shape.steps(answer_steps) if answer_steps else (0, 0, 0)
     validation, test = rows
-    answered = test if limits.answers else 0
+    answered, scored = test if limits.answers else 0, test + limits.general_rows
 
-    def rung(trials: int, steps: int, scored: int, answered: int) -> float:
-        return trials * sum(seconds(method, steps, scored, answered) for method in methods)
+    def rung(trials: int, steps: int, rows: int, answers: int) -> float:
+        return trials * sum(seconds(method, steps, rows, answers) for method in methods)
 
     search_s = rung(shape.rates, search, validation, 0) + overhead_s
     longer_s = rung(shape.longer, longer, validation, 0) + overhead_s if shape.longer else 0.0
-    answer_s = rung(shape.seeds, answer, test, answered) + seconds(BASE, 0, test, answered) + overhead_s
-    step_s = rung(shape.seeds, answer + 1, test, answered) - rung(shape.seeds, answer, test, answered)
+    answer_s = rung(shape.seeds, answer, scored, answered) + seconds(BASE, 0, scored, answered) + overhead_s
+    step_s = rung(shape.seeds, answer + 1, scored, answered) - rung(shape.seeds, answer, scored, answered)
     return Plan(
         rates=shape.rates,
         longer=shape.longer,

@@ -24,6 +24,7 @@ from ray_peft.schedule import cluster, experiment
 from ray_peft.schedule.signals import callers_signals
 from ray_peft.schedule.sweep import SweepOutcome, sweep
 from ray_peft.space.read import Space, load
+from ray_peft.tasks.llm_sft.general_text import GENERAL_TOKENS
 from ray_peft.trial.result import TrialResult
 
 
@@ -161,7 +162,8 @@ class Comparing:
 
     def _planned(self, measured: Measured, journal: Journal) -> Plan:
         setup, hours = measured.setup, self.request.hours
-        limits = Limits(setup.most_steps, setup.most_validation, setup.most_test, setup.answers)
+        general_rows = round(GENERAL_TOKENS / measured.row_tokens)
+        limits = Limits(setup.most_steps, setup.most_validation, setup.most_test, setup.answers, general_rows)
         names = [method.name for method in setup.methods]
         left_s = 3600 * hours - journal.whole_s
         try:
@@ -206,9 +208,8 @@ class Comparing:
                 )
             best = {name: replace(settings, trials=settings.trials[:1]) for name, settings in chosen.items()}
             rungs.write_next(
-                self.folder, ANSWER, best,
-                steps=steps, evaluation={"split": "test", "generate": self.request.metric != "eval_loss"},
-                seeds=plan.seeds,
+                self.folder, ANSWER, best, steps=steps, seeds=plan.seeds,
+                evaluation={"split": "test", "generate": self.request.metric != "eval_loss", "general_text": True},
             )  # fmt: skip
         space = load(file)
         first = space.trials[0].seed
@@ -245,7 +246,7 @@ class Comparing:
         ]
         if told.take is not None:
             epochs = max(1.0, round((told.take.train.steps or 0) / max(1, journal.steps_of_an_epoch), 2))
-            file = rungs.train_all(self.folder, told.take, test_rows=plan.test_rows, epochs=epochs)
+            file = rungs.train_all(self.folder, told.take, epochs=epochs)
             lines.append(f"Train it on all rows but the test rows: ray-peft run {file}")
         lines += [f"Left out: {name}: {reason}" for name, reason in journal.left_out.items()]
         write_text(self.folder / "answer.txt", "\n".join(lines) + "\n")

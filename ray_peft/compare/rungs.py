@@ -224,7 +224,7 @@ def _rates(method: Method) -> dict[str, Any]:
     return {"lr": rate_of(method)} if "lr" in type(method).model_fields else {}
 
 
-def train_all(folder: Path, trial: TrialSpec, *, test_rows: int, epochs: float) -> Path:
+def train_all(folder: Path, trial: TrialSpec, *, epochs: float) -> Path:
     """A trial with the answer's settings on all rows but the test rows. Returns its file."""
     source = file_of(folder, ANSWER)
     plain = yaml_text.parse(yaml_text.read(source), str(source))
@@ -233,7 +233,7 @@ def train_all(folder: Path, trial: TrialSpec, *, test_rows: int, epochs: float) 
     plain["method"] = _entry(trial.method)
     plain["seed"] = CHOOSING_SEED
     for part in plain["data"]["sources"]:
-        part.update(train=1.0, validation=0, test=test_rows)
+        part.update(train=1.0, validation=0)  # test rows are drawn first, so they stay the same
     plain["train"] = {key: value for key, value in plain["train"].items() if key != "steps"} | {
         "epochs": epochs, "log_every": 10
     }  # fmt: skip

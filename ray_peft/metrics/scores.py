@@ -15,6 +15,9 @@ class Scores(Measured):
     eval_loss: float | None = None
     """Text: mean negative log-likelihood of the answers' tokens [nats]. Images: mean squared error of what the UNet
     predicts of held-out images, over evenly spread timesteps with fixed noise, all weighed alike."""
+    general_loss: float | None = None
+    """Text: mean negative log-likelihood of the tokens of a fixed general text [nats]. What it is above that of the
+    untouched base was forgotten in training."""
     bleu4: float | None = None
     """Corpus BLEU-4, 0 to 1."""
     rouge_l: float | None = None

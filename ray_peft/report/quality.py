@@ -77,6 +77,8 @@ def scores(
         ("Exact match", lambda row: fixed(row.exact_match, 4)),
         ("F1", lambda row: fixed(row.result.scores.token_f1, 4)),
         *((name, _own(name)) for name in dict.fromkeys(name for row in compared for name in row.result.scores.own)),
+        ("General text, loss", lambda row: fixed(row.general_loss.value, 4)),
+        ("vs base", lambda row: _difference(row.general_loss)),
         ("Style, held out", lambda row: fixed(row.style_heldout.value, 4)),
         ("vs base", lambda row: _difference(row.style_heldout)),
         ("Style, training", lambda row: fixed(row.style_train.value, 4)),

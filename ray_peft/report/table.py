@@ -64,6 +64,11 @@ class Row:
         return self._score(lambda result: result.scores.eval_loss)
 
     @property
+    def general_loss(self) -> Score:
+        """Loss on a general text: what it rises by is forgotten."""
+        return self._score(lambda result: result.scores.general_loss)
+
+    @property
     def bleu4(self) -> Score:
         """Corpus BLEU-4."""
         return self._score(lambda result: result.scores.bleu4)

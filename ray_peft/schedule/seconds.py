@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ray_peft.checks.inspector import Inspector
 from ray_peft.report.digits import duration
-from ray_peft.schedule.decide import Decision, Run
+from ray_peft.schedule.decide import Decision, Demand
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
 from ray_peft.trial import speed
@@ -16,7 +16,7 @@ NOT_MEASURED = "time not measured yet"
 
 
 def predicted_seconds(decision: Decision, gpu_name: str | None) -> dict[str, dict[str, float]]:
-    """By trial id what `speed.predicted` says of every run; an empty mapping where its shape was not measured.
+    """By trial id what `speed.predicted` says of every trial by itself; empty where its shape was not measured.
 
     Args:
         decision: where they run.
@@ -26,11 +26,14 @@ def predicted_seconds(decision: Decision, gpu_name: str | None) -> dict[str, dic
         DataError, ModelError: the user's to mend.
     """
     inspector = Inspector()
-    return {run.trial.trial_id: _of_run(run, inspector, gpu_name) for run in decision.runs}
+    return {
+        trial.trial_id: _of_trial(trial, run.demand_of(trial), inspector, gpu_name)
+        for run in decision.runs
+        for trial in run.trials
+    }
 
 
-def _of_run(run: Run, inspector: Inspector, gpu_name: str | None) -> dict[str, float]:
-    trial, demand = run.trial, run.demand
+def _of_trial(trial: TrialSpec, demand: Demand, inspector: Inspector, gpu_name: str | None) -> dict[str, float]:
     device = gpu_name if demand.gpus_per_worker else cpu_name(demand.cpus_per_worker)
     if device is None or trial.members():
         return {}

@@ -136,6 +136,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rows": None,
         "max_new_tokens": 256,
         "batch_size": 32,
+        "general_text": False,
         "samples": 10,
         "benchmarks": None,
         "metrics": [],

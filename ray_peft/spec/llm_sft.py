@@ -156,6 +156,9 @@ class EvaluationSpec(Strict):
     batch_size: int = Field(default=32, ge=1)
     """Prompts answered at a time; lowered where memory runs out. In fp32 that changes no answer; in bf16 it may turn
     one at a near tie of two tokens."""
+    general_text: bool = False
+    """Also take the loss on a fixed general text that comes with ray_peft (tasks/llm_sft/general_text.py): what it
+    rises by in training is forgotten."""
     samples: int = Field(default=10, ge=0)
     """Rows of the sample table: prompt, reference and answer."""
     benchmarks: BenchmarksSpec | None = None

@@ -14,7 +14,7 @@ from ray_peft.compare.budget import Shape
 from ray_peft.space.read import load
 from ray_peft.store.results_file import read_results
 
-WORDS = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen"]
+WORDS = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
 ROWS = [{"instruction": f"Say {a} and {b}.", "output": f"{a} {b}."} for a in WORDS for b in WORDS]
 RUNGS = ("0_speed", "1_search", "2_longer", "3_answer")
 

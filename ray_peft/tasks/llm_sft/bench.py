@@ -13,6 +13,7 @@ from ray_peft.methods.base import Dtype, Stage
 from ray_peft.metrics.scores import Sample, Scores
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.base import Scored, Workload
+from ray_peft.tasks.llm_sft.general_text import GENERAL_TOKENS
 from ray_peft.tasks.one_model import OneModelBench
 from ray_peft.tasks.parameters import weight_storage
 from ray_peft.vram.cards import Gpu, here
@@ -55,10 +56,15 @@ def total_steps(spec: LlmTrialSpec, train_rows: int) -> int:
 
 
 def workload(spec: LlmTrialSpec, rows: PreparedData) -> Workload:
-    """The mean length of its training rows, and the held-out rows that it scores and answers."""
+    """The mean length of its training rows, and the held-out rows that it scores and answers.
+
+    A general text counts as the rows that it would make.
+    """
     scored = len(rows.held_out(spec.evaluation.split))
     answered = min(spec.evaluation.rows or scored, scored) if spec.evaluation.generate else 0
-    return Workload(sum(map(len, rows.train["input_ids"])) / len(rows.train), scored, answered)
+    row_tokens = sum(map(len, rows.train["input_ids"])) / len(rows.train)
+    general = round(GENERAL_TOKENS / row_tokens) if spec.evaluation.general_text else 0
+    return Workload(row_tokens, scored + general, answered)
 
 
 class LlmBench(OneModelBench[LlmTrialSpec]):
@@ -132,10 +138,22 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
 
     def answer_log_probs(self) -> Tensor:
         """Log-probabilities of all held-out answers' tokens (answer tokens,), the longest row first."""
+        return self.log_probs(self.scored_rows)
+
+    def log_probs(self, rows: Dataset) -> Tensor:
+        """The same of any rows with `input_ids` and `labels`."""
         from ray_peft.tasks.llm_sft.evaluate import token_log_probs
 
         pad = cast(int, self.tokenizer.pad_token_id)
-        return token_log_probs(self.spec, self.model, self.scored_rows, pad, self.lowered)
+        return token_log_probs(self.spec, self.model, rows, pad, self.lowered)
+
+    def general_loss(self) -> float | None:
+        """Mean loss of a fixed general text's tokens [nats]; None if it is not asked for."""
+        if not self.spec.evaluation.general_text:
+            return None
+        from ray_peft.tasks.llm_sft.general_text import general_rows
+
+        return -float(self.log_probs(general_rows(self.tokenizer, self.spec.data.max_length)).mean())
 
     def answer(self, rows: Dataset, ended: list[bool] | None = None) -> list[str]:
         """Greedy answers to the rows' prompts; `ended` gets, for each of them, whether it ended by itself."""
@@ -153,8 +171,9 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
         count = len(held_out)
         loss = -float(log_probs.mean())
         losses, tokens = row_losses(held_out, log_probs)
+        scores = Scores(eval_loss=loss, eval_rows=count, general_loss=self.general_loss())
         if not self.spec.evaluation.generate:
-            return Scored(Scores(eval_loss=loss, eval_rows=count), losses=losses, loss_tokens=tokens)
+            return Scored(scores, losses=losses, loss_tokens=tokens)
         rows = held_out.select(range(min(self.spec.evaluation.rows or count, count)))
         ended: list[bool] = []
         predictions, references = self.answer(rows, ended), list(rows["reference"])
@@ -169,7 +188,8 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
             for index in range(min(self.spec.evaluation.samples, len(rows)))
         ]
         own = {name_of(path): own_rows(path, predictions, references) for path in self.spec.evaluation.metrics}
-        more = {"eval_loss": loss, "eval_rows": count, "own": {name: fmean(values) for name, values in own.items()}}
+        of_loss = {name: getattr(scores, name) for name in ("eval_loss", "eval_rows", "general_loss")}
+        more = {**of_loss, "own": {name: fmean(values) for name, values in own.items()}}
         return Scored(
             score_answers(predictions, references).model_copy(update=more),
             samples,

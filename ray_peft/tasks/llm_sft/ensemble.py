@@ -200,12 +200,12 @@ class LlmEnsemble(LlmBench, EnsembleBench):
         self.weights = mixture_weights(self._log_probs(self.data.validation))
         return self.weights
 
-    def answer_log_probs(self) -> Tensor:
-        """Log-probabilities of all held-out answers' tokens under the mixture (answer tokens,), longest row first."""
+    def log_probs(self, rows: Dataset) -> Tensor:
+        """Log-probabilities of all answers' tokens of rows under the mixture (answer tokens,), longest row first."""
         import torch
 
         logs = torch.tensor([math.log(weight) if weight else -math.inf for weight in self.weights])
-        return torch.logsumexp(self._log_probs(self.data.test) + logs.double()[:, None], dim=0)
+        return torch.logsumexp(self._log_probs(rows) + logs.double()[:, None], dim=0)
 
     def answer(self, rows: Dataset, ended: list[bool] | None = None) -> list[str]:
         """Greedy answers of the mixture, without the members whose weight is 0."""
