@@ -25,8 +25,8 @@ from ray_peft.report.document import (
 )
 from ray_peft.report.escape import entry, fenced, inline, paragraphs, table
 
-WHOLE = 1_000
-"""Lines up to which a report is not cut: those of a dozen trials with their samples."""
+WHOLE, FEW = 1_000, 40
+"""Lines up to which a report is not cut, if its tables have but a few lines: that of a dozen trials with samples."""
 LONGEST = 400
 """Lines of a report that is cut."""
 
@@ -57,9 +57,11 @@ CUTS = (
 
 
 def to_markdown(document: Document) -> str:
-    """The file's text: whole up to `WHOLE` lines, else cut as little as keeps it within `LONGEST`."""
+    """The file's text: whole for a small sweep, else cut as little as keeps it within `LONGEST` lines."""
     text = _whole(document, Cut())
-    if text.count("\n") <= WHOLE:
+    tables = [block for section in document.sections for block in section.blocks if isinstance(block, Table)]
+    small = all(len(block.lines) <= FEW or block.folded for block in tables)
+    if text.count("\n") <= (WHOLE if small else LONGEST):
         return text
     for cut in CUTS:
         text = _whole(document, cut)
