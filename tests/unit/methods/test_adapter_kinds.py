@@ -45,7 +45,7 @@ def test_a_kind_trains_on_four_bits_as_the_table_says(kind, tiny_model):
     fields = config_type(kind).__dataclass_fields__
     settings = {"r": 4} if fields.get("r") and kind != "ADALORA" else {}
     settings |= {"oft_block_size": 16, "r": 0} if kind == "OFT" else {}
-    settings |= {"target_modules": ["q_proj"]} if "target_modules" in fields else {}
+    settings |= {"target_modules": ["v_proj"]} if "target_modules" in fields else {}
     settings |= {"target_modules": ["input_layernorm"]} if kind == "LN_TUNING" else {}
     ids = torch.arange(16)[None]
 
