@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ray_peft.errors import ModelError, first_line
 from ray_peft.foundation.cache import cache_folder, made_whole
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization
+from ray_peft.methods.changed_base import ChangedBase
 from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
 from ray_peft.tasks import kept_base
 from ray_peft.tasks.four_bit_layers import keep_as_stored
@@ -186,6 +187,9 @@ def base_key(spec: LlmTrialSpec, device: str) -> str | None:
     """
     stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
     changes = len(stages) > 1 or any(stage.needs_full_weights for stage in stages) or bool(spec.members())
+    changes |= any(isinstance(stage, ChangedBase) for stage in stages)
+    # A layer in 8 bits takes its numbers and scales out of its weight in its first pass, and a copy out of the kept one.
+    changes |= spec.quantization is not None and spec.quantization.bits == 8
     by_others = spec.train.engine != "own" or spec.resources.num_workers > 1 or spec.model.trust_remote_code
     if changes or by_others:
         return None
