@@ -78,8 +78,8 @@ class Adapter(Stage):
         if reason is None:
             return None
         return (
-            f"method {self.name} cannot be trained on a base in {storage.quant_type}: {reason}, which such a base does "
-            "not have; set model.quantization: null, or use method qlora"
+            f"method {self.name} cannot be trained on a base in {storage.quant_type}: {reason}; set "
+            "model.quantization: null, or use method qlora"
         )
 
     def why_not_merged(self) -> str | None:

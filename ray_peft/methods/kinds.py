@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _OTHER_ROWS = "it needs more than rows: {}"
-_PLAIN_WEIGHTS = "it reads or changes the base's plain weights"
+_PLAIN_WEIGHTS = "it reads or changes the base's plain weights, which such a base does not have"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ KINDS: dict[str, Kind] = {
     "SUPERTUNING": _PLAIN,
     "TINYLORA": _PLAIN,
     "TRAINABLE_TOKENS": Kind(serves="it trains rows of the embeddings and no layer"),
-    "UNILORA": Kind(),
+    "UNILORA": Kind(quantised="PEFT 0.21 gives it no gradient there"),
     "VBLORA": Kind(),
     "VERA": Kind(),
     "WAVEFT": Kind(),

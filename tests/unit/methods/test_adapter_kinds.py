@@ -45,7 +45,7 @@ def test_a_kind_trains_on_four_bits_as_the_table_says(kind, tiny_model):
     fields = config_type(kind).__dataclass_fields__
     settings = {"r": 4} if fields.get("r") and kind != "ADALORA" else {}
     settings |= {"oft_block_size": 16, "r": 0} if kind == "OFT" else {}
-    settings |= {"target_modules": ["q_proj"]} if "target_modules" in fields else {}
+    settings |= {"target_modules": ["v_proj"]} if "target_modules" in fields else {}
     settings |= {"target_modules": ["input_layernorm"]} if kind == "LN_TUNING" else {}
     ids = torch.arange(16)[None]
 
@@ -54,11 +54,11 @@ def test_a_kind_trains_on_four_bits_as_the_table_says(kind, tiny_model):
         adapted(input_ids=ids, labels=ids).loss.backward()
         return [p.grad for p in adapted.parameters() if p.requires_grad and p.grad is not None]
 
-    if KINDS[kind].quantised is None:
-        assert any(gradient.isfinite().all() and gradient.abs().sum() > 0 for gradient in gradients())
-    else:
-        with pytest.raises((RuntimeError, TypeError, ValueError)):
-            gradients()
+    try:
+        trains = any(gradient.isfinite().all() and gradient.abs().sum() > 0 for gradient in gradients())
+    except (RuntimeError, TypeError, ValueError):
+        trains = False
+    assert trains == (KINDS[kind].quantised is None)
 
 
 def spec(model, **method):

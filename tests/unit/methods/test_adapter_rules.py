@@ -119,3 +119,11 @@ def test_members_with_virtual_tokens_are_refused():
     members = [{"method": {"name": "prompt_tuning"}}, {"method": {"name": "lora"}}]
     with pytest.raises(ValidationError, match="prompt_tuning puts virtual tokens before each row"):
         plain("m/m", "d/d", {"name": "ensemble", "members": members}, data__sources=sources)
+
+
+def test_a_base_that_a_trial_may_change_is_not_kept_for_the_next(tiny_model, questions):
+    from ray_peft.tasks.llm_sft.model import base_key
+
+    assert base_key(plain(tiny_model, questions, {"name": "hra"}), "cpu") is not None
+    assert base_key(plain(tiny_model, questions, {"name": "pissa"}), "cpu") is None
+    assert base_key(plain(tiny_model, questions, {"name": "lora"}, model__quantization="int8"), "cpu") is None
