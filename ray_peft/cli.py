@@ -166,6 +166,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tracking-uri", help="MLflow store; default: the sweep's own")
     command.set_defaults(act=_sync)
 
+    command = commands.add_parser(
+        "clean", help="show, or remove, what is not needed: caches and what kills left behind"
+    )
+    command.add_argument("sweeps", nargs="*", metavar="DIR", help="sweeps' folders; default: all in outputs")
+    command.add_argument("--yes", action="store_true", help="remove it; results, adapters and checkpoints stay")
+    command.set_defaults(act=_clean)
+
     command = commands.add_parser("export", help="write a trial's adapter or merged model in another dtype")
     command.add_argument("run", metavar="RUN_ID", help="the trial's MLflow run")
     command.add_argument(
@@ -397,6 +404,28 @@ def _sync(options: argparse.Namespace) -> int:
     if not lacking:
         _say("the tracking store has all of this sweep")
     return UNSENT if lacking else 0
+
+
+def _clean(options: argparse.Namespace) -> int:
+    from ray_peft import clean
+    from ray_peft.schedule.experiment import outputs_folder
+
+    sweeps = [Path(name) for name in options.sweeps] or clean.sweeps_in(outputs_folder())
+    clean.check_sweeps(sweeps)
+    removable = clean.cached()
+    with contextlib.ExitStack() as holding:
+        for folder in sweeps:
+            if holding.enter_context(clean.unused(folder)):
+                removable += clean.left_in(folder)
+            else:
+                _say(f"{_short(folder)} is in use, and stays as it is")
+        for item in removable:
+            _say(f"{item.num_bytes / 2**20:9.1f} MiB  {_short(item.path)}")
+            if options.yes:
+                clean.remove(item)
+    total = f"{sum(item.num_bytes for item in removable) / 2**20:.1f} MiB"
+    _say(f"{total} removed" if options.yes else f"{total} can be removed: ray-peft clean --yes")
+    return 0
 
 
 _DTYPES: dict[str, Literal["bfloat16", "float16", "float32"]] = {

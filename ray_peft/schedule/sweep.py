@@ -10,6 +10,7 @@ from typing import Any
 from ray_peft.checks.inspector import Inspector
 from ray_peft.checks.trials import inspect_trials
 from ray_peft.errors import ClusterLost, PlacementError, first_line
+from ray_peft.foundation import cache
 from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.foundation.masking import mask
 from ray_peft.report.plain import trial_line
@@ -145,9 +146,16 @@ def sweep(
             opened.finish(opened.record.planned, interrupted=True)
             raise
         results = opened.finish(opened.record.planned, interrupted)
+    _trim_cache(console)
     return SweepOutcome(
         ledger.folder, results, plan.total, interrupted, opened.record.tracking_uri, tuple(opened.lacking)
     )
+
+
+def _trim_cache(console: Audience) -> None:
+    """Keep the cache of prepared rows, encoded images and random weights within its limit."""
+    if dropped := cache.trim():
+        console.say(f"{len(dropped)} entries of {cache.cache_folder()} were not used for longest, and are removed")
 
 
 def _earlier_rows(ledger: Ledger, console: Audience) -> list[TrialResult]:

@@ -53,14 +53,34 @@ def check_clean(running, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["raylet", "gcs_server", "ray::DashboardAgent"])
-def test_a_cluster_that_dies_ends_the_sweep_with_one_error(sweep, tmp_path, victim):
-    running = sweep()
-    running.until(lambda: running.steps("lora") > 0 and "none" in running.rows())
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+def test_a_local_ray_that_dies_is_replaced_in_the_same_sweep(sweep, tmp_path, victim):
+    running = sweep(steps=60, train__checkpoint_every=5)
+    running.until(lambda: running.steps("lora") > 12 and "none" in running.rows())
     running.kill(victim)
-    killed = time.monotonic()
-    assert running.wait() == 1
-    assert time.monotonic() - killed < 30
+    running.until(lambda: "another local Ray is started" in running.output, timeout_s=30)
+    assert running.wait() == 0
+    row = running.rows()["lora"]
+    assert (row["status"], row["restarts"]) == ("finished", [f"its {victim} was killed or crashed"])
+    assert row["resumed_from_step"] >= 10
+    assert runs(tmp_path) == Counter({"sweep FINISHED": 1, "none FINISHED": 1, "lora FINISHED": 1, "lora KILLED": 1})
+    check_clean(running, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_cluster_of_somebody_else_that_dies_ends_the_sweep_with_one_error(sweep, tmp_path):
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        running = sweep("--address", cluster.address)
+        running.until(lambda: running.steps("lora") > 0 and "none" in running.rows())
+        cluster.head_node.kill_raylet()
+        killed = time.monotonic()
+        assert running.wait() == 1
+        assert time.monotonic() - killed < 30
+    finally:
+        cluster.shutdown()
     (error,) = [line for line in running.output.splitlines() if line.startswith("error: ")]
     assert "the Ray cluster is lost: " in error
     assert "the same command runs what is missing" in error
@@ -138,6 +158,7 @@ def test_a_terminal_that_is_closed_ends_a_sweep_like_ctrl_c(sweep, tmp_path):
     running.send(signal.SIGHUP)
     assert running.wait() == 130
     assert running.output.strip().endswith("interrupted; the same command runs the missing trials")
+    assert list(running.out.glob("trials/lora-*/stage1/checkpoint-*/state.pt"))  # of the step at which it ended
     assert runs(tmp_path) == Counter({"sweep KILLED": 1, "none FINISHED": 1, "lora KILLED": 1})
     check_clean(running, tmp_path)
 
