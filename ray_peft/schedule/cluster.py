@@ -63,6 +63,7 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
         settings |= {"address": address, "runtime_env": {"env_vars": dict(WORKER_ENVIRONMENT)}}
     else:
         settings |= {
+            "address": "local",  # else Ray would join a cluster that happens to run on this machine
             "include_dashboard": False,
             "_metrics_export_port": None,
             "object_store_memory": 256 * 2**20,  # specs and metrics only: rows and weights are read from disk
