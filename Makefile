@@ -5,7 +5,7 @@
 #   make venv PYTHON=python3.12
 RUN := $(if $(PYTHON),PYTHON="$(PYTHON)") $(firstword $(foreach name,python3 python,$(shell command -v $(name) 2>/dev/null)) python3) bootstrap.py
 
-.PHONY: help venv quickstart check lint test test-gpu clean
+.PHONY: help venv quickstart check lint test test-gpu soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,9 +15,10 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make test         the tests that need no GPU"
 	@echo "make test-gpu     the tests that need one"
+	@echo "make soak         a sweep whose processes are killed at random, for half an hour"
 	@echo "make clean        remove caches and build files (.venv, assets and outputs stay)"
 
-venv quickstart lint test test-gpu:
+venv quickstart lint test test-gpu soak:
 	@$(RUN) $@
 
 check: lint test

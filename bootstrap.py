@@ -7,6 +7,7 @@ Needs Python 3.11 or later with the `venv` module, and a package index; nothing 
     test         the tests that need no GPU
     test-gpu     the tests that need one
     lint         ruff and mypy
+    soak         a sweep whose processes are killed at random, for half an hour
 
 Environment: PYTHON names the interpreter that .venv is made of (default: this one, or the newest that is found).
 """
@@ -28,7 +29,7 @@ SOURCES = ("requirements.lock", "pyproject.toml")
 
 def main(arguments):
     """Run one task; returns the exit code."""
-    tasks = {"venv": [], "quickstart": QUICKSTART, "test": TEST, "test-gpu": TEST_GPU, "lint": LINT}
+    tasks = {"venv": [], "quickstart": QUICKSTART, "test": TEST, "test-gpu": TEST_GPU, "lint": LINT, "soak": SOAK}
     if len(arguments) != 1 or arguments[0] not in tasks:
         print(__doc__.strip())
         return 0 if arguments in (["-h"], ["--help"]) else 2
@@ -53,6 +54,7 @@ QUICKSTART = [
 ]
 TEST = [["python", "-m", "pytest", "-n", "2", "-m", "not gpu"]]
 TEST_GPU = [["python", "-m", "pytest", "-m", "gpu"]]
+SOAK = [["python", "benchmarks/soak.py", "outputs/soak.json"]]
 LINT = [["ruff", "check"], ["ruff", "format", "--check"], ["mypy", "ray_peft", "jobs"]]
 
 
