@@ -23,7 +23,12 @@ tried where there is time for few steps, which want higher rates than the defaul
 _KINDS: dict[str, type[Method]] = {
     kind.model_fields["name"].default: kind for kind in METHODS if "llm_sft" in kind.tasks
 }
-_COMPARED = [name for name in _KINDS if name not in ("none", "ensemble")]
+COMPARED = [
+    name
+    for name, kind in _KINDS.items()
+    if name not in ("none", "ensemble") and not any(field.is_required() for field in kind.model_fields.values())
+]
+"""Methods that need nothing but their name."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,10 @@ def candidates(names: Sequence[str], *, on_gpu: bool, hidden_size: int | None) -
         SpecError: no such method, or one is named twice.
     """
     for name in names:
-        if name not in _COMPARED:
-            near = difflib.get_close_matches(name.lower(), _COMPARED, n=1)
+        if name not in COMPARED:
+            near = difflib.get_close_matches(name.lower(), COMPARED, n=1)
             raise SpecError(
-                f"--methods: must be some of {', '.join(_COMPARED)} (found {name!r})"
+                f"--methods: must be some of {', '.join(COMPARED)} (found {name!r})"
                 f"{f'; did you mean {near[0]}?' if near else ''}"
             )
     if len(set(names)) < len(names):

@@ -1,10 +1,14 @@
 """Search spaces as text: what is written is read back, and comments stand where they belong."""
 
-import pytest
+import json
 
-from ray_peft.compare.candidates import FACTORS, candidates
+import pytest
+from pydantic import TypeAdapter
+
+from ray_peft.compare.candidates import COMPARED, FACTORS, candidates
 from ray_peft.compare.space_text import written
 from ray_peft.errors import SpecError
+from ray_peft.methods import AnyMethod
 from ray_peft.space import yaml_text
 from ray_peft.spec import TrialSpec
 
@@ -57,6 +61,16 @@ def test_every_method_has_equally_many_rates_around_its_default(name, on_gpu):
         assert [stage.lr for _, stage in default.parts()] in rates
         for first, last in zip(rates[0], rates[-1], strict=True):
             assert last / first == pytest.approx(factors[-1] / factors[0], rel=0.05)
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize("name", COMPARED)
+def test_every_method_that_may_be_named_can_be_made_with_several_rates(name, on_gpu):
+    (method,) = candidates([name], on_gpu=on_gpu, hidden_size=64)
+    entries = [method.at(factor) for factor in FACTORS[3]]
+    made = [TypeAdapter(AnyMethod).validate_json(json.dumps(entry)) for entry in entries]
+    rates = [[stage.lr for _, stage in each.parts()] for each in made]
+    assert rates[0] < rates[1] < rates[2]
 
 
 @pytest.mark.parametrize(
