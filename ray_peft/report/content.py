@@ -11,10 +11,12 @@ from ray_peft.report.answer import answer, answer_table
 from ray_peft.report.digits import duration, percent
 from ray_peft.report.document import Block, Bullets, Document, Figure, Heading, Paragraph, Prompt, Section, Table
 from ray_peft.report.material import Material
+from ray_peft.report.quality_plots import quality_against_cost
 from ray_peft.report.rowwise import row_by_row
 from ray_peft.report.table import Row, seed_groups
 from ray_peft.report.ties import heading
 from ray_peft.report.timeline import STOPPED_S, Lane, lanes
+from ray_peft.report.timeline_plot import timeline
 
 
 def build(material: Material) -> Document:
@@ -60,7 +62,7 @@ def _answer(material: Material) -> list[Block]:
     families = [family for family in material.families if len(family.units) > 1]
     lines = answer(material)
     blocks: list[Block] = [Bullets(lines)] if lines else []
-    figures = plots.quality_against_cost(material)
+    figures = quality_against_cost(material)
     if len(families) == 1:
         return [*blocks, *figures, answer_table(families[0])]
     for number, family in enumerate(families, 1):
@@ -86,7 +88,7 @@ def _ran(material: Material) -> list[Block]:
         for gaps in [lane.gaps(end)]
     )
     header = ("Where", "Trials", "Busy", "Of the whole time", "Longest time without a trial")
-    return [*_figures(plots.timeline(ran)), Table(header=header, lines=lines, fits=True), *_how_timed(ran)]
+    return [*_figures(timeline(ran)), Table(header=header, lines=lines, fits=True), *_how_timed(ran)]
 
 
 def _how_timed(ran: Sequence[Lane]) -> list[Block]:

@@ -7,7 +7,8 @@ one with it. A comparison must cut all alike.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 from ray_peft.metrics.scripts import Tokenizers, tokenizers
 from ray_peft.report.uncertainty import Answers
@@ -18,17 +19,24 @@ logger = logging.getLogger(__name__)
 
 def rescored(results: Sequence[TrialResult], answers: Answers) -> list[TrialResult]:
     """The results, with new text scores where the answers are on file and were not cut as they would be today."""
+    wanted = cache(tokenizers)  # the trials of a sweep answer the same rows
     return [
-        _rescored(result, *answers[result.trial_id]) if result.trial_id in answers else result for result in results
+        _rescored(result, *answers[result.trial_id], wanted) if result.trial_id in answers else result
+        for result in results
     ]
 
 
-def _rescored(result: TrialResult, predictions: Sequence[str], references: Sequence[str]) -> TrialResult:
+def _rescored(
+    result: TrialResult,
+    predictions: Sequence[str],
+    references: Sequence[str],
+    wanted: Callable[[tuple[str, ...]], Tokenizers],
+) -> TrialResult:
     scores = result.scores
     if scores.rouge_l is None or not references or len(predictions) != len(references):
         return result
     cut_with = Tokenizers(scores.bleu_tokenizer or "13a", scores.rouge_tokenizer or "rouge_score")
-    if cut_with == tokenizers(references):
+    if cut_with == wanted(tuple(references)):
         return result
     from ray_peft.tasks.llm_sft.scores import score_answers
 

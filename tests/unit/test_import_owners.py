@@ -16,7 +16,7 @@ OWNERS = {
     "trl": {"tasks/llm_sft", "vram"},  # vram stands in for its kernels on shapes
     "lm_eval": {"tasks/llm_sft/benchmarks.py"},
     "yaml": {"space/yaml_text.py", "tasks/llm_sft/task_files.py"},  # search spaces; lm-eval's own tags
-    "matplotlib": {"report/plots.py"},
+    "matplotlib": {"report/drawing.py"},
     "pynvml": {"foundation/nvml.py", "doctor.py"},
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -52,6 +53,14 @@ def data_sets(result: TrialResult) -> list[DataSet]:
                     )
                 )
     return sets
+
+
+def scored_on(result: TrialResult, sets: Sequence[DataSet]) -> DataSet | None:
+    """The data set that the scores are of; None where they are of several together."""
+    spec = result.spec
+    validation = isinstance(spec, LlmTrialSpec) and spec.evaluation.split == "validation"
+    scored = [data for data in sets if data.context == ("validation" if validation else "testing")]
+    return scored[0] if len(scored) == 1 else None
 
 
 def group_of(spec: TrialSpec) -> str:

@@ -17,7 +17,7 @@ from ray_peft.foundation.masking import mask
 from ray_peft.foundation.measured import from_json
 from ray_peft.foundation.storage import error_line
 from ray_peft.store.outbox import Entry, Outbox, Sent
-from ray_peft.store.tracking.inputs import DataSet, data_sets
+from ray_peft.store.tracking.inputs import DataSet, data_sets, scored_on
 from ray_peft.store.tracking.rows import final_metrics, final_tags
 from ray_peft.store.tracking.runs import close, create_run, log_data_sets, points, run_tags, running, upload
 from ray_peft.store.tracking.store import Store, connect, insist
@@ -196,8 +196,9 @@ class _Sending:
         what = f"store the result of trial {row.trial_id}"
         final, tags = points(final_metrics(row), row.steps, entry["at"]), run_tags(final_tags(row))
         sets = data_sets(row)
+        linked = _linked(final, scored_on(row, sets))
         log_data_sets(self.client, self.store, self.run_id, sets, self.until())
-        self.insist(what, partial(self.client.log_batch, self.run_id, metrics=_linked(final, sets), tags=tags))
+        self.insist(what, partial(self.client.log_batch, self.run_id, metrics=linked, tags=tags))
         files = {
             "result.json": json.dumps(row.plain(), indent=2),
             "versions.json": json.dumps(row.provenance.versions, indent=2, sort_keys=True),
@@ -211,14 +212,13 @@ class _Sending:
         self.sent.closed = True
 
 
-def _linked(final: Sequence[Metric], sets: Sequence[DataSet]) -> list[Metric]:
+def _linked(final: Sequence[Metric], data: DataSet | None) -> list[Metric]:
     """The metrics, of which scores say their data set, where there is one."""
     from mlflow.entities import Metric
 
-    held_out = [data for data in sets if data.context == "testing"]
-    if len(held_out) != 1:
+    if data is None:
         return list(final)
-    of = {"dataset_name": held_out[0].name, "dataset_digest": held_out[0].digest}
+    of = {"dataset_name": data.name, "dataset_digest": data.digest}
     return [
         Metric(metric.key, metric.value, metric.timestamp, metric.step, **of)
         if metric.key.startswith("scores.") and not metric.key.startswith("scores.benchmark")

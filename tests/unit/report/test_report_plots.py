@@ -10,6 +10,7 @@ from ray_peft.report import plots
 from ray_peft.report.curves import Curve
 from ray_peft.report.files import write_report
 from ray_peft.report.palette import SERIES, VARIABLES, styles
+from ray_peft.report.quality_plots import quality_against_cost
 
 
 def test_the_plots_of_a_sweep_are_the_same_each_time(swept):
@@ -28,10 +29,10 @@ def test_the_plots_of_a_sweep_are_the_same_each_time(swept):
 
 def test_no_data_no_plot():
     found = material([(trial("lora"), None)])
-    assert plots.losses(found) == plots.quality_against_cost(found) == []
+    assert plots.losses(found) == quality_against_cost(found) == []
     assert [figure.name for figure in plots.resources(found)] == []
     one = material([(trial("lora", memory=1.0), POOR)])
-    assert plots.quality_against_cost(one) == []
+    assert quality_against_cost(one) == []
     assert [figure.name for figure in plots.resources(one)] == ["memory", "time"]
 
 
@@ -43,7 +44,7 @@ def test_odd_values_and_labels_can_be_drawn():
     object.__setattr__(found, "curves", {result.trial_id: Curve(train=points), other.trial_id: Curve(train=points[:1])})
     (figure,) = plots.losses(found)
     ET.fromstring(figure.svg)
-    for figure in (*plots.quality_against_cost(found), *plots.resources(found)):
+    for figure in (*quality_against_cost(found), *plots.resources(found)):
         ET.fromstring(figure.svg)
 
 

@@ -3,9 +3,9 @@
 import pytest
 from answered import trial
 
-from ray_peft.report import plots
 from ray_peft.report.table import rows
 from ray_peft.report.timeline import lanes
+from ray_peft.report.timeline_plot import timeline
 from ray_peft.trial.provenance import gpu_number
 from ray_peft.trial.result import Provenance, Usage
 
@@ -53,8 +53,8 @@ def test_the_time_in_which_the_sweep_was_stopped_takes_no_time():
 
 def test_rows_without_a_start_have_no_timeline_and_a_failed_trial_is_marked():
     assert lanes(rows([trial("lora")])) == []
-    assert plots.timeline([]) == []
-    (figure,) = plots.timeline(lanes(rows([ran("lora", 0, 10), ran("full", 11, 20, status="failed")])))
+    assert timeline([]) == []
+    (figure,) = timeline(lanes(rows([ran("lora", 0, 10), ran("full", 11, 20, status="failed")])))
     assert "<!-- full -->" in figure.svg
 
 
