@@ -8,6 +8,7 @@
         StorageError         a folder cannot be written: the disk is full, read-only or gone
             ReportLost       ... after the trials had ended: their report is missing
         PlacementError       the cluster cannot be reached, or lacks the resources that a trial needs
+        JobError             a job of a cluster is not known there, or cannot be submitted, read or stopped
         ClusterLost          the cluster died while trials ran
         TrackingError        the tracking store cannot be reached, or a result could not be stored in it
         TrialFailed          a trial crashed; a single run raises this, a sweep keeps the trial as a failed row
@@ -47,6 +48,10 @@ class ReportLost(StorageError):
 
 class PlacementError(RayPeftError):
     """The cluster cannot be reached, or lacks the resources that a trial needs."""
+
+
+class JobError(RayPeftError):
+    """A job of a cluster is not known there, or cannot be submitted, read or stopped."""
 
 
 class ClusterLost(RayPeftError):

@@ -16,6 +16,7 @@ from ray_peft.errors import PlacementError
 from ray_peft.foundation.nvml import GpuMemory
 from ray_peft.schedule import watch
 from ray_peft.schedule.decide import Node
+from ray_peft.schedule.environment import for_workers
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -60,7 +61,7 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
     settings: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.ERROR}
     if address:
         _check_address(address)
-        settings |= {"address": address, "runtime_env": {"env_vars": dict(WORKER_ENVIRONMENT)}}
+        settings |= {"address": address, "runtime_env": for_workers(WORKER_ENVIRONMENT)}
     else:
         settings |= {
             "include_dashboard": False,
