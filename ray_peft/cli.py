@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from ray_peft import cli_jobs
+from ray_peft import cli_jobs, cli_live
 from ray_peft.console import Console, abandon_output, prepare_streams
 from ray_peft.errors import ClusterLost, RayPeftError, ReportLost, StorageError
 from ray_peft.foundation.masking import mask
@@ -195,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--port", type=int, default=5000, help="default: 5000")
     command.set_defaults(act=_ui)
 
+    cli_live.add_commands(commands)
     cli_jobs.add_commands(commands, _add_settings)
 
     command = commands.add_parser("doctor", help="what this machine can do")

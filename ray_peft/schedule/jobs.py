@@ -34,7 +34,7 @@ RECONNECTS = 5
 FETCH_WITHIN_S = 180.0
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 """Ray's states of a job that has ended."""
-_NAME, _OUT, _VERSION = "ray_peft.name", "ray_peft.out", "ray_peft.version"
+_NAME, _OUT = "ray_peft.name", "ray_peft.out"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Jobs:
                     entrypoint=f"{shlex.join(words)} --out {submission.shell_out}",
                     submission_id=f"{_short_name(submission.name)}-{secrets.token_hex(4)}",
                     runtime_env={"working_dir": str(folder), "env_vars": variables},
-                    metadata={_NAME: submission.name, _OUT: submission.shell_out, _VERSION: _version()},
+                    metadata={_NAME: submission.name, _OUT: submission.shell_out},
                 )
             )
         )
@@ -129,7 +129,7 @@ class Jobs:
         Raises:
             JobError: the cluster does not know it.
         """
-        return _job(self._asked(lambda: self._client.get_job_info(job_id)))
+        return _job(self._asked(lambda: self._client.get_job_info(job_id), job_id))
 
     def follow(self, job_id: str, show: Callable[[str], None]) -> Job:
         """Give a job's log to `show` from its beginning, secrets masked, until the job has ended; returns its end.
@@ -166,7 +166,7 @@ class Jobs:
 
     def stop(self, job_id: str) -> Job:
         """End a job as Ctrl-C ends a sweep, and wait for it; returns its end."""
-        self._asked(lambda: self._client.stop_job(job_id))
+        self._asked(lambda: self._client.stop_job(job_id), job_id)
         until = time.monotonic() + STOP_WAIT_S + 30
         while self.info(job_id).state not in ENDED and time.monotonic() < until:
             time.sleep(POLL_S)
@@ -178,7 +178,7 @@ class Jobs:
         Raises:
             JobError: the cluster does not know the job, or its folder cannot be read from there.
         """
-        details = self._asked(lambda: self._client.get_job_info(job_id))
+        details = self._asked(lambda: self._client.get_job_info(job_id), job_id)
         job = _job(details)
         if not job.out:
             raise JobError(f"{job_id} was not submitted with ray-peft, so nothing says where its results are")
@@ -195,12 +195,12 @@ class Jobs:
         until = time.monotonic() + FETCH_WITHIN_S
         while (state := self.info(reader).state) not in ENDED:
             if time.monotonic() > until:
-                self._asked(lambda: self._client.stop_job(reader))
+                self._asked(lambda: self._client.stop_job(reader), reader)
                 raise JobError(f"the results of {job_id} did not come within {FETCH_WITHIN_S:g} s (job {reader})")
             time.sleep(POLL_S)
-        log = self._asked(lambda: self._client.get_job_logs(reader))
+        log = self._asked(lambda: self._client.get_job_logs(reader), reader)
         message = self.info(reader).message
-        self._asked(lambda: self._client.delete_job(reader))
+        self._asked(lambda: self._client.delete_job(reader), reader)
         if packed_results.NOTHING in log.splitlines():
             raise JobError(f"{job_id}: there are no results in {job.out} on the cluster's head, where its driver runs")
         if state != "SUCCEEDED":
@@ -212,7 +212,7 @@ class Jobs:
         async for text in self._client.tail_job_logs(job_id):
             take(text)
 
-    def _asked(self, question: Callable[[], AnswerT]) -> AnswerT:
+    def _asked(self, question: Callable[[], AnswerT], job_id: str = "") -> AnswerT:
         """What the cluster answers, with one clear error for what it may not do."""
         import ray
         import requests
@@ -232,7 +232,8 @@ class Jobs:
             text = mask(str(error))
             if "status code 404" in text and "does not exist" in text:
                 raise JobError(
-                    f"the cluster at {self.address} knows no such job; its jobs: ray-peft jobs --address {self.address}"
+                    f"the cluster at {self.address} knows no job {job_id}; "
+                    f"its jobs: ray-peft jobs --address {self.address}"
                 ) from None
             raise JobError(f"the cluster at {self.address} refuses: {text[:300]}") from None
 
@@ -311,9 +312,3 @@ def _job(details: Any) -> Job:
 def _short_name(name: str) -> str:
     """A search space's name as part of a job's id."""
     return "".join(character if character.isascii() and character.isalnum() else "_" for character in name)[:40]
-
-
-def _version() -> str:
-    import ray_peft
-
-    return ray_peft.__version__

@@ -32,8 +32,6 @@ def package(space: Path, files: Sequence[Path], secrets: Mapping[str, str]) -> I
     Raises:
         SpecError: it is too large.
     """
-    import ray_peft
-
     size = sum(_bytes(file) for file in files) / 2**20
     if size > MOST_MIB:
         names = ", ".join(str(file) for file in files)
@@ -43,7 +41,7 @@ def package(space: Path, files: Sequence[Path], secrets: Mapping[str, str]) -> I
         )
     with tempfile.TemporaryDirectory(prefix="ray_peft_job_") as name:  # readable by this user alone
         folder = Path(name)
-        source = Path(ray_peft.__file__).parent
+        source = Path(__file__).resolve().parents[1]
         shutil.copytree(source, folder / "ray_peft", ignore=shutil.ignore_patterns("__pycache__"))
         for file in files:
             target = folder / file

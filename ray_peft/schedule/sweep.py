@@ -26,6 +26,7 @@ from ray_peft.spec import TrialSpec
 from ray_peft.store.adopted import adopt, left_row
 from ray_peft.store.earlier import Earlier, recall
 from ray_peft.store.ledger import Ledger, SweepRecord
+from ray_peft.store.progress import driving
 from ray_peft.trial.result import TrialResult
 
 MOST_LOSSES = 3
@@ -110,7 +111,7 @@ def sweep(
         experiment.show(repeated.results, console)
         return repeated
     store = experiment.open_store(uri, space.tracking.experiment or space.name)
-    with ledger.locked(), callers_signals(), cluster.Connection(address) as ray:
+    with ledger.locked(), driving(ledger.folder), callers_signals(), cluster.Connection(address) as ray:
         plan = _plan(space, [] if fresh else _earlier_rows(ledger, console), inspector, console)
         notes += plan.earlier.notes
         console.say(f"{space.name}: {plan.total} trials, {plan.total - plan.missing} finished before")

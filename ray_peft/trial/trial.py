@@ -190,6 +190,8 @@ def loaded(life: Life, bench: Bench) -> None:
     life.storage, life.four_bit_share = bench.storage(), bench.four_bit_share()
     life.lowered = bench.lowered
     bench.costs = life.costs
+    if life.live is not None:
+        life.live.steps = bench.total_steps()
     if place.rank == 0 and place.device != "cpu":
         predict(life, bench)
 

@@ -94,7 +94,7 @@ class Head:
 
 
 COMMANDS = """
-import contextlib, io, json, pathlib, sys, time
+import contextlib, io, json, pathlib, re, sys, time
 from ray_peft import cli
 answers = []
 for command in json.loads(sys.argv[1]):
@@ -102,7 +102,7 @@ for command in json.loads(sys.argv[1]):
         while not pathlib.Path(command[1]).exists():
             time.sleep(0.1)
         continue
-    job = answers[0][1].split(":")[0] if answers else ""
+    job = re.search(r"([\\w-]+): \\d+ trials", answers[0][1])[1] if answers else ""
     command = [job if word == "JOB" else word for word in command]
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -171,7 +171,7 @@ def test_submit_follow_list_and_fetch(head, tiny_model, questions, tmp_path):
     for code, text in unknown:
         assert code == 2
         assert text.count("\n") == 1
-        assert "knows no such job" in text
+        assert "knows no job sent-no-such-job" in text
 
 
 def test_stop_ends_trials_as_an_interrupt_does(head, tiny_model, questions, tmp_path):
