@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ray_peft.errors import PlacementError
@@ -25,6 +26,11 @@ logger = logging.getLogger(__name__)
 
 GPU_LOOK_S = 20.0
 """Longest wait for what the GPUs of a cluster say of themselves."""
+
+SHARED_LOOK_S = 30.0
+"""And for whether they see the output folder: a worker process starts there for it."""
+FREED_WITHIN_S = 3.0
+"""Ray says some time later that what a task held is free."""
 
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # forked tokenizers warn and may hang
@@ -48,7 +54,7 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
     import ray
 
     if ray.is_initialized():
-        yield _nodes()
+        yield nodes_now()
         return
     # Set before ray is started, so that workers inherit it.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -75,7 +81,7 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
     except (ConnectionError, TimeoutError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise _out_of_reach(f"the Ray cluster at {address}" if address else "a local Ray", error) from None
     try:
-        yield _nodes()
+        yield nodes_now()
     finally:
         watch.leave()
 
@@ -137,6 +143,76 @@ def _outlive_head() -> None:
         del os.environ[name]
 
 
+def started_here() -> bool:
+    """Whether this process started the Ray that it uses: nobody adds machines to that."""
+    import ray._private.worker
+
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
+
+
+def in_use() -> str | None:
+    """What other jobs of the cluster hold, as a sentence; None where all of it is free."""
+    import ray
+
+    until = time.monotonic() + FREED_WITHIN_S
+    while True:
+        everything, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
+        held = {kind: everything.get(kind, 0.0) - free.get(kind, 0.0) for kind in ("GPU", "CPU")}
+        if not any(amount > 0.01 for amount in held.values()):
+            return None
+        if time.monotonic() > until:
+            break
+        time.sleep(0.2)
+    taken = " and ".join(f"{held[kind]:g} of {everything[kind]:g} {kind}s" for kind in held if held[kind] > 0.01)
+    return f"other jobs hold {taken} of the cluster: trials start as these become free"
+
+
+def check_shared(folder: Path) -> None:
+    """Make sure that all nodes see a folder of this machine.
+
+    Raises:
+        PlacementError: one of them does not.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    mark = folder / f".shared-{os.urandom(4).hex()}"
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def sees(path: str) -> bool:
+        return os.path.exists(path)
+
+    nodes = {
+        node["NodeID"]: str(node["NodeManagerHostname"])
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
+    }
+    if set(nodes) <= {ray.get_runtime_context().get_node_id()}:
+        return
+    mark.touch()
+    try:
+        asked = {
+            sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(mark)): name
+            for node, name in nodes.items()
+        }
+        ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=SHARED_LOOK_S)
+        for reference in late:
+            ray.cancel(reference, force=True)
+        blind = []
+        for reference in ready:
+            with contextlib.suppress(ray.exceptions.RayError):
+                if not ray.get(reference):
+                    blind.append(asked[reference])
+    finally:
+        mark.unlink(missing_ok=True)
+    if blind:
+        raise PlacementError(
+            f"--out {folder}: not seen on {', '.join(sorted(blind))}, where trials would write into a folder of their "
+            "own; mount it there, or give a folder that all nodes share (--out, RAY_PEFT_OUTPUTS)"
+        )
+
+
 def cores_here() -> int:
     """The CPU cores that a local Ray counts on this machine: in a container, those that it may use."""
     from ray._private.utils import get_num_cpus
@@ -150,7 +226,9 @@ def on_all_cores(
     """Apply `function` to all items in parallel on the cluster's cores; `failed` gives the result of a lost task."""
     import ray
 
-    @ray.remote(num_cpus=2)  # its libraries take a gigabyte of memory
+    largest = max((node.cpus for node in nodes_now(measured=False)), default=1)
+
+    @ray.remote(num_cpus=min(2, largest))  # two cores, since its libraries take a gigabyte of memory
     def task(item: ItemT) -> ResultT:  # Ray takes no bound methods
         return function(item)
 
@@ -238,7 +316,12 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, own)
 
 
-def _nodes() -> list[Node]:
+def nodes_now(*, measured: bool = True) -> list[Node]:
+    """The nodes that run trials.
+
+    Args:
+        measured: ask their GPUs what they are and what is free, which takes a moment.
+    """
     import ray
 
     alive = [
@@ -247,7 +330,7 @@ def _nodes() -> list[Node]:
         if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
     ]
     gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in alive}
-    memory = _gpu_memory(gpus)
+    memory = _gpu_memory(gpus) if measured else {}
     return [
         Node(
             cpus=int(node["Resources"].get("CPU", 0)),

@@ -14,6 +14,7 @@ from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.foundation.masking import mask
 from ray_peft.report.plain import trial_line
 from ray_peft.schedule import cluster, experiment, repeats, tune
+from ray_peft.schedule.autoscaler import joined
 from ray_peft.schedule.decide import Decision, Demand, Node, Phase, Run, decide
 from ray_peft.schedule.experiment import Experiment
 from ray_peft.schedule.packs import by_themselves
@@ -119,7 +120,7 @@ def sweep(
         scheduler = Scheduler(nodes, gpu_memory_gib)
         if plan.missing:
             tune.quiet()
-            nodes = ray.connect()
+            nodes = joined(ray.connect(), plan.trials, ledger.folder, console)
             decide(plan.trials, nodes, {}).check()  # a trial that can never run here, before the others start
             scheduler = Scheduler(nodes, gpu_memory_gib)
             for caution in cautions(scheduler.decide(plan.todo)):

@@ -69,7 +69,7 @@ class Live:
 
     def close(self) -> None:
         """The trial has a row."""
-        self._closed = True
+        self._closed, self.phase = True, str
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
 
@@ -88,7 +88,7 @@ class Live:
     def plain(self) -> dict[str, Any]:
         """The content, as JSON-like data."""
         steps_per_s, tokens_per_s = self._speed()
-        phase = self.phase()
+        phase = self.phase() or ("train" if self._metrics else "load")  # a pack has no phases of its members
         left = self.steps - self._step if self.steps is not None and phase == "train" else None
         return {
             **self._fixed,

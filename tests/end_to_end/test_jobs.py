@@ -21,8 +21,6 @@ import tiny
 import yaml
 from tracked import free_port, wait_for
 
-from ray_peft.space.read import load
-
 ROOT = Path(__file__).resolve().parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -99,14 +97,17 @@ from ray_peft import cli
 answers = []
 for command in json.loads(sys.argv[1]):
     if command[0] == "wait":
-        while not pathlib.Path(command[1]).exists():
+        until = time.monotonic() + 120
+        while not [*pathlib.Path().glob(command[1])]:
+            assert time.monotonic() < until, answers
             time.sleep(0.1)
         continue
-    job = re.search(r"([\\w-]+): \\d+ trials", answers[0][1])[1] if answers else ""
+    match = re.search(r"([\\w-]+): \\d+ trials", answers[0][1]) if answers else None
+    job = match[1] if match else ""
     command = [job if word == "JOB" else word for word in command]
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        address = [] if "--address" in command else ["--address", sys.argv[2]]
+        address = [] if {"--address", "watch"} & {*command} else ["--address", sys.argv[2]]
         code = cli.main([*command, *address])
     answers.append((code, output.getvalue()))
 print(json.dumps(answers))
@@ -178,19 +179,23 @@ def test_stop_ends_trials_as_an_interrupt_does(head, tiny_model, questions, tmp_
     plain = tiny.plain_spec(tiny_model, questions, train__steps=100_000)
     (tmp_path / "long.yaml").write_text(yaml.safe_dump({"name": "long", **plain}), encoding="utf-8")
     out = tmp_path / "out"
-    trial = load(tmp_path / "long.yaml").trials[0].trial_id
-    submitted, stopped, listed = head.commands(
+    submitted, watched, stopped, listed = head.commands(
         ["submit", "long.yaml", "--out", str(out), *PYTHON],
-        ["wait", str(out / "trials" / trial / "metrics.jsonl")],
+        ["wait", "out/trials/*/live.json"],
+        ["wait", "out/trials/*/metrics.jsonl"],
+        ["watch", str(out), "--once", "--json"],
         ["stop", "JOB"],
         ["jobs"],
         folder=tmp_path, RAY_PEFT_OUTPUTS=str(tmp_path / "outputs"),
     )  # fmt: skip
     assert submitted[0] == stopped[0] == 0, submitted[1] + stopped[1]
     assert "STOPPED" in listed[1]
+    (running,) = json.loads(watched[1])["trials"]
+    assert running["state"] in ("load", "train")
     (row,) = rows_of(out)
     assert row["status"] == "cancelled"
-    assert [*(out / "trials" / trial).glob("stage*/checkpoint-*")]
+    assert row["trial_id"] == running["trial_id"]
+    assert [*(out / "trials" / row["trial_id"]).glob("stage*/checkpoint-*")]
     assert (out / "report.html").is_file()
 
 
