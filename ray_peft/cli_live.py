@@ -1,4 +1,4 @@
-"""The command that shows a running sweep: watch."""
+"""The commands for a running sweep: watch shows it, ctl changes it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,19 @@ _HEADS = ("trial", "method", "state", "step", "loss", "tokens/s", "memory GiB", 
 
 
 def add_commands(commands: Any) -> None:
-    """Add the command to a parser's subcommands."""
+    """Add the commands to a parser's subcommands."""
     command = commands.add_parser("watch", help="show a running sweep: a line a trial, until the sweep ends")
     command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart")
     command.add_argument("--once", action="store_true", help="show it once and end")
     command.add_argument("--json", action="store_true", help="print JSON, one line for each look")
     command.set_defaults(act=_watch)
+
+    command = commands.add_parser("ctl", help="list the trials of a running sweep, show one, or cancel one")
+    command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart")
+    command.add_argument("action", choices=("list", "show", "cancel"))
+    command.add_argument("trial", nargs="?", help="a trial's id")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(act=_ctl)
 
 
 def _watch(options: argparse.Namespace) -> int:
@@ -51,6 +59,26 @@ def _watch(options: argparse.Namespace) -> int:
         if options.once or progress.ended:
             return 0
         time.sleep(REFRESH_S)
+
+
+def _ctl(options: argparse.Namespace) -> int:
+    from ray_peft.errors import SpecError
+    from ray_peft.store.progress import Reader, cancel
+
+    folder = Path(options.sweep)
+    if (options.trial is None) != (options.action == "list"):
+        raise SpecError("ctl: list takes no trial; show and cancel take the id of one")
+    if options.action == "cancel":
+        cancel(folder, options.trial)
+        print(f"{options.trial}: ends at the next step that it logs; the sweep, run again, runs it again")
+        return 0
+    progress = Reader(folder).read()
+    if options.action == "show":
+        progress = replace(progress, trials=[trial for trial in progress.trials if trial.trial_id == options.trial])
+        if not progress.trials:
+            raise SpecError(f"{folder}: has no trial {options.trial}; its trials: ray-peft ctl {folder} list")
+    print(json.dumps(progress.plain(), indent=2) if options.json else "\n".join(table(progress)))
+    return 0
 
 
 def table(progress: Progress) -> list[str]:

@@ -11,6 +11,7 @@
         JobError             a job of a cluster is not known there, or cannot be submitted, read or stopped
         ClusterLost          the cluster died while trials ran
         TrackingError        the tracking store cannot be reached, or a result could not be stored in it
+        TrialCancelled       the user asked a running trial to end
         TrialFailed          a trial crashed; a single run raises this, a sweep keeps the trial as a failed row
 
 The user can correct what a `RayPeftError` reports: the command line prints its text and exits with code 2 (1 after
@@ -67,6 +68,10 @@ class ClusterLost(RayPeftError):
 
 class TrackingError(RayPeftError):
     """The tracking store cannot be reached, or a result could not be stored."""
+
+
+class TrialCancelled(RayPeftError):
+    """The user asked a running trial to end; its row says so."""
 
 
 class TrialFailed(RayPeftError):

@@ -337,6 +337,7 @@ def nodes_now(*, measured: bool = True) -> list[Node]:
             gpus=gpus[node["NodeID"]],
             gpu_name=min(gpu_memory, key=lambda gpu: gpu.free_gib).name if gpu_memory else None,
             gpu_memory_gib=min(gpu.free_gib for gpu in gpu_memory) if gpu_memory else None,
+            accelerator=next((kind for kind in node["Resources"] if kind.startswith("accelerator_type:")), None),
         )
         for node in alive
         for gpu_memory in [memory.get(node["NodeID"], [])]

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ray_peft.errors import DataError
-from ray_peft.trial.live import LIVE_FILE
+from ray_peft.foundation.storage import writing
+from ray_peft.trial.live import CANCEL_FILE, LIVE_FILE
 
 DRIVER_FILE = "driver.json"
 BEAT_S = 5.0
@@ -83,6 +84,8 @@ def driving(folder: Path) -> Iterator[None]:
         while not ending.wait(BEAT_S):
             write("running")
 
+    for request in folder.glob(f"trials/*/{CANCEL_FILE}"):  # of an earlier run of the sweep
+        request.unlink(missing_ok=True)
     write("running")
     thread = threading.Thread(target=beat, name="driver-beat", daemon=True)
     thread.start()
@@ -92,6 +95,29 @@ def driving(folder: Path) -> Iterator[None]:
         ending.set()
         thread.join()
         write("ended")
+
+
+def cancel(folder: Path, trial_id: str) -> None:
+    """Ask a trial of a running sweep to end, wherever it runs: it looks for this file at every step that it logs.
+
+    Who may write into the sweep's folder may do so, and nobody else.
+
+    Raises:
+        DataError: the trial has a row, or the sweep does not know it.
+        StorageError: the folder cannot be written.
+    """
+    progress = Reader(folder).read()
+    trial = next((trial for trial in progress.trials if trial.trial_id == trial_id), None)
+    if trial is None:
+        raise DataError(f"{folder}: has no trial {trial_id}; its trials: ray-peft ctl {folder} list")
+    if has_row(trial):
+        raise DataError(f"{folder}: trial {trial_id} has ended by itself: {trial.state}")
+    if progress.ended:
+        raise DataError(f"{folder}: the sweep does not run, so there is nothing to cancel")
+    path = folder / "trials" / trial_id / CANCEL_FILE
+    with writing(path, "cancel it as the user that runs the sweep"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
 
 
 class Reader:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from ray_peft.engine.finite import ways_out
 from ray_peft.engine.recovery import is_out_of_memory
 from ray_peft.engine.trained import Costs, Report, Trained
-from ray_peft.errors import RayPeftError, TrialFailed
+from ray_peft.errors import RayPeftError, TrialCancelled, TrialFailed
 from ray_peft.foundation.measured import to_json
 from ray_peft.foundation.storage import error_line, is_full
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype
@@ -240,6 +240,8 @@ class Life:
         if self.live is not None:
             self.live.log(metrics, step)
         self._progress(metrics, step)
+        if self.live is not None:
+            self.live.check()
 
     def _track(self, metrics: Mapping[str, float], step: int) -> None:
         if self.tracker is not None:
@@ -253,6 +255,8 @@ class Life:
     def failed(self, error: Exception) -> TrialResult:
         """The row of a trial that raised."""
         status: Status = "out_of_memory" if is_out_of_memory(error) else "failed"
+        if isinstance(error, TrialCancelled):
+            status = "cancelled"
         text = str(error).strip() or type(error).__name__
         if isinstance(error, OSError) and error.errno is not None:
             text = f"cannot read or write {error_line(error, self.place.folder)}"

@@ -16,11 +16,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ray_peft.errors import TrialCancelled
 from ray_peft.foundation.measured import to_json
 from ray_peft.foundation.units import GIB
 from ray_peft.spec import TrialSpec
 
 LIVE_FILE = "live.json"
+CANCEL_FILE = "cancel"
+"""A file of this name in a trial's folder asks the trial to end."""
 BEAT_S = 2.0
 """Between two writings."""
 POINTS = 8
@@ -43,7 +46,7 @@ class Live:
         """Optimizer steps of the whole trial, once they are known."""
         self.phase: Callable[[], str] = str
         """Says what the trial does: load, train, save, evaluate."""
-        self._path = folder / LIVE_FILE
+        self._path, self._cancel = folder / LIVE_FILE, folder / CANCEL_FILE
         self._device, self._room_gib = device, room_gib
         self._fixed = {
             "trial_id": spec.trial_id, "method": spec.method.name, "device": device,
@@ -55,6 +58,11 @@ class Live:
         """Seconds, step and tokens so far."""
         self._closed = False
         _BEATS.add(self)
+
+    def check(self) -> None:
+        """Raise a TrialCancelled if the user wants the trial to end."""
+        if self._cancel.exists():
+            raise TrialCancelled("cancelled by `ray-peft ctl`")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Take metrics of an optimizer step."""

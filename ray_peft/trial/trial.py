@@ -151,6 +151,8 @@ def _run(life: Life) -> TrialResult:
     take_place(place)
     if spec.members():
         return run_ensemble(life)
+    if life.live is not None:
+        life.live.check()
     with life.process.clock.phase("load"):
         bench = task.load(life.runs, place.device)
     loaded(life, bench)

@@ -147,6 +147,40 @@ def test_watch_ends_with_the_sweep(sweep, monkeypatch, capsys):
     assert [trial["state"] for trial in last["trials"]] == ["finished"] * 3
 
 
+def test_a_cancelled_trial_ends_at_its_next_step_as_a_row(tiny_model, questions, tmp_path, capsys):
+    spec = TrialSpec.from_plain(tiny.plain_spec(tiny_model, questions))
+    ledger = Ledger(tmp_path / "sweep")
+    ledger.folder.mkdir()
+    ledger.write_record(SweepRecord("small", "", planned=[spec.trial_id, "waits"]))
+    folder = ledger.trial_folder(spec.trial_id)
+    logged: list[int] = []
+
+    def ask(metrics: Any, step: int) -> None:
+        logged.append(step)
+        if step == 2:
+            assert cli.main(["ctl", str(ledger.folder), "cancel", spec.trial_id]) == 0
+
+    with progress.driving(ledger.folder):
+        row = trial.run(spec, trial.Place(folder, "cpu"), Notes(), ask)
+        assert row is not None
+        assert (row.status, row.error, logged[-1]) == ("cancelled", "cancelled by `ray-peft ctl`", 2)
+        again = trial.run(spec, trial.Place(folder, "cpu"), Notes(), ask)
+        assert again is not None
+        assert (again.status, logged[-1]) == ("cancelled", 2)  # before its first step
+        ledger.add(row)
+        for wrong, word in ((spec.trial_id, "has ended by itself: cancelled"), ("no-such", "has no trial no-such")):
+            assert cli.main(["ctl", str(ledger.folder), "cancel", wrong]) == 2
+            assert word in capsys.readouterr().err
+    with progress.driving(ledger.folder):  # the sweep, run again
+        fresh = trial.run(spec, trial.Place(folder, "cpu"), Notes(), lambda metrics, step: None)
+    assert fresh is not None
+    assert fresh.status == "finished"
+    assert cli.main(["ctl", str(ledger.folder), "cancel", "waits"]) == 2
+    assert "the sweep does not run" in capsys.readouterr().err
+    assert cli.main(["ctl", str(ledger.folder), "show", "waits", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trials"][0]["state"] == "waiting"
+
+
 def test_a_folder_without_a_sweep_is_refused(tmp_path):
     with pytest.raises(DataError, match="holds no sweep"):
         Reader(tmp_path)
