@@ -15,6 +15,7 @@ from ray_peft.foundation.durations import short_time
 from ray_peft.foundation.masking import mask
 
 if TYPE_CHECKING:
+    from ray_peft.schedule.environment import Environment
     from ray_peft.schedule.jobs import Job, Jobs
 
 _OF_THIS_MACHINE = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE", "HF_TOKEN_PATH")
@@ -108,7 +109,7 @@ def _submit(options: argparse.Namespace) -> int:
     return 0
 
 
-def _variables(chosen: list[str]) -> Any:
+def _variables(chosen: list[str]) -> Environment:
     """What goes with a job: the variables of this process that trials need, and those that the user names."""
     from ray_peft.errors import SpecError
     from ray_peft.schedule.environment import environment, split
@@ -123,7 +124,7 @@ def _variables(chosen: list[str]) -> Any:
     return split({name: value for name, value in variables.items() if value})
 
 
-def _with(variables: Any, name: str, value: str) -> Any:
+def _with(variables: Environment, name: str, value: str) -> Environment:
     from ray_peft.schedule.environment import split
 
     return split({**variables.plain, **variables.secret, name: value})
@@ -165,7 +166,7 @@ def _line(job: Job) -> str:
     if job.began is not None:
         times = f", {short_time((job.ended or time.time()) - job.began)}"
     code = f" (exit code {job.exit_code})" if job.exit_code else ""
-    return f"{job.job_id}  {job.state}{code}{times}  {job.out}"
+    return f"{job.job_id}  {job.state}{code}{times}  {job.folder}"
 
 
 def _stop(options: argparse.Namespace) -> int:
@@ -192,7 +193,7 @@ def _fetch(options: argparse.Namespace) -> int:
     with jobs.fetch(options.job, options.python) as results:
         record = results.extractfile("sweep.json") if "sweep.json" in results.getnames() else None
         content = record.read() if record is not None else b""
-        shared = Path(os.path.expandvars(job.out.replace('"', "").strip("'")))
+        shared = Path(os.path.expandvars(job.folder))
         if (
             options.to is None
             and content
@@ -207,5 +208,5 @@ def _fetch(options: argparse.Namespace) -> int:
             results.extractall(target, filter="data")
         except OSError as error:
             raise StorageError(f"cannot write into {target}: {error.strerror}") from None
-    print(f"written: {target}; trained weights stay on the cluster, in {job.out}")
+    print(f"written: {target}; trained weights stay on the cluster, in {job.folder}")
     return 0

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import os
+import re
 import secrets
 import shlex
 import socket
@@ -54,6 +55,12 @@ class Job:
     exit_code: int | None
     message: str
     """What Ray says of its state."""
+
+    @property
+    def folder(self) -> str:
+        """Its folder there, as people write it."""
+        plain = re.sub(r'"\$\{RAY_PEFT_OUTPUTS:\?[^}]*\}"', "$RAY_PEFT_OUTPUTS", self.out)
+        return "".join(shlex.split(plain))
 
 
 @dataclass(frozen=True)
@@ -202,9 +209,11 @@ class Jobs:
         message = self.info(reader).message
         self._asked(lambda: self._client.delete_job(reader), reader)
         if packed_results.NOTHING in log.splitlines():
-            raise JobError(f"{job_id}: there are no results in {job.out} on the cluster's head, where its driver runs")
+            raise JobError(
+                f"{job_id}: there are no results in {job.folder} on the cluster's head, where its driver runs"
+            )
         if state != "SUCCEEDED":
-            raise JobError(f"the results of {job_id} cannot be read from {job.out}: {message.strip()[-300:]}")
+            raise JobError(f"the results of {job_id} cannot be read from {job.folder}: {message.strip()[-300:]}")
         return unpacked(log)
 
     async def _log(self, job_id: str, take: Callable[[str], None]) -> None:

@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
-from test_decide import LAPTOP, SERVER, spec
 
 from ray_peft import cli
 from ray_peft.errors import JobError, PlacementError, SpecError
 from ray_peft.schedule import package as packages
 from ray_peft.schedule import packed_results
 from ray_peft.schedule.autoscaler import bundles
+from ray_peft.schedule.decide import Node
 from ray_peft.schedule.environment import Environment, environment, for_workers, take_secrets
-from ray_peft.schedule.jobs import Submission, dashboard_address, unpacked
+from ray_peft.schedule.jobs import Job, Submission, dashboard_address, unpacked
 from ray_peft.space.read import load
+from ray_peft.spec import TrialSpec
 
 PLAIN = {"RAY_PEFT_MODEL": "/m", "HF_HUB_OFFLINE": "1", "HF_TOKEN_PATH": "/t", "MLFLOW_TRACKING_URI": "http://h:5000"}
 SECRET = {
@@ -104,6 +105,12 @@ def test_where_a_job_writes(out, outputs, folder):
     assert Submission("small", (), out, "python", Environment(plain, {})).shell_out.startswith(folder)
 
 
+def test_a_jobs_folder_is_shown_as_people_write_it():
+    outs = [Submission("my runs", (), out, "python", Environment({}, {})).shell_out for out in ("/mnt/a b", None)]
+    jobs = [Job("j", "RUNNING", "my runs", out, None, None, None, "") for out in outs]
+    assert [job.folder for job in jobs] == ["/mnt/a b", "$RAY_PEFT_OUTPUTS/my runs"]
+
+
 @pytest.mark.parametrize(
     ("address", "variables", "url"),
     [
@@ -156,10 +163,12 @@ def test_a_secret_in_a_jobs_command_is_refused(tmp_path, capsys):
     [
         ([], {}, [{"CPU": 1.0, "GPU": 1.0}]),
         ([], {"gpus_per_worker": 0, "cpus_per_worker": 4}, [{"CPU": 4.0}]),
-        (LAPTOP, {}, []),
-        (LAPTOP, {"gpus_per_worker": 1}, [{"CPU": 1.0, "GPU": 1.0}]),
-        (SERVER, {"num_workers": 9}, [{"CPU": 1.0, "GPU": 1.0}] * 9),
+        ([Node(2, 0)], {}, []),
+        ([Node(2, 0)], {"gpus_per_worker": 1}, [{"CPU": 1.0, "GPU": 1.0}]),
+        ([Node(32, 8)], {"num_workers": 9}, [{"CPU": 1.0, "GPU": 1.0}] * 9),
     ],
 )
 def test_what_is_asked_of_the_autoscaler(nodes, resources, wanted):
-    assert bundles([spec(2, **resources), spec(3, gpus_per_worker=0, cpus_per_worker=1)], nodes) == wanted
+    plain = [tiny.plain_spec("m/m", "d/d", train__batch_size=36, resources=resources)]
+    plain += [tiny.plain_spec("m/m", "d/d", resources={"gpus_per_worker": 0, "cpus_per_worker": 1}, seed=2)]
+    assert bundles(list(map(TrialSpec.from_plain, plain)), nodes) == wanted
