@@ -7,11 +7,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from ray_peft.foundation.audience import Audience
 from ray_peft.foundation.durations import short_time
-from ray_peft.schedule import cluster
 from ray_peft.schedule.decide import Node, decide
 from ray_peft.spec import TrialSpec
 
@@ -46,29 +44,6 @@ def bundles(trials: Sequence[TrialSpec], nodes: Sequence[Node]) -> list[dict[str
         lacking, key=lambda trial: (trial.resources.num_workers, *sorted(bundle(trial).items(), reverse=True))
     )
     return [bundle(largest)] * largest.resources.num_workers
-
-
-def joined(nodes: list[Node], trials: Sequence[TrialSpec], folder: Path, console: Audience) -> list[Node]:
-    """The nodes of a cluster that this process has joined, once they can hold the trials; those of its own as they are.
-
-    Args:
-        nodes: the cluster's.
-        trials: those that are to run.
-        folder: where they write.
-        console: is told what the user would wonder about.
-
-    Raises:
-        PlacementError: a node does not see the folder.
-    """
-    if cluster.started_here():
-        return nodes
-    after = grown(nodes, trials, console, lambda: cluster.nodes_now(measured=False))
-    if after is not nodes:
-        nodes = cluster.nodes_now()
-    cluster.check_shared(folder)
-    if (word := cluster.in_use()) is not None:
-        console.say(word)
-    return nodes
 
 
 def grown(

@@ -10,7 +10,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ray_peft.errors import PlacementError
@@ -26,11 +25,6 @@ logger = logging.getLogger(__name__)
 
 GPU_LOOK_S = 20.0
 """Longest wait for what the GPUs of a cluster say of themselves."""
-
-SHARED_LOOK_S = 30.0
-"""And for whether they see the output folder: a worker process starts there for it."""
-FREED_WITHIN_S = 3.0
-"""Ray says some time later that what a task held is free."""
 
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # forked tokenizers warn and may hang
@@ -141,76 +135,6 @@ def _outlive_head() -> None:
         Config.ray_cookie()  # Ray reads its settings once, when it first needs one
     finally:
         del os.environ[name]
-
-
-def started_here() -> bool:
-    """Whether this process started the Ray that it uses: nobody adds machines to that."""
-    import ray._private.worker
-
-    node = ray._private.worker._global_node
-    return node is not None and node.is_head()
-
-
-def in_use() -> str | None:
-    """What other jobs of the cluster hold, as a sentence; None where all of it is free."""
-    import ray
-
-    until = time.monotonic() + FREED_WITHIN_S
-    while True:
-        everything, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
-        held = {kind: everything.get(kind, 0.0) - free.get(kind, 0.0) for kind in ("GPU", "CPU")}
-        if not any(amount > 0.01 for amount in held.values()):
-            return None
-        if time.monotonic() > until:
-            break
-        time.sleep(0.2)
-    taken = " and ".join(f"{held[kind]:g} of {everything[kind]:g} {kind}s" for kind in held if held[kind] > 0.01)
-    return f"other jobs hold {taken} of the cluster: trials start as these become free"
-
-
-def check_shared(folder: Path) -> None:
-    """Make sure that all nodes see a folder of this machine.
-
-    Raises:
-        PlacementError: one of them does not.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    mark = folder / f".shared-{os.urandom(4).hex()}"
-
-    @ray.remote(num_cpus=0, max_retries=0)
-    def sees(path: str) -> bool:
-        return os.path.exists(path)
-
-    nodes = {
-        node["NodeID"]: str(node["NodeManagerHostname"])
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
-        if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
-    }
-    if set(nodes) <= {ray.get_runtime_context().get_node_id()}:
-        return
-    mark.touch()
-    try:
-        asked = {
-            sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(mark)): name
-            for node, name in nodes.items()
-        }
-        ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=SHARED_LOOK_S)
-        for reference in late:
-            ray.cancel(reference, force=True)
-        blind = []
-        for reference in ready:
-            with contextlib.suppress(ray.exceptions.RayError):
-                if not ray.get(reference):
-                    blind.append(asked[reference])
-    finally:
-        mark.unlink(missing_ok=True)
-    if blind:
-        raise PlacementError(
-            f"--out {folder}: not seen on {', '.join(sorted(blind))}, where trials would write into a folder of their "
-            "own; mount it there, or give a folder that all nodes share (--out, RAY_PEFT_OUTPUTS)"
-        )
 
 
 def cores_here() -> int:

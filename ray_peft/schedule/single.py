@@ -13,8 +13,8 @@ from ray_peft.checks.trials import inspect_trials
 from ray_peft.errors import ClusterLost, SearchSpaceError, SpecError, TrialFailed
 from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.schedule import cluster, experiment, watch, worker
-from ray_peft.schedule.autoscaler import joined
 from ray_peft.schedule.decide import Demand
+from ray_peft.schedule.joined import joined
 from ray_peft.schedule.plan import cautions
 from ray_peft.schedule.signals import callers_signals
 from ray_peft.schedule.sizes import Scheduler

@@ -14,9 +14,9 @@ from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.foundation.masking import mask
 from ray_peft.report.plain import trial_line
 from ray_peft.schedule import cluster, experiment, repeats, tune
-from ray_peft.schedule.autoscaler import joined
 from ray_peft.schedule.decide import Decision, Demand, Node, Phase, Run, decide
 from ray_peft.schedule.experiment import Experiment
+from ray_peft.schedule.joined import joined
 from ray_peft.schedule.packs import by_themselves
 from ray_peft.schedule.plan import cautions, pack_text
 from ray_peft.schedule.search import Draws
