@@ -20,12 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from ray_peft import cli_jobs, cli_live
 from ray_peft.console import Console, abandon_output, prepare_streams
 from ray_peft.errors import ClusterLost, RayPeftError, ReportLost, StorageError
 from ray_peft.foundation.masking import mask
 from ray_peft.foundation.processes import end_now
 from ray_peft.foundation.quiet import quiet_libraries
 from ray_peft.foundation.storage import error_line
+from ray_peft.schedule.environment import take_secrets
 from ray_peft.schedule.signals import stopping
 
 INTERRUPTED = 130
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         quiet_libraries()
+        take_secrets()
         # `ray job stop` and `kill` send SIGTERM: end as after Ctrl-C, with every finished trial kept.
         with stopping(_end_now):
             code: int = options.act(options)
@@ -198,6 +201,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
     command.add_argument("--port", type=int, default=5000, help="default: 5000")
     command.set_defaults(act=_ui)
+
+    cli_live.add_commands(commands)
+    cli_jobs.add_commands(commands, _add_settings)
 
     command = commands.add_parser("doctor", help="what this machine can do")
     command.set_defaults(act=_doctor)

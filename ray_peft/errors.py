@@ -8,8 +8,10 @@
         StorageError         a folder cannot be written: the disk is full, read-only or gone
             ReportLost       ... after the trials had ended: their report is missing
         PlacementError       the cluster cannot be reached, or lacks the resources that a trial needs
+        JobError             a job of a cluster is not known there, or cannot be submitted, read or stopped
         ClusterLost          the cluster died while trials ran
         TrackingError        the tracking store cannot be reached, or a result could not be stored in it
+        TrialCancelled       the user asked a running trial to end
         TrialFailed          a trial crashed; a single run raises this, a sweep keeps the trial as a failed row
 
 The user can correct what a `RayPeftError` reports: the command line prints its text and exits with code 2 (1 after
@@ -49,6 +51,10 @@ class PlacementError(RayPeftError):
     """The cluster cannot be reached, or lacks the resources that a trial needs."""
 
 
+class JobError(RayPeftError):
+    """A job of a cluster is not known there, or cannot be submitted, read or stopped."""
+
+
 class ClusterLost(RayPeftError):
     """The Ray cluster died while trials ran. Rows that were there by then are kept."""
 
@@ -62,6 +68,10 @@ class ClusterLost(RayPeftError):
 
 class TrackingError(RayPeftError):
     """The tracking store cannot be reached, or a result could not be stored."""
+
+
+class TrialCancelled(RayPeftError):
+    """The user asked a running trial to end; its row says so."""
 
 
 class TrialFailed(RayPeftError):

@@ -144,6 +144,7 @@ class Member:
         mean = loss / self._unlogged
         self._unlogged = 0
         self.trained.losses.append(mean)
+        self.job.costs.count(self.number, self.trained.tokens)
         metrics = {"train_loss": mean, "grad_norm": float(norm), "lr": rate, "epoch": self.rows.epoch(self.number)}
         self.job.report(metrics, self.number)
 

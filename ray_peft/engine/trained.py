@@ -48,5 +48,8 @@ class Costs:
     def trained_for(self, seconds: float) -> None:
         """Told of the stage's `Trained.seconds` as they grow."""
 
+    def count(self, step: int, tokens: int) -> None:
+        """Take how many tokens this stage was trained on up to a logged step of the trial."""
+
     def incomplete(self) -> None:
         """Note that a checkpoint does not say what the steps before it took."""

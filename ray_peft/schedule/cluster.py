@@ -16,6 +16,7 @@ from ray_peft.errors import PlacementError
 from ray_peft.foundation.nvml import GpuMemory
 from ray_peft.schedule import watch
 from ray_peft.schedule.decide import Node
+from ray_peft.schedule.environment import for_workers
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -47,7 +48,7 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
     import ray
 
     if ray.is_initialized():
-        yield _nodes()
+        yield nodes_now()
         return
     # Set before ray is started, so that workers inherit it.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -60,7 +61,7 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
     settings: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.ERROR}
     if address:
         _check_address(address)
-        settings |= {"address": address, "runtime_env": {"env_vars": dict(WORKER_ENVIRONMENT)}}
+        settings |= {"address": address, "runtime_env": for_workers(WORKER_ENVIRONMENT)}
     else:
         settings |= {
             "address": "local",  # else Ray would join a cluster that happens to run on this machine
@@ -75,7 +76,7 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
     except (ConnectionError, TimeoutError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise _out_of_reach(f"the Ray cluster at {address}" if address else "a local Ray", error) from None
     try:
-        yield _nodes()
+        yield nodes_now()
     finally:
         watch.leave()
 
@@ -150,7 +151,9 @@ def on_all_cores(
     """Apply `function` to all items in parallel on the cluster's cores; `failed` gives the result of a lost task."""
     import ray
 
-    @ray.remote(num_cpus=2)  # its libraries take a gigabyte of memory
+    largest = max((node.cpus for node in nodes_now(measured=False)), default=1)
+
+    @ray.remote(num_cpus=min(2, largest))  # two cores, since its libraries take a gigabyte of memory
     def task(item: ItemT) -> ResultT:  # Ray takes no bound methods
         return function(item)
 
@@ -238,7 +241,12 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, own)
 
 
-def _nodes() -> list[Node]:
+def nodes_now(*, measured: bool = True) -> list[Node]:
+    """The nodes that run trials.
+
+    Args:
+        measured: ask their GPUs what they are and what is free, which takes a moment.
+    """
     import ray
 
     alive = [
@@ -247,13 +255,14 @@ def _nodes() -> list[Node]:
         if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
     ]
     gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in alive}
-    memory = _gpu_memory(gpus)
+    memory = _gpu_memory(gpus) if measured else {}
     return [
         Node(
             cpus=int(node["Resources"].get("CPU", 0)),
             gpus=gpus[node["NodeID"]],
             gpu_name=min(gpu_memory, key=lambda gpu: gpu.free_gib).name if gpu_memory else None,
             gpu_memory_gib=min(gpu.free_gib for gpu in gpu_memory) if gpu_memory else None,
+            accelerator=next((kind for kind in node["Resources"] if kind.startswith("accelerator_type:")), None),
         )
         for node in alive
         for gpu_memory in [memory.get(node["NodeID"], [])]

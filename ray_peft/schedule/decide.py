@@ -27,6 +27,8 @@ class Node:
     """As the driver writes it; None where it was not asked or does not answer."""
     gpu_memory_gib: float | None = None
     """What is free on the smallest of its GPUs before the first trial; None where that is not known."""
+    accelerator: str | None = None
+    """Ray's resource that stands for its kind of GPU, such as accelerator_type:H100; None where Ray names none."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,17 @@ class Demand:
     """What of each GPU must be free before it starts; None where nothing predicts it."""
     chosen: Mapping[str, int | bool] = field(default_factory=dict)
     """What `train.fit: auto` chose for it, by key."""
+    accelerator: str | None = None
+    """The kind of GPU that it must have, by Ray's name; None is any."""
+
+    def per_worker(self) -> dict[str, float]:
+        """What Ray holds for each worker, by Ray's names."""
+        held: dict[str, float] = {"CPU": self.cpus_per_worker}
+        if self.gpus_per_worker:
+            held["GPU"] = self.gpus_per_worker
+        if self.accelerator is not None:
+            held[self.accelerator] = 0.001  # every node of the kind has 1 of it
+        return held
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,8 @@ class Run:
     """What is predicted of it."""
     fits: bool | None = None
     """Whether its training is predicted to fit the memory that it may take; None where nothing predicts it."""
+    card: Card | None = None
+    """The GPU that it is placed on, where that is not the decision's."""
     gain: float | None = None
     """Of a pack, how many times as long its trials' steps are predicted to take one after the other."""
     chosen: Mapping[str, Mapping[str, int | bool]] = field(default_factory=dict)
@@ -201,14 +216,20 @@ def decide(
             chosen = {trial.trial_id: sizes[trial.trial_id].chosen for trial in group.trials if trial.trial_id in sizes}
             run = replace(run, gain=group.forecast.gain if group.forecast else None, chosen=chosen)
         runs.append(run)
-    runs.sort(key=_predicted_bytes, reverse=True)
+    phases, at_once = phases_of(runs, nodes)
+    return Decision(phases, impossible, gpu, at_once)
+
+
+def phases_of(runs: Sequence[Run], nodes: Sequence[Node]) -> tuple[tuple[Phase, ...], int]:
+    """Runs in the order in which they start, and how many trials run at one time at most."""
+    runs = sorted(runs, key=_predicted_bytes, reverse=True)
     teams = [run for run in runs if run.demand.num_workers > 1]
     singles = [run for run in runs if run.demand.num_workers == 1 and not run.trials[0].members()]
     ensembles = [run for run in runs if run.demand.num_workers == 1 and run.trials[0].members()]
     most_teams = _most_teams([run.demand for run in teams], nodes) if teams else None
     phases = (Phase(tuple(teams), most_teams), Phase(tuple(singles)), Phase(tuple(ensembles)))
     at_once = max(min(len(teams), most_teams or 0), _most_at_once(singles, nodes), _most_at_once(ensembles, nodes))
-    return Decision(tuple(phase for phase in phases if phase.runs), impossible, gpu, at_once)
+    return tuple(phase for phase in phases if phase.runs), at_once
 
 
 def share_of(footprint: int, gpu_memory_gib: float) -> float:

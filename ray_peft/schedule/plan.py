@@ -195,8 +195,9 @@ def cautions(decision: Decision) -> list[str]:
         trial_id, size = ", ".join(trial.trial_id for trial in run.trials), run.size
         if size.problem:
             text.append(f"no memory prediction of {trial_id}: {size.problem}")
-        if run.fits is False and decision.card is not None and size.prediction is not None:
-            gpu, room = decision.card.gpu, decision.card.memory_gib * run.demand.gpus_per_worker
+        placed_on = run.card or decision.card
+        if run.fits is False and placed_on is not None and size.prediction is not None:
+            gpu, room = placed_on.gpu, placed_on.memory_gib * run.demand.gpus_per_worker
             text.append(
                 f"caution: {trial_id} is predicted to need {gpu.footprint(size.prediction.peak_reserved) / GIB:.1f} "
                 f"GiB of a GPU and may take {room:.1f}; it runs all the same"

@@ -14,6 +14,7 @@ from ray_peft.errors import ClusterLost, SearchSpaceError, SpecError, TrialFaile
 from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.schedule import cluster, experiment, watch, worker
 from ray_peft.schedule.decide import Demand
+from ray_peft.schedule.joined import joined
 from ray_peft.schedule.plan import cautions
 from ray_peft.schedule.signals import callers_signals
 from ray_peft.schedule.sizes import Scheduler
@@ -61,7 +62,8 @@ def run(
         experiment.tracking_uri(tracking_uri, tracking_spec), tracking_spec.experiment or "single runs"
     )
     with ledger.locked(), callers_signals(), cluster.Connection(address) as ray:
-        scheduler = Scheduler(ray.connect(), gpu_memory_gib)
+        nodes = joined(ray.connect(), [trial], ledger.folder, console)
+        scheduler = Scheduler(nodes, gpu_memory_gib)
         decision = scheduler.decide([trial], alone=[trial.trial_id])
         for caution in cautions(decision):
             console.say(caution)

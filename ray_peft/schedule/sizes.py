@@ -10,6 +10,7 @@ from functools import partial
 from ray_peft.errors import first_line
 from ray_peft.schedule import cluster
 from ray_peft.schedule.decide import Card, Decision, Node, card, decide, uses_gpu
+from ray_peft.schedule.mixed import spread
 from ray_peft.schedule.packs import packs
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
@@ -46,7 +47,12 @@ class Scheduler:
             trials, self._nodes, self._sizes, gpu_memory_gib=self._gpu_memory_gib, alone=alone, packs=formed
         )
         decision.check()
-        return decision
+        return spread(decision, self._nodes, partial(self._decide_on, alone=alone))
+
+    def _decide_on(self, trials: Sequence[TrialSpec], nodes: Sequence[Node], *, alone: Collection[str]) -> Decision:
+        """Where trials would run on some of the nodes."""
+        sizes = predicted_sizes(trials, nodes, self._gpu_memory_gib)
+        return decide(trials, nodes, sizes, gpu_memory_gib=self._gpu_memory_gib, alone=alone)
 
 
 def predicted(trial: TrialSpec, target: Card) -> Size:

@@ -17,6 +17,7 @@ from ray_peft.report.plain import trial_line
 from ray_peft.schedule import cluster, experiment, repeats, tune
 from ray_peft.schedule.decide import Decision, Demand, Node, Phase, Run, decide
 from ray_peft.schedule.experiment import Experiment
+from ray_peft.schedule.joined import joined
 from ray_peft.schedule.packs import by_themselves
 from ray_peft.schedule.plan import cautions, pack_text
 from ray_peft.schedule.search import Draws
@@ -27,6 +28,7 @@ from ray_peft.spec import TrialSpec
 from ray_peft.store.adopted import adopt, left_row
 from ray_peft.store.earlier import Earlier, recall
 from ray_peft.store.ledger import Ledger, SweepRecord
+from ray_peft.store.progress import driving
 from ray_peft.trial.result import TrialResult
 
 MOST_LOSSES = 3
@@ -111,7 +113,7 @@ def sweep(
         experiment.show(repeated.results, console)
         return repeated
     store = experiment.open_store(uri, space.tracking.experiment or space.name)
-    with ledger.locked(), callers_signals(), cluster.Connection(address) as ray:
+    with ledger.locked(), driving(ledger.folder), callers_signals(), cluster.Connection(address) as ray:
         plan = _plan(space, [] if fresh else _earlier_rows(ledger, console), inspector, console)
         notes += plan.earlier.notes
         console.say(f"{space.name}: {plan.total} trials, {plan.total - plan.missing} finished before")
@@ -119,7 +121,7 @@ def sweep(
         scheduler = Scheduler(nodes, gpu_memory_gib)
         if plan.missing:
             tune.quiet()
-            nodes = ray.connect()
+            nodes = joined(ray.connect(), plan.trials, ledger.folder, console)
             decide(plan.trials, nodes, {}).check()  # a trial that can never run here, before the others start
             scheduler = Scheduler(nodes, gpu_memory_gib)
             for caution in cautions(scheduler.decide(plan.todo)):

@@ -285,4 +285,4 @@ def _resources(name: str, config: dict[str, Any]) -> Any:
     if needed.num_workers > 1 or task.member is not None:
         # What waits for others must not hold what they need: not even a hundredth of a core.
         return tune.PlacementGroupFactory([{"memory": 1}])
-    return tune.PlacementGroupFactory([{"CPU": needed.cpus_per_worker, "GPU": needed.gpus_per_worker}])
+    return tune.PlacementGroupFactory([{"GPU": 0, **needed.per_worker()}])

@@ -189,14 +189,11 @@ def run_in_trainer(assignment: Assignment, storage: Path) -> TrialResult:
     import ray.train.torch
 
     demand = assignment.demand
-    per_worker: dict[str, float] = {"CPU": demand.cpus_per_worker}
-    if demand.gpus_per_worker:
-        per_worker["GPU"] = demand.gpus_per_worker
     trainer = ray.train.torch.TorchTrainer(
         _train_function,  # type: ignore[arg-type]  # annotated as if it returned nothing
         train_loop_config={"assignment": assignment},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=demand.num_workers, use_gpu=demand.gpus_per_worker > 0, resources_per_worker=per_worker
+            num_workers=demand.num_workers, use_gpu=demand.gpus_per_worker > 0, resources_per_worker=demand.per_worker()
         ),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if demand.gpus_per_worker else "gloo"),
         run_config=ray.train.RunConfig(

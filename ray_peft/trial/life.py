@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from ray_peft.engine.finite import ways_out
 from ray_peft.engine.recovery import is_out_of_memory
 from ray_peft.engine.trained import Costs, Report, Trained
-from ray_peft.errors import RayPeftError, TrialFailed
+from ray_peft.errors import RayPeftError, TrialCancelled, TrialFailed
 from ray_peft.foundation.measured import to_json
 from ray_peft.foundation.storage import error_line, is_full
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype
@@ -26,6 +26,7 @@ from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import Bench, Scored
 from ray_peft.tasks.image_files import IMAGES, write_images
 from ray_peft.trial.clock import Clock, ShareClock
+from ray_peft.trial.live import Live
 from ray_peft.trial.log import MetricLog
 from ray_peft.trial.peaks import MemoryWatch, Peaks, larger_peaks
 from ray_peft.trial.provenance import device_name, git_commit, gpu_number, versions
@@ -117,8 +118,8 @@ class SharedWatch(MemoryWatch):
 class LifeCosts(Costs):
     """A trial's seconds, peaks and logged points over all its attempts."""
 
-    def __init__(self, process: Process, log: MetricLog | None) -> None:
-        self._clock, self._memory, self._log = process.clock, process.memory, log
+    def __init__(self, process: Process, log: MetricLog | None, live: Live | None = None) -> None:
+        self._clock, self._memory, self._log, self._live = process.clock, process.memory, log, live
         self._earlier: dict[str, Any] = {}
         self.complete = True
         """False if a checkpoint did not say what came before it."""
@@ -161,6 +162,11 @@ class LifeCosts(Costs):
         """Counts as the phase "save"."""
         return self._clock.phase("save")
 
+    def count(self, step: int, tokens: int) -> None:
+        """Tell those who watch."""
+        if self._live is not None:
+            self._live.count(step, tokens)
+
     def incomplete(self) -> None:
         """Note that a checkpoint does not say what the steps before it took."""
         self.complete = False
@@ -190,7 +196,12 @@ class Life:
         """What rank 0 logs."""
         if place.rank == 0:
             self._log = MetricLog(place.folder / "metrics.jsonl", self._track)
-        self.costs = LifeCosts(self.process, self._log)
+        self.live: Live | None = None
+        """What rank 0 tells while the trial runs."""
+        if place.rank == 0:
+            self.live = Live(place.folder, spec, place.device, place.gpu_memory_gib)
+            self.live.phase = lambda: self.process.clock.last
+        self.costs = LifeCosts(self.process, self._log, self.live)
         self.trained = Trained()
         self.parameters = (0, 0)
         self.scored = Scored(Scores())
@@ -217,7 +228,7 @@ class Life:
         self.process = process
         if self._log is not None:
             self._log.begin_again()
-        self.costs = LifeCosts(process, self._log)
+        self.costs = LifeCosts(process, self._log, self.live)
         self.trained, self.lowered, self.pack_size = Trained(), {}, 1
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
@@ -226,7 +237,11 @@ class Life:
             self._log.add(metrics, step, self.costs.wall_s())
             text = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
             logger.info("%s: step %d: %s", self.spec.trial_id, step, text)
+        if self.live is not None:
+            self.live.log(metrics, step)
         self._progress(metrics, step)
+        if self.live is not None:
+            self.live.check()
 
     def _track(self, metrics: Mapping[str, float], step: int) -> None:
         if self.tracker is not None:
@@ -240,6 +255,8 @@ class Life:
     def failed(self, error: Exception) -> TrialResult:
         """The row of a trial that raised."""
         status: Status = "out_of_memory" if is_out_of_memory(error) else "failed"
+        if isinstance(error, TrialCancelled):
+            status = "cancelled"
         text = str(error).strip() or type(error).__name__
         if isinstance(error, OSError) and error.errno is not None:
             text = f"cannot read or write {error_line(error, self.place.folder)}"
@@ -253,6 +270,8 @@ class Life:
 
     def result(self, status: Status, error: str | None = None) -> TrialResult:
         """The trial's row, with what is known by now."""
+        if self.live is not None:
+            self.live.close()
         self.process.memory.stop()
         self.process.evaluation_memory.stop()
         seconds, trained, peaks = self.costs.seconds(), self.trained, self.costs.peaks()

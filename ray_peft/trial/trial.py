@@ -151,6 +151,8 @@ def _run(life: Life) -> TrialResult:
     take_place(place)
     if spec.members():
         return run_ensemble(life)
+    if life.live is not None:
+        life.live.check()
     with life.process.clock.phase("load"):
         bench = task.load(life.runs, place.device)
     loaded(life, bench)
@@ -190,6 +192,8 @@ def loaded(life: Life, bench: Bench) -> None:
     life.storage, life.four_bit_share = bench.storage(), bench.four_bit_share()
     life.lowered = bench.lowered
     bench.costs = life.costs
+    if life.live is not None:
+        life.live.steps = bench.total_steps()
     if place.rank == 0 and place.device != "cpu":
         predict(life, bench)
 

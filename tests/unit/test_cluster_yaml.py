@@ -55,6 +55,13 @@ def test_ray_accepts_the_file(load):
     assert prepared["head_start_ray_commands"] == load()["head_start_ray_commands"]
 
 
+def test_in_a_cloud_no_trial_runs_on_the_head_and_gpus_come_on_demand():
+    types = accept(aws() | {"provider": {"type": "aws", "region": "us-east-1"}})["available_node_types"]
+    head = types.pop("head")
+    assert (head["resources"]["CPU"], head["resources"]["GPU"]) == (0, 0)
+    assert all(node_type["max_workers"] > 0 for node_type in types.values())
+
+
 def test_every_worker_address_becomes_a_worker():
     node_type = accept(on_premise())["available_node_types"]["local.cluster.node"]
     assert node_type["min_workers"] == node_type["max_workers"] == len(on_premise()["provider"]["worker_ips"])

@@ -12,6 +12,7 @@ OWNERS = {
     "mlflow": {"store/tracking"},
     "ray.train": {"schedule/worker.py"},
     "ray.tune": {"schedule/tune.py"},
+    "ray.job_submission": {"schedule/jobs.py"},
     "optuna": {"schedule/search.py"},
     "trl": {"tasks/llm_sft", "vram"},  # vram stands in for its kernels on shapes
     "lm_eval": {"tasks/llm_sft/benchmarks.py"},

@@ -1,0 +1,129 @@
+"""The commands for a running sweep: watch shows it, ctl changes it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.foundation.durations import short_time
+
+if TYPE_CHECKING:
+    from ray_peft.store.progress import Progress, TrialProgress
+
+REFRESH_S = 2.0
+_HEADS = ("trial", "method", "state", "step", "loss", "tokens/s", "memory GiB", "left")
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands to a parser's subcommands."""
+    command = commands.add_parser("watch", help="show a running sweep: a line a trial, until the sweep ends")
+    command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart")
+    command.add_argument("--once", action="store_true", help="show it once and end")
+    command.add_argument("--json", action="store_true", help="print JSON, one line for each look")
+    command.set_defaults(act=_watch)
+
+    command = commands.add_parser("ctl", help="list the trials of a running sweep, show one, or cancel one")
+    command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart")
+    command.add_argument("action", choices=("list", "show", "cancel"))
+    command.add_argument("trial", nargs="?", help="a trial's id")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(act=_ctl)
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from ray_peft.store.progress import Reader
+
+    reader = Reader(Path(options.sweep))
+    in_place = not options.json and not options.once and sys.stdout.isatty()
+    if in_place and os.name == "nt":
+        os.system("")  # lets the console understand the codes below
+    height, shown = 0, ""
+    while True:
+        progress = reader.read()
+        text = json.dumps(progress.plain()) if options.json else "\n".join(table(progress))
+        if in_place:
+            rows = os.get_terminal_size().lines - 1
+            text = "\n".join(text.split("\n")[:rows])
+            print((f"\x1b[{height}F\x1b[J" if height else "") + text, flush=True)
+            height = text.count("\n") + 1
+        elif text != shown:
+            print(text, flush=True)
+        shown = text
+        if options.once or progress.ended:
+            return 0
+        time.sleep(REFRESH_S)
+
+
+def _ctl(options: argparse.Namespace) -> int:
+    from ray_peft.errors import SpecError
+    from ray_peft.store.progress import Reader, cancel
+
+    folder = Path(options.sweep)
+    if (options.trial is None) != (options.action == "list"):
+        raise SpecError("ctl: list takes no trial; show and cancel take the id of one")
+    if options.action == "cancel":
+        cancel(folder, options.trial)
+        print(f"{options.trial}: ends at the next step that it logs; the sweep, run again, runs it again")
+        return 0
+    progress = Reader(folder).read()
+    if options.action == "show":
+        progress = replace(progress, trials=[trial for trial in progress.trials if trial.trial_id == options.trial])
+        if not progress.trials:
+            raise SpecError(f"{folder}: has no trial {options.trial}; its trials: ray-peft ctl {folder} list")
+    print(json.dumps(progress.plain(), indent=2) if options.json else "\n".join(table(progress)))
+    return 0
+
+
+def table(progress: Progress) -> list[str]:
+    """Lines for a terminal: ASCII alone, the running trials first, the waiting ones last."""
+    from ray_peft.store.progress import has_row
+
+    running = [trial for trial in progress.trials if trial.state != "waiting" and not has_row(trial)]
+    ended = [trial for trial in progress.trials if has_row(trial)]
+    waiting = [trial for trial in progress.trials if trial.state == "waiting"]
+    lines = aligned([_HEADS, *(_cells(trial) for trial in (*running, *ended))]) if running or ended else []
+    finished = sum(trial.state == "finished" for trial in ended)
+    driver = {
+        "running": "",
+        "ended": "; the sweep has ended",
+        "silent": "; its driver is silent: it was killed, or this folder is cut off from it",
+        "unknown": "",
+    }[progress.driver]
+    left = "not run" if progress.driver in ("ended", "silent") else "waiting"
+    counts = f"{len(progress.trials)} trials: {len(running)} running, {finished} finished"
+    counts += f", {len(ended) - finished} not finished" if len(ended) > finished else ""
+    return [f"{ascii_only(progress.name)}: {counts}, {len(waiting)} {left}{driver}", *lines]
+
+
+def _cells(trial: TrialProgress) -> tuple[str, ...]:
+    step = f"{trial.step}/{trial.steps}" if trial.steps and trial.step != trial.steps else str(trial.step or "")
+    memory = f"{trial.memory_gib:.1f}" if trial.memory_gib is not None else ""
+    memory += f" of {trial.room_gib:.1f}" if memory and trial.room_gib is not None else ""
+    return (
+        trial.trial_id,
+        ascii_only(trial.method),
+        trial.state,
+        step,
+        f"{trial.loss:.4f}" if trial.loss is not None else "",
+        f"{trial.tokens_per_s:.0f}" if trial.tokens_per_s is not None else "",
+        memory,
+        short_time(trial.left_s) if trial.left_s is not None else "",
+    )
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Cells in columns, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def ascii_only(text: str) -> str:
+    """Text that any console can print and that takes as many columns as it has characters."""
+    return text.encode("ascii", "backslashreplace").decode()

@@ -1,0 +1,219 @@
+"""How far a sweep is, read from its folder alone; the sweep may run on another machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray_peft.errors import DataError
+from ray_peft.foundation.storage import writing
+from ray_peft.trial.live import CANCEL_FILE, LIVE_FILE
+
+DRIVER_FILE = "driver.json"
+BEAT_S = 5.0
+SILENT_S = 60.0
+"""Whoever has written nothing for so long is taken for dead: clocks of two machines may differ by some of it."""
+
+
+@dataclass(frozen=True)
+class TrialProgress:
+    """One trial."""
+
+    trial_id: str
+    method: str = ""
+    state: str = "waiting"
+    """waiting; load, train, save or evaluate; silent, if nothing was heard of it for long; then its row's status."""
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    """The last train loss; of a trial with a row, its held-out loss."""
+    tokens_per_s: float | None = None
+    memory_gib: float | None = None
+    room_gib: float | None = None
+    """What it may take of its GPU; None on the CPU."""
+    left_s: float | None = None
+    """Seconds of training left at the speed of the last steps."""
+    host: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A sweep."""
+
+    name: str
+    driver: str
+    """running, ended, silent if nothing was heard of it for long, or unknown: of a version that does not tell."""
+    trials: list[TrialProgress] = field(default_factory=list)
+
+    @property
+    def ended(self) -> bool:
+        """True if nothing more will come."""
+        return self.driver in ("ended", "silent") or (self.driver == "unknown" and all(map(has_row, self.trials)))
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-like data."""
+        return {"name": self.name, "driver": self.driver, "trials": [asdict(trial) for trial in self.trials]}
+
+
+def has_row(trial: TrialProgress) -> bool:
+    """Whether a trial has ended."""
+    return trial.state in ("finished", "failed", "out_of_memory", "cancelled")
+
+
+@contextlib.contextmanager
+def driving(folder: Path) -> Iterator[None]:
+    """Say in the sweep's folder that its driver runs, until it has ended; a disk that is full stops nothing."""
+    ending = threading.Event()
+
+    def write(state: str) -> None:
+        text = json.dumps({"state": state, "at": time.time(), "host": platform.node(), "pid": os.getpid()})
+        with contextlib.suppress(OSError):
+            temporary = folder / f".{DRIVER_FILE}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, folder / DRIVER_FILE)
+
+    def beat() -> None:
+        while not ending.wait(BEAT_S):
+            write("running")
+
+    for request in folder.glob(f"trials/*/{CANCEL_FILE}"):  # of an earlier run of the sweep
+        request.unlink(missing_ok=True)
+    write("running")
+    thread = threading.Thread(target=beat, name="driver-beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
+        write("ended")
+
+
+def cancel(folder: Path, trial_id: str) -> None:
+    """Ask a trial of a running sweep to end, wherever it runs: it looks for this file at every step that it logs.
+
+    Who may write into the sweep's folder may do so, and nobody else.
+
+    Raises:
+        DataError: the trial has a row, or the sweep does not know it.
+        StorageError: the folder cannot be written.
+    """
+    progress = Reader(folder).read()
+    trial = next((trial for trial in progress.trials if trial.trial_id == trial_id), None)
+    if trial is None:
+        raise DataError(f"{folder}: has no trial {trial_id}; its trials: ray-peft ctl {folder} list")
+    if has_row(trial):
+        raise DataError(f"{folder}: trial {trial_id} has ended by itself: {trial.state}")
+    if progress.ended:
+        raise DataError(f"{folder}: the sweep does not run, so there is nothing to cancel")
+    path = folder / "trials" / trial_id / CANCEL_FILE
+    with writing(path, "cancel it as the user that runs the sweep"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+
+
+class Reader:
+    """Reads a sweep's folder again and again."""
+
+    def __init__(self, folder: Path) -> None:
+        """Prepare to read.
+
+        Raises:
+            DataError: the folder is not one of a sweep.
+        """
+        self._folder = folder
+        self._rows: dict[str, TrialProgress] = {}
+        self._read = 0
+        """Bytes of the rows that were read."""
+        if not (folder / "sweep.json").is_file() and not (folder / DRIVER_FILE).is_file():
+            raise DataError(f"{folder}: holds no sweep; give the folder of one, such as outputs/quickstart")
+
+    def read(self) -> Progress:
+        """How far the sweep is now."""
+        record = _json(self._folder / "sweep.json")
+        self._take_rows()
+        planned = dict.fromkeys([*record.get("planned", []), *self._rows])
+        return Progress(
+            str(record.get("name", self._folder.name)),
+            self._driver(),
+            [self._trial(str(trial_id)) for trial_id in planned],
+        )
+
+    def _driver(self) -> str:
+        said = _json(self._folder / DRIVER_FILE)
+        if not said:
+            return "unknown"
+        silent = said["state"] == "running" and time.time() - float(said["at"]) > SILENT_S
+        return "silent" if silent else str(said["state"])
+
+    def _trial(self, trial_id: str) -> TrialProgress:
+        live = _json(self._folder / "trials" / trial_id / LIVE_FILE)
+        row = self._rows.get(trial_id)
+        if not live or (row is not None and row.state == "finished"):
+            return row or TrialProgress(trial_id)
+        age = time.time() - float(live["at"])
+        left = live.get("left_s")
+        loss = live["metrics"].get("train_loss", live["metrics"].get("eval_loss"))
+        return TrialProgress(
+            trial_id=trial_id,
+            method=str(live["method"]),
+            state="silent" if age > SILENT_S else str(live["phase"] or "load"),
+            step=live["step"],
+            steps=live["steps"],
+            loss=loss,
+            tokens_per_s=live["tokens_per_s"],
+            memory_gib=live["memory_gib"],
+            room_gib=live["room_gib"],
+            left_s=max(0.0, float(left) - age) if left is not None else None,
+            host=str(live["host"]),
+        )
+
+    def _take_rows(self) -> None:
+        """Read the rows that were added; a last line that is being written waits."""
+        path = self._folder / "results.jsonl"
+        if not path.is_file():
+            return
+        if path.stat().st_size < self._read:  # set aside by `--fresh`
+            self._rows, self._read = {}, 0
+        with path.open("rb") as file:
+            file.seek(self._read)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.split(b"\n"):
+            if line.strip():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    row = _ended(json.loads(line))
+                    self._rows[row.trial_id] = row
+
+
+def _ended(row: dict[str, Any]) -> TrialProgress:
+    usage, scores = row.get("usage") or {}, row.get("scores") or {}
+    memory = usage.get("peak_reserved_gib") or usage.get("peak_rss_gib")
+    return TrialProgress(
+        trial_id=str(row["trial_id"]),
+        method=str(((row.get("spec") or {}).get("method") or {}).get("name", "")),
+        state=str(row["status"]),
+        step=row.get("steps"),
+        steps=row.get("steps"),
+        loss=scores.get("eval_loss"),
+        tokens_per_s=usage.get("tokens_per_s"),
+        memory_gib=memory,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The content of a file; nothing if it is not there, or not whole."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
