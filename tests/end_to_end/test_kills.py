@@ -53,6 +53,7 @@ def check_clean(running, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
 def test_a_local_ray_that_dies_is_replaced_in_the_same_sweep(sweep, tmp_path, victim):
     running = sweep(steps=60, train__checkpoint_every=5)

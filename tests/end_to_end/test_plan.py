@@ -23,8 +23,8 @@ from ray_peft.schedule import tune
 given = []
 
 
-def heard(events, stopped, callback=tune._callback):
-    rows = callback(events, stopped)
+def heard(events, callback=tune._callback):
+    rows = callback(events)
     begin = rows.on_trial_start
 
     def on_trial_start(iteration, trials, trial):
