@@ -196,8 +196,8 @@ def _fewer_rows(limits: Limits) -> list[tuple[int, int]]:
     fewest, share = _fewest(limits), 1.0
     pairs: list[tuple[int, int]] = []
     while not pairs or pairs[-1] != fewest:
-        wanted = (int(limits.validation_rows * share), int(limits.test_rows * share))
-        pairs.append((max(fewest[0], wanted[0]), max(fewest[1], wanted[1])))
+        most = (int(limits.validation_rows * share), int(limits.test_rows * share))
+        pairs.append((max(fewest[0], most[0]), max(fewest[1], most[1])))
         share *= 2 / 3
     return pairs
 

@@ -63,12 +63,12 @@ class _Once:
 
     def __init__(self, console: Audience) -> None:
         self._console = console
-        self._said: set[str] = set()
+        self._earlier_lines: set[str] = set()
 
     def say(self, text: str) -> None:
         """Pass on a line that is new."""
-        if text and "\n" not in text and text not in self._said:
-            self._said.add(text)
+        if text and "\n" not in text and text not in self._earlier_lines:
+            self._earlier_lines.add(text)
             self._console.say(text)
 
     def progress(self, text: str) -> None:
@@ -106,11 +106,11 @@ class Comparing:
             KeyboardInterrupt: the user stopped it; the same call goes on.
         """
         request = self.request
-        asked = {
+        question = {
             "model": request.model, "data": request.data, "hours": request.hours, "methods": list(request.methods),
             "metric": request.metric, "gpu_memory_gib": request.gpu_memory_gib,
         }  # fmt: skip
-        journal = opened(self.folder, asked)
+        journal = opened(self.folder, question)
         search_file = file_of(self.folder, SEARCH)
         if journal.plan is None or not search_file.is_file():
             self._plan(journal)
@@ -135,10 +135,10 @@ class Comparing:
         request = self.request
         with journal.timed("0_speed"):
             with callers_signals(), cluster.connect(self._address) as nodes:
-                found = list(nodes)
+                machines = list(nodes)
             setup = set_up(
                 request.model, request.data, name=request.name(), metric=request.metric, methods=request.methods,
-                nodes=found,
+                nodes=machines,
             )  # fmt: skip
             self._say_found(setup)
             journal.on_gpu = self._on_gpu = setup.on_gpu
@@ -238,15 +238,15 @@ class Comparing:
 
     def _said(self, journal: Journal, plan: Plan, chosen: Mapping[str, Chosen], last: SweepOutcome) -> Comparison:
         """The answer in five lines, kept in answer.txt, and the command that trains it on all rows."""
-        told = answer(read_material(last.folder), chosen)
+        verdict = answer(read_material(last.folder), chosen)
         lines = [
-            *told.lines,
+            *verdict.lines,
             f"Predicted {duration(plan.whole_s)}, took {duration(journal.whole_s)} with measuring, of "
             f"{duration(3600 * self.request.hours)}. Report: {last.folder / 'report.html'}",
         ]
-        if told.take is not None:
-            epochs = max(1.0, round((told.take.train.steps or 0) / max(1, journal.steps_of_an_epoch), 2))
-            file = rungs.train_all(self.folder, told.take, epochs=epochs)
+        if verdict.take is not None:
+            epochs = max(1.0, round((verdict.take.train.steps or 0) / max(1, journal.steps_of_an_epoch), 2))
+            file = rungs.train_all(self.folder, verdict.take, epochs=epochs)
             lines.append(f"Train it on all rows but the test rows: ray-peft run {file}")
         lines += [f"Left out: {name}: {reason}" for name, reason in journal.left_out.items()]
         write_text(self.folder / "answer.txt", "\n".join(lines) + "\n")

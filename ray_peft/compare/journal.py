@@ -23,7 +23,7 @@ class Journal:
     """The content of `compare.json`."""
 
     folder: Path
-    asked: dict[str, Any]
+    request: dict[str, Any]
     """What the user asked for; another question needs another folder."""
     plan: Plan | None = None
     """None before the speeds were measured."""
@@ -67,7 +67,7 @@ class Journal:
         return sum(self.spent_s.values())
 
 
-def opened(folder: Path, asked: dict[str, Any]) -> Journal:
+def opened(folder: Path, request: dict[str, Any]) -> Journal:
     """The journal of a folder, or a new one.
 
     Raises:
@@ -75,7 +75,7 @@ def opened(folder: Path, asked: dict[str, Any]) -> Journal:
     """
     path = folder / FILE
     if not path.is_file():
-        return Journal(folder, asked)
+        return Journal(folder, request)
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
         plan = Plan(**plain.pop("plan")) if plain["plan"] is not None else plain.pop("plan")
@@ -83,11 +83,11 @@ def opened(folder: Path, asked: dict[str, Any]) -> Journal:
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise SpecError(f"{path}: is no record of a comparison ({error}); give another --out, or remove it") from None
     if journal.plan is None:  # the time was too short, or the measuring was interrupted
-        return Journal(folder, asked)
-    for name, value in asked.items():
-        if journal.asked.get(name) != value:
+        return Journal(folder, request)
+    for name, value in request.items():
+        if journal.request.get(name) != value:
             raise SpecError(
-                f"--out {folder}: holds a comparison with {name} {journal.asked.get(name)!r} (now {value!r}); give "
+                f"--out {folder}: holds a comparison with {name} {journal.request.get(name)!r} (now {value!r}); give "
                 "another --out, or ask as before"
             )
     return journal

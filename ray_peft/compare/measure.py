@@ -65,8 +65,8 @@ class Measured:
         def of(method: str, steps: int, scored: int, answered: int) -> float:
             trial, known = self.trials[method], self.speeds[method]
             load = Workload(self.row_tokens, scored, answered)
-            one = speed.predicted(trial, known, load, 0 if method == BASE else 1, on_gpu=self.setup.on_gpu)
-            return one["wall_time_s"] + (steps - 1) * one.get("step_s", 0.0)
+            single_step = speed.predicted(trial, known, load, 0 if method == BASE else 1, on_gpu=self.setup.on_gpu)
+            return single_step["wall_time_s"] + (steps - 1) * single_step.get("step_s", 0.0)
 
         return of
 
@@ -90,8 +90,8 @@ def measure(setup: Setup, folder: Path, gpu_memory_gib: float | None, run: RunSw
     keys = {name: speed.key(trial, inspector.content(trials[name]).model, device) for name, trial in settled.items()}
     load = TASKS["llm_sft"].workload(trials[BASE])
     assert load is not None
-    kept = {name: _known(settled[name], key, load, setup) for name, key in keys.items()}
-    speeds = {name: known for name, known in kept.items() if known is not None}
+    remembered = {name: _known(settled[name], key, load, setup) for name, key in keys.items()}
+    speeds = {name: known for name, known in remembered.items() if known is not None}
     missing = [name for name in settled if name not in speeds]
     overhead_s = OVERHEAD_S
     if missing:

@@ -167,20 +167,20 @@ def set_up(model: str, data: str, *, name: str, metric: str, methods: Sequence[s
     config = load_config(ModelSpec(name=model)).get_text_config()
     chosen = candidates(methods, on_gpu=on_gpu, hidden_size=getattr(config, "hidden_size", None))
     tokenizer = load_tokenizer(_any_trial(model, data))
-    found = look(data, tokenizer)
-    if found.usable - found.repeated < FEWEST_ROWS:
+    rows = look(data, tokenizer)
+    if rows.usable - rows.repeated < FEWEST_ROWS:
         raise DataError(
-            f"{data}: has {found.usable - found.repeated} different rows that can be used, of {found.rows}; a "
+            f"{data}: has {rows.usable - rows.repeated} different rows that can be used, of {rows.rows}; a "
             f"comparison needs {FEWEST_ROWS} or more"
         )
     positions = int(getattr(config, "max_position_embeddings", LONGEST) or LONGEST)
-    longest = -(-found.length(0.98 if on_gpu else 0.9) // 16) * 16
-    new_tokens = min(found.answer_length(0.95), 256 if on_gpu else 32)
+    longest = -(-rows.length(0.98 if on_gpu else 0.9) // 16) * 16
+    new_tokens = min(rows.answer_length(0.95), 256 if on_gpu else 32)
     return Setup(
         name=name,
         model=_absolute(model),
         data=_absolute(data),
-        look=found,
+        look=rows,
         metric=metric,
         nodes=tuple(nodes),
         methods=tuple(chosen),

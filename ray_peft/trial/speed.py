@@ -100,12 +100,12 @@ def measured(result: TrialResult, points: Sequence[Point], workload: Workload) -
         return None
     answered = workload.answered_rows
     batch, new_tokens = (getattr(spec.evaluation, name, 1) for name in ("batch_size", "max_new_tokens"))
-    kept: dict[str, Any] = {"row_tokens": workload.row_tokens}
+    settings: dict[str, Any] = {"row_tokens": workload.row_tokens}
     if answered:
-        kept |= {"answered_rows": answered, "new_tokens": new_tokens, "answered_at_once": batch}
+        settings |= {"answered_rows": answered, "new_tokens": new_tokens, "answered_at_once": batch}
     if not result.steps:  # the untouched base: its losses and answers together
         scored = {"answers_s": usage.evaluate_s} if answered else {"scored_row_s": _each(usage.evaluate_s, workload)}
-        return Speed(**kept, **scored, rest_s=max(0.0, usage.wall_time_s - usage.evaluate_s))
+        return Speed(**settings, **scored, rest_s=max(0.0, usage.wall_time_s - usage.evaluate_s))
     times = _step_times(points, [steps for _, steps in spec.method.stages(result.steps)])
     if times is None:
         return None
@@ -115,10 +115,10 @@ def measured(result: TrialResult, points: Sequence[Point], workload: Workload) -
         scored_row_s = _each(usage.evaluate_s, workload)
     if answered:
         of_loss = workload.scored_rows * (scored_row_s or step_s / spec.train.batch_size * FORWARD_SHARE)
-        kept["answers_s"] = max(0.0, usage.evaluate_s - of_loss)
+        settings["answers_s"] = max(0.0, usage.evaluate_s - of_loss)
     in_between = _scored_in_between(points, result.steps)
     rest = usage.wall_time_s - usage.evaluate_s - step_s * result.steps - in_between
-    return Speed(**kept, step_s=step_s, scored_row_s=scored_row_s, rest_s=max(0.0, rest), timed=timed)
+    return Speed(**settings, step_s=step_s, scored_row_s=scored_row_s, rest_s=max(0.0, rest), timed=timed)
 
 
 def _each(seconds: float, workload: Workload) -> float | None:
@@ -222,8 +222,8 @@ def remember(name: str, speed: Speed) -> None:
             answers = {"answers_s", "answered_rows", "new_tokens", "answered_at_once"}
             speed = speed.model_copy(update={field: getattr(before, field) for field in answers})
         if speed.timed < min(before.timed, ENOUGH_TIMES):
-            kept = {"step_s", "row_tokens", "timed"}
-            speed = speed.model_copy(update={field: getattr(before, field) for field in kept})
+            of_steps = {"step_s", "row_tokens", "timed"}
+            speed = speed.model_copy(update={field: getattr(before, field) for field in of_steps})
         speed = speed.model_copy(update={"rest_s": min(speed.rest_s, before.rest_s)})
     with contextlib.suppress(OSError):
         _folder().mkdir(parents=True, exist_ok=True)

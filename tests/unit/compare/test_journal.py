@@ -37,7 +37,7 @@ def test_a_comparison_that_was_refused_for_its_time_may_be_given_more(tmp_path):
     assert opened(tmp_path, ASKED | {"hours": 4.0}) == Journal(tmp_path, ASKED | {"hours": 4.0})
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"plan": {"rates": 3}, "asked": {}}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"plan": {"rates": 3}, "request": {}}'])
 def test_a_file_of_another_kind_is_refused(tmp_path, text):
     (tmp_path / FILE).write_text(text, encoding="utf-8")
     with pytest.raises(SpecError, match="is no record of a comparison"):
