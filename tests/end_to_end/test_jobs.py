@@ -205,14 +205,14 @@ import ray
 from ray_peft.schedule import cluster
 
 @ray.remote
-def variables():
+def variables(names):
     import os
-    return {name: os.environ.get(name) for name in sys.argv[3:]}
+    return {name: os.environ.get(name) for name in names}
 
 with cluster.connect(sys.argv[1]):
     token = open(os.environ["RAY_AUTH_TOKEN_PATH"]).read()
     question = urllib.request.Request(f"{sys.argv[2]}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
-    print(json.dumps([ray.get(variables.remote()), urllib.request.urlopen(question).read().decode()]))
+    print(json.dumps([ray.get(variables.remote(sys.argv[3:])), urllib.request.urlopen(question).read().decode()]))
 """
 
 
