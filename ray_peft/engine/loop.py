@@ -135,10 +135,10 @@ class Engine(Generic[PartT]):
         Raises:
             Stopped: it was.
         """
-        told = stopping.is_told()
+        stop_now = stopping.is_told()
         if self._share.workers > 1 and self._members:  # all workers, at the same step
-            told = self._members[0].logs() and from_first(told, self._device)
-        if not told or not self._members:
+            stop_now = self._members[0].logs() and from_first(stop_now, self._device)
+        if not stop_now or not self._members:
             return
         for member in self._members:
             self._count_time()

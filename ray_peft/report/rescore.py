@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 def rescored(results: Sequence[TrialResult], answers: Answers) -> list[TrialResult]:
     """The results, with new text scores where the answers are on file and were not cut as they would be today."""
-    wanted = cache(tokenizers)  # the trials of a sweep answer the same rows
+    tokenizers_for = cache(tokenizers)  # the trials of a sweep answer the same rows
     return [
-        _rescored(result, *answers[result.trial_id], wanted) if result.trial_id in answers else result
+        _rescored(result, *answers[result.trial_id], tokenizers_for) if result.trial_id in answers else result
         for result in results
     ]
 
@@ -30,13 +30,13 @@ def _rescored(
     result: TrialResult,
     predictions: Sequence[str],
     references: Sequence[str],
-    wanted: Callable[[tuple[str, ...]], Tokenizers],
+    tokenizers_for: Callable[[tuple[str, ...]], Tokenizers],
 ) -> TrialResult:
     scores = result.scores
     if scores.rouge_l is None or not references or len(predictions) != len(references):
         return result
     cut_with = Tokenizers(scores.bleu_tokenizer or "13a", scores.rouge_tokenizer or "rouge_score")
-    if cut_with == wanted(tuple(references)):
+    if cut_with == tokenizers_for(tuple(references)):
         return result
     from ray_peft.tasks.llm_sft.scores import score_answers
 

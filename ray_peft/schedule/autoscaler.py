@@ -57,28 +57,28 @@ def grown(
         console: is told what is waited for.
         look: gives the nodes anew.
     """
-    wanted = bundles(trials, nodes)
-    if not wanted:
+    missing = bundles(trials, nodes)
+    if not missing:
         return nodes
     from ray.autoscaler.sdk import request_resources
 
-    machine = ", ".join(f"{amount:g} {kind}" for kind, amount in wanted[0].items())
-    need = f"{len(wanted)} x ({machine})" if len(wanted) > 1 else machine
+    machine = ", ".join(f"{amount:g} {kind}" for kind, amount in missing[0].items())
+    need = f"{len(missing)} x ({machine})" if len(missing) > 1 else machine
     console.say(f"the cluster has no room for a trial of {need}: Ray's autoscaler is asked for it")
-    request_resources(bundles=wanted)
-    begin = said = time.monotonic()
+    request_resources(bundles=missing)
+    begin = last_word = time.monotonic()
     sign = False
     try:
         while (waited := time.monotonic() - begin) < (LONGEST_S if sign else NO_SIGN_S):
             time.sleep(_POLL_S)
             nodes = look()
-            wanted_now = bundles(trials, nodes)
-            if not wanted_now:
+            missing_now = bundles(trials, nodes)
+            if not missing_now:
                 console.say(f"a machine has joined after {short_time(waited)}")
                 return nodes
             sign = sign or launching()
-            if time.monotonic() - said > WORD_EVERY_S:
-                said = time.monotonic()
+            if time.monotonic() - last_word > WORD_EVERY_S:
+                last_word = time.monotonic()
                 state = "it is starting machines" if sign else "no machine is starting yet"
                 console.say(f"waiting for {need} for {short_time(waited)}: {state}; see also `ray status`")
     finally:

@@ -57,12 +57,12 @@ class Demand:
 
     def per_worker(self) -> dict[str, float]:
         """What Ray holds for each worker, by Ray's names."""
-        held: dict[str, float] = {"CPU": self.cpus_per_worker}
+        amounts: dict[str, float] = {"CPU": self.cpus_per_worker}
         if self.gpus_per_worker:
-            held["GPU"] = self.gpus_per_worker
+            amounts["GPU"] = self.gpus_per_worker
         if self.accelerator is not None:
-            held[self.accelerator] = 0.001  # every node of the kind has 1 of it
-        return held
+            amounts[self.accelerator] = 0.001  # every node of the kind has 1 of it
+        return amounts
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ class Environment:
 
 def environment(variables: Mapping[str, str]) -> Environment:
     """Those of `variables` that trials need."""
-    wanted = {name: value for name, value in sorted(variables.items()) if name.startswith(PREFIXES)}
-    wanted.pop(SECRETS_FILE, None)
-    return split(wanted)
+    needed = {name: value for name, value in sorted(variables.items()) if name.startswith(PREFIXES)}
+    needed.pop(SECRETS_FILE, None)
+    return split(needed)
 
 
 def split(variables: Mapping[str, str]) -> Environment:
@@ -81,8 +81,8 @@ def for_workers(fixed: Mapping[str, str]) -> dict[str, object]:
     own = environment(os.environ)
     # Ray refuses a variable that the job's own runtime environment sets, too.
     job: dict[str, dict[str, object]] = json.loads(os.environ.get(_JOB_CONFIG) or "{}")
-    given = (job.get("runtime_env") or {}).get("env_vars") or {}
-    variables = {name: value for name, value in {**own.plain, **fixed}.items() if name not in given}  # type: ignore[operator]
+    set_by_job = (job.get("runtime_env") or {}).get("env_vars") or {}
+    variables = {name: value for name, value in {**own.plain, **fixed}.items() if name not in set_by_job}  # type: ignore[operator]
     settings: dict[str, object] = {"env_vars": variables}
     if own.secret:
         settings["worker_process_setup_hook"] = _setter(dict(own.secret))

@@ -146,21 +146,21 @@ class Jobs:
         """
         import aiohttp
 
-        seen, skip, failures = 0, 0, 0
+        shown, skip, failures = 0, 0, 0
 
         def take(text: str) -> None:
-            nonlocal seen, skip
+            nonlocal shown, skip
             fresh, skip = text[skip:], max(0, skip - len(text))
-            seen += len(fresh)
+            shown += len(fresh)
             if fresh:
                 show(mask(fresh))
 
         while True:
-            before = skip = seen  # the log comes from its beginning again
+            before = skip = shown  # the log comes from its beginning again
             try:
                 asyncio.run(self._log(job_id, take))
             except (RuntimeError, OSError, aiohttp.ClientError) as error:
-                failures = 0 if seen > before else failures + 1
+                failures = 0 if shown > before else failures + 1
                 if failures > RECONNECTS:
                     raise JobError(
                         f"the log of {job_id} cannot be read any more: {first_line(error)}; the job itself goes on: "
@@ -190,13 +190,13 @@ class Jobs:
         if not job.out:
             raise JobError(f"{job_id} was not submitted with ray-peft, so nothing says where its results are")
         variables = (details.runtime_env or {}).get("env_vars") or {}
-        wanted = {name: variables[name] for name in ("RAY_PEFT_OUTPUTS",) if name in variables}
+        folder_variables = {name: variables[name] for name in ("RAY_PEFT_OUTPUTS",) if name in variables}
         code = Path(packed_results.__file__).read_text(encoding="utf-8")
         reader = self._asked(
             lambda: self._client.submit_job(
                 entrypoint=f"{shlex.quote(python)} -c {shlex.quote(code)} {job.out}",
                 submission_id=f"fetch-{secrets.token_hex(4)}",
-                runtime_env={"env_vars": wanted},
+                runtime_env={"env_vars": folder_variables},
             )
         )
         until = time.monotonic() + FETCH_WITHIN_S

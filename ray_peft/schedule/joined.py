@@ -59,14 +59,16 @@ def in_use() -> str | None:
     until = time.monotonic() + FREED_WITHIN_S
     while True:
         everything, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
-        held = {kind: everything.get(kind, 0.0) - free.get(kind, 0.0) for kind in ("GPU", "CPU")}
-        if not any(amount > 0.01 for amount in held.values()):
+        in_use_by_kind = {kind: everything.get(kind, 0.0) - free.get(kind, 0.0) for kind in ("GPU", "CPU")}
+        if not any(amount > 0.01 for amount in in_use_by_kind.values()):
             return None
         if time.monotonic() > until:
             break
         time.sleep(0.2)
-    taken = " and ".join(f"{held[kind]:g} of {everything[kind]:g} {kind}s" for kind in held if held[kind] > 0.01)
-    return f"other jobs hold {taken} of the cluster: trials start as these become free"
+    amounts = " and ".join(
+        f"{amount:g} of {everything[kind]:g} {kind}s" for kind, amount in in_use_by_kind.items() if amount > 0.01
+    )
+    return f"other jobs hold {amounts} of the cluster: trials start as these become free"
 
 
 def check_shared(folder: Path) -> None:
@@ -93,18 +95,18 @@ def check_shared(folder: Path) -> None:
         return
     mark.touch()
     try:
-        asked = {
+        nodes_by_task = {
             sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(mark)): name
             for node, name in nodes.items()
         }
-        ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=SHARED_LOOK_S)
+        ready, late = ray.wait(list(nodes_by_task), num_returns=len(nodes_by_task), timeout=SHARED_LOOK_S)
         for reference in late:
             ray.cancel(reference, force=True)
         blind = []
         for reference in ready:
             with contextlib.suppress(ray.exceptions.RayError):
                 if not ray.get(reference):
-                    blind.append(asked[reference])
+                    blind.append(nodes_by_task[reference])
     finally:
         mark.unlink(missing_ok=True)
     if blind:

@@ -48,8 +48,8 @@ def spread(
         trials = [trial for trial in trials if trial.trial_id not in settled]
     left = {trial.trial_id for trial in trials}  # their cores are on the smallest kind's nodes alone
     stay = [run for run in decision.runs if run not in homeless or _ids(run) & left]
-    kept = {trial_id for run in stay for trial_id in _ids(run)}  # a pack stays whole
-    phases, at_once = phases_of([*stay, *(run for run in moved if not _ids(run) & kept)], nodes)
+    on_own_nodes = {trial_id for run in stay for trial_id in _ids(run)}  # a pack stays whole
+    phases, at_once = phases_of([*stay, *(run for run in moved if not _ids(run) & on_own_nodes)], nodes)
     return replace(decision, phases=phases, at_once=at_once)
 
 

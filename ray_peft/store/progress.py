@@ -148,11 +148,11 @@ class Reader:
         )
 
     def _driver(self) -> str:
-        said = _json(self._folder / DRIVER_FILE)
-        if not said:
+        record = _json(self._folder / DRIVER_FILE)
+        if not record:
             return "unknown"
-        silent = said["state"] == "running" and time.time() - float(said["at"]) > SILENT_S
-        return "silent" if silent else str(said["state"])
+        silent = record["state"] == "running" and time.time() - float(record["at"]) > SILENT_S
+        return "silent" if silent else str(record["state"])
 
     def _trial(self, trial_id: str) -> TrialProgress:
         live = _json(self._folder / "trials" / trial_id / LIVE_FILE)
