@@ -138,7 +138,7 @@ def test_trials_of_a_pack_that_is_killed_twice_go_on_together_and_then_by_themse
     assert (len(outcome.results), len(rows)) == (3, 2)
     for row in rows:
         folder = outcome.folder / "trials" / row.trial_id
-        assert row.resumed_from_step >= 14
+        assert row.resumed_from_step > 6  # of the attempt between both kills
         assert ["died" in reason for reason in row.restarts] == [True, True]
         assert row.pack_size == 1
         log = (folder / "log.txt").read_text()
