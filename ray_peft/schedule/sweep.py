@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def sweep(
         experiment.show(repeated.results, console)
         return repeated
     store = experiment.open_store(uri, space.tracking.experiment or space.name)
-    with ledger.locked(), driving(ledger.folder), callers_signals(), cluster.Connection(address) as ray:
+    with ledger.locked(), callers_signals(), cluster.Connection(address) as ray, ExitStack() as until_ended:
         plan = _plan(space, [] if fresh else _earlier_rows(ledger, console), inspector, console)
         notes += plan.earlier.notes
         console.say(f"{space.name}: {plan.total} trials, {plan.total - plan.missing} finished before")
@@ -126,6 +127,7 @@ def sweep(
             scheduler = Scheduler(nodes, gpu_memory_gib)
             for caution in cautions(scheduler.decide(plan.todo)):
                 console.say(caution)
+        until_ended.enter_context(driving(ledger.folder))
         if fresh:
             ledger.set_aside()
         opened = experiment.open_experiment(
