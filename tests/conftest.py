@@ -28,6 +28,8 @@ for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_PEFT_OUTPUTS"):
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell script starts background commands so, and what tests start would be as deaf to Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as under nohup
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; set before torch is loaded
 

@@ -13,6 +13,7 @@ from ray_peft.schedule.handout import resolver, seated, tasks_of
 from ray_peft.schedule.order import Order
 from ray_peft.schedule.packs import MOST_MEMBERS, by_themselves, packs
 from ray_peft.schedule.relay import Relay
+from ray_peft.schedule.stop import Stop
 from ray_peft.schedule.worker import ROW
 from ray_peft.spec import TrialSpec
 from ray_peft.spec.identity import settings
@@ -176,7 +177,7 @@ def test_what_happens_to_the_process_of_a_pack_happens_to_its_trials(tmp_path):
     ids = [trial.trial_id for trial in trials]
     run = Run(tuple(trials), decide([trials[0]], LAPTOP, {}).runs[0].demand)
     order, relay, told = Order([run]), Relay(tmp_path), Told()
-    events = Events(resolver(tasks_of([run])), told, order, relay)
+    events = Events(resolver(tasks_of([run])), told, order, relay, Stop(tmp_path / "stop"))
     host = SimpleNamespace(config=seated(order.next()), max_failures=0)
     events.start(host)
     assert host.max_failures == trials[0].resources.max_failures

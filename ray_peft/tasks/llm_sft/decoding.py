@@ -105,7 +105,7 @@ def unused_settings(model: ModelSpec) -> list[str]:
 
     Empty for a generation config that is missing or cannot be read: it is not needed.
     """
-    settings = _written(model.name, model.revision)
+    settings = written_settings(model.name, model.revision)
     ignored = (*_OF_NO_EFFECT, *_SAMPLING, *_BESIDE_ANSWERS)
     return sorted(
         name
@@ -131,7 +131,7 @@ def in_place_of_invalid(folder: str, revision: str | None) -> GenerationConfig |
     """
     from transformers import GenerationConfig
 
-    settings = _written(folder, revision)
+    settings = written_settings(folder, revision)
     try:
         GenerationConfig.from_dict(settings).validate()
     except (ValueError, TypeError, AttributeError):
@@ -141,7 +141,7 @@ def in_place_of_invalid(folder: str, revision: str | None) -> GenerationConfig |
     return None
 
 
-def _written(name: str, revision: str | None) -> dict[str, Any]:
+def written_settings(name: str, revision: str | None) -> dict[str, Any]:
     """The content of a model's generation_config.json; empty if the file is missing or cannot be read."""
     from transformers.utils.hub import cached_file
 

@@ -192,7 +192,11 @@ def base_key(spec: LlmTrialSpec, device: str) -> str | None:
         return None
     quantization = spec.quantization.plain() if spec.quantization is not None else None
     dtype = spec.method.weights_dtype(spec.model.dtype)
-    return json.dumps([fingerprint(spec.model), spec.model.plain(), dtype, quantization, device], sort_keys=True)
+    from ray_peft.tasks.llm_sft.decoding import written_settings
+
+    generation = written_settings(spec.model.name, spec.model.revision)  # loaded with the base; no part of its identity
+    known = [fingerprint(spec.model), spec.model.plain(), generation, dtype, quantization, device]
+    return json.dumps(known, sort_keys=True)
 
 
 def _check_finite(spec: LlmTrialSpec, model: PreTrainedModel) -> None:
