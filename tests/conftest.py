@@ -36,10 +36,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # One worker runs these, so that there is one Ray. test_cli.py comes first: it also looks at what happens without one.
 SHARED_RAY = (
     *(f"tests/end_to_end/test_{name}.py" for name in ("cli", "nothing_lost", "store_away", "sweep", "sweep_images")),
+    "tests/end_to_end/test_sweep_packs.py",
     "tests/unit/test_sizes.py",
 )
 # Files of long tests, most of which start sweeps as commands of their own: begun late, they would leave a worker idle.
-LONG = tuple(f"tests/end_to_end/test_{name}.py" for name in ("kills", "plan", "worker_killed"))
+LONG = tuple(f"tests/end_to_end/test_{name}.py" for name in ("kills", "compare", "jobs", "plan", "worker_killed"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
