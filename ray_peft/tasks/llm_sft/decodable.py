@@ -17,7 +17,7 @@ _ROUNDING = {True: 1e-4, False: 5e-2}
 """Largest allowed difference of scores, relative to the largest score: in float32 throughout (True) or not."""
 
 EIGHT_BITS = "its base in 8 bits looks for outliers in all rows of a pass"
-"""Why nothing is recorded, or put into lanes: LLM.int8() waits for the GPU to count the outliers."""
+"""Why nothing is recorded, or put into lanes: LLM.int8() waits for the GPU to find the outliers."""
 
 VIRTUAL_TOKENS = "virtual tokens are put before each row"
 """Why rows and prompts cannot lie in lanes: PEFT's wrapper adds these tokens, and lanes call the model inside it."""
