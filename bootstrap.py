@@ -52,7 +52,7 @@ QUICKSTART = [
     ["python", "-m", "ray_peft.quickstart", "--out", "assets"],
     ["ray-peft", "sweep", "search_spaces/quickstart.yaml", "--out", "outputs/quickstart"],
 ]
-TEST = [["python", "-m", "pytest", "-n", "2", "-m", "not gpu"]]
+TEST = [["python", "-m", "pytest", "-n", "2", "-m", "not gpu and not long"]]
 TEST_GPU = [["python", "-m", "pytest", "-m", "gpu"]]
 SOAK = [["python", "benchmarks/soak.py", "outputs/soak.json"]]
 LINT = [["ruff", "check"], ["ruff", "format", "--check"], ["mypy", "ray_peft", "jobs"]]

@@ -54,7 +54,7 @@ def check_clean(running, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+@pytest.mark.parametrize("victim", [pytest.param("raylet", marks=pytest.mark.long), "gcs_server"])
 def test_a_local_ray_that_dies_is_replaced_in_the_same_sweep(sweep, tmp_path, victim):
     running = sweep(steps=60, train__checkpoint_every=5)
     running.until(lambda: running.steps("lora") > 12 and "none" in running.rows())
@@ -135,6 +135,7 @@ def test_a_driver_that_is_killed_leaves_no_process_and_the_next_start_no_open_ru
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_second_ctrl_c_ends_at_once_with_whole_files(sweep, tmp_path):
     running = sweep()
     running.until(lambda: running.steps("lora") > 0 and "none" in running.rows())
