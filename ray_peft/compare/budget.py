@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 Seconds: TypeAlias = Callable[[str, int, int, int], float]
@@ -116,47 +117,37 @@ def plan(methods: Sequence[str], seconds: Seconds, time_s: float, limits: Limits
     Raises:
         TooShort: there is none.
     """
+    planned = partial(_planned, methods=methods, seconds=seconds, limits=limits, overhead_s=overhead_s)
     for shape in SHAPES:
         for rows in _fewer_rows(limits):
-            unscored = _planned(shape, methods, seconds, 0, rows, limits, overhead_s)
+            unscored = planned(shape, 0, rows)
             if unscored.whole_s > EVALUATION_SHARE * time_s and rows != _fewest(limits):
                 continue
-            steps = _most_steps(shape, methods, seconds, SAFETY * time_s, rows, limits, overhead_s)
+            steps = _most_steps(partial(planned, shape, rows=rows), SAFETY * time_s, limits.steps)
             if steps >= min(shape.enough_steps, limits.steps):
-                return _planned(shape, methods, seconds, steps, rows, limits, overhead_s)
+                return planned(shape, steps, rows)
             break
     least = SHAPES[-1]
-    needed = _planned(least, methods, seconds, least.enough_steps, _fewest(limits), limits, overhead_s)
+    needed = planned(least, least.enough_steps, _fewest(limits))
     raise TooShort(needed.whole_s / SAFETY)
 
 
-def _most_steps(
-    shape: Shape,
-    methods: Sequence[str],
-    seconds: Seconds,
-    time_s: float,
-    rows: tuple[int, int],
-    limits: Limits,
-    overhead_s: float,
-) -> int:
-    """Steps of the answer's trials that fit; 0 if none does."""
-
-    def fits(steps: int) -> bool:
-        return _planned(shape, methods, seconds, steps, rows, limits, overhead_s).whole_s <= time_s
-
-    low, high = 0, limits.steps + 1
+def _most_steps(planned: Callable[[int], Plan], time_s: float, most: int) -> int:
+    """Steps of the answer's trials that fit into a time, `most` at most; 0 if none does."""
+    low, high = 0, most + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if planned(middle).whole_s <= time_s else (low, middle)
     return low
 
 
 def _planned(
     shape: Shape,
-    methods: Sequence[str],
-    seconds: Seconds,
     answer_steps: int,
     rows: tuple[int, int],
+    *,
+    methods: Sequence[str],
+    seconds: Seconds,
     limits: Limits,
     overhead_s: float,
 ) -> Plan:

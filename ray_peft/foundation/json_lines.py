@@ -34,6 +34,23 @@ def read_lines(path: Path, kind: type[ValueT]) -> list[ValueT]:
     return values
 
 
+def added_lines(path: Path, offset: int) -> tuple[list[bytes], int]:
+    """The whole lines from `offset` on, and the offset after them: another process adds to the file meanwhile.
+
+    Args:
+        path: of the file; where there is none, there are no lines.
+        offset: bytes that were read before.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read()
+    except FileNotFoundError:
+        return [], offset
+    whole = content[: content.rfind(b"\n") + 1]
+    return whole.split(b"\n")[:-1], offset + len(whole)
+
+
 def problem(error: ValidationError) -> str:
     """The first problem of a value, with its dotted key."""
     first = error.errors(include_url=False)[0]

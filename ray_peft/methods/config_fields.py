@@ -48,16 +48,16 @@ def check_fields(kind: str, fields: dict[str, Any], *, key: str) -> None:
         )
     config = config_type(kind)
     types = typing.get_type_hints(config)
-    names = [field.name for field in dataclasses.fields(config) if field.init and field.name not in _NOT_OURS]
+    names = [
+        field.name for field in dataclasses.fields(config) if field.init and field.name not in _NOT_OURS | _OURS.keys()
+    ]
     problems = []
     for name, value in fields.items():
         if name in _OURS:
             problems.append(f"{key}.{name}: is {_OURS[name]} here; write it there")
         elif name not in names:
-            near = difflib.get_close_matches(name, [n for n in names if n not in _OURS], n=1)
-            suggestion = (
-                f"did you mean {near[0]}?" if near else f"it has {', '.join(n for n in names if n not in _OURS)}"
-            )
+            near = difflib.get_close_matches(name, names, n=1)
+            suggestion = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
             problems.append(f"{key}.{name}: PEFT's {config.__name__} has no such field that can be set; {suggestion}")
         elif not _fits(types[name], value):
             problems.append(f"{key}.{name}: must be {_words(types[name])} (found {value!r})")

@@ -247,13 +247,7 @@ def nodes_now(*, measured: bool = True) -> list[Node]:
     Args:
         measured: ask their GPUs what they are and what is free, which takes a moment.
     """
-    import ray
-
-    alive = [
-        node
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
-        if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
-    ]
+    alive = alive_nodes()
     gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in alive}
     memory = _gpu_memory(gpus) if measured else {}
     return [
@@ -276,9 +270,7 @@ def _gpu_memory(gpus: dict[str, int]) -> dict[str, list[GpuMemory]]:
         gpus: how many each node has.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    @ray.remote(num_cpus=0, num_gpus=0.51, max_retries=0)  # more than half, so that no two look at the same
     def look() -> GpuMemory | None:
         from ray_peft.foundation.nvml import gpu_memory
 
@@ -290,19 +282,55 @@ def _gpu_memory(gpus: dict[str, int]) -> dict[str, list[GpuMemory]]:
         again = gpu_memory(visible[0])
         return max(first, again, key=lambda gpu: gpu.free_gib) if again is not None else first
 
+    by_node: dict[str, list[GpuMemory]] = {}
+    nodes = [node for node, count in gpus.items() for _ in range(count)]
+    # More than half of a GPU, so that no two look at the same; somebody else may hold one, which is late then.
+    for node, memory in answers_of(nodes, look, within_s=GPU_LOOK_S, num_gpus=0.51):
+        if memory is not None:
+            by_node.setdefault(node, []).append(memory)
+    return by_node
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """What Ray says of the nodes that run trials."""
+    import ray
+
+    return [
+        node
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
+    ]
+
+
+def answers_of(
+    nodes: Sequence[str], ask: Callable[[], ResultT], *, within_s: float, num_gpus: float = 0
+) -> list[tuple[str, ResultT]]:
+    """What `ask` returns on each node, with the node's id; nothing of one that fails there or is late.
+
+    Args:
+        nodes: ids; one that stands here twice is asked twice.
+        ask: runs in a process of that node.
+        within_s: seconds to wait for all of them.
+        num_gpus: that it holds while it runs.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    @ray.remote(num_cpus=0, num_gpus=num_gpus, max_retries=0)
+    def task() -> ResultT:  # Ray takes functions alone
+        return ask()
+
     node_of = {
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): node
-        for node, count in gpus.items()
-        for _ in range(count)
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): node
+        for node in nodes
     }
     if not node_of:
-        return {}
-    ready, late = ray.wait(list(node_of), num_returns=len(node_of), timeout=GPU_LOOK_S)
-    for reference in late:  # somebody else holds that GPU
+        return []
+    ready, late = ray.wait(list(node_of), num_returns=len(node_of), timeout=within_s)
+    for reference in late:
         ray.cancel(reference, force=True)
-    by_node: dict[str, list[GpuMemory]] = {}
+    answers = []
     for reference in ready:
         with contextlib.suppress(ray.exceptions.RayError):
-            if (memory := ray.get(reference)) is not None:
-                by_node.setdefault(node_of[reference], []).append(memory)
-    return by_node
+            answers.append((node_of[reference], ray.get(reference)))
+    return answers

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ray_peft.errors import PlacementError
@@ -78,35 +78,15 @@ def check_shared(folder: Path) -> None:
         PlacementError: one of them does not.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     mark = folder / f".shared-{os.urandom(4).hex()}"
-
-    @ray.remote(num_cpus=0, max_retries=0)
-    def sees(path: str) -> bool:
-        return os.path.exists(path)
-
-    nodes = {
-        node["NodeID"]: str(node["NodeManagerHostname"])
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
-        if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
-    }
+    nodes = {node["NodeID"]: str(node["NodeManagerHostname"]) for node in cluster.alive_nodes()}
     if set(nodes) <= {ray.get_runtime_context().get_node_id()}:
         return
     mark.touch()
     try:
-        nodes_by_task = {
-            sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(mark)): name
-            for node, name in nodes.items()
-        }
-        ready, late = ray.wait(list(nodes_by_task), num_returns=len(nodes_by_task), timeout=SHARED_LOOK_S)
-        for reference in late:
-            ray.cancel(reference, force=True)
-        blind = []
-        for reference in ready:
-            with contextlib.suppress(ray.exceptions.RayError):
-                if not ray.get(reference):
-                    blind.append(nodes_by_task[reference])
+        answers = cluster.answers_of(list(nodes), partial(os.path.exists, str(mark)), within_s=SHARED_LOOK_S)
+        blind = [nodes[node] for node, seen_there in answers if not seen_there]
     finally:
         mark.unlink(missing_ok=True)
     if blind:

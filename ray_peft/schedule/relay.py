@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ray_peft.foundation.json_lines import added_lines
+
 POLL_S = 0.2
 _END = "ended"
 
@@ -20,7 +22,6 @@ class Relay:
 
     def open(self, trial_id: str) -> None:
         """Make the file; after what a process that was killed left in the middle of a line, a new one begins."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._write(trial_id, "\n")
 
     def put(self, trial_id: str, report: Mapping[str, Any]) -> None:
@@ -35,10 +36,8 @@ class Relay:
         """All reports of a trial, those to come as well, until its end."""
         offset = 0
         while True:
-            text = self._read(trial_id, offset)
-            whole = text[: text.rfind(b"\n") + 1]
-            offset += len(whole)
-            for line in whole.splitlines():
+            lines, offset = added_lines(self._file(trial_id), offset)
+            for line in lines:
                 try:
                     report = json.loads(line)
                 except ValueError:  # cut off by a kill
@@ -46,16 +45,8 @@ class Relay:
                 if _END in report:
                     return
                 yield report
-            if not whole:
+            if not lines:
                 time.sleep(POLL_S)
-
-    def _read(self, trial_id: str, offset: int) -> bytes:
-        try:
-            with self._file(trial_id).open("rb") as file:
-                file.seek(offset)
-                return file.read()
-        except FileNotFoundError:
-            return b""
 
     def _write(self, trial_id: str, text: str) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from ray_peft.schedule import watch, worker
 from ray_peft.schedule.decide import Demand, Run
@@ -93,10 +93,10 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     order = Order(work.runs)
     packs = any(run.is_pack for run in work.runs)
     if work.propose is not None:
-        settings |= {"search_alg": _searcher(work.propose, stop), "num_samples": work.samples}
+        settings |= {"search_alg": _searcher(_proposals(work.propose, stop)), "num_samples": work.samples}
     elif packs:
         seats = sum(1 + len(run.trials) if run.is_pack else 1 for run in work.runs)
-        settings |= {"search_alg": _in_order(order, stop), "num_samples": seats}
+        settings |= {"search_alg": _searcher(_seats(order, stop)), "num_samples": seats}
     else:
         space = {TRIAL: tune.grid_search(list(range(len(work.runs))))}
     tasks = tasks_of(work.runs)
@@ -140,52 +140,50 @@ def _many_pending() -> Iterator[None]:
             del os.environ[name]
 
 
-def _in_order(order: Order, stop: Stop) -> Any:
-    """Tune's side of an order."""
+def _seats(order: Order, stop: Stop) -> Callable[[], dict[str, Any] | Literal["later"] | None]:
+    """The trials of an order, those of a pack once it has started; none after a stop."""
+
+    def suggest() -> dict[str, Any] | Literal["later"] | None:
+        seat = None if stop.asked else order.next()
+        if seat is None:
+            return "later" if order.left else None
+        return seated(seat)
+
+    return suggest
+
+
+def _proposals(propose: Callable[[], Run | None], stop: Stop) -> Callable[[], dict[str, Any] | None]:
+    """The trials of a search; none after a stop."""
+
+    def suggest() -> dict[str, Any] | None:
+        run = None if stop.asked else propose()
+        return None if run is None else proposed(run)
+
+    return suggest
+
+
+def _searcher(suggest: Callable[[], dict[str, Any] | Literal["later"] | None]) -> Any:
+    """Tune's side of what gives a trial's configuration, None at the end, or "later" where there is none yet."""
     from ray.tune.search import Searcher
 
-    class Seats(_OfThisProcess, Searcher):
+    class Suggestions(_OfThisProcess, Searcher):
         def suggest(self, trial_id: str) -> Any:
-            seat = None if stop.asked else order.next()
-            if seat is None:
-                return None if order.left else Searcher.FINISHED
-            return seated(seat)
+            config = suggest()
+            if config is None:
+                return Searcher.FINISHED
+            return None if config == "later" else config
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-            """Rows reach the sweep through the receiver."""
+            """Rows reach the sweep through the receiver, lost ones too."""
 
         def save(self, checkpoint_path: str) -> None:
             """Rows are the memory of a sweep: what Tune asks for stays empty."""
             Path(checkpoint_path).touch()
 
         def restore(self, checkpoint_path: str) -> None:
-            """Nothing was kept."""
+            """There is nothing to restore."""
 
-    return Seats()
-
-
-def _searcher(propose: Callable[[], Run | None], stop: Stop) -> Any:
-    """Tune's side of a search."""
-    from ray.tune.search import Searcher
-
-    class Proposals(_OfThisProcess, Searcher):
-        def suggest(self, trial_id: str) -> Any:
-            run = None if stop.asked else propose()
-            if run is None:
-                return Searcher.FINISHED
-            return proposed(run)
-
-        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-            """Rows reach the search through the receiver, lost ones too."""
-
-        def save(self, checkpoint_path: str) -> None:
-            """Rows are the memory of a search: what Tune asks for stays empty."""
-            Path(checkpoint_path).touch()
-
-        def restore(self, checkpoint_path: str) -> None:
-            """Nothing was kept."""
-
-    return Proposals()
+    return Suggestions()
 
 
 def _trainable(opened: Experiment, handout_file: Path, stop_file: Path) -> Callable[..., None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from ray_peft.engine.recovery import answers
 from ray_peft.engine.trained import Report
 from ray_peft.errors import RayPeftError, TrialFailed, first_line
 from ray_peft.foundation.quiet import quiet_libraries
+from ray_peft.foundation.regularly import regularly
 from ray_peft.foundation.storage import error_line
 from ray_peft.foundation.units import GIB
 from ray_peft.schedule.decide import Demand
@@ -290,21 +290,15 @@ def _memory_limit(room_gib: float | None, device: str) -> Iterator[None]:
 def _stopped_by(file: Path | None) -> Iterator[None]:
     """Tell this process to stop as soon as `file` is there."""
     stopping.forget()
-    ended = threading.Event()
 
     def look() -> None:
-        while not ended.wait(STOP_LOOK_S):
-            if file is not None and file.exists():
-                stopping.tell()
-                return
+        if file is not None and file.exists():
+            stopping.tell()
 
-    thread = threading.Thread(target=look, name="stop", daemon=True)
-    thread.start()
     try:
-        yield
+        with regularly(look, STOP_LOOK_S, "stop"):
+            yield
     finally:
-        ended.set()
-        thread.join()
         stopping.forget()
 
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import platform
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ray_peft.errors import DataError
+from ray_peft.foundation.json_lines import added_lines
+from ray_peft.foundation.regularly import regularly
 from ray_peft.foundation.storage import writing
 from ray_peft.trial.live import CANCEL_FILE, LIVE_FILE
 
@@ -71,7 +72,6 @@ def has_row(trial: TrialProgress) -> bool:
 @contextlib.contextmanager
 def driving(folder: Path) -> Iterator[None]:
     """Say in the sweep's folder that its driver runs, until it has ended; a disk that is full stops nothing."""
-    ending = threading.Event()
 
     def write(state: str) -> None:
         text = json.dumps({"state": state, "at": time.time(), "host": platform.node(), "pid": os.getpid()})
@@ -80,20 +80,13 @@ def driving(folder: Path) -> Iterator[None]:
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, folder / DRIVER_FILE)
 
-    def beat() -> None:
-        while not ending.wait(BEAT_S):
-            write("running")
-
     for request in folder.glob(f"trials/*/{CANCEL_FILE}"):  # of an earlier run of the sweep
         request.unlink(missing_ok=True)
     write("running")
-    thread = threading.Thread(target=beat, name="driver-beat", daemon=True)
-    thread.start()
     try:
-        yield
+        with regularly(lambda: write("running"), BEAT_S, "driver-beat"):
+            yield
     finally:
-        ending.set()
-        thread.join()
         write("ended")
 
 
@@ -183,12 +176,8 @@ class Reader:
             return
         if path.stat().st_size < self._read:  # set aside by `--fresh`
             self._rows, self._read = {}, 0
-        with path.open("rb") as file:
-            file.seek(self._read)
-            content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self._read += len(whole)
-        for line in whole.split(b"\n"):
+        lines, self._read = added_lines(path, self._read)
+        for line in lines:
             if line.strip():
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     row = _ended(json.loads(line))

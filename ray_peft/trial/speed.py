@@ -110,14 +110,14 @@ def measured(result: TrialResult, points: Sequence[Point], workload: Workload) -
     if times is None:
         return None
     step_s, timed = times
-    scored_row_s = _scored_row_s(points, result.steps, workload)
+    in_between = _evaluations(points, result.steps)
+    scored_row_s = _each(median(in_between), workload) if in_between else None
     if scored_row_s is None and not answered:
         scored_row_s = _each(usage.evaluate_s, workload)
     if answered:
         of_loss = workload.scored_rows * (scored_row_s or step_s / spec.train.batch_size * FORWARD_SHARE)
         settings["answers_s"] = max(0.0, usage.evaluate_s - of_loss)
-    in_between = _scored_in_between(points, result.steps)
-    rest = usage.wall_time_s - usage.evaluate_s - step_s * result.steps - in_between
+    rest = usage.wall_time_s - usage.evaluate_s - step_s * result.steps - sum(in_between)
     return Speed(**settings, step_s=step_s, scored_row_s=scored_row_s, rest_s=max(0.0, rest), timed=timed)
 
 
@@ -146,15 +146,6 @@ def _evaluations(points: Sequence[Point], steps: int) -> list[float]:
         for before, after in zip(points, points[1:], strict=False)
         if "eval_loss" in after[2] and "train_loss" in before[2] and before[0] == after[0] < steps
     ]
-
-
-def _scored_row_s(points: Sequence[Point], steps: int, workload: Workload) -> float | None:
-    times = _evaluations(points, steps)
-    return _each(median(times), workload) if times else None
-
-
-def _scored_in_between(points: Sequence[Point], steps: int) -> float:
-    return sum(_evaluations(points, steps))
 
 
 def predicted(
