@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--text-steps", type=int, default=40)
     parser.add_argument("--image-steps", type=int, default=300)
     options = parser.parse_args()
-    found: dict[str, Any] = {
+    measurements: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "gpu": torch.cuda.get_device_name() if DEVICE != "cpu" else None,
         "package": str(Path(ray_peft.__file__).parent),
@@ -173,12 +173,14 @@ def main() -> None:
     }
     for name, work in works.items():
         try:
-            found[name] = work()
+            measurements[name] = work()
         except Exception as error:  # a part that fails is a row
-            found[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-2500:]}
-        print(name, json.dumps(found[name]), flush=True)
+            measurements[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-2500:]}
+        print(name, json.dumps(measurements[name]), flush=True)
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"before_{options.name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (options.out / f"before_{options.name}.json").write_text(
+            json.dumps(measurements, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -182,20 +182,20 @@ def here(case: Case, kind: str, folder: Path, model: str, dolly: str) -> dict[st
 
 def ratios(case: Case, cells: dict[str, dict[str, Any]]) -> dict[str, float]:
     """How many times as long the other ways take as packed trials."""
-    found: dict[str, float] = {}
+    by_way: dict[str, float] = {}
     packed = cells.get("packed", {}).get("seconds")
     if packed and "seconds" in cells.get("shared", {}):
-        found["shared"] = cells["shared"]["seconds"] / packed
+        by_way["shared"] = cells["shared"]["seconds"] / packed
     if packed and "seconds" in cells.get("apart", {}):
         walls = [usage["wall_time_s"] for usage in cells["apart"]["usage"]]
         whole = cells["apart"]["seconds"] + (case.trials - len(walls)) * min(walls)  # later ones have warm libraries
-        found |= {"apart": whole / packed, "apart_makespan_s": whole}
+        by_way |= {"apart": whole / packed, "apart_makespan_s": whole}
     if "seconds" in cells.get("here", {}) and "seconds" in cells.get("here_apart", {}):
         pack, single = cells["here"], cells["here_apart"]
-        found["here"] = single["seconds"] / single["trials"] * case.trials / pack["seconds"]
+        by_way["here"] = single["seconds"] / single["trials"] * case.trials / pack["seconds"]
         seconds = [sum(usage["train_s"] for usage in cell["usage"]) / cell["trials"] for cell in (single, pack)]
-        found["here_training"] = seconds[0] / seconds[1]
-    return found
+        by_way["here_training"] = seconds[0] / seconds[1]
+    return by_way
 
 
 def main() -> None:

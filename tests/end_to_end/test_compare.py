@@ -66,7 +66,7 @@ def test_a_comparison_is_planned_edited_run_and_gone_on_with(
         ("none", 2): 1, ("full", 2): 1, ("lora", 2): 1
     }  # fmt: skip
     steps = [{row.steps for row in results[rung] if row.spec.method.name != "none"} for rung in RUNGS[1:]]
-    assert [len(each) for each in steps] == [1, 1, 1]  # every method has as many
+    assert [len(of_rung) for of_rung in steps] == [1, 1, 1]  # every method has as many
     assert min(steps[0]) < min(steps[1]) < min(steps[2])
     for rung in RUNGS[1:]:
         assert {row.spec.evaluation.split for row in results[rung]} == {"test" if rung == "3_answer" else "validation"}

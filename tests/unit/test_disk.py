@@ -97,10 +97,10 @@ def test_clean_shows_what_it_would_remove_and_never_a_result(tmp_path, monkeypat
     monkeypatch.setenv("RAY_PEFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("RAY_PEFT_OUTPUTS", str(tmp_path / "outputs"))
     out = tmp_path / "outputs" / "sweep"
-    kept = ["results.jsonl", "sweep.json", "trials/a/result.json", "trials/a/adapter/adapter.safetensors",
+    results = ["results.jsonl", "sweep.json", "trials/a/result.json", "trials/a/adapter/adapter.safetensors",
             "trials/b/stage1/checkpoint-5/state.pt"]  # fmt: skip
     gone = ["ray/tune-1/handout.pickle", "trials/a/.x.partial/y", "trials/b/stage1/.checkpoint-9.partial/state.pt"]
-    for name in [*kept, *gone]:
+    for name in [*results, *gone]:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("{}")
     cached = tmp_path / "cache" / "latents" / "key"
@@ -110,10 +110,10 @@ def test_clean_shows_what_it_would_remove_and_never_a_result(tmp_path, monkeypat
     said = capsys.readouterr().out
     assert f"1.0 MiB  {cached}" in said
     assert "ray-peft clean --yes" in said
-    assert all((out / name).exists() for name in [*kept, *gone])
+    assert all((out / name).exists() for name in [*results, *gone])
     assert cli.main(["clean", "--yes"]) == 0
     assert [name for name in gone if (out / name).exists()] == []
-    assert [name for name in kept if not (out / name).exists()] == []
+    assert [name for name in results if not (out / name).exists()] == []
     assert not cached.exists()
     with Ledger(out).locked():
         (out / "ray").mkdir()

@@ -50,10 +50,10 @@ def forecast(trials):
 def formed(trials, nodes, told=forecast, **more):
     card = Card(ANY, 12.0) if nodes[0].gpus else None
     sizes = {trial.trial_id: Size(prediction(2)) for trial in trials} if card else {}
-    found = packs(trials, nodes, card, sizes, told, **more)
-    decision = decide(trials, nodes, sizes, packs=found)
+    formed_packs = packs(trials, nodes, card, sizes, told, **more)
+    decision = decide(trials, nodes, sizes, packs=formed_packs)
     assert sorted(trial.trial_id for run in decision.runs for trial in run.trials) == sorted(t.trial_id for t in trials)
-    return [len(pack.trials) for pack in found], decision
+    return [len(pack.trials) for pack in formed_packs], decision
 
 
 def ranks(count, **changes):

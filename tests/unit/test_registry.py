@@ -61,7 +61,7 @@ def test_runs_name_their_data_sets_source_and_group(store, tmp_path):
     finish_sweep(store, parent, "FINISHED", metrics={}, files={}, results=[result, result])
     client = client_of(store)
     run, sweep = client.get_run(run_id), client.get_run(parent)
-    contexts = [[entry.tags[0].value for entry in each.inputs.dataset_inputs] for each in (run, sweep)]
+    contexts = [[entry.tags[0].value for entry in mlflow_run.inputs.dataset_inputs] for mlflow_run in (run, sweep)]
     assert [sorted(context) for context in contexts] == [["testing", "training"]] * 2
     assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"dolly"}
     assert run.data.tags["mlflow.source.name"].startswith("ray-peft: ")

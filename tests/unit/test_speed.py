@@ -58,7 +58,7 @@ def test_stages_are_weighed_by_their_steps():
 @pytest.mark.parametrize(
     "changes",
     [{"status": "failed"}, {"resumed_from_step": 2}, {"restarts": ["killed"]}],
-    ids=lambda each: next(iter(each)),
+    ids=lambda changes: next(iter(changes)),
 )
 def test_trials_that_did_not_run_in_one_go_measure_nothing(changes):
     whole = result(spec(), steps=4, wall_s=9.0, evaluate_s=1.0)
@@ -88,8 +88,8 @@ def test_rates_and_steps_are_no_part_of_a_shape_and_the_rest_is():
     first = speed.key(spec(), "model", "a CPU, 2 threads")
     same = [spec({"name": "lora", "rank": 4, "lr": 0.5}), spec(train__steps=40), spec(seed=3)]
     other = [spec({"name": "lora", "rank": 8}), spec(train__batch_size=4), spec(model__dtype="bfloat16")]
-    assert {speed.key(each, "model", "a CPU, 2 threads") for each in same} == {first}
-    assert first not in {speed.key(each, "model", "a CPU, 2 threads") for each in other}
+    assert {speed.key(trial, "model", "a CPU, 2 threads") for trial in same} == {first}
+    assert first not in {speed.key(trial, "model", "a CPU, 2 threads") for trial in other}
     assert first != speed.key(spec(), "model", "a CPU, 1 threads")
     assert first != speed.key(spec(), "another model", "a CPU, 2 threads")
 
@@ -99,14 +99,14 @@ def test_fewer_times_do_not_take_the_place_of_more(tmp_path, monkeypatch):
     answered = {"answers_s": 3.0, "answered_rows": 4, "new_tokens": 8}
     speed.remember("a", speed.Speed(step_s=1.0, row_tokens=50.0, rest_s=1.0, timed=4, **answered))
     speed.remember("a", speed.Speed(step_s=9.0, row_tokens=50.0, rest_s=1.0, timed=2))
-    kept = speed.read("a")
-    assert kept is not None
-    assert (kept.step_s, kept.answers_s) == (1.0, 3.0)
+    remembered = speed.read("a")
+    assert remembered is not None
+    assert (remembered.step_s, remembered.answers_s) == (1.0, 3.0)
     speed.remember("a", speed.Speed(step_s=2.0, row_tokens=50.0, rest_s=8.0, timed=30))
-    kept = speed.read("a")
-    assert kept is not None
-    assert (kept.step_s, kept.answers_s) == (2.0, 3.0)
-    assert kept.rest_s == 1.0  # the later one imported libraries, too
+    remembered = speed.read("a")
+    assert remembered is not None
+    assert (remembered.step_s, remembered.answers_s) == (2.0, 3.0)
+    assert remembered.rest_s == 1.0  # the later one imported libraries, too
     (tmp_path / "speed" / "a.json").write_text("{")
     assert speed.read("a") is None
 

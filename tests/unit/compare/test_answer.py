@@ -23,34 +23,34 @@ def chosen(method, tried):
 
 
 def test_the_cheapest_of_those_that_none_is_shown_to_beat_is_taken(folder):
-    found = answer(read_material(folder), {})
-    text = " ".join(found.lines)
-    assert found.take is not None
-    assert found.take.method.name == "lora"  # ties with full, whose memory is greater
-    assert found.lines[0].startswith("Take lora (learning rate 0.0002): ROUGE-L 0.")
-    assert "120 test rows, mean of 2 seeds; the untouched base: ROUGE-L 0." in found.lines[0]
-    assert "Not shown to differ from it: " in found.lines[1]
-    assert "full (learning rate 2e-05)" in found.lines[1].partition("Shown to be worse")[0]
-    assert "7.40 GiB" in found.lines[2]
-    assert "the least memory of the" in found.lines[2]
+    verdict = answer(read_material(folder), {})
+    text = " ".join(verdict.lines)
+    assert verdict.take is not None
+    assert verdict.take.method.name == "lora"  # ties with full, whose memory is greater
+    assert verdict.lines[0].startswith("Take lora (learning rate 0.0002): ROUGE-L 0.")
+    assert "120 test rows, mean of 2 seeds; the untouched base: ROUGE-L 0." in verdict.lines[0]
+    assert "Not shown to differ from it: " in verdict.lines[1]
+    assert "full (learning rate 2e-05)" in verdict.lines[1].partition("Shown to be worse")[0]
+    assert "7.40 GiB" in verdict.lines[2]
+    assert "the least memory of the" in verdict.lines[2]
     assert "Caution" not in text
 
 
 @pytest.mark.parametrize(("tried", "caution"), [((0.0002, 0.001), True), ((0.00004, 0.001), False)])
 def test_a_rate_at_the_edge_of_those_tried_is_named(folder, tried, caution):
-    found = answer(read_material(folder), chosen("lora", tried))
-    assert ("Caution: at the edge of those tried: lora" in found.lines[3]) == caution
+    verdict = answer(read_material(folder), chosen("lora", tried))
+    assert ("Caution: at the edge of those tried: lora" in verdict.lines[3]) == caution
 
 
 def test_settings_are_chosen_inside_each_method_by_the_loss_and_failed_trials_are_passed_over(folder):
     rows = read_results(folder)
-    found = best(rows, 1)
-    assert "none" not in found
+    best_settings = best(rows, 1)
+    assert "none" not in best_settings
     for method in ("full", "lora"):
         finished = [row for row in rows if row.spec.method.name == method and row.status == "finished"]
         lowest = min(finished, key=lambda row: row.scores.eval_loss)
-        assert found[method].trials == (lowest.spec,)
-        assert found[method].loss == lowest.scores.eval_loss
+        assert best_settings[method].trials == (lowest.spec,)
+        assert best_settings[method].loss == lowest.scores.eval_loss
     assert len(best(rows, 2)["lora"].trials) == 2
     assert len(best(rows, 2)["galore"].trials) == 1  # the other one failed
 
@@ -61,6 +61,6 @@ def test_without_a_trained_method_there_is_no_answer(folder, tmp_path):
             line + "\n" for line in (folder / "results.jsonl").read_text().splitlines() if '"trial_id": "none' in line
         )
     )
-    found = answer(read_material(tmp_path), {})
-    assert found.take is None
-    assert found.lines[0].startswith("No answer: ")
+    verdict = answer(read_material(tmp_path), {})
+    assert verdict.take is None
+    assert verdict.lines[0].startswith("No answer: ")

@@ -26,19 +26,19 @@ def by_hand(found):
 
 @pytest.mark.parametrize("time_s", [400, 900, 3600, 7200, 36_000])
 def test_a_plan_fills_its_time_and_no_more(time_s):
-    found = plan(METHODS, seconds, time_s, LIMITS, 10.0)
-    assert found.whole_s == pytest.approx(by_hand(found))
-    assert found.whole_s <= 0.9 * time_s
-    fewest_steps = next(shape for shape in SHAPES if shape.rates == found.rates and shape.seeds == found.seeds)
-    assert found.answer_steps >= fewest_steps.enough_steps
-    one_more = 2 * 3.0 * found.seeds + found.rates * 3.0  # at most: a step more in every trial
-    assert found.whole_s > 0.9 * time_s - one_more * 2 or found.answer_steps == LIMITS.steps
+    planned = plan(METHODS, seconds, time_s, LIMITS, 10.0)
+    assert planned.whole_s == pytest.approx(by_hand(planned))
+    assert planned.whole_s <= 0.9 * time_s
+    fewest_steps = next(shape for shape in SHAPES if shape.rates == planned.rates and shape.seeds == planned.seeds)
+    assert planned.answer_steps >= fewest_steps.enough_steps
+    one_more = 2 * 3.0 * planned.seeds + planned.rates * 3.0  # at most: a step more in every trial
+    assert planned.whole_s > 0.9 * time_s - one_more * 2 or planned.answer_steps == LIMITS.steps
 
 
 def test_more_time_gives_more_rates_steps_seeds_and_rows():
     plans = [plan(METHODS, seconds, time_s, LIMITS, 10.0) for time_s in (400, 3600, 36_000)]
     for name in ("rates", "seeds", "answer_steps", "validation_rows", "test_rows"):
-        values = [getattr(found, name) for found in plans]
+        values = [getattr(planned, name) for planned in plans]
         assert values == sorted(values), name
     assert plans[0].test_rows >= FEWEST_ROWS
     assert (plans[-1].validation_rows, plans[-1].test_rows) == (250, 500)
@@ -49,10 +49,10 @@ def test_steps_end_at_three_epochs_however_long_the_time():
 
 
 def test_rungs_double_the_steps_and_the_last_is_the_longest():
-    found = plan(METHODS, seconds, 36_000, LIMITS, 10.0)
-    assert found.longer
-    assert found.search_steps == pytest.approx(found.answer_steps / 4, abs=1)
-    assert found.longer_steps == pytest.approx(found.answer_steps / 2, abs=1)
+    planned = plan(METHODS, seconds, 36_000, LIMITS, 10.0)
+    assert planned.longer
+    assert planned.search_steps == pytest.approx(planned.answer_steps / 4, abs=1)
+    assert planned.longer_steps == pytest.approx(planned.answer_steps / 2, abs=1)
 
 
 def test_a_time_in_which_nothing_fits_is_refused_with_the_time_that_is_enough():
@@ -64,9 +64,9 @@ def test_a_time_in_which_nothing_fits_is_refused_with_the_time_that_is_enough():
 
 
 def test_steps_give_way_where_the_rungs_before_took_longer():
-    found = plan(METHODS, seconds, 3600, LIMITS, 10.0)
-    assert shortened(found, found.answer_s, 1.0) == found.answer_steps
-    assert shortened(found, found.answer_s, 0.5) == found.answer_steps  # faster than predicted adds none
-    fewer = shortened(found, found.answer_s, 1.5)
-    assert 1.5 * (found.answer_s - (found.answer_steps - fewer) * found.answer_step_s) <= found.answer_s
-    assert shortened(found, 0.0, 1.0) == max(found.search_steps, found.longer_steps)
+    planned = plan(METHODS, seconds, 3600, LIMITS, 10.0)
+    assert shortened(planned, planned.answer_s, 1.0) == planned.answer_steps
+    assert shortened(planned, planned.answer_s, 0.5) == planned.answer_steps  # faster than predicted adds none
+    fewer = shortened(planned, planned.answer_s, 1.5)
+    assert 1.5 * (planned.answer_s - (planned.answer_steps - fewer) * planned.answer_step_s) <= planned.answer_s
+    assert shortened(planned, 0.0, 1.0) == max(planned.search_steps, planned.longer_steps)

@@ -11,8 +11,8 @@ ASKED = {"model": "a", "hours": 2.0, "methods": ["lora"], "gpu_memory_gib": None
 
 @pytest.fixture
 def written(tmp_path):
-    found = plan(["lora"], lambda *_: 1.0, 600, Limits(40, 20, 20, answers=True), 10.0)
-    journal = Journal(tmp_path, ASKED, plan=found, left_out={"full": "too large"})
+    planned = plan(["lora"], lambda *_: 1.0, 600, Limits(40, 20, 20, answers=True), 10.0)
+    journal = Journal(tmp_path, ASKED, plan=planned, left_out={"full": "too large"})
     with journal.timed("1_search"):
         pass
     return journal

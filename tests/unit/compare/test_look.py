@@ -30,23 +30,23 @@ def seen(tiny_model, tmp_path):
     ],
 )
 def test_the_recipe_is_recognised_from_the_fields(seen, row, recipe):
-    found = seen([row] * 3)
-    assert (found.recipe, found.rows, found.usable, found.repeated) == (recipe, 3, 3, 2)
+    first_look = seen([row] * 3)
+    assert (first_look.recipe, first_look.rows, first_look.usable, first_look.repeated) == (recipe, 3, 3, 2)
     question, answer = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", "I.<|im_end|>\n"
     markers = ("<|im_start|>", "<|im_end|>")
     text = question + answer
     for marker in markers:
         text = text.replace(marker, "*")
-    assert found.length(0.5) == len(text)  # a byte is a token here
-    assert found.answer_length(0.5) == len("I.*")
+    assert first_look.length(0.5) == len(text)  # a byte is a token here
+    assert first_look.answer_length(0.5) == len("I.*")
 
 
 def test_rows_that_cannot_be_used_are_counted_by_reason(seen):
     good = [{"prompt": f"Who is {number}?", "completion": "I."} for number in range(4)]
-    found = seen([*good, {"prompt": "Who?", "completion": " "}, {"prompt": "Who?"}])
-    assert (found.rows, found.usable, found.repeated) == (6, 4, 0)
-    assert found.unusable["empty answer"] == 1
-    assert sum(found.unusable.values()) == 2
+    first_look = seen([*good, {"prompt": "Who?", "completion": " "}, {"prompt": "Who?"}])
+    assert (first_look.rows, first_look.usable, first_look.repeated) == (6, 4, 0)
+    assert first_look.unusable["empty answer"] == 1
+    assert sum(first_look.unusable.values()) == 2
 
 
 @pytest.mark.parametrize(

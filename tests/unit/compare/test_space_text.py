@@ -56,7 +56,7 @@ def test_every_method_has_equally_many_rates_around_its_default(name, on_gpu):
             plain = {"model": {"name": "a", "dtype": dtype}, "data": {"sources": sources}, "train": train}
             spec = TrialSpec.from_plain(plain | {"method": method.at(factor)})
             rates.append([stage.lr for _, stage in spec.method.parts()])
-        assert len({tuple(each) for each in rates}) == len(factors)
+        assert len({tuple(of_method) for of_method in rates}) == len(factors)
         default = TrialSpec.from_plain(plain | {"method": {"name": name}}).method
         assert [stage.lr for _, stage in default.parts()] in rates
         for first, last in zip(rates[0], rates[-1], strict=True):
@@ -68,8 +68,8 @@ def test_every_method_has_equally_many_rates_around_its_default(name, on_gpu):
 def test_every_method_that_may_be_named_can_be_made_with_several_rates(name, on_gpu):
     (method,) = candidates([name], on_gpu=on_gpu, hidden_size=64)
     entries = [method.at(factor) for factor in FACTORS[3]]
-    made = [TypeAdapter(AnyMethod).validate_json(json.dumps(entry)) for entry in entries]
-    rates = [[stage.lr for _, stage in each.parts()] for each in made]
+    methods = [TypeAdapter(AnyMethod).validate_json(json.dumps(entry)) for entry in entries]
+    rates = [[stage.lr for _, stage in with_rate.parts()] for with_rate in methods]
     assert rates[0] < rates[1] < rates[2]
 
 

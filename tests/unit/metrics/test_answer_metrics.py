@@ -34,16 +34,16 @@ def test_short_answers_need_as_many_references():
 
 
 def test_checks_by_hand():
-    found = check(
+    checks = check(
         ["one two three four five", "", "no no no no no no no no", "北京是首都"],
         ["one two three four five six seven eight nine ten", "x", "no", "Peking is the capital"],
         [True, True, False, None],
     )
-    assert found.ended == pytest.approx(2 / 3)
-    assert found.empty == 0.25
-    assert found.length == pytest.approx((0.5 + 5 / 4) / 2)  # of 0.5, 0, 8 and 5 / 4
-    assert found.repeating == 0.25
-    assert found.same_script == pytest.approx(2 / 3)  # the empty answer has none
+    assert checks.ended == pytest.approx(2 / 3)
+    assert checks.empty == 0.25
+    assert checks.length == pytest.approx((0.5 + 5 / 4) / 2)  # of 0.5, 0, 8 and 5 / 4
+    assert checks.repeating == 0.25
+    assert checks.same_script == pytest.approx(2 / 3)  # the empty answer has none
 
 
 def test_a_text_without_repetition_repeats_nothing():

@@ -34,37 +34,37 @@ def test_counts_of_who_is_right_by_hand():
 
 
 def test_rows_stand_with_their_answers_first_where_systems_differ():
-    found = material([(trial("none"), POOR), (trial("lora"), [*POOR[:39], REFERENCES[39]])])
-    found = Material(title="t", results=found.results, answers=found.answers, prompts={39: "Which cat?"})
-    (questions,) = blocks(found, Questions)
+    compared = material([(trial("none"), POOR), (trial("lora"), [*POOR[:39], REFERENCES[39]])])
+    compared = Material(title="t", results=compared.results, answers=compared.answers, prompts={39: "Which cat?"})
+    (questions,) = blocks(compared, Questions)
     assert len(questions.questions) == 40
     first = questions.questions[0]
     assert (first.number, first.prompt, first.reference) == (39, "Which cat?", REFERENCES[39])
     assert dict(zip(questions.systems, first.scores, strict=True)) == {"lora": 1.0, "none": 0.5}
-    text = to_html(build(found))
+    text = to_html(build(compared))
     assert len(re.findall(r'<details data-scores="', text)) == 40
     assert f'data-scores="{" ".join(f"{score:g}" for score in first.scores)}"' in text
 
 
 def test_long_answers_are_cut_and_many_are_left_out(monkeypatch):
     monkeypatch.setattr(rowwise, "BUDGET", 5_000)
-    found = material([(trial("none"), POOR), (trial("lora"), ["x" * 5_000 for _ in REFERENCES])])
-    (questions,) = blocks(found, Questions)
-    said = " ".join(block.text for block in blocks(found, Paragraph))
+    compared = material([(trial("none"), POOR), (trial("lora"), ["x" * 5_000 for _ in REFERENCES])])
+    (questions,) = blocks(compared, Questions)
+    said = " ".join(block.text for block in blocks(compared, Paragraph))
     assert f"{40 - len(questions.questions)} others are left out" in said
     assert 0 < len(questions.questions) < 10
     assert "[4400 more characters in answers.jsonl]" in " ".join(questions.questions[0].answers)
 
 
 def test_any_two_trials_can_be_laid_side_by_side():
-    found = material([(trial("lora", seed=1), POOR), (trial("lora", seed=2), POOR), (trial("full"), POOR)])
-    (block,) = comparison(found.rows)
+    compared = material([(trial("lora", seed=1), POOR), (trial("lora", seed=2), POOR), (trial("full"), POOR)])
+    (block,) = comparison(compared.rows)
     settings = dict(block.settings)
     assert set(settings["seed"]) == {"1", "2", "42"}
     assert "method.rank" in settings
     assert None in settings["method.rank"]
-    assert comparison(found.rows[:1]) == []
-    page = to_html(build(found))
+    assert comparison(compared.rows[:1]) == []
+    page = to_html(build(compared))
     data = re.search(r'<div class="comparison" data-settings="([^"]*)"', page)[1].replace("&quot;", '"')
     assert json.loads(data)["trials"] == list(block.trials)
     Page(page)
@@ -72,7 +72,7 @@ def test_any_two_trials_can_be_laid_side_by_side():
 
 def test_hostile_labels_and_answers_stay_data():
     bad = "</script><script>alert(1)</script>\"'&"
-    found = material([(trial("none"), [bad] * 40), (trial("lora", model={"tokenizer": bad}), POOR)])
-    text = to_html(build(found))
+    compared = material([(trial("none"), [bad] * 40), (trial("lora", model={"tokenizer": bad}), POOR)])
+    text = to_html(build(compared))
     assert text.count("<script") == 1
     Page(text)

@@ -28,16 +28,16 @@ def spans(found):
 
 
 def test_each_gpu_has_a_lane_and_what_is_between_its_trials_is_a_gap():
-    found = lanes(rows([ran("lora", 0, 10, gpu="0"), ran("full", 14, 20, gpu="0"), ran("qlora", 5, 30, gpu="1")]))
-    assert spans(found) == {"h GPU 0": [("lora", 0, 10), ("full", 14, 20)], "h GPU 1": [("qlora", 5, 30)]}
-    first, second = found
+    gpu_lanes = lanes(rows([ran("lora", 0, 10, gpu="0"), ran("full", 14, 20, gpu="0"), ran("qlora", 5, 30, gpu="1")]))
+    assert spans(gpu_lanes) == {"h GPU 0": [("lora", 0, 10), ("full", 14, 20)], "h GPU 1": [("qlora", 5, 30)]}
+    first, second = gpu_lanes
     assert (first.busy_s, first.gaps(30.0)) == (16, [(10, 14), (20, 30)])
     assert second.gaps(30.0) == [(0, 5)]
 
 
 def test_trials_that_share_a_gpu_have_places_and_old_rows_end_when_their_seconds_are_over():
-    found = lanes(rows([ran("lora", 0, seconds=20.0), ran("full", 5, seconds=5.0), ran("qlora", 12, seconds=9.5)]))
-    assert spans(found) == {
+    gpu_lanes = lanes(rows([ran("lora", 0, seconds=20.0), ran("full", 5, seconds=5.0), ran("qlora", 12, seconds=9.5)]))
+    assert spans(gpu_lanes) == {
         "h GPU, place 1": [("lora", 0, 20.0)],
         "h GPU, place 2": [("full", 5, 10.0), ("qlora", 12, 21.5)],
     }

@@ -85,11 +85,11 @@ def test_storage(text):
 
 def test_ties_of_the_whole_sweep(text):
     tiers, matrix, pairs = tables(text, "Which differences are shown")
-    assert [each[1] for each in tiers[1:]] == ["1", "1", "2", "2", "2", "2", "3"]
-    names = [each[0].partition(": ")[2] for each in matrix[1:]]
-    assert names == [each[0] for each in tiers[1:]]
+    assert [cells_of_row[1] for cells_of_row in tiers[1:]] == ["1", "1", "2", "2", "2", "2", "3"]
+    names = [cells_of_row[0].partition(": ")[2] for cells_of_row in matrix[1:]]
+    assert names == [cells_of_row[0] for cells_of_row in tiers[1:]]
     assert matrix[0][1:] == list("ABCDEFG")
-    cells = [each[1:] for each in matrix[1:]]
+    cells = [cells_of_row[1:] for cells_of_row in matrix[1:]]
     for row in range(7):
         for column in range(7):
             one, other = cells[row][column], cells[column][row]
