@@ -10,29 +10,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import shutil
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-from ray_peft import cli_jobs, cli_live
-from ray_peft.console import Console, abandon_output, prepare_streams
-from ray_peft.errors import ClusterLost, RayPeftError, ReportLost, StorageError
-from ray_peft.foundation.masking import mask
+from ray_peft import cli_jobs, cli_kept, cli_live
+from ray_peft.cli_arguments import add_trust, count, names, positive
+from ray_peft.console import INTERRUPTED, UNSENT, Console, abandon_output, prepare_streams, print_text, short_path
+from ray_peft.errors import ClusterLost, RayPeftError, ReportLost
 from ray_peft.foundation.processes import end_now
 from ray_peft.foundation.quiet import quiet_libraries
 from ray_peft.foundation.storage import error_line
 from ray_peft.schedule.environment import take_secrets
 from ray_peft.schedule.signals import stopping
-
-INTERRUPTED = 130
-UNSENT = 3
-"""Exit code: all trials finished, but the tracking store lacks some of what they gave."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # `ray job stop` and `kill` send SIGTERM: end as after Ctrl-C, with every finished trial kept.
         with stopping(_end_now):
             code: int = options.act(options)
-        _say(flush=True)
+        print_text(flush=True)
     except BrokenPipeError:  # as in `ray-peft plan FILE | head`
         abandon_output()
         return 141
@@ -71,22 +63,6 @@ def _failed(text: str) -> int:
     return 2
 
 
-def _say(text: str = "", *, flush: bool = False) -> None:
-    """Print text to standard output.
-
-    Raises:
-        BrokenPipeError: nobody reads it any more.
-        StorageError: it cannot be written.
-    """
-    try:
-        print(text, end="\n" if text else "", flush=flush)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        abandon_output()
-        raise StorageError(f"cannot write to standard output: {error.strerror}") from None
-
-
 def _end_now() -> None:
     """A second Ctrl-C."""
     with contextlib.suppress(OSError):
@@ -104,9 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("compare", help="find out which method is best for a model and a file of rows")
     command.add_argument("model", help="a folder, or a Hugging Face id")
     command.add_argument("data", help="a file or a folder of rows, or a Hugging Face id; its recipe is recognised")
-    command.add_argument("--hours", type=_positive, default=2.0, metavar="H", help="time for all of it; default: 2")
+    command.add_argument("--hours", type=positive, default=2.0, metavar="H", help="time for all of it; default: 2")
     command.add_argument(
-        "--methods", type=_names, metavar="NAME,...", help="methods to compare; default: full,lora,qlora,galore"
+        "--methods", type=names, metavar="NAME,...", help="methods to compare; default: full,lora,qlora,galore"
     )
     command.add_argument(
         "--metric",
@@ -128,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("run", help="run one trial as a Ray Train job")
     command.add_argument("spec", nargs="?", help="a YAML file that holds one trial")
     command.add_argument("--mlflow-run", metavar="RUN_ID", help="run the trial of this MLflow run again")
-    _add_trust(command)
+    add_trust(command)
     _add_common(command, "folder for results; default: outputs/<trial id>")
     command.set_defaults(act=_run)
 
@@ -137,11 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument(
-        "--gpu-memory-gib", type=_positive, metavar="GIB", help="memory of a GPU: say which trials fit, and how"
+        "--gpu-memory-gib", type=positive, metavar="GIB", help="memory of a GPU: say which trials fit, and how"
     )
-    command.add_argument("--gpus", type=_count, default=1, metavar="N", help="GPUs of that memory; default: 1")
+    command.add_argument("--gpus", type=count, default=1, metavar="N", help="GPUs of that memory; default: 1")
     command.add_argument(
-        "--cpus", type=_count, metavar="N",
+        "--cpus", type=count, metavar="N",
         help="CPU cores beside them; default: those of this machine, or what a trial asks for if that is more",
     )  # fmt: skip
     command.add_argument("--gpu", metavar="NAME", help="the GPU's name, such as 'NVIDIA H200', for its own overheads")
@@ -155,87 +131,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="DIR", help="write the prepared rows, examples and the report there")
     command.set_defaults(act=_data)
 
-    command = commands.add_parser("report", help="write a sweep's report again and print its table")
-    command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart")
-    command.add_argument(
-        "--loss-steps", type=_steps, metavar="STEP,...",
-        help="optimizer steps at which losses are compared, such as 50,1000,3714; default: report.loss_steps of the "
-        "search space, else about six over the run",
-    )  # fmt: skip
-    command.set_defaults(act=_report)
-
-    command = commands.add_parser("sync", help="send what an MLflow server that was away lacks of a sweep")
-    command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart")
-    command.add_argument("--tracking-uri", help="MLflow store; default: the sweep's own")
-    command.set_defaults(act=_sync)
-
-    command = commands.add_parser(
-        "clean", help="show, or remove, what is not needed: caches and what kills left behind"
-    )
-    command.add_argument("sweeps", nargs="*", metavar="DIR", help="sweeps' folders; default: all in outputs")
-    command.add_argument("--yes", action="store_true", help="remove it; results, adapters and checkpoints stay")
-    command.set_defaults(act=_clean)
-
-    command = commands.add_parser("export", help="write a trial's adapter or merged model in another dtype")
-    command.add_argument("run", metavar="RUN_ID", help="the trial's MLflow run")
-    command.add_argument(
-        "--format",
-        choices=("adapter", "merged"),
-        default="adapter",
-        help="the adapter alone (the default), or the base with the adapter merged into it",
-    )
-    command.add_argument("--dtype", choices=tuple(_DTYPES), default="bf16", help="of the weights; default: bf16")
-    command.add_argument("--out", metavar="DIR", help="a new folder; default: exports/<trial id>-<format>-<dtype>")
-    command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
-    _add_trust(command)
-    command.set_defaults(act=_export)
-
-    command = commands.add_parser("promote", help="register a trial's adapter as a model version with the alias best")
-    command.add_argument("trial", help="a trial's id from the report, or the id of its MLflow run")
-    command.add_argument("name", help="the registered model's name, such as support-answers")
-    command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
-    command.set_defaults(act=_promote)
-
-    command = commands.add_parser("ui", help="open the MLflow UI on the results")
-    command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
-    command.add_argument("--port", type=int, default=5000, help="default: 5000")
-    command.set_defaults(act=_ui)
-
+    cli_kept.add_commands(commands)
     cli_live.add_commands(commands)
     cli_jobs.add_commands(commands, _add_settings)
 
     command = commands.add_parser("doctor", help="what this machine can do")
     command.set_defaults(act=_doctor)
     return parser
-
-
-def _steps(text: str) -> tuple[int, ...]:
-    """Steps from a comma-separated list."""
-    return tuple(_count(part.strip()) for part in text.split(","))
-
-
-def _positive(text: str) -> float:
-    """A finite number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0 (found {text!r})")
-    return number
-
-
-def _count(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0 (found {text!r})")
-    return int(text)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """Names from a comma-separated list."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _add_common(command: argparse.ArgumentParser, out: str) -> None:
@@ -248,15 +150,8 @@ def _add_places(command: argparse.ArgumentParser) -> None:
     command.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else a local one is started")
     command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
     command.add_argument(
-        "--gpu-memory-gib", type=_positive, metavar="GIB",
+        "--gpu-memory-gib", type=positive, metavar="GIB",
         help="treat every GPU as if it had this much memory: trials are placed for it and cannot take more",
-    )  # fmt: skip
-
-
-def _add_trust(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--trust-remote-code", action="store_true",
-        help="run Python code that the MLflow run's model or benchmarks bring; such a run is refused without it",
     )  # fmt: skip
 
 
@@ -284,7 +179,7 @@ def _compare(options: argparse.Namespace) -> int:
         request, out=options.out, address=options.address, tracking_uri=options.tracking_uri, console=Console()
     )
     comparison = comparing.run(plan_only=options.plan_only)
-    _say("\n" + "\n".join(comparison.lines))
+    print_text("\n" + "\n".join(comparison.lines))
     if not comparison.finished:
         return 1
     return UNSENT if comparison.unsent else 0
@@ -305,7 +200,7 @@ def _sweep(options: argparse.Namespace) -> int:
         gpu_memory_gib=options.gpu_memory_gib,
         console=console,
     )
-    console.say(f"\nreport: {_short(outcome.folder / 'report.html')}, the same as text: report.md")
+    console.say(f"\nreport: {short_path(outcome.folder / 'report.html')}, the same as text: report.md")
     console.say(f"MLflow: {_ui_command(options.tracking_uri)}")
     if outcome.interrupted:
         console.say("interrupted; the same command runs the missing trials")
@@ -366,11 +261,11 @@ def _plan(options: argparse.Namespace) -> int:
     seconds = predicted_seconds(decision, options.gpu) if decision is not None else None
     code = 1 if options.strict and decision is not None and not decision.all_fit else 0
     if options.json:
-        _say(json.dumps([plan.plain(trial, decision, seconds) for trial in trials], indent=2))
+        print_text(json.dumps([plan.plain(trial, decision, seconds) for trial in trials], indent=2))
         return code
     named = labels({trial.trial_id: trial for trial in trials})
-    _say("\n".join(plan.lines(trials, named, decision, seconds)))
-    _say(f"{len(trials)} trials, checked: no weights were loaded")
+    print_text("\n".join(plan.lines(trials, named, decision, seconds)))
+    print_text(f"{len(trials)} trials, checked: no weights were loaded")
     return code
 
 
@@ -378,149 +273,26 @@ def _data(options: argparse.Namespace) -> int:
     from ray_peft import data_report
 
     reports = data_report.report_data(options.space, options.overrides, options.profile)
-    _say(json.dumps(data_report.plain(reports), indent=2) if options.json else data_report.table(reports))
+    print_text(json.dumps(data_report.plain(reports), indent=2) if options.json else data_report.table(reports))
     if options.out is not None:
         written = data_report.write(reports, Path(options.out))
         for path in written:  # standard output holds JSON alone, where JSON was asked for
-            print(f"written: {_short(path)}", file=sys.stderr if options.json else sys.stdout)
+            print(f"written: {short_path(path)}", file=sys.stderr if options.json else sys.stdout)
     data_report.raise_if_refused(reports)
     return 0
-
-
-def _report(options: argparse.Namespace) -> int:
-    from ray_peft.errors import DataError
-    from ray_peft.report.files import write_report
-    from ray_peft.report.plain import console_table
-    from ray_peft.store.results_file import read_results
-
-    folder = Path(options.sweep)
-    finished = (folder / "results.jsonl").is_file()
-    if not finished and not (folder / "sweep.json").is_file():
-        raise DataError(f"{folder}: holds no results.jsonl; give the folder of a sweep, such as outputs/quickstart")
-    written = write_report(folder, loss_steps=options.loss_steps)
-    _say(console_table(read_results(folder) if finished else []))
-    _say("\n" + "\n".join(f"written: {_short(path)}" for path in written))
-    return 0
-
-
-def _sync(options: argparse.Namespace) -> int:
-    from ray_peft.schedule.sync import sync
-
-    lacking = sync(Path(options.sweep), options.tracking_uri, Console())
-    if not lacking:
-        _say("the tracking store has all of this sweep")
-    return UNSENT if lacking else 0
-
-
-def _clean(options: argparse.Namespace) -> int:
-    from ray_peft import clean
-    from ray_peft.schedule.experiment import outputs_folder
-
-    sweeps = [Path(name) for name in options.sweeps] or clean.sweeps_in(outputs_folder())
-    clean.check_sweeps(sweeps)
-    removable = clean.cached()
-    with contextlib.ExitStack() as holding:
-        for folder in sweeps:
-            if holding.enter_context(clean.unused(folder)):
-                removable += clean.left_in(folder)
-            else:
-                _say(f"{_short(folder)} is in use, and stays as it is")
-        for item in removable:
-            _say(f"{item.num_bytes / 2**20:9.1f} MiB  {_short(item.path)}")
-            if options.yes:
-                clean.remove(item)
-    total = f"{sum(item.num_bytes for item in removable) / 2**20:.1f} MiB"
-    _say(f"{total} removed" if options.yes else f"{total} can be removed: ray-peft clean --yes")
-    return 0
-
-
-_DTYPES: dict[str, Literal["bfloat16", "float16", "float32"]] = {
-    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"
-}  # fmt: skip
-
-
-def _export(options: argparse.Namespace) -> int:
-    from ray_peft.export import export
-    from ray_peft.schedule.experiment import tracking_uri
-    from ray_peft.space.read import TrackingSpec
-
-    uri = tracking_uri(options.tracking_uri, TrackingSpec())
-    exported = export(
-        options.run, form=options.format, dtype=_DTYPES[options.dtype], out=options.out, tracking_uri=uri,
-        trust_remote_code=options.trust_remote_code,
-    )  # fmt: skip
-    size = f"{exported.num_bytes / 2**20:.1f} MiB"
-    _say(f"{exported.folder}: {exported.format} of {exported.trial_id} in {exported.dtype}, {size}")
-    _say(f"held-out loss {exported.eval_loss_before:.4f} as saved, {exported.eval_loss_after:.4f} as exported")
-    return 0
-
-
-def _promote(options: argparse.Namespace) -> int:
-    from ray_peft.schedule.experiment import tracking_uri
-    from ray_peft.space.read import TrackingSpec
-    from ray_peft.store import tracking
-
-    uri = tracking_uri(options.tracking_uri, TrackingSpec())
-    promoted = tracking.promote(uri, options.trial, options.name)
-    _say(f"{promoted.trial_id}: version {promoted.version} of {promoted.name}, {promoted.uri}")
-    return 0
-
-
-def _ui(options: argparse.Namespace) -> int:
-    from ray_peft.foundation.processes import end_group
-    from ray_peft.schedule.experiment import outputs_folder, tracking_uri
-    from ray_peft.space.read import TrackingSpec
-    from ray_peft.store import tracking
-
-    uri = tracking_uri(options.tracking_uri, TrackingSpec())
-    if uri.startswith(("http://", "https://")):
-        _say(f"MLflow runs at {mask(uri)}")
-        return 0
-    command = tracking.ui_command(uri, outputs_folder() / "mlartifacts", options.host, options.port)
-    _check_port(options.host, options.port)
-    _say(f"MLflow UI: http://{options.host}:{options.port}  (store {mask(uri)}; Ctrl-C ends it)", flush=True)
-    # A group of its own: the command starts a server below it, and both must end.
-    server = subprocess.Popen(command, env=tracking.ui_environment(), start_new_session=True)
-    try:
-        return server.wait() or 1  # it ended by itself
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        end_group(server)
-
-
-def _check_port(host: str, port: int) -> None:
-    """Raise a TrackingError if nothing can listen there."""
-    from ray_peft.errors import TrackingError
-
-    try:
-        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        raise TrackingError(f"ui: cannot listen on {host}:{port} ({error}); choose another --port or --host") from None
 
 
 def _doctor(_: argparse.Namespace) -> int:
     from ray_peft.doctor import examine, render
 
     findings = examine()
-    _say(render(findings))
+    print_text(render(findings))
     return 1 if any(finding.level == "problem" for finding in findings) else 0
-
-
-def _short(path: Path) -> str:
-    """The path from here if it lies below, else whole."""
-    try:
-        return str(path.absolute().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 def _ui_command(uri: str | None) -> str:
     """The command as it must be typed here: inside a virtual environment that is not active, with its path."""
     program = Path(sys.argv[0])
-    name = "python -m ray_peft" if program.name == "__main__.py" else _short(program)
+    name = "python -m ray_peft" if program.name == "__main__.py" else short_path(program)
     name = "ray-peft" if shutil.which("ray-peft") else name
     return f"{name} ui --tracking-uri {uri}" if uri and "@" not in uri else f"{name} ui"

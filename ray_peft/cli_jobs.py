@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_peft.console import INTERRUPTED
 from ray_peft.foundation.durations import short_time
 from ray_peft.foundation.masking import mask
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 _OF_THIS_MACHINE = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE", "HF_TOKEN_PATH")
 """Variables that name folders of the user's own; `--env` sends them all the same."""
-_INTERRUPTED = 130
 
 
 def add_commands(commands: Any, add_settings: Callable[[argparse.ArgumentParser], None]) -> None:
@@ -135,12 +135,12 @@ def _follow(jobs: Jobs, job_id: str) -> int:
         job = jobs.follow(job_id, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         print(f"\nno longer followed; the job goes on. To end it: ray-peft stop {job_id} --address {jobs.address}")
-        return _INTERRUPTED
+        return INTERRUPTED
     print(_line(job))
     if job.state == "SUCCEEDED":
         return 0
     if job.state == "STOPPED":
-        return _INTERRUPTED
+        return INTERRUPTED
     if job.exit_code is None:
         print(job.message)
     return job.exit_code or 1

@@ -7,7 +7,15 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
+
+from ray_peft.errors import StorageError
+
+INTERRUPTED = 130
+"""Exit code: the user stopped it."""
+UNSENT = 3
+"""Exit code: all trials finished, but the tracking store lacks some of what they gave."""
 
 
 def prepare_streams() -> None:
@@ -30,6 +38,30 @@ def abandon_output() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
+
+
+def print_text(text: str = "", *, flush: bool = False) -> None:
+    """Print text to standard output.
+
+    Raises:
+        BrokenPipeError: nobody reads it any more.
+        StorageError: it cannot be written.
+    """
+    try:
+        print(text, end="\n" if text else "", flush=flush)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        abandon_output()
+        raise StorageError(f"cannot write to standard output: {error.strerror}") from None
+
+
+def short_path(path: Path) -> str:
+    """The path from here if it lies below, else whole."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
 
 
 class Console:

@@ -19,7 +19,8 @@ ROOMS = (
     # many trials: what is kept of them, what it says, and what runs where
     "store", "report", "schedule", "compare",
     # what people call
-    "export", "data_report", "clean", "quickstart", "doctor", "console", "cli_jobs", "cli_live", "cli", "__main__", "",
+    "export", "data_report", "clean", "quickstart", "doctor", "console",
+    "cli_arguments", "cli_jobs", "cli_kept", "cli_live", "cli", "__main__", "",
 )  # fmt: skip
 """From the bottom up: folders and files of ray_peft; "" is ray_peft itself."""
 
