@@ -67,7 +67,7 @@ class Live:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Take metrics of an optimizer step."""
         self._step = step
-        self._metrics |= metrics
+        self._metrics = {**self._metrics, **metrics}  # never changed in place: the thread that writes may read it
 
     def count(self, step: int, tokens: int) -> None:
         """Take how many tokens were trained on up to a step."""
@@ -121,24 +121,25 @@ class Live:
         return (points[-1][1] - points[0][1]) / seconds, tokens / seconds if tokens else None
 
 
-class _Beats(threading.Thread):
-    """Writes the files of this process's trials."""
+class _Beats:
+    """Writes the files of this process's trials, in a thread that begins with the first of them."""
 
     def __init__(self) -> None:
-        super().__init__(name="live", daemon=True)
         self._live: weakref.WeakSet[Live] = weakref.WeakSet()
         self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
 
     def add(self, live: Live) -> None:
         """Write this one, too."""
         with self._lock:
             self._live.add(live)
-            if not self.is_alive():
-                self.start()
+            if self._thread is None or not self._thread.is_alive():  # it may have died, or stayed in a forked process
+                self._thread = threading.Thread(target=self._write, name="live", daemon=True)
+                self._thread.start()
 
-    def run(self) -> None:
-        while True:
-            time.sleep(BEAT_S)
+    def _write(self) -> None:
+        never = threading.Event()
+        while not never.wait(BEAT_S):
             with self._lock:
                 running = list(self._live)
             for live in running:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +65,25 @@ def test_a_running_trial_tells_its_step_loss_speed_and_time_left(sweep, monkeypa
     writer.close()
     writer.beat()
     assert not (folder / LIVE_FILE).exists()
+
+
+def test_trials_are_written_again_after_their_writer_died(sweep, monkeypatch):
+    _, specs, folder = sweep
+    monkeypatch.setattr(live, "BEAT_S", 0.01)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(live, "_BEATS", live._Beats())
+
+    def written(writer: Live) -> bool:
+        until = time.monotonic() + 5
+        while not (folder / LIVE_FILE).exists() and live._BEATS._thread.is_alive() and time.monotonic() < until:
+            time.sleep(0.005)
+        writer.close()
+        return live._BEATS._thread.is_alive()
+
+    broken = Live(folder, specs[1], "cpu")
+    broken.phase = lambda: 1 / 0
+    assert not written(broken)
+    assert written(Live(folder, specs[1], "cpu"))
 
 
 def test_a_trial_or_driver_that_was_killed_is_silent(sweep, monkeypatch):
@@ -140,7 +161,7 @@ def test_watch_ends_with_the_sweep(sweep, monkeypatch, capsys):
             ledger.add(result_of(specs[2]))
             (ledger.folder / progress.DRIVER_FILE).write_text(json.dumps({"state": "ended", "at": 0}))
 
-        monkeypatch.setattr(cli_live.time, "sleep", later)
+        monkeypatch.setattr(cli_live, "time", SimpleNamespace(sleep=later))
         assert cli.main(["watch", str(ledger.folder), "--json"]) == 0
     first, last = map(json.loads, capsys.readouterr().out.splitlines())
     assert [trial["state"] for trial in first["trials"]] == ["finished", "waiting", "waiting"]
