@@ -8,8 +8,23 @@ from gone_on import CASES, assert_same_trial, attempt, case_spec
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture
+def deterministic(monkeypatch):
+    """Convolutions and sums whose order does not change: two undisturbed trials of a UNet differ in the last bit."""
+    import torch
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_a_resumed_trial_is_the_undisturbed_one(exact, tiny_model, questions, tiny_painter, paintings, tmp_path, case):
+def test_a_resumed_trial_is_the_undisturbed_one(
+    exact, deterministic, tiny_model, questions, tiny_painter, paintings, tmp_path, case
+):
     data = ((tiny_model, questions), (tiny_painter, paintings))
     undisturbed = attempt(case_spec(case, *data), tmp_path / "whole", device="cuda:0")
     spec = case_spec(case, *data, train__checkpoint_every=3)
