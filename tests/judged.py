@@ -7,6 +7,8 @@ from typing import Any
 
 import tiny
 
+from ray_peft.tasks.llm_sft.steps import StepOrder
+
 PAIRS = [
     {
         "prompt": f"Say {index}." + " Please." * (index % 5),
@@ -26,10 +28,8 @@ Log = list[dict[str, float]]
 def plain_spec(model: Path, rows: Path, method: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     """A trial of 12 steps of 8 pairs, 4 a pass, three quarters of whose rows are trained on."""
     objective = changes.pop("train__objective", "dpo")
-    plain = tiny.plain_spec(
-        model, rows, method, train__steps=12, train__micro_batch_size=4, train__objective=objective,
-        evaluation__generate=False, **changes,
-    )  # fmt: skip
+    sizes = {"train__steps": 12, "train__micro_batch_size": 4, "evaluation__generate": False}
+    plain = tiny.plain_spec(model, rows, method, train__objective=objective, **sizes | changes)
     source = plain["data"]["sources"][0]
     source["recipe"] = "labelled" if "labelled" in rows.name else "preference"
     return plain
@@ -117,27 +117,50 @@ def _trainer(spec: Any) -> tuple[Any, Any, dict[str, Any]]:
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
+        def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
+            return {name: feature[f"kept_{name}"] for name in ORPO_COLUMNS}
+
     return Tokenised, config, more
+
+
+ORPO_COLUMNS = [
+    f"{side}_{kind}" for side in ("chosen", "rejected") for kind in ("input_ids", "attention_mask", "labels")
+] + ["prompt_input_ids", "prompt_attention_mask"]
 
 
 def _as_trl(bench: Any, objective: str) -> Any:
     """The training rows in the columns of TRL's trainers: prompt and answers apart, nothing behind an answer."""
     from datasets import Dataset
 
-    rows = []
-    for row in bench.judged["train"]:
-        sides = [_cut(row["input_ids"], row["labels"])]
-        if "rejected_ids" in row:
-            sides.append(_cut(row["rejected_ids"], row["rejected_labels"]))
-        prompt = sides[0][0]
-        assert all(other == prompt for other, _ in sides)
-        entry = {"prompt_ids": prompt}
-        if objective == "dpo":
-            entry |= {"chosen_ids": sides[0][1], "rejected_ids": sides[1][1]}
-        else:
-            entry |= {"completion_ids": sides[0][1], "label": row["desirable"]}
-        rows.append(entry)
+    data = bench.judged.get("train", bench.data.train)
+    if objective == "orpo":
+        return Dataset.from_list([_orpo_row(row) for row in data])
+    rows: list[dict[str, Any]] = []
+    for row in data:
+        prompt, chosen = _cut(row["input_ids"], row["labels"])
+        if objective == "kto":
+            rows.append({"prompt_ids": prompt, "completion_ids": chosen, "label": row["desirable"]})
+            continue
+        other, rejected = _cut(row["rejected_ids"], row["rejected_labels"])
+        assert other == prompt
+        rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+    if objective == "kto":  # its rows must come in order, and the answers of other rows with them
+        order = StepOrder(bench.spec, len(rows))
+        places = [place for step in range(bench.spec.train.steps) for place in order.places(step)]
+        rows = [rows[place] | {"KL_completion_ids": rows[place - 1]["completion_ids"]} for place in places]
     return Dataset.from_list(rows)
+
+
+def _orpo_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the columns that ORPOTrainer makes of it, and the texts that it asks for."""
+    entry = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    prompt, _ = _cut(row["input_ids"], row["labels"])
+    sides = {"prompt": (prompt, []), "chosen": (row["input_ids"], row["labels"])}
+    sides["rejected"] = row["rejected_ids"], row["rejected_labels"]
+    for side, (ids, labels) in sides.items():
+        entry |= {f"kept_{side}_input_ids": ids, f"kept_{side}_attention_mask": [1] * len(ids)}
+        entry |= {f"kept_{side}_labels": labels} if labels else {}
+    return entry
 
 
 def _cut(ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:

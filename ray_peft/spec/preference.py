@@ -102,14 +102,14 @@ def _row_problems(objective: Objective, recipes: Sequence[str]) -> list[str]:
 def _setting_problems(objective: Objective, preference: PreferenceSpec) -> list[str]:
     changed = [name for name, value in preference.plain().items() if value != PreferenceSpec.model_fields[name].default]
     unread = [name for name in changed if name not in _OF[objective]]
-    found = [
+    sentences = [
         f"train.preference.{name} is no setting of train.objective: {objective}; leave it out, or use train.objective: "
         + " or ".join(other for other, names in _OF.items() if name in names)
         for name in unread
     ]
     if not unread and preference.label_smoothing and preference.loss not in ("sigmoid", "robust"):
-        found.append(
+        sentences.append(
             f"train.preference.label_smoothing ({preference.label_smoothing:g}) is no setting of loss "
             f"{preference.loss}; use loss: sigmoid or robust, or label_smoothing: 0"
         )
-    return found
+    return sentences

@@ -36,7 +36,7 @@ def preference(row: Mapping[str, Any]) -> Conversation:
     if chosen.turns == rejected.turns:
         raise Unusable("chosen and rejected are equal")
     pairs = zip(chosen.turns, rejected.turns, strict=False)
-    shared = next((index for index, (one, other) in enumerate(pairs) if one != other), None)
+    shared = next((index for index, (turn, other) in enumerate(pairs) if turn != other), None)
     if shared is None:
         raise Unusable("one side is the beginning of the other")
     if {side.turns[shared]["role"] for side in (chosen, rejected)} != {"assistant"}:

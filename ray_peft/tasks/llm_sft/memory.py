@@ -74,7 +74,8 @@ def predict(
     if members:
         together = sum(member.evaluation or 0 for member in members)
         return Prediction({"evaluation": together}, together, segments(together, gpu.slack), together)
-    uneven = spec.train.micro_batch_size > 1 if padded is None else padded
+    several = spec.train.micro_batch_size > 1 or spec.train.objective in PAIRED_OBJECTIVES
+    uneven = several if padded is None else padded
     stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
     evaluated_stages: list[Stage | None] = [*stages] or [None]
     scored = [_evaluation(spec, stage, shape, outside) for stage in evaluated_stages]

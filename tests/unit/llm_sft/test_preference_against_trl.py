@@ -17,6 +17,16 @@ CASES = {
     "dpo, galore": (GALORE, {}),
     "dpo, ipo": (LORA, {"train__preference": {"loss": "ipo", "beta": 0.2}}),
     "dpo, hinge": (LORA, {"train__preference": {"loss": "hinge", "beta": 0.5}}),
+    "orpo": (LORA, {"train__objective": "orpo", "train__loss": "all", "train__micro_batch_size": 8}),
+    "kto": (LORA, {"train__objective": "kto", "train__micro_batch_size": 8}),
+    "kto, weights": (
+        LORA,
+        {
+            "train__objective": "kto",
+            "train__micro_batch_size": 8,
+            "train__preference": {"beta": 0.3, "desirable_weight": 0.7, "undesirable_weight": 1.3},
+        },
+    ),
     "dpo, robust": (LORA, {"train__preference": {"loss": "robust", "label_smoothing": 0.1}}),
 }
 
@@ -26,10 +36,15 @@ def pairs(shared):
     return tiny.write_rows(shared / "pairs.jsonl", judged.PAIRS)
 
 
+@pytest.fixture(scope="module")
+def labelled(shared):
+    return tiny.write_rows(shared / "labelled.jsonl", judged.LABELLED)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_every_value_is_that_of_trl(case, tiny_model, pairs, tmp_path):
+def test_every_value_is_that_of_trl(case, tiny_model, pairs, labelled, tmp_path):
     method, changes = CASES[case]
-    plain = judged.plain_spec(tiny_model, pairs, method, **changes)
+    plain = judged.plain_spec(tiny_model, labelled if case.startswith("kto") else pairs, method, **changes)
     ours, bench = judged.trained(plain, tmp_path / "ours")
     theirs, model = judged.trained_by_trl(plain, tmp_path / "theirs")
     assert len(ours) == len(theirs) == 12

@@ -34,6 +34,7 @@ OBJECTIVES = {
     "dpo, ipo": {"train__preference": {"loss": "ipo"}},
     "orpo": {},
     "orpo, all": {"train__loss": "all"},
+    "kto": {},
 }
 
 
@@ -58,6 +59,9 @@ def test_lanes_and_pass_sizes_change_no_loss_and_no_gradient(case, tiny_model, p
         "many lanes": (packed, in_lanes.parts(1, Share(), 8)),
     }
     assert len(ways["few lanes"][1]) > len(ways["many lanes"][1])
+    if case == "kto":  # the pairs are taken apart, and the first passes are not trained on
+        assert [part.divergence for part in ways["many lanes"][1]] == [True, False]
+        assert {len(row.sides) for part in ways["one pair a pass"][1] for row in part.judged} == {1}
     for way, (computation, parts) in ways.items():
         value, found = gradients(bench.model, computation, parts)
         assert value == pytest.approx(loss, rel=1e-5), way

@@ -21,6 +21,8 @@ class Objective:
 
     def __init__(self, spec: LlmTrialSpec) -> None:
         self._spec, self._settings = spec, spec.train.preference
+        self._divergence: Tensor | None = None
+        """Of kto: the mean over the rows of a step, as far as they were passed."""
 
     def scored(self, row: Judged) -> list[list[ScoredToken]]:
         """The scored tokens of each side."""
@@ -86,13 +88,47 @@ class Objective:
             token_tensors: places of the tokens, and how they count.
             rows: what `rows` gave.
         """
-        cells, in_answer, own_loss = token_tensors
+        answers = self._answers(log_probs, width, token_tensors, rows)
+        *_, weights, desirable = rows
+        if self._spec.train.objective == "orpo":
+            return (losses.odds_ratio(self._settings, answers) * weights).sum() - (log_probs * token_tensors[2]).sum()
+        if self._spec.train.objective == "kto":
+            divergence = self._estimate(log_probs).clamp(min=0)
+            return (losses.kto(self._settings, answers, desirable, divergence) * weights).sum()
+        return (losses.dpo(self._settings, answers) * weights).sum()
+
+    def estimate(
+        self, log_probs: Tensor, width: int, token_tensors: Sequence[Tensor], rows: Sequence[Tensor], keep: Tensor
+    ) -> Tensor:
+        """Add to the estimate of kto's divergence what prompts with answers of other rows say of it.
+
+        Args:
+            log_probs: (token,) float32, as for `loss`.
+            width: as for `loss`.
+            token_tensors: as for `loss`.
+            rows: as for `loss`.
+            keep: () float32, 0 where the step's estimate begins and else 1.
+
+        Returns:
+            The loss (), which is 0.
+        """
+        answers = self._answers(log_probs, width, token_tensors, rows)
+        self._estimate(log_probs).mul_(keep).add_((answers.rises[:, 0] * rows[2]).sum())
+        return log_probs.new_zeros((), requires_grad=True)
+
+    def _estimate(self, like: Tensor) -> Tensor:
+        """One tensor for all passes: recorded ones read and write it where it lies."""
+        if self._divergence is None:
+            self._divergence = like.new_zeros(())
+        return self._divergence
+
+    def _answers(
+        self, log_probs: Tensor, width: int, token_tensors: Sequence[Tensor], rows: Sequence[Tensor]
+    ) -> losses.Answers:
+        cells, in_answer, _ = token_tensors
         reference, tokens, weights, _ = rows
         # Each token has a cell of its own, so that the sums are added up in one order: a scatter-add has none on a GPU.
         table = log_probs.new_zeros(reference.numel() * width + 1).index_copy(0, cells, log_probs * in_answer)
         sums = table[:-1].view(*reference.shape, width).sum(-1)
         used = (weights > 0)[:, None]
-        answers = losses.Answers(sums.where(used, sums - 1), reference, tokens)  # log(1 - exp(0)) is infinite
-        if self._spec.train.objective == "orpo":
-            return (losses.odds_ratio(self._settings, answers) * weights).sum() - (log_probs * own_loss).sum()
-        return (losses.dpo(self._settings, answers) * weights).sum()
+        return losses.Answers(sums.where(used, sums - 1), reference, tokens)  # log(1 - exp(0)) is infinite

@@ -30,9 +30,13 @@ class PackedPreferences:
     scored: float
     """Share of the places that are scored; all are if more than this share counts."""
 
+    divergence: bool = False
+    begins: bool = False
+    """As in `PreferencePart`."""
+
     def unpacked(self) -> PreferencePart:
         """The same rows, each side by itself."""
-        return PreferencePart([row for lane in self.lanes for row in lane], self.totals)
+        return PreferencePart([row for lane in self.lanes for row in lane], self.totals, self.divergence, self.begins)
 
 
 class PackedPreferenceRows(Rows[PackedPreferences]):
@@ -42,23 +46,24 @@ class PackedPreferenceRows(Rows[PackedPreferences]):
         """Measure the rows: the longest decides how many tokens a pass of a number of rows may hold."""
         self._rows = rows
         self._lengths = [sum(sides) for sides in rows.lengths]
-        self._largest = largest_capacity(max(self._lengths))
+        self._largest = largest_capacity(rows.longest)
         self._scored = min(1.0, math.ceil(rows.scored_tokens / max(sum(self._lengths), 1) * 1.25 * 4) / 4)
         self._used: set[Bucket] = set()
 
     def parts(self, step: int, share: Share, rows: int) -> list[PackedPreferences]:
         """A worker's part of a step, in passes of at most as many tokens as `rows` of the longest pair."""
         parts = self._rows.parts(step, share, self._rows.micro_batch)
-        judged = [row for part in parts for row in part.judged]
-        lengths = [sum(len(side.ids) for side in row.sides) for row in judged]
-        most = rows * self._largest
-        plans = [reused(plan, self._used, most) for plan in lay_out(lengths, most, self._largest)]
-        return [
-            PackedPreferences(
-                plan.bucket, [[judged[row] for row in lane] for lane in plan.lanes], parts[0].totals, self._scored
-            )
-            for plan in plans
-        ]
+        packed = []
+        for divergence in (True, False):
+            judged = [row for part in parts if part.divergence == divergence for row in part.judged]
+            most = rows * self._largest
+            plans = lay_out([row.tokens for row in judged], most, self._largest)
+            for number, plan in enumerate(reused(plan, self._used, most) for plan in plans):
+                lanes = [[judged[row] for row in lane] for lane in plan.lanes]
+                packed.append(
+                    PackedPreferences(plan.bucket, lanes, parts[0].totals, self._scored, divergence, not number)
+                )
+        return packed
 
     def size(self, part: PackedPreferences) -> int:
         """The size of a pass in pairs: how many of the longest pair have as many tokens."""
@@ -80,7 +85,12 @@ class PackedPreferenceRows(Rows[PackedPreferences]):
             return max(plan.bucket.tokens for plan in lay_out(own, rows * self._largest, self._largest))
 
         heaviest = max(steps, key=tokens)
-        return max(self.parts(heaviest, Share(), rows), key=lambda part: part.bucket.tokens)
+        trained = [part for part in self.parts(heaviest, Share(), rows) if not part.divergence]
+        return max(trained, key=lambda part: part.bucket.tokens)
+
+
+LANES = 5
+"""How many tensors tell the lanes of a pass and what is scored in them, without dropout."""
 
 
 class PackedPreferenceLoss(Computation[PackedPreferences]):
@@ -95,13 +105,16 @@ class PackedPreferenceLoss(Computation[PackedPreferences]):
         self._dropout = dropout
         self._slots = spec.train.batch_size
         """No pass holds more pairs than a step."""
+        self._count = TOKENS + ROWS + LANES + (dropout is not None)
+        """Tensors of a pass that is trained on; one that is not has one more."""
 
     def inputs(self, part: PackedPreferences) -> Sequence[Tensor]:
         """The tensors of a pass.
 
         Those of `Objective.tokens` and `Objective.rows`; then ids, positions and numbers of sides (lanes, capacity) and
         the scored places in the flattened lanes with their targets, as in `PackedLoss`. With dropout by the row, also
-        the keys of tokens (lanes, capacity) int64.
+        the keys of tokens (lanes, capacity) int64. For a pass that is not trained on, also whether the estimate goes
+        on, () float32.
         """
         import torch
 
@@ -126,13 +139,19 @@ class PackedPreferenceLoss(Computation[PackedPreferences]):
             torch.tensor(places + [0] * fill),
             torch.cat([targets, targets.new_zeros(fill)]),
             *([laid.keys] if laid.keys is not None else []),
+            *([torch.tensor(0.0 if part.begins else 1.0)] if part.divergence else []),
         ]
 
     def loss(self, *inputs: Tensor) -> Tensor:
         """The pass's share of the step's loss."""
+        import torch
+
         tokens, rows = inputs[:TOKENS], inputs[TOKENS : TOKENS + ROWS]
-        ids, positions, documents, places, targets, *keys = inputs[TOKENS + ROWS :]
+        ids, positions, documents, places, targets, *keys = inputs[TOKENS + ROWS : self._count]
         if self._dropout is not None:
             self._dropout.begin(keys[0], positions)
-        log_probs = self._lanes.log_probs(ids, positions, documents, places, targets)
+        with torch.set_grad_enabled(len(inputs) == self._count):
+            log_probs = self._lanes.log_probs(ids, positions, documents, places, targets)
+        if len(inputs) > self._count:
+            return self._objective.estimate(log_probs, ids.shape[1], tokens, rows, inputs[-1])
         return self._objective.loss(log_probs, ids.shape[1], tokens, rows)

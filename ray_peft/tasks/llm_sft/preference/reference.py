@@ -18,7 +18,7 @@ from ray_peft.foundation.whole import write_text
 from ray_peft.methods.base import ENOUGH_STEPS
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.content import prepared_folder
-from ray_peft.tasks.llm_sft.preference.rows import are_judged, side_columns
+from ray_peft.tasks.llm_sft.preference.rows import are_judged, mismatched_rows, side_columns
 from ray_peft.tasks.llm_sft.preference.steps import REFERENCE
 
 if TYPE_CHECKING:
@@ -57,6 +57,17 @@ def with_reference(
     }
 
 
+def _numbers(
+    spec: LlmTrialSpec, model: PreTrainedModel, split: str, rows: Dataset, pad: int, lowered: dict[str, int]
+) -> list[list[float]]:
+    """A number for each side of each row; for kto's training rows also one for the answer of the row before."""
+    log_probs = side_log_probs(spec, model, rows, pad, lowered)
+    if spec.train.objective != "kto" or split != "train":
+        return log_probs
+    others = side_log_probs(spec, model, mismatched_rows(rows, spec.data.max_length), pad, lowered)
+    return [own + other for own, other in zip(log_probs, others, strict=True)]
+
+
 def side_log_probs(
     spec: LlmTrialSpec, model: PreTrainedModel, rows: Dataset, pad: int, lowered: dict[str, int]
 ) -> list[list[float]]:
@@ -86,10 +97,10 @@ def _kept(
     """The numbers from the file beside the rows, or computed now and put there."""
     file = prepared_folder(spec.data, data_key) / f"reference-{split}-{_key(spec, model, rows)}.json"
     if file.is_file():
-        kept: list[list[float]] = json.loads(file.read_text(encoding="utf-8"))
-        return kept
+        stored: list[list[float]] = json.loads(file.read_text(encoding="utf-8"))
+        return stored
     begun = time.perf_counter()
-    log_probs = side_log_probs(spec, model, rows, pad, lowered)
+    log_probs = _numbers(spec, model, split, rows, pad, lowered)
     logger.info(
         "%s: the log-probabilities of %d %s rows under the model before training took %.1f s",
         spec.trial_id, len(rows), split, time.perf_counter() - begun,
@@ -108,5 +119,5 @@ def _key(spec: LlmTrialSpec, model: PreTrainedModel, rows: Dataset) -> str:
     quantization = spec.quantization.plain() if spec.quantization is not None else None
     dtype = spec.method.weights_dtype(spec.model.dtype)
     decides = [FORMAT, fingerprint(spec.model), spec.model.plain(), quantization, dtype, spec.train.precision]
-    more = [model.device.type, spec.train.cuda_graphs, len(rows), side_columns(rows)]
+    more = [model.device.type, spec.train.cuda_graphs, len(rows), side_columns(rows), spec.train.objective == "kto"]
     return hashlib.sha256(json.dumps([decides, more], sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ray_peft.spec import LlmTrialSpec
+from ray_peft.tasks.llm_sft.encode import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +35,40 @@ def trained_rows(spec: LlmTrialSpec, rows: Dataset) -> Dataset:
         part: Dataset = rows.select_columns([ids, labels, "source_dataset", "row"])
         part = part.rename_columns({ids: "input_ids", labels: "labels"}) if ids != "input_ids" else part
         parts.append(part.add_column("desirable", [desirable] * len(rows)))
-    return concatenate_datasets(parts)
+    return concatenate_datasets([parts[0], parts[1].cast(parts[0].features)])
+
+
+def mismatched(row: Mapping[str, Any], before: Mapping[str, Any], limit: int) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a row's prompt with the answer of the row before it, cut at `limit` tokens.
+
+    From such pairs KTO estimates how far the model has gone from what it was: their answers are as likely as those of
+    the rows, and belong to other prompts. As in TRL's KTOTrainer an answer moves on by one row, here of all rows.
+    """
+    ids = row["input_ids"][: _answer_begins(row["labels"])]
+    begin = _answer_begins(before["labels"])
+    answer, labels = before["input_ids"][begin:], before["labels"][begin:]
+    return [*ids, *answer][:limit], [*[IGNORED] * len(ids), *labels][:limit]
+
+
+def mismatched_rows(rows: Dataset, limit: int) -> Dataset:
+    """`mismatched` of every row, with the columns input_ids and labels."""
+    from datasets import Dataset
+
+    columns = {name: list(rows[name]) for name in ("input_ids", "labels")}
+    listed = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    sides = [mismatched(row, listed[place - 1], limit) for place, row in enumerate(listed)]
+    return Dataset.from_dict({"input_ids": [ids for ids, _ in sides], "labels": [labels for _, labels in sides]})
+
+
+def mismatched_lengths(rows: Dataset, limit: int) -> list[int]:
+    """Tokens of `mismatched` of every row."""
+    begins = [_answer_begins(labels) for labels in rows["labels"]]
+    answers = [len(labels) - begin for labels, begin in zip(rows["labels"], begins, strict=True)]
+    return [min(begin + answers[place - 1], limit) for place, begin in enumerate(begins)]
+
+
+def _answer_begins(labels: list[int]) -> int:
+    return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
 
 
 def desirable_rows(rows: Dataset) -> Dataset:

@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.engine.contract import Rows, Seen, Share
+from ray_peft.engine.keyed_dropout import row_key
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.encode import IGNORED
+from ray_peft.tasks.llm_sft.preference.rows import mismatched, mismatched_lengths
 from ray_peft.tasks.llm_sft.steps import StepOrder, spans
 
 if TYPE_CHECKING:
@@ -41,6 +43,11 @@ class Judged:
     desirable: bool = True
     """Of a labelled row, whether its answer is good."""
 
+    @property
+    def tokens(self) -> int:
+        """Of all sides."""
+        return sum(len(side.ids) for side in self.sides)
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -59,6 +66,11 @@ class PreferencePart:
 
     judged: Sequence[Judged]
     totals: Totals
+    divergence: bool = False
+    """Whether these rows tell how far the model has gone from what it was, and are not trained on: kto's first passes
+    of a step. Their sides are prompts with answers of other rows."""
+    begins: bool = False
+    """Whether a step's estimate of that begins with this pass."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +114,28 @@ class PreferenceRows(Rows[PreferencePart]):
         """A worker's part of a step: of every `share.workers` micro-batches one, in passes of at most `rows`."""
         judged = self.judged(step)
         totals = self.totals(judged, rows)
-        return [
-            PreferencePart(judged[first:last], totals)
-            for batch in self._order.batches(len(judged))[share.rank :: share.workers]
-            for first, last in spans(batch, rows)
-        ]
+        batches = self._order.batches(len(judged))[share.rank :: share.workers]
+        own = [span for batch in batches for span in spans(batch, rows)]
+        parts = [PreferencePart(judged[first:last], totals) for first, last in own]
+        if self._spec.train.objective != "kto":
+            return parts
+        others = self.mismatched(step)
+        return [PreferencePart(others[first:last], totals, True, not first) for first, last in own] + parts
 
     def judged(self, step: int) -> list[Judged]:
         """All pairs or labelled rows of a step, in order."""
         return [self._judged(step, index, place) for index, place in enumerate(self.places(step))]
+
+    def mismatched(self, step: int) -> list[Judged]:
+        """Each labelled row of a step with the answer of the row before it in the data."""
+        places = self.places(step)
+        rows = []
+        for index, place in enumerate(places):
+            row = self._data[place]
+            ids, labels = mismatched(row, self._data[place - 1], self._spec.data.max_length)
+            key = row_key(self._spec.seed, step, len(places) + index)
+            rows.append(Judged([Side(ids, labels, row[REFERENCE][1], key)], row["desirable"]))
+        return rows
 
     def totals(self, judged: Sequence[Judged], rows: int) -> Totals:
         """The divisors of a step that is passed `rows` at a time."""
@@ -139,7 +164,8 @@ class PreferenceRows(Rows[PreferencePart]):
             return max(costs), costs.index(max(costs))
 
         heaviest = max(steps, key=lambda step: cost(step)[0])
-        return self.parts(heaviest, Share(), rows)[cost(heaviest)[1]]
+        trained = [part for part in self.parts(heaviest, Share(), rows) if not part.divergence]
+        return trained[cost(heaviest)[1]]
 
     def places(self, step: int) -> list[int]:
         """What a step sees, as indices into the data."""
@@ -157,6 +183,14 @@ class PreferenceRows(Rows[PreferencePart]):
         return [list(sides) for sides in zip(*(map(len, self._data[name]) for name in columns), strict=True)]
 
     @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest pair or labelled row, or of the longest prompt with another row's answer."""
+        most = max(map(sum, self.lengths))
+        if self._spec.train.objective != "kto":
+            return most
+        return max(most, *mismatched_lengths(self._data, self._spec.data.max_length))
+
+    @cached_property
     def scored_tokens(self) -> int:
         """Tokens of all rows whose log-probabilities the objective needs."""
         count = 0
@@ -167,8 +201,6 @@ class PreferenceRows(Rows[PreferencePart]):
         return count
 
     def _judged(self, step: int, index: int, place: int) -> Judged:
-        from ray_peft.engine.keyed_dropout import row_key
-
         row: dict[str, Any] = self._data[place]
         sides = [(row["input_ids"], row["labels"])]
         if "rejected_ids" in row:
