@@ -13,11 +13,21 @@ class Scores(Measured):
     """Quality on the held-out rows; None where it was not measured."""
 
     eval_loss: float | None = None
-    """Text: mean negative log-likelihood of the answers' tokens [nats]. Images: mean squared error of what the UNet
+    """Text: mean negative log-likelihood of the answers' tokens [nats]; of pairs, of the chosen answers'; of labelled
+    rows, of the desirable ones'. Images: mean squared error of what the UNet
     predicts of held-out images, over evenly spread timesteps with fixed noise, all weighed alike."""
     general_loss: float | None = None
     """Text: mean negative log-likelihood of the tokens of a fixed general text [nats]. What it is above that of the
     untouched base was forgotten in training."""
+    reward_accuracy: float | None = None
+    """Judged text: share of held-out pairs in which training raised the log-probability of the chosen answer by more
+    than that of the rejected one, 0 to 1; an equal rise counts half, so that the untouched base has 0.5. Of labelled
+    rows, the share in which it rose for a desirable answer, or fell for another."""
+    reward_margin: float | None = None
+    """Mean over held-out pairs of the chosen answer's reward less the rejected one's; a reward is `beta` times the rise
+    of an answer's log-probability in training. Of labelled rows, the mean reward, negative for undesirable answers."""
+    preference_loss: float | None = None
+    """Mean of DPO's loss over held-out pairs."""
     bleu4: float | None = None
     """Corpus BLEU-4, 0 to 1."""
     rouge_l: float | None = None
@@ -89,6 +99,19 @@ class RowLoss(Measured):
     """Of an image, or the mean over the answer's tokens."""
     tokens: int | None = None
     """Answer tokens behind it, which are its weight in the loss of all rows; None where all rows weigh the same."""
+
+
+class RowReward(Measured):
+    """What one held-out pair or labelled row says of the rewards: a line of `rewards.jsonl`."""
+
+    row: int
+    margin: float
+    """The chosen answer's reward less the rejected one's. Of a labelled row the reward, negative if undesirable."""
+
+    @property
+    def right(self) -> float:
+        """1 for a positive margin, 0 for a negative one, and 0.5 for none."""
+        return 0.5 if self.margin == 0 else float(self.margin > 0)
 
 
 class QuestionScores(Measured):

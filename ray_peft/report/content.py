@@ -11,6 +11,7 @@ from ray_peft.report.answer import answer, answer_table
 from ray_peft.report.digits import duration, percent
 from ray_peft.report.document import Block, Bullets, Document, Figure, Heading, Paragraph, Prompt, Section, Table
 from ray_peft.report.material import Material
+from ray_peft.report.preferences import preferences
 from ray_peft.report.quality_plots import quality_against_cost
 from ray_peft.report.rowwise import row_by_row
 from ray_peft.report.table import Row, seed_groups
@@ -26,6 +27,7 @@ def build(material: Material) -> Document:
     main: list[tuple[str, Sequence[Block]]] = [
         ("Answer", _answer(material)),
         ("Recommendation", reasons(material)),
+        ("Preferences", preferences(rows, material.rewards)),
         ("Images", gallery.images(material)),
         ("Row by row", row_by_row(material)),
         ("Loss over steps", [*_figures(plots.losses(material)), *training.dynamics(material)]),

@@ -10,7 +10,7 @@ from ray_peft.foundation.json_lines import problem, read_lines
 from ray_peft.foundation.names import PathPart
 from ray_peft.foundation.strict import Strict
 from ray_peft.foundation.whole import write_text
-from ray_peft.metrics.scores import ImageFile, QuestionScores, RowLoss, Sample
+from ray_peft.metrics.scores import ImageFile, QuestionScores, RowLoss, RowReward, Sample
 from ray_peft.report.content import build
 from ray_peft.report.csvfile import write_csv
 from ray_peft.report.curves import read_curve
@@ -124,6 +124,7 @@ def read_material(folder: Path, loss_steps: Sequence[int] | None = None) -> Mate
             for trial_id, lines in losses.items()
             if all(entry.tokens is not None for entry in lines)
         },
+        rewards={trial_id: read_lines(path / "rewards.jsonl", RowReward) for trial_id, path in trials.items()},
         questions={
             trial_id: read_lines(path / "benchmarks.jsonl", QuestionScores) for trial_id, path in trials.items()
         },

@@ -10,6 +10,7 @@ from pathlib import Path
 from ray_peft.metrics.intervals import DifferenceInterval
 from ray_peft.metrics.scores import ImageFile, QuestionScores, Sample
 from ray_peft.report.curves import Curve
+from ray_peft.report.preferences import Rewards
 from ray_peft.report.questions import Questions
 from ray_peft.report.table import Row, SeedGroup, best_first, rows, units
 from ray_peft.report.ties import Family, families
@@ -54,6 +55,8 @@ class Material:
     """By trial id, the loss of every held-out row."""
     loss_tokens: LossTokens = field(default_factory=dict)
     """By trial id, the answer tokens behind each of them; none where all rows weigh the same."""
+    rewards: Rewards = field(default_factory=dict)
+    """By trial id, what each judged held-out row says of the rewards."""
     questions: Mapping[str, Sequence[QuestionScores]] = field(default_factory=dict)
     """By trial id, what each question of the further benchmarks was given."""
     images: Mapping[str, Sequence[ImageFile]] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from ray_peft.space.distributions import distributions, draw, misspelt, not_alon
 from ray_peft.space.distributions import problem as distribution_problem
 from ray_peft.space.explained import explain, field_names, short
 from ray_peft.spec import TrialSpec
+from ray_peft.spec.preference import LABELLED, PAIRED
 
 _PartT = TypeVar("_PartT", bound=Strict)
 
@@ -31,6 +32,9 @@ MAX_TRIALS = 10_000
 
 MOST_PROBLEMS = 30
 """Problems of a file in an error; each draw may have one of its own."""
+
+_OF_PAIRS = ("reward_accuracy", "reward_margin")
+"""Scores that only rows with a judgement have."""
 
 LONGEST_NAME = 120
 DEVICES = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))})
@@ -47,7 +51,7 @@ class SearchSpec(Strict):
     """Trials drawn per cell of the grid, so that every method gets the same tuning budget."""
     algorithm: Literal["random", "optuna"] = "random"
     """`random` draws all trials beforehand; `optuna` (TPE) proposes each from the results so far."""
-    metric: Literal["eval_loss", "bleu4", "rouge_l", "chrf"] = "eval_loss"
+    metric: Literal["eval_loss", "bleu4", "rouge_l", "chrf", "reward_accuracy", "reward_margin"] = "eval_loss"
     """What `optuna` improves: the loss downwards, the scores upwards."""
     seed: int = Field(default=0, ge=0)
 
@@ -330,6 +334,14 @@ def _metric_problem(template: dict[str, Any], metric: str) -> str | None:
     evaluation = template.get("evaluation")
     if metric != "eval_loss" and template.get("task") == "text_to_image":
         return f"search.metric: images have no text scores; use eval_loss (found {metric})"
+    if metric in _OF_PAIRS:
+        data = template.get("data")
+        sources = data.get("sources", []) if isinstance(data, dict) else []
+        recipes = [source.get("recipe") for source in sources if isinstance(source, dict)]
+        if not set(recipes) & {PAIRED, LABELLED}:
+            named = ", ".join(map(str, recipes)) or "none"
+            return f"search.metric: {metric} needs rows of recipe {PAIRED} or {LABELLED} (found {named}); use eval_loss"
+        return None
     if metric != "eval_loss" and isinstance(evaluation, dict) and evaluation.get("generate") is False:
         return f"search.metric: {metric} needs evaluation.generate: true (found false); or use eval_loss"
     return None

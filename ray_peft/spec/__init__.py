@@ -11,6 +11,7 @@ from ray_peft.spec.llm_sft import (
     Recipe,
     SourceSpec,
 )
+from ray_peft.spec.preference import PreferenceSpec
 from ray_peft.spec.text_to_image import (
     ImageDataSpec,
     ImageEvaluationSpec,
@@ -32,6 +33,7 @@ __all__ = [
     "LlmTrainSpec",
     "LlmTrialSpec",
     "ModelSpec",
+    "PreferenceSpec",
     "Recipe",
     "ResourcesSpec",
     "SourceSpec",

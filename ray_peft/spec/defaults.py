@@ -102,7 +102,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "checkpoint_every": None,
         "save_dtype": "bfloat16",
     },
-    "LlmTrainSpec": {"loss": "answers", "engine": "own", "cuda_graphs": True, "pack": False},
+    "LlmTrainSpec": {"loss": "answers", "engine": "own", "cuda_graphs": True, "pack": False, "objective": "sft"},
+    "PreferenceSpec": {
+        "beta": 0.1,
+        "loss": "sigmoid",
+        "label_smoothing": 0.0,
+        "desirable_weight": 1.0,
+        "undesirable_weight": 1.0,
+    },
     "ImageTrainSpec": {
         "prediction": None,
         "snr_gamma": None,

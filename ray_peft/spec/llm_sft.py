@@ -16,9 +16,13 @@ from ray_peft.methods.base import Stage
 from ray_peft.methods.ensemble import Ensemble
 from ray_peft.methods.lora import LoRA
 from ray_peft.methods.qlora import QLoRA
+from ray_peft.spec import preference
 from ray_peft.spec.base import TrainSpec, TrialSpec, check_parts
+from ray_peft.spec.preference import Objective, PreferenceSpec
 
-Recipe = Literal["alpaca", "dolly", "tulu", "ultrachat", "messages", "prompt_completion", "text"]
+Recipe = Literal[
+    "alpaca", "dolly", "tulu", "ultrachat", "messages", "prompt_completion", "preference", "labelled", "text"
+]
 
 
 class SourceSpec(Strict):
@@ -106,7 +110,12 @@ class LlmTrainSpec(TrainSpec):
     same numbers but for rounding, without waiting for the host. Models that cannot are trained as they are. Answers and
     held-out losses are recorded, too."""
     loss: Literal["answers", "all"] = "answers"
-    """The tokens that are trained: the assistant's turns with their end-of-turn token, or all tokens."""
+    """The tokens that are trained: the assistant's turns with their end-of-turn token, or all tokens. With objective
+    orpo those of the chosen answer's own loss; TRL's ORPOTrainer trains on all."""
+    objective: Objective = "sft"
+    """What is learned: answers (sft); of two answers the better one (dpo, orpo); or good answers and bad ones (kto)."""
+    preference: PreferenceSpec = PreferenceSpec()
+    """The loss of dpo, orpo and kto."""
     pack: Literal["auto"] | bool = False
     """Train this trial together with others on one base, with the numbers that each has alone. auto: in a sweep on a
     GPU, where that is predicted to be faster and fits; true: in every sweep, on a CPU as well. Times and peaks of such
@@ -248,7 +257,7 @@ class LlmTrialSpec(TrialSpec):
                 "evaluation.split: validation needs validation rows, but no source has any; set `validation` of a "
                 "source in data.sources, or evaluation.split: test"
             )
-        return problems + self._adapter_problems() + self._ensemble_problems()
+        return problems + preference.problems(self) + self._adapter_problems() + self._ensemble_problems()
 
     def _adapter_problems(self) -> list[str]:
         """The rules of PEFT's adapters: which loop trains them, and what virtual tokens before a row forbid."""

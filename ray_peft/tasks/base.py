@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from ray_peft.engine.trained import Costs, Report, Trained
 from ray_peft.errors import SpecError
 from ray_peft.methods.base import Dtype, Stage, Task
-from ray_peft.metrics.scores import QuestionScores, Sample, Scores
+from ray_peft.metrics.scores import QuestionScores, RowReward, Sample, Scores
 from ray_peft.spec import ModelSpec, TrialSpec
 from ray_peft.spec.identity import Content
 from ray_peft.vram.cards import ANY, Gpu
@@ -58,6 +58,8 @@ class Scored:
     loss_tokens: list[int] = field(default_factory=list)
     """Answer tokens behind each of `losses`, which are its weight; a row without any has no loss. Empty if all rows
     weigh the same."""
+    rewards: list[RowReward] = field(default_factory=list)
+    """Of every held-out pair or labelled row; empty if there are none."""
     questions: list[QuestionScores] = field(default_factory=list)
     """The scores of every question of the further benchmarks; empty if only their means are known."""
 

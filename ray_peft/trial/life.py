@@ -377,12 +377,16 @@ def evaluate(life: Life, bench: Bench) -> None:
     _write_lines(folder / "answers.jsonl", _answers(life.scored))
     if losses := _row_losses(life.scored):
         _write_lines(folder / "losses.jsonl", losses)
+    if rewards := [entry.plain() for entry in life.scored.rewards]:
+        _write_lines(folder / "rewards.jsonl", rewards)
     reported = _report_scores(life, {})
     if life.tracker is not None and samples:
         life.tracker.table(samples, "samples.json")
         life.tracker.artifact(folder / "answers.jsonl", "evaluation")
     if life.tracker is not None and losses:
         life.tracker.artifact(folder / "losses.jsonl", "evaluation")
+    if life.tracker is not None and rewards:
+        life.tracker.artifact(folder / "rewards.jsonl", "evaluation")
     # What follows comes last, so that images or a benchmark that fail leave a row with the scores above.
     life.scored = bench.illustrate(life.scored)
     if life.scored.images:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.engine.trained import Report, Trained
 from ray_peft.methods.base import Dtype, Stage
-from ray_peft.metrics.scores import Sample, Scores
+from ray_peft.metrics.scores import RowReward, Sample, Scores
 from ray_peft.spec import LlmTrialSpec
+from ray_peft.spec.preference import PAIRED_OBJECTIVES
 from ray_peft.tasks.base import Scored, Workload
 from ray_peft.tasks.llm_sft.general_text import GENERAL_TOKENS
 from ray_peft.tasks.one_model import OneModelBench
@@ -27,6 +28,18 @@ if TYPE_CHECKING:
     from ray_peft.vram import Prediction
 
 
+def trained_lengths(spec: LlmTrialSpec, rows: Dataset) -> list[tuple[int, ...]]:
+    """Tokens of every training row: of both sides if the objective compares them; for kto also of its second passes."""
+    from ray_peft.tasks.llm_sft.preference.rows import mismatched_lengths, side_columns
+
+    columns = [ids for ids, _ in side_columns(rows)]
+    used = columns if spec.train.objective in PAIRED_OBJECTIVES else columns[:1]
+    lengths = list(zip(*(map(len, rows[ids]) for ids in used), strict=True))
+    if spec.train.objective == "kto":
+        lengths += [(tokens,) for tokens in mismatched_lengths(rows, spec.data.max_length)]
+    return lengths
+
+
 def predictor(spec: LlmTrialSpec, rows: PreparedData) -> Callable[[LlmTrialSpec, Gpu], Prediction]:
     """Predicts a trial's peak memory, with passes as long as the longest rows that it trains on, and that it scores."""
     from ray_peft.tasks.llm_sft.lanes import largest_capacity
@@ -35,13 +48,14 @@ def predictor(spec: LlmTrialSpec, rows: PreparedData) -> Callable[[LlmTrialSpec,
     from ray_peft.vram import ModelShape
 
     shape = ModelShape.from_config(load_config(spec.model))
-    trained, scored = max(map(len, rows.train["input_ids"])), rows.facts.longest
+    lengths = trained_lengths(spec, rows.train)
+    trained, scored = max(map(max, lengths)), rows.facts.longest
 
     def of(variant: LlmTrialSpec, gpu: Gpu) -> Prediction:
         limit = variant.data.max_length
         longest, longest_scored = min(trained, limit), min(scored, limit)
-        if variant.train.cuda_graphs:
-            longest = largest_capacity(longest)
+        if variant.train.cuda_graphs:  # both sides of a pair lie in one lane
+            longest = largest_capacity(max(sum(min(side, limit) for side in sides) for sides in lengths))
         return predict(variant, shape, longest_tokens=longest, longest_scored=longest_scored, gpu=gpu)
 
     return of
@@ -62,7 +76,7 @@ def workload(spec: LlmTrialSpec, rows: PreparedData) -> Workload:
     """
     scored = len(rows.held_out(spec.evaluation.split))
     answered = min(spec.evaluation.rows or scored, scored) if spec.evaluation.generate else 0
-    row_tokens = sum(map(len, rows.train["input_ids"])) / len(rows.train)
+    row_tokens = sum(map(sum, trained_lengths(spec, rows.train))) / len(rows.train)
     general = round(GENERAL_TOKENS / row_tokens) if spec.evaluation.general_text else 0
     return Workload(row_tokens, scored + general, answered)
 
@@ -71,6 +85,8 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
     """A causal language model, its tokenizer and its rows."""
 
     model: PreTrainedModel
+    judged: dict[str, Dataset]
+    """By split, pairs or labelled rows with what the model said of them before training (`add_reference`)."""
 
     def __init__(
         self,
@@ -89,8 +105,16 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
         self.model = model
         self.weight_storage = weight_storage(model)
         self.lowered = {}
+        self.judged: dict[str, Dataset] = {}
         self.data_key = data.key
         self.model_fingerprint = fingerprint(spec.model)
+
+    def add_reference(self) -> None:
+        """Note what the model, before anything is attached, says of rows with a judgement."""
+        from ray_peft.tasks.llm_sft.preference.reference import with_reference
+
+        pad = cast(int, self.tokenizer.pad_token_id)
+        self.judged = with_reference(self.spec, self.model, self.data, pad, self.lowered)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole trial."""
@@ -121,7 +145,7 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
             self.spec, stage, steps, first_step, folder, self.device, report, self.eval_loss,
             lowered=self.lowered, costs=self.costs,
         )  # fmt: skip
-        arguments = (self.spec, job, self.data.train, self.model, self.tokenizer)
+        arguments = (self.spec, job, self.judged.get("train", self.data.train), self.model, self.tokenizer)
         if self.spec.train.engine == "trl":
             with setting_restored(self.model):
                 return trl_engine.train_stage(*arguments)
@@ -129,8 +153,10 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
 
     @property
     def scored_rows(self) -> Dataset:
-        """The held-out rows that the trial is scored on."""
-        return self.data.held_out(self.spec.evaluation.split)
+        """The held-out rows that the trial is scored on; of labelled ones those with a desirable answer."""
+        from ray_peft.tasks.llm_sft.preference.rows import desirable_rows
+
+        return desirable_rows(self.data.held_out(self.spec.evaluation.split))
 
     def eval_loss(self) -> float:
         """Mean loss of the held-out answers' tokens [nats]."""
@@ -171,9 +197,10 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
         count = len(held_out)
         loss = -float(log_probs.mean())
         losses, tokens = row_losses(held_out, log_probs)
-        scores = Scores(eval_loss=loss, eval_rows=count, general_loss=self.general_loss())
+        judgement, rewards = self._judge()
+        scores = Scores(eval_loss=loss, eval_rows=count, general_loss=self.general_loss(), **judgement)
         if not self.spec.evaluation.generate:
-            return Scored(scores, losses=losses, loss_tokens=tokens)
+            return Scored(scores, losses=losses, loss_tokens=tokens, rewards=rewards)
         rows = held_out.select(range(min(self.spec.evaluation.rows or count, count)))
         ended: list[bool] = []
         predictions, references = self.answer(rows, ended), list(rows["reference"])
@@ -188,7 +215,7 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
             for index in range(min(self.spec.evaluation.samples, len(rows)))
         ]
         own = {name_of(path): own_rows(path, predictions, references) for path in self.spec.evaluation.metrics}
-        of_loss = {name: getattr(scores, name) for name in ("eval_loss", "eval_rows", "general_loss")}
+        of_loss = {name: getattr(scores, name) for name in ("eval_loss", "eval_rows", "general_loss", *judgement)}
         more = {**of_loss, "own": {name: fmean(values) for name, values in own.items()}}
         return Scored(
             score_answers(predictions, references).model_copy(update=more),
@@ -199,7 +226,20 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
             own=own,
             losses=losses,
             loss_tokens=tokens,
+            rewards=rewards,
         )
+
+    def _judge(self) -> tuple[dict[str, Any], list[RowReward]]:
+        """The scores of pairs or labelled rows, and the rewards behind them; none without such rows."""
+        rows = self.judged.get(self.spec.evaluation.split)
+        if rows is None:
+            return {}, []
+        from ray_peft.tasks.llm_sft.preference import scores
+        from ray_peft.tasks.llm_sft.preference.reference import side_log_probs
+
+        pad = cast(int, self.tokenizer.pad_token_id)
+        log_probs = side_log_probs(self.spec, self.model, rows, pad, self.lowered)
+        return scores.summary(self.spec, rows, log_probs), scores.rewards(self.spec, rows, log_probs)
 
     def benchmark(self, scored: Scored) -> Scored:
         """`scored` with the scores of the lm-eval tasks in `evaluation.benchmarks`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Turn = dict[str, Any]
@@ -23,19 +23,34 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     """Functions that the assistant may call, as chat templates take them."""
     untrained: frozenset[int] = frozenset()
-    """Indices of the assistant's turns that carry no loss (`weight: 0`)."""
+    """Indices of the assistant's turns that carry no loss (`weight: 0`); of a pair, of both sides."""
+    rejected: tuple[Turn, ...] = ()
+    """Of a pair, the turns of the side that is worse than `turns`; none of other rows."""
+    desirable: bool | None = None
+    """Whether the answer is good; None of rows that do not say it."""
 
     @property
     def is_plain(self) -> bool:
         """Whether any chat template shows all of it: it holds only text of users and of the assistant."""
-        return not self.tools and all(turn["role"] != "tool" and len(turn) == 2 for turn in self.turns)
+        turns = (*self.turns, *self.rejected)
+        return not self.tools and all(turn["role"] != "tool" and len(turn) == 2 for turn in turns)
+
+    def sides(self) -> list[Conversation]:
+        """Of a pair, the chosen and the rejected conversation; else the conversation itself."""
+        return [replace(self, turns=turns, rejected=()) for turns in (self.turns, self.rejected) if turns] or [self]
 
     def plain(self) -> dict[str, Any]:
-        """JSON-like data: the row in the form of the recipe `messages`, or of `text`."""
+        """JSON-like data: the row in the form of the recipe `messages`, `preference` or `text`."""
         if self.text is not None:
             return {"text": self.text}
-        turns = [{**turn, "weight": 0} if index in self.untrained else turn for index, turn in enumerate(self.turns)]
-        return {"messages": turns, **({"tools": list(self.tools)} if self.tools else {})}
+        sides = [
+            [{**turn, "weight": 0} if index in self.untrained else turn for index, turn in enumerate(turns)]
+            for turns in (self.turns, self.rejected)
+        ]
+        more = {"tools": list(self.tools)} if self.tools else {}
+        if self.rejected:
+            return {"chosen": sides[0], "rejected": sides[1], **more}
+        return {"messages": sides[0], **more, **({} if self.desirable is None else {"label": self.desirable})}
 
     def check_characters(self) -> None:
         """Refuse characters that tokenizers and files cannot hold.
@@ -44,8 +59,9 @@ class Conversation:
             Unusable: a NUL character, or half of a surrogate pair.
         """
         plain = self.is_plain
-        all_text = self.text or "".join([turn["content"] for turn in self.turns])
-        for text in [all_text] if plain else _texts([list(self.turns), list(self.tools)]):
+        turns = [*self.turns, *self.rejected]
+        all_text = self.text or "".join([turn["content"] for turn in turns])
+        for text in [all_text] if plain else _texts([turns, list(self.tools)]):
             if "\0" in text:
                 raise Unusable("a NUL character")
             try:

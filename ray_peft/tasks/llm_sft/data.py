@@ -20,6 +20,7 @@ from ray_peft.tasks.llm_sft.counts import SourceCounts, TokenFacts, numbered
 from ray_peft.tasks.llm_sft.encode import IGNORED as IGNORED  # read by all that reads prepared rows
 from ray_peft.tasks.llm_sft.encode import Encoded, Encoder
 from ray_peft.tasks.llm_sft.overlap import Gate, HeldOutRow, Overlap, refusal
+from ray_peft.tasks.llm_sft.preference.rows import trained_rows
 from ray_peft.tasks.llm_sft.rendering import draw_all
 from ray_peft.tasks.llm_sft.rows import DrawnRows, Row
 from ray_peft.tasks.llm_sft.turns import CannotWrite, frame, messages, prints_the_date
@@ -48,7 +49,8 @@ class PreparedData:
     """Tokenised rows of the splits; the same for every trial with the same `data` and tokenizer."""
 
     train: Dataset
-    """Columns input_ids and labels (both lists of int, equally long), source_dataset, row (from 1, in its file)."""
+    """Columns input_ids and labels (both lists of int, equally long), source_dataset, row (from 1, in its file). Of
+    pairs these are the chosen side, and rejected_ids and rejected_labels the other; labelled rows have `desirable`."""
     test: Dataset
     """The same, with prompt_ids (list of int), prompt and reference (text) in addition."""
     counts: list[SourceCounts]
@@ -94,7 +96,7 @@ def prepare(spec: LlmTrialSpec, tokenizer: PreTrainedTokenizerBase) -> PreparedD
     from datasets import load_from_disk
 
     counts = [SourceCounts(**plain) for plain in json.loads((folder / "counts.json").read_text(encoding="utf-8"))]
-    train, test = load_from_disk(folder / "train"), load_from_disk(folder / "test")
+    train, test = trained_rows(spec, load_from_disk(folder / "train")), load_from_disk(folder / "test")
     validation = load_from_disk(folder / "validation") if any(source.validation for source in counts) else None
     overlap = Overlap.from_plain(json.loads((folder / "overlap.json").read_text(encoding="utf-8")))
     facts = TokenFacts(**json.loads((folder / "facts.json").read_text(encoding="utf-8")))
@@ -269,18 +271,18 @@ class _Building:
             encoded = self._encode_or_leave_out(self.encoder.row, row, drawn)
             if encoded is None:
                 continue
-            ids, labels = encoded.ids, encoded.labels[: data.max_length]
-            if self.answers_only and encoded.problem is not None and set(encoded.labels) == {IGNORED}:
+            paired, cut_off = encoded.rejected is not None, encoded.longest > data.max_length
+            if (self.answers_only or paired) and encoded.problem is not None and encoded.unlabelled():
                 _leave_out(drawn, encoded.problem, row)
                 continue
-            unanswered = self.answers_only and all(label == IGNORED for label in labels)
-            if unanswered or (len(ids) > data.max_length and data.too_long == "drop"):
+            unanswered = (self.answers_only or paired) and encoded.unlabelled(data.max_length)
+            if unanswered or (cut_off and data.too_long == "drop"):
                 dropped += 1
                 continue
             if self.gate.offends(drawn.source, row) and data.contamination.action == "drop":
                 repeating += 1
                 continue
-            cut += len(ids) > data.max_length
+            cut += cut_off
             added += 1
             self.unsound.update(encoded.unsound if self.answers_only else {})
             self._append("train", drawn.source, row, encoded)
@@ -306,14 +308,14 @@ class _Building:
             if encoded.problem is not None:
                 _leave_out(drawn, encoded.problem, row)
                 continue
-            if all(label == IGNORED for label in encoded.labels[: self.data.max_length]):
+            if encoded.unlabelled(self.data.max_length):
                 self.unscored.setdefault(split, []).append(row.number)
                 continue
             question = self._encode_or_leave_out(self.encoder.question, row, drawn)
             if question is None:
                 continue
             added += 1
-            cut += len(encoded.ids) > self.data.max_length
+            cut += encoded.longest > self.data.max_length
             self._measure(question["prompt_ids"])
             self._append(split, drawn.source, row, encoded, **question)
         return added, cut
@@ -345,7 +347,15 @@ class _Building:
         self._measure(ids)
         self.typed.update(encoded.typed)
         self.typed_rows += bool(encoded.typed)
-        self.splits[split].add(input_ids=ids, labels=labels, source_dataset=source, row=row.number, **question)
+        judged: dict[str, Any] = {}
+        if encoded.rejected is not None:
+            judged = {"rejected_ids": encoded.rejected.ids[:limit], "rejected_labels": encoded.rejected.labels[:limit]}
+            self._measure(judged["rejected_ids"])
+        if row.conversation.desirable is not None:
+            judged = {"desirable": row.conversation.desirable}
+        self.splits[split].add(
+            input_ids=ids, labels=labels, source_dataset=source, row=row.number, **judged, **question
+        )
 
 
 def _leave_out(drawn: DrawnRows, reason: str, row: Row) -> None:

@@ -35,6 +35,23 @@ class Encoded:
     """Why the last answer, which a held-out row is scored on, carries no label; None if it does."""
     typed: tuple[str, ...] = ()
     """Special tokens in the text of the row, each as often as it is there."""
+    rejected: Encoded | None = None
+    """Of a pair, the side that is worse than this one."""
+
+    def sides(self) -> list[Encoded]:
+        """This one, and the rejected one of a pair."""
+        return [self] if self.rejected is None else [self, self.rejected]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the row, or of the longer side of a pair."""
+        return max(len(side.ids) for side in self.sides())
+
+    def unlabelled(self, limit: int | None = None) -> bool:
+        """Whether its first `limit` tokens hold nothing to learn: a side has no label, or both sides are equal."""
+        sides = self.sides()
+        equal = len(sides) > 1 and sides[0].ids[:limit] == sides[1].ids[:limit]
+        return equal or any(set(side.labels[:limit]) <= {IGNORED} for side in sides)
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,7 @@ class Encoder:
         self._typed_as = typed_as
 
     def row(self, conversation: Conversation) -> Encoded:
-        """The tokens of a whole conversation, or of a text with its end.
+        """The tokens of a whole conversation or of both sides of a pair, or of a text with its end.
 
         The answers are found in the rendered text, so any template serves that only appends as turns are added. Special
         tokens typed in the row become ordinary tokens.
@@ -80,6 +97,11 @@ class Encoder:
         """
         if conversation.text is not None:
             return self._plain(conversation.text)
+        if conversation.rejected:
+            chosen, rejected = map(self.row, conversation.sides())
+            problem = chosen.problem or rejected.problem
+            unsound, typed = chosen.unsound + rejected.unsound, chosen.typed + rejected.typed
+            return Encoded(chosen.ids, chosen.labels, unsound, problem, typed, rejected)
         chat = self._chat(messages(conversation), conversation.tools)
         text = self._written(chat)
         absent = missing_turn(chat.turns, text)

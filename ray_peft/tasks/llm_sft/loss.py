@@ -12,7 +12,6 @@ from ray_peft.tasks.llm_sft.evaluate import padded
 from ray_peft.tasks.llm_sft.steps import TextPart
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from ray_peft.engine.row_dropout import RowDropout
@@ -71,24 +70,34 @@ class TextLoss(Computation[TextPart]):
 
     def loss(self, *inputs: Tensor) -> Tensor:
         """The pass's share of the step's mean loss [nats]."""
+        log_probs, _, balance = self.log_probs(*inputs)
+        loss = -log_probs.float().sum() / inputs[3]
+        return loss if balance is None else loss + balance
+
+    def log_probs(self, *inputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probabilities of the tokens with loss, from what `inputs` returned.
+
+        Returns:
+            They (row, longest - 1), 0 elsewhere; where they stand, of the same shape; and the pass's share of the
+            balancing loss (), None without one. If the output layer's gradient is accumulated in place, they are
+            (tokens with loss,) in row order, and None stands for where they stand.
+        """
         import torch
 
         from ray_peft.tasks.llm_sft.head import adds_in_place
 
-        ids, mask, labels, loss_tokens, passes, *keys = inputs
+        ids, mask, labels, _, passes, *keys = inputs
         if self._dropout is not None:
             self._dropout.begin(keys[0])
         if not self._balance and adds_in_place(self._model):
-            return -self._log_probs_in_place(ids, mask, labels).sum() / loss_tokens
+            return self._log_probs_in_place(ids, mask, labels), None, None
         router_settings: dict[str, Any] = {"output_router_logits": True} if self._balance else {}
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self._autocasts):
             output = self._model(
                 input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, **router_settings
             )
-        loss: torch.Tensor = -output.log_probs.float().sum() / loss_tokens
-        if self._balance:
-            loss = loss + self._balance * output.aux_loss.float() / passes
-        return loss
+        balance = self._balance * output.aux_loss.float() / passes if self._balance else None
+        return output.log_probs, output.label_mask, balance
 
     def _log_probs_in_place(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         """Log-probabilities of the tokens with loss; the gradient of the output layer is accumulated in place."""

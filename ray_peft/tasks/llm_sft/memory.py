@@ -12,6 +12,7 @@ from ray_peft.engine.row_dropout import CODE as DROPOUT
 from ray_peft.methods.adapter import Adapter
 from ray_peft.methods.base import ENOUGH_STEPS, Stage
 from ray_peft.spec import LlmTrialSpec
+from ray_peft.spec.preference import PAIRED_OBJECTIVES
 from ray_peft.vram.cards import ANY, Gpu
 from ray_peft.vram.parts import ANSWERING, ATTACH, SCORING, STEP, during
 from ray_peft.vram.predict import Prediction, cached, common, evaluating, segments
@@ -56,7 +57,8 @@ def predict(
     Args:
         spec: the trial.
         shape: the shape of its model.
-        longest_tokens: tokens of the longest training row, at most `data.max_length`.
+        longest_tokens: tokens of the longest training row, at most `data.max_length`; where passes of pairs are
+            recorded, of both sides of the longest pair.
         longest_scored: tokens of the longest held-out row or prompt; None for `longest_tokens`.
         padded: whether the rows of a pass differ in length; None assumes so if a pass holds several.
         gpu: decides the workspace of matrix products and the slack of the allocator.
@@ -72,7 +74,8 @@ def predict(
     if members:
         together = sum(member.evaluation or 0 for member in members)
         return Prediction({"evaluation": together}, together, segments(together, gpu.slack), together)
-    uneven = spec.train.micro_batch_size > 1 if padded is None else padded
+    several = spec.train.micro_batch_size > 1 or spec.train.objective in PAIRED_OBJECTIVES
+    uneven = several if padded is None else padded
     stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
     evaluated_stages: list[Stage | None] = [*stages] or [None]
     scored = [_evaluation(spec, stage, shape, outside) for stage in evaluated_stages]
@@ -105,6 +108,7 @@ def _step(spec: LlmTrialSpec, stage: Stage, shape: ModelShape, longest: int, pad
     train = spec.train
     settings: list[Any] = [train.micro_batch_size, spec.accumulation > 1, train.gradient_checkpointing]
     settings += [train.precision, padded, *(["trl"] if train.engine == "trl" else [])]
+    settings += ["pairs"] if train.objective in PAIRED_OBJECTIVES else []
 
     def compute() -> Counter[str]:
         return components(spec, stage, shape, longest_tokens=longest, padded=padded)
@@ -148,7 +152,10 @@ def components(
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})  # type: ignore[no-untyped-call]
             if not stage.needs_full_weights:
                 model.enable_input_require_grads()  # type: ignore[no-untyped-call]
-        ids = torch.ones(spec.train.micro_batch_size, longest_tokens, dtype=torch.long, device="meta")
+        rows = spec.train.micro_batch_size
+        if spec.train.objective in PAIRED_OBJECTIVES and not keeps_gradients(spec, stage):
+            rows *= 2  # else both sides of a pair lie in one lane, and `longest_tokens` is the length of both
+        ids = torch.ones(rows, longest_tokens, dtype=torch.long, device="meta")
 
         in_place, head = adds_in_place(model), head_settings(model.config.get_text_config())
 

@@ -28,6 +28,8 @@ def why_alone(spec: LlmTrialSpec) -> str | None:
         return "method.rank_pattern, alpha_pattern and modules_to_save are for a trial alone; leave them out"
     if method.optim != "adamw":
         return f"method.optim {method.optim} keeps its moments in blocks, which cross matrices; use optim: adamw"
+    if spec.train.objective != "sft":
+        return f"train.objective {spec.train.objective} trains one trial at a time; use pack: false"
     if spec.train.engine != "own":
         return f"train.engine {spec.train.engine} trains one trial at a time; use engine: own"
     if spec.resources.num_workers > 1:

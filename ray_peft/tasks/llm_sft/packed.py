@@ -11,7 +11,7 @@ from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.data import IGNORED
 from ray_peft.tasks.llm_sft.lanes import Bucket, largest_capacity, lay_out, reused
 from ray_peft.tasks.llm_sft.masks import for_model, windows
-from ray_peft.tasks.llm_sft.steps import TextRows
+from ray_peft.tasks.llm_sft.steps import TextPart, TextRows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,54 @@ class PackedPart:
     """The slot of each lane's member, if there are several members."""
     keys: Sequence[Sequence[int]] = ()
     """The key from which each row's dropout is drawn, by lane; empty without dropout."""
+
+    def unpacked(self) -> TextPart:
+        """The same rows, each by itself, as the only pass of their step."""
+        ids, labels = zip(*(row for lane in self.lanes for row in lane), strict=True)
+        return TextPart(ids, labels, self.loss_tokens[0], 1, [key for lane in self.keys for key in lane])
+
+
+@dataclass(frozen=True)
+class Laid:
+    """Rows in the lanes of a bucket, (lanes, capacity) int64."""
+
+    ids: Tensor
+    positions: Tensor
+    documents: Tensor
+    """The number of the row in its lane, from 1; 0 means empty."""
+    keys: Tensor | None
+    """From which each token's dropout is drawn; None without dropout."""
+    begins: list[list[int]]
+    """Of each lane, the place in the flattened lanes where each row begins."""
+
+
+def lay(bucket: Bucket, lanes: Sequence[Sequence[Sequence[int]]], keys: Sequence[Sequence[int]] | None) -> Laid:
+    """Put rows one after the other into their lanes.
+
+    Args:
+        bucket: the static shape.
+        lanes: the token ids of the rows of each lane.
+        keys: from which the dropout of each row is drawn, by lane; empty for zeros, None without dropout.
+    """
+    import torch
+
+    from ray_peft.engine.keyed_dropout import placed
+
+    ids = torch.zeros(bucket.lanes, bucket.capacity, dtype=torch.int64)
+    positions, documents, row_keys = torch.zeros_like(ids), torch.zeros_like(ids), torch.zeros_like(ids)
+    begins: list[list[int]] = []
+    for lane, rows in enumerate(lanes):
+        begin = 0
+        begins.append([])
+        for number, row in enumerate(rows, start=1):
+            end = begin + len(row)
+            ids[lane, begin:end] = torch.tensor(row)
+            positions[lane, begin:end] = torch.arange(len(row))
+            documents[lane, begin:end] = number
+            row_keys[lane, begin:end] = keys[lane][number - 1] if keys else 0
+            begins[-1].append(lane * bucket.capacity + begin)
+            begin = end
+    return Laid(ids, positions, documents, None if keys is None else placed(row_keys, positions), begins)
 
 
 class PackedRows(Rows[PackedPart]):
@@ -121,37 +169,27 @@ class PackedLoss(Computation[PackedPart]):
         """
         import torch
 
-        from ray_peft.engine.keyed_dropout import placed
-
-        lanes, capacity = part.bucket.lanes, part.bucket.capacity
-        ids = torch.zeros(lanes, capacity, dtype=torch.int64)
-        positions, documents, keys = torch.zeros_like(ids), torch.zeros_like(ids), torch.zeros_like(ids)
+        keys = part.keys if self._dropout is not None else None
+        laid = lay(part.bucket, [[ids for ids, _ in rows] for rows in part.lanes], keys)
         places: list[int] = []
         targets: list[int] = []
         weights: list[float] = []
-        for lane, rows in enumerate(part.lanes):
-            begin = 0
-            for number, (row, labels) in enumerate(rows, start=1):
-                end = begin + len(row)
-                ids[lane, begin:end] = torch.tensor(row)
-                positions[lane, begin:end] = torch.arange(len(row))
-                documents[lane, begin:end] = number
-                keys[lane, begin:end] = part.keys[lane][number - 1] if part.keys else 0
-                scored = [place for place in range(1, len(row)) if labels[place] != IGNORED]
-                places += [lane * capacity + begin + place - 1 for place in scored]
+        for lane, (rows, begins) in enumerate(zip(part.lanes, laid.begins, strict=True)):
+            for (_, labels), begin in zip(rows, begins, strict=True):
+                scored = [place for place in range(1, len(labels)) if labels[place] != IGNORED]
+                places += [begin + place - 1 for place in scored]
                 targets += [labels[place] for place in scored]
                 weights += [1 / max(part.loss_tokens[lane], 1)] * len(scored)
-                begin = end
         scored_places = int(part.bucket.tokens * part.scored)
         fill = (scored_places if len(places) <= scored_places else part.bucket.tokens) - len(places)
         return [
-            ids,
-            positions,
-            documents,
+            laid.ids,
+            laid.positions,
+            laid.documents,
             torch.tensor(places + [0] * fill),
             torch.tensor(targets + [0] * fill),
             torch.tensor(weights + [0.0] * fill),
-            *([placed(keys, positions)] if self._dropout is not None else []),
+            *([laid.keys] if laid.keys is not None else []),
         ]
 
     def loss(self, *inputs: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from ray_peft.tasks.llm_sft.chat import messages
 from ray_peft.tasks.llm_sft.conversation import Conversation, Turn, Unusable, WrongShape
 from ray_peft.tasks.llm_sft.fields import text_of
+from ray_peft.tasks.llm_sft.judged import labelled, preference
 
 __all__ = ["RECIPES", "Conversation", "Turn", "Unusable", "WrongShape"]
 
@@ -46,6 +47,8 @@ RECIPES: dict[str, Callable[[Mapping[str, Any]], Conversation]] = {
     "ultrachat": messages,
     "messages": messages,
     "prompt_completion": prompt_completion,
+    "preference": preference,
+    "labelled": labelled,
     "text": text,
 }
 

@@ -58,10 +58,13 @@ def as_rendered(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, 
     Raises:
         Unusable: the template leaves something of it out, refuses it, or rewrites its earlier turns.
     """
-    if conversation.untrained and not answers_only:
+    if conversation.untrained and not answers_only and not conversation.rejected:
         raise Unusable("weight: 0 needs train.loss: answers")
     if conversation.is_plain:
         return conversation
+    if conversation.rejected:
+        chosen, rejected = (as_rendered(side, tokenizer, answers_only=True) for side in conversation.sides())
+        return replace(chosen, rejected=rejected.turns)
     as_text = _with_text_arguments(conversation)
     missing = _missing(conversation, tokenizer)
     if missing is not None and as_text != conversation:

@@ -33,11 +33,41 @@ class TextPart:
     """The key from which the dropout of each row is drawn."""
 
 
-class TextRows(Rows[TextPart]):
-    """The training rows of a trial, step by step.
+class StepOrder:
+    """Which rows each step sees: every epoch all of them once, in an order of its own; its last step may hold fewer."""
 
-    Every epoch has all rows once, in an order of its own; its last step may hold fewer.
-    """
+    def __init__(self, spec: LlmTrialSpec, rows: int) -> None:
+        """Set up the steps of a trial with so many training rows."""
+        self._spec, self._rows = spec, rows
+        self._per_epoch = math.ceil(rows / spec.train.batch_size)
+        self._orders: dict[int, list[int]] = {}
+
+    def places(self, step: int) -> list[int]:
+        """The rows of a step in order, as indices into the data."""
+        epoch, batch = divmod(step, self._per_epoch)
+        if epoch not in self._orders:
+            from accelerate.data_loader import SeedableRandomSampler
+
+            sampler = SeedableRandomSampler(range(self._rows), data_seed=self._spec.seed)
+            sampler.set_epoch(epoch)
+            # The previous epoch is kept, too: a rehearsal looks ahead, and training then goes on where it was.
+            self._orders = {number: order for number, order in self._orders.items() if number >= epoch - 1}
+            self._orders[epoch] = list(sampler)
+        size = self._spec.train.batch_size
+        return self._orders[epoch][batch * size : (batch + 1) * size]
+
+    def epoch(self, steps: int) -> float:
+        """Epochs after `steps` steps; a partial last step counts as a whole one."""
+        return steps / self._per_epoch
+
+    def batches(self, rows: int) -> list[range]:
+        """The micro-batches of a step of `rows` rows."""
+        size = self._spec.train.micro_batch_size
+        return [range(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
+class TextRows(Rows[TextPart]):
+    """The training rows of a trial, step by step."""
 
     def __init__(self, spec: LlmTrialSpec, rows: Dataset) -> None:
         """Set up the steps.
@@ -47,8 +77,7 @@ class TextRows(Rows[TextPart]):
             rows: with columns input_ids and labels.
         """
         self._spec, self._data = spec, rows
-        self._per_epoch = math.ceil(len(rows) / spec.train.batch_size)
-        self._orders: dict[int, list[int]] = {}
+        self._order = StepOrder(spec, len(rows))
         self._steps: dict[int, tuple[list[list[int]], list[list[int]], int]] = {}
         self._lengths: list[int] = []
 
@@ -79,30 +108,20 @@ class TextRows(Rows[TextPart]):
 
     def places(self, step: int) -> list[int]:
         """The rows of a step in order, as indices into the data."""
-        epoch, batch = divmod(step, self._per_epoch)
-        if epoch not in self._orders:
-            from accelerate.data_loader import SeedableRandomSampler
-
-            sampler = SeedableRandomSampler(range(len(self._data)), data_seed=self._spec.seed)
-            sampler.set_epoch(epoch)
-            # The previous epoch is kept, too: a rehearsal looks ahead, and training then goes on where it was.
-            self._orders = {number: order for number, order in self._orders.items() if number >= epoch - 1}
-            self._orders[epoch] = list(sampler)
-        size = self._spec.train.batch_size
-        return self._orders[epoch][batch * size : (batch + 1) * size]
+        return self._order.places(step)
 
     def parts(self, step: int, share: Share, rows: int) -> list[TextPart]:
         """A worker's rows of a step: of every `share.workers` micro-batches one, in passes of at most `rows` rows."""
         from ray_peft.engine.keyed_dropout import row_key
 
         ids, labels, loss_tokens = self._step(step)
-        batches = self._batches(len(ids))
+        batches = self._order.batches(len(ids))
         passes = sum(-(-len(batch) // rows) for batch in batches)
         keys = [row_key(self._spec.seed, step, row) for row in range(len(ids))]
         return [
             TextPart(ids[first:last], labels[first:last], loss_tokens, passes, keys[first:last])
             for batch in batches[share.rank :: share.workers]
-            for first, last in _spans(batch, rows)
+            for first, last in spans(batch, rows)
         ]
 
     def size(self, part: TextPart) -> int:
@@ -116,7 +135,7 @@ class TextRows(Rows[TextPart]):
 
     def epoch(self, steps: int) -> float:
         """Epochs after `steps` steps; a partial last step counts as a whole one."""
-        return steps / self._per_epoch
+        return self._order.epoch(steps)
 
     def heaviest(self, steps: range, share: Share, rows: int) -> TextPart | None:
         """The largest pass of `steps`: the one with the most tokens, padding included."""
@@ -124,17 +143,13 @@ class TextRows(Rows[TextPart]):
 
         def cost(step: int) -> tuple[int, int]:
             own = [lengths[place] for place in self.places(step)]
-            spans = [span for batch in self._batches(len(own)) for span in _spans(batch, rows)]
-            costs = [(last - first) * max(own[first:last]) for first, last in spans]
+            pieces = [piece for batch in self._order.batches(len(own)) for piece in spans(batch, rows)]
+            costs = [(last - first) * max(own[first:last]) for first, last in pieces]
             return max(costs), costs.index(max(costs))
 
         # A later epoch has the same rows in another order, so its passes may be larger.
         heaviest = max(steps, key=lambda step: cost(step)[0])
         return self.parts(heaviest, Share(), rows)[cost(heaviest)[1]]
-
-    def _batches(self, rows: int) -> list[range]:
-        size = self._spec.train.micro_batch_size
-        return [range(first, min(first + size, rows)) for first in range(0, rows, size)]
 
     def _step(self, step: int) -> tuple[list[list[int]], list[list[int]], int]:
         """Token ids and labels of a step's rows, and how many of their tokens carry loss."""
@@ -148,6 +163,6 @@ class TextRows(Rows[TextPart]):
         return self._steps[step]
 
 
-def _spans(batch: range, rows: int) -> list[tuple[int, int]]:
+def spans(batch: range, rows: int) -> list[tuple[int, int]]:
     """A micro-batch in pieces of at most `rows` rows: (first, last), last excluded."""
     return [(first, min(first + rows, batch.stop)) for first in range(batch.start, batch.stop, rows)]

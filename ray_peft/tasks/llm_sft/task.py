@@ -141,7 +141,9 @@ class LlmSft(TaskType[LlmTrialSpec]):
         tokenizer, prepared = _rows_of_last(spec)
         set_seed(spec.seed)
         base = model.load_model(spec, device, self.base_key(spec, device))
-        return bench.LlmBench(spec, device, tokenizer, prepared, base)
+        loaded = bench.LlmBench(spec, device, tokenizer, prepared, base)
+        loaded.add_reference()
+        return loaded
 
     def load_trained(self, spec: LlmTrialSpec, weights: Path, device: str) -> Bench:
         """The model with a trained adapter, or with trained weights."""
@@ -208,7 +210,8 @@ def _rows(spec: LlmTrialSpec) -> tuple[PreTrainedTokenizerBase, PreparedData]:
 
 def _decides_rows(spec: LlmTrialSpec) -> str:
     """The settings that decide a trial's tokenizer and rows."""
-    return json.dumps([spec.model.plain(), spec.data.plain(), spec.train.loss], sort_keys=True)
+    by_row = spec.train.objective == "kto"  # which takes pairs apart
+    return json.dumps([spec.model.plain(), spec.data.plain(), spec.train.loss, by_row], sort_keys=True)
 
 
 def _decides(spec: LlmTrialSpec) -> str:

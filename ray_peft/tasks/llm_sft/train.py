@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from ray_peft.engine.contract import Share
+from ray_peft.engine.contract import Rows, Share
 from ray_peft.engine.loop import Engine
 from ray_peft.engine.member import Job, Member
 from ray_peft.engine.passes import RecordedPasses
@@ -21,7 +23,10 @@ from ray_peft.tasks.llm_sft.data import IGNORED
 from ray_peft.tasks.llm_sft.decodable import EIGHT_BITS, VIRTUAL_TOKENS
 from ray_peft.tasks.llm_sft.loss import TextLoss
 from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedRows
-from ray_peft.tasks.llm_sft.steps import TextPart, TextRows
+from ray_peft.tasks.llm_sft.preference.packed import PackedPreferenceLoss, PackedPreferenceRows
+from ray_peft.tasks.llm_sft.preference.padded import PreferenceLoss
+from ray_peft.tasks.llm_sft.preference.steps import PreferenceRows
+from ray_peft.tasks.llm_sft.steps import TextRows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,7 +50,7 @@ def train_stage(
     Args:
         spec: the trial.
         job: its stage.
-        rows: the training rows, with columns input_ids and labels.
+        rows: the training rows, with columns input_ids and labels, and those that `PreferenceRows` needs.
         model: with the stage attached.
         tokenizer: of the model.
         rehearse: try the pass that needs the most memory before the first step.
@@ -55,25 +60,51 @@ def train_stage(
     set_seed(spec.seed)
     if isinstance(job.stage, LoRA | QLoRA):
         start_as_trl(spec, model)
-    data = TextRows(spec, rows)
     pad = cast(int, tokenizer.pad_token_id)
-    dropout, unkeyed = _dropout(spec, job, model, data, pad)
+    dropout, unkeyed = _dropout(spec, job, model, TextRows(spec, rows), pad)
     if spec.train.gradient_checkpointing:
         recompute_activations(model, dropout, random=unkeyed is not None)
-    plain = TextLoss(spec, model, pad, dropout)
-    member = Member(job, model, data)
+    work = work_of(spec, rows, model, pad, dropout)
+    member = Member(job, model, work.rows)
     with contextlib.nullcontext() if dropout is None else dropout.installed():
-        reason = why_not_packed(spec, job, model, data, plain, dropout, unkeyed)
+        reason = why_not_packed(spec, job, model, work, dropout, unkeyed)
         if reason is None:
-            packed = PackedLoss(spec, model, dropout)
-            Engine([member], model, PackedRows(data), packed, RecordedPasses, rehearse=rehearse).run()
+            packed: Any = work.packed()
+            Engine([member], model, work.packed_rows(), packed, RecordedPasses, rehearse=rehearse).run()
         else:
             logger.info("%s: passes are not recorded: %s", spec.trial_id, reason)
-            Engine([member], model, data, plain, rehearse=rehearse).run()
+            plain: Any = work.plain
+            Engine([member], model, work.rows, plain, rehearse=rehearse).run()
             member.trained.passes = f"as they are, since {reason}"
     if unkeyed is not None:
         member.trained.passes += f"; dropout is drawn by the pass: {unkeyed}"
     return member.trained
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the steps of a trial see and compute, as they are and packed."""
+
+    rows: Rows[Any]
+    plain: TextLoss | PreferenceLoss
+    packed_rows: Callable[[], PackedRows | PackedPreferenceRows]
+    """A new one each time: each reuses the shapes that it has given, so that one that was tried may give others."""
+    packed: Callable[[], PackedLoss | PackedPreferenceLoss]
+
+
+def work_of(spec: LlmTrialSpec, rows: Dataset, model: PreTrainedModel, pad: int, dropout: RowDropout | None) -> Work:
+    """The rows and the loss of a trial's objective."""
+    if spec.train.objective == "sft":
+        data = TextRows(spec, rows)
+        plain = TextLoss(spec, model, pad, dropout)
+        return Work(data, plain, lambda: PackedRows(data), lambda: PackedLoss(spec, model, dropout))
+    judged = PreferenceRows(spec, rows)
+    return Work(
+        judged,
+        PreferenceLoss(spec, model, pad, dropout),
+        lambda: PackedPreferenceRows(judged),
+        lambda: PackedPreferenceLoss(spec, model, dropout),
+    )
 
 
 def _dropout(
@@ -94,8 +125,7 @@ def why_not_packed(
     spec: LlmTrialSpec,
     job: Job,
     model: PreTrainedModel,
-    data: TextRows,
-    plain: TextLoss,
+    work: Work,
     dropout: RowDropout | None,
     unkeyed: str | None,
 ) -> str | None:
@@ -106,17 +136,14 @@ def why_not_packed(
     """
     import torch
 
-    reason = _why_not_tried(spec, job, model, plain, unkeyed)
+    plain: Any = work.plain
+    reason = _why_not_tried(spec, job, model, work.plain, unkeyed)
     if reason is not None:
         return reason
-    # A second PackedRows: that of the training reuses its shapes, and the one tried here could then replace a smaller.
-    part = PackedRows(data).heaviest(range(job.first_step, job.first_step + 1), this_worker(), 1)
+    part: Any = work.packed_rows().heaviest(range(job.first_step, job.first_step + 1), this_worker(), 1)
     assert part is not None
-    packed = PackedLoss(spec, model, dropout)
-    rows = [row for lane in part.lanes for row in lane]
-    ids, labels = zip(*rows, strict=True)
-    keys = [key for lane in part.keys for key in lane]
-    alone = TextPart(ids, labels, part.loss_tokens[0], 1, keys)
+    packed: Any = work.packed()
+    alone = part.unpacked()
     model.train(dropout is not None)
     try:
         with torch.no_grad():
@@ -132,7 +159,7 @@ def why_not_packed(
 
 
 def _why_not_tried(
-    spec: LlmTrialSpec, job: Job, model: PreTrainedModel, plain: TextLoss, unkeyed: str | None
+    spec: LlmTrialSpec, job: Job, model: PreTrainedModel, plain: TextLoss | PreferenceLoss, unkeyed: str | None
 ) -> str | None:
     """Why passes cannot be recorded by settings, method and architecture; None if these give no reason."""
     config = model.config.get_text_config()

@@ -1,0 +1,78 @@
+"""Prepared rows with a judgement: their sides, and a pair as two labelled rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.spec import LlmTrialSpec
+from ray_peft.tasks.llm_sft.encode import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SIDES = (("input_ids", "labels"), ("rejected_ids", "rejected_labels"))
+
+
+def are_judged(rows: Dataset) -> bool:
+    """Whether rows are pairs or labelled."""
+    return "rejected_ids" in rows.column_names or "desirable" in rows.column_names
+
+
+def side_columns(rows: Dataset) -> list[tuple[str, str]]:
+    """The columns with token ids and labels of each side."""
+    return [columns for columns in _SIDES if columns[0] in rows.column_names]
+
+
+def trained_rows(spec: LlmTrialSpec, rows: Dataset) -> Dataset:
+    """The training rows in the form that the objective takes: for kto a pair is a desirable row and another one."""
+    if spec.train.objective != "kto" or "rejected_ids" not in rows.column_names:
+        return rows
+    from datasets import concatenate_datasets
+
+    parts = []
+    for (ids, labels), desirable in zip(_SIDES, (True, False), strict=True):
+        part: Dataset = rows.select_columns([ids, labels, "source_dataset", "row"])
+        part = part.rename_columns({ids: "input_ids", labels: "labels"}) if ids != "input_ids" else part
+        parts.append(part.add_column("desirable", [desirable] * len(rows)))
+    return concatenate_datasets([parts[0], parts[1].cast(parts[0].features)])
+
+
+def mismatched(row: Mapping[str, Any], before: Mapping[str, Any], limit: int) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a row's prompt with the answer of the row before it, cut at `limit` tokens.
+
+    From such pairs KTO estimates how far the model has gone from what it was: their answers are as likely as those of
+    the rows, and belong to other prompts. As in TRL's KTOTrainer an answer moves on by one row, here of all rows.
+    """
+    ids = row["input_ids"][: _answer_begins(row["labels"])]
+    begin = _answer_begins(before["labels"])
+    answer, labels = before["input_ids"][begin:], before["labels"][begin:]
+    return [*ids, *answer][:limit], [*[IGNORED] * len(ids), *labels][:limit]
+
+
+def mismatched_rows(rows: Dataset, limit: int) -> Dataset:
+    """`mismatched` of every row, with the columns input_ids and labels."""
+    from datasets import Dataset
+
+    columns = {name: list(rows[name]) for name in ("input_ids", "labels")}
+    listed = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    sides = [mismatched(row, listed[place - 1], limit) for place, row in enumerate(listed)]
+    return Dataset.from_dict({"input_ids": [ids for ids, _ in sides], "labels": [labels for _, labels in sides]})
+
+
+def mismatched_lengths(rows: Dataset, limit: int) -> list[int]:
+    """Tokens of `mismatched` of every row."""
+    begins = [_answer_begins(labels) for labels in rows["labels"]]
+    answers = [len(labels) - begin for labels, begin in zip(rows["labels"], begins, strict=True)]
+    return [min(begin + answers[place - 1], limit) for place, begin in enumerate(begins)]
+
+
+def _answer_begins(labels: list[int]) -> int:
+    return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
+
+
+def desirable_rows(rows: Dataset) -> Dataset:
+    """Those whose answers are good, as which all count that are not labelled."""
+    if "desirable" not in rows.column_names:
+        return rows
+    return rows.select([place for place, desirable in enumerate(rows["desirable"]) if desirable])

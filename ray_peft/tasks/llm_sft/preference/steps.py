@@ -1,0 +1,219 @@
+"""The pairs, or labelled rows, of each optimizer step, in the order that instruction tuning gives the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ray_peft.engine.contract import Rows, Seen, Share
+from ray_peft.engine.keyed_dropout import row_key
+from ray_peft.spec import LlmTrialSpec
+from ray_peft.tasks.llm_sft.encode import IGNORED
+from ray_peft.tasks.llm_sft.preference.rows import mismatched, mismatched_lengths
+from ray_peft.tasks.llm_sft.steps import StepOrder, spans
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+REFERENCE = "log_probs_before"
+"""The column with the log-probabilities of a row's sides under the model before training."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A prompt with one answer."""
+
+    ids: Sequence[int]
+    labels: Sequence[int]
+    """The answer's tokens, else IGNORED."""
+    reference: float
+    """Log-probability of the answer under the model before training; 0 where the objective needs none."""
+    key: int
+    """The key from which its dropout is drawn."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A pair, or a labelled row, as a pass computes it."""
+
+    sides: Sequence[Side]
+    """Chosen and rejected; or the answer alone."""
+    desirable: bool = True
+    """Of a labelled row, whether its answer is good."""
+
+    @property
+    def tokens(self) -> int:
+        """Of all sides."""
+        return sum(len(side.ids) for side in self.sides)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a whole step holds, over all workers: the divisors of its losses."""
+
+    judged: int
+    """Pairs, or labelled rows."""
+    own_loss_tokens: int
+    """Tokens of the chosen answers' own loss, which ORPO adds."""
+    passes: int
+
+
+@dataclass(frozen=True)
+class PreferencePart:
+    """What one pass holds."""
+
+    judged: Sequence[Judged]
+    totals: Totals
+    divergence: bool = False
+    """Whether these rows tell how far the model has gone from what it was, and are not trained on: kto's first passes
+    of a step. Their sides are prompts with answers of other rows."""
+    begins: bool = False
+    """Whether a step's estimate of that begins with this pass."""
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token whose log-probability counts."""
+
+    place: int
+    """In its row; it is predicted from the place before."""
+    in_answer: bool
+    """Whether it counts in the log-probability of the answer."""
+    in_own_loss: bool
+    """Whether it counts in the chosen answer's own loss."""
+
+
+def scored_tokens(spec: LlmTrialSpec, labels: Sequence[int], *, chosen: bool) -> list[ScoredToken]:
+    """The tokens of a side whose log-probabilities the objective needs."""
+    own_loss = chosen and spec.train.objective == "orpo"
+    prompts_too = own_loss and spec.train.loss == "all"
+    return [
+        ScoredToken(place, label != IGNORED, own_loss)
+        for place, label in enumerate(labels)
+        if place and (label != IGNORED or prompts_too)
+    ]
+
+
+class PreferenceRows(Rows[PreferencePart]):
+    """The training rows of a trial, step by step: pairs for dpo and orpo, labelled rows for kto."""
+
+    def __init__(self, spec: LlmTrialSpec, rows: Dataset) -> None:
+        """Set up the steps.
+
+        Args:
+            spec: the trial.
+            rows: with columns input_ids and labels, and rejected_ids and rejected_labels (of pairs) or desirable; and
+                with REFERENCE, but for orpo.
+        """
+        self._spec, self._data = spec, rows
+        self._order = StepOrder(spec, len(rows))
+
+    def parts(self, step: int, share: Share, rows: int) -> list[PreferencePart]:
+        """A worker's part of a step: of every `share.workers` micro-batches one, in passes of at most `rows`."""
+        judged = self.judged(step)
+        totals = self.totals(judged, rows)
+        batches = self._order.batches(len(judged))[share.rank :: share.workers]
+        own = [span for batch in batches for span in spans(batch, rows)]
+        parts = [PreferencePart(judged[first:last], totals) for first, last in own]
+        if self._spec.train.objective != "kto":
+            return parts
+        others = self.mismatched(step)
+        return [PreferencePart(others[first:last], totals, True, not first) for first, last in own] + parts
+
+    def judged(self, step: int) -> list[Judged]:
+        """All pairs or labelled rows of a step, in order."""
+        return [self._judged(step, index, place) for index, place in enumerate(self.places(step))]
+
+    def mismatched(self, step: int) -> list[Judged]:
+        """Each labelled row of a step with the answer of the row before it in the data."""
+        places = self.places(step)
+        rows = []
+        for index, place in enumerate(places):
+            row = self._data[place]
+            ids, labels = mismatched(row, self._data[place - 1], self._spec.data.max_length)
+            key = row_key(self._spec.seed, step, len(places) + index)
+            rows.append(Judged([Side(ids, labels, row[REFERENCE][1], key)], row["desirable"]))
+        return rows
+
+    def totals(self, judged: Sequence[Judged], rows: int) -> Totals:
+        """The divisors of a step that is passed `rows` at a time."""
+        chosen = [scored_tokens(self._spec, row.sides[0].labels, chosen=True) for row in judged]
+        own_loss = sum(token.in_own_loss for tokens in chosen for token in tokens)
+        return Totals(len(judged), own_loss, len(self._spans(len(judged), rows)))
+
+    def size(self, part: PreferencePart) -> int:
+        """Pairs, or labelled rows, of a pass."""
+        return len(part.judged)
+
+    def seen(self, step: int) -> Seen:
+        """The tokens of a step, of all sides."""
+        return Seen(tokens=sum(sum(self.lengths[place]) for place in self.places(step)))
+
+    def epoch(self, steps: int) -> float:
+        """Epochs after `steps` steps; a partial last step counts as a whole one."""
+        return self._order.epoch(steps)
+
+    def heaviest(self, steps: range, share: Share, rows: int) -> PreferencePart | None:
+        """The largest pass of `steps`: the one with the most tokens, padding included."""
+
+        def cost(step: int) -> tuple[int, int]:
+            longest = [max(self.lengths[place]) for place in self.places(step)]
+            costs = [(last - first) * max(longest[first:last]) for first, last in self._spans(len(longest), rows)]
+            return max(costs), costs.index(max(costs))
+
+        heaviest = max(steps, key=lambda step: cost(step)[0])
+        trained = [part for part in self.parts(heaviest, Share(), rows) if not part.divergence]
+        return trained[cost(heaviest)[1]]
+
+    def places(self, step: int) -> list[int]:
+        """What a step sees, as indices into the data."""
+        return self._order.places(step)
+
+    @property
+    def micro_batch(self) -> int:
+        """Pairs, or labelled rows, of a micro-batch."""
+        return self._spec.train.micro_batch_size
+
+    @cached_property
+    def lengths(self) -> list[list[int]]:
+        """Tokens of the sides of every pair or labelled row of the data."""
+        columns = [name for name in ("input_ids", "rejected_ids") if name in self._data.column_names]
+        return [list(sides) for sides in zip(*(map(len, self._data[name]) for name in columns), strict=True)]
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest pair or labelled row, or of the longest prompt with another row's answer."""
+        most = max(map(sum, self.lengths))
+        if self._spec.train.objective != "kto":
+            return most
+        return max(most, *mismatched_lengths(self._data, self._spec.data.max_length))
+
+    @cached_property
+    def scored_tokens(self) -> int:
+        """Tokens of all rows whose log-probabilities the objective needs."""
+        count = 0
+        for name in ("labels", "rejected_labels"):
+            if name in self._data.column_names:
+                chosen = name == "labels"
+                count += sum(len(scored_tokens(self._spec, labels, chosen=chosen)) for labels in self._data[name])
+        return count
+
+    def _judged(self, step: int, index: int, place: int) -> Judged:
+        row: dict[str, Any] = self._data[place]
+        sides = [(row["input_ids"], row["labels"])]
+        if "rejected_ids" in row:
+            sides.append((row["rejected_ids"], row["rejected_labels"]))
+        references = row.get(REFERENCE, [0.0] * len(sides))
+        keys = [row_key(self._spec.seed, step, len(sides) * index + side) for side in range(len(sides))]
+        return Judged(
+            [
+                Side(ids, labels, reference, key)
+                for (ids, labels), reference, key in zip(sides, references, keys, strict=False)
+            ],
+            row.get("desirable", True),
+        )
+
+    def _spans(self, count: int, rows: int) -> list[tuple[int, int]]:
+        return [span for batch in self._order.batches(count) for span in spans(batch, rows)]
