@@ -171,7 +171,7 @@ def test_stochastic_rounding_moves_weights_that_the_nearest_would_leave(kind):
         pairs = zip(parameters[:4], before, strict=False)
         return sum(int((now != then).sum()) for now, then in pairs)
 
-    assert moved(stochastic=True) > 30
+    assert moved(stochastic=True) > 5
     assert moved(stochastic=False) == 0
 
 
@@ -250,7 +250,7 @@ def turn_steps(blocks, head, optimizer, steps):
 def test_layers_that_rest_are_not_touched_and_begin_anew():
     """Layer 1 in its second turn moves as AdamW does from its first step on."""
     blocks, head = layers(), torch.nn.Parameter(torch.ones(3))
-    optimizer = in_turns(blocks, head, lambda turn, _: [(1, 2, 1)[turn]])
+    optimizer = in_turns(blocks, head, lambda turn, _: [(1, 2, 1, 0)[turn]])
     before = [[p.detach().clone() for p in block] for block in blocks]
     turn_steps(blocks, head, optimizer, range(2))
     changed = [
