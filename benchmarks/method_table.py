@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
         time.sleep(0.5)
     for sweep in running:
         if sweep.poll() is None:
-            sweep.send_signal(signal.SIGINT)
+            sweep.send_signal(signal.SIGTERM)  # which ends it as Ctrl-C does
     print([sweep.wait() for sweep in running], round(time.perf_counter() - begin, 1), "s", flush=True)
 
 
