@@ -149,7 +149,7 @@ def test_optimizers_of_whole_models_keep_what_counting_says(shape, method, state
     """In bfloat16, of norms that limit growth a number a matrix."""
     found = parts(shape, method)
     assert close(found["optimizer"], 2 * state, 3 * 7 * LAYERS + 20)
-    assert close(found["projectors"], 2 * bases, 7 * LAYERS)
+    assert close(found.get("projectors", 0), 2 * bases, 7 * LAYERS)
 
 
 def test_layers_that_rest_have_no_gradients(shape):
