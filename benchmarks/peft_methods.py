@@ -3,9 +3,10 @@
     python benchmarks/peft_methods.py OUT.json --model FOLDER --rows alpaca.jsonl.gz --steps 100 --seconds 200
 
 The methods are those of search_spaces/peft_methods.yaml, then the same on a base in 4 bits, then some on one in 8 bits
-and those that are not in the file. No cell begins after --seconds; those left are listed. With --random the model has
-random weights of its config's shape: then losses compare nothing but whether a method learns at all. With --predict the
-same command adds predictions to OUT, without a GPU.
+and those that are not in the file; or those of --methods, at so many times their learning rates as --rates says. No
+cell begins after --seconds; those left are listed. With --random the model has random weights of its config's shape:
+then losses compare nothing but whether a method learns at all. With --predict the same command adds predictions to OUT,
+without a GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 from provenance import write
 
+from ray_peft.methods import METHODS
 from ray_peft.space import yaml_text
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks import TASKS
@@ -38,7 +40,13 @@ FURTHER = [
 IN_EIGHT_BITS = ("lora", "miss", "oft")
 
 
-def cells() -> list[dict[str, Any]]:
+def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
+    if options.methods:
+        known = {method.model_fields["name"].default: method for method in METHODS}
+        named = [known[method["name"]].from_plain(method) for method in json.loads(options.methods)]
+        rates = [float(rate) for rate in options.rates.split(",")]
+        at_rates = [(method, method.plain()["lr"] * rate) for rate in rates for method in named]
+        return [{"method": method.plain() | {"lr": lr}, "storage": None} for method, lr in at_rates]
     methods = yaml_text.parse(yaml_text.read(SPACE), str(SPACE))["method"]["grid"]
     chosen = [{"method": method, "storage": None} for method in methods]
     chosen += [{"method": method, "storage": "nf4"} for method in methods if method["name"] != "pissa"]
@@ -48,7 +56,7 @@ def cells() -> list[dict[str, Any]]:
 
 
 def spec_of(cell: dict[str, Any], options: argparse.Namespace) -> LlmTrialSpec:
-    source = {"recipe": "alpaca", "path": options.rows, "train": options.train_rows, "test": 48}
+    source = {"recipe": "alpaca", "path": options.rows, "train": options.train_rows, "test": options.test_rows}
     return LlmTrialSpec.from_plain(
         {
             "model": {"name": options.model, "random_weights": options.random, "quantization": cell["storage"]},
@@ -135,7 +143,7 @@ def measure(options: argparse.Namespace) -> None:
     results: list[dict[str, Any]] = []
     left: list[dict[str, Any]] = []
     settings = {key: str(value) for key, value in vars(options).items() if key not in ("model", "rows", "out")}
-    for cell in cells():
+    for cell in cells(options):
         if time.perf_counter() - begin > options.seconds:
             left.append(cell)
             continue
@@ -157,9 +165,12 @@ def main() -> None:
     parser.add_argument("--rows", required=True)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--train-rows", type=int, default=480)
+    parser.add_argument("--test-rows", type=int, default=48)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--micro-batch-size", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--methods", help="a JSON list of methods with their settings")
+    parser.add_argument("--rates", default="1", help="factors on their learning rates, with commas")
     parser.add_argument("--random", action="store_true")
     parser.add_argument("--predict", action="store_true", help="add predictions to OUT, and measure nothing")
     options = parser.parse_args()

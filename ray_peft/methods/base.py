@@ -131,6 +131,11 @@ class Stage(Method):
         """The setting, such as `gradients: host`, that another training loop than ours cannot serve; None without."""
         return None
 
+    def why_not_recorded(self) -> str | None:
+        """Why its passes cannot be recorded once and replayed; None if they can."""
+        in_backward = self.conflicts(accumulates=True, num_workers=1)
+        return f"{self.name} updates weights in the backward pass" if in_backward else None
+
     def why_not_on(self, storage: Quantization) -> str | None:
         """Why this stage cannot be trained on a base that is stored so, with the way out; None if it can."""
         return None

@@ -7,19 +7,16 @@ checkpoint holds nothing but tensors and numbers. The host waits for the GPU onl
 
 from __future__ import annotations
 
-import math
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ray_peft.methods import fused, moments, subspace
 from ray_peft.methods.moments import Piece
-from ray_peft.methods.stochastic import BUCKET, Dice, rounded
+from ray_peft.methods.optim.low_rank_rules import ProjectBack, Subspace, drawn
+from ray_peft.methods.optim.piecewise_adamw import Layerwise, PiecewiseAdamW, listed, stacked
 
 BASIS = "ortho_matrix"
 """Key of a weight's state: its basis, or the left and the right basis for `proj_type: full`."""
@@ -27,77 +24,34 @@ _OF_REFRESH, _OF_MOMENTS = -1, -2
 """Which random numbers of a weight: those that its first basis starts from, and those that round its moments."""
 
 
-class GaLoreAdamW(Optimizer):
+class GaLoreAdamW(PiecewiseAdamW):
     """AdamW whose moments live in a subspace of the gradient, in the groups that have a `rank`.
 
     Source: Zhao et al. 2024, arXiv:2403.03507, algorithm 2; `eps` and weight decay as in galore-torch 1.0.
     """
 
-    param_groups: list[dict[str, Any]]
-    at_a_time, grams_at_a_time = BUCKET, subspace.AT_A_TIME
-    """How many numbers are updated at a time, and how many numbers of Gram matrices are iterated: more is faster."""
+    grams_at_a_time = subspace.AT_A_TIME
+    """How many numbers of Gram matrices are iterated at a time: more is faster."""
 
     def __init__(
-        self,
-        groups: Iterable[dict[str, object]],
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        stochastic: bool = False,
-        eight_bit: bool = False,
+        self, groups: Iterable[dict[str, object]], *, rule: ProjectBack | None = None, **settings: Any
     ) -> None:
         """Set up the optimizer.
 
         Args:
             groups: of weights. Groups with `rank`, `update_proj_gap`, `scale`, `proj_type` and `svd` are projected.
-            lr: learning rate.
-            betas: decay rates of the moments.
-            eps: added to the root of the second moment, without bias correction.
-            stochastic: round stochastically what is stored in bfloat16; the arithmetic is then float32.
-            eight_bit: store moments in 8 bits; the arithmetic is then float32.
+            rule: what becomes of the direction in a subspace; None is GaLore's.
+            **settings: as `PiecewiseAdamW`.
         """
-        super().__init__(list(groups), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self._stochastic, self._eight_bit = stochastic, eight_bit
-        self._dice = Dice(parameter for group in self.param_groups for parameter in group["params"])
+        super().__init__(groups, **settings)
+        self._rule = rule or ProjectBack()
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is used here
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            self._step_group(group, [parameter for parameter in group["params"] if self._has_gradient(parameter)])
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state, each tensor in the dtype that it was saved in, on its weight's device."""
-        super().load_state_dict({**state_dict, "state": {}})
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            if number in state_dict["state"]:
-                saved = state_dict["state"][number]
-                self.state[parameter] = {name: _moved(value, parameter.device) for name, value in saved.items()}
-
-    def _has_gradient(self, parameter: Tensor) -> bool:
-        return parameter.grad is not None
-
-    def _gradient(self, parameter: Tensor) -> Tensor:
-        """The step's gradient of a weight, on its device."""
-        assert parameter.grad is not None
-        return parameter.grad
-
-    def _piece_of_gradient(self, parameter: Tensor, begin: int, end: int) -> Tensor:
-        """Some of the numbers of a gradient that is not projected."""
-        return self._gradient(parameter).reshape(-1)[begin:end]
-
-    def _step_group(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
-        for parameter in parameters:
-            state = self.state[parameter]
-            state["step"] = int(state.get("step", 0)) + 1
+    def _update_group(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         if "rank" not in group:
-            for pieces in self._pieces(parameters):
-                self._update_pieces(group, pieces)
+            super()._update_group(group, parameters)
             return
-        self._refresh(group, parameters)
+        if not self._rule.draws_bases:
+            self._refresh(group, parameters)
         for batch in self._batches(parameters):
             self._update_projected(group, batch)
 
@@ -131,16 +85,14 @@ class GaLoreAdamW(Optimizer):
             start[:, : previous.shape[1]] = previous
         return start
 
-    def _batches(self, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Weights of one shape that are at the same step, at most `at_a_time` numbers in a batch."""
-        by_kind: dict[Any, list[Tensor]] = {}
-        for parameter in parameters:
-            key = (parameter.shape, parameter.dtype, parameter.device, self.state[parameter]["step"])
-            by_kind.setdefault(key, []).append(parameter)
-        for weights in by_kind.values():
-            count = max(1, self.at_a_time // weights[0].numel())
-            for begin in range(0, len(weights), count):
-                yield weights[begin : begin + count]
+    def _bases(self, group: dict[str, Any], parameter: Tensor, side: str) -> list[Tensor]:
+        """The bases of a weight's gradient: those of its state, or drawn anew from seed, place and step."""
+        if not self._rule.draws_bases:
+            return listed(self.state[parameter][BASIS])
+        gap = group["update_proj_gap"]
+        since = (self.state[parameter]["step"] - 1) // gap * gap + 1
+        generator = self._dice.generator(parameter, since, _OF_REFRESH)
+        return [drawn(parameter.shape, group["rank"], side, parameter, generator)]
 
     def _update_projected(self, group: dict[str, Any], batch: list[Tensor]) -> None:
         if self._stochastic and fused.serves(batch[0]):
@@ -149,8 +101,8 @@ class GaLoreAdamW(Optimizer):
             return
         states = [self.state[parameter] for parameter in batch]
         side = subspace.side_of(batch[0].shape, group["proj_type"])
-        bases = [_stacked(parts) for parts in zip(*(_listed(state[BASIS]) for state in states), strict=True)]
-        low = subspace.projected(_stacked([self._gradient(parameter) for parameter in batch]), bases, side)
+        bases = [stacked(parts) for parts in zip(*(self._bases(group, p, side) for p in batch), strict=True)]
+        low = subspace.projected(self._gradients(batch), bases, side)
         for state, low_state in zip(states, low, strict=True):
             if moments.NAMES[0] not in state:
                 moments.make(state, low_state, eight_bit=self._eight_bit)
@@ -158,181 +110,32 @@ class GaLoreAdamW(Optimizer):
         dtype = self._arithmetic(batch[0])
         changed, direction = self._direction(group, pieces, low.to(dtype).reshape(-1), dtype)
         direction = direction.to(low.dtype).view(low.shape)
-        back = subspace.projected_back(direction, bases, side).mul_(group["scale"])
-        del low, direction
-        weight = _stacked(batch).to(dtype, copy=True)
-        self._move(group, weight, back, states[0]["step"])
+        step = Subspace(lambda: self._gradients(batch), low, direction, bases, side, group["scale"], states)
+        back, factor = self._rule.update(step)
+        del low, direction, step
+        weight = stacked(batch).to(dtype, copy=True)
+        self._move(group, weight, back.mul_(factor), states[0]["step"])
         del back
         self._store([(parameter, 0, parameter.numel()) for parameter in batch], weight.view(-1), pieces, changed)
 
+    def _gradients(self, batch: Sequence[Tensor]) -> Tensor:
+        return stacked([self._gradient(parameter) for parameter in batch])
+
     def _update_projected_fused(self, group: dict[str, Any], parameter: Tensor) -> None:
-        state = self.state[parameter]
-        side, bases = subspace.side_of(parameter.shape, group["proj_type"]), _listed(state[BASIS])
-        low = subspace.projected(self._gradient(parameter), bases, side).contiguous()
+        state, side = self.state[parameter], subspace.side_of(parameter.shape, group["proj_type"])
+        bases = self._bases(group, parameter, side)
+        direction = subspace.projected(self._gradient(parameter), bases, side).contiguous()
+        low = direction.clone() if self._rule.needs_low else direction
         if moments.NAMES[0] not in state:
-            moments.make(state, low, eight_bit=self._eight_bit)
-        piece = Piece(state, 0, low.numel())
+            moments.make(state, direction, eight_bit=self._eight_bit)
+        piece = Piece(state, 0, direction.numel())
         settings = {"betas": group["betas"], "eps": group["eps"], "seed": self._seed(parameter, _OF_MOMENTS)}
-        self._with_moments(piece, lambda both: fused.to_direction(low, both, **settings))
-        back = subspace.projected_back(low, bases, side).contiguous()
-        size, decay = self._size(group, state["step"]) * group["scale"], group["lr"] * group["weight_decay"]
-        fused.move(parameter.detach(), back, size=size, decay=decay, seed=self._seed(parameter, 0))
-
-    def _update_pieces_fused(self, group: dict[str, Any], parts: list[tuple[Tensor, int, int]]) -> None:
-        for parameter, begin, end in parts:
-            piece = Piece(self.state[parameter], begin, end)
-            grad = self._piece_of_gradient(parameter, begin, end)
-            weight = _flat(parameter, begin, end)
-            settings: dict[str, Any] = {
-                "betas": group["betas"],
-                "eps": group["eps"],
-                "size": self._size(group, piece.state["step"]),
-                "decay": group["lr"] * group["weight_decay"],
-                "seed": self._seed(parameter, begin),
-            }
-            self._with_moments(piece, partial(fused.adamw, weight, grad, **settings))
-
-    def _with_moments(self, piece: Piece, work: Callable[[list[Tensor]], None]) -> None:
-        """Let `work` change both moments of a piece, in place or as float32 copies."""
-        stored = moments.in_place(piece)
-        if stored is not None:
-            work(stored)
-            return
-        copies = moments.read([piece], torch.float32)
-        work(copies)
-        moments.write([piece], copies, lambda values, dtype: values.to(dtype))
-
-    def _seed(self, parameter: Tensor, part: int) -> int:
-        return self._dice.seed(parameter, self.state[parameter]["step"], part)
-
-    def _size(self, group: dict[str, Any], step: int) -> float:
-        """The factor on the moments' quotient: the learning rate, corrected for moments that began at zero."""
-        beta1, beta2 = group["betas"]
-        size: float = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        return size
-
-    def _pieces(self, parameters: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, int, int]]]:
-        """Lists of flat parts of weights (weight, begin, end), each at one step and of about `at_a_time` numbers."""
-        open_pieces: dict[Any, list[tuple[Tensor, int, int]]] = {}
-        for parameter in parameters:
-            if not parameter.is_contiguous():
-                raise ValueError(
-                    f"a weight of shape {tuple(parameter.shape)} is not contiguous, so it cannot be updated flat"
-                )
-            state = self.state[parameter]
-            if moments.NAMES[0] not in state:
-                moments.make(state, parameter, eight_bit=self._eight_bit)
-            kind = state[moments.NAMES[0]].dtype
-            key = (state["step"], parameter.dtype, parameter.device, kind)
-            for begin in range(0, parameter.numel(), self.at_a_time):
-                end = min(begin + self.at_a_time, parameter.numel())
-                pieces = open_pieces.setdefault(key, [])
-                pieces.append((parameter, begin, end))
-                if sum(last - first for _, first, last in pieces) >= self.at_a_time:
-                    yield open_pieces.pop(key)
-        yield from open_pieces.values()
-
-    def _update_pieces(self, group: dict[str, Any], parts: list[tuple[Tensor, int, int]]) -> None:
-        first = parts[0][0]
-        if self._stochastic and fused.serves(first):
-            self._update_pieces_fused(group, parts)
-            return
-        dtype = self._arithmetic(first)
-        pieces = [Piece(self.state[parameter], begin, end) for parameter, begin, end in parts]
-        grad = _joined([self._piece_of_gradient(*part).to(dtype) for part in parts])
-        changed, direction = self._direction(group, pieces, grad, dtype)
-        del grad
-        weight = _joined([_flat(*part) for part in parts]).to(dtype, copy=True)
-        self._move(group, weight, direction, pieces[0].state["step"])
-        del direction
-        self._store(parts, weight, pieces, changed)
-
-    def _arithmetic(self, parameter: Tensor) -> torch.dtype:
-        return torch.float32 if self._stochastic or self._eight_bit else parameter.dtype
-
-    def _direction(
-        self, group: dict[str, Any], pieces: list[Piece], grad: Tensor, dtype: torch.dtype
-    ) -> tuple[list[Tensor], Tensor]:
-        """The updated moments, flat, and the first divided by the root of the second."""
-        beta1, beta2 = group["betas"]
-        first, second = moments.read(pieces, dtype)
-        first.mul_(beta1).add_(grad, alpha=1 - beta1)
-        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        root = second.sqrt().add_(group["eps"])
-        direction = torch.div(first, root, out=root)
-        return [first, second], direction
-
-    def _move(self, group: dict[str, Any], weight: Tensor, direction: Tensor, step: int) -> None:
-        weight.add_(direction, alpha=-self._size(group, step))
-        if group["weight_decay"] > 0:
-            weight.add_(weight, alpha=-group["lr"] * group["weight_decay"])
-
-    def _store(
-        self, parts: list[tuple[Tensor, int, int]], weight: Tensor, pieces: list[Piece], changed: list[Tensor]
-    ) -> None:
-        """Store the updated weights and moments, all flat; moments are rounded in the way that weights are."""
-        first, begin, _ = parts[0]
-        generator = self._dice.generator(first, pieces[0].state["step"], begin) if self._stochastic else None
-
-        def stored(values: Tensor, dtype: torch.dtype) -> Tensor:
-            return rounded(values, dtype, generator) if self._stochastic else values.to(dtype)
-
-        targets = [_flat(*part) for part in parts]
-        torch._foreach_copy_(
-            targets, list(torch.split(stored(weight, first.dtype), [len(target) for target in targets]))
-        )
-        moments.write(pieces, changed, stored)
+        self._with_moments(piece, lambda both: fused.to_direction(direction, both, **settings))
+        step = Subspace(lambda: self._gradient(parameter), low, direction, bases, side, group["scale"], [state])
+        back, factor = self._rule.update(step)
+        size, decay = self._size(group, state["step"]) * factor, group["lr"] * group["weight_decay"]
+        fused.move(parameter.detach(), back.contiguous(), size=size, decay=decay, seed=self._seed(parameter, 0))
 
 
-class LayerwiseGaLoreAdamW(GaLoreAdamW):
-    """Updates a weight as soon as its gradient is computed, then frees the gradient; `step` has nothing left to do."""
-
-    worst: Tensor | float = 0.0
-    """Zero, or NaN once a gradient was not finite."""
-
-    def __init__(self, groups: Iterable[dict[str, object]], **settings: Any) -> None:
-        """As `GaLoreAdamW`."""
-        super().__init__(groups, **settings)
-        for index, group in enumerate(self.param_groups):
-            for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(_stepper(weakref.ref(self), index))
-
-
-def _stepper(optimizer: weakref.ref[LayerwiseGaLoreAdamW], index: int) -> Any:
-    # Python's garbage collector does not follow the hooks of a tensor. A hook with a reference to the optimizer would
-    # keep it and all weights alive until the process ends.
-    def step_one(parameter: Tensor) -> None:
-        self = optimizer()
-        if self is None:  # a later stage trains with another optimizer
-            return
-        assert parameter.grad is not None
-        # Zero times a sum is zero, or NaN where a number is not finite: nothing waits for the GPU.
-        self.worst = self.worst + parameter.grad.sum(dtype=torch.float32) * 0
-        with torch.no_grad():
-            self._step_group(self.param_groups[index], [parameter])
-        parameter.grad = None
-
-    return step_one
-
-
-def _flat(parameter: Tensor, begin: int, end: int) -> Tensor:
-    """Some of a weight's numbers, in place where it is contiguous."""
-    return parameter.detach().view(-1)[begin:end]
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].detach()[None]
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _listed(value: Any) -> list[Tensor]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, copy=True)
-    return [_moved(part, device) for part in value] if isinstance(value, list | tuple) else value
+class LayerwiseGaLoreAdamW(Layerwise, GaLoreAdamW):
+    """GaLore's, a weight at a time in the backward pass."""

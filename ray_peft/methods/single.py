@@ -24,9 +24,14 @@ from ray_peft.methods.adapters.randlora import RandLoRA
 from ray_peft.methods.adapters.rslora import RsLoRA
 from ray_peft.methods.adapters.shira import SHiRA
 from ray_peft.methods.adapters.vera import VeRA
+from ray_peft.methods.apollo import APOLLO, APOLLOMini
+from ray_peft.methods.badam import BAdam
+from ray_peft.methods.fira import Fira
 from ray_peft.methods.full import FullFineTuning
 from ray_peft.methods.galore import GaLore
+from ray_peft.methods.lisa import LISA
 from ray_peft.methods.lora import LoRA
+from ray_peft.methods.muon import Muon
 from ray_peft.methods.none import Untouched
 from ray_peft.methods.qlora import QLoRA
 from ray_peft.methods.qlora_galore import QLoRAThenGaLore
@@ -38,6 +43,12 @@ SingleMethod: TypeAlias = (
     | QLoRA
     | GaLore
     | QLoRAThenGaLore
+    | Fira
+    | APOLLO
+    | APOLLOMini
+    | Muon
+    | LISA
+    | BAdam
     | DoRA
     | RsLoRA
     | PiSSA

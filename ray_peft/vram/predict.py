@@ -17,10 +17,14 @@ from typing import Any
 from ray_peft.foundation.cache import cache_folder
 from ray_peft.foundation.units import GIB, MIB
 from ray_peft.foundation.whole import write_text
+from ray_peft.methods.badam import BAdam
 from ray_peft.methods.base import Method, Stage
-from ray_peft.methods.galore import GaLore
 from ray_peft.methods.lora import LowRankAdapter
+from ray_peft.methods.matrix_weights import MatrixWeights
+from ray_peft.methods.muon import Muon
+from ray_peft.methods.projected_gradients import ProjectedGradients
 from ray_peft.methods.qlora_galore import QLoRAThenGaLore
+from ray_peft.methods.turns import LayersInTurn
 from ray_peft.spec import TrialSpec
 from ray_peft.vram.shape import ModelShape
 
@@ -30,7 +34,11 @@ SEGMENT = 2 * MIB
 _NO_MEMORY: dict[type[Any], frozenset[str]] = {
     Stage: frozenset({"lr", "weight_decay", "betas", "max_grad_norm"}),
     LowRankAdapter: frozenset({"alpha"}),
-    GaLore: frozenset({"eps", "scale", "update_proj_gap"}),
+    MatrixWeights: frozenset({"eps"}),
+    ProjectedGradients: frozenset({"scale", "update_proj_gap"}),
+    Muon: frozenset({"momentum", "nesterov", "rounds"}),
+    LayersInTurn: frozenset({"every"}),
+    BAdam: frozenset({"order"}),
     QLoRAThenGaLore: frozenset({"switch_at"}),
 }
 """Settings that change numbers, but not how many there are, by the class that has them: another method's setting of

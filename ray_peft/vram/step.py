@@ -49,7 +49,7 @@ def components(model: nn.Module, stage: Stage, loss: Callable[[], Tensor], condi
     optimizer = stage.optimizer(model)  # a layer-wise one frees each gradient in a hook of its own
     away = getattr(optimizer, "holds_gradient", lambda _: False)
     for parameter in trained:
-        if conditions.accumulates and not away(parameter):
+        if conditions.accumulates and parameter.requires_grad and not away(parameter):
             parameter.grad = torch.empty_like(parameter)
             tape.own(parameter.grad, "gradients")
     with tape:

@@ -216,6 +216,7 @@ def test_a_12_gib_card_has_a_profile_in_every_study():
         "quickstart",
         "smollm2_alpaca",
         "peft_methods",
+        "whole_models",
     }
 
 

@@ -129,6 +129,34 @@ def test_layerwise_galore_never_holds_all_gradients(shape):
     assert layerwise.components["optimizer"] == whole.components["optimizer"]
 
 
+LARGER, SMALLER = (LAYERS * sum(side(sizes) for sizes in LINEARS) for side in (max, min))
+BLOCK = LINEAR // LAYERS + 2 * HIDDEN
+
+
+@pytest.mark.parametrize(
+    ("method", "state", "bases"),
+    [
+        ({"name": "fira", "rank": 8}, 2 * 8 * LARGER + 2 * REST, 8 * SMALLER),
+        ({"name": "apollo", "rank": 8}, 2 * 8 * LARGER + 2 * REST, 0),
+        ({"name": "apollo_mini"}, 2 * LARGER + 2 * REST, 0),
+        ({"name": "muon"}, LINEAR + 2 * REST, 0),
+        ({"name": "lisa", "layers": 1}, 2 * (BLOCK + REST - 2 * LAYERS * HIDDEN), 0),
+        ({"name": "badam"}, 2 * BLOCK, 0),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_optimizers_of_whole_models_keep_what_counting_says(shape, method, state, bases):
+    """In bfloat16, of norms that limit growth a number a matrix."""
+    found = parts(shape, method)
+    assert close(found["optimizer"], 2 * state, 3 * 7 * LAYERS + 20)
+    assert close(found.get("projectors", 0), 2 * bases, 7 * LAYERS)
+
+
+def test_layers_that_rest_have_no_gradients(shape):
+    found = parts(shape, {"name": "badam"}, train__micro_batch_size=4)
+    assert close(found["gradients"], 2 * BLOCK, 10)
+
+
 def test_the_hybrid_takes_what_its_larger_stage_takes(shape):
     qlora, galore = {"name": "qlora", "rank": 4}, {"name": "galore", "rank": 8}
     hybrid = predict(spec({"name": "qlora_galore", "qlora": qlora, "galore": galore}), shape, longest_tokens=32)

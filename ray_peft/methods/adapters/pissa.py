@@ -13,9 +13,9 @@ class PiSSA(ChangedBase):
     """B A starts as the best approximation of W of its rank, and the base as the rest: training starts at W itself."""
 
     name: Literal["pissa"] = "pissa"
-    iterations: int | None = Field(default=None, ge=1)
-    """Subspace iterations of a fast approximation, such as 16; None decomposes each weight exactly, which takes
-    seconds a layer on large models."""
+    iterations: int | None = Field(default=16, ge=1)
+    """Subspace iterations of a fast approximation; None decomposes each weight exactly. For SmolLM2-135M that took 29 s
+    on an H200, and it grows with the cube of a layer's width."""
 
     @property
     def initial(self) -> str:

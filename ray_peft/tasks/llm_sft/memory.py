@@ -184,7 +184,7 @@ def keeps_gradients(spec: LlmTrialSpec, stage: Stage) -> bool:
     """Whether gradients stay in memory between steps, as for recorded passes, which add to the same tensors."""
     in_eight_bits = spec.quantization is not None and spec.quantization.bits == 8  # LLM.int8() waits for the GPU
     virtual = isinstance(stage, Adapter) and stage.trains_prompts
-    unrecorded = in_eight_bits or virtual or stage.conflicts(accumulates=True, num_workers=1)
+    unrecorded = in_eight_bits or virtual or stage.why_not_recorded() is not None
     return spec.train.cuda_graphs and not unrecorded
 
 

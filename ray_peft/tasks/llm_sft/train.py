@@ -170,8 +170,8 @@ def _why_not_tried(
         return "train.cuda_graphs is false"
     if getattr(model, "is_loaded_in_8bit", False):
         return EIGHT_BITS
-    if stage.conflicts(accumulates=True, num_workers=1):
-        return f"{stage.name} updates weights in the backward pass"
+    if (reason := stage.why_not_recorded()) is not None:
+        return reason
     if isinstance(stage, Adapter) and stage.trains_prompts:
         return VIRTUAL_TOKENS
     if isinstance(stage, Adapter) and not isinstance(stage, LoRA | QLoRA) and unkeyed is not None:

@@ -1,0 +1,1 @@
+"""Optimizers of whole models, each for one or a few methods."""
