@@ -91,6 +91,7 @@ def prepare(folder: Path) -> Place:
     os.environ |= {
         "HF_HUB_OFFLINE": "1", "RAY_PEFT_OUTPUTS": str(folder / "outputs"), "RAY_PEFT_CACHE": str(folder / "cache"),
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # Ray's 15 would starve them on a machine that does other things as well
     }  # fmt: skip
     _processes.set_forkserver_preload(PRELOADED)
     (folder / "empty").mkdir()

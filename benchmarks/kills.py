@@ -1,6 +1,6 @@
 """What is killed in a sweep, and what is lost: each scenario several times, on tiny models on the CPU.
 
-python benchmarks/kills.py benchmarks/results/kills.json [--times N] [SCENARIO ...]
+python benchmarks/kills.py benchmarks/results/kills.json [--times N] [--cpus N] [SCENARIO ...]
 
 A scenario disturbs one sweep again and again at random moments, with the command given again where it ended, until it
 was disturbed N times; then the sweep runs to its end, and is compared with one that nobody disturbed: scores to 1e-6,
@@ -363,12 +363,12 @@ def table(scenarios: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(target: Path, times: int, chosen: list[str]) -> None:
+def main(target: Path, times: int, cpus: int, chosen: list[str]) -> None:
     """Run the scenarios."""
     folder = Path(tempfile.mkdtemp(prefix="kills"))
     measured = Measured(target)
     place = prepare(folder)
-    nodes = Nodes(1, cpus=2)
+    nodes = Nodes(1, cpus)
     try:
         runs = Table(place, nodes, measured, times)
         for name in chosen:
@@ -392,8 +392,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", type=Path)
     parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--cpus", type=int, default=2, help="trials at once; default: 2")
     parser.add_argument("scenarios", nargs="*", help=", ".join(known))
     options = parser.parse_intermixed_args()
     if unknown := set(options.scenarios) - set(known):
         parser.error(f"no such scenario: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    main(options.target, options.times, options.scenarios or known)
+    main(options.target, options.times, options.cpus, options.scenarios or known)
