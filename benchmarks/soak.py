@@ -2,8 +2,10 @@
 
 python benchmarks/soak.py benchmarks/results/soak.json [--trials N] [--minutes M] [--seed S]
 
-The kills end after M minutes, then the sweep runs to its end; it is compared with one that nobody disturbed, as in
-`kills.py`. `make soak` runs it. The exit code is 1 if something was lost or is wrong.
+The next kill comes when some trial has trained since the last one: a process that is killed while it still imports its
+libraries would show nothing, and no trial would ever end. The kills end after M minutes, then the sweep runs to its
+end; it is compared with one that nobody disturbed, as in `kills.py`. `make soak` runs it. The exit code is 1 if
+something was lost or is wrong.
 """
 
 from __future__ import annotations
@@ -22,11 +24,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from disturbed import Case, Nodes, Server, losses, prepare
+from disturbed import LONGEST_S, Case, Nodes, Server, losses, prepare
 from provenance import write
 
+STEPS = 60
+"""Of each trial."""
+TRIAL_S = 20.0
+"""The longest that a trial may take on average, counted from one start of the sweep, before that counts as a hang."""
 LONGEST_PAUSE_S = 15.0
-"""Between two kills."""
+"""Between the first training after a kill and the next kill."""
 AWAY_S = 10.0
 """The longest absence of the server."""
 
@@ -41,13 +47,13 @@ class Soak:
         }  # fmt: skip
         self.kills: Counter[str] = Counter()
         self._back: threading.Thread | None = None
+        self._began = time.monotonic()
 
     def run(self, minutes: float) -> None:
         """Kill for so long, or until the sweep has ended."""
         until = time.monotonic() + 60 * minutes
         while time.monotonic() < until:
-            self._pause()
-            if not self._case.last.alive:
+            if not (self._case.training() and self._case.pause(LONGEST_PAUSE_S)):
                 if self._case.ended() == 0:
                     return
                 self._wait_for_server()
@@ -55,6 +61,8 @@ class Soak:
                 continue
             name = self._rng.choice(list(self._acts))
             self.kills[name] += self._acts[name]()
+            seconds = time.monotonic() - self._began
+            print(f"{seconds:.0f} s: {len(self._case.rows())} rows, {dict(self.kills)}", flush=True)
         self._wait_for_server()
 
     def finish(self) -> None:
@@ -64,11 +72,6 @@ class Soak:
                 return
             self._case.start()
         self._case.wrong["never ends with 0"] += 1
-
-    def _pause(self) -> None:
-        until = time.monotonic() + self._rng.uniform(1.0, LONGEST_PAUSE_S)
-        while time.monotonic() < until and self._case.last.alive:
-            time.sleep(0.2)
 
     def _driver(self) -> bool:
         self._case.last.send(signal.SIGKILL)
@@ -109,11 +112,16 @@ def main(target: Path, trials: int, minutes: float, seed: int) -> int:
     place, rng = prepare(folder), random.Random(seed)
     nodes, server = Nodes(3, cpus=1), place.server("server")
     try:
-        undisturbed = Case(place, "undisturbed", place.database("undisturbed"), trials, nodes, rng)
+        longest_s = LONGEST_S + TRIAL_S * trials
+
+        def sweep(name: str, store: str) -> Case:
+            return Case(place, name, store, trials, nodes, rng, changes={"train__steps": STEPS}, longest_s=longest_s)
+
+        undisturbed = sweep("undisturbed", place.database("undisturbed"))
         undisturbed.start()
         if undisturbed.ended() != 0:
             raise RuntimeError(undisturbed.last.output)
-        case = Case(place, "soak", server.uri, trials, nodes, rng)
+        case = sweep("soak", server.uri)
         case.start()
         soak, began = Soak(case, nodes, server, rng), time.monotonic()
         soak.run(minutes)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ray_peft import cli_jobs, cli_kept, cli_live
-from ray_peft.cli_arguments import add_trust, count, names, positive
+from ray_peft.cli_arguments import add_fresh, add_gpu_memory, add_settings, add_trust, count, names, positive
 from ray_peft.console import INTERRUPTED, UNSENT, Console, abandon_output, prepare_streams, print_text, short_path
 from ray_peft.errors import ClusterLost, RayPeftError, ReportLost
 from ray_peft.foundation.processes import end_now
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("sweep", help="run every trial of a search space and compare them")
     command.add_argument("space", help="a YAML file, such as search_spaces/quickstart.yaml")
     _add_common(command, "folder for results; default: outputs/<name of the search space>")
-    command.add_argument("--fresh", action="store_true", help="run finished trials again")
+    add_fresh(command)
     command.set_defaults(act=_sweep)
 
     command = commands.add_parser("run", help="run one trial as a Ray Train job")
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("plan", help="list and check the trials of a search space, without running them")
     command.add_argument("space", help="a YAML file, such as search_spaces/quickstart.yaml")
-    _add_settings(command)
+    add_settings(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument(
         "--gpu-memory-gib", type=positive, metavar="GIB", help="memory of a GPU: say which trials fit, and how"
@@ -126,14 +126,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("data", help="prepare the rows of a search space and report what happened to them")
     command.add_argument("space", help="a YAML file, such as search_spaces/quickstart.yaml")
-    _add_settings(command)
+    add_settings(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--out", metavar="DIR", help="write the prepared rows, examples and the report there")
     command.set_defaults(act=_data)
 
     cli_kept.add_commands(commands)
     cli_live.add_commands(commands)
-    cli_jobs.add_commands(commands, _add_settings)
+    cli_jobs.add_commands(commands)
 
     command = commands.add_parser("doctor", help="what this machine can do")
     command.set_defaults(act=_doctor)
@@ -143,24 +143,13 @@ def _parser() -> argparse.ArgumentParser:
 def _add_common(command: argparse.ArgumentParser, out: str) -> None:
     command.add_argument("--out", metavar="DIR", help=out)
     _add_places(command)
-    _add_settings(command)
+    add_settings(command)
 
 
 def _add_places(command: argparse.ArgumentParser) -> None:
     command.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else a local one is started")
     command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
-    command.add_argument(
-        "--gpu-memory-gib", type=positive, metavar="GIB",
-        help="treat every GPU as if it had this much memory: trials are placed for it and cannot take more",
-    )  # fmt: skip
-
-
-def _add_settings(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--profile", metavar="NAME", help="a profile of the file, such as 12gib")
-    command.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-        help="replace a setting of the file, such as --set train.steps=20; may be repeated",
-    )  # fmt: skip
+    add_gpu_memory(command)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -34,6 +34,28 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def add_settings(command: argparse.ArgumentParser) -> None:
+    """Add --profile and --set to a command that reads a search space."""
+    command.add_argument("--profile", metavar="NAME", help="a profile of the file, such as 12gib")
+    command.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+        help="replace a setting of the file, such as --set train.steps=20; may be repeated",
+    )  # fmt: skip
+
+
+def add_fresh(command: argparse.ArgumentParser) -> None:
+    """Add --fresh to a command that runs a sweep."""
+    command.add_argument("--fresh", action="store_true", help="run finished trials again")
+
+
+def add_gpu_memory(command: argparse.ArgumentParser) -> None:
+    """Add --gpu-memory-gib to a command that runs trials."""
+    command.add_argument(
+        "--gpu-memory-gib", type=positive, metavar="GIB",
+        help="treat every GPU as if it had this much memory: trials are placed for it and cannot take more",
+    )  # fmt: skip
+
+
 def add_trust(command: argparse.ArgumentParser) -> None:
     """Add --trust-remote-code to a command that loads the model of an MLflow run."""
     command.add_argument(

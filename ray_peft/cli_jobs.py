@@ -6,11 +6,11 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_peft.cli_arguments import add_fresh, add_gpu_memory, add_settings
 from ray_peft.console import INTERRUPTED
 from ray_peft.foundation.durations import short_time
 from ray_peft.foundation.masking import mask
@@ -23,8 +23,8 @@ _OF_THIS_MACHINE = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ASSETS_C
 """Variables that name folders of the user's own; `--env` sends them all the same."""
 
 
-def add_commands(commands: Any, add_settings: Callable[[argparse.ArgumentParser], None]) -> None:
-    """Add the commands to a parser's subcommands; `add_settings` gives one --profile and --set."""
+def add_commands(commands: Any) -> None:
+    """Add the commands to a parser's subcommands."""
     command = commands.add_parser("submit", help="run a sweep on a cluster, which needs this machine no more")
     command.add_argument("space", help="a YAML file; files that it names from the current folder are sent along")
     _add_address(command)
@@ -32,8 +32,8 @@ def add_commands(commands: Any, add_settings: Callable[[argparse.ArgumentParser]
         "--out", metavar="DIR", help="absolute folder on the cluster; default: NAME in the cluster's RAY_PEFT_OUTPUTS"
     )
     command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI of here, else of there")
-    command.add_argument("--fresh", action="store_true", help="run finished trials again")
-    command.add_argument("--gpu-memory-gib", metavar="GIB", help="as in `ray-peft sweep`")
+    add_fresh(command)
+    add_gpu_memory(command)
     command.add_argument("--follow", action="store_true", help="show the job's log until it ends")
     command.add_argument(
         "--env", action="append", default=[], metavar="NAME[=VALUE]",
@@ -86,7 +86,7 @@ def _submit(options: argparse.Namespace) -> int:
     files = named_files(checked.trials, texts)
     arguments = [space.name]
     arguments += ["--fresh"] if options.fresh else []
-    arguments += [f"--gpu-memory-gib={options.gpu_memory_gib}"] if options.gpu_memory_gib else []
+    arguments += [f"--gpu-memory-gib={options.gpu_memory_gib:.15g}"] if options.gpu_memory_gib else []
     arguments += [f"--profile={options.profile}"] if options.profile else []
     for override in options.overrides:
         if mask(override) != override:  # a job's command is shown to everybody on the cluster
@@ -94,6 +94,9 @@ def _submit(options: argparse.Namespace) -> int:
         arguments += ["--set", override]
     if options.tracking_uri is not None:
         variables = _with(variables, "MLFLOW_TRACKING_URI", options.tracking_uri)
+        # The file's own would win over the variable; the option may hold a secret, which no command may show.
+        arguments += ["--set", "tracking.uri=null"] if checked.tracking.uri is not None else []
+    _check_store(options.tracking_uri or checked.tracking.uri or variables.value("MLFLOW_TRACKING_URI"))
     jobs = Jobs(options.address)
     submission = Submission(checked.name, tuple(arguments), options.out, options.python, variables)
     with package(space, files, variables.secret) as folder:
@@ -107,6 +110,25 @@ def _submit(options: argparse.Namespace) -> int:
         return _follow(jobs, job_id)
     print(f"ray-peft jobs | stop {job_id} | fetch {job_id}, each with --address {jobs.address}")
     return 0
+
+
+def _check_store(uri: str | None) -> None:
+    """Refuse a tracking store that the job could not use; whether a server answers is seen from the cluster alone.
+
+    Raises:
+        RayPeftError: it is none, or a file in the job's own folder.
+    """
+    from ray_peft.errors import SpecError
+    from ray_peft.store import tracking
+
+    if uri is None or tracking.is_server(uri):
+        return
+    tracking.sqlite_file(uri)
+    if not uri.removeprefix("sqlite:///").startswith(("/", "~")):
+        raise SpecError(
+            f"tracking store {uri}: must be an absolute file on the cluster, such as sqlite:////mnt/outputs/mlflow.db: "
+            "a job's own folder is removed"
+        )
 
 
 def _variables(chosen: list[str]) -> Environment:

@@ -6,7 +6,7 @@
         DataError            a data file is missing, malformed or too small, or training rows repeat held-out rows
         ModelError           a model or its tokenizer cannot be used
         StorageError         a folder cannot be written: the disk is full, read-only or gone
-            ReportLost       ... after the trials had ended: their report is missing
+            ReportLost       ... after trials had started: their report, or the next proposals of a search, are missing
         PlacementError       the cluster cannot be reached, or lacks the resources that a trial needs
         JobError             a job of a cluster is not known there, or cannot be submitted, read or stopped
         ClusterLost          the cluster died while trials ran
@@ -44,7 +44,7 @@ class StorageError(RayPeftError):
 
 
 class ReportLost(StorageError):
-    """The trials have ended, but their rows or their report cannot be written."""
+    """Trials have ended, but their rows, their report or the journal of their search cannot be written."""
 
 
 class PlacementError(RayPeftError):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import urllib.request
 from contextlib import suppress
@@ -18,18 +19,28 @@ from ray_peft.store.tracking import default_uri, ui_command, ui_environment
 
 
 class Server:
-    """Over a SQLite file in `folder`, always on the same port."""
+    """Over a database, always on the same port."""
 
-    def __init__(self, folder: Path, empty_database: Path) -> None:
+    def __init__(self, folder: Path, empty_database: Path | None = None, database_uri: str | None = None) -> None:
+        """`folder` keeps its files, a copy of `empty_database` too, unless it is to use the database at a URI."""
         folder.mkdir()
-        shutil.copy(empty_database, folder / "mlflow.db")
+        if empty_database is not None:
+            shutil.copy(empty_database, folder / "mlflow.db")
+        self._database_uri = database_uri
         self.folder, self.port = folder, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        command = ui_command(default_uri(self.folder), self.folder / "artifacts", "127.0.0.1", self.port)
+        if self._database_uri is None:
+            command = ui_command(default_uri(self.folder), self.folder / "artifacts", "127.0.0.1", self.port)
+        else:
+            command = [
+                sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self._database_uri,
+                "--artifacts-destination", (self.folder / "artifacts").as_uri(), "--serve-artifacts",
+                "--workers", "2", "--host", "127.0.0.1", "--port", str(self.port),
+            ]  # fmt: skip
         log = self.folder / "log.txt"
         with log.open("a") as output:
             self.process = subprocess.Popen(

@@ -32,6 +32,10 @@ class Environment:
     secret: Mapping[str, str]
     """Passwords and tokens, and addresses that hold one."""
 
+    def value(self, name: str) -> str | None:
+        """A variable's value; None if it is not among them."""
+        return self.plain.get(name, self.secret.get(name))
+
 
 def environment(variables: Mapping[str, str]) -> Environment:
     """Those of `variables` that trials need."""

@@ -18,6 +18,8 @@ from ray_peft.trial.result import TrialResult
 
 RELAY_FAILURES = 20
 """How often the process of a Tune trial that passes reports on is started again: nothing is lost with it."""
+UNBEGUN_FAILURES = 20
+"""How often a process may die before its trial has begun, as with a node that is lost meanwhile: the same holds."""
 
 
 class Receiver(Protocol):
@@ -60,6 +62,8 @@ class Events:
         self.resolve, self._receiver, self._order, self._relay = resolve, receiver, order, relay
         self._stop = stop
         self._running: set[str] = set()
+        self._failed_before: dict[str, int] = {}
+        """How often the process of a Tune trial had died when it began for the first time, by Tune's id."""
 
     @property
     def over(self) -> bool:
@@ -74,7 +78,8 @@ class Events:
         if task.member is not None:
             trial.max_failures = RELAY_FAILURES
             return
-        trial.max_failures = task.spec.resources.max_failures
+        unbegun = self._failed_before.setdefault(trial.trial_id, trial.num_failures)
+        trial.max_failures = unbegun + task.spec.resources.max_failures
         for spec in task.specs:
             self._running.add(spec.trial_id)
             self._receiver.begin(spec)

@@ -1,25 +1,28 @@
-"""Optuna's proposals for a search space, one trial at a time; earlier rows of the same space are its memory."""
+"""Proposals for a search space, one trial at a time; rows of the same space and the study's journal are its memory."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from ray_peft.checks.inspector import Inspector
-from ray_peft.errors import RayPeftError, first_line
+from ray_peft.errors import RayPeftError, StorageError, first_line
 from ray_peft.foundation import dotted
+from ray_peft.schedule.study import Draw, Study, driver_of
 from ray_peft.space.distributions import distributions
 from ray_peft.space.read import Space, fill
 from ray_peft.spec import TrialSpec, is_local
 from ray_peft.store.earlier import Earlier, recall
+from ray_peft.store.ledger import JOURNAL
 from ray_peft.trial.result import TrialResult
-
-if TYPE_CHECKING:
-    import optuna
 
 PATIENCE = 50
 """Proposals in a row that are repeats or no valid trials; after that, values that were not tried are taken in order."""
@@ -34,17 +37,6 @@ class Range:
 
     kind: str
     arguments: list[Any]
-
-    def distribution(self) -> optuna.distributions.BaseDistribution:
-        """The same for Optuna."""
-        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-        if self.kind == "choice":
-            return CategoricalDistribution(range(len(self.arguments)))
-        low, high = self.arguments
-        if self.kind == "randint":
-            return IntDistribution(low, high - 1)
-        return FloatDistribution(low, high, log=self.kind == "loguniform")
 
     def value(self, draw: Any) -> Any:
         """The value of a draw."""
@@ -71,15 +63,30 @@ class Range:
 class Draws:
     """A search: the trials that it has proposed, their results, and its next proposal."""
 
-    def __init__(self, space: Space, inspector: Inspector, say: Callable[[str], None]) -> None:
-        """`say` takes what a user must know: proposals that were passed over, and an end before `search.samples`."""
+    def __init__(self, space: Space, inspector: Inspector, say: Callable[[str], None], folder: Path) -> None:
+        """Prepare.
+
+        Args:
+            space: what is searched.
+            inspector: settles trials.
+            say: takes what a user must know: proposals that were passed over, and an end before `search.samples`.
+            folder: of the results; the journal lies there, unless `search.journal` names another place.
+        """
         assert space.search is not None
         self._space, self._search, self._inspector, self._say = space, space.search, inspector, say
-        self._ranges = {key: Range(*how) for key, how in distributions(space.templates[0]).items()}
-        self._known: list[tuple[dict[str, Any], TrialResult]] = []
+        self._folder = folder
+        self._kinds = distributions(space.templates[0])
+        self._ranges = {key: Range(*how) for key, how in self._kinds.items()}
+        self._known: dict[str, tuple[dict[str, Any], TrialResult]] = {}
+        """Rows with their draws by the ids that their trials have today."""
         self._tried: dict[str, TrialResult | None] = {}
-        """Trials by id, with their rows if they have one."""
-        self._open: dict[str, optuna.Trial] = {}
+        """Trials of this driver by id, with their rows if they have one."""
+        self._open: dict[str, int] = {}
+        """Those without a row, with their numbers in the study."""
+        self._interrupted: list[Draw] = []
+        """Those that were running when an earlier driver of this folder was killed."""
+        self._elsewhere: set[str | None] = set()
+        """Trials that other drivers run or have finished, by id."""
         self._passed_over: set[str] = set()
         self._rest = self._all_draws()
         self.exhausted = False
@@ -99,10 +106,10 @@ class Draws:
             for values in itertools.islice(self._draws_of(row), MOST_COUNTED):
                 trial = self._trial_of(values)
                 recalled = recall([trial], [row], self._inspector) if trial is not None else Earlier()
-                if recalled.finished:
+                if trial is not None and recalled.finished:
                     ((trial_id, known),) = recalled.finished.items()
-                    self._known.append((values, known))
-                    self._tried |= {trial_id: known, trial.trial_id: known} if trial is not None else {}
+                    self._known[trial.trial_id] = (values, known)
+                    self._tried |= {trial_id: known, trial.trial_id: known}
                     earlier.trials += recalled.trials
                     earlier.finished |= recalled.finished
                     earlier.renewed += recalled.renewed
@@ -111,34 +118,59 @@ class Draws:
         return earlier
 
     @cached_property
-    def _study(self) -> optuna.Study:
-        """Optuna's study, which begins with the rows that earlier runs left."""
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
-            sampler=optuna.samplers.TPESampler(seed=self._search.seed + len(self._known)),
-            direction="minimize" if self._search.metric == "eval_loss" else "maximize",
-        )
-        for values, row in self._known:
-            if (score := self._score(row)) is not None:
-                trial = optuna.trial.create_trial(params=values, distributions=self._distributions, value=score)
-                study.add_trial(trial)
+    def _study(self) -> Study:
+        """The study, which goes on with what the journal and the rows of earlier runs say."""
+        journal = Path(self._search.journal) if self._search.journal is not None else self._folder / JOURNAL
+        driver = self._driver
+        study = Study(journal, driver, self._kinds)
+        with study.exclusive():
+            study.open(self._question(), self._id_of, minimize=self._search.metric == "eval_loss")
+            draws = study.draws()
+            for draw in draws:
+                if draw.driver != driver or draw.state != "running":
+                    continue
+                if draw.trial_id in self._known:  # its driver was killed before it could tell
+                    study.end(draw.number, self._score(self._known[draw.trial_id][1]))
+                else:
+                    self._interrupted.append(draw)
+            told = {draw.trial_id for draw in study.draws() if draw.state == "complete"}
+            for trial_id, (values, row) in self._known.items():
+                if (score := self._score(row)) is not None and trial_id not in told:
+                    study.add(values, trial_id, score)
+            study.seed(self._search.seed, shared=self._search.journal is not None)
         return study
 
     @cached_property
-    def _distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
-        return {key: where.distribution() for key, where in self._ranges.items()}
+    def _driver(self) -> str:
+        return driver_of(self._folder)
+
+    def _question(self) -> str:
+        """What a study is about, as a short name."""
+        question = [self._space.templates[0], self._search.metric]
+        return hashlib.sha256(json.dumps(question, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def next(self) -> TrialSpec | None:
-        """The next trial, settled; None if all were tried."""
-        for _ in range(PATIENCE):
-            if (trial := self._fresh()) is not None:
-                return trial
-        for values in self._rest:
-            self._study.enqueue_trial(values)
-            if (trial := self._fresh()) is not None:
-                return trial
+        """The next trial, settled; None if all were tried.
+
+        Raises:
+            StorageError: the journal cannot be written.
+        """
+        with self._study.exclusive():
+            self._elsewhere = {
+                draw.trial_id for draw in self._study.draws()
+                if draw.driver != self._driver and draw.state in ("running", "complete")
+            }  # fmt: skip
+            while self._interrupted:
+                draw = self._interrupted.pop(0)
+                self._study.end(draw.number, None)
+                if (trial := self._fresh(draw.values)) is not None:
+                    return trial
+            for _ in range(PATIENCE):
+                if (trial := self._fresh()) is not None:
+                    return trial
+            for values in self._rest:
+                if self._is_new(self._trial_of(values)) and (trial := self._fresh(values)) is not None:
+                    return trial
         self.exhausted = True
         distinct = len({id(row) if row is not None else trial for trial, row in self._tried.items()})
         self._say(f"the search ends early: after {distinct} trials it proposes only repeats or no valid trial")
@@ -148,27 +180,29 @@ class Draws:
         """Take the row of a proposed trial."""
         self._tried[row.trial_id] = row
         if row.trial_id in self._open:
-            self._close(self._open.pop(row.trial_id), row)
+            score = self._score(row) if row.status == "finished" else None
+            with contextlib.suppress(StorageError):  # the next start finds the row
+                self._study.end(self._open.pop(row.trial_id), score)
 
-    def _fresh(self) -> TrialSpec | None:
-        """Optuna's next proposal, if it is a valid trial that was not tried."""
-        proposal = self._study.ask(self._distributions)
-        trial = self._trial_of(proposal.params)
-        if trial is None or trial.trial_id in self._tried:
-            self._close(proposal, self._tried.get(trial.trial_id) if trial is not None else None)
+    def _fresh(self, values: Mapping[str, Any] | None = None) -> TrialSpec | None:
+        """The trial of the study's next proposal, or of `values`; None if it is not valid, or was tried."""
+        number, draws = self._study.ask(values)
+        trial = self._trial_of(draws)
+        if trial is None:
+            self._study.prune(number)
             return None
+        if not self._is_new(trial):
+            row = self._tried.get(trial.trial_id)
+            self._study.end(number, self._score(row) if row is not None and row.status == "finished" else None)
+            return None
+        self._study.begin(number, trial.trial_id)
         self._tried[trial.trial_id] = None
-        self._open[trial.trial_id] = proposal
+        self._open[trial.trial_id] = number
         return trial
 
-    def _close(self, proposal: optuna.Trial, row: TrialResult | None) -> None:
-        from optuna.trial import TrialState
-
-        score = self._score(row) if row is not None and row.status == "finished" else None
-        if score is None:
-            self._study.tell(proposal, state=TrialState.FAIL)
-        else:
-            self._study.tell(proposal, score)
+    def _is_new(self, trial: TrialSpec | None) -> bool:
+        """True for a valid trial that neither this driver nor another has run or is running."""
+        return trial is not None and trial.trial_id not in self._tried and trial.trial_id not in self._elsewhere
 
     def _score(self, row: TrialResult) -> float | None:
         score: float | None = getattr(row.scores, self._search.metric)
@@ -176,15 +210,25 @@ class Draws:
 
     def _trial_of(self, draws: Mapping[str, Any]) -> TrialSpec | None:
         """The trial of these draws, settled; None if it is not valid, which the user is told once."""
-        values = {key: self._ranges[key].value(draw) for key, draw in draws.items()}
         try:
-            return self._inspector.settled(fill(self._space.templates[0], values, self._space.name))
+            return self._settled(draws)
         except RayPeftError as error:
             reason = first_line(str(error))
             if reason not in self._passed_over:
                 self._say(f"passed over a proposal that makes no valid trial: {reason}")
             self._passed_over.add(reason)
             return None
+
+    def _id_of(self, draws: Mapping[str, Any]) -> str | None:
+        """The id of the trial of these draws; None if it is not valid."""
+        try:
+            return self._settled(draws).trial_id
+        except RayPeftError:
+            return None
+
+    def _settled(self, draws: Mapping[str, Any]) -> TrialSpec:
+        values = {key: self._ranges[key].value(draw) for key, draw in draws.items()}
+        return self._inspector.settled(fill(self._space.templates[0], values, self._space.name))
 
     def _draws_of(self, row: TrialResult) -> Iterator[dict[str, Any]]:
         """The draws that may have made a finished trial; none if one of its values is outside the ranges."""

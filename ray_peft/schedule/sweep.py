@@ -10,7 +10,7 @@ from typing import Any
 
 from ray_peft.checks.inspector import Inspector
 from ray_peft.checks.trials import inspect_trials
-from ray_peft.errors import ClusterLost, PlacementError, first_line
+from ray_peft.errors import ClusterLost, PlacementError, ReportLost, StorageError, first_line
 from ray_peft.foundation import cache
 from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.foundation.masking import mask
@@ -115,7 +115,7 @@ def sweep(
         return repeated
     store = experiment.open_store(uri, space.tracking.experiment or space.name)
     with ledger.locked(), callers_signals(), cluster.Connection(address) as ray, ExitStack() as until_ended:
-        plan = _plan(space, [] if fresh else _earlier_rows(ledger, console), inspector, console)
+        plan = _plan(space, [] if fresh else _earlier_rows(ledger, console), inspector, ledger.folder, console)
         notes += plan.earlier.notes
         console.say(f"{space.name}: {plan.total} trials, {plan.total - plan.missing} finished before")
         nodes: list[Node] = []
@@ -185,9 +185,9 @@ class _Plan:
         return self.total - len(self.earlier.finished) if self.draws is not None else len(self.todo)
 
 
-def _plan(space: Space, rows: list[TrialResult], inspector: Inspector, console: Audience) -> _Plan:
+def _plan(space: Space, rows: list[TrialResult], inspector: Inspector, folder: Path, console: Audience) -> _Plan:
     if space.search is not None and space.search.algorithm == "optuna":
-        draws = Draws(space, inspector, console.say)
+        draws = Draws(space, inspector, console.say, folder)
         total = space.search.samples
         samples = by_themselves(space.trials)
         return _Plan(samples, samples, draws.remember(rows, total), draws, total)
@@ -233,6 +233,8 @@ class _Sweep:
         """Trials that were handed out, by their id."""
         self.demands: dict[str, Demand] = {}
         """What the trials hold, or held last, by their id."""
+        self.unproposed: StorageError | None = None
+        """Why the search could propose no more."""
         self.apart: dict[str, TrialSpec] = {}
         """Trials without a row whose pack could not go on, by their id: they run once more, each by itself."""
 
@@ -265,6 +267,8 @@ class _Sweep:
                 lost = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
                 for trial in lost:
                     self._take_lost(trial, why)
+        if self.unproposed is not None:
+            raise ReportLost(f"{self.unproposed}; what finished is kept, and the same command goes on")
         lost = [trial for trial in lost if trial.trial_id not in self.rows]
         return bool(lost) or self._interrupted([] if self.plan.draws is not None else self.plan.todo)
 
@@ -348,7 +352,10 @@ class _Sweep:
 
     def _propose(self) -> Run | None:
         """The next run that the search proposes."""
-        trial = self.plan.draws.next() if self.plan.draws is not None else None
+        try:
+            trial = self.plan.draws.next() if self.plan.draws is not None else None
+        except StorageError as error:  # what runs goes on
+            self.unproposed, trial = error, None
         if trial is None:
             return None
         (run,) = self.scheduler.decide([trial]).runs

@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 
 from ray_peft.schedule import watch, worker
 from ray_peft.schedule.decide import Demand, Run
-from ray_peft.schedule.events import Events, Receiver
+from ray_peft.schedule.events import UNBEGUN_FAILURES, Events, Receiver
 from ray_peft.schedule.experiment import Experiment
 from ray_peft.schedule.handout import TRIAL, Handout, Task, proposed, read_handout, resolver, seated, tasks_of
 from ray_peft.schedule.order import Order
@@ -114,7 +114,7 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
             storage_path=str(opened.ledger.folder / "ray"),
             verbose=0,
             callbacks=[_callback(Events(resolve, receiver, order, Relay(folder / "relay"), stop))],
-            failure_config=tune.FailureConfig(max_failures=0),  # each trial has its own, see the callback
+            failure_config=tune.FailureConfig(max_failures=UNBEGUN_FAILURES),  # once it begins: its own, see Events
         ),
     )
     # Tune logs a traceback for each lost trial; its reason is in the trial's row and line.

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ray_peft.errors import SearchSpaceError, SpecError
 from ray_peft.foundation import dotted
@@ -54,6 +54,22 @@ class SearchSpec(Strict):
     metric: Literal["eval_loss", "bleu4", "rouge_l", "chrf", "reward_accuracy", "reward_margin"] = "eval_loss"
     """What `optuna` improves: the loss downwards, the scores upwards."""
     seed: int = Field(default=0, ge=0)
+    journal: str | None = None
+    """With `optuna`, the absolute path of a file on shared storage, through which several drivers, each with an `--out`
+    of its own, search together; None keeps one in `--out`."""
+
+    @field_validator("journal")
+    @classmethod
+    def _check_journal(cls, journal: str | None) -> str | None:
+        if journal is not None and not Path(journal).is_absolute():
+            raise ValueError("must be an absolute path, on storage that all drivers share")
+        return journal
+
+    @model_validator(mode="after")
+    def _check_algorithm(self) -> Self:
+        if self.journal is not None and self.algorithm != "optuna":
+            raise ValueError("journal needs algorithm: optuna; random draws depend on the seed alone")
+        return self
 
 
 class TrackingSpec(Strict):

@@ -19,6 +19,8 @@ from ray_peft.foundation.whole import write_text
 from ray_peft.store.results_file import read_results
 from ray_peft.trial.result import TrialResult
 
+JOURNAL = "search.journal"
+"""What a search has proposed, by Optuna's own format."""
 WAY_OUT = "free some space, or give another --out; the same command then runs what is missing"
 
 
@@ -102,8 +104,11 @@ class Ledger:
 
     def set_aside(self) -> None:
         """Keep earlier results under another name and start from none."""
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        journal = self.folder / JOURNAL
+        if journal.is_file():
+            journal.rename(journal.with_stem(f"{journal.stem}-{stamp}"))
         if self._results.is_file():
-            stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
             self._results.rename(self.folder / f"results-{stamp}.jsonl")
             if (self.folder / "trials").is_dir():
                 (self.folder / "trials").rename(self.folder / f"trials-{stamp}")

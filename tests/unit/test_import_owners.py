@@ -13,7 +13,7 @@ OWNERS = {
     "ray.train": {"schedule/worker.py"},
     "ray.tune": {"schedule/tune.py"},
     "ray.job_submission": {"schedule/jobs.py"},
-    "optuna": {"schedule/search.py"},
+    "optuna": {"schedule/study.py"},
     "trl": {"tasks/llm_sft", "vram"},  # vram stands in for its kernels on shapes
     "lm_eval": {"tasks/llm_sft/benchmarks.py"},
     "yaml": {"space/yaml_text.py", "tasks/llm_sft/task_files.py"},  # search spaces; lm-eval's own tags

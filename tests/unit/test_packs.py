@@ -172,16 +172,35 @@ class Told:
         return keep
 
 
+def tune_trial(order, failures=0):
+    """Tune's own record of a trial whose process has died so often."""
+    return SimpleNamespace(trial_id="tune", config=seated(order.next()), max_failures=-1, num_failures=failures)
+
+
+def test_deaths_before_a_trial_has_begun_are_none_of_its_own(tmp_path):
+    """As of a node that is lost while the process starts."""
+    run = Run((lora(),), decide([lora()], LAPTOP, {}).runs[0].demand)
+    order, told = Order([run]), Told()
+    events = Events(resolver(tasks_of([run])), told, order, Relay(tmp_path), Stop(tmp_path / "stop"))
+    trial = tune_trial(order, failures=3)
+    events.start(trial)
+    assert trial.max_failures == 3 + lora().resources.max_failures
+    trial.num_failures += 1  # its own first one
+    events.again(trial)
+    events.start(trial)
+    assert trial.max_failures == 3 + lora().resources.max_failures
+
+
 def test_what_happens_to_the_process_of_a_pack_happens_to_its_trials(tmp_path):
     trials = ranks(2)
     ids = [trial.trial_id for trial in trials]
     run = Run(tuple(trials), decide([trials[0]], LAPTOP, {}).runs[0].demand)
     order, relay, told = Order([run]), Relay(tmp_path), Told()
     events = Events(resolver(tasks_of([run])), told, order, relay, Stop(tmp_path / "stop"))
-    host = SimpleNamespace(config=seated(order.next()), max_failures=0)
+    host = tune_trial(order)
     events.start(host)
     assert host.max_failures == trials[0].resources.max_failures
-    members = [SimpleNamespace(config=seated(order.next()), max_failures=0) for _ in trials]
+    members = [tune_trial(order) for _ in trials]
     for member in members:
         events.start(member)
         events.again(member)  # nothing is lost with a process that passes reports on

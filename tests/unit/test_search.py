@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import yaml
 
 from ray_peft.checks.inspector import Inspector
 from ray_peft.console import Console
-from ray_peft.errors import SearchSpaceError
+from ray_peft.errors import SearchSpaceError, StorageError
 from ray_peft.metrics.scores import Scores
 from ray_peft.schedule.plan import plan
 from ray_peft.schedule.search import Draws
@@ -26,15 +29,12 @@ METHODS = {"choice": [{"name": "lora", "rank": 4, "lr": 0.01}, {"name": "galore"
 class Search:
     """A search space, what it proposes and what it says."""
 
-    def __init__(
-        self, folder: Path, model: Path, rows: Path, method: dict[str, Any], samples: int, metric: str, **changes
-    ) -> None:
-        plain = tiny.plain_spec(model, rows, **changes)
-        plain |= {"method": method, "search": {"samples": samples, "algorithm": "optuna", "metric": metric}}
+    def __init__(self, folder: Path, out: Path, plain: dict[str, Any], **settings: Any) -> None:
+        plain |= {"search": {"algorithm": "optuna", **settings}}
         (folder / "search.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
         self.said: list[str] = []
         self.inspector = Inspector()
-        self.draws = Draws(load(folder / "search.yaml"), self.inspector, self.said.append)
+        self.draws = Draws(load(folder / "search.yaml"), self.inspector, self.said.append, out)
 
     def run(self, most: int = 20) -> list[TrialResult]:
         """Rows of up to so many proposals, better with each."""
@@ -54,10 +54,13 @@ class Search:
 
 @pytest.fixture
 def search(tiny_model, questions, tmp_path):
-    """Builds a search on the tiny model."""
+    """Builds a search on the tiny model, with results in a folder of its own unless one is named."""
+    number = itertools.count()
 
-    def build(method, samples=4, metric="eval_loss", **changes):
-        return Search(tmp_path, tiny_model, questions, method, samples, metric, **changes)
+    def build(method, samples=4, metric="eval_loss", out=None, journal=None, **changes):
+        out = out or tmp_path / f"out{next(number)}"
+        plain = tiny.plain_spec(tiny_model, questions, **changes) | {"method": method}
+        return Search(tmp_path, out, plain, samples=samples, metric=metric, journal=journal)
 
     return build
 
@@ -175,7 +178,8 @@ def test_the_metric_is_what_optuna_improves(search, metric, best):
         scores = Scores(**dict.fromkeys(("bleu4", "rouge_l", "chrf"), 0.5), eval_loss=0.5)
         better = {("eval_loss", "bleu4", "rouge_l", "chrf")[place]: 0.1 if place == 0 else 0.9}
         drawn.draws.tell_row(row.model_copy(update={"scores": scores.model_copy(update=better)}))
-    assert drawn.draws._study.best_trial.number == best
+    draws = drawn.draws._study.draws()
+    assert drawn.draws._study._study.best_trial.number == draws[best].number
 
 
 @pytest.mark.parametrize("metric", ["bleu4", "rouge_l", "chrf"])
@@ -192,3 +196,111 @@ def test_plan_says_that_its_draws_are_examples(search, tmp_path, capsys):
     assert first.startswith("search: Optuna proposes 3 trials one by one")
     plan(tmp_path / "search.yaml", ["search.algorithm=random"], console=Console())
     assert "Optuna" not in capsys.readouterr().out
+
+
+def journal_of(search: Search) -> Counter[str]:
+    return Counter(draw.state for draw in search.draws._study.draws())
+
+
+def test_a_search_goes_on_with_the_trials_that_a_kill_interrupted(search, tmp_path):
+    """Its driver dies with one row told, one written that it never saw, and one trial running."""
+    out = tmp_path / "out"
+    killed = search(LORA, out=out)
+    trials = [killed.draws.next() for _ in range(3)]
+    rows = [killed.row(trial, 4.0 + place) for place, trial in enumerate(trials[:2])]
+    killed.draws.tell_row(rows[0])
+    again = search(LORA, out=out)
+    assert remembered(again, rows) == ids(rows)
+    assert again.draws.next().trial_id == trials[2].trial_id
+    assert journal_of(again) == {"complete": 2, "fail": 1, "running": 1}
+    assert again.draws.next().trial_id not in [trial.trial_id for trial in trials]
+    assert ids(search(LORA, out=out).run(2)) == [draw.trial_id for draw in again.draws._study.draws()[-2:]]
+
+
+def test_a_trial_whose_row_is_gone_runs_again(search, tmp_path):
+    first = search(METHODS, out=tmp_path / "out").run()
+    again = search(METHODS, out=tmp_path / "out")
+    assert remembered(again, first[1:]) == ids(first[1:])
+    assert ids(again.run()) == [first[0].trial_id]
+
+
+def test_drivers_that_share_a_journal_run_each_trial_once(search, tmp_path):
+    """Three at once on a space of twelve; then one finds nothing left, and knows the others' scores."""
+    lora = {"name": "lora", "rank": {"randint": [1, 13]}}
+    drivers = [search(lora, journal=str(tmp_path / "shared" / "search.journal")) for _ in range(3)]
+    rows: list[list[TrialResult]] = [[], [], []]
+    threads = [threading.Thread(target=lambda i=i: rows[i].extend(drivers[i].run())) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(row.spec.method.rank for part in rows for row in part) == list(range(1, 13))
+    assert journal_of(drivers[0])["complete"] >= 12
+    late = search(lora, journal=str(tmp_path / "shared" / "search.journal"))
+    assert late.draws.next() is None
+    assert late.draws.exhausted
+
+
+def test_a_driver_runs_none_of_what_another_one_is_running(search, tmp_path):
+    journal = str(tmp_path / "search.journal")
+    first, second = search(METHODS, journal=journal), search(METHODS, journal=journal)
+    running = [first.draws.next(), first.draws.next()]
+    (row,) = second.run()
+    assert row.trial_id not in [trial.trial_id for trial in running]
+    assert second.draws.exhausted
+
+
+def test_invalid_draws_are_pruned(search):
+    found = search({"name": "lora", "rank": 4}, samples=1, train__batch_size={"choice": [8, 16]},
+                   train__micro_batch_size={"choice": [4, 8, 16]})  # fmt: skip
+    assert len(found.run(20)) == 5
+    assert journal_of(found)["complete"] >= 5
+    assert journal_of(found)["pruned"] >= 1
+
+
+@pytest.mark.parametrize("torn", [b'{"op_code":4,"wor', b"\0" * 40])
+def test_a_line_that_a_kill_has_torn_costs_nothing(search, tmp_path, torn):
+    out = tmp_path / "out"
+    trial = search(LORA, out=out).draws.next()
+    with (out / "search.journal").open("ab") as file:
+        file.write(torn)
+    again = search(LORA, out=out)
+    assert again.draws.next().trial_id == trial.trial_id
+    assert search(LORA, out=out).draws.next().trial_id == trial.trial_id
+
+
+def test_what_is_no_journal_is_named(search, tmp_path):
+    (tmp_path / "search.journal").write_text("yesterday's notes\n" * 3)
+    with pytest.raises(StorageError, match=r"search\.journal: is no journal of a search .* move it away"):
+        search(LORA, journal=str(tmp_path / "search.journal")).draws.next()
+
+
+def test_a_journal_that_cannot_be_written_is_named(search, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"search\.journal: cannot be used"):
+        search(LORA, journal=str(tmp_path / "file" / "search.journal")).draws.next()
+
+
+def test_draws_on_other_content_are_another_question(search, tmp_path, questions):
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.QUESTIONS)
+    sources = [{"recipe": "prompt_completion", "path": str(rows), "train": 40, "test": 8}]
+    found = search(LORA, out=tmp_path / "out", data__sources=sources)
+    found.run(2)
+    tiny.write_rows(rows, tiny.QUESTIONS[::-1])
+    other = search(LORA, out=tmp_path / "out", data__sources=sources)
+    other.run(1)
+    assert journal_of(other) == {"complete": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"algorithm": "random", "journal": "/j"}, "journal needs algorithm: optuna"),
+        ({"algorithm": "optuna", "journal": "j"}, "search.journal: must be an absolute path"),
+    ],
+)
+def test_a_journal_that_no_driver_could_share_is_refused(tmp_path, tiny_model, questions, settings, says):
+    plain = tiny.plain_spec(tiny_model, questions) | {"method": LORA, "search": {"samples": 2, **settings}}
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
+    with pytest.raises(SearchSpaceError, match=says):
+        load(tmp_path / "search.yaml")

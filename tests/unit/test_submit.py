@@ -14,8 +14,8 @@ import yaml
 
 from ray_peft import cli
 from ray_peft.errors import JobError, PlacementError, SpecError
+from ray_peft.schedule import jobs, packed_results
 from ray_peft.schedule import package as packages
-from ray_peft.schedule import packed_results
 from ray_peft.schedule.autoscaler import bundles
 from ray_peft.schedule.decide import Node
 from ray_peft.schedule.environment import Environment, environment, for_workers, take_secrets
@@ -156,6 +156,58 @@ def test_a_secret_in_a_jobs_command_is_refused(tmp_path, capsys):
     assert code == 2
     assert "--set: holds a secret" in shown
     assert "user:word" not in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--gpu-memory-gib", "much"], "--gpu-memory-gib: must be a number above 0 (found 'much')"),
+        (["--gpu-memory-gib", "-1"], "--gpu-memory-gib: must be a number above 0 (found '-1')"),
+        (["--tracking-uri", "postgresql://h/d"], "neither sqlite:///FILE nor http(s)://HOST:PORT"),
+        (["--tracking-uri", "sqlite:///mlflow.db"], "sqlite:///mlflow.db: must be an absolute file on the cluster"),
+        (["--set", "tracking.uri=ftp://h"], "'ftp://h' is neither"),
+        (["--out", "outputs"], "--out outputs: must be an absolute folder on the cluster"),
+        (["--profile", "small"], "small"),
+        (["--set", "train.steps=none"], "train.steps"),
+        (["--env", "a b"], "--env a b: give NAME=VALUE"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_is_sent(tmp_path, capsys, monkeypatch, options, says):
+    monkeypatch.setattr(jobs, "Jobs", lambda address: pytest.fail("the cluster is asked"))
+    space = tmp_path / "space.yaml"
+    space.write_text(yaml.safe_dump(tiny.plain_spec("m/m", "d/d")))
+    try:
+        code = cli.main(["submit", str(space), *options])
+    except SystemExit as ended:  # of argparse
+        code = int(ended.code or 0)
+    assert code == 2
+    assert says in capsys.readouterr().err
+
+
+class Taken(Exception):
+    """A submission, in place of a cluster that runs it."""
+
+
+@pytest.mark.parametrize("uri", [None, "http://own:5000"])
+def test_options_reach_the_job(tmp_path, monkeypatch, uri):
+    """The store of the command line wins over the file's, also where it holds a secret that no command may show."""
+
+    class Cluster:
+        address = "http://h:8265"
+
+        def submit(self, submission: Submission, folder: Path) -> str:
+            raise Taken(submission)
+
+    monkeypatch.setattr(jobs, "Jobs", lambda address: Cluster())
+    space = tmp_path / "space.yaml"
+    space.write_text(yaml.safe_dump({**tiny.plain_spec("m/m", "d/d"), "tracking": {"uri": uri}}))
+    store = "http://user:word@h:5000"
+    with pytest.raises(Taken) as taken:
+        cli.main(["submit", str(space), "--gpu-memory-gib", "12.50", "--fresh", "--tracking-uri", store])
+    (submission,) = taken.value.args
+    instead = ["--set", "tracking.uri=null"] if uri else []
+    assert submission.arguments == ("space.yaml", "--fresh", "--gpu-memory-gib=12.5", *instead)
+    assert submission.environment.secret["MLFLOW_TRACKING_URI"] == store
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from served import Wire
 from tracked import client_of, free_port, loaded_table, result_of, spec_of, tracker_of, wait_for
+from writers import write_at_once
 
 from ray_peft.errors import TrackingError
 from ray_peft.metrics.scores import Scores
@@ -28,56 +29,9 @@ from ray_peft.store.tracking import (
     ui_environment,
 )
 
-ROOT = Path(__file__).parents[2]
-
-WRITERS = """
-import json, os, sys, traceback
-from pathlib import Path
-import mlflow.store.tracking.sqlalchemy_store
-from ray_peft.trial.result import TrialResult
-from ray_peft.spec import TrialSpec
-from ray_peft.store.tracking import TrialTracker, default_uri, open_store
-
-outputs, plain = Path(sys.argv[1]), sys.argv[2]
-
-def write(writer):
-    store = open_store(default_uri(outputs), "comparison", outputs / "artifacts")
-    spec = TrialSpec.from_plain(json.loads(plain)).model_copy(update={"seed": writer})
-    tracker = TrialTracker(store, None, "small", outputs / f"trial{writer}")
-    tracker.start(spec)
-    for step in range(50):
-        tracker.log({"loss": float(step), "lr": 1.0}, step)
-        tracker._send(60.0)
-    tracker.record(TrialResult(trial_id=spec.trial_id, status="finished", spec=spec))
-
-children = []
-for writer in range(3):
-    child = os.fork()
-    if child == 0:
-        try:
-            write(writer)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    children.append(child)
-sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
-"""
-
 
 def test_three_processes_create_and_fill_one_database_without_loss(tmp_path):
-    command = [sys.executable, "-c", WRITERS, str(tmp_path), spec_of().model_dump_json()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "INFO" not in done.stderr
-    store = open_store(default_uri(tmp_path), "comparison", tmp_path)
-    client = client_of(store)
-    runs = client.search_runs([store.experiment_id])
-    assert sorted(run.data.params["seed"] for run in runs) == ["0", "1", "2"]
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    for run in runs:
-        steps = sorted(point.step for point in client.get_metric_history(run.info.run_id, "loss"))
-        assert steps == list(range(50))
+    write_at_once(default_uri(tmp_path), tmp_path, writers=3, steps=50)
 
 
 @pytest.fixture

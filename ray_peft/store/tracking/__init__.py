@@ -19,7 +19,15 @@ from ray_peft.store.tracking.runs import (
     store_of,
 )
 from ray_peft.store.tracking.sending import is_sent, send, sent_to
-from ray_peft.store.tracking.store import AwayError, MissingError, Store, default_uri, open_store
+from ray_peft.store.tracking.store import (
+    AwayError,
+    MissingError,
+    Store,
+    default_uri,
+    is_server,
+    open_store,
+    sqlite_file,
+)
 from ray_peft.store.tracking.trial_run import TrialTracker
 from ray_peft.store.tracking.ui import ui_command, ui_environment
 
@@ -37,6 +45,7 @@ __all__ = [
     "finish_sweep",
     "is_closed",
     "is_sent",
+    "is_server",
     "is_there",
     "load_spec",
     "move_below",
@@ -44,6 +53,7 @@ __all__ = [
     "promote",
     "send",
     "sent_to",
+    "sqlite_file",
     "start_sweep",
     "store_of",
     "ui_command",

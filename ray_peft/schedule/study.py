@@ -1,0 +1,226 @@
+"""Optuna's study of a search in a journal: a file that survives kills, and that several drivers may share.
+
+A proposal is in the journal before anybody runs it, with the trial that it makes and the driver that runs it. So a
+driver that was killed knows which of its trials were running, and no driver runs what another one runs or has run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from ray_peft.errors import StorageError, first_line
+from ray_peft.foundation.locks import locked
+from ray_peft.foundation.whole import write_text
+
+if TYPE_CHECKING:
+    import optuna
+
+LOCK_WAIT_S = 60.0
+"""How long another driver may take for one proposal."""
+
+_RUN = "ray_peft"
+"""The attribute of a proposal that holds its trial and its driver."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The values of one proposal."""
+
+    number: int
+    """In the study."""
+    values: Mapping[str, Any]
+    """By dotted key; of a choice, the index of the entry."""
+    trial_id: str | None
+    """The trial that they make; None if it is not valid, or not known yet."""
+    driver: str | None
+    state: Literal["complete", "running", "pruned", "fail", "waiting"]
+
+
+class Study:
+    """The draws of one search space, by this driver and by others."""
+
+    def __init__(self, journal: Path, driver: str, kinds: Mapping[str, tuple[str, list[Any]]]) -> None:
+        """Prepare.
+
+        Args:
+            journal: made by `open`, if it is not there.
+            driver: tells this driver's trials apart from those of others.
+            kinds: of every setting that is drawn, by its dotted key: a distribution's kind and arguments.
+        """
+        self._journal, self._driver = journal, driver
+        self._distributions = {key: _distribution(*how) for key, how in kinds.items()}
+        self._asked: dict[int, optuna.Trial] = {}
+        """By number."""
+        self._holds = 0
+
+    def open(self, name: str, trial_id_of: Callable[[Mapping[str, Any]], str | None], *, minimize: bool) -> None:
+        """Go on with the study of this name, or begin it.
+
+        Draws that make other trials today, since the content of files changed, belong to another question: then a
+        study of the same name with the next number is taken.
+
+        Args:
+            name: of the question: the search space and its metric.
+            trial_id_of: the trial that values make today; None if it is not valid.
+            minimize: the score is to become small.
+
+        Raises:
+            StorageError: the journal cannot be read or written.
+        """
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with self.exclusive():
+            try:
+                storage = optuna.storages.JournalStorage(_backend(self._journal, self))
+                for number in count(1):
+                    self._study = optuna.create_study(
+                        storage=storage,
+                        study_name=f"{name}-{number}",
+                        direction="minimize" if minimize else "maximize",
+                        load_if_exists=True,
+                    )
+                    if all(draw.trial_id in (None, trial_id_of(draw.values)) for draw in self.draws()):
+                        break
+            except OSError:
+                raise
+            except Exception as error:  # Optuna raises unrelated types for a file that is no journal
+                raise StorageError(
+                    f"{self._journal}: is no journal of a search ({type(error).__name__}: {first_line(error)}); move "
+                    "it away: a sweep's finished trials stand in its results.jsonl as well"
+                ) from None
+
+    def seed(self, seed: int, *, shared: bool) -> None:
+        """Seed the proposals.
+
+        Args:
+            seed: the user's.
+            shared: several drivers propose at once, and should not all begin with the same values.
+        """
+        import optuna
+
+        own = zlib.crc32(self._driver.encode()) if shared else 0
+        self._study.sampler = optuna.samplers.TPESampler(seed=(seed + own + len(self.draws())) % 2**32)
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep other drivers from proposing; may be entered again inside.
+
+        Raises:
+            StorageError: the journal cannot be written, or another driver holds it for too long.
+        """
+        try:
+            with contextlib.ExitStack() as stack:
+                if not self._holds:
+                    self._journal.parent.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(locked(self._journal.with_name(f"{self._journal.name}.lock"), LOCK_WAIT_S))
+                    _drop_torn_line(self._journal)
+                self._holds += 1
+                try:
+                    yield
+                finally:
+                    self._holds -= 1
+        except OSError as error:
+            raise StorageError(f"{self._journal}: cannot be used: {error.strerror or error}") from error
+
+    def draws(self) -> list[Draw]:
+        """All that were proposed, by any driver."""
+        drawn = []
+        for trial in self._study.get_trials(deepcopy=False):
+            trial_id, driver = trial.user_attrs.get(_RUN, (None, None))
+            values = trial.params or dict(trial.system_attrs.get("fixed_params", {}))
+            drawn.append(Draw(trial.number, values, trial_id, driver, cast(Any, trial.state.name.lower())))
+        return drawn
+
+    def ask(self, values: Mapping[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        """The next proposal: its number and values; `values` if they are given."""
+        if values is not None:
+            self._study.enqueue_trial(dict(values))
+        proposal = self._study.ask(self._distributions)
+        self._asked[proposal.number] = proposal
+        return proposal.number, proposal.params
+
+    def begin(self, number: int, trial_id: str) -> None:
+        """This driver runs what was asked for."""
+        self._asked[number].set_user_attr(_RUN, [trial_id, self._driver])
+
+    def end(self, number: int, score: float | None) -> None:
+        """A proposal has its score; None if there is none to learn from."""
+        state = self._states.FAIL if score is None else self._states.COMPLETE
+        self._study.tell(number, score, state=state, skip_if_finished=True)
+
+    def prune(self, number: int) -> None:
+        """A proposal is no valid trial: the next ones keep away from it."""
+        self._study.tell(number, state=self._states.PRUNED)
+
+    def add(self, values: Mapping[str, Any], trial_id: str, score: float) -> None:
+        """A trial of this driver that the study does not have."""
+        from optuna.trial import create_trial
+
+        run = {_RUN: [trial_id, self._driver]}
+        self._study.add_trial(
+            create_trial(params=dict(values), distributions=self._distributions, value=score, user_attrs=run)
+        )
+
+    @property
+    def _states(self) -> type[optuna.trial.TrialState]:
+        from optuna.trial import TrialState
+
+        return TrialState
+
+
+def driver_of(folder: Path) -> str:
+    """The name of the drivers of an output folder, which it keeps."""
+    file = folder / ".driver"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, uuid.uuid4().hex)
+    return file.read_text(encoding="utf-8")
+
+
+def _distribution(kind: str, arguments: list[Any]) -> optuna.distributions.BaseDistribution:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if kind == "choice":
+        return CategoricalDistribution(range(len(arguments)))
+    low, high = arguments
+    if kind == "randint":
+        return IntDistribution(low, high - 1)
+    return FloatDistribution(low, high, log=kind == "loguniform")
+
+
+def _backend(journal: Path, study: Study) -> Any:
+    """Optuna's file, under our own lock: the system frees it when its holder is killed, Optuna's own stays for 30 s."""
+    from optuna.storages.journal import JournalFileBackend
+
+    class Lock:
+        def acquire(self) -> bool:
+            self._stack = contextlib.ExitStack()
+            self._stack.enter_context(study.exclusive())
+            return True
+
+        def release(self) -> None:
+            self._stack.close()
+
+    return JournalFileBackend(str(journal), cast(Any, Lock()))
+
+
+def _drop_torn_line(journal: Path) -> None:
+    """Cut off what a kill or a full disk has left in the middle of a line: Optuna would read no line after it."""
+    if not journal.exists():
+        return
+    with journal.open("r+b") as file:
+        size = file.seek(0, 2)
+        if not size:
+            return
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)

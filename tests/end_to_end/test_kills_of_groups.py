@@ -1,0 +1,107 @@
+"""What is killed while trials train together, and while a search proposes them."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections import Counter
+
+import pytest
+import tiny
+from killed import Sweep, write_space
+
+PACK = {"grid": [{"name": "lora", "rank": rank, "lr": 0.001} for rank in (2, 4, 8)]}
+SEARCHED = {"name": "lora", "rank": 4, "lr": {"loguniform": [1.0e-4, 1.0e-2]}}
+
+
+@pytest.fixture
+def sweep(tiny_model, questions, tmp_path):
+    """Starts a sweep with a checkpoint every 5 steps; what is left of one is ended after the test."""
+    started = []
+
+    def start(method, search=None, **changes):
+        changes = {"train__steps": 60, "train__checkpoint_every": 5, "evaluation__generate": False, **changes}
+        plain = tiny.plain_spec(tiny_model, questions, method, **changes) | ({"search": search} if search else {})
+        space = write_space(tmp_path / "space.yaml", plain)
+        started.append(Sweep(space, tmp_path / "out", f"sqlite:///{tmp_path / 'mlflow.db'}"))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.end()
+
+
+def rows_of(running):
+    """The last row of each trial, in the order of their first."""
+    lines = (running.out / "results.jsonl").read_text().splitlines()
+    return list({row["trial_id"]: row for row in map(json.loads, lines)}.values())
+
+
+def check_whole(running, count):
+    """Every trial has one finished row with each loss once, and nothing is left over."""
+    rows = rows_of(running)
+    assert [row["status"] for row in rows] == ["finished"] * count
+    for row in rows:
+        lines = (running.out / "trials" / row["trial_id"] / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines if "train_loss" in line] == list(range(1, 61))
+    assert "Traceback" not in running.output
+    assert running.left() == []
+    return rows
+
+
+@pytest.mark.slow
+def test_a_pack_that_is_stopped_leaves_checkpoints_and_goes_on_from_them(sweep):
+    running = sweep(PACK, train__pack=True, train__steps=5000)
+    running.until(lambda: running.steps("lora") > 30)
+    running.send(signal.SIGINT)
+    assert running.wait() == 130
+    assert "interrupted; the same command runs the missing trials" in running.output
+    rows = rows_of(running)
+    assert Counter(row["status"] for row in rows) == {"cancelled": 3}
+    states = [*running.out.glob("trials/*/stage1/checkpoint-*/state.pt")]
+    assert {state.parents[2].name for state in states} == {row["trial_id"] for row in rows}
+    assert running.left() == []
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_pack_goes_on_in_the_local_ray_that_replaces_a_dead_one(sweep):
+    running = sweep(PACK, train__pack=True)
+    running.until(lambda: running.steps("lora") > 30)
+    running.kill("raylet")
+    assert running.wait() == 0
+    rows = check_whole(running, 3)
+    assert all(row["restarts"] == ["its raylet was killed or crashed"] for row in rows)
+    assert all(row["resumed_from_step"] >= 5 for row in rows)
+    assert [row["pack_size"] for row in rows] == [3, 3, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_search_goes_on_in_the_local_ray_that_replaces_a_dead_one(sweep):
+    running = sweep(SEARCHED, {"samples": 4, "algorithm": "optuna"}, resources__cpus_per_worker=2)
+    running.until(lambda: running.out.joinpath("results.jsonl").exists() and running.steps("lora") > 75)
+    running.kill("raylet")
+    assert running.wait() == 0
+    rows = check_whole(running, 4)
+    assert [row["restarts"] for row in rows].count(["its raylet was killed or crashed"]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_search_whose_driver_is_killed_goes_on_with_the_trial_that_was_running(sweep):
+    search = {"samples": 3, "algorithm": "optuna"}
+    running = sweep(SEARCHED, search, resources__cpus_per_worker=2)
+    running.until(lambda: running.out.joinpath("results.jsonl").exists() and running.steps("lora") > 75)
+    running.send(signal.SIGKILL)
+    running.wait()
+    assert running.left(patience_s=120) == []
+    trials = {path.name for path in (running.out / "trials").iterdir()}
+    again = sweep(SEARCHED, search, resources__cpus_per_worker=2)
+    assert again.wait() == 0
+    rows = check_whole(again, 3)
+    assert trials < {row["trial_id"] for row in rows}
+    assert max(row["resumed_from_step"] or 0 for row in rows) >= 5
