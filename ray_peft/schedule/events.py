@@ -12,7 +12,7 @@ from ray_peft.schedule import watch, worker
 from ray_peft.schedule.handout import Task
 from ray_peft.schedule.order import Order
 from ray_peft.schedule.relay import Relay
-from ray_peft.schedule.stop import PAUSE_GRACE_S, Stop
+from ray_peft.schedule.stop import Stop
 from ray_peft.spec import TrialSpec
 from ray_peft.trial.result import TrialResult
 
@@ -72,7 +72,7 @@ class Events:
     def over(self) -> bool:
         """True if Tune is to end now: somebody wants to stop, and the trials have ended or had their time."""
         if not self._stop.asked and self._paused():
-            self._stop.ask(PAUSE_GRACE_S)
+            self._stop.pause()
         return self._stop.over(self._running)
 
     def start(self, trial: Any) -> None:

@@ -19,13 +19,20 @@ class Stop:
     def __init__(self, file: Path) -> None:
         self.file = file
         self._until: float | None = None
+        self.pauses = False
+        """Whether the trials go on later in the same sweep."""
 
-    def ask(self, grace_s: float = GRACE_S) -> None:
-        """Stop; returns at once.
+    def pause(self) -> None:
+        """Stop until the user lets the sweep go on; returns at once."""
+        self.pauses = True
+        self._stop(PAUSE_GRACE_S)
 
-        Args:
-            grace_s: how long trials may take for it.
-        """
+    def ask(self) -> None:
+        """Stop for good; returns at once."""
+        self.pauses = False
+        self._stop(GRACE_S)
+
+    def _stop(self, grace_s: float) -> None:
         self._until = time.monotonic() + grace_s
         with contextlib.suppress(OSError):  # a full disk: the trials end without a checkpoint
             self.file.touch()

@@ -337,8 +337,7 @@ class _Sweep:
             self.late.clear()
             work = tune.Work(runs, propose, self._more, lambda: self.control.paused, samples, most, members)
             try:
-                tune.fit(work, self.opened, self)
-                if not self.control.paused:
+                if not tune.fit(work, self.opened, self):
                     return
             except ClusterLost as error:
                 self._replace_cluster(error)

@@ -71,8 +71,8 @@ def quiet() -> None:
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 
 
-def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
-    """Run trials at once on the cluster, until all have a row or the user stops them.
+def fit(work: Work, opened: Experiment, receiver: Receiver) -> bool:
+    """Run trials at once on the cluster, until all have a row or the user stops them; true if that is a pause.
 
     A trial whose worker dies is started again, `resources.max_failures` times at most.
 
@@ -129,6 +129,7 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     finally:
         del _tasks[name]
         shutil.rmtree(folder, ignore_errors=True)
+    return stop.pauses
 
 
 @contextlib.contextmanager

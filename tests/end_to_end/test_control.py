@@ -18,6 +18,7 @@ from ray_peft.store.progress import Reader
 from ray_peft.store.results_file import read_results
 
 LONG = {"name": "lora", "rank": 4, "lr": 0.01}
+STEPS = 300
 SHORT = {"name": "lora", "rank": 2, "lr": 0.01}
 
 
@@ -26,7 +27,7 @@ def files(tiny_model, questions, tmp_path):
     """A sweep of one long trial, and a file with a further one beside the same."""
 
     def write(name, *methods):
-        plain = tiny.plain_spec(tiny_model, questions, {"grid": list(methods)}, train__steps=60)
+        plain = tiny.plain_spec(tiny_model, questions, {"grid": list(methods)}, train__steps=STEPS)
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump({"name": name, **plain}), encoding="utf-8")
         return path
@@ -53,13 +54,19 @@ def test_a_running_sweep_is_changed_and_remembers_it(ray_cluster, shared, files,
         told = capsys.readouterr()
         return json.loads(told.out) if code == 0 else (code, told.err)
 
-    wait_for(lambda: progress() and progress().trials and (progress().trials[0].step or 0) >= 2, 120)
+    wait_for(lambda: progress() and progress().trials and (progress().trials[0].step or 0) >= 2, 200)
     (long,) = [trial.trial_id for trial in progress().trials]
     if os.name != "nt":
         assert stat.S_IMODE((folder / "control").stat().st_mode) == 0o700
 
-    cloned = ctl("clone", long, "--set", "train.steps=3")
-    (clone,) = cloned["trials"]
+    assert ctl("pause")["action"] == "pause"  # what follows has time
+    assert "paused already" in ctl("pause")[1]
+    wait_for(lambda: progress().driver == "paused" and trial(long).state == "waiting", 200)
+    assert ctl("list")["driver"] == "paused"
+    before = json.loads((folder / "trials" / long / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert 2 <= before < STEPS
+
+    (clone,) = ctl("clone", long, "--set", "train.steps=3")["trials"]
     assert "has these settings already" in ctl("clone", long, "--set", "train.steps=3")[1]
     assert "unknown key, did you mean rank?" in ctl("clone", long, "--set", "method.rnak=3")[1]
     (added,) = ctl("add", str(more), "--set", "train.steps=2", "--set", f"method.grid=[{json.dumps(SHORT)}]")["trials"]
@@ -67,23 +74,17 @@ def test_a_running_sweep_is_changed_and_remembers_it(ray_cluster, shared, files,
     assert "has no trial nobody" in ctl("requeue", "nobody")[1]
     assert len({long, clone, added}) == 3
 
-    assert ctl("pause")["action"] == "pause"
-    assert "paused already" in ctl("pause")[1]
-    wait_for(lambda: progress().driver == "paused" and trial(long).state == "waiting", 60)
-    before = json.loads((folder / "trials" / long / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert ctl("list")["driver"] == "paused"
     assert ctl("resume")["text"] == "the sweep goes on"
-    wait_for(lambda: (trial(long).step or 0) > before, 60)
-
+    wait_for(lambda: (trial(long).step or 0) > before, 200)
     assert ctl("cancel", long)["trials"] == [long]
-    wait_for(lambda: trial(long).state == "cancelled", 60)
+    wait_for(lambda: trial(long).state == "cancelled", 200)
     assert ctl("requeue", long)["text"] == f"{long}: was cancelled, runs again"
-    sweep.join(120)
+    sweep.join(200)
     (outcome,) = outcomes
     assert outcome.finished
     rows = {row.trial_id: row for row in outcome.results}
     assert set(rows) == {long, clone, added}
-    assert {name: row.steps for name, row in rows.items()} == {long: 60, clone: 3, added: 2}
+    assert {name: row.steps for name, row in rows.items()} == {long: STEPS, clone: 3, added: 2}
     assert rows[long].resumed_from_step is not None
     assert {row.status for row in read_results(folder)} == {"finished"}
     assert f"a clone of {long} with train.steps=3" in (folder / "report.md").read_text(encoding="utf-8")

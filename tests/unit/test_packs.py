@@ -177,7 +177,7 @@ def test_what_happens_to_the_process_of_a_pack_happens_to_its_trials(tmp_path):
     ids = [trial.trial_id for trial in trials]
     run = Run(tuple(trials), decide([trials[0]], LAPTOP, {}).runs[0].demand)
     order, relay, told = Order([run]), Relay(tmp_path), Told()
-    events = Events(resolver(tasks_of([run])), told, order, relay, Stop(tmp_path / "stop"))
+    events = Events(resolver(tasks_of([run])), told, order, relay, Stop(tmp_path / "stop"), lambda: False)
     host = SimpleNamespace(config=seated(order.next()), max_failures=0)
     events.start(host)
     assert host.max_failures == trials[0].resources.max_failures
