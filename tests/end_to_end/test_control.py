@@ -18,7 +18,7 @@ from ray_peft.store.progress import Reader
 from ray_peft.store.results_file import read_results
 
 LONG = {"name": "lora", "rank": 4, "lr": 0.01}
-STEPS = 300
+STEPS = 100
 SHORT = {"name": "lora", "rank": 2, "lr": 0.01}
 
 
