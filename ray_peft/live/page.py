@@ -25,7 +25,7 @@ p { margin: 0.2rem 0; color: var(--faint); }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { fill: var(--faint); font-size: 12px; }
 svg .axis { stroke: var(--line); }
-svg .gap { fill: var(--panel); stroke: var(--line); stroke-dasharray: 3 3; }
+svg .gap { fill: var(--panel); stroke: var(--faint); stroke-width: 0.6; stroke-dasharray: 3 3; }
 svg .room { fill: var(--panel); }
 svg .predicted { fill: none; stroke: var(--ink); stroke-width: 1.5; }
 svg .name { fill: var(--ink); }
@@ -125,7 +125,7 @@ function memory(trials) {
   svg.setAttribute("viewBox", `0 0 ${width} ${Math.max(1, shown.length) * row + 24}`);
   if (!shown.length) return svg.replaceChildren(shape("text", {x: 8, y: 24}, "no trial has told its memory yet"));
   const most = Math.max(...shown.flatMap((trial) => [trial.memory_gib, trial.predicted_gib ?? 0]));
-  const x = (gib) => (width - left - 60) * gib / most;
+  const x = (gib) => (width - left - 84) * gib / most;
   const drawn = shown.flatMap((trial, place) => {
     const y = place * row, bar = {x: left, y: y + 4, height: row - 8};
     const label = `${trial.trial_id.slice(0, 22)} ${ENDED.includes(trial.state) ? "" : "(runs)"}`;
