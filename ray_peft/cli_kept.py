@@ -1,15 +1,18 @@
-"""The commands for what sweeps have left behind: report, sync, clean, export, promote, ui."""
+"""The commands for what sweeps have left behind: report, sync, clean, export, chat, promote, ui."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import socket
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ray_peft.cli_arguments import add_trust, steps
+from ray_peft.cli_arguments import add_trust, count, steps
 from ray_peft.console import UNSENT, Console, print_text, short_path
 from ray_peft.foundation.masking import mask
 
@@ -37,13 +40,13 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--yes", action="store_true", help="remove it; results, adapters and checkpoints stay")
     command.set_defaults(act=_clean)
 
-    command = commands.add_parser("export", help="write a trial's adapter or merged model in another dtype")
+    command = commands.add_parser("export", help="write a trial's adapter, merged model or GGUF file")
     command.add_argument("run", metavar="RUN_ID", help="the trial's MLflow run")
     command.add_argument(
         "--format",
-        choices=("adapter", "merged"),
+        choices=("adapter", "merged", "gguf"),
         default="adapter",
-        help="the adapter alone (the default), or the base with the adapter merged into it",
+        help="the adapter alone (the default), the base with the adapter merged into it, or that as one GGUF file",
     )
     command.add_argument("--dtype", choices=tuple(_DTYPES), default="bf16", help="of the weights; default: bf16")
     command.add_argument("--out", metavar="DIR", help="a new folder; default: exports/<trial id>-<format>-<dtype>")
@@ -51,16 +54,31 @@ def add_commands(commands: Any) -> None:
     add_trust(command)
     command.set_defaults(act=_export)
 
+    command = commands.add_parser("chat", help="ask trials questions, and see their answers side by side")
+    command.add_argument("trials", nargs="+", metavar="TRIAL", help="a trial's id from the report, or its MLflow run's")
+    command.add_argument("--base", action="store_true", help="let the untouched base answer, too")
+    command.add_argument("--max-new-tokens", type=count, default=256, metavar="N", help="of an answer; default: 256")
+    command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
+    add_trust(command)
+    command.set_defaults(act=_chat)
+
     command = commands.add_parser("promote", help="register a trial's adapter as a model version with the alias best")
     command.add_argument("trial", help="a trial's id from the report, or the id of its MLflow run")
     command.add_argument("name", help="the registered model's name, such as support-answers")
     command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
     command.set_defaults(act=_promote)
 
-    command = commands.add_parser("ui", help="open the MLflow UI on the results")
+    command = commands.add_parser("ui", help="open the MLflow UI on the results, or a page of a running sweep")
+    command.add_argument(
+        "sweep", nargs="?", help="with --live, the sweep's folder; default: that of outputs which began last"
+    )
+    command.add_argument(
+        "--live", action="store_true",
+        help="a page of this machine alone: losses as they come, who runs on which GPU, memory predicted and used",
+    )  # fmt: skip
     command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
-    command.add_argument("--port", type=int, default=5000, help="default: 5000")
+    command.add_argument("--host", help="address to listen on; default: this machine alone")
+    command.add_argument("--port", type=int, help="default: 5000, with --live 5001")
     command.set_defaults(act=_ui)
 
 
@@ -132,6 +150,34 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _chat(options: argparse.Namespace) -> int:
+    from ray_peft.chat import NEW, QUIT, chat
+    from ray_peft.schedule.experiment import tracking_uri
+    from ray_peft.space.read import TrackingSpec
+
+    uri = tracking_uri(options.tracking_uri, TrackingSpec())
+    if sys.stdin.isatty():
+        print_text(f"a question, {NEW} for new conversations, {QUIT} or Ctrl-D to end; models are loaded first")
+    width = shutil.get_terminal_size((100, 24)).columns
+    chat(
+        options.trials, _typed(), lambda text: print_text(text, flush=True), tracking_uri=uri, base=options.base,
+        max_new_tokens=options.max_new_tokens, width=width, trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    return 0
+
+
+def _typed() -> Iterator[str]:
+    """What is typed, or what a pipe holds, line by line."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 - lets the arrow keys edit what is typed
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> ")
+
+
 def _promote(options: argparse.Namespace) -> int:
     from ray_peft.schedule.experiment import tracking_uri
     from ray_peft.space.read import TrackingSpec
@@ -144,18 +190,24 @@ def _promote(options: argparse.Namespace) -> int:
 
 
 def _ui(options: argparse.Namespace) -> int:
+    from ray_peft.errors import SpecError
     from ray_peft.foundation.processes import end_group
     from ray_peft.schedule.experiment import outputs_folder, tracking_uri
     from ray_peft.space.read import TrackingSpec
     from ray_peft.store import tracking
 
+    if options.live:
+        return _live(options)
+    if options.sweep is not None:
+        raise SpecError("ui: MLflow shows all sweeps; for a page of one that runs, add --live")
     uri = tracking_uri(options.tracking_uri, TrackingSpec())
     if uri.startswith(("http://", "https://")):
         print_text(f"MLflow runs at {mask(uri)}")
         return 0
-    command = tracking.ui_command(uri, outputs_folder() / "mlartifacts", options.host, options.port)
-    _check_port(options.host, options.port)
-    print_text(f"MLflow UI: http://{options.host}:{options.port}  (store {mask(uri)}; Ctrl-C ends it)", flush=True)
+    host, port = options.host or "127.0.0.1", options.port or 5000
+    command = tracking.ui_command(uri, outputs_folder() / "mlartifacts", host, port)
+    _check_port(host, port)
+    print_text(f"MLflow UI: http://{host}:{port}  (store {mask(uri)}; Ctrl-C ends it)", flush=True)
     # A group of its own: the command starts a server below it, and both must end.
     server = subprocess.Popen(command, env=tracking.ui_environment(), start_new_session=True)
     try:
@@ -164,6 +216,26 @@ def _ui(options: argparse.Namespace) -> int:
         return 0
     finally:
         end_group(server)
+
+
+def _live(options: argparse.Namespace) -> int:
+    """Serve the page of a running sweep until Ctrl-C."""
+    from ray_peft.errors import DataError, SpecError
+    from ray_peft.live.server import HOST, LiveServer
+    from ray_peft.schedule.experiment import outputs_folder
+    from ray_peft.store.progress import newest
+
+    if options.host not in (None, HOST, "localhost") or options.tracking_uri:
+        raise SpecError("ui: --live listens on this machine alone and reads the sweep's folder, without --tracking-uri")
+    sweep = Path(options.sweep) if options.sweep is not None else newest(outputs_folder())
+    if sweep is None:
+        raise DataError(f"{outputs_folder()}: holds no sweep yet; start one, or give the folder of one")
+    port = options.port if options.port is not None else 5001
+    _check_port(HOST, port)
+    with LiveServer(sweep, port) as server, contextlib.suppress(KeyboardInterrupt):
+        print_text(f"{short_path(sweep)}: {server.address}  (Ctrl-C ends it)", flush=True)
+        server.serve_forever()
+    return 0
 
 
 def _check_port(host: str, port: int) -> None:

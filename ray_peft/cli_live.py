@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from ray_peft.store.progress import Progress, TrialProgress
 
 REFRESH_S = 2.0
+_TARGETS = {
+    "list": "", "show": "a trial's id", "cancel": "a trial's id", "requeue": "a trial's id", "clone": "a trial's id",
+    "add": "a YAML file of further trials", "pause": "", "resume": "",
+}  # fmt: skip
+"""What each action of `ctl` is about."""
 _HEADS = ("trial", "method", "state", "step", "loss", "tokens/s", "memory GiB", "left")
 
 
@@ -29,10 +34,17 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--json", action="store_true", help="print JSON, one line for each look")
     command.set_defaults(act=_watch)
 
-    command = commands.add_parser("ctl", help="list the trials of a running sweep, show one, or cancel one")
+    command = commands.add_parser(
+        "ctl", help="change a running sweep: cancel, requeue, clone or add trials, pause and resume it"
+    )
     command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart")
-    command.add_argument("action", choices=("list", "show", "cancel"))
-    command.add_argument("trial", nargs="?", help="a trial's id")
+    command.add_argument("action", choices=tuple(_TARGETS))
+    command.add_argument("target", nargs="?", help="a trial's id; for add, a YAML file of further trials")
+    command.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+        help="for clone and add: replace a setting, such as --set method.lr=1.0e-4; may be repeated",
+    )  # fmt: skip
+    command.add_argument("--profile", metavar="NAME", help="for add: a profile of the file")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(act=_ctl)
 
@@ -64,21 +76,49 @@ def _watch(options: argparse.Namespace) -> int:
 def _ctl(options: argparse.Namespace) -> int:
     from ray_peft.errors import SpecError
     from ray_peft.store.progress import Reader, cancel
+    from ray_peft.store.requests import Answer, ask
 
-    folder = Path(options.sweep)
-    if (options.trial is None) != (options.action == "list"):
-        raise SpecError("ctl: list takes no trial; show and cancel take the id of one")
-    if options.action == "cancel":
-        cancel(folder, options.trial)
-        print(f"{options.trial}: ends at the next step that it logs; the sweep, run again, runs it again")
+    folder, target = Path(options.sweep), options.target
+    _check_arguments(options)
+    if options.action in ("list", "show"):
+        progress = Reader(folder).read()
+        if options.action == "show":
+            progress = replace(progress, trials=[trial for trial in progress.trials if trial.trial_id == target])
+            if not progress.trials:
+                raise SpecError(f"{folder}: has no trial {target}; its trials: ray-peft ctl {folder} list")
+        print(json.dumps(progress.plain(), indent=2) if options.json else "\n".join(table(progress)))
         return 0
-    progress = Reader(folder).read()
-    if options.action == "show":
-        progress = replace(progress, trials=[trial for trial in progress.trials if trial.trial_id == options.trial])
-        if not progress.trials:
-            raise SpecError(f"{folder}: has no trial {options.trial}; its trials: ray-peft ctl {folder} list")
-    print(json.dumps(progress.plain(), indent=2) if options.json else "\n".join(table(progress)))
+    if options.action == "cancel":
+        cancel(folder, target)
+        answer = Answer(f"{target}: ends at the next step that it logs; `requeue` runs it again", trials=(target,))
+    elif options.action == "add":
+        answer = ask(folder, "add", _space(options))
+    else:
+        answer = ask(folder, options.action, {"trial": target, "set": options.overrides})
+    said = {"action": options.action, "trials": answer.trials, "text": answer.text}
+    print(json.dumps(said) if options.json else ascii_only(answer.text))
     return 0
+
+
+def _check_arguments(options: argparse.Namespace) -> None:
+    """Refuse arguments that the action does not take, and miss none that it needs."""
+    from ray_peft.errors import SpecError
+
+    action, needed = options.action, _TARGETS[options.action]
+    if (options.target is not None) != bool(needed):
+        raise SpecError(f"ctl: {action} takes {needed or 'neither a trial nor a file'}")
+    if action == "clone" and not options.overrides:
+        raise SpecError("ctl: clone needs --set KEY=VALUE; the same settings again are the same trial: requeue runs it")
+    if (options.overrides and action not in ("clone", "add")) or (options.profile and action != "add"):
+        raise SpecError(f"ctl: {action} takes no --{'profile' if options.profile else 'set'}")
+
+
+def _space(options: argparse.Namespace) -> dict[str, Any]:
+    """A search space file as a request: the driver may run where the file is not."""
+    from ray_peft.space.yaml_text import read
+
+    path = Path(options.target)
+    return {"source": str(path), "text": read(path), "set": options.overrides, "profile": options.profile}
 
 
 def table(progress: Progress) -> list[str]:
@@ -92,6 +132,7 @@ def table(progress: Progress) -> list[str]:
     finished = sum(trial.state == "finished" for trial in ended)
     driver = {
         "running": "",
+        "paused": "; paused, `ray-peft ctl` with resume lets it go on",
         "ended": "; the sweep has ended",
         "silent": "; its driver is silent: it was killed, or this folder is cut off from it",
         "unknown": "",

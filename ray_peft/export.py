@@ -17,7 +17,7 @@ from ray_peft.store.consent import check_consent
 from ray_peft.tasks import TASKS
 from ray_peft.trial.rounding import check_same_loss
 
-Format = Literal["adapter", "merged"]
+Format = Literal["adapter", "merged", "gguf"]
 SaveDtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -46,7 +46,8 @@ def export(
 
     Args:
         run_id: the run of a finished trial.
-        form: `adapter` as PEFT reads it, or `merged`: the whole model, adapters added to the (dequantised) base.
+        form: `adapter` as PEFT reads it; `merged`: the whole model, adapters added to the (dequantised) base; or
+            `gguf`: the merged model as one file for llama.cpp.
         dtype: of the written weights.
         out: the folder; None is `exports/<trial id>-<form>-<dtype>`.
         tracking_uri: the MLflow store.
@@ -68,11 +69,13 @@ def export(
         raise SpecError(f"run {run_id} is an ensemble, which has no weights of its own; export its members: {ids}")
     if spec.method.name == "none":
         raise SpecError(f"run {run_id} is the untouched base, which has no adapter and no weights of its own")
-    if form == "merged":
+    if form != "adapter":
         for stage, _ in spec.method.stages(ENOUGH_STEPS):
             if (reason := stage.why_not_merged()) is not None:
                 raise SpecError(f"run {run_id} ({spec.method.name}) cannot be merged: {reason}; use --format adapter")
     task = TASKS[spec.task]
+    if form == "gguf":
+        task.check_gguf(spec)
     task.inspect(spec)
     with tempfile.TemporaryDirectory(prefix="ray_peft_export_") as scratch:
         trained = tracking.fetch(tracking_uri, run_id, "adapter", Path(scratch))
@@ -83,11 +86,17 @@ def export(
         loaded = task.load_trained(spec, trained, device)
         before = loaded.eval_loss()
         with new_folder(folder) as partial:
-            _write(spec, trained, partial, merge=form == "merged" and adapted, dtype=dtype, device=device)
-            exported = task.load_trained(_with(spec, save=dtype), partial, device)
-            after, size = exported.eval_loss(), exported.stored_bytes(partial)
+            whole = partial if form != "gguf" else Path(scratch) / "merged"
+            whole.mkdir(exist_ok=True)
+            _write(spec, trained, whole, merge=form != "adapter" and adapted, dtype=dtype, device=device)
+            exported = task.load_trained(_with(spec, save=dtype), whole, device)
+            after, size = exported.eval_loss(), exported.stored_bytes(whole)
             dtypes = {*loaded.dtypes(), *exported.dtypes(), dtype}
             check_same_loss(before, after, dtypes, f"writing {form} weights in {dtype}")
+            if form == "gguf":
+                file = partial / f"{spec.trial_id}-{dtype}.gguf"
+                task.write_gguf(whole, file)
+                size = file.stat().st_size
             summary = Exported(str(folder), run_id, spec.trial_id, form, dtype, size, before, after)
             (partial / "export.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
     return summary

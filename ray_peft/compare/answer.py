@@ -79,8 +79,9 @@ def _score(family: Family, place: int) -> str:
 
 
 def _seeds(unit: SeedGroup) -> str:
+    """What the score and its 95 % interval are over."""
     count = len(unit.finished)
-    return f", mean of {count} seeds" if count > 1 else ", one seed"
+    return f", mean of {count} seeds (95 % over rows and seeds)" if count > 1 else ", one seed (95 % over rows)"
 
 
 def _others(family: Family, take: int, base: int | None) -> str:

@@ -47,8 +47,8 @@ class Shape:
 SHAPES = (Shape(7, 3, 3, 400), Shape(5, 2, 3, 200), Shape(5, 2, 2, 100), Shape(3, 0, 2, 40), Shape(3, 0, 1, 6))
 """From the largest to the smallest; the last is the least that compares tuned methods."""
 
-EVALUATION_SHARE = 0.3
-"""Of the time, what loads and scores may take; more only where the fewest rows take more."""
+SCORING_SHARE = 0.3
+"""Of the time that loading and the fewest rows leave, what scoring more rows may take."""
 
 FEWEST_ROWS = 16
 """Validation rows, and test rows, at least."""
@@ -120,13 +120,14 @@ def plan(methods: Sequence[str], seconds: Seconds, time_s: float, limits: Limits
     planned = partial(_planned, methods=methods, seconds=seconds, limits=limits, overhead_s=overhead_s)
     for shape in SHAPES:
         for rows in _fewer_rows(limits):
-            unscored = planned(shape, 0, rows)
-            if unscored.whole_s > EVALUATION_SHARE * time_s and rows != _fewest(limits):
+            least_s = planned(shape, 0, _fewest(limits)).whole_s
+            if planned(shape, 0, rows).whole_s - least_s > SCORING_SHARE * max(0.0, SAFETY * time_s - least_s):
                 continue
             steps = _most_steps(partial(planned, shape, rows=rows), SAFETY * time_s, limits.steps)
             if steps >= min(shape.enough_steps, limits.steps):
                 return planned(shape, steps, rows)
-            break
+            if shape is not SHAPES[-1]:  # the smallest gives up rows before it gives up
+                break
     least = SHAPES[-1]
     needed = planned(least, least.enough_steps, _fewest(limits))
     raise TooShort(needed.whole_s / SAFETY)

@@ -27,6 +27,10 @@ from ray_peft.space.read import Space, load
 from ray_peft.tasks.llm_sft.general_text import GENERAL_TOKENS
 from ray_peft.trial.result import TrialResult
 
+MANY_MORE = 4
+"""Times the steps of the answer's trials from which on their learning rate may be too high: shorter trials want higher
+ones (`candidates.FACTORS`)."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -91,7 +95,7 @@ class Comparing:
         """As `sweep`, for all of its rungs."""
         self.request = request
         self.folder = Path(out) if out else experiment.outputs_folder() / request.name()
-        self._address, self._tracking_uri = address, tracking_uri
+        self._ray, self._tracking_uri = cluster.KeptConnection(address), tracking_uri
         self._console = console or Silence()
         self._once = _Once(self._console)
         self._unsent = False
@@ -105,6 +109,13 @@ class Comparing:
                 that finishes.
             KeyboardInterrupt: the user stopped it; the same call goes on.
         """
+        with callers_signals():
+            try:
+                return self._run(plan_only)
+            finally:
+                self._ray.leave()
+
+    def _run(self, plan_only: bool) -> Comparison:
         request = self.request
         question = {
             "model": request.model, "data": request.data, "hours": request.hours, "methods": list(request.methods),
@@ -134,8 +145,7 @@ class Comparing:
         """Look at everything, measure what is not known, and write the first search space."""
         request = self.request
         with journal.timed("0_speed"):
-            with callers_signals(), cluster.connect(self._address) as nodes:
-                machines = list(nodes)
+            machines = self._ray.connect()
             setup = set_up(
                 request.model, request.data, name=request.name(), metric=request.metric, methods=request.methods,
                 nodes=machines,
@@ -226,7 +236,7 @@ class Comparing:
         outcome = sweep(
             space,
             out=folder,
-            address=self._address,
+            connection=self._ray,
             tracking_uri=self._tracking_uri,
             gpu_memory_gib=self.request.gpu_memory_gib if self._on_gpu else None,
             console=console or self._once,
@@ -245,9 +255,16 @@ class Comparing:
             f"{duration(3600 * self.request.hours)}. Report: {last.folder / 'report.html'}",
         ]
         if verdict.take is not None:
-            epochs = max(1.0, round((verdict.take.train.steps or 0) / max(1, journal.steps_of_an_epoch), 2))
+            steps = verdict.take.train.steps or 0
+            epochs = max(1.0, round(steps / max(1, journal.steps_of_an_epoch), 2))
             file = rungs.train_all(self.folder, verdict.take, epochs=epochs)
-            lines.append(f"Train it on all rows but the test rows: ray-peft run {file}")
+            whole = round(epochs * journal.steps_of_an_epoch)
+            caution = (
+                f". Its {whole:,} steps are many more than the {steps:,} for which the learning rate was chosen: a "
+                "lower one may be better"
+            )
+            line = f"Train it on all rows but the test rows: ray-peft run {file}"
+            lines.append(line + (caution if whole >= MANY_MORE * steps else ""))
         lines += [f"Left out: {name}: {reason}" for name, reason in journal.left_out.items()]
         write_text(self.folder / "answer.txt", "\n".join(lines) + "\n")
         return Comparison(self.folder, tuple(lines), finished=last.finished, unsent=self._unsent)

@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ray_peft.checks.inspector import Inspector
 from ray_peft.checks.trials import inspect_trials
 from ray_peft.compare.budget import BASE, Seconds
 from ray_peft.compare.setup import Setup
 from ray_peft.compare.space_text import written
+from ray_peft.compare.speed_trials import OVERHEAD_S, RUNG, STEPS, NewSpeeds, RunSweep, run_trials, speed_space
 from ray_peft.errors import SpecError
 from ray_peft.foundation.audience import Audience, Silence
-from ray_peft.foundation.whole import write_text
-from ray_peft.report.table import error_line
 from ray_peft.schedule.plan import planned
-from ray_peft.schedule.sweep import SweepOutcome
 from ray_peft.space.read import parse
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Workload
 from ray_peft.trial import speed
 from ray_peft.trial.provenance import cpu_name
-from ray_peft.trial.result import TrialResult
 from ray_peft.trial.speed import Speed
-
-RUNG = "0_speed"
-
-OVERHEAD_S = 20.0
-"""What a sweep takes beside its trials, where none was measured: Ray's start, a worker's imports, the report."""
-
-STEPS = {True: 12, False: 4}
-"""Steps of a trial that measures, on a GPU and on a CPU. A GPU records its passes in the first ones."""
-
-ROWS = {True: 16, False: 8}
-"""Rows that it scores."""
-
-RunSweep = Callable[[Path, Path], SweepOutcome]
-"""Runs the search space of a file into a folder."""
 
 
 @dataclass(frozen=True)
@@ -78,43 +59,27 @@ def measure(setup: Setup, folder: Path, gpu_memory_gib: float | None, run: RunSw
         SpecError: no method fits or runs.
         KeyboardInterrupt: the user stopped the sweep.
     """
-    space = _space(setup)
-    parsed = parse(written(space, "", {}), RUNG)
+    space = speed_space(setup)
     inspector = Inspector()
-    checked = inspect_trials(parsed.trials, Silence(), inspector).trials
+    checked = inspect_trials(parse(written(space, "", {}), RUNG).trials, Silence(), inspector).trials
     trials: dict[str, TrialSpec] = {trial.method.name: trial for trial in checked}
-    left_out, memory_gib, settled = _fitting(setup, trials, gpu_memory_gib)
-    for name, reason in left_out.items():
-        console.say(f"{name} is left out: {reason}")
-    device = _device(setup)
-    keys = {name: speed.key(trial, inspector.content(trials[name]).model, device) for name, trial in settled.items()}
+    too_large, memory_gib, settled = _fitting(setup, trials, gpu_memory_gib)
     load = TASKS["llm_sft"].workload(trials[BASE])
     assert load is not None
-    remembered = {name: _known(settled[name], key, load, setup) for name, key in keys.items()}
-    speeds = {name: known for name, known in remembered.items() if known is not None}
+    device = _device(setup)
+    keys = {name: speed.key(trial, inspector.content(trials[name]).model, device) for name, trial in settled.items()}
+    speeds = _known(settled, keys, load, setup)
     missing = [name for name in settled if name not in speeds]
-    overhead_s = OVERHEAD_S
+    new = NewSpeeds({}, {}, OVERHEAD_S)
     if missing:
         console.say(f"not measured yet on {device}: {', '.join(missing)}; they train for {STEPS[setup.on_gpu]} steps")
-        begin = time.monotonic()
-        outcome = _measure(setup, space, missing, folder, run)
-        seconds = time.monotonic() - begin
-        rows: dict[str, TrialResult] = {row.spec.method.name: row for row in outcome.results}
-        overhead_s = max(1.0, seconds - sum(row.usage.wall_time_s for row in rows.values()) / setup.gpus)
-        new: dict[str, Speed] = {}
-        for name in missing:
-            row = rows[name]
-            points = speed.points_of(outcome.folder / "trials" / row.trial_id / "metrics.jsonl")
-            of_trial = speed.measured(row, points, load)
-            if of_trial is None:
-                left_out[name] = f"its trial of a few steps ended: {error_line(row) if row.error else row.status}"
-                console.say(f"{name} is left out: {left_out[name]}")
-            else:
-                new[name] = of_trial
-        overhead_s += _without_imports(new, rows)
-        for name, of_trial in new.items():
-            speed.remember(keys[name], of_trial)
-        speeds |= new
+        new = run_trials(setup, space, missing, load, folder, run)
+        for name, of_method in new.speeds.items():
+            speed.remember(keys[name], of_method)
+    speeds |= new.speeds
+    left_out = {**too_large, **new.failures}
+    for name, reason in left_out.items():
+        console.say(f"{name} is left out: {reason}")
     running = tuple(method for method in setup.methods if method.name in speeds)
     if not running or BASE not in speeds:
         raise SpecError(f"no method can be compared here: {'; '.join(f'{n}: {why}' for n, why in left_out.items())}")
@@ -125,61 +90,23 @@ def measure(setup: Setup, folder: Path, gpu_memory_gib: float | None, run: RunSw
         speeds=speeds,
         trials=settled,
         row_tokens=load.row_tokens,
-        overhead_s=overhead_s,
+        overhead_s=new.overhead_s,
     )
 
 
-def _without_imports(speeds: dict[str, Speed], rows: Mapping[str, TrialResult]) -> float:
-    """Take the imports of the libraries out of the first trial's time, by that of the others; returns their seconds."""
-    if len(speeds) < 2:
-        return 0.0
-    first = min(speeds, key=lambda name: rows[name].provenance.started_at)
-    usual = max(known.rest_s for name, known in speeds.items() if name != first)
-    imports_s = max(0.0, speeds[first].rest_s - usual)
-    speeds[first] = speeds[first].model_copy(update={"rest_s": speeds[first].rest_s - imports_s})
-    return imports_s
-
-
-def _space(setup: Setup) -> dict[str, Any]:
-    rows = ROWS[setup.on_gpu]
-    entries = [{"name": BASE}, *(method.at(1.0) for method in setup.methods)]
-    evaluation = {"split": "validation", "generate": setup.answers}
-    return setup.space(
-        rung="speed",
-        question="How long does a step of each method take here? Scores say nothing.",
-        methods=entries,
-        steps=STEPS[setup.on_gpu],
-        rows=(min(setup.most_train, 64), min(setup.most_validation, rows), min(setup.most_test, rows)),
-        evaluation=evaluation,
-        seed=1,
-        log_every=1,
-        eval_every=STEPS[setup.on_gpu] // 2,
-    )
-
-
-def _measure(setup: Setup, space: dict[str, Any], names: Sequence[str], folder: Path, run: RunSweep) -> SweepOutcome:
-    entries = [entry for entry in space["method"]["grid"] if entry["name"] in names]
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{RUNG}.yaml"
-    write_text(file, written({**space, "method": {"grid": entries}}, _HEAD, {}))
-    outcome = run(file, folder / RUNG)
-    if outcome.interrupted:
-        raise KeyboardInterrupt
-    return outcome
-
-
-_HEAD = "Seconds of a step: a few steps of each method, whose scores say nothing."
-
-
-def _known(trial: TrialSpec, key: str, load: Workload, setup: Setup) -> Speed | None:
-    """The kept speed of a trial's shape, if it predicts all that the comparison asks for."""
-    known = speed.read(key)
-    steps = 0 if trial.method.name == BASE else 1
-    enough = [speed.predicted(trial, known, load, steps, on_gpu=setup.on_gpu)]
-    if not setup.answers or steps:
-        loss_alone = replace(load, answered_rows=0)
-        enough.append(speed.predicted(trial, known, loss_alone, steps, on_gpu=setup.on_gpu))
-    return known if all(enough) else None
+def _known(trials: Mapping[str, TrialSpec], keys: Mapping[str, str], load: Workload, setup: Setup) -> dict[str, Speed]:
+    """The kept speeds of shapes by method, of those that predict all that the comparison asks for."""
+    speeds = {}
+    for name, trial in trials.items():
+        known = speed.read(keys[name])
+        steps = 0 if name == BASE else 1
+        enough = [speed.predicted(trial, known, load, steps, on_gpu=setup.on_gpu)]
+        if not setup.answers or steps:
+            loss_alone = replace(load, answered_rows=0)
+            enough.append(speed.predicted(trial, known, loss_alone, steps, on_gpu=setup.on_gpu))
+        if known is not None and all(enough):
+            speeds[name] = known
+    return speeds
 
 
 def _fitting(

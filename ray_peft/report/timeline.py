@@ -52,7 +52,7 @@ def lanes(rows: Sequence[Row]) -> list[Lane]:
     if not timed:
         return []
     timed.sort(key=lambda entry: entry[1:])
-    shifts = _without_stops([(start, end) for _, start, end in timed])
+    shifts = without_stops([(start, end) for _, start, end in timed])
     free: dict[str, list[list[Span]]] = {}
     for (row, start, end), first in zip(timed, shifts, strict=True):
         span = Span(row=row, start_s=(start - first).total_seconds(), end_s=(end - first).total_seconds())
@@ -76,7 +76,7 @@ STOPPED_S = 600.0
 """Where no trial ran anywhere for longer, the sweep was stopped and went on later."""
 
 
-def _without_stops(moments: Sequence[tuple[datetime, datetime]]) -> list[datetime]:
+def without_stops(moments: Sequence[tuple[datetime, datetime]]) -> list[datetime]:
     """For each trial, by ascending start, the moment that its seconds count from: stops of the sweep take no time."""
     shifts = []
     zero = busy_until = moments[0][0]

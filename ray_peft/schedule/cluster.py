@@ -120,8 +120,33 @@ class Connection:
         Raises:
             PlacementError: it does not start.
         """
-        self.close()
+        self._context.close()
         self._context.enter_context(connect(self._address))
+
+
+class KeptConnection(Connection):
+    """The cluster of several sweeps one after the other: a local Ray starts once, with the first that needs it."""
+
+    def __init__(self, address: str | None) -> None:
+        """`address` is that of `connect`."""
+        super().__init__(address)
+        self._connected = False
+
+    def connect(self) -> list[Node]:
+        """The nodes of the cluster, as they are now."""
+        if self._connected:
+            return nodes_now()
+        nodes = super().connect()
+        self._connected = True
+        return nodes
+
+    def close(self) -> None:
+        """A sweep has ended; the next one goes on here."""
+
+    def leave(self) -> None:
+        """Leave the cluster after the last one."""
+        self._connected = False
+        super().close()
 
 
 def _outlive_head() -> None:

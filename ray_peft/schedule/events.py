@@ -48,7 +48,13 @@ class Events:
     """Tells a receiver of Tune's events; `trial` is Tune's own."""
 
     def __init__(
-        self, resolve: Callable[[Mapping[str, Any]], Task], receiver: Receiver, order: Order, relay: Relay, stop: Stop
+        self,
+        resolve: Callable[[Mapping[str, Any]], Task],
+        receiver: Receiver,
+        order: Order,
+        relay: Relay,
+        stop: Stop,
+        paused: Callable[[], bool],
     ) -> None:
         """Prepare.
 
@@ -58,9 +64,10 @@ class Events:
             order: gives Tune the trials of a pack once it has started.
             relay: of what packs report.
             stop: whether somebody wants to stop.
+            paused: whether no trial is to run now, which is a stop of these.
         """
         self.resolve, self._receiver, self._order, self._relay = resolve, receiver, order, relay
-        self._stop = stop
+        self._stop, self._paused = stop, paused
         self._running: set[str] = set()
         self._failed_before: dict[str, int] = {}
         """How often the process of a Tune trial had died when it began for the first time, by Tune's id."""
@@ -68,6 +75,8 @@ class Events:
     @property
     def over(self) -> bool:
         """True if Tune is to end now: somebody wants to stop, and the trials have ended or had their time."""
+        if not self._stop.asked and self._paused():
+            self._stop.pause()
         return self._stop.over(self._running)
 
     def start(self, trial: Any) -> None:
@@ -95,7 +104,7 @@ class Events:
                 trial.max_failures = 0  # what its process does after that is not the trial's
                 self._running.discard(task.spec.trial_id)
                 row = TrialResult.model_validate_json(result[worker.ROW])
-                if row.status != "cancelled":  # whoever stopped it knows why
+                if row.status != "cancelled" or not self._stop.asked:  # whoever stopped all of them knows why
                     self._receiver.take(row)
             elif "step" in result:
                 self._receiver.show(task.spec, result)

@@ -16,6 +16,7 @@ from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.foundation.masking import mask
 from ray_peft.report.plain import trial_line
 from ray_peft.schedule import cluster, experiment, repeats, tune
+from ray_peft.schedule.control import Control, added
 from ray_peft.schedule.decide import Decision, Demand, Node, Phase, Run, decide
 from ray_peft.schedule.experiment import Experiment
 from ray_peft.schedule.joined import joined
@@ -29,7 +30,8 @@ from ray_peft.spec import TrialSpec
 from ray_peft.store.adopted import adopt, left_row
 from ray_peft.store.earlier import Earlier, recall
 from ray_peft.store.ledger import Ledger, SweepRecord
-from ray_peft.store.progress import driving
+from ray_peft.store.progress import Driver, driving
+from ray_peft.store.requests import open_channel
 from ray_peft.trial.result import TrialResult
 
 MOST_LOSSES = 3
@@ -67,6 +69,7 @@ def sweep(
     *,
     out: str | Path | None = None,
     address: str | None = None,
+    connection: cluster.Connection | None = None,
     tracking_uri: str | None = None,
     overrides: list[str] | None = None,
     profile: str | None = None,
@@ -80,6 +83,7 @@ def sweep(
         space: a search space or its file.
         out: folder for results; None is `outputs/<name of the space>`.
         address: Ray cluster to join; None starts a local one.
+        connection: to a cluster that several sweeps use; None makes one from `address`.
         tracking_uri: MLflow store; None as in `experiment.tracking_uri`.
         overrides: `key.path=value` settings that replace those of the file.
         profile: a profile of the search space, whose settings come before `overrides`.
@@ -104,8 +108,9 @@ def sweep(
         for note in space.notes:
             console.say(note)
     inspector = Inspector()
-    checked = inspect_trials(space.trials, console, inspector)
-    notes += checked.notes
+    late = [] if fresh else list(added(ledger.folder))
+    checked = inspect_trials([*space.trials, *(trial for trial, _ in late)], console, inspector)
+    notes += [*checked.notes, *(note for _, note in late)]
     space = replace(space, trials=checked.trials)
     uri = experiment.tracking_uri(tracking_uri, space.tracking)
     repeated = None if fresh else _repeated(space, ledger, inspector, notes, uri)
@@ -114,7 +119,12 @@ def sweep(
         experiment.show(repeated.results, console)
         return repeated
     store = experiment.open_store(uri, space.tracking.experiment or space.name)
-    with ledger.locked(), callers_signals(), cluster.Connection(address) as ray, ExitStack() as until_ended:
+    with (
+        ledger.locked(),
+        callers_signals(),
+        connection or cluster.Connection(address) as ray,
+        ExitStack() as until_ended,
+    ):
         plan = _plan(space, [] if fresh else _earlier_rows(ledger, console), inspector, ledger.folder, console)
         notes += plan.earlier.notes
         console.say(f"{space.name}: {plan.total} trials, {plan.total - plan.missing} finished before")
@@ -127,7 +137,8 @@ def sweep(
             scheduler = Scheduler(nodes, gpu_memory_gib)
             for caution in cautions(scheduler.decide(plan.todo)):
                 console.say(caution)
-        until_ended.enter_context(driving(ledger.folder))
+        open_channel(ledger.folder)
+        driver = until_ended.enter_context(driving(ledger.folder))
         if fresh:
             ledger.set_aside()
         opened = experiment.open_experiment(
@@ -145,14 +156,19 @@ def sweep(
         interrupted = False
         try:
             if plan.missing:
-                interrupted = _Sweep(plan, opened, scheduler, ray).run(nodes)
+                interrupted = _Sweep(plan, opened, scheduler, ray, driver).run(nodes)
         except BaseException:
             opened.finish(opened.record.planned, interrupted=True)
             raise
         results = opened.finish(opened.record.planned, interrupted)
     _trim_cache(console)
     return SweepOutcome(
-        ledger.folder, results, plan.total, interrupted, opened.record.tracking_uri, tuple(opened.lacking)
+        ledger.folder,
+        results,
+        max(plan.total, len(opened.record.planned)),
+        interrupted,
+        opened.record.tracking_uri,
+        tuple(opened.lacking),
     )
 
 
@@ -220,7 +236,9 @@ def _repeated(space: Space, ledger: Ledger, inspector: Inspector, notes: list[st
 class _Sweep:
     """Gives trials to Tune, and receives their rows."""
 
-    def __init__(self, plan: _Plan, opened: Experiment, scheduler: Scheduler, ray: cluster.Connection) -> None:
+    def __init__(
+        self, plan: _Plan, opened: Experiment, scheduler: Scheduler, ray: cluster.Connection, driver: Driver
+    ) -> None:
         self.scheduler = scheduler
         self.ray = ray
         self.losses_in_a_row = 0
@@ -237,6 +255,11 @@ class _Sweep:
         """Why the search could propose no more."""
         self.apart: dict[str, TrialSpec] = {}
         """Trials without a row whose pack could not go on, by their id: they run once more, each by itself."""
+        self.folder = opened.ledger.folder
+        self.proposed = plan.draws is not None
+        self.control = Control(self, driver)
+        self.late: list[Run] = []
+        """Runs of the present call of Tune that the user wanted beside those that it was given."""
 
     def run(self, nodes: list[Node]) -> bool:
         """Run the missing trials and leave the cluster; true if the user interrupted them."""
@@ -247,16 +270,10 @@ class _Sweep:
             for run in decision.runs:
                 if run.is_pack:
                     self.console.say(f"{pack_text(run)}: {', '.join(trial.trial_id for trial in run.trials)}")
-            for phase in self._phases(decision):
-                self._fit(phase.runs, phase.most_teams)
-                trials = [trial for run in phase.runs for trial in run.trials]
-                again = [] if self._interrupted(trials) else [*self._too_small(trials), *self.apart.values()]
-                self.apart.clear()
-                if again:
-                    alone = self.scheduler.decide(again, alone={trial.trial_id for trial in again})
-                    self._fit(alone.runs)
-                if self._interrupted(trials):
-                    break
+            with self.control.taking():
+                if all(self._ended(phase.runs, phase.most_teams) for phase in self._phases(decision)):
+                    while (late := self._taken(self.control.rest())) and self._ended(late):
+                        pass
         except ClusterLost as error:
             why = str(error)
             raise
@@ -271,6 +288,16 @@ class _Sweep:
             raise ReportLost(f"{self.unproposed}; what finished is kept, and the same command goes on")
         lost = [trial for trial in lost if trial.trial_id not in self.rows]
         return bool(lost) or self._interrupted([] if self.plan.draws is not None else self.plan.todo)
+
+    def _ended(self, runs: Sequence[Run], most: int | None = None) -> bool:
+        """Run trials, and once more those that ran out of too small a share; false if the user interrupted them."""
+        self._fit(runs, most)
+        trials = [trial for run in runs for trial in run.trials]
+        again = [] if self._interrupted(trials) else [*self._too_small(trials), *self.apart.values()]
+        self.apart.clear()
+        if again:
+            self._fit(self.scheduler.decide(again, alone={trial.trial_id for trial in again}).runs)
+        return not self._interrupted(trials)
 
     def _take_lost(self, trial: TrialSpec, why: str) -> None:
         """Keep the row of a trial that was running when everything ended; it may have finished in that moment."""
@@ -308,12 +335,14 @@ class _Sweep:
         """Run trials at once; what a search proposes, if there are none. A local Ray that dies is started again."""
         self.demands |= {trial.trial_id: run.demand_of(trial) for run in runs for trial in run.trials}
         member_ids = {member.trial_id for run in runs for member in run.trials[0].members()}
-        while True:
+        while self.control.resumed():
             members = {trial_id: row for trial_id, row in self.rows.items() if trial_id in member_ids}
             propose, samples = (None, 0) if runs else (self._propose, self.plan.missing - len(self.started))
+            self.late.clear()
+            work = tune.Work(runs, propose, self._more, lambda: self.control.paused, samples, most, members)
             try:
-                tune.fit(tune.Work(runs, propose, samples, most, members), self.opened, self)
-                return
+                if not tune.fit(work, self.opened, self):
+                    return
             except ClusterLost as error:
                 self._replace_cluster(error)
             if not runs:  # those that were running, then further proposals
@@ -322,8 +351,46 @@ class _Sweep:
                     self._fit([Run((trial,), self.demands[trial.trial_id]) for trial in running], most)
                 if len(self.started) >= self.plan.missing:
                     return
-            elif not (runs := [rest for run in runs if (rest := self._without_rows(run)) is not None]):
+                continue
+            runs = [rest for run in (*runs, *self.late) if (rest := self._without_rows(run)) is not None]
+            if not runs:
                 return
+
+    def _more(self) -> Run | None:
+        """A run that the user wants by now, beside those that Tune was given."""
+        run = self.control.next()
+        if run is not None:
+            self.late += self._taken([run])
+        return run
+
+    def _taken(self, runs: list[Run]) -> list[Run]:
+        """The same runs; rows of earlier attempts of their trials are no longer theirs."""
+        for run in runs:
+            for trial in run.trials:
+                self.rows.pop(trial.trial_id, None)
+                self.started.pop(trial.trial_id, None)  # as if for the first time
+                self.demands[trial.trial_id] = run.demand_of(trial)
+        return runs
+
+    def trials(self) -> dict[str, TrialSpec]:
+        """The trials of the sweep that are known, by their id."""
+        planned = {} if self.proposed else {trial.trial_id: trial for trial in self.plan.earlier.trials}
+        return {**planned, **self.started}
+
+    def row(self, trial_id: str) -> TrialResult | None:
+        """The row of a trial, if it has one by now."""
+        return self.rows.get(trial_id)
+
+    def place(self, trial: TrialSpec) -> Run:
+        """What a trial beside the planned ones holds; it runs by itself."""
+        (run,) = self.scheduler.decide([trial]).runs
+        return run
+
+    def note(self, text: str) -> None:
+        """Say something, also in the report."""
+        self.console.say(text)
+        self.opened.record.notes.append(text)
+        self.opened.ledger.write_record(self.opened.record)
 
     def _without_rows(self, run: Run) -> Run | None:
         """The part of a run that has no row yet."""
@@ -383,7 +450,11 @@ class _Sweep:
         self.opened.keep(result)
         if self.plan.draws is not None:
             self.plan.draws.tell_row(result)
-        self.console.say(trial_line(result, len(self.rows), self.plan.total))
+        self.console.say(trial_line(result, len(self.rows), self._total()))
+
+    def _total(self) -> int:
+        """Trials that the sweep is to end with, as of now."""
+        return self.plan.total + len(self.control.added)
 
     def lose(self, spec: TrialSpec, reason: str) -> None:
         """Keep a row of a trial whose worker died, if it left none."""
@@ -409,7 +480,7 @@ class _Sweep:
     def show(self, spec: TrialSpec, metrics: Mapping[str, Any]) -> None:
         """Show where a running trial is."""
         loss = next((f"{name} {metrics[name]:.3f}" for name in ("train_loss", "eval_loss") if name in metrics), "")
-        ended, total = len(self.rows), self.plan.total
+        ended, total = len(self.rows), self._total()
         bar = f"{_bar(ended, total)} {ended}/{total}"
         self.console.progress(f"{bar} {spec.trial_id}: step {metrics.get('step')} {loss}")
 

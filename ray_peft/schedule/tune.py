@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
+from ray_peft.errors import ClusterLost
 from ray_peft.schedule import watch, worker
 from ray_peft.schedule.decide import Demand, Run
 from ray_peft.schedule.events import UNBEGUN_FAILURES, Events, Receiver
 from ray_peft.schedule.experiment import Experiment
-from ray_peft.schedule.handout import TRIAL, Handout, Task, proposed, read_handout, resolver, seated, tasks_of
+from ray_peft.schedule.handout import Handout, Task, proposed, read_handout, resolver, seated, tasks_of
 from ray_peft.schedule.order import Order
 from ray_peft.schedule.relay import Relay
 from ray_peft.schedule.stop import Stop
@@ -47,6 +48,10 @@ class Work:
     """In the order of starting; empty if a search proposes them."""
     propose: Callable[[], Run | None] | None
     """The next run that a search proposes, None at its end; None where the runs are known."""
+    more: Callable[[], Run | None]
+    """A run beside the known ones that the user wants by now; None if there is none."""
+    paused: Callable[[], bool]
+    """Whether the user wants no trial to run for now: `fit` then comes back soon."""
     samples: int
     """Proposals at most."""
     most: int | None
@@ -66,8 +71,8 @@ def quiet() -> None:
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 
 
-def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
-    """Run trials at once on the cluster, until all have a row or the user stops them.
+def fit(work: Work, opened: Experiment, receiver: Receiver) -> bool:
+    """Run trials at once on the cluster, until all have a row or the user stops them; true if that is a pause.
 
     A trial whose worker dies is started again, `resources.max_failures` times at most.
 
@@ -89,16 +94,11 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     settings: dict[str, Any] = {"reuse_actors": True}
     if work.most is not None:
         settings["max_concurrent_trials"] = work.most
-    space: dict[str, Any] = {}
     order = Order(work.runs)
-    packs = any(run.is_pack for run in work.runs)
     if work.propose is not None:
         settings |= {"search_alg": _searcher(_proposals(work.propose, stop)), "num_samples": work.samples}
-    elif packs:
-        seats = sum(1 + len(run.trials) if run.is_pack else 1 for run in work.runs)
-        settings |= {"search_alg": _searcher(_seats(order, stop)), "num_samples": seats}
     else:
-        space = {TRIAL: tune.grid_search(list(range(len(work.runs))))}
+        settings |= {"search_alg": _searcher(_seats(order, stop, work.more)), "num_samples": -1}
     tasks = tasks_of(work.runs)
     resolve = resolver(tasks)
     handout_file = folder / "handout.pickle"
@@ -107,24 +107,29 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> None:
     _tasks[name] = resolve
     tuner = tune.Tuner(
         tune.with_resources(trainable, partial(_resources, name)),
-        param_space=space,
         tune_config=tune.TuneConfig(**settings),
         run_config=tune.RunConfig(
             name=name,
             storage_path=str(opened.ledger.folder / "ray"),
             verbose=0,
-            callbacks=[_callback(Events(resolve, receiver, order, Relay(folder / "relay"), stop))],
+            callbacks=[_callback(Events(resolve, receiver, order, Relay(folder / "relay"), stop, work.paused))],
             failure_config=tune.FailureConfig(max_failures=UNBEGUN_FAILURES),  # once it begins: its own, see Events
         ),
     )
     # Tune logs a traceback for each lost trial; its reason is in the trial's row and line.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:
-        with _many_pending() if packs else contextlib.nullcontext():
+        with _many_pending() if work.propose is None else contextlib.nullcontext():
             watch.waited(tuner.fit, stop.ask)
+    except ClusterLost:
+        raise
+    except Exception:
+        if not stop.asked:
+            raise  # else it is `_Stopped`, in what Tune makes of it
     finally:
         del _tasks[name]
         shutil.rmtree(folder, ignore_errors=True)
+    return stop.pauses
 
 
 @contextlib.contextmanager
@@ -140,41 +145,60 @@ def _many_pending() -> Iterator[None]:
             del os.environ[name]
 
 
-def _seats(order: Order, stop: Stop) -> Callable[[], dict[str, Any] | Literal["later"] | None]:
-    """The trials of an order, those of a pack once it has started; none after a stop."""
+Suggest: TypeAlias = Callable[[int], dict[str, Any] | Literal["later"] | None]
+"""From the number of Tune's trials that have not ended, the configuration of the next one, "later" where there is none
+yet, or None at the end."""
 
-    def suggest() -> dict[str, Any] | Literal["later"] | None:
-        seat = None if stop.asked else order.next()
-        if seat is None:
-            return "later" if order.left else None
-        return seated(seat)
+
+def _seats(order: Order, stop: Stop, more: Callable[[], Run | None]) -> Suggest:
+    """The trials of an order, those of a pack once it has started, then what the user adds; none after a stop."""
+
+    def suggest(live: int) -> dict[str, Any] | Literal["later"] | None:
+        if stop.asked:
+            return None
+        seat = order.next()
+        if seat is not None:
+            return seated(seat)
+        run = more()
+        if run is not None:
+            return proposed(run)
+        return "later" if order.left or live else None
 
     return suggest
 
 
-def _proposals(propose: Callable[[], Run | None], stop: Stop) -> Callable[[], dict[str, Any] | None]:
+def _proposals(propose: Callable[[], Run | None], stop: Stop) -> Suggest:
     """The trials of a search; none after a stop."""
 
-    def suggest() -> dict[str, Any] | None:
+    def suggest(_: int) -> dict[str, Any] | None:
         run = None if stop.asked else propose()
         return None if run is None else proposed(run)
 
     return suggest
 
 
-def _searcher(suggest: Callable[[], dict[str, Any] | Literal["later"] | None]) -> Any:
-    """Tune's side of what gives a trial's configuration, None at the end, or "later" where there is none yet."""
+def _searcher(suggest: Suggest) -> Any:
+    """Tune's side of what gives a trial's configuration."""
     from ray.tune.search import Searcher
 
     class Suggestions(_OfThisProcess, Searcher):
+        def __init__(self) -> None:
+            super().__init__()
+            self._live: set[str] = set()
+            """Ids of Tune's trials that have not ended."""
+
         def suggest(self, trial_id: str) -> Any:
-            config = suggest()
+            config = suggest(len(self._live))
             if config is None:
                 return Searcher.FINISHED
-            return None if config == "later" else config
+            if config == "later":
+                return None
+            self._live.add(trial_id)
+            return config
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             """Rows reach the sweep through the receiver, lost ones too."""
+            self._live.discard(trial_id)
 
         def save(self, checkpoint_path: str) -> None:
             """Rows are the memory of a sweep: what Tune asks for stays empty."""

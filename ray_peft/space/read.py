@@ -189,6 +189,18 @@ def fill(template: dict[str, Any], values: dict[str, Any], source: str) -> Trial
     return _validate([dotted.replaced(template, values)], source)[0][-1]
 
 
+def changed(trial: TrialSpec, overrides: list[str], source: str) -> TrialSpec:
+    """A trial with `key.path=value` settings in place of its own; values are YAML.
+
+    Raises:
+        SearchSpaceError: they make no valid trial; `source` names it.
+    """
+    plain = trial.plain()
+    for override in overrides:
+        _apply_override(plain, override)
+    return _validate([plain], source)[0][-1]
+
+
 def _apply_override(plain: dict[str, Any], override: str) -> str:
     """Put a `key.path=value` setting into `plain`; returns its key."""
     key, equals, value = override.partition("=")

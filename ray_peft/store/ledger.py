@@ -21,6 +21,8 @@ from ray_peft.trial.result import TrialResult
 
 JOURNAL = "search.journal"
 """What a search has proposed, by Optuna's own format."""
+ADDED = "added.json"
+"""Trials that a user added while the sweep ran; beside `sweep.json`."""
 WAY_OUT = "free some space, or give another --out; the same command then runs what is missing"
 
 
@@ -112,7 +114,8 @@ class Ledger:
             self._results.rename(self.folder / f"results-{stamp}.jsonl")
             if (self.folder / "trials").is_dir():
                 (self.folder / "trials").rename(self.folder / f"trials-{stamp}")
-        (self.folder / "sweep.json").unlink(missing_ok=True)
+        for name in ("sweep.json", ADDED):
+            (self.folder / name).unlink(missing_ok=True)
 
     def read_record(self) -> SweepRecord | None:
         """What an earlier run of the sweep wrote; None where there is none.

@@ -6,14 +6,17 @@ import contextlib
 import json
 import os
 import platform
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ray_peft.errors import DataError
 from ray_peft.foundation.json_lines import added_lines
+from ray_peft.foundation.measured import from_json
 from ray_peft.foundation.regularly import regularly
 from ray_peft.foundation.storage import writing
 from ray_peft.trial.live import CANCEL_FILE, LIVE_FILE
@@ -42,7 +45,15 @@ class TrialProgress:
     """What it may take of its GPU; None on the CPU."""
     left_s: float | None = None
     """Seconds of training left at the speed of the last steps."""
+    predicted_gib: float | None = None
+    """The peak of its GPU's memory as predicted; None on the CPU, or where that is not known."""
     host: str = ""
+    place: str = ""
+    """The host with the GPU, or CPU, that it runs or ran on."""
+    began: float | None = None
+    """Unix time [s] of its start, or that of its last attempt; None where that is not known."""
+    ended: float | None = None
+    """And of its end; None while it runs."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class Progress:
 
     name: str
     driver: str
-    """running, ended, silent if nothing was heard of it for long, or unknown: of a version that does not tell."""
+    """running, paused, ended, silent if nothing was heard of it for long, or unknown: of an older version."""
     trials: list[TrialProgress] = field(default_factory=list)
 
     @property
@@ -69,25 +80,41 @@ def has_row(trial: TrialProgress) -> bool:
     return trial.state in ("finished", "failed", "out_of_memory", "cancelled")
 
 
-@contextlib.contextmanager
-def driving(folder: Path) -> Iterator[None]:
-    """Say in the sweep's folder that its driver runs, until it has ended; a disk that is full stops nothing."""
+class Driver:
+    """What the driver of a sweep says of itself in the sweep's folder; a disk that is full stops nothing."""
 
-    def write(state: str) -> None:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writing = threading.Lock()
+        self.paused = False
+
+    def pause(self, *, paused: bool) -> None:
+        """Say whether trials are to run."""
+        self.paused = paused
+        self.beat()
+
+    def beat(self, state: str = "") -> None:
+        """Say that it is there."""
+        state = state or ("paused" if self.paused else "running")
         text = json.dumps({"state": state, "at": time.time(), "host": platform.node(), "pid": os.getpid()})
-        with contextlib.suppress(OSError):
-            temporary = folder / f".{DRIVER_FILE}.tmp"
+        with self._writing, contextlib.suppress(OSError):
+            temporary = self._folder / f".{DRIVER_FILE}.tmp"
             temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, folder / DRIVER_FILE)
+            os.replace(temporary, self._folder / DRIVER_FILE)
 
+
+@contextlib.contextmanager
+def driving(folder: Path) -> Iterator[Driver]:
+    """Say in the sweep's folder that its driver runs, until it has ended."""
     for request in folder.glob(f"trials/*/{CANCEL_FILE}"):  # of an earlier run of the sweep
         request.unlink(missing_ok=True)
-    write("running")
+    driver = Driver(folder)
+    driver.beat()
     try:
-        with regularly(lambda: write("running"), BEAT_S, "driver-beat"):
-            yield
+        with regularly(driver.beat, BEAT_S, "driver-beat"):
+            yield driver
     finally:
-        write("ended")
+        driver.beat("ended")
 
 
 def cancel(folder: Path, trial_id: str) -> None:
@@ -111,6 +138,14 @@ def cancel(folder: Path, trial_id: str) -> None:
     with writing(path, "cancel it as the user that runs the sweep"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
+
+
+def newest(outputs: Path) -> Path | None:
+    """The sweep of which a driver has told last, of all below a folder; None if there is none."""
+    told = [
+        path for pattern in (DRIVER_FILE, f"*/{DRIVER_FILE}", f"*/*/{DRIVER_FILE}") for path in outputs.glob(pattern)
+    ]
+    return max(told, key=lambda path: path.stat().st_mtime).parent if told else None
 
 
 class Reader:
@@ -144,7 +179,7 @@ class Reader:
         record = _json(self._folder / DRIVER_FILE)
         if not record:
             return "unknown"
-        silent = record["state"] == "running" and time.time() - float(record["at"]) > SILENT_S
+        silent = record["state"] != "ended" and time.time() - float(record["at"]) > SILENT_S
         return "silent" if silent else str(record["state"])
 
     def _trial(self, trial_id: str) -> TrialProgress:
@@ -166,7 +201,10 @@ class Reader:
             memory_gib=live["memory_gib"],
             room_gib=live["room_gib"],
             left_s=max(0.0, float(left) - age) if left is not None else None,
+            predicted_gib=live.get("predicted_gib"),
             host=str(live["host"]),
+            place=_place(live.get("gpu"), str(live["host"]), on_gpu=str(live["device"]) != "cpu"),
+            began=float(live["began"]),
         )
 
     def _take_rows(self) -> None:
@@ -185,7 +223,10 @@ class Reader:
 
 
 def _ended(row: dict[str, Any]) -> TrialProgress:
-    usage, scores = row.get("usage") or {}, row.get("scores") or {}
+    usage, scores, provenance = (row.get(part) or {} for part in ("usage", "scores", "provenance"))
+    began = _unix(provenance.get("started_at"))
+    ended = _unix(provenance.get("ended_at"))
+    host = str(provenance.get("hostname", ""))
     memory = usage.get("peak_reserved_gib") or usage.get("peak_rss_gib")
     return TrialProgress(
         trial_id=str(row["trial_id"]),
@@ -193,10 +234,23 @@ def _ended(row: dict[str, Any]) -> TrialProgress:
         state=str(row["status"]),
         step=row.get("steps"),
         steps=row.get("steps"),
-        loss=scores.get("eval_loss"),
+        loss=from_json(scores.get("eval_loss")),
         tokens_per_s=usage.get("tokens_per_s"),
         memory_gib=memory,
+        predicted_gib=(row.get("predicted") or {}).get("peak_reserved_gib"),
+        host=host,
+        place=_place(provenance.get("gpu"), host, on_gpu=usage.get("peak_reserved_gib") is not None),
+        began=began,
+        ended=ended if ended is not None or began is None else began + float(usage.get("wall_time_s") or 0.0),
     )
+
+
+def _place(gpu: str | None, host: str, *, on_gpu: bool) -> str:
+    return f"{host} GPU {gpu}".strip() if gpu else f"{host} {'GPU' if on_gpu else 'CPU'}".strip()
+
+
+def _unix(moment: str | None) -> float | None:
+    return datetime.fromisoformat(moment).timestamp() if moment else None
 
 
 def _json(path: Path) -> dict[str, Any]:

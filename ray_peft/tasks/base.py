@@ -357,6 +357,23 @@ class TaskType(ABC, Generic[SpecT]):
     def load_trained(self, spec: SpecT, weights: Path, device: str) -> Bench:
         """A finished trial's data and model, with the weights that its `save` wrote."""
 
+    def check_gguf(self, spec: SpecT) -> None:
+        """Refuse a trial whose merged model cannot be a GGUF file, before anything is merged.
+
+        Raises:
+            SpecError: it cannot.
+        """
+        raise SpecError(f"task {self.name} writes no GGUF files, which hold language models; use --format merged")
+
+    def write_gguf(self, folder: Path, file: Path) -> None:
+        """Write a merged model's folder as a GGUF file, and check that it gives the same logits.
+
+        Raises:
+            SpecError: GGUF has no place for such a model or tokenizer.
+            TrialFailed: the file gives other logits.
+        """
+        raise SpecError(f"task {self.name} writes no GGUF files")
+
     def bases(self, specs: Sequence[SpecT]) -> list[list[SpecT]]:
         """The trials by the base that they may share, in their order; one that can share with none is by itself."""
         return [[spec] for spec in specs]

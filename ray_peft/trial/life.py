@@ -345,6 +345,8 @@ def predict(life: Life, bench: Bench) -> None:
         return
     if prediction is not None:
         life.predicted = prediction.gib()
+        if life.live is not None:
+            life.live.predicted_gib = life.predicted["peak_reserved_gib"]
         logger.info("%s: predicted peak %.2f GiB", life.spec.trial_id, life.predicted["peak_allocated_gib"])
 
 

@@ -20,6 +20,7 @@ from ray_peft.errors import TrialCancelled
 from ray_peft.foundation.measured import to_json
 from ray_peft.foundation.units import GIB
 from ray_peft.spec import TrialSpec
+from ray_peft.trial.provenance import gpu_number
 
 LIVE_FILE = "live.json"
 CANCEL_FILE = "cancel"
@@ -44,13 +45,15 @@ class Live:
         """
         self.steps: int | None = None
         """Optimizer steps of the whole trial, once they are known."""
+        self.predicted_gib: float | None = None
+        """The peak of its GPU's memory as predicted, once that is known."""
         self.phase: Callable[[], str] = str
         """Says what the trial does: load, train, save, evaluate."""
         self._path, self._cancel = folder / LIVE_FILE, folder / CANCEL_FILE
         self._device, self._room_gib = device, room_gib
         self._fixed = {
             "trial_id": spec.trial_id, "method": spec.method.name, "device": device,
-            "host": platform.node(), "pid": os.getpid(), "began": time.time(),
+            "gpu": gpu_number(device), "host": platform.node(), "pid": os.getpid(), "began": time.time(),
         }  # fmt: skip
         self._step = 0
         self._metrics: dict[str, float] = {}
@@ -107,6 +110,7 @@ class Live:
             "left_s": left / steps_per_s if left is not None and steps_per_s else None,
             "tokens_per_s": tokens_per_s,
             "memory_gib": _used_gib(self._device),
+            "predicted_gib": self.predicted_gib,
             "room_gib": self._room_gib if self._room_gib is not None else _total_gib(self._device),
             "metrics": {name: value for name, value in self._metrics.items() if math.isfinite(value)},
         }

@@ -57,7 +57,7 @@ def test_a_comparison_is_planned_edited_run_and_gone_on_with(
     lines = (tmp_path / "out" / "answer.txt").read_text(encoding="utf-8").splitlines()
     assert all(line in told for line in lines)
     assert lines[0].startswith("Take ")
-    assert "test rows, one seed; the untouched base: loss" in lines[0]
+    assert "test rows, one seed (95 % over rows); the untouched base: loss" in lines[0]
     assert lines[-1].startswith("Train it on all rows but the test rows: ray-peft run ")
     results = {rung: read_results(tmp_path / "out" / rung) for rung in RUNGS}
     assert Counter(row.spec.method.name for row in results["2_longer"]) == {"full": 2, "lora": 2}

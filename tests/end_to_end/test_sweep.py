@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import shutil
 import threading
@@ -214,6 +215,47 @@ def test_exported_weights_load_with_the_plain_libraries_and_keep_the_loss(
         assert model.dtype == wanted
         assert not hasattr(model.config, "quantization_config")
     assert main(["export", *given, "--out", str(tmp_path / "exported")]) == 2  # not over what is there
+
+
+def test_an_adapter_becomes_a_gguf_file_that_transformers_reads(swept, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    from ray_peft.cli import main
+
+    _, outcome = swept
+    (lora,) = [each for each in outcome.results if each.spec.method.name == "lora"]
+    given = ["--format", "gguf", "--dtype", "fp32", "--tracking-uri", outcome.tracking_uri]
+    assert main(["export", lora.mlflow_run_id, *given, "--out", str(tmp_path / "exported")]) == 0
+    (file,) = (tmp_path / "exported").glob("*.gguf")
+    summary = json.loads((tmp_path / "exported" / "export.json").read_text())
+    assert summary["num_bytes"] == file.stat().st_size
+    assert summary["eval_loss_after"] == pytest.approx(lora.scores.eval_loss, rel=5e-3)
+    assert AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).config.model_type == "llama"
+
+
+def test_trials_answer_side_by_side_and_remember_what_was_said(swept, tmp_path, capsys, monkeypatch):
+    from ray_peft.cli import main
+    from ray_peft.tasks.llm_sft import evaluate
+
+    _, outcome = swept
+    prompts = []
+    answers = evaluate.answers
+    monkeypatch.setattr(evaluate, "answers", lambda spec, model, tokenizer, rows: prompts.append(
+        (spec.trial_id, tokenizer.decode(rows["prompt_ids"][0]))
+    ) or answers(spec, model, tokenizer, rows))  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO("What comes after one?\nAnd then?\n/new\nAnd then?\n/quit\nno\n"))
+    named = {each.spec.method.name: each for each in outcome.results}
+    trials = [named["lora"].trial_id, named["galore"].mlflow_run_id]
+    given = ["--base", "--max-new-tokens", "8", "--tracking-uri", outcome.tracking_uri]
+    assert main(["chat", *trials, *given]) == 0
+    told = capsys.readouterr().out
+    heads = [line for line in told.splitlines() if "(lora)" in line]
+    assert len(heads) == 3
+    assert all("(galore)" in line and "the untouched base" in line for line in heads)
+    of_lora = [prompt for trial_id, prompt in prompts if trial_id == prompts[0][0]]
+    assert [prompt.count("<|im_start|>user") for prompt in of_lora] == [1, 2, 1]
+    assert "What comes after one?" in of_lora[1]
+    assert len({prompt for _, prompt in prompts[:3]}) == 1  # all are asked the same
 
 
 def test_an_export_with_another_loss_is_refused_and_leaves_nothing(swept, tmp_path, capsys, monkeypatch):

@@ -17,9 +17,9 @@ ROOMS = (
     # one trial
     "vram", "engine", "tasks", "checks", "trial",
     # many trials: what is kept of them, what it says, and what runs where
-    "store", "report", "schedule", "compare",
+    "store", "report", "schedule", "compare", "live",
     # what people call
-    "export", "data_report", "clean", "quickstart", "doctor", "console",
+    "export", "chat", "data_report", "clean", "quickstart", "doctor", "console",
     "cli_arguments", "cli_jobs", "cli_kept", "cli_live", "cli", "__main__", "",
 )  # fmt: skip
 """From the bottom up: folders and files of ray_peft; "" is ray_peft itself."""

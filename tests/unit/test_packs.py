@@ -181,7 +181,7 @@ def test_deaths_before_a_trial_has_begun_are_none_of_its_own(tmp_path):
     """As of a node that is lost while the process starts."""
     run = Run((lora(),), decide([lora()], LAPTOP, {}).runs[0].demand)
     order, told = Order([run]), Told()
-    events = Events(resolver(tasks_of([run])), told, order, Relay(tmp_path), Stop(tmp_path / "stop"))
+    events = Events(resolver(tasks_of([run])), told, order, Relay(tmp_path), Stop(tmp_path / "stop"), lambda: False)
     trial = tune_trial(order, failures=3)
     events.start(trial)
     assert trial.max_failures == 3 + lora().resources.max_failures
@@ -196,7 +196,7 @@ def test_what_happens_to_the_process_of_a_pack_happens_to_its_trials(tmp_path):
     ids = [trial.trial_id for trial in trials]
     run = Run(tuple(trials), decide([trials[0]], LAPTOP, {}).runs[0].demand)
     order, relay, told = Order([run]), Relay(tmp_path), Told()
-    events = Events(resolver(tasks_of([run])), told, order, relay, Stop(tmp_path / "stop"))
+    events = Events(resolver(tasks_of([run])), told, order, relay, Stop(tmp_path / "stop"), lambda: False)
     host = tune_trial(order)
     events.start(host)
     assert host.max_failures == trials[0].resources.max_failures

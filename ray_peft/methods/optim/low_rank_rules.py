@@ -127,4 +127,5 @@ def _factors(step: Subspace, *, whole: bool = False) -> Tensor:
         torch.linalg.vector_norm(part, dim=axes, keepdim=True, dtype=torch.float32)
         for part in (step.direction, step.low)
     )
-    return (of_direction / (of_gradient + _EPS)).to(step.low.dtype)
+    factors: Tensor = of_direction / (of_gradient + _EPS)
+    return factors.to(step.low.dtype)

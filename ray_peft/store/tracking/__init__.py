@@ -5,7 +5,7 @@ package does not import mlflow.
 """
 
 from ray_peft.store.tracking.closed import is_closed
-from ray_peft.store.tracking.registry import Promoted, promote
+from ray_peft.store.tracking.registry import Promoted, find_run, promote
 from ray_peft.store.tracking.runs import (
     RunStatus,
     close_if_open,
@@ -42,6 +42,7 @@ __all__ = [
     "close_open",
     "default_uri",
     "fetch",
+    "find_run",
     "finish_sweep",
     "is_closed",
     "is_sent",

@@ -52,7 +52,7 @@ def promote(uri: str, trial: str, name: str) -> Promoted:
     if is_server(uri):
         first_contact(uri)
     client = connect(uri)
-    run = _run_of(client, uri, trial)
+    run = run_of(client, uri, trial)
     run_id, trial_id = run.info.run_id, run.data.tags.get("ray_peft.trial_id", trial)
     what = f"register {trial_id} as {name!r}"
     names = [entry.path for entry in insist(uri, what, partial(client.list_artifacts, run_id))]
@@ -82,7 +82,22 @@ def _version_of(client: MlflowClient, uri: str, name: str, run_id: str) -> str |
     return str(versions[0].version) if versions else None
 
 
-def _run_of(client: MlflowClient, uri: str, trial: str) -> Run:
+def find_run(uri: str, trial: str) -> str:
+    """The id of a trial's MLflow run.
+
+    Args:
+        uri: the tracking store.
+        trial: a run's id, or a trial's id; of several finished runs of a trial the newest is taken.
+
+    Raises:
+        TrackingError: the store does not answer, or has no such finished trial.
+    """
+    if is_server(uri):
+        first_contact(uri)
+    return str(run_of(connect(uri), uri, trial).info.run_id)
+
+
+def run_of(client: MlflowClient, uri: str, trial: str) -> Run:
     """The run of that id, or the newest finished run of the trial."""
     with contextlib.suppress(MissingError, TrackingError):
         return insist(uri, f"read run {trial}", partial(client.get_run, trial))

@@ -153,6 +153,19 @@ class LlmSft(TaskType[LlmTrialSpec]):
         (loaded,) = ensemble.load_members([MemberModel(spec, weights)], device)
         return bench.LlmBench(spec, device, tokenizer, prepared, loaded.model)
 
+    def check_gguf(self, spec: LlmTrialSpec) -> None:
+        """By the type of the model."""
+        from ray_peft.tasks.llm_sft.gguf_file import check_config
+        from ray_peft.tasks.llm_sft.model import load_config
+
+        check_config(load_config(spec.model).to_dict())
+
+    def write_gguf(self, folder: Path, file: Path) -> None:
+        """As llama.cpp's own converter does."""
+        from ray_peft.tasks.llm_sft.gguf_file import write_gguf
+
+        write_gguf(folder, file)
+
     def bases(self, specs: Sequence[LlmTrialSpec]) -> list[list[LlmTrialSpec]]:
         """LoRA trials of one model and one precision share it."""
         from ray_peft.tasks.llm_sft import packable

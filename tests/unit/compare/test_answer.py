@@ -28,7 +28,9 @@ def test_the_cheapest_of_those_that_none_is_shown_to_beat_is_taken(folder):
     assert verdict.take is not None
     assert verdict.take.method.name == "lora"  # ties with full, whose memory is greater
     assert verdict.lines[0].startswith("Take lora (learning rate 0.0002): ROUGE-L 0.")
-    assert "120 test rows, mean of 2 seeds; the untouched base: ROUGE-L 0." in verdict.lines[0]
+    assert (
+        "120 test rows, mean of 2 seeds (95 % over rows and seeds); the untouched base: ROUGE-L 0." in verdict.lines[0]
+    )
     assert "Not shown to differ from it: " in verdict.lines[1]
     assert "full (learning rate 2e-05)" in verdict.lines[1].partition("Shown to be worse")[0]
     assert "7.40 GiB" in verdict.lines[2]

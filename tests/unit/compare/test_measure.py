@@ -7,6 +7,7 @@ from ray_peft.checks.trials import inspect_trials
 from ray_peft.compare import measure
 from ray_peft.compare.setup import set_up
 from ray_peft.compare.space_text import written
+from ray_peft.compare.speed_trials import speed_space, without_imports
 from ray_peft.foundation.audience import Silence
 from ray_peft.schedule.decide import Node
 from ray_peft.space.read import parse
@@ -24,7 +25,7 @@ def setup(tiny_model, tmp_path):
 
 
 def test_on_a_gpu_trials_have_it_to_themselves_in_bf16_and_methods_that_do_not_fit_are_left_out(setup):
-    space = measure._space(setup)
+    space = speed_space(setup)
     parsed = parse(written(space, "", {}), "speed")
     trials = {trial.method.name: trial for trial in inspect_trials(parsed.trials, Silence()).trials}
     assert set(trials) == {"none", *METHODS}
@@ -49,6 +50,7 @@ def test_the_imports_of_the_first_trial_are_taken_out_of_its_time():
 
     speeds = {name: Speed(row_tokens=9.0, rest_s=rest) for name, rest in (("a", 2.0), ("b", 12.0), ("c", 3.0))}
     rows = {"a": Row("10:00:30"), "b": Row("10:00:00"), "c": Row("10:00:20")}
-    assert measure._without_imports(speeds, rows) == 9.0
-    assert [speeds[name].rest_s for name in "abc"] == [2.0, 3.0, 3.0]
-    assert measure._without_imports({"a": speeds["a"]}, rows) == 0.0
+    lighter, imports_s = without_imports(speeds, rows)
+    assert imports_s == 9.0
+    assert [lighter[name].rest_s for name in "abc"] == [2.0, 3.0, 3.0]
+    assert without_imports({"a": speeds["a"]}, rows) == ({"a": speeds["a"]}, 0.0)
