@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, cast
 
 from ray_peft.engine.trained import Report, Trained
 from ray_peft.methods.base import Dtype, Stage
-from ray_peft.metrics.scores import Sample, Scores
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.base import Scored, Workload
 from ray_peft.tasks.llm_sft.general_text import GENERAL_TOKENS
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ray_peft.tasks.llm_sft.data import PreparedData
+    from ray_peft.tasks.llm_sft.scores import Given
     from ray_peft.vram import Prediction
 
 
@@ -71,6 +70,8 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
     """A causal language model, its tokenizer and its rows."""
 
     model: PreTrainedModel
+    given: Given | None = None
+    """What the trained model gave on the held-out rows, once it has been asked together with those of other trials."""
 
     def __init__(
         self,
@@ -161,45 +162,30 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
 
         return answers(self.spec, self.model, self.tokenizer, rows, lowered=self.lowered, ended=ended)
 
+    def give(self) -> Given:
+        """What the model, as it is, gives on the held-out rows."""
+        from ray_peft.tasks.llm_sft.scores import Given, answered_rows
+
+        log_probs, general_loss = self.answer_log_probs(), self.general_loss()
+        if not self.spec.evaluation.generate:
+            return Given(log_probs, general_loss)
+        ended: list[bool] = []
+        return Given(log_probs, general_loss, self.answer(answered_rows(self.spec, self.scored_rows), ended), ended)
+
     def evaluate(self) -> Scored:
         """Loss, scores of the answers, and what is behind them, on the held-out rows."""
-        from ray_peft.metrics.own_metrics import name_of
-        from ray_peft.metrics.own_metrics import rows as own_rows
-        from ray_peft.tasks.llm_sft.scores import row_losses, score_answers
+        from ray_peft.tasks.llm_sft.scores import scored
 
-        held_out, log_probs = self.scored_rows, self.answer_log_probs()
-        count = len(held_out)
-        loss = -float(log_probs.mean())
-        losses, tokens = row_losses(held_out, log_probs)
-        scores = Scores(eval_loss=loss, eval_rows=count, general_loss=self.general_loss())
-        if not self.spec.evaluation.generate:
-            return Scored(scores, losses=losses, loss_tokens=tokens)
-        rows = held_out.select(range(min(self.spec.evaluation.rows or count, count)))
-        ended: list[bool] = []
-        predictions, references = self.answer(rows, ended), list(rows["reference"])
-        samples = [
-            Sample(
-                row=index,
-                source_dataset=rows[index]["source_dataset"],
-                prompt=rows[index]["prompt"],
-                reference=references[index],
-                answer=predictions[index],
-            )
-            for index in range(min(self.spec.evaluation.samples, len(rows)))
-        ]
-        own = {name_of(path): own_rows(path, predictions, references) for path in self.spec.evaluation.metrics}
-        of_loss = {name: getattr(scores, name) for name in ("eval_loss", "eval_rows", "general_loss")}
-        more = {**of_loss, "own": {name: fmean(values) for name, values in own.items()}}
-        return Scored(
-            score_answers(predictions, references).model_copy(update=more),
-            samples,
-            answers=list(zip(predictions, references, strict=True)),
-            prompts=list(rows["prompt"]),
-            ended=ended,
-            own=own,
-            losses=losses,
-            loss_tokens=tokens,
-        )
+        return scored(self.spec, self.scored_rows, self.given or self.give())
+
+    @property
+    def needs_model(self) -> bool:
+        """False once the model has given what its scores need, unless there are benchmarks.
+
+        Metrics of the user's own are taken in the main thread, which is where their code expects to run.
+        """
+        evaluation = self.spec.evaluation
+        return self.given is None or evaluation.benchmarks is not None or bool(evaluation.metrics)
 
     def benchmark(self, scored: Scored) -> Scored:
         """`scored` with the scores of the lm-eval tasks in `evaluation.benchmarks`."""

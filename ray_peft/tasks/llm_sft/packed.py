@@ -105,7 +105,7 @@ class PackedLoss(Computation[PackedPart]):
         """
         from ray_peft.tasks.llm_sft.head import head_settings
 
-        self._dropout = dropout
+        self._dropout, self._drops = dropout, dropout is not None
         self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._autocasts = spec.train.precision == "bf16"
         config = self._model.config.get_text_config()
@@ -151,7 +151,7 @@ class PackedLoss(Computation[PackedPart]):
             torch.tensor(places + [0] * fill),
             torch.tensor(targets + [0] * fill),
             torch.tensor(weights + [0.0] * fill),
-            *([placed(keys, positions)] if self._dropout is not None else []),
+            *([placed(keys, positions)] if self._drops else []),
         ]
 
     def loss(self, *inputs: Tensor) -> Tensor:
