@@ -2,11 +2,13 @@
 
     RAY_PEFT_MODEL=gemma-3-1b-it RAY_PEFT_DOLLY=dolly.jsonl.gz python benchmarks/pack_sweeps.py --out results
 
-RAY_PEFT_MODEL names a folder with config.json and tokenizer; weights are random, of the true shape. A makespan is that
-of `ray_peft.sweep` on a Ray that is there: checks, processes, loading, training, the held-out loss, saving, MLflow and
-report. `packed` has `train.pack: auto`, `shared` lets trials share the GPU as processes, `apart` runs some of them one
-after the other on the whole GPU, and counts the mean of their seconds for each. `here` and `here_apart` are packed
-trials and single ones in this process, without Ray and MLflow, after a trial that has loaded all libraries.
+RAY_PEFT_MODEL names a folder with config.json and tokenizer; weights are random, of the true shape. RAY_PEFT_SMALL
+names one with weights, for the cases that answer prompts. A makespan is that of `ray_peft.sweep` on a Ray that is
+there: checks, processes, loading, training, evaluation, saving, MLflow and report. `packed` has `train.pack: auto`,
+`shared` lets trials share the GPU as processes, `apart` runs trials one after the other on the whole GPU: all of them,
+or the first ones, whose seconds then stand for the others. `here` and `here_apart` are packed trials and single ones in
+this process, without Ray and MLflow, after a trial that has loaded all libraries. Every run says where its seconds
+went: by the rows, by the moments of its log, and by the function that the main thread was in.
 """
 
 from __future__ import annotations
@@ -16,8 +18,12 @@ import contextlib
 import gzip
 import json
 import os
+import sys
+import threading
 import time
 import traceback
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,22 +50,31 @@ class Case:
     """Rows of a step."""
     length: int = 512
     steps: int = 300
-    apart: int = 2
-    """Trials that are measured one after the other."""
+    apart: int | None = None
+    """Trials that are measured one after the other; None is all."""
     full: bool = False
     """Every row is as long as the limit."""
+    answers: int = 0
+    """Held-out rows that each trial answers, of the model that has weights; 0 for the other model."""
+    cap_gib: float | None = None
+    """What trials may take of the GPU; None is all."""
 
     @property
     def name(self) -> str:
         rows = f"{self.rows} {'full ' if self.full else ''}rows of up to {self.length} tokens a step"
-        return f"{self.trials} {self.method}, {rows}, {self.steps} steps"
+        more = f", {self.answers} answers" if self.answers else ""
+        more += f", {self.cap_gib:g} GiB" if self.cap_gib is not None else ""
+        return f"{self.trials} {self.method}, {rows}, {self.steps} steps{more}"
 
 
 CASES = [
-    Case("lora", 8, apart=1),
+    Case("lora", 8, apart=2),
     Case("qlora", 16, apart=1),
-    Case("lora", 8, rows=8, steps=20, full=True),
-    Case("lora", 1, apart=1),
+    Case("lora", 8, rows=8, steps=20, full=True, apart=1),
+    Case("lora", 1),
+    Case("lora", 8, apart=1, cap_gib=12),
+    Case("lora", 8, rows=4, answers=100, steps=200),
+    Case("lora", 1, rows=4, answers=100),
 ]
 
 
@@ -75,19 +90,19 @@ def long_rows(folder: Path, dolly: str) -> str:
 
 def write_space(case: Case, folder: Path, kind: str, model: str, dolly: str) -> Path:
     """The search space of one kind of run."""
-    count = case.apart if kind.endswith("apart") else case.trials
+    count = case.apart or case.trials if kind.endswith("apart") else case.trials
     grid = [
         {"name": case.method, "rank": (8, 16)[place % 2], "lr": round(1e-4 * (1 + place // 2), 6)}
         for place in range(case.trials)
     ]
     plain = {
         "name": f"{kind}_{case.method}_{case.trials}_{case.rows}",
-        "model": {"name": model, "random_weights": True},
+        "model": {"name": os.environ["RAY_PEFT_SMALL"]} if case.answers else {"name": model, "random_weights": True},
         "data": {
             "sources": [
                 {"recipe": "text", "path": long_rows(folder, dolly), "train": 200, "test": 16}
                 if case.full
-                else {"recipe": "dolly", "path": dolly, "train": 1000, "test": 16}
+                else {"recipe": "dolly", "path": dolly, "train": 1000, "test": max(16, case.answers)}
             ],
             "max_length": case.length,
             "contamination": {"action": "allow"},
@@ -97,7 +112,7 @@ def write_space(case: Case, folder: Path, kind: str, model: str, dolly: str) -> 
             "steps": case.steps, "batch_size": case.rows, "micro_batch_size": case.rows, "schedule": "constant",
             "loss": "all", "pack": "auto" if kind == "packed" else False,
         },
-        "evaluation": {"generate": False},
+        "evaluation": {"generate": True, "max_new_tokens": 128} if case.answers else {"generate": False},
         "resources": {"gpus_per_worker": 1} if kind == "apart" else {},
     }  # fmt: skip
     path = folder / f"{plain['name']}.yaml"
@@ -105,13 +120,84 @@ def write_space(case: Case, folder: Path, kind: str, model: str, dolly: str) -> 
     return path
 
 
+class Timed(Console):
+    """A console that remembers what it said when."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._begin = time.perf_counter()
+        self.said: list[tuple[float, str]] = []
+
+    def say(self, text: str) -> None:
+        """Say it, and remember."""
+        self.said.append((round(time.perf_counter() - self._begin, 2), text[:120]))
+        super().say(text)
+
+
+@contextlib.contextmanager
+def sampled(every_s: float = 0.1) -> Iterator[Counter[str]]:
+    """Counts the main thread's seconds by the innermost function of ray_peft that it is in."""
+    seconds: Counter[str] = Counter()
+    ended, main = threading.Event(), threading.get_ident()
+
+    def look() -> None:
+        while not ended.wait(every_s):
+            frame = sys._current_frames().get(main)
+            while frame is not None and "/ray_peft/" not in frame.f_code.co_filename:
+                frame = frame.f_back
+            if frame is not None:
+                file = frame.f_code.co_filename.rpartition("/ray_peft/")[2]
+                seconds[f"{file}:{frame.f_lineno} {frame.f_code.co_qualname}"] += every_s
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield seconds
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def largest(seconds: Counter[str]) -> dict[str, float]:
+    """The functions with the most seconds."""
+    return {name: round(value, 1) for name, value in seconds.most_common(30)}
+
+
 def measured(case: Case, kind: str, folder: Path, model: str, dolly: str) -> dict[str, Any]:
     """One sweep."""
     space = write_space(case, folder, kind, model, dolly)
-    begin = time.perf_counter()
-    outcome = ray_peft.sweep(space, out=folder / space.stem, console=Console())
+    console, moment, begin = Timed(), datetime.now(UTC), time.perf_counter()
+    with sampled() as in_main:
+        outcome = ray_peft.sweep(space, out=folder / space.stem, console=console, gpu_memory_gib=case.cap_gib)
     seconds = time.perf_counter() - begin
-    return {"seconds": seconds, **of_rows(outcome.results)}
+    rows = outcome.results
+    starts = [datetime.fromisoformat(row.provenance.started_at) for row in rows]
+    ends = [datetime.fromisoformat(row.provenance.ended_at or row.provenance.started_at) for row in rows]
+    trials_s = (max(ends) - min(starts)).total_seconds()
+    split = {f"{phase}_s": sum(getattr(row.usage, f"{phase}_s") for row in rows) for phase in PHASES}
+    split["beside_s"] = trials_s - sum(split.values())  # processes, adapters, recordings, MLflow
+    split["before_s"] = (min(starts) - moment).total_seconds()
+    split["after_s"] = seconds - split["before_s"] - trials_s
+    log = outcome.folder / "trials" / rows[0].trial_id / "log.txt"
+    return {
+        "seconds": seconds,
+        "split": {name: round(value, 1) for name, value in split.items()},
+        "said": console.said,
+        "in_main": largest(in_main),
+        "log": moments(log.read_text(encoding="utf-8")) if log.is_file() else [],
+        **of_rows(rows),
+    }
+
+
+PHASES = ("load", "train", "evaluate", "save")
+
+
+def moments(log: str) -> list[str]:
+    """The lines of a log that are no training steps, but for the first and the last of these."""
+    lines = log.splitlines()
+    steps = [line for line in lines if "train_loss" in line]
+    left = {id(line) for line in steps[1:-1]}
+    return [line[11:150] for line in lines if id(line) not in left]
 
 
 def of_rows(rows: list[Any]) -> dict[str, Any]:
@@ -123,6 +209,7 @@ def of_rows(rows: list[Any]) -> dict[str, Any]:
         "passes": sorted({row.passes for row in rows}),
         "gpus_per_worker": [row.provenance.gpus_per_worker for row in rows],
         "eval_loss": [row.scores.eval_loss for row in rows],
+        "rouge_l": [row.scores.rouge_l for row in rows],
         "train_loss": [row.train_loss_final for row in rows],
         "steps": [row.steps for row in rows],
         "usage": [
@@ -168,16 +255,17 @@ def here(case: Case, kind: str, folder: Path, model: str, dolly: str) -> dict[st
         for spec in specs
     ]
     begin, ends = time.perf_counter(), []
-    if kind == "here":
-        rows = run_pack(members, lambda row: ends.append(time.perf_counter() - begin))
-    else:
-        rows = []
-        for member in members:
-            row = trial.run(member.spec, member.place, member.tracker, member.progress)
-            assert row is not None
-            rows.append(row)
-            ends.append(time.perf_counter() - begin)
-    return {"seconds": ends[-1], "ends": ends, **of_rows(rows)}
+    with sampled() as in_main:
+        if kind == "here":
+            rows = run_pack(members, lambda row: ends.append(time.perf_counter() - begin))
+        else:
+            rows = []
+            for member in members:
+                row = trial.run(member.spec, member.place, member.tracker, member.progress)
+                assert row is not None
+                rows.append(row)
+                ends.append(time.perf_counter() - begin)
+    return {"seconds": ends[-1], "ends": ends, "in_main": largest(in_main), **of_rows(rows)}
 
 
 def ratios(case: Case, cells: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -188,7 +276,9 @@ def ratios(case: Case, cells: dict[str, dict[str, Any]]) -> dict[str, float]:
         by_way["shared"] = cells["shared"]["seconds"] / packed
     if packed and "seconds" in cells.get("apart", {}):
         walls = [usage["wall_time_s"] for usage in cells["apart"]["usage"]]
-        whole = cells["apart"]["seconds"] + (case.trials - len(walls)) * min(walls)  # later ones have warm libraries
+        missing = case.trials - len(walls)
+        whole = cells["apart"]["seconds"] + missing * min(walls)  # later ones have warm libraries
+        by_way["apart_estimated_trials"] = missing
         by_way |= {"apart": whole / packed, "apart_makespan_s": whole}
     if "seconds" in cells.get("here", {}) and "seconds" in cells.get("here_apart", {}):
         pack, single = cells["here"], cells["here_apart"]

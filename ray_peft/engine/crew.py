@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from ray_peft.engine.member import Member
 
@@ -13,6 +14,10 @@ class Crew(ABC):
     @abstractmethod
     def seat(self, member: Member, number: int) -> None:
         """A member starts in round `number`; it has been resumed from its last checkpoint."""
+
+    @abstractmethod
+    def finished(self, members: Sequence[Member]) -> None:
+        """Members have done all their steps, at the same time; each of them leaves next."""
 
     @abstractmethod
     def leave(self, member: Member, error: Exception | None) -> Member | None:
@@ -28,6 +33,9 @@ class Alone(Crew):
 
     def seat(self, member: Member, number: int) -> None:
         """It has the base to itself."""
+
+    def finished(self, members: Sequence[Member]) -> None:
+        """It is scored later."""
 
     def leave(self, member: Member, error: Exception | None) -> Member | None:
         """Nobody follows."""

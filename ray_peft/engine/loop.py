@@ -111,7 +111,7 @@ class Engine(Generic[PartT]):
             self._leave(member, number, error)
             return
         if not member.left:
-            self._end(member, number)
+            self._end([member], number)
 
     def _round(self, number: int) -> None:
         before = self._pass.loss.clone()
@@ -119,14 +119,15 @@ class Engine(Generic[PartT]):
         self._count_time()
         if self._share.workers > 1:
             add_up_gradients([parameter for member in self._members for parameter in member.parameters])
+        finished = []
         for member in self._members.copy():
             try:
                 self._end_step(member)
             except Exception as error:  # of this member's own part; the crew knows whether the others go on
                 self._leave(member, number + 1, error)
             else:
-                if not member.left:
-                    self._end(member, number + 1)
+                finished += [] if member.left else [member]
+        self._end(finished, number + 1)
         self._stop_if_told()
 
     def _stop_if_told(self) -> None:
@@ -165,21 +166,30 @@ class Engine(Generic[PartT]):
             member.due.written()
             self._counted = time.perf_counter()
 
-    def _end(self, member: Member, number: int) -> None:
-        """A member has done all its steps before round `number`."""
-        error = None
-        try:
-            member.guard.check()  # waits for the last step
-        except Exception as failure:
-            error = failure
-        self._leave(member, number, error)
+    def _end(self, members: Sequence[Member], number: int) -> None:
+        """Members have done all their steps before round `number`."""
+        if not members:
+            return
+        errors: dict[int, Exception] = {}
+        for place, member in enumerate(members):
+            try:
+                member.guard.check()  # waits for the last step
+            except Exception as failure:
+                errors[place] = failure
+        self._count_time()
+        finished = [member for place, member in enumerate(members) if place not in errors]
+        for member in finished:
+            member.trained.passes = self._pass.how
+            member.end()
+        if finished:
+            self._crew.finished(finished)
+        self._counted = time.perf_counter()
+        for place, member in enumerate(members):
+            self._leave(member, number, errors.get(place))
 
     def _leave(self, member: Member, number: int, error: Exception | None) -> None:
         self._count_time()
         self._members.remove(member)
-        if error is None:
-            member.trained.passes = self._pass.how
-            member.end()
         following = self._crew.leave(member, error)
         self._model.train()
         if following is not None:

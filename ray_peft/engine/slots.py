@@ -17,6 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ray_peft.engine.keyed_dropout import keyed_dropout, layer_number
+
 ALIGNED = 64
 """Each matrix begins at a multiple of this many numbers: the fast kernels of a GPU need an alignment of 16 bytes."""
 
@@ -100,9 +102,13 @@ class Slots:
         """The weights in the dtype of the products, written at the begin of each pass."""
         self.scales = torch.zeros(slots, device=device)
         """alpha / rank."""
+        self._shares = torch.zeros(slots, device=device)
+        """Of an adapter's inputs, the share that is dropped in training."""
         self._gradient_matrices = self._matrices(self.gradients)
         self._weight_matrices = self._matrices(self._cast_weights)
         self._lanes: Tensor | None = None
+        self._keys: Tensor | None = None
+        """Of the tokens of the pass that runs, if adapters drop some of their inputs (keyed_dropout.py)."""
         self._anchor = torch.zeros((), device=device, requires_grad=True)  # so that the layers' outputs take gradients
         self._hooks = [module.register_forward_hook(self._hook(name)) for name, module in self._watched.items()]
 
@@ -115,13 +121,14 @@ class Slots:
         for hook in self._hooks:
             hook.remove()
 
-    def fill(self, slot: int, adapted: nn.Module, scale: float) -> list[Piece]:
+    def fill(self, slot: int, adapted: nn.Module, scale: float, dropout: float = 0.0) -> list[Piece]:
         """Copy a member's adapter into a slot; its gradients are zero. Returns where its matrices lie there.
 
         Args:
             slot: whose content is lost.
             adapted: the base in PEFT's wrapper with one LoRA adapter.
             scale: alpha / rank.
+            dropout: the share of the adapter's inputs that is dropped in training.
 
         Raises:
             KeyError: it has a layer that these slots have not.
@@ -134,7 +141,7 @@ class Slots:
             pieces.append(Piece(begins[1], len(down), up.shape[0], turned=True))
             pieces[-2].put(row, down.detach())
             pieces[-1].put(row, up.detach())
-        self.scales[slot] = scale
+        self.scales[slot], self._shares[slot] = scale, dropout
         return pieces
 
     def read(self, slot: int, adapted: nn.Module) -> None:
@@ -146,11 +153,15 @@ class Slots:
                 down.copy_(Piece(begins[0], len(down), down.shape[1], turned=False).cut(row))
                 up.copy_(Piece(begins[1], len(down), up.shape[0], turned=True).cut(row))
 
+    def is_finite(self, slot: int) -> bool:
+        """Whether all numbers of a slot are finite."""
+        return bool(torch.isfinite(self.weights[slot]).all())
+
     def clear(self, slot: int) -> None:
         """Empty a slot."""
         self.weights[slot].zero_()
         self.gradients[slot].zero_()
-        self.scales[slot] = 0.0
+        self.scales[slot] = self._shares[slot] = 0.0
 
     def member(self, slot: int) -> nn.Module:
         """A module whose only parameter (1, numbers) is the slot, with its gradient; pads stay zero in any AdamW."""
@@ -159,15 +170,16 @@ class Slots:
         holder.adapter.grad = self.gradients[slot : slot + 1]
         return holder
 
-    def begin(self, lanes: Tensor) -> None:
-        """Begin a pass.
+    def begin(self, lanes: Tensor, keys: Tensor | None = None) -> None:
+        """Begin a pass; what it is given must stay as it is until the pass has gone backward.
 
         Args:
             lanes: (lanes,) int64, the slot of each, or (0,) where there is one lane of each slot in order, which costs
                 less. The pass's activations are (lanes * tokens, numbers) in this order, or have any axes that flatten
-                to it. It must stay as it is until the pass has gone backward.
+                to it.
+            keys: (lanes, tokens) int64, of each token; None for a pass that drops nothing.
         """
-        self._lanes = lanes
+        self._lanes, self._keys = lanes, keys
         if self._cast_weights is not self.weights:
             self._cast_weights.copy_(self.weights)
 
@@ -184,12 +196,18 @@ class Slots:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if self._lanes is None:
                 return None
-            return _Added.apply(  # type: ignore[no-any-return, no-untyped-call]
-                inputs[0], output, self._anchor, self._lanes, self.scales,
-                self._weight_matrices[name], self._gradient_matrices[name],
-            )  # fmt: skip
+            weights, gradients = self._weight_matrices[name], self._gradient_matrices[name]
+            x = inputs[0] if self._keys is None else self._dropped(inputs[0], self._keys, name)
+            return _Added.apply(x, output, self._anchor, self._lanes, self.scales, weights, gradients)  # type: ignore[no-any-return, no-untyped-call]
 
         return add
+
+    def _dropped(self, x: Tensor, keys: Tensor, name: str) -> Tensor:
+        """The adapters' input of a layer, as each drops it in a trial alone."""
+        assert self._lanes is not None
+        shares, layer = _of_lanes(self._shares, self._lanes)[:, None], layer_number(name)
+        tokens = x.reshape(*keys.shape, x.shape[-1])
+        return keyed_dropout(tokens, shares, keys, layer, dtype=self._cast_weights.dtype).view(x.shape)
 
     def _matrices(self, memory: Tensor) -> dict[str, Matrices]:
         def view(begin: int, width: int) -> Tensor:

@@ -48,6 +48,9 @@ class Costs:
     def trained_for(self, seconds: float) -> None:
         """Told of the stage's `Trained.seconds` as they grow."""
 
+    def evaluated_for(self, seconds: float) -> None:
+        """Told of the trial's share of an evaluation together with other trials."""
+
     def count(self, step: int, tokens: int) -> None:
         """Take how many tokens this stage was trained on up to a logged step of the trial."""
 

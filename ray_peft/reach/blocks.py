@@ -28,4 +28,5 @@ def blocks(model: nn.Module, *, of: str = "the model") -> list[nn.Module]:
             lists[name] = module
     if not lists:
         raise ModelError(f"{of} has no list of layers of which some could be trained at a time; use method full")
-    return list(max(lists.values(), key=lambda modules: len(modules)))
+    longest: nn.ModuleList = max(lists.values(), key=len)
+    return list(longest)

@@ -185,6 +185,11 @@ class Bench(ABC):
     def evaluate(self) -> Scored:
         """All scores on the held-out rows."""
 
+    @property
+    def needs_model(self) -> bool:
+        """Whether `evaluate`, or what follows it, passes rows through the model."""
+        return True
+
     def illustrate(self, scored: Scored) -> Scored:
         """`scored` with generated images, for tasks that generate any."""
         return scored

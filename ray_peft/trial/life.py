@@ -133,6 +133,10 @@ class LifeCosts(Costs):
         """Give the clock this attempt's part of them."""
         self._clock.note("train", seconds - float(self._earlier.get("seconds", {}).get("train", 0.0)))
 
+    def evaluated_for(self, seconds: float) -> None:
+        """Add them to the phase, which goes on after that."""
+        self._clock.note("evaluate", self._clock.so_far().get("evaluate", 0.0) + seconds)
+
     def wall_s(self) -> float:
         """Seconds over all attempts, without what was done twice: from a checkpoint to the end of its attempt."""
         return self._clock.total() + float(self._earlier.get("wall_s", 0.0))

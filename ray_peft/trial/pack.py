@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from ray_peft.engine.recovery import answers
@@ -17,6 +18,9 @@ from ray_peft.trial.life import Life, Place, Process, Tracker, evaluate
 from ray_peft.trial.result import TrialResult
 
 logger = logging.getLogger(__name__)
+
+BESIDE = 2
+"""Members whose rows are made at the same time: one waits for its tracker while the other counts words."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,25 @@ class _Lives:
         """Record a member's row."""
         member = self.members[number]
         self.keep(number, trial.end(row, member.place, member.tracker))
+
+    def fail(self, number: int, error: Exception) -> None:
+        """Record the row of a member that raised."""
+        life = self.lives[number]
+        row = life.failed(error)
+        logger.warning("%s: %s: %s", life.spec.trial_id, row.status, first_line(row.error))
+        self.end(number, row)
+
+    def score(self, number: int, bench: Bench) -> None:
+        """Score a member whose adapter is saved, and record its row."""
+        life = self.lives[number]
+        try:
+            with life.process.clock.phase("evaluate"):
+                evaluate(life, bench)
+            row = life.result("finished")
+        except Exception as failure:
+            self.fail(number, failure)
+        else:
+            self.end(number, row)
 
     def alone(self, number: int) -> None:
         """Run a member by itself."""
@@ -163,25 +186,33 @@ def _train(lives: _Lives, numbers: list[int]) -> None:
         life.process.clock.note("load", lives.process.clock.seconds["load"] / len(numbers))
     lives.process.memory.start()
 
-    def ended(order: int, bench: Bench, parameters: tuple[int, int], trained: Trained, error: Exception | None) -> None:
-        number = numbers[order]
-        life = lives.lives[number]
-        life.parameters = parameters
-        try:
-            if error is not None:
-                raise error
-            life.trained = replace(trained)
-            with life.process.clock.phase("save"):
-                trial.save(life, bench)
-            with life.process.clock.phase("evaluate"):
-                evaluate(life, bench)
-            row = life.result("finished")
-        except Exception as failure:
-            row = life.failed(failure)
-            logger.warning("%s: %s: %s", life.spec.trial_id, row.status, first_line(row.error))
-        lives.end(number, row)
+    # What needs no model is done beside the work of the others: scores of answers, the tracker, files.
+    with ThreadPoolExecutor(BESIDE, thread_name_prefix="pack") as beside:
+        rows: list[Future[None]] = []
 
-    folders = [lives.lives[number].place.folder / "stage1" for number in numbers]
-    task.train_pack(benches, folders, [lives.lives[number].report for number in numbers], ended)
+        def ended(
+            order: int, bench: Bench, parameters: tuple[int, int], trained: Trained, error: Exception | None
+        ) -> None:
+            number = numbers[order]
+            life = lives.lives[number]
+            life.parameters = parameters
+            try:
+                if error is not None:
+                    raise error
+                life.trained = replace(trained)
+                with life.process.clock.phase("save"):
+                    trial.save(life, bench)
+            except Exception as failure:
+                lives.fail(number, failure)
+                return
+            if bench.needs_model:
+                lives.score(number, bench)
+            else:
+                rows.append(beside.submit(lives.score, number, bench))
+
+        folders = [lives.lives[number].place.folder / "stage1" for number in numbers]
+        task.train_pack(benches, folders, [lives.lives[number].report for number in numbers], ended)
+        for row in rows:
+            row.result()
     if any(number in lives.open for number in numbers):
         raise TrialFailed("the pack ended without this trial")

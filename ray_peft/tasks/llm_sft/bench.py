@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.engine.trained import Report, Trained
 from ray_peft.methods.base import Dtype, Stage
-from ray_peft.metrics.scores import RowReward, Sample, Scores
+from ray_peft.metrics.scores import RowReward
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.spec.preference import PAIRED_OBJECTIVES
 from ray_peft.tasks.base import Scored, Workload
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ray_peft.tasks.llm_sft.data import PreparedData
+    from ray_peft.tasks.llm_sft.scores import Given
     from ray_peft.vram import Prediction
 
 
@@ -87,6 +87,8 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
     model: PreTrainedModel
     judged: dict[str, Dataset]
     """By split, pairs or labelled rows with what the model said of them before training (`add_reference`)."""
+    given: Given | None = None
+    """What the trained model gave on the held-out rows, once it has been asked together with those of other trials."""
 
     def __init__(
         self,
@@ -187,47 +189,32 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
 
         return answers(self.spec, self.model, self.tokenizer, rows, lowered=self.lowered, ended=ended)
 
+    def give(self) -> Given:
+        """What the model, as it is, gives on the held-out rows."""
+        from ray_peft.tasks.llm_sft.scores import Given, answered_rows
+
+        log_probs, general_loss = self.answer_log_probs(), self.general_loss()
+        judgement, rewards = self._judge()
+        answers: list[str] = []
+        ended: list[bool] = []
+        if self.spec.evaluation.generate:
+            answers = self.answer(answered_rows(self.spec, self.scored_rows), ended)
+        return Given(log_probs, general_loss, answers, ended, judgement, rewards)
+
     def evaluate(self) -> Scored:
         """Loss, scores of the answers, and what is behind them, on the held-out rows."""
-        from ray_peft.metrics.own_metrics import name_of
-        from ray_peft.metrics.own_metrics import rows as own_rows
-        from ray_peft.tasks.llm_sft.scores import row_losses, score_answers
+        from ray_peft.tasks.llm_sft.scores import scored
 
-        held_out, log_probs = self.scored_rows, self.answer_log_probs()
-        count = len(held_out)
-        loss = -float(log_probs.mean())
-        losses, tokens = row_losses(held_out, log_probs)
-        judgement, rewards = self._judge()
-        scores = Scores(eval_loss=loss, eval_rows=count, general_loss=self.general_loss(), **judgement)
-        if not self.spec.evaluation.generate:
-            return Scored(scores, losses=losses, loss_tokens=tokens, rewards=rewards)
-        rows = held_out.select(range(min(self.spec.evaluation.rows or count, count)))
-        ended: list[bool] = []
-        predictions, references = self.answer(rows, ended), list(rows["reference"])
-        samples = [
-            Sample(
-                row=index,
-                source_dataset=rows[index]["source_dataset"],
-                prompt=rows[index]["prompt"],
-                reference=references[index],
-                answer=predictions[index],
-            )
-            for index in range(min(self.spec.evaluation.samples, len(rows)))
-        ]
-        own = {name_of(path): own_rows(path, predictions, references) for path in self.spec.evaluation.metrics}
-        of_loss = {name: getattr(scores, name) for name in ("eval_loss", "eval_rows", "general_loss", *judgement)}
-        more = {**of_loss, "own": {name: fmean(values) for name, values in own.items()}}
-        return Scored(
-            score_answers(predictions, references).model_copy(update=more),
-            samples,
-            answers=list(zip(predictions, references, strict=True)),
-            prompts=list(rows["prompt"]),
-            ended=ended,
-            own=own,
-            losses=losses,
-            loss_tokens=tokens,
-            rewards=rewards,
-        )
+        return scored(self.spec, self.scored_rows, self.given or self.give())
+
+    @property
+    def needs_model(self) -> bool:
+        """False once the model has given what its scores need, unless there are benchmarks.
+
+        Metrics of the user's own are taken in the main thread, which is where their code expects to run.
+        """
+        evaluation = self.spec.evaluation
+        return self.given is None or evaluation.benchmarks is not None or bool(evaluation.metrics)
 
     def _judge(self) -> tuple[dict[str, Any], list[RowReward]]:
         """The scores of pairs or labelled rows, and the rewards behind them; none without such rows."""

@@ -42,6 +42,8 @@ class Voice:
     """The context in which it runs: of several adapters on one base, this switches on its own."""
     log_weight: float = 0.0
     """Logarithm of its weight in the mixture, if there are several models."""
+    begin: Callable[[Tensor], None] | None = None
+    """Told the slot of each row of a pass (row,) int64, where rows have different adapters on one base."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +81,25 @@ class Lanes:
         self.tokens, self.positions, self.written = (
             torch.zeros(lanes + 1, dtype=torch.int64, device=device) for _ in range(3)
         )
+        self.slots = torch.zeros(lanes + 1, dtype=torch.int64, device=device)
+        """Of the adapter of each lane's prompt, where they have different ones."""
         self.ended = torch.ones(lanes + 1, dtype=torch.bool, device=device)
         self.answers = torch.zeros(lanes + 1, ends.new_tokens, dtype=torch.int64, device=device)
         self._stops = torch.tensor(list(ends.tokens), dtype=torch.int64, device=device)
 
-    def read(self, ids: Tensor, lengths: Tensor, lanes: Tensor) -> Tensor:
+    def read(self, ids: Tensor, lengths: Tensor, lanes: Tensor, slots: Tensor | None = None) -> Tensor:
         """Put prompts into lanes and choose the first token of each answer; returns its scores (prompt, vocabulary).
 
         Args:
             ids: (prompt, longest) int64, padded on the left.
             lengths: (prompt,) int64.
             lanes: (prompt,) int64, the lane of each; `count` for an empty prompt.
+            slots: (prompt,) int64, that of each one's adapter; None where they have the same.
         """
         tokens = WholePrompts(lengths, lanes, ids.shape[1], spare=self.count)
-        scores = self._scores(tokens, ids, tokens.positions.clamp(min=0))
+        if slots is not None:
+            self.slots.index_copy_(0, lanes, slots)
+        scores = self._scores(tokens, ids, tokens.positions.clamp(min=0), slots)
         first = scores.argmax(dim=-1)
         self.tokens.index_copy_(0, lanes, first)
         self.positions.index_copy_(0, lanes, lengths)
@@ -105,7 +112,8 @@ class Lanes:
         """Add a token to each of the first lanes whose answer has not ended; returns its scores (lane, vocabulary)."""
         ended, written = self.ended[:lanes], self.written[:lanes]
         positions = self.positions[:lanes]
-        scores = self._scores(NextTokens(positions, span), self.tokens[:lanes, None], positions[:, None])
+        tokens = NextTokens(positions, span)
+        scores = self._scores(tokens, self.tokens[:lanes, None], positions[:, None], self.slots[:lanes])
         following = torch.where(ended, self.tokens[:lanes], scores.argmax(dim=-1))
         place = written.clamp(max=self._ends.new_tokens - 1)[:, None]  # an ended answer keeps its last token
         self.answers[:lanes].scatter_(
@@ -123,15 +131,18 @@ class Lanes:
         source, target = (torch.tensor(list(lanes), device=device) for lanes in (sources, targets))
         for voice in self._voices:
             voice.cache.move(source, target)
-        for state in (self.tokens, self.positions, self.written, self.ended, self.answers):
+        for state in (self.tokens, self.positions, self.written, self.slots, self.ended, self.answers):
             state.index_copy_(0, target, state.index_select(0, source))
 
     def _stop(self, tokens: Tensor) -> Tensor:
         """Which of `tokens` (row,) end an answer. `torch.isin` would wait for the GPU if many do (torch 2.11)."""
         return (tokens[:, None] == self._stops).any(dim=-1)
 
-    def _scores(self, tokens: TokensOfPass, ids: Tensor, positions: Tensor) -> Tensor:
+    def _scores(self, tokens: TokensOfPass, ids: Tensor, positions: Tensor, slots: Tensor | None) -> Tensor:
         """Scores (row, vocabulary) float32 of the token after `ids`: logits of one model, or log-probabilities."""
+        for reading in self._voices:
+            if reading.voice.begin is not None and slots is not None:
+                reading.voice.begin(slots)
         scores = [voice.scores(tokens, ids, positions, self.capacity, self._dtype) for voice in self._voices]
         if len(scores) == 1:
             return scores[0]
@@ -192,6 +203,8 @@ class Answering:
     stop: Callable[[Sequence[int], int], int | None] | None = None
     """Given tokens and how many of them were searched: after how many tokens the text that ends an answer is complete;
     None if it is not."""
+    slots: Sequence[int] | None = None
+    """Of each prompt's adapter; None where they have the same."""
     _prompts: dict[int, _Prompt] = field(default_factory=dict)
     """The prompt in each lane that has one."""
     _buffers: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
@@ -238,7 +251,8 @@ class Answering:
             capacity = self._capacity(len(prompts[waiting[0]]))
             most = min(len(waiting), group_of(len(free), capacity))
             rows = [waiting.popleft() for _ in range(most)]
-            self._begin([prompts[row] for row in rows], free[:most], capacity)
+            slots = [self.slots[row] for row in rows] if self.slots is not None else None
+            self._begin([prompts[row] for row in rows], free[:most], capacity, slots)
             for row, lane in zip(rows, free, strict=False):
                 self._prompts[lane] = _Prompt(row, len(prompts[row]))
             free = free[most:]
@@ -248,7 +262,9 @@ class Answering:
             return tokens
         return next((size for size in CAPACITIES if tokens <= size < self._largest), self._largest)
 
-    def _begin(self, prompts: Sequence[Sequence[int]], lanes: Sequence[int], capacity: int) -> None:
+    def _begin(
+        self, prompts: Sequence[Sequence[int]], lanes: Sequence[int], capacity: int, slots: Sequence[int] | None
+    ) -> None:
         """Read a group of prompts; empty prompts fill it up to one of few sizes."""
         size = next(count for count in LANES if count >= len(prompts)) if self.static else len(prompts)
         ids = torch.full((size, capacity), self.pad)
@@ -257,6 +273,8 @@ class Answering:
             ids[place, capacity - len(prompt) :] = torch.tensor(prompt)
             lengths[place], targets[place] = len(prompt), lane
         inputs = [ids, lengths, targets]
+        if slots is not None:
+            inputs.append(torch.tensor([*slots, *[slots[0]] * (size - len(slots))]))
         if not self.static:
             self.lanes.read(*inputs)
             return

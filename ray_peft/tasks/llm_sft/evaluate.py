@@ -14,13 +14,14 @@ from ray_peft.spec.keys import EVALUATION_BATCH
 from ray_peft.tasks.llm_sft.data import IGNORED
 from ray_peft.tasks.llm_sft.decodable import VIRTUAL_TOKENS, has_virtual_tokens
 from ray_peft.tasks.llm_sft.decoding import end_of_answers, greedy
-from ray_peft.tasks.llm_sft.packed_scores import Row, packed_log_probs, packs
+from ray_peft.tasks.llm_sft.packed_scores import Row, packed_log_probs, packs, scored_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor, nn
     from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+    from ray_peft.engine.slots import Slots
     from ray_peft.tasks.llm_sft.continuous import Voice
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,6 @@ def token_log_probs(
 ) -> Tensor:
     """Log-probabilities of all answer tokens of all rows (answer tokens,) float64 on the CPU, the longest row first.
 
-    If memory runs out, the pass is halved, and later passes hold no more tokens than that.
-
     Args:
         spec: how to evaluate.
         model: in any mode; its mode is restored.
@@ -73,43 +72,85 @@ def token_log_probs(
     """
     import torch
 
-    lowered = {} if lowered is None else lowered
-    ordered: list[Row] = list(zip(rows["input_ids"], rows["labels"], strict=True))
-    ordered.sort(key=lambda row: len(row[0]), reverse=True)
+    ordered = longest_first(rows)
+    log_probs = row_log_probs(spec, model, ordered, pad, {} if lowered is None else lowered)
+    if not any(row.numel() for row in log_probs):
+        raise ValueError("no held-out row has an answer token within data.max_length")
+    return torch.cat(log_probs)
+
+
+def longest_first(rows: Dataset, slot: int = 0) -> list[Row]:
+    """Rows with `input_ids` and `labels` in the order in which they are scored; `slot` is that of their trial."""
+    ordered = [Row(ids, labels, slot) for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)]
+    return sorted(ordered, key=lambda row: len(row.ids), reverse=True)
+
+
+def row_log_probs(
+    spec: LlmTrialSpec,
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    pad: int,
+    lowered: dict[str, int],
+    slots: Slots | None = None,
+) -> list[Tensor]:
+    """Log-probabilities (answer tokens,) float64 on the CPU of each row.
+
+    If memory runs out, the pass is halved, and later passes hold no more tokens than that.
+
+    Args:
+        spec: how to evaluate; of several trials, any of them: they agree in what is used here.
+        model: in any mode; its mode is restored.
+        rows: the longest first.
+        pad: the padding token.
+        lowered: read and written at `LOSS_BATCH`.
+        slots: the adapters of several trials, which each row names; None for a model as it is.
+
+    Raises:
+        torch.OutOfMemoryError: a single row does not fit.
+    """
+    import torch
+
+    if not rows:
+        return []
     log_probs = None
     with inference(spec, model):
-        if ordered and packs(spec, model):
+        if packs(spec, model):
             tokens = lowered.get(LOSS_BATCH, LOSS_TOKENS)
 
             def padded_pass(part: Sequence[Row]) -> Tensor:
-                return torch.cat(_padded_log_probs(model, part, pad, {}))
+                return torch.cat(_padded_log_probs(model, part, pad, {}, slots))
 
-            log_probs, fitting = packed_log_probs(spec, model, ordered, tokens, padded_pass)
+            log_probs, fitting = packed_log_probs(spec, model, rows, tokens, padded_pass, slots)
             if fitting < tokens:
                 lowered[LOSS_BATCH] = fitting
         if log_probs is None:
-            log_probs = _padded_log_probs(model, ordered, pad, lowered)
-    if not any(part.numel() for part in log_probs):
-        raise ValueError("no held-out row has an answer token within data.max_length")
-    return torch.cat(log_probs).double().cpu()
+            log_probs = _padded_log_probs(model, rows, pad, lowered, slots)
+    parts: Sequence[Tensor] = torch.cat(log_probs).double().cpu().split([len(row) for row in log_probs])  # type: ignore[no-untyped-call]
+    return list(parts)
 
 
-def _padded_log_probs(model: PreTrainedModel, rows: Sequence[Row], pad: int, lowered: dict[str, int]) -> list[Tensor]:
-    """The result of `token_log_probs` in parts, where the rows of a pass are padded to the longest of them."""
+def _padded_log_probs(
+    model: PreTrainedModel, rows: Sequence[Row], pad: int, lowered: dict[str, int], slots: Slots | None
+) -> list[Tensor]:
+    """The result of `row_log_probs`, where the rows of a pass are padded to the longest of them."""
+    import torch
 
     def score(part: Sequence[Row]) -> list[Tensor]:
-        ids, labels = [row[0] for row in part], [row[1] for row in part]
+        ids = [row.ids for row in part]
+        if slots is not None:
+            slots.begin(torch.tensor([row.slot for row in part], device=model.device))
         output: Any = model(
             input_ids=padded(ids, pad, "right").to(model.device),
             attention_mask=padded([[1] * len(row) for row in ids], 0, "right").to(model.device),
-            labels=padded(labels, IGNORED, "right").to(model.device),
+            labels=padded([row.labels for row in part], IGNORED, "right").to(model.device),
             fused_lm_head=True,  # never holds the logits of a whole batch: see model.py
         )
-        return [output.log_probs[output.label_mask].double().cpu()]
+        scored = output.log_probs[output.label_mask].double().cpu()
+        return list(scored.split([scored_tokens(row) for row in part]))
 
     log_probs: list[Tensor] = []
     while rows:
-        longest = len(rows[0][0])
+        longest = len(rows[0].ids)
         batch = rows[: max(1, lowered.get(LOSS_BATCH, LOSS_TOKENS) // longest)]
         scored, size = in_parts(batch, len(batch), str(model.device), score)
         log_probs, rows = log_probs + scored, rows[len(batch) :]
@@ -169,13 +210,24 @@ def answers(
             answered, size = _generated(model, tokenizer, prompts, settings, first, processor)
     if size < first:
         lowered[EVALUATION_BATCH] = size
-    stops = frozenset(settings.eos_token_id)
-    texts = tokenizer.batch_decode([answered[row] for row in range(len(prompts))], skip_special_tokens=True)
+    return as_texts([answered[row] for row in range(len(prompts))], tokenizer, settings.eos_token_id, end.text, ended)
+
+
+def as_texts(
+    answered: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Sequence[int],
+    end_text: str | None,
+    ended: list[bool] | None,
+) -> list[str]:
+    """Answers as texts, up to the text that ends an answer; `ended` is that of `answers`."""
+    texts = tokenizer.batch_decode([list(tokens) for tokens in answered], skip_special_tokens=True)
     if ended is not None:
         ended += [
-            not stops.isdisjoint(answered[row]) or bool(end.text and end.text in text) for row, text in enumerate(texts)
+            not set(stops).isdisjoint(tokens) or bool(end_text and end_text in text)
+            for tokens, text in zip(answered, texts, strict=True)
         ]
-    return [(text.partition(end.text)[0] if end.text else text).strip() for text in texts]
+    return [(text.partition(end_text)[0] if end_text else text).strip() for text in texts]
 
 
 def bare(model: PreTrainedModel) -> PreTrainedModel:

@@ -45,10 +45,11 @@ def memory(specs: Sequence[LlmTrialSpec], rows: Sequence[PreparedData], gpu: Gpu
     """The peak of a pass of all trials' rows; each has an adapter of the largest rank, its gradients and moments."""
     longest = max(range(len(specs)), key=lambda place: max(map(len, rows[place].train["input_ids"])))
     count = sum(spec.train.micro_batch_size for spec in specs)
-    ranks = [cast(LowRankAdapter, spec.method).rank for spec in specs]
+    methods = [cast(LowRankAdapter, spec.method) for spec in specs]
     whole = specs[longest].changed(
         {
-            "method.rank": max(ranks),
+            "method.rank": max(method.rank for method in methods),
+            "method.dropout": max(method.dropout for method in methods),
             "train.batch_size": count,
             MICRO_BATCH: count,
             CHECKPOINTING: any(spec.train.gradient_checkpointing for spec in specs),

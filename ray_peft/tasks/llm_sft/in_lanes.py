@@ -29,6 +29,8 @@ class InLanes:
     prompts: Sequence[Sequence[int]]
     settings: GenerationConfig
     """Decides what ends an answer."""
+    slots: Sequence[int] | None = None
+    """Of each prompt's adapter, where prompts have different ones on one base."""
 
     def why_not(self) -> str | None:
         """Why answers must be generated batch by batch; None if lanes give the same.
@@ -72,7 +74,8 @@ class InLanes:
         stop = text_stop(self.tokenizer, settings.stop_strings[0]) if settings.stop_strings else None
         lanes = Lanes(self.voices, size, capacity, ends, self._dtype)
         replays = Replays(records=on_gpu and self.spec.train.cuda_graphs)
-        yield from Answering(lanes, self._pad, replays, static=on_gpu, stop=stop).answers(self.prompts, rows)
+        answering = Answering(lanes, self._pad, replays, static=on_gpu, stop=stop, slots=self.slots)
+        yield from answering.answers(self.prompts, rows)
 
     @property
     def _device(self) -> torch.device:

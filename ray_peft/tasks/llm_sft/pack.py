@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,13 +13,15 @@ from ray_peft.engine.crew import Crew
 from ray_peft.engine.loop import Engine
 from ray_peft.engine.member import Job, Member
 from ray_peft.engine.passes import Pass, RecordedPasses
+from ray_peft.engine.recovery import free_memory
 from ray_peft.engine.trained import Report
-from ray_peft.errors import ModelError
+from ray_peft.errors import ModelError, first_line
 from ray_peft.methods.lora import LowRankAdapter
 from ray_peft.spec.keys import MICRO_BATCH
 from ray_peft.tasks.base import PackEnded
 from ray_peft.tasks.llm_sft import train
 from ray_peft.tasks.llm_sft.bench import LlmBench
+from ray_peft.tasks.llm_sft.given_together import Asked, GivenTogether
 from ray_peft.tasks.llm_sft.lanes import largest_capacity, lay_out
 from ray_peft.tasks.llm_sft.loss import TextLoss
 from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedPart
@@ -59,6 +62,7 @@ class Pack(Crew):
         self._rows = [TextRows(bench.spec, bench.data.train) for bench in benches]
         self._together = RowsTogether(self._rows)
         self._slots = self._make_slots()
+        self._given_together = GivenTogether(self._base, self._slots)
         self._seats: dict[int, tuple[LlmBench, Member]] = {}
         self.parameters = [(0, 0)] * len(benches)
         """`Bench.parameters` of each once it has started."""
@@ -69,11 +73,11 @@ class Pack(Crew):
         reason = why_apart(self._benches[0], self._stages)
         if reason is not None:
             raise ModelError(f"trials on {spec.model.name} cannot train together: {reason}; train them apart")
-        if any(bench.spec.train.gradient_checkpointing for bench in self._benches):
-            train.recompute_activations(self._base, None, random=False)
+        self._recompute_again()
         recorded = job.device.startswith("cuda") and spec.train.cuda_graphs
         members = [self._member(slot) for slot in range(self._places)]
-        computation = LossTogether(spec, self._base, self._slots)
+        drops = any(stage.dropout for stage in self._stages)
+        computation = LossTogether(spec, self._base, self._slots, drops=drops)
         make_pass = RecordedPasses if recorded else Pass
         try:
             Engine(members, self._base, self._together, computation, make_pass, crew=self, rehearse=recorded).run()
@@ -84,6 +88,27 @@ class Pack(Crew):
         """Pass the member's rows from round `number` on."""
         assert member.slot is not None
         self._together.seat(member.slot, cast(TextRows, member.rows), member.number - number)
+
+    def finished(self, members: Sequence[Member]) -> None:
+        """Let several trained models give what their scores need in shared passes; else each gives it by itself."""
+        slots = [cast(int, member.slot) for member in members]
+        asked = [Asked(self._seats[slot][0], slot) for slot in slots if self._slots.is_finite(slot)]
+        if len(asked) < 2:
+            return
+        begin = time.perf_counter()
+        try:
+            given = self._given_together.of(asked)
+        except Exception as error:  # of the model's own code, or memory: each is tried by itself
+            logger.warning("%d trials scored together: %s: %s", len(asked), type(error).__name__, first_line(error))
+            given = None
+        if given is None:
+            free_memory(asked[0].bench.device)
+        else:
+            share = (time.perf_counter() - begin) / len(asked)
+            for trial, of_trial in zip(asked, given, strict=True):
+                trial.bench.given = of_trial
+                trial.bench.costs.evaluated_for(share)
+        self._recompute_again()
 
     def leave(self, member: Member, error: Exception | None) -> Member | None:
         """Report that a member has ended; returns the next trial's member, which takes its place."""
@@ -107,7 +132,7 @@ class Pack(Crew):
         bench.attach(stage)
         self.parameters[self._benches.index(bench)] = bench.parameters()
         train.start_as_trl(bench.spec, bench.model)
-        pieces = self._slots.fill(slot, bench.model, stage.alpha / stage.rank)
+        pieces = self._slots.fill(slot, bench.model, stage.alpha / stage.rank, stage.dropout)
         bench.model = unwrapped(bench.model)
         rows = self._rows[self._benches.index(bench)]
         member = SlotMember(job, self._slots, slot, pieces, rows)
@@ -127,16 +152,21 @@ class Pack(Crew):
                 yield
             finally:
                 bench.model = unwrapped(bench.model)
-                if self._benches[0].spec.train.gradient_checkpointing:  # an evaluation has changed it
-                    train.recompute_activations(self._base, None, random=False)
+                self._recompute_again()
+
+    def _recompute_again(self) -> None:
+        """Recompute activations as before an evaluation, which has changed that."""
+        if any(bench.spec.train.gradient_checkpointing for bench in self._benches):
+            train.recompute_activations(self._base, None, random=False)
 
     def evaluation(self, bench: LlmBench) -> Callable[[], float]:
         """A function that measures the held-out loss of a bench's member while it trains."""
 
         def loss() -> float:
-            member = next(member for other, member in self._seats.values() if other is bench)
-            with self._with_adapter(bench, member):
-                return bench.eval_loss()
+            slot = next(slot for slot, (other, _) in self._seats.items() if other is bench)
+            loss = self._given_together.held_out_loss(Asked(bench, slot))
+            self._recompute_again()
+            return loss
 
         return loss
 

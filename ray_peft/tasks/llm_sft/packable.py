@@ -14,16 +14,14 @@ from ray_peft.spec import LlmTrialSpec
 def why_alone(spec: LlmTrialSpec) -> str | None:
     """Why a trial can share its base with none; None if it can.
 
-    LoRA and QLoRA can, whatever their rank, alpha, targets, learning rate, schedule, steps, warm-up, weight decay,
-    clipping, seed, rows and batch size.
+    LoRA and QLoRA can, whatever their rank, alpha, targets, dropout, learning rate, schedule, steps, warm-up, weight
+    decay, clipping, seed, rows and batch size.
     """
     method = spec.method
     if not isinstance(method, LoRA | QLoRA):
         return f"method {method.name} has no adapter that lies beside those of others; lora and qlora have"
     if spec.quantization is not None and spec.quantization.bits == 8:
         return "a base in int8 looks for outliers in all rows of a pass; use nf4"
-    if method.dropout:
-        return f"method.dropout is {method.dropout:g}; set dropout: 0"
     if method.rank_pattern or method.alpha_pattern or method.modules_to_save:
         return "method.rank_pattern, alpha_pattern and modules_to_save are for a trial alone; leave them out"
     if method.optim != "adamw":

@@ -153,7 +153,7 @@ class PackedLoss(Computation[PackedPart]):
         """
         from ray_peft.tasks.llm_sft.head import head_settings
 
-        self._dropout = dropout
+        self._dropout, self._drops = dropout, dropout is not None
         self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._autocasts = spec.train.precision == "bf16"
         config = self._model.config.get_text_config()
@@ -169,7 +169,7 @@ class PackedLoss(Computation[PackedPart]):
         """
         import torch
 
-        keys = part.keys if self._dropout is not None else None
+        keys = part.keys if self._drops else None
         laid = lay(part.bucket, [[ids for ids, _ in rows] for rows in part.lanes], keys)
         places: list[int] = []
         targets: list[int] = []

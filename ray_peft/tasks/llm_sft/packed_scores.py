@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_peft.engine.recovery import free_memory, is_out_of_memory
 from ray_peft.engine.replays import Replays
@@ -20,42 +20,64 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from ray_peft.engine.slots import Slots
+
 logger = logging.getLogger(__name__)
 
 ROUNDING = {"fp32": 1e-5, "bf16": 2e-2}
 """Largest allowed relative difference between the two means, which are summed in another order."""
 
-Row = tuple[Sequence[int], Sequence[int]]
-"""Token ids, and as many labels, IGNORED for tokens without loss."""
+_TARGETS, _LANES = 4, 5
+"""Places of two of a pass's tensors: the targets, and after them the slot of each lane."""
+
+
+class Row(NamedTuple):
+    """A held-out row."""
+
+    ids: Sequence[int]
+    labels: Sequence[int]
+    """As many as `ids`, IGNORED for tokens without loss."""
+    slot: int = 0
+    """The slot of its trial's adapter, where trials of one base are scored together."""
 
 
 class PackedScores:
     """Scores rows in passes of few static shapes, each recorded once."""
 
-    def __init__(self, spec: LlmTrialSpec, model: PreTrainedModel, rows: Sequence[Row], replays: Replays) -> None:
+    def __init__(
+        self,
+        spec: LlmTrialSpec,
+        model: PreTrainedModel,
+        rows: Sequence[Row],
+        replays: Replays,
+        slots: Slots | None = None,
+    ) -> None:
         """Measure the rows that will be scored.
 
         Args:
-            spec: the trial.
+            spec: the trial; of several, any.
             model: in evaluation mode.
             rows: all rows that will be scored.
             replays: records the passes and replays them.
+            slots: the adapters of several trials.
         """
         self._computation, self._device, self._replays = PackedLoss(spec, model), model.device, replays
-        self._largest = largest_capacity(max(len(ids) for ids, _ in rows))
+        self._slots = slots
+        self._largest = largest_capacity(max(len(row.ids) for row in rows))
         scored = sum(map(scored_tokens, rows))
-        self._share = min(1.0, math.ceil(scored / max(sum(len(ids) for ids, _ in rows), 1) * 1.25 * 4) / 4)
+        self._share = min(1.0, math.ceil(scored / max(sum(len(row.ids) for row in rows), 1) * 1.25 * 4) / 4)
         self._used: set[Bucket] = set()
         self._buffers: dict[Any, tuple[list[Tensor], Tensor]] = {}
 
     def first_pass(self, rows: Sequence[Row], tokens: int) -> Pass:
         """The pass of the first of `rows`, which begin with the longest: at most `tokens` tokens, or one row."""
         lengths: list[int] = []
-        for ids, _ in rows:
-            if lengths and sum(lengths) + len(ids) > tokens:
+        for row in rows:
+            if lengths and sum(lengths) + len(row.ids) > tokens:
                 break
-            lengths.append(len(ids))
-        return reused(lay_out(lengths, tokens, self._largest)[0], self._used, tokens)
+            lengths.append(len(row.ids))
+        owners = [row.slot for row in rows[: len(lengths)]]
+        return reused(lay_out(lengths, tokens, self._largest, owners)[0], self._used, tokens)
 
     def log_probs(self, part: Pass, rows: Sequence[Row]) -> list[Tensor]:
         """Log-probabilities (answer tokens,) float32, on the device, of each row of a pass, lane by lane.
@@ -67,13 +89,16 @@ class PackedScores:
         import torch
 
         packed = PackedPart(
-            part.bucket, [[rows[row] for row in lane] for lane in part.lanes], [1] * len(part.lanes), self._share
+            part.bucket, [[rows[row][:2] for row in lane] for lane in part.lanes], [1] * len(part.lanes), self._share
         )
-        inputs = self._computation.inputs(packed)[:-1]
+        inputs = list(self._computation.inputs(packed)[:-1])
+        if self._slots is not None:
+            lanes = [rows[lane[0]].slot for lane in part.lanes]
+            inputs.append(torch.tensor(lanes + lanes[:1] * (part.bucket.lanes - len(lanes))))
         key = tuple(tuple(value.shape) for value in inputs)
         if key not in self._buffers:
             static = [torch.empty_like(value, device=self._device) for value in inputs]
-            self._buffers[key] = static, torch.empty(len(inputs[-1]), device=self._device)
+            self._buffers[key] = static, torch.empty(len(inputs[_TARGETS]), device=self._device)
         static, out = self._buffers[key]
         for buffer, value in zip(static, inputs, strict=True):
             buffer.copy_(value)
@@ -84,12 +109,14 @@ class PackedScores:
         return list(parts)
 
     def _score(self, static: Sequence[Tensor], out: Tensor) -> None:
-        out.copy_(self._computation.log_probs(*static))
+        if self._slots is not None:
+            self._slots.begin(static[_LANES])
+        out.copy_(self._computation.log_probs(*static[:_LANES]))
 
 
 def scored_tokens(row: Row) -> int:
     """How many tokens of a row are scored; nothing predicts its first."""
-    return sum(label != IGNORED for label in row[1][1:])
+    return sum(label != IGNORED for label in row.labels[1:])
 
 
 def packs(spec: LlmTrialSpec, model: PreTrainedModel) -> bool:
@@ -111,6 +138,7 @@ def packed_log_probs(
     rows: Sequence[Row],
     tokens: int,
     padded_pass: Callable[[Sequence[Row]], Tensor],
+    slots: Slots | None = None,
 ) -> tuple[list[Tensor] | None, int]:
     """Log-probabilities (answer tokens,) float32 of every row, and the tokens of a pass at the end.
 
@@ -123,12 +151,13 @@ def packed_log_probs(
         rows: the longest first.
         tokens: most tokens of a pass; a longer row is passed alone.
         padded_pass: returns the log-probabilities of padded rows, which begin with the longest.
+        slots: the adapters of several trials.
 
     Raises:
         torch.OutOfMemoryError: a single row does not fit.
     """
     records = model.device.type == "cuda"
-    scores = PackedScores(spec, model, rows, Replays(records=records))
+    scores = PackedScores(spec, model, rows, Replays(records=records), slots)
     log_probs: dict[int, Tensor] = {}
     remaining = list(range(len(rows)))
     checked = 0
@@ -153,9 +182,9 @@ def packed_log_probs(
         if ran_out:
             del scores
             free_memory(str(model.device))
-            tokens = sum(len(rows[row][0]) for row in places) // 2
+            tokens = sum(len(rows[row].ids) for row in places) // 2
             logger.warning("held-out rows ran out of memory; going on with %d tokens a pass", tokens)
-            scores = PackedScores(spec, model, rows, Replays(records=records))
+            scores = PackedScores(spec, model, rows, Replays(records=records), slots)
             continue
         if reason is not None:
             logger.info("%s: held-out rows are padded, not packed: %s", spec.trial_id, reason)

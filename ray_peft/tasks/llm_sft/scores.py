@@ -1,20 +1,93 @@
-"""Scores of what a model answered, and the loss of each held-out row."""
+"""From what a model gave on held-out rows to scores: of its answers, and the loss of each row. It needs no model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
+from ray_peft.metrics import own_metrics
 from ray_peft.metrics.chrf_scores import chrf
-from ray_peft.metrics.scores import Scores
+from ray_peft.metrics.scores import RowReward, Sample, Scores
 from ray_peft.metrics.scripts import tokenizers
 from ray_peft.metrics.short_answers import exact_match, token_f1
 from ray_peft.metrics.text_scores import bleu4, rouge_l
+from ray_peft.spec import LlmTrialSpec
+from ray_peft.tasks.base import Scored
 from ray_peft.tasks.llm_sft.data import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a model gave on a trial's held-out rows."""
+
+    log_probs: Tensor
+    """Of all answers' tokens (answer tokens,), the longest row first."""
+    general_loss: float | None = None
+    """Mean loss of a fixed general text's tokens [nats]; None if it is not asked for."""
+    answers: Sequence[str] = ()
+    """To the rows that are answered, the first ones."""
+    ended: Sequence[bool] = ()
+    """Whether each answer ended by itself."""
+    judgement: Mapping[str, Any] = field(default_factory=dict)
+    """Scores of pairs or labelled rows, by name; empty without such rows."""
+    rewards: Sequence[RowReward] = ()
+    """What is behind them."""
+
+
+def answered_rows(spec: LlmTrialSpec, held_out: Dataset) -> Dataset:
+    """The held-out rows that a trial answers; none if it does not ask for answers."""
+    count = len(held_out)
+    return held_out.select(range(min(spec.evaluation.rows or count, count) if spec.evaluation.generate else 0))
+
+
+def scored(spec: LlmTrialSpec, held_out: Dataset, given: Given) -> Scored:
+    """Loss, scores of the answers, and what is behind them.
+
+    Args:
+        spec: the trial.
+        held_out: the rows that it is scored on.
+        given: what its model gave on them.
+    """
+    losses, tokens = row_losses(held_out, given.log_probs)
+    loss = -float(given.log_probs.mean())
+    scores = Scores(eval_loss=loss, eval_rows=len(held_out), general_loss=given.general_loss, **given.judgement)
+    rewards = list(given.rewards)
+    if not spec.evaluation.generate:
+        return Scored(scores, losses=losses, loss_tokens=tokens, rewards=rewards)
+    rows = answered_rows(spec, held_out)
+    predictions, references = list(given.answers), list(rows["reference"])
+    samples = [
+        Sample(
+            row=index,
+            source_dataset=rows[index]["source_dataset"],
+            prompt=rows[index]["prompt"],
+            reference=references[index],
+            answer=predictions[index],
+        )
+        for index in range(min(spec.evaluation.samples, len(rows)))
+    ]
+    own = {
+        own_metrics.name_of(path): own_metrics.rows(path, predictions, references) for path in spec.evaluation.metrics
+    }
+    of_loss = {name: getattr(scores, name) for name in ("eval_loss", "eval_rows", "general_loss", *given.judgement)}
+    more = {**of_loss, "own": {name: fmean(values) for name, values in own.items()}}
+    return Scored(
+        score_answers(predictions, references).model_copy(update=more),
+        samples,
+        answers=list(zip(predictions, references, strict=True)),
+        prompts=list(rows["prompt"]),
+        ended=list(given.ended),
+        own=own,
+        losses=losses,
+        loss_tokens=tokens,
+        rewards=rewards,
+    )
 
 
 def score_answers(predictions: Sequence[str], references: Sequence[str]) -> Scores:

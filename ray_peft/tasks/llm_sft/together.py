@@ -96,16 +96,17 @@ class RowsTogether(Rows[PackedPart]):
 class LossTogether(PackedLoss):
     """What `PackedLoss` computes, for every member by itself."""
 
-    def __init__(self, spec: LlmTrialSpec, model: Any, slots: Slots) -> None:
+    def __init__(self, spec: LlmTrialSpec, model: Any, slots: Slots, *, drops: bool = False) -> None:
         """Set up the loss.
 
         Args:
             spec: that of any member: they agree in the settings that are used here.
             model: the base of all members.
             slots: the adapters of the members.
+            drops: whether any member's adapter has dropout.
         """
         super().__init__(spec, model)
-        self._slots = slots
+        self._slots, self._drops = slots, drops
         self.members = len(slots)
 
     def inputs(self, part: PackedPart) -> Sequence[Tensor]:
@@ -124,8 +125,9 @@ class LossTogether(PackedLoss):
         import torch
 
         *tensors, lanes = inputs
+        keys = tensors.pop() if self._drops else None
         ids, places = tensors[0], tensors[3]
-        self._slots.begin(lanes)
+        self._slots.begin(lanes, keys)
         shares = self._losses(*tensors)
         places_lane = places // ids.shape[1]
         members = lanes.index_select(0, places_lane) if len(lanes) else places_lane

@@ -120,6 +120,18 @@ def test_recomputed_activations(llama, rows, tmp_path):
         check_equal(ours, alone(spec, tmp_path / spec.trial_id))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_that_of_the_trial_alone(checkpointing, llama, rows, tmp_path):
+    shares = [0.1, 0.0, 0.5, 0.3]
+    settings = [(method | {"dropout": p}, changes) for p, (method, changes) in zip(shares, UNEQUAL, strict=True)]
+    specs = specs_of(llama, rows, settings, train__gradient_checkpointing=checkpointing)
+    without = together(specs_of(llama, rows, UNEQUAL[:1]), tmp_path / "without", 1)[0]
+    told = together(specs, tmp_path, 3)
+    assert told[0].log[0][1] != without.log[0][1], "nothing was dropped"
+    for ours, spec in zip(told, specs, strict=True):
+        check_equal(ours, alone(spec, tmp_path / spec.trial_id))
+
+
 WINDOWS = {"num_hidden_layers": 2, "head_dim": 16, "sliding_window": 16, "num_key_value_heads": 2}
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "max_position_embeddings": 512}
 OTHERS = {
@@ -168,7 +180,10 @@ def test_a_base_in_4_bits(kind, llama, rows, tmp_path):
         folder = tiny_architectures.build("gpt2", tmp_path / "gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     settings = [
         ({"name": "qlora", "rank": 4, "lr": 0.001, "compute_dtype": "float32"}, {"seed": 1}),
-        ({"name": "qlora", "rank": 8, "lr": 0.002, "compute_dtype": "float32"}, {"seed": 2, "train__steps": 3}),
+        (
+            {"name": "qlora", "rank": 8, "lr": 0.002, "compute_dtype": "float32", "dropout": 0.2},
+            {"seed": 2, "train__steps": 3},
+        ),
     ]
     specs = specs_of(folder, rows, settings)
     for ours, spec in zip(together(specs, tmp_path, 2), specs, strict=True):

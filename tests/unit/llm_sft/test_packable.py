@@ -17,7 +17,6 @@ def spec(method=None, **changes):
     [
         (spec({"name": "full"}), "method full has no adapter"),
         (spec({"name": "galore"}), "method galore has no adapter"),
-        (spec({"dropout": 0.1}), "method.dropout is 0.1; set dropout: 0"),
         (spec({"optim": "adamw_8bit"}), "method.optim adamw_8bit .*; use optim: adamw"),
         (spec(train__engine="trl"), "train.engine trl .*; use engine: own"),
         (spec(resources__num_workers=2), "resources.num_workers is 2"),
@@ -48,7 +47,17 @@ def test_what_all_must_share(trial, words):
 
 def test_what_may_differ():
     trials = [
-        spec({"rank": 64, "alpha": 3, "lr": 1.0, "weight_decay": 0.1, "max_grad_norm": None, "targets": ["q_proj"]}),
+        spec(
+            {
+                "rank": 64,
+                "alpha": 3,
+                "dropout": 0.1,
+                "lr": 1.0,
+                "weight_decay": 0.1,
+                "max_grad_norm": None,
+                "targets": ["q_proj"],
+            }
+        ),
         spec(train__steps=9, train__batch_size=12, train__schedule="linear", train__warmup_steps=2, seed=9),
         spec(train__loss="all", train__eval_every=2, data__max_length=48),
     ]
