@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from provenance import write
 
+from ray_peft.engine import gpu_peaks
 from ray_peft.engine.replays import Replays
 from ray_peft.foundation.units import GIB
 from ray_peft.spec import TrialSpec
@@ -157,14 +158,14 @@ def measured(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     if DEVICE == "cuda":
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        gpu_peaks.restart()
     begin = time.perf_counter()
     given = work()
     wait()
     return given, {
         "seconds": round(time.perf_counter() - begin, 3),
-        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
-        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
+        "peak_allocated_gib": round(gpu_peaks.allocated() / GIB, 3),
+        "peak_reserved_gib": round(gpu_peaks.reserved() / GIB, 3),
     }
 
 

@@ -30,6 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import gpu_profile
 import speed
 
 from ray_peft.foundation.units import GIB
@@ -244,6 +245,7 @@ def run(
     from datasets import Dataset
     from transformers import set_seed
 
+    from ray_peft.engine import gpu_peaks
     from ray_peft.engine.member import Job
     from ray_peft.methods.host_gradients import HostGaLoreAdamW
     from ray_peft.tasks.llm_sft import train
@@ -271,12 +273,19 @@ def run(
     stamps: list[tuple[int, float]] = []
     losses: list[float] = []
 
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    profiled = steps - max(1, steps // 3)
+
     def report(metrics: Any, step: int) -> None:
         torch.cuda.synchronize()
         stamps.append((step, time.perf_counter()))
         losses.append(float(metrics["train_loss"]))
+        if step == profiled and not (stock or full):
+            profile.start()
+        elif step == steps and not (stock or full):
+            profile.stop()
 
-    torch.cuda.reset_peak_memory_stats()
+    gpu_peaks.restart()
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
         job = Job(
@@ -288,7 +297,7 @@ def run(
         else:
             passes = train.train_stage(spec, job, rows, model, speed.Pad(), rehearse=False).passes  # type: ignore[arg-type]
     settled, start = next(stamp for stamp in stamps if stamp[0] >= max(2, steps // 3))
-    last, end = stamps[-1]
+    last, end = stamps[-1] if stock or full else next(stamp for stamp in stamps if stamp[0] >= profiled)
     tokens = speed._tokens(spec, rows)  # noqa: SLF001
     result = {
         "passes": passes,
@@ -296,11 +305,13 @@ def run(
         "s_per_step": (end - start) / (last - settled),
         "tokens_per_s": sum(tokens[settled:last]) / (end - start),
         "first_step_s": stamps[0][1] - begin,
-        "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
-        "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "peak_allocated_gib": gpu_peaks.allocated() / GIB,
+        "peak_reserved_gib": gpu_peaks.reserved() / GIB,
         "allocated_before_gib": left,
         "losses": [losses[0], losses[len(losses) // 2], losses[-1]],
     }
+    if not (stock or full):
+        result["gpu"] = gpu_profile.summary(profile, steps - profiled)
     if stock:
         result |= {"refreshed_matrices": len(refreshes), "refresh_s": sum(refreshes)}
     else:

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ray_peft.engine import gpu_peaks
 from ray_peft.foundation.units import GIB
 from ray_peft.spec import TrialSpec
 from ray_peft.trial import provenance
@@ -132,18 +133,17 @@ def fresh(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        gpu_peaks.restart()
 
 
 def peaks(device: str) -> dict[str, float]:
     """GiB since `fresh`."""
-    import torch
 
     if device == "cpu":
         return {}
     return {
-        "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
-        "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "peak_allocated_gib": gpu_peaks.allocated() / GIB,
+        "peak_reserved_gib": gpu_peaks.reserved() / GIB,
     }
 
 

@@ -6,7 +6,8 @@ RAY_PEFT_CONFIGS names a folder of folders that hold config.json alone; weights 
 have log-normal lengths like Dolly's (mean about 150 tokens), cut at the case's limit; half of each carries loss.
 `capped` trains under each memory cap of a case, with what `train.fit: auto` chooses for it; `free` with what it chooses
 for the whole GPU. The last tenth of the steps runs under the profiler, apart from the timed ones: `gpu_busy` is the
-share of its time in which a kernel or a copy ran. `stock` takes `--stock-steps` steps, each of the study's passes.
+share of its time in which a kernel or a copy ran, and `gpu` says where the rest went (gpu_profile.py). `stock` takes
+`--stock-steps` steps, each of the study's passes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import gpu_profile
 
 from ray_peft.foundation.units import GIB
 from ray_peft.spec import TrialSpec
@@ -113,6 +116,7 @@ def run(case: Case, folder: Path, steps: int, way: str) -> dict[str, Any]:
     import torch
     from transformers import set_seed
 
+    from ray_peft.engine import gpu_peaks
     from ray_peft.engine.member import Job
     from ray_peft.tasks.llm_sft import train
     from ray_peft.tasks.llm_sft.model import load_model
@@ -145,7 +149,7 @@ def run(case: Case, folder: Path, steps: int, way: str) -> dict[str, Any]:
         elif step == steps:
             profile.stop()
 
-    torch.cuda.reset_peak_memory_stats()
+    gpu_peaks.restart()
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
         job = Job(spec, stage, steps, 0, Path(work), "cuda:0", report, lambda: 0.0)
@@ -157,19 +161,21 @@ def run(case: Case, folder: Path, steps: int, way: str) -> dict[str, Any]:
     last, end = next(stamp for stamp in stamps if stamp[0] == profiled)
     seconds = end - start
     order = _tokens(spec, rows)
+    profiled_gpu = gpu_profile.summary(profile, steps - profiled)
     result = {
         "way": way,
         "passes": passes,
         "rows_a_pass": spec.train.micro_batch_size,
         "checkpointing": spec.train.gradient_checkpointing,
-        "gpu_busy": _busy_share(profile),
+        "gpu_busy": profiled_gpu and profiled_gpu["busy"],
+        "gpu": profiled_gpu,
         "predicted": predicted,
         "s_per_step": seconds / (last - settled),
         "tokens_per_s": sum(order[settled:last]) / seconds,
         "first_step_s": stamps[0][1] - begin,
         "allocated_before_gib": left,
-        "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
-        "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "peak_allocated_gib": gpu_peaks.allocated() / GIB,
+        "peak_reserved_gib": gpu_peaks.reserved() / GIB,
         "losses": [losses[0], losses[len(losses) // 2], losses[-1]],
     }
     del model
@@ -209,24 +215,6 @@ def _fitted(spec: TrialSpec, case: Case, folder: Path, cap_gib: float | None) ->
         torch.cuda.set_per_process_memory_fraction((cap_gib * GIB - gpu.context) / total)
     fitted = spec.changed(chosen)
     return fitted, prediction(fitted).gib()
-
-
-def _busy_share(profile: Any) -> float | None:
-    """Of the time from the first kernel or copy to the end of the last, the share in which any ran."""
-    from torch.autograd import DeviceType
-
-    spans = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in profile.events()
-        if event.device_type == DeviceType.CUDA
-    )
-    if not spans:
-        return None
-    busy, reached = 0.0, spans[0][0]
-    for start, end in spans:
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return float(busy / (reached - spans[0][0]))
 
 
 def _tokens(spec: Any, rows: Any) -> list[int]:

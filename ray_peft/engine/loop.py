@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -65,6 +66,8 @@ class Engine(Generic[PartT]):
         self._rows = self._rows_a_pass()
         self._accumulates = any(job.spec.accumulation > 1 for job in jobs)
         self._pass = make_pass(computation, self._device)
+        self._first_pass = True
+        """Nothing has run through `_pass` yet."""
         self._passing = 0
         """Rows of the pass that is running, or ran last."""
         self._rehearsals = 2 if rehearse and self._share.workers == 1 else 0
@@ -200,7 +203,16 @@ class Engine(Generic[PartT]):
     def _pass_all(self, number: int) -> None:
         """Add the gradients and the losses of this worker's rows of a round."""
         for part in self._data.parts(number, self._share, self._rows):
-            self._passing = self._data.size(part)
+            self._run_pass(part)
+
+    def _run_pass(self, part: PartT) -> None:
+        first, self._first_pass = self._first_pass, False
+        self._passing = self._data.size(part)
+        with contextlib.ExitStack() as stack:
+            if first and self._computation.keeps_gradients:
+                # They stay, so they must not lie scattered over the memory that recorded passes use again and again.
+                for member in self._members:
+                    stack.enter_context(member.with_gradients())
             self._pass(part)
 
     def _fitting(self, work: Callable[[], None], loss: Tensor, number: int) -> None:
@@ -223,6 +235,7 @@ class Engine(Generic[PartT]):
         self._rows = self._lowered[MICRO_BATCH] = self._data.fitting(self._passing // 2, self._share)
         self._accumulates = True
         self._pass = self._make_pass(self._computation, self._device)
+        self._first_pass = True
         self._pass.loss.copy_(loss)
         logger.warning(
             "a pass of %d rows ran out of memory at step %d; going on with %d rows a pass",
@@ -251,7 +264,7 @@ class Engine(Generic[PartT]):
                 return
             # If a step has several passes, the second meets the gradients of the first; or it is recorded.
             for _ in range(2 if (with_state and self._accumulates) or self._computation.keeps_gradients else 1):
-                self._pass(part)
+                self._run_pass(part)
 
         with torch.random.fork_rng(devices):
             self._fitting(heaviest, loss, rounds.start + with_state)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +103,26 @@ class Member:
     def clear_gradients(self, *, keep: bool) -> None:
         """Free the gradients; with `keep`, zero their tensors, which further passes add to."""
         self.optimizer.zero_grad(set_to_none=not keep)
+
+    @contextlib.contextmanager
+    def with_gradients(self) -> Iterator[None]:
+        """Give every parameter a gradient of zeros that a pass inside adds to; at the end, free those it left alone.
+
+        A parameter without a gradient is not updated, so it must have none, and not one of zeros. Parameters whose
+        gradient the optimizer keeps elsewhere are left out.
+        """
+        import torch
+
+        elsewhere = getattr(self.optimizer, "holds_gradient", lambda _: False)
+        zeros: list[tuple[nn.Parameter, Tensor]] = []
+        for parameter in self.parameters:
+            if parameter.grad is None and not elsewhere(parameter):
+                parameter.grad = torch.zeros_like(parameter)
+                zeros.append((parameter, parameter.grad))
+        yield
+        for parameter, gradient in zeros:
+            if parameter.grad is gradient and gradient._version == 0:  # noqa: SLF001 - torch counts changes there
+                parameter.grad = None
 
     def end_step(self, loss: Tensor, *, keep_gradients: bool) -> tuple[Tensor, float]:
         """Clip, guard, update, and set the rate of the next step; returns the gradient's norm and this step's rate.

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import weakref
 from collections.abc import Callable, Hashable, Iterator
+from functools import cache, partial
 from typing import Any
 
+from ray_peft.engine import gpu_peaks
 from ray_peft.engine.recovery import free_memory, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -17,7 +20,9 @@ class Replays:
     """Work of a few static shapes; on a GPU each is recorded once as a CUDA graph, all on one memory pool.
 
     The first call of a shape runs as usual, in the pool; the second is recorded. What cannot be recorded runs as usual
-    from then on, and `unrecorded` says why.
+    from then on, and `unrecorded` says why. Whatever is recorded at a time shares the pool: an evaluation between two
+    steps takes the memory of the training's passes. So work keeps nothing in the pool: its results are written to
+    tensors that were there before.
     """
 
     def __init__(self, *, records: bool, divisible: bool = True) -> None:
@@ -34,8 +39,13 @@ class Replays:
         if records:
             import torch
 
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self._pool = torch.cuda.MemPool()
+            torch.cuda.empty_cache()  # what is cached outside of the pool is lost to it
+            index = torch.cuda.current_device()
+            self._stream = _side_stream(index)
+            self._pool = _shared_pool(index)
+            with torch.cuda.stream(self._stream):
+                ones = torch.ones(8, 8, device=self._stream.device)
+                torch.mm(ones, ones)  # so that cuBLAS gets its workspace, which stays, outside of the pool
         self._records = records
 
     def __call__(self, shape: Hashable, work: Callable[[], object]) -> None:
@@ -57,7 +67,7 @@ class Replays:
         import torch
 
         self._stream.wait_stream(torch.cuda.current_stream())
-        with uncollected(), torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
+        with uncollected(), _in_this_thread(), torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
             work()
         torch.cuda.current_stream().wait_stream(self._stream)
 
@@ -71,15 +81,15 @@ class Replays:
 
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         pool: Any = self._pool.id
+        recorder = torch.cuda.graph(graph, pool=pool, stream=self._stream)
         try:
-            with uncollected(), torch.cuda.graph(graph, pool=pool, stream=self._stream):
+            with gpu_peaks.recording() as recording, uncollected(), _in_this_thread(), recorder:
                 work()
-            replay: Callable[[], Any] = graph.replay
-            return replay
+            return partial(_replay, graph, recording)
         except RuntimeError as error:
             # The end of a recording that failed may fail as well; the first error is the context of that.
             failure = error.__context__ or error
-        del graph
+        del graph, recorder
         end_recording(pool, stream)
         if self._divisible and is_out_of_memory(failure):
             raise torch.OutOfMemoryError(str(failure))
@@ -88,6 +98,43 @@ class Replays:
         logger.warning("work cannot be recorded, and runs unrecorded, which is slower: %s", self.unrecorded)
         del failure  # whose traceback holds this frame, and with it the pool
         return None
+
+
+def _replay(graph: Any, recording: gpu_peaks.Recording) -> None:
+    graph.replay()
+    recording.replayed()
+
+
+@cache
+def _side_stream(index: int) -> Any:
+    """The stream on which a GPU's work is recorded. It is one for all: cuBLAS keeps a workspace for every stream."""
+    import torch
+
+    return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
+
+
+_pools: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def _shared_pool(index: int) -> Any:
+    """The memory pool of a GPU's recordings, as long as there are any."""
+    import torch
+
+    pool = _pools.get(index)
+    if pool is None:
+        pool = _pools[index] = torch.cuda.MemPool()
+    return pool
+
+
+def _in_this_thread() -> Any:
+    """Let backward passes run in the thread that calls them, inside.
+
+    `use_mem_pool` is of one thread: in autograd's own, a backward pass would take its memory outside of the pool, where
+    no recording uses it again, and a second workspace of cuBLAS.
+    """
+    import torch
+
+    return torch.autograd.set_multithreading_enabled(False)
 
 
 @contextlib.contextmanager

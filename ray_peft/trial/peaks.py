@@ -6,6 +6,7 @@ import itertools
 import threading
 from dataclasses import dataclass, field, fields
 
+from ray_peft.engine import gpu_peaks
 from ray_peft.foundation import nvml
 from ray_peft.foundation.units import GIB
 
@@ -53,7 +54,7 @@ class MemoryWatch:
 
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            gpu_peaks.restart()
         self._sampler = _Sampler(self.device)
         self._sampler.start()
 
@@ -77,8 +78,8 @@ class MemoryWatch:
         if self.device.startswith("cuda"):
             import torch
 
-            self.peaks.allocated_gib = _larger(self.peaks.allocated_gib, torch.cuda.max_memory_allocated() / GIB)
-            reserved = torch.cuda.max_memory_reserved() / GIB
+            self.peaks.allocated_gib = _larger(self.peaks.allocated_gib, gpu_peaks.allocated() / GIB)
+            reserved = gpu_peaks.reserved() / GIB
             self.peaks.reserved_gib = _larger(self.peaks.reserved_gib, reserved)
             total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
             self.peaks.spilled_gib = _larger(self.peaks.spilled_gib, spilled(reserved, total))

@@ -31,6 +31,10 @@ from ray_peft.vram.shape import ModelShape
 SEGMENT = 2 * MIB
 """The allocator's segments are multiples of this."""
 
+APART = "apart"
+"""Kind of bytes that is no part of the peak: what the smaller of pass and update needs beside what stays. The allocator
+reserves it in addition where passes are recorded, since their memory pool serves no update."""
+
 _NO_MEMORY: dict[type[Any], frozenset[str]] = {
     Stage: frozenset({"lr", "weight_decay", "betas", "max_grad_norm"}),
     LowRankAdapter: frozenset({"alpha"}),

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ray_peft.methods.base import Stage
 from ray_peft.methods.galore_adamw import BASIS
+from ray_peft.vram.predict import APART
 from ray_peft.vram.stand_ins import Autocast
 from ray_peft.vram.tape import Tape
 
@@ -39,7 +40,8 @@ def components(model: nn.Module, stage: Stage, loss: Callable[[], Tensor], condi
 
     Returns:
         weights, quantization, adapters, gradients, optimizer, projectors, activations (what the forward pass keeps for
-        the backward pass), buffers (all else at the peak: logits tiles, recomputed layers, dequantised weights).
+        the backward pass), buffers (all else at the peak: logits tiles, recomputed layers, dequantised weights). And,
+        beside the peak, `APART`.
     """
     tape = Tape(truth=not conditions.padded)
     own_model(tape, model)
@@ -73,7 +75,11 @@ def components(model: nn.Module, stage: Stage, loss: Callable[[], Tensor], condi
         part = min(size - early[kind], update["update"])
         update += Counter({kind: part, "update": -part})
     update["buffers"] += update.pop("update", 0)
-    return max(passes, update, key=lambda sizes: sum(sizes.values()))
+    passes_total, update_total = sum(passes.values()), sum(update.values())
+    peak = passes if passes_total >= update_total else update
+    stays = update_total - update["buffers"]
+    peak[APART] = max(0, min(passes_total, update_total) - stays)
+    return peak
 
 
 _STATE = ("optimizer", "projectors")

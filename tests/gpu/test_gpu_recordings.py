@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ray_peft.engine import gpu_peaks
 from ray_peft.engine.contract import Computation
 from ray_peft.engine.passes import Pass, RecordedPasses
 from ray_peft.engine.replays import Replays
@@ -95,3 +96,71 @@ def test_divisible_work_without_memory_says_so_and_smaller_work_is_recorded():
         replays("small", lambda: total.add_(10))
     assert float(total) == 41
     assert replays.unrecorded is None
+
+
+MANY = 2**24
+"""Float32 numbers of 64 MiB."""
+
+
+class Deep:
+    """A loss whose backward pass needs much more memory than what stays."""
+
+    def __init__(self):
+        import torch
+
+        self.weight = torch.ones(MANY, device="cuda", requires_grad=True)
+        self.weight.grad = torch.zeros_like(self.weight)
+
+    def __call__(self):
+        value = self.weight
+        for _ in range(4):
+            value = (value * 1.5).sin()
+        value.sum().backward()
+
+
+def test_passes_aside_and_recorded_ones_share_their_memory_and_leave_none_outside():
+    import torch
+
+    torch.cuda.empty_cache()
+    work, replays = Deep(), Replays(records=True)
+    gpu_peaks.restart()
+    for _ in range(3):
+        replays("deep", work)
+    assert gpu_peaks.reserved() < gpu_peaks.allocated() + 4 * MANY, "less than one tensor too much"
+    stream = replays._stream.cuda_stream
+    outside = [
+        segment["total_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment["segment_pool_id"]) == (0, 0) and segment["stream"] == stream
+    ]
+    assert sum(outside) < 4 * MANY, "the workspace of cuBLAS alone"
+    gradient = work.weight.grad.clone()
+    work.weight.grad.zero_()
+    work()
+    assert torch.equal(work.weight.grad * 3, gradient)
+
+
+def test_what_is_recorded_at_a_time_shares_one_pool_and_one_stream():
+    first, second = Replays(records=True), Replays(records=True)
+    assert first._pool is second._pool
+    assert first._stream is second._stream
+    results = [Deep(), Deep()]
+    for _ in range(3):
+        first("first", results[0])
+        second("second", results[1])
+    assert results[0].weight.grad.tolist()[:9] == results[1].weight.grad.tolist()[:9]
+
+
+def test_the_peak_counts_a_replay_beside_what_came_after_the_recording():
+    import torch
+
+    work, replays = Deep(), Replays(records=True)
+    for _ in range(2):
+        replays("deep", work)
+    gpu_peaks.restart()
+    state = torch.empty(4 * MANY, device="cuda")
+    for _ in range(3):
+        replays("deep", work)
+    assert torch.cuda.max_memory_allocated() < gpu_peaks.allocated()
+    assert gpu_peaks.allocated() >= torch.cuda.memory_allocated() + 2 * 4 * MANY
+    del state

@@ -15,7 +15,7 @@ from ray_peft.spec import LlmTrialSpec
 from ray_peft.spec.preference import PAIRED_OBJECTIVES
 from ray_peft.vram.cards import ANY, Gpu
 from ray_peft.vram.parts import ANSWERING, ATTACH, SCORING, STEP, during
-from ray_peft.vram.predict import Prediction, cached, common, evaluating, segments
+from ray_peft.vram.predict import APART, Prediction, cached, common, evaluating, segments
 from ray_peft.vram.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def predict(
         weights = scored[0]["model"]
         return Prediction({"weights": weights}, weights, segments(weights, 0.0), evaluation)
     steps = [_step(spec, stage, shape, longest_tokens, uneven) for stage in stages]
+    recorded = all(keeps_gradients(spec, stage) for stage in stages)
+    apart = max(step.pop(APART) for step in steps)
     if spec.train.eval_every:
         steps += [evaluating(step, part) for step, part in zip(steps, scored, strict=True)]
     largest = max(steps, key=lambda step: sum(step.values())) + Counter(workspace=gpu.workspace)
@@ -93,11 +95,10 @@ def predict(
     slack = gpu.slack + (gpu.slack_uneven if uneven else 0.0)
     if any(getattr(stage, "gradients", "device") == "host" for stage in stages):
         slack += HOST_GRADIENTS_SLACK
-    recorded = all(keeps_gradients(spec, stage) for stage in stages)
     return Prediction(
         {kind: size for kind, size in largest.items() if size},
         peak,
-        segments(peak, slack),
+        segments(peak + (apart if recorded else 0), slack),
         evaluation,
         FIXED_TOKENS / longest_tokens if recorded else None,
     )
@@ -134,6 +135,7 @@ def components(
     import torch
 
     from ray_peft.engine.row_dropout import RowDropout, may_drop
+    from ray_peft.methods.adapter_inputs import as_they_are
     from ray_peft.tasks.llm_sft.head import adds_in_place, head_settings, log_probs
     from ray_peft.vram.stand_ins import on_meta, recomputing
     from ray_peft.vram.step import Conditions
@@ -173,10 +175,11 @@ def components(
             return total
 
         recorded = keeps_gradients(spec, stage)
+        inputs = as_they_are(model) if spec.train.engine == "own" else contextlib.nullcontext()
         conditions = Conditions(
             autocast=autocast, accumulates=spec.accumulation > 1 or recorded, padded=padded or recorded
         )
-        with during(STEP), contextlib.nullcontext() if dropout is None else dropout.installed():
+        with during(STEP), contextlib.nullcontext() if dropout is None else dropout.installed(), inputs:
             return of_step(model, stage, loss, conditions)
 
 

@@ -16,6 +16,7 @@ from ray_peft.engine.row_dropout import RowDropout, row_dropout
 from ray_peft.engine.trained import Trained
 from ray_peft.engine.workers import this_worker
 from ray_peft.methods.adapter import Adapter
+from ray_peft.methods.adapter_inputs import as_they_are
 from ray_peft.methods.lora import LoRA
 from ray_peft.methods.qlora import QLoRA
 from ray_peft.spec import LlmTrialSpec
@@ -66,7 +67,7 @@ def train_stage(
         recompute_activations(model, dropout, random=unkeyed is not None)
     work = work_of(spec, rows, model, pad, dropout)
     member = Member(job, model, work.rows)
-    with contextlib.nullcontext() if dropout is None else dropout.installed():
+    with contextlib.nullcontext() if dropout is None else dropout.installed(), as_they_are(model):
         reason = why_not_packed(spec, job, model, work, dropout, unkeyed)
         if reason is None:
             packed: Any = work.packed()
