@@ -63,6 +63,15 @@ def test_every_method_file_is_registered():
     shared |= {"matrix_weights", "projected_gradients", "turns"}
     shared |= {"low_rank_rules", "piecewise_adamw", "muon_adamw", "layers_in_turn"}
     shared |= {"fused", "galore_adamw", "host_gradients", "moments", "subspace", "vocabulary"}
-    shared |= {"adapter", "changed_base", "config_fields", "kinds", "merging", "rank_allocation", "saved_modules"}
+    shared |= {
+        "adapter",
+        "changed_base",
+        "adapter_inputs",
+        "config_fields",
+        "kinds",
+        "merging",
+        "rank_allocation",
+        "saved_modules",
+    }
     files = {path.stem for path in (PACKAGE / "methods").rglob("*.py")} - shared
     assert files == {method.__module__.rpartition(".")[2] for method in METHODS}
