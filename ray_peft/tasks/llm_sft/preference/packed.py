@@ -46,7 +46,7 @@ class PackedPreferenceRows(Rows[PackedPreferences]):
         """Measure the rows: the longest decides how many tokens a pass of a number of rows may hold."""
         self._rows = rows
         self._lengths = [sum(sides) for sides in rows.lengths]
-        self._largest = largest_capacity(rows.longest)
+        self._largest = largest_capacity(max(self._lengths))
         self._scored = min(1.0, math.ceil(rows.scored_tokens / max(sum(self._lengths), 1) * 1.25 * 4) / 4)
         self._used: set[Bucket] = set()
 

@@ -42,7 +42,8 @@ def mismatched(row: Mapping[str, Any], before: Mapping[str, Any], limit: int) ->
     """Token ids and labels of a row's prompt with the answer of the row before it, cut at `limit` tokens.
 
     From such pairs KTO estimates how far the model has gone from what it was: their answers are as likely as those of
-    the rows, and belong to other prompts. As in TRL's KTOTrainer an answer moves on by one row, here of all rows.
+    the rows, and belong to other prompts. As in TRL's KTOTrainer an answer moves on by one row, here of all rows. The
+    limit is that of `longest_row`, so that these pairs take no more memory or positions than the rows themselves.
     """
     ids = row["input_ids"][: _answer_begins(row["labels"])]
     begin = _answer_begins(before["labels"])
@@ -50,21 +51,20 @@ def mismatched(row: Mapping[str, Any], before: Mapping[str, Any], limit: int) ->
     return [*ids, *answer][:limit], [*[IGNORED] * len(ids), *labels][:limit]
 
 
-def mismatched_rows(rows: Dataset, limit: int) -> Dataset:
+def longest_row(rows: Dataset) -> int:
+    """Tokens of the longest row."""
+    return max(map(len, rows["input_ids"]))
+
+
+def mismatched_rows(rows: Dataset) -> Dataset:
     """`mismatched` of every row, with the columns input_ids and labels."""
     from datasets import Dataset
 
     columns = {name: list(rows[name]) for name in ("input_ids", "labels")}
     listed = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    limit = longest_row(rows)
     sides = [mismatched(row, listed[place - 1], limit) for place, row in enumerate(listed)]
     return Dataset.from_dict({"input_ids": [ids for ids, _ in sides], "labels": [labels for _, labels in sides]})
-
-
-def mismatched_lengths(rows: Dataset, limit: int) -> list[int]:
-    """Tokens of `mismatched` of every row."""
-    begins = [_answer_begins(labels) for labels in rows["labels"]]
-    answers = [len(labels) - begin for labels, begin in zip(rows["labels"], begins, strict=True)]
-    return [min(begin + answers[place - 1], limit) for place, begin in enumerate(begins)]
 
 
 def _answer_begins(labels: list[int]) -> int:

@@ -11,7 +11,7 @@ from ray_peft.engine.contract import Rows, Seen, Share
 from ray_peft.engine.keyed_dropout import row_key
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.encode import IGNORED
-from ray_peft.tasks.llm_sft.preference.rows import mismatched, mismatched_lengths
+from ray_peft.tasks.llm_sft.preference.rows import longest_row, mismatched
 from ray_peft.tasks.llm_sft.steps import StepOrder, spans
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class PreferenceRows(Rows[PreferencePart]):
         rows = []
         for index, place in enumerate(places):
             row = self._data[place]
-            ids, labels = mismatched(row, self._data[place - 1], self._spec.data.max_length)
+            ids, labels = mismatched(row, self._data[place - 1], self._longest_row)
             key = row_key(self._spec.seed, step, len(places) + index)
             rows.append(Judged([Side(ids, labels, row[REFERENCE][1], key)], row["desirable"]))
         return rows
@@ -183,12 +183,8 @@ class PreferenceRows(Rows[PreferencePart]):
         return [list(sides) for sides in zip(*(map(len, self._data[name]) for name in columns), strict=True)]
 
     @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest pair or labelled row, or of the longest prompt with another row's answer."""
-        most = max(map(sum, self.lengths))
-        if self._spec.train.objective != "kto":
-            return most
-        return max(most, *mismatched_lengths(self._data, self._spec.data.max_length))
+    def _longest_row(self) -> int:
+        return longest_row(self._data)
 
     @cached_property
     def scored_tokens(self) -> int:
