@@ -22,7 +22,7 @@ LABELLED = [
     for index, pair in enumerate(PAIRS)
 ]
 
-Log = list[dict[str, float]]
+Log = list[dict[str, Any]]
 
 
 def plain_spec(model: Path, rows: Path, method: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -35,21 +35,22 @@ def plain_spec(model: Path, rows: Path, method: dict[str, Any] | None = None, **
     return plain
 
 
-def trained(plain: dict[str, Any], folder: Path) -> tuple[Log, Any]:
-    """What our loop logs, and the bench with the trained model."""
+def trained(plain: dict[str, Any], folder: Path, device: str = "cpu") -> tuple[Log, Any]:
+    """What our loop logs, how passes ran included in its last line, and the bench with the trained model."""
     from ray_peft.spec import TrialSpec
     from ray_peft.tasks.llm_sft.task import LlmSft
 
     spec = TrialSpec.from_plain(plain)
-    bench = LlmSft().load(spec, "cpu")
+    bench = LlmSft().load(spec, device)
     log: Log = []
     done = 0
     stages = spec.method.stages(bench.total_steps())
     for index, (stage, steps) in enumerate(stages):
         bench.attach(stage)
-        bench.train(
+        outcome = bench.train(
             stage, steps, done, folder / str(index), lambda metrics, step: log.append({"step": step, **metrics})
         )
+        log[-1]["passes"] = outcome.passes
         done += steps
         if index + 1 < len(stages):
             bench.merge(stage)
