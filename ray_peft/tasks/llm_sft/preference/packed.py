@@ -122,9 +122,9 @@ class PackedPreferenceLoss(Computation[PackedPreferences]):
         keys = [[side.key for side in lane] for lane in sides] if self._dropout is not None else None
         laid = lay(part.bucket, [[side.ids for side in lane] for lane in sides], keys)
         judged = part.unpacked().judged
-        scored = [tokens for row in judged for tokens in self._objective.scored(row)]
         begins = [begin for lane in laid.begins for begin in lane]
-        places = [begin + token.place - 1 for begin, tokens in zip(begins, scored, strict=True) for token in tokens]
+        scored = [side.scored for row in judged for side in row.sides]
+        places = [begin + place - 1 for begin, tokens in zip(begins, scored, strict=True) for place in tokens.places]
         flat = laid.ids.flatten()
         targets = flat[torch.tensor(places, dtype=torch.int64) + 1]
         count = int(part.bucket.tokens * part.scored)
