@@ -11,6 +11,9 @@ from ray_peft.tasks.llm_sft.encode import IGNORED
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_ROUNDED = 0.01
+"""Of a share of weights, what rounded weights may miss."""
+
 _SIDES = (("input_ids", "labels"), ("rejected_ids", "rejected_labels"))
 
 
@@ -69,6 +72,28 @@ def mismatched_rows(rows: Dataset) -> Dataset:
 
 def _answer_begins(labels: list[int]) -> int:
     return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
+
+
+def cautions(spec: LlmTrialSpec, rows: Dataset) -> list[str]:
+    """What to know of the balance of kto's training rows; nothing of other objectives."""
+    if spec.train.objective != "kto":
+        return []
+    settings = spec.train.preference
+    desirable = sum(rows["desirable"])
+    undesirable = len(rows) - desirable
+    if not desirable or not undesirable:
+        kind = "desirable" if desirable else "undesirable"
+        return [f"kto: all {len(rows)} training rows are {kind}, so that nothing holds the model back; add others"]
+    share = settings.desirable_weight * desirable / (settings.undesirable_weight * undesirable)
+    if 1 - _ROUNDED <= share <= 4 / 3 + _ROUNDED:
+        return []
+    low, high = (factor * settings.undesirable_weight * undesirable / desirable for factor in (1, 4 / 3))
+    return [
+        f"kto: {desirable} desirable training rows of weight {settings.desirable_weight:g} and {undesirable} "
+        f"undesirable ones of weight {settings.undesirable_weight:g}: the first weigh {share:.2f} times as much in all, "
+        "where the paper asks for 1 to 1.33; set train.preference.desirable_weight to "
+        f"{low:.2f} to {high:.2f}"
+    ]
 
 
 def desirable_rows(rows: Dataset) -> Dataset:
