@@ -22,7 +22,7 @@ LABELLED = [
     for index, pair in enumerate(PAIRS)
 ]
 
-Log = list[dict[str, float]]
+Log = list[dict[str, Any]]
 
 
 def plain_spec(model: Path, rows: Path, method: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -35,21 +35,22 @@ def plain_spec(model: Path, rows: Path, method: dict[str, Any] | None = None, **
     return plain
 
 
-def trained(plain: dict[str, Any], folder: Path) -> tuple[Log, Any]:
-    """What our loop logs, and the bench with the trained model."""
+def trained(plain: dict[str, Any], folder: Path, device: str = "cpu") -> tuple[Log, Any]:
+    """What our loop logs, how passes ran included in its last line, and the bench with the trained model."""
     from ray_peft.spec import TrialSpec
     from ray_peft.tasks.llm_sft.task import LlmSft
 
     spec = TrialSpec.from_plain(plain)
-    bench = LlmSft().load(spec, "cpu")
+    bench = LlmSft().load(spec, device)
     log: Log = []
     done = 0
     stages = spec.method.stages(bench.total_steps())
     for index, (stage, steps) in enumerate(stages):
         bench.attach(stage)
-        bench.train(
+        outcome = bench.train(
             stage, steps, done, folder / str(index), lambda metrics, step: log.append({"step": step, **metrics})
         )
+        log[-1]["passes"] = outcome.passes
         done += steps
         if index + 1 < len(stages):
             bench.merge(stage)
@@ -73,7 +74,8 @@ def trained_by_trl(plain: dict[str, Any], folder: Path) -> tuple[Log, Any]:
     optimizer = stage.optimizer(bench.model)
     set_seed(spec.seed)
     train, settings = spec.train, spec.train.preference
-    trainer_class, config, more = _trainer(spec)
+    data = bench.judged.get("train", bench.data.train)
+    trainer_class, config, more = _trainer(spec, max(map(len, data["input_ids"])))
     trainer = trainer_class(
         model=bench.model,
         args=config(
@@ -81,7 +83,7 @@ def trained_by_trl(plain: dict[str, Any], folder: Path) -> tuple[Log, Any]:
             gradient_accumulation_steps=spec.accumulation, learning_rate=stage.lr, weight_decay=stage.weight_decay,
             max_grad_norm=stage.max_grad_norm, lr_scheduler_type=train.schedule, gradient_checkpointing=False,
             bf16=False, use_cpu=True, seed=spec.seed, data_seed=spec.seed, logging_steps=1, save_strategy="no",
-            report_to="none", disable_tqdm=True, dataloader_pin_memory=False, max_length=None, beta=settings.beta,
+            report_to="none", disable_tqdm=True, dataloader_pin_memory=False, beta=settings.beta,
             **more,
         ),
         train_dataset=_as_trl(bench, spec.train.objective),
@@ -93,7 +95,7 @@ def trained_by_trl(plain: dict[str, Any], folder: Path) -> tuple[Log, Any]:
     return [line for line in trainer.state.log_history if "loss" in line], bench.model
 
 
-def _trainer(spec: Any) -> tuple[Any, Any, dict[str, Any]]:
+def _trainer(spec: Any, longest: int) -> tuple[Any, Any, dict[str, Any]]:
     """TRL's trainer, which takes rows as they are tokenised, its config, and settings of its own."""
     settings = spec.train.preference
     if spec.train.objective == "dpo":
@@ -102,16 +104,17 @@ def _trainer(spec: Any) -> tuple[Any, Any, dict[str, Any]]:
         base: Any = DPOTrainer
         config: Any = DPOConfig
         more: dict[str, Any] = {"loss_type": [settings.loss], "label_smoothing": settings.label_smoothing}
+        more["max_length"] = None
     elif spec.train.objective == "orpo":
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-        base, config, more = ORPOTrainer, ORPOConfig, {}
+        base, config, more = ORPOTrainer, ORPOConfig, {"max_length": None}
     else:
         from trl import KTOConfig, KTOTrainer
 
         base, config = KTOTrainer, KTOConfig
         weights = ("desirable_weight", "undesirable_weight")
-        more = {name: getattr(settings, name) for name in weights}
+        more = {name: getattr(settings, name) for name in weights} | {"max_length": longest}
 
     class Tokenised(base):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:

@@ -10,6 +10,7 @@ from ray_peft.report.flat import flat_spec
 from ray_peft.report.labels import differing, short_text
 from ray_peft.report.material import Material
 from ray_peft.report.table import Row, error_line
+from ray_peft.spec import TrialSpec
 from ray_peft.trial.result import Provenance
 
 MOST_VALUES = 20
@@ -122,7 +123,7 @@ def _facts(compared: Sequence[Row]) -> list[str]:
         "Data": [line for spec in specs for line in spec.data_lines()],
         "Training": [
             f"{_length(spec.train.steps, spec.train.epochs)} of {spec.train.batch_size} "
-            f"{'images' if spec.task == 'text_to_image' else 'rows'} a step, "
+            f"{'images' if spec.task == 'text_to_image' else 'rows'} a step, {_objective(spec)}"
             f"{spec.loss_line()}, {spec.train.schedule} schedule"
             for spec in specs
         ],
@@ -134,6 +135,14 @@ def _facts(compared: Sequence[Row]) -> list[str]:
 def _without_folders(model: str) -> str:
     """A hub id as it is; for a local folder only its name, since its path means nothing to a reader elsewhere."""
     return Path(model).name if Path(model).is_absolute() else model
+
+
+def _objective(spec: TrialSpec) -> str:
+    """What is learned, where that is not the answers alone."""
+    train = spec.train.plain()
+    if train.get("objective", "sft") == "sft":
+        return ""
+    return f"objective {train['objective']} (beta {train['preference']['beta']:g}), "
 
 
 def _length(steps: int | None, epochs: float | None) -> str:

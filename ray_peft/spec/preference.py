@@ -73,6 +73,11 @@ def problems(spec: LlmTrialSpec) -> list[str]:
             f"train.objective: {train.objective} compares answers, so that train.loss: all has no meaning; use "
             "train.loss: answers"
         )
+    if spec.members() and LABELLED in recipes:
+        broken.append(
+            "method.members: an ensemble tunes its weights on all held-out answers, but those of recipe "
+            f"{LABELLED} are not all good; use recipe {PAIRED}"
+        )
     if train.objective == "kto" and spec.resources.num_workers > 1:
         broken.append(
             f"train.objective: kto needs all rows of a step in one process (found resources.num_workers: "

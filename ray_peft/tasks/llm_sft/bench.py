@@ -29,15 +29,12 @@ if TYPE_CHECKING:
 
 
 def trained_lengths(spec: LlmTrialSpec, rows: Dataset) -> list[tuple[int, ...]]:
-    """Tokens of every training row: of both sides if the objective compares them; for kto also of its second passes."""
-    from ray_peft.tasks.llm_sft.preference.rows import mismatched_lengths, side_columns
+    """Tokens of every training row: of both sides if the objective compares them."""
+    from ray_peft.tasks.llm_sft.preference.rows import side_columns
 
     columns = [ids for ids, _ in side_columns(rows)]
     used = columns if spec.train.objective in PAIRED_OBJECTIVES else columns[:1]
-    lengths = list(zip(*(map(len, rows[ids]) for ids in used), strict=True))
-    if spec.train.objective == "kto":
-        lengths += [(tokens,) for tokens in mismatched_lengths(rows, spec.data.max_length)]
-    return lengths
+    return list(zip(*(map(len, rows[ids]) for ids in used), strict=True))
 
 
 def predictor(spec: LlmTrialSpec, rows: PreparedData) -> Callable[[LlmTrialSpec, Gpu], Prediction]:

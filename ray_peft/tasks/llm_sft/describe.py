@@ -16,6 +16,7 @@ from ray_peft.tasks.llm_sft.counts import SourceCounts, cautions, remarks
 from ray_peft.tasks.llm_sft.data import ContaminationError, PreparedData, prepare
 from ray_peft.tasks.llm_sft.encode import IGNORED
 from ray_peft.tasks.llm_sft.overlap import Overlap, summary
+from ray_peft.tasks.llm_sft.preference.rows import side_columns
 from ray_peft.tasks.llm_sft.rendering import draw_all
 from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
 
@@ -56,7 +57,10 @@ def write(spec: LlmTrialSpec, folder: Path) -> list[Path]:
         for row in rows:
             conversation = conversations[row["source_dataset"], row["row"]]
             line = {"source_dataset": row["source_dataset"], "row": row["row"], **conversation.plain()}
-            lines.append(json.dumps({**line, "rendered": _decoded(row["input_ids"], tokenizer)}, ensure_ascii=False))
+            line["rendered"] = _decoded(row["input_ids"], tokenizer)
+            if "rejected_ids" in row:
+                line["rendered_rejected"] = _decoded(row["rejected_ids"], tokenizer)
+            lines.append(json.dumps(line, ensure_ascii=False))
         written.append(folder / f"{split}.jsonl")
         write_text(written[-1], "".join(f"{line}\n" for line in lines))
     examples = folder / "examples"
@@ -122,13 +126,14 @@ def _splits(prepared: PreparedData) -> Iterator[tuple[str, Dataset]]:
 
 
 def _tokens(rows: Dataset, loss: str) -> dict[str, tuple[int, int, int]]:
-    """Tokens, longest row and tokens with loss, by source."""
+    """Tokens, longest row and tokens with loss, by source; of pairs, of both sides."""
     by_source: dict[str, tuple[int, int, int]] = {}
-    for row in rows.select_columns(["source_dataset", "labels"]):
-        labels = row["labels"]
-        total, longest, trained = by_source.get(row["source_dataset"], (0, 0, 0))
-        trained += sum(_is_trained(label, loss) for label in labels)
-        by_source[row["source_dataset"]] = total + len(labels), max(longest, len(labels)), trained
+    sides = [labels for _, labels in side_columns(rows)]
+    for row in rows.select_columns(["source_dataset", *sides]):
+        for labels in (row[side] for side in sides):
+            total, longest, trained = by_source.get(row["source_dataset"], (0, 0, 0))
+            trained += sum(_is_trained(label, loss) for label in labels)
+            by_source[row["source_dataset"]] = total + len(labels), max(longest, len(labels)), trained
     return by_source
 
 
@@ -142,10 +147,11 @@ def _examples(train: Dataset, source: str, tokenizer: PreTrainedTokenizerBase, l
     for number, row in enumerate(train.select(indices), start=1):
         place = f"row {row['row']} of its file"
         parts.append(f"========== {source}: example {number} of {len(indices)}, {place} ==========")
-        pairs = zip(row["input_ids"], row["labels"], strict=True)
-        for trained, run in groupby(pairs, key=lambda pair: _is_trained(pair[1], loss)):
-            parts.append(f"---------- {'trained on' if trained else 'not trained on'} ----------")
-            parts.append(_decoded([token for token, _ in run], tokenizer))
+        for side, (ids, labels) in zip(("", "rejected: "), side_columns(train), strict=False):
+            tokens = zip(row[ids], row[labels], strict=True)
+            for trained, run in groupby(tokens, key=lambda token: _is_trained(token[1], loss)):
+                parts.append(f"---------- {side}{'trained on' if trained else 'not trained on'} ----------")
+                parts.append(_decoded([token for token, _ in run], tokenizer))
     return "\n".join(parts) + "\n"
 
 

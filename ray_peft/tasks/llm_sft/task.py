@@ -42,6 +42,7 @@ class LlmSft(TaskType[LlmTrialSpec]):
         """Load config and tokenizer, find the benchmarks and their data, and prepare the rows."""
         from ray_peft.metrics.own_metrics import load
         from ray_peft.tasks.llm_sft import benchmarks, counts, data, decoding, ensemble, fits, model, targets
+        from ray_peft.tasks.llm_sft.preference import rows as preference_rows
 
         for trial in (spec, *spec.members()):
             model.check(trial.model)
@@ -51,7 +52,7 @@ class LlmSft(TaskType[LlmTrialSpec]):
             load(path)
         ensemble.check_members(spec)
         prepared = _inspected_rows(spec)
-        cautions = counts.cautions(prepared.facts)
+        cautions = counts.cautions(prepared.facts) + preference_rows.cautions(spec, prepared.train)
         for model_spec in {part.model.name: part.model for part in (spec, *spec.members())}.values():
             cautions += fits.check(spec, model_spec, model.load_config(model_spec), prepared)
             cautions += decoding.cautions(model_spec) if spec.evaluation.generate else []

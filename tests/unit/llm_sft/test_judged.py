@@ -1,5 +1,8 @@
 """Pairs and labelled rows in the layouts of public data sets, and those that cannot be used."""
 
+import json
+import re
+
 import pytest
 import tiny
 
@@ -189,3 +192,47 @@ def test_sft_refuses_rows_of_which_some_are_bad():
     plain["data"]["sources"][0]["recipe"] = "labelled"
     with pytest.raises(ValueError, match="would train on undesirable answers of recipe labelled"):
         TrialSpec.from_plain(plain)
+
+
+def test_written_rows_show_both_sides(tiny_model, tmp_path):
+    from ray_peft.tasks.llm_sft import describe
+
+    rows = [{"prompt": f"Say {n}.", "chosen": f"yes {n}", "rejected": f"no, {n}"} for n in range(8)]
+    plain = tiny.plain_spec(tiny_model, tiny.write_rows(tmp_path / "rows.jsonl", rows), train__objective="dpo")
+    plain["data"]["sources"][0] |= {"recipe": "preference", "train": 5, "test": 2}
+    spec = TrialSpec.from_plain(plain)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    describe.write(spec, folder)
+    first = json.loads((folder / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert (first["chosen"][-1]["content"][:3], first["rejected"][-1]["content"][:3]) == ("yes", "no,")
+    assert "yes" in first["rendered"]
+    assert "no," in first["rendered_rejected"]
+    text = (folder / "examples" / "preference_example.txt").read_text(encoding="utf-8")
+    assert "---------- rejected: trained on ----------\nno," in text
+    train = describe.report(spec).splits[0]
+    prepared_rows = prepare(spec, load_tokenizer(spec)).train
+    assert train.tokens == sum(len(row["input_ids"]) + len(row["rejected_ids"]) for row in prepared_rows)
+
+
+BALANCES = {
+    "even": (20, 20, {}, ""),
+    "few are good": (10, 30, {}, "weigh 0.33 times.*desirable_weight to 3.00 to 4.00"),
+    "few are good, with a weight": (10, 30, {"desirable_weight": 3.5}, ""),
+    "many are good": (30, 10, {}, "weigh 3.00 times.*desirable_weight to 0.33 to 0.44"),
+    "all are good": (40, 0, {}, "all 40 training rows are desirable"),
+}
+
+
+@pytest.mark.parametrize("case", BALANCES)
+def test_kto_rows_out_of_balance_are_a_caution(case):
+    from datasets import Dataset
+
+    from ray_peft.tasks.llm_sft.preference.rows import cautions
+
+    good, bad, weights, text = BALANCES[case]
+    plain = tiny.plain_spec("m/m", "d/d", train__objective="kto", train__preference=weights)
+    plain["data"]["sources"][0]["recipe"] = "labelled"
+    sentences = cautions(TrialSpec.from_plain(plain), Dataset.from_dict({"desirable": [True] * good + [False] * bad}))
+    assert len(sentences) == bool(text)
+    assert re.search(text, " ".join(sentences))

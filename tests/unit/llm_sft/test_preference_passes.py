@@ -59,6 +59,10 @@ def test_lanes_and_pass_sizes_change_no_loss_and_no_gradient(case, tiny_model, p
         "many lanes": (packed, in_lanes.parts(1, Share(), 8)),
     }
     assert len(ways["few lanes"][1]) > len(ways["many lanes"][1])
+    if case != "kto":  # which one process computes alone
+        by_two = [part for rank in (0, 1) for part in rows.parts(1, Share(rank, 2), 2)]
+        assert len(by_two) == 4
+        ways["two workers"] = padded, by_two
     if case == "kto":  # the pairs are taken apart, and the first passes are not trained on
         assert [part.divergence for part in ways["many lanes"][1]] == [True, False]
         assert {len(row.sides) for part in ways["one pair a pass"][1] for row in part.judged} == {1}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.preference import losses
-from ray_peft.tasks.llm_sft.preference.steps import Judged, ScoredToken, Totals, scored_tokens
+from ray_peft.tasks.llm_sft.preference.steps import Judged, Totals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,10 +23,6 @@ class Objective:
         self._spec, self._settings = spec, spec.train.preference
         self._divergence: Tensor | None = None
         """Of kto: the mean over the rows of a step, as far as they were passed."""
-
-    def scored(self, row: Judged) -> list[list[ScoredToken]]:
-        """The scored tokens of each side."""
-        return [scored_tokens(self._spec, side.labels, chosen=not index) for index, side in enumerate(row.sides)]
 
     def tokens(self, judged: Sequence[Judged], totals: Totals, slots: int, width: int, count: int) -> list[Tensor]:
         """How the scored tokens of rows, side after side, become sums.
@@ -48,11 +44,11 @@ class Objective:
         in_answer: list[float] = []
         own_loss: list[float] = []
         for slot, row in enumerate(judged):
-            for side, tokens in enumerate(self.scored(row)):
-                begin = (slot * len(row.sides) + side) * width
-                cells += [begin + token.place for token in tokens]
-                in_answer += [float(token.in_answer) for token in tokens]
-                own_loss += [token.in_own_loss / max(totals.own_loss_tokens, 1) for token in tokens]
+            for number, side in enumerate(row.sides):
+                scored, begin = side.scored, (slot * len(row.sides) + number) * width
+                cells += [begin + place for place in scored.places]
+                in_answer += scored.in_answer
+                own_loss += [scored.own_loss / max(totals.own_loss_tokens, 1)] * len(scored.places)
         fill = count - len(cells)
         spare = slots * len(judged[0].sides) * width
         return [
@@ -71,7 +67,7 @@ class Objective:
         import torch
 
         sides, empty = len(judged[0].sides), slots - len(judged)
-        answers = [[max(sum(token.in_answer for token in side), 1) for side in self.scored(row)] for row in judged]
+        answers = [[side.scored.answer_tokens for side in row.sides] for row in judged]
         return [
             torch.tensor([[side.reference for side in row.sides] for row in judged] + [[0.0] * sides] * empty),
             torch.tensor(answers + [[1] * sides] * empty, dtype=torch.float32),

@@ -46,7 +46,7 @@ class PackedPreferenceRows(Rows[PackedPreferences]):
         """Measure the rows: the longest decides how many tokens a pass of a number of rows may hold."""
         self._rows = rows
         self._lengths = [sum(sides) for sides in rows.lengths]
-        self._largest = largest_capacity(rows.longest)
+        self._largest = largest_capacity(max(self._lengths))
         self._scored = min(1.0, math.ceil(rows.scored_tokens / max(sum(self._lengths), 1) * 1.25 * 4) / 4)
         self._used: set[Bucket] = set()
 
@@ -122,9 +122,9 @@ class PackedPreferenceLoss(Computation[PackedPreferences]):
         keys = [[side.key for side in lane] for lane in sides] if self._dropout is not None else None
         laid = lay(part.bucket, [[side.ids for side in lane] for lane in sides], keys)
         judged = part.unpacked().judged
-        scored = [tokens for row in judged for tokens in self._objective.scored(row)]
         begins = [begin for lane in laid.begins for begin in lane]
-        places = [begin + token.place - 1 for begin, tokens in zip(begins, scored, strict=True) for token in tokens]
+        scored = [side.scored for row in judged for side in row.sides]
+        places = [begin + place - 1 for begin, tokens in zip(begins, scored, strict=True) for place in tokens.places]
         flat = laid.ids.flatten()
         targets = flat[torch.tensor(places, dtype=torch.int64) + 1]
         count = int(part.bucket.tokens * part.scored)

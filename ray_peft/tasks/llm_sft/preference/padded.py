@@ -47,8 +47,8 @@ class PreferenceLoss(Computation[PreferencePart]):
 
         ids, labels, keys = [], [], []
         for row in part.judged:
-            for side, tokens in zip(row.sides, self._objective.scored(row), strict=True):
-                scored = {token.place for token in tokens}
+            for side in row.sides:
+                scored = set(side.scored.places)
                 ids.append(side.ids)
                 labels.append([token if place in scored else IGNORED for place, token in enumerate(side.ids)])
                 keys.append(side.key)

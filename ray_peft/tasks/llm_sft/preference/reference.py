@@ -64,7 +64,7 @@ def _numbers(
     log_probs = side_log_probs(spec, model, rows, pad, lowered)
     if spec.train.objective != "kto" or split != "train":
         return log_probs
-    others = side_log_probs(spec, model, mismatched_rows(rows, spec.data.max_length), pad, lowered)
+    others = side_log_probs(spec, model, mismatched_rows(rows), pad, lowered)
     return [own + other for own, other in zip(log_probs, others, strict=True)]
 
 

@@ -11,6 +11,9 @@ from ray_peft.tasks.llm_sft.encode import IGNORED
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_ROUNDED = 0.01
+"""Of a share of weights, what rounded weights may miss."""
+
 _SIDES = (("input_ids", "labels"), ("rejected_ids", "rejected_labels"))
 
 
@@ -42,7 +45,8 @@ def mismatched(row: Mapping[str, Any], before: Mapping[str, Any], limit: int) ->
     """Token ids and labels of a row's prompt with the answer of the row before it, cut at `limit` tokens.
 
     From such pairs KTO estimates how far the model has gone from what it was: their answers are as likely as those of
-    the rows, and belong to other prompts. As in TRL's KTOTrainer an answer moves on by one row, here of all rows.
+    the rows, and belong to other prompts. As in TRL's KTOTrainer an answer moves on by one row, here of all rows. The
+    limit is that of `longest_row`, so that these pairs take no more memory or positions than the rows themselves.
     """
     ids = row["input_ids"][: _answer_begins(row["labels"])]
     begin = _answer_begins(before["labels"])
@@ -50,25 +54,46 @@ def mismatched(row: Mapping[str, Any], before: Mapping[str, Any], limit: int) ->
     return [*ids, *answer][:limit], [*[IGNORED] * len(ids), *labels][:limit]
 
 
-def mismatched_rows(rows: Dataset, limit: int) -> Dataset:
+def longest_row(rows: Dataset) -> int:
+    """Tokens of the longest row."""
+    return max(map(len, rows["input_ids"]))
+
+
+def mismatched_rows(rows: Dataset) -> Dataset:
     """`mismatched` of every row, with the columns input_ids and labels."""
     from datasets import Dataset
 
     columns = {name: list(rows[name]) for name in ("input_ids", "labels")}
     listed = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    limit = longest_row(rows)
     sides = [mismatched(row, listed[place - 1], limit) for place, row in enumerate(listed)]
     return Dataset.from_dict({"input_ids": [ids for ids, _ in sides], "labels": [labels for _, labels in sides]})
 
 
-def mismatched_lengths(rows: Dataset, limit: int) -> list[int]:
-    """Tokens of `mismatched` of every row."""
-    begins = [_answer_begins(labels) for labels in rows["labels"]]
-    answers = [len(labels) - begin for labels, begin in zip(rows["labels"], begins, strict=True)]
-    return [min(begin + answers[place - 1], limit) for place, begin in enumerate(begins)]
-
-
 def _answer_begins(labels: list[int]) -> int:
     return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
+
+
+def cautions(spec: LlmTrialSpec, rows: Dataset) -> list[str]:
+    """What to know of the balance of kto's training rows; nothing of other objectives."""
+    if spec.train.objective != "kto":
+        return []
+    settings = spec.train.preference
+    desirable = sum(rows["desirable"])
+    undesirable = len(rows) - desirable
+    if not desirable or not undesirable:
+        kind = "desirable" if desirable else "undesirable"
+        return [f"kto: all {len(rows)} training rows are {kind}, so that nothing holds the model back; add others"]
+    share = settings.desirable_weight * desirable / (settings.undesirable_weight * undesirable)
+    if 1 - _ROUNDED <= share <= 4 / 3 + _ROUNDED:
+        return []
+    low, high = (factor * settings.undesirable_weight * undesirable / desirable for factor in (1, 4 / 3))
+    return [
+        f"kto: {desirable} desirable training rows of weight {settings.desirable_weight:g} and {undesirable} "
+        f"undesirable ones of weight {settings.undesirable_weight:g}: the first weigh {share:.2f} times as much in all, "
+        "where the paper asks for 1 to 1.33; set train.preference.desirable_weight to "
+        f"{low:.2f} to {high:.2f}"
+    ]
 
 
 def desirable_rows(rows: Dataset) -> Dataset:

@@ -11,7 +11,7 @@ from ray_peft.engine.contract import Rows, Seen, Share
 from ray_peft.engine.keyed_dropout import row_key
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.encode import IGNORED
-from ray_peft.tasks.llm_sft.preference.rows import mismatched, mismatched_lengths
+from ray_peft.tasks.llm_sft.preference.rows import longest_row, mismatched
 from ray_peft.tasks.llm_sft.steps import StepOrder, spans
 
 if TYPE_CHECKING:
@@ -22,12 +22,37 @@ REFERENCE = "log_probs_before"
 
 
 @dataclass(frozen=True)
+class Scored:
+    """The tokens of a side whose log-probabilities the objective needs."""
+
+    places: Sequence[int]
+    """In their row; each is predicted from the place before."""
+    in_answer: Sequence[float]
+    """For each, 1 if it counts in the log-probability of the answer, else 0."""
+    own_loss: bool
+    """Whether they count in the chosen answer's own loss."""
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of the answer; 1 of an answer without any, since means divide by it."""
+        return max(int(sum(self.in_answer)), 1)
+
+
+def scored_tokens(spec: LlmTrialSpec, labels: Sequence[int], *, chosen: bool) -> Scored:
+    """The scored tokens of a side with these labels."""
+    own_loss = chosen and spec.train.objective == "orpo"
+    if own_loss and spec.train.loss == "all":
+        return Scored(range(1, len(labels)), [float(label != IGNORED) for label in labels[1:]], own_loss)
+    places = [place for place, label in enumerate(labels) if label != IGNORED and place]
+    return Scored(places, [1.0] * len(places), own_loss)
+
+
+@dataclass(frozen=True)
 class Side:
     """A prompt with one answer."""
 
     ids: Sequence[int]
-    labels: Sequence[int]
-    """The answer's tokens, else IGNORED."""
+    scored: Scored
     reference: float
     """Log-probability of the answer under the model before training; 0 where the objective needs none."""
     key: int
@@ -73,29 +98,6 @@ class PreferencePart:
     """Whether a step's estimate of that begins with this pass."""
 
 
-@dataclass(frozen=True)
-class ScoredToken:
-    """A token whose log-probability counts."""
-
-    place: int
-    """In its row; it is predicted from the place before."""
-    in_answer: bool
-    """Whether it counts in the log-probability of the answer."""
-    in_own_loss: bool
-    """Whether it counts in the chosen answer's own loss."""
-
-
-def scored_tokens(spec: LlmTrialSpec, labels: Sequence[int], *, chosen: bool) -> list[ScoredToken]:
-    """The tokens of a side whose log-probabilities the objective needs."""
-    own_loss = chosen and spec.train.objective == "orpo"
-    prompts_too = own_loss and spec.train.loss == "all"
-    return [
-        ScoredToken(place, label != IGNORED, own_loss)
-        for place, label in enumerate(labels)
-        if place and (label != IGNORED or prompts_too)
-    ]
-
-
 class PreferenceRows(Rows[PreferencePart]):
     """The training rows of a trial, step by step: pairs for dpo and orpo, labelled rows for kto."""
 
@@ -132,15 +134,15 @@ class PreferenceRows(Rows[PreferencePart]):
         rows = []
         for index, place in enumerate(places):
             row = self._data[place]
-            ids, labels = mismatched(row, self._data[place - 1], self._spec.data.max_length)
+            ids, labels = mismatched(row, self._data[place - 1], self._longest_row)
             key = row_key(self._spec.seed, step, len(places) + index)
-            rows.append(Judged([Side(ids, labels, row[REFERENCE][1], key)], row["desirable"]))
+            scored = scored_tokens(self._spec, labels, chosen=True)
+            rows.append(Judged([Side(ids, scored, row[REFERENCE][1], key)], row["desirable"]))
         return rows
 
     def totals(self, judged: Sequence[Judged], rows: int) -> Totals:
         """The divisors of a step that is passed `rows` at a time."""
-        chosen = [scored_tokens(self._spec, row.sides[0].labels, chosen=True) for row in judged]
-        own_loss = sum(token.in_own_loss for tokens in chosen for token in tokens)
+        own_loss = sum(len(side.scored.places) for row in judged for side in row.sides if side.scored.own_loss)
         return Totals(len(judged), own_loss, len(self._spans(len(judged), rows)))
 
     def size(self, part: PreferencePart) -> int:
@@ -183,12 +185,8 @@ class PreferenceRows(Rows[PreferencePart]):
         return [list(sides) for sides in zip(*(map(len, self._data[name]) for name in columns), strict=True)]
 
     @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest pair or labelled row, or of the longest prompt with another row's answer."""
-        most = max(map(sum, self.lengths))
-        if self._spec.train.objective != "kto":
-            return most
-        return max(most, *mismatched_lengths(self._data, self._spec.data.max_length))
+    def _longest_row(self) -> int:
+        return longest_row(self._data)
 
     @cached_property
     def scored_tokens(self) -> int:
@@ -197,7 +195,9 @@ class PreferenceRows(Rows[PreferencePart]):
         for name in ("labels", "rejected_labels"):
             if name in self._data.column_names:
                 chosen = name == "labels"
-                count += sum(len(scored_tokens(self._spec, labels, chosen=chosen)) for labels in self._data[name])
+                count += sum(
+                    len(scored_tokens(self._spec, labels, chosen=chosen).places) for labels in self._data[name]
+                )
         return count
 
     def _judged(self, step: int, index: int, place: int) -> Judged:
@@ -206,14 +206,11 @@ class PreferenceRows(Rows[PreferencePart]):
         if "rejected_ids" in row:
             sides.append((row["rejected_ids"], row["rejected_labels"]))
         references = row.get(REFERENCE, [0.0] * len(sides))
-        keys = [row_key(self._spec.seed, step, len(sides) * index + side) for side in range(len(sides))]
-        return Judged(
-            [
-                Side(ids, labels, reference, key)
-                for (ids, labels), reference, key in zip(sides, references, keys, strict=False)
-            ],
-            row.get("desirable", True),
-        )
+        listed = []
+        for side, (ids, labels) in enumerate(sides):
+            key = row_key(self._spec.seed, step, len(sides) * index + side)
+            listed.append(Side(ids, scored_tokens(self._spec, labels, chosen=not side), references[side], key))
+        return Judged(listed, row.get("desirable", True))
 
     def _spans(self, count: int, rows: int) -> list[tuple[int, int]]:
         return [span for batch in self._order.batches(count) for span in spans(batch, rows)]
