@@ -154,6 +154,8 @@ def measure(options: argparse.Namespace) -> None:
             result |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
         results.append(result)
         gc.collect()
+        if torch.cuda.is_available():  # cuBLAS keeps 32 MiB for every stream that a recording used
+            torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001
         torch.cuda.empty_cache()
     write(options.out, {"options": settings, "left": left, "cells": results})
 
