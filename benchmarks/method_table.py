@@ -53,6 +53,7 @@ def main() -> None:
     command.add_argument("--cpus", type=int, default=2, help="cores of each trial")
     command.add_argument("--left", type=int, default=6, help="trials of a seed that still run as the next one begins")
     command.add_argument("--seconds", type=float, default=1e9)
+    command.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="with commas")
     command.add_argument("--methods", help="some of the file's, with commas")
     command.add_argument("--set", dest="overrides", action="append", default=[])
     command = commands.add_parser("table")
@@ -77,9 +78,10 @@ def run(options: argparse.Namespace) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     _warm_up(methods, options)
     running: list[subprocess.Popen[bytes]] = []
-    for place, seed in enumerate(SEEDS):
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    for place, seed in enumerate(seeds):
         running.append(_sweep(seed, methods, options))
-        enough = len(methods) - options.left if place < len(SEEDS) - 1 else len(methods)
+        enough = len(methods) - options.left if place < len(seeds) - 1 else len(methods)
         while running[-1].poll() is None and _rows(options.folder, seed) < enough:
             if time.perf_counter() - begin > options.seconds:
                 break

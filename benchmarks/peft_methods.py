@@ -153,7 +153,10 @@ def measure(options: argparse.Namespace) -> None:
         except Exception as error:  # one cell's failure is its result
             result |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
         results.append(result)
+        options.out.with_suffix(".partial.json").write_text(json.dumps(results), encoding="utf-8")  # if it is killed
         gc.collect()
+        if torch.cuda.is_available():  # cuBLAS keeps 32 MiB for every stream that a recording used
+            torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001
         torch.cuda.empty_cache()
     write(options.out, {"options": settings, "left": left, "cells": results})
 

@@ -12,6 +12,8 @@ from ray_peft.errors import SpecError
 from ray_peft.foundation import dotted
 from ray_peft.methods import METHODS
 from ray_peft.methods.base import Method
+from ray_peft.methods.full_weights import FullWeights
+from ray_peft.methods.projected_gradients import ProjectedGradients
 
 USUAL = ("full", "lora", "qlora", "galore")
 """Compared unless others are named."""
@@ -26,9 +28,10 @@ _KINDS: dict[str, type[Method]] = {
 COMPARED = [
     name
     for name, kind in _KINDS.items()
-    if name not in ("none", "ensemble") and not any(field.is_required() for field in kind.model_fields.values())
+    if name not in ("none", "ensemble", "loftq")
+    and not any(field.is_required() for field in kind.model_fields.values())
 ]
-"""Methods that need nothing but their name."""
+"""Methods that need nothing but their name; `loftq` needs a base in 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,9 @@ def _settings(name: str, *, on_gpu: bool, hidden_size: int | None) -> dict[str, 
         return {part: settings for part, settings in own.items() if settings}
     settings: dict[str, Any] = {}
     if not on_gpu:
-        settings |= {"full": {"weights": "float32"}, "galore": {"weights": "float32"}}.get(name, {})
+        settings |= {"weights": "float32"} if issubclass(_KINDS[name], FullWeights) else {}
         settings |= {"compute_dtype": "float32"} if name == "qlora" else {}
-    if name == "galore" and hidden_size is not None and hidden_size < 2 * _KINDS["galore"].model_fields["rank"].default:
+    by_rank = issubclass(_KINDS[name], ProjectedGradients) and name != "apollo_mini"
+    if by_rank and hidden_size is not None and hidden_size < 2 * _KINDS[name].model_fields["rank"].default:
         settings["rank"] = max(1, hidden_size // 4)  # the default rank would be hardly any restriction
     return settings

@@ -15,8 +15,9 @@ from ray_peft.foundation.storage import writing
 from ray_peft.foundation.units import GIB
 from ray_peft.foundation.whole import new_folder
 
-KINDS = ("prepared", "latents", "images", "random")
-"""Folders of the cache whose entries are large: prepared rows, encoded images, the bases' images, random weights."""
+KINDS = ("prepared", "latents", "images", "random", "gguf")
+"""Folders of the cache whose entries are large: prepared rows, encoded images, the bases' images, random weights,
+dequantised models."""
 LIMIT_GIB = 100.0
 """What they may take together; RAY_PEFT_CACHE_GIB is another limit."""
 RECENT_S = 24 * 3600.0

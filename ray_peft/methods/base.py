@@ -136,6 +136,10 @@ class Stage(Method):
         in_backward = self.conflicts(accumulates=True, num_workers=1)
         return f"{self.name} updates weights in the backward pass" if in_backward else None
 
+    def why_not_plain(self) -> str | None:
+        """Why this stage cannot be trained on a base that is not quantised, with the way out; None if it can."""
+        return None
+
     def why_not_on(self, storage: Quantization) -> str | None:
         """Why this stage cannot be trained on a base that is stored so, with the way out; None if it can."""
         return None

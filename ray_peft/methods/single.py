@@ -11,6 +11,7 @@ from ray_peft.methods.adapters.hira import HiRA
 from ray_peft.methods.adapters.hra import HRA
 from ray_peft.methods.adapters.ia3 import IA3
 from ray_peft.methods.adapters.ln_tuning import LNTuning
+from ray_peft.methods.adapters.loftq import LoftQ
 from ray_peft.methods.adapters.lora_fa import LoRAFA
 from ray_peft.methods.adapters.lora_plus import LoRAPlus
 from ray_peft.methods.adapters.miss import MiSS
@@ -53,6 +54,7 @@ SingleMethod: TypeAlias = (
     | RsLoRA
     | PiSSA
     | OLoRA
+    | LoftQ
     | LoRAPlus
     | LoRAFA
     | AdaLoRA

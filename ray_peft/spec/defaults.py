@@ -46,6 +46,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "QLoRA": {"quant_type": "nf4", "double_quant": True, "compute_dtype": "bfloat16"},
     "RsLoRA": {"alpha": 8.0},
     "PiSSA": {"iterations": None},
+    "LoftQ": {"iterations": 16},
     "LoRAPlus": {"ratio": 16.0, "lr": 5e-05},
     "AdaLoRA": {
         "rank": 12,

@@ -60,7 +60,7 @@ def test_every_method_file_is_registered():
     from ray_peft.methods import METHODS
 
     shared = {"__init__", "base", "full_weights", "optimizers", "single", "stochastic"}
-    shared |= {"matrix_weights", "projected_gradients", "turns"}
+    shared |= {"matrix_weights", "projected_gradients", "turns", "lost_weights"}
     shared |= {"low_rank_rules", "piecewise_adamw", "muon_adamw", "layers_in_turn"}
     shared |= {"fused", "galore_adamw", "host_gradients", "moments", "subspace", "vocabulary"}
     shared |= {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from ray_peft.methods.adapter import LayerAdapter
 from ray_peft.methods.base import TargetNames
+from ray_peft.reach.targets import Targets, linear, named_by
 
 if TYPE_CHECKING:
     from torch import nn
+
+_OF_LLAMA = ("k_proj", "v_proj", "down_proj")
 
 
 class IA3(LayerAdapter):
@@ -18,12 +21,30 @@ class IA3(LayerAdapter):
 
     name: Literal["ia3"] = "ia3"
     kind: ClassVar[str] = "IA3"
-    targets: TargetNames = Field(default=("k_proj", "v_proj", "down_proj"), min_length=1)
-    """The layers that get a factor; names are those of Llama-like models."""
+    targets: TargetNames = Field(default=_OF_LLAMA, min_length=1)
+    """The layers that get a factor. The default are names of Llama-like models; of another architecture that PEFT knows
+    they mean the layers that PEFT names for it, and `feedforward` does, too."""
     feedforward: TargetNames = ("down_proj",)
     """Those of them whose input is multiplied, and not their output; each is one of `targets`."""
     lr: float = Field(default=3.0e-3, gt=0)
 
     def config_fields(self, model: nn.Module) -> dict[str, Any]:
         """Which factors lie before a layer."""
-        return {"target_modules": list(self.targets), "feedforward_modules": list(self.feedforward)}
+        own = self._named_in(model)
+        return {"target_modules": list(own.targets), "feedforward_modules": list(own.feedforward)}
+
+    def placed(self, model: nn.Module, *, of: str = "the model", key: str = "method") -> Targets:
+        """As that of every adapter, with the names of the model's architecture."""
+        return super(IA3, self._named_in(model)).placed(model, of=of, key=key)
+
+    def _named_in(self, model: nn.Module) -> Self:
+        """With PEFT's names for an architecture that lacks the default ones."""
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
+
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        layers = linear(model)
+        whole = all(any(named_by(target, name) for name in layers) for target in self.targets)
+        if self.targets != _OF_LLAMA or whole or kind not in TARGETS:
+            return self
+        return self.model_copy(update={"targets": tuple(TARGETS[kind]), "feedforward": tuple(FEEDFORWARD[kind])})

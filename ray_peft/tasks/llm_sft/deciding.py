@@ -8,6 +8,7 @@ from pathlib import Path
 from ray_peft.spec import LlmTrialSpec, ModelSpec
 from ray_peft.tasks import model_content as folders
 from ray_peft.tasks.files import content_of
+from ray_peft.tasks.llm_sft.gguf_model import opened
 
 _CHAT_TEMPLATES = "additional_chat_templates"
 """The one folder below a model's from which transformers reads (5.23, tokenization_utils_base.py)."""
@@ -18,7 +19,8 @@ def model_content(model: ModelSpec) -> str | None:
     if model.trust_remote_code:
         return None
     contents = []
-    named = {model.tokenizer or model.name: "tokenizer_config.json"} | {model.name: "config.json"}
+    base = opened(model.name)
+    named = {opened(model.tokenizer or base): "tokenizer_config.json"} | {base: "config.json"}
     for name, file in named.items():
         folder = folders.folder_of(name, model.revision, file)
         if folder is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.spec import LlmTrialSpec, ModelSpec
+from ray_peft.tasks.llm_sft.gguf_model import opened
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -105,7 +106,7 @@ def unused_settings(model: ModelSpec) -> list[str]:
 
     Empty for a generation config that is missing or cannot be read: it is not needed.
     """
-    settings = written_settings(model.name, model.revision)
+    settings = written_settings(opened(model.name), model.revision)
     ignored = (*_OF_NO_EFFECT, *_SAMPLING, *_BESIDE_ANSWERS)
     return sorted(
         name

@@ -17,6 +17,7 @@ from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
 from ray_peft.tasks import kept_base
 from ray_peft.tasks.four_bit_layers import keep_as_stored
 from ray_peft.tasks.llm_sft.decoding import in_place_of_invalid
+from ray_peft.tasks.llm_sft.gguf_model import opened
 from ray_peft.tasks.llm_sft.saved_adapter import save_adapter
 from ray_peft.tasks.parameters import stored
 
@@ -46,14 +47,15 @@ def load_config(model: ModelSpec) -> PretrainedConfig:
     from ray_peft.tasks.llm_sft.architecture import check_causal
     from ray_peft.tasks.llm_sft.model_folder import check_folder, check_no_adapter
 
-    if is_local(model.name):
-        check_folder(Path(model.name).expanduser())
+    name = opened(model.name)
+    if is_local(name):
+        check_folder(Path(name).expanduser())
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+            name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:  # the hub client raises a dozen unrelated types
-        check_no_adapter(model.name, model.revision)
+        check_no_adapter(name, model.revision)
         lines = str(error).splitlines()[:2]  # errors of a config's values say on a second line which
         reason = " ".join(" ".join(lines).split()) if len(lines) > 1 and lines[0].endswith(":") else first_line(error)
         raise ModelError(f"model.name: {model.name} cannot be loaded: {reason}") from None
@@ -81,7 +83,7 @@ def files_of(model: ModelSpec, config: PretrainedConfig) -> WeightFiles | None:
 
     named = getattr(config, "transformers_weights", None)
     if is_local(model.name):
-        return weight_files(Path(model.name).expanduser(), named)
+        return weight_files(Path(opened(model.name)).expanduser(), named)
     folder = cached_folder(model.name, getattr(config, "_commit_hash", None) or model.revision)
     if folder is None:
         return None
@@ -166,7 +168,7 @@ def load_model(spec: LlmTrialSpec, device: str, keep: str | None = None) -> PreT
     kept_base.drop(unless=keep)
     model = kept_base.take(keep) if keep is not None else None
     if model is None:
-        folder = str(random_model(spec.model)) if spec.model.random_weights else spec.model.name
+        folder = str(random_model(spec.model)) if spec.model.random_weights else opened(spec.model.name)
         dtype = spec.method.weights_dtype(spec.model.dtype)
         model = _from_folder(spec.model, folder, dtype, spec.quantization, device)
         _check_finite(spec, model)
@@ -194,7 +196,8 @@ def base_key(spec: LlmTrialSpec, device: str) -> str | None:
     dtype = spec.method.weights_dtype(spec.model.dtype)
     from ray_peft.tasks.llm_sft.decoding import written_settings
 
-    generation = written_settings(spec.model.name, spec.model.revision)  # loaded with the base; no part of its identity
+    # Loaded with the base; no part of its identity.
+    generation = written_settings(opened(spec.model.name), spec.model.revision)
     known = [fingerprint(spec.model), spec.model.plain(), generation, dtype, quantization, device]
     return json.dumps(known, sort_keys=True)
 
@@ -316,7 +319,7 @@ def fingerprint(model: ModelSpec) -> str:
         return str(getattr(config, "_commit_hash", None) or f"{model.name}@{model.revision or 'main'}")
     from ray_peft.tasks.llm_sft import weight_files
 
-    folder = Path(model.name).expanduser()
+    folder = Path(opened(model.name)).expanduser()
     files = None if model.random_weights else files_of(model, config)
     texts = [folder / "config.json", *(sorted(folder.glob("*.py")) if model.trust_remote_code else [])]
     total = hashlib.sha256()

@@ -33,11 +33,6 @@ def check_folder(folder: Path) -> None:
 
 
 def _file_given(file: Path) -> str:
-    if file.suffix == ".gguf":
-        return (
-            f"model.name: {file} is a GGUF file, which is made for running a model, not for training it; give the "
-            "folder of the model that it was made from"
-        )
     return f"model.name: {file} is a file; give the folder that holds it with its config.json: {file.parent}"
 
 

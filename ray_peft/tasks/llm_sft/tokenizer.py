@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ray_peft.errors import DataError, ModelError, first_line
 from ray_peft.spec import LlmTrialSpec, is_local
+from ray_peft.tasks.llm_sft.gguf_model import opened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ def load_tokenizer(spec: LlmTrialSpec) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    name = spec.model.tokenizer or spec.model.name
+    name = opened(spec.model.tokenizer or spec.model.name)
     if is_local(name) and not Path(name).is_dir():
         raise ModelError(f"model.{'tokenizer' if spec.model.tokenizer else 'name'}: {name}: no such folder")
     try:

@@ -111,7 +111,7 @@ def _listed(file: Path, variant: str | None) -> WeightFiles:
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 
 _FOREIGN = {
-    "*.gguf": "GGUF files are not read: they are made for running models, not for training them",
+    "*.gguf": "a GGUF file is read where model.name is the file itself",
     "*.safetensors": "the index model.safetensors.index.json, or the name model.safetensors, is missing",
     "pytorch_model-*.bin": "the index pytorch_model.bin.index.json is missing",
     "*.pth": "Meta's own format is not read: convert it with transformers",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import tiny
+import tiny_architectures
 import torch
 from pydantic import ValidationError
 
+from ray_peft.methods.adapters.ia3 import IA3
 from ray_peft.methods.optimizers import trainable
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
@@ -127,3 +129,22 @@ def test_a_base_that_a_trial_may_change_is_not_kept_for_the_next(tiny_model, que
     assert base_key(plain(tiny_model, questions, {"name": "hra"}), "cpu") is not None
     assert base_key(plain(tiny_model, questions, {"name": "pissa"}), "cpu") is None
     assert base_key(plain(tiny_model, questions, {"name": "lora"}, model__quantization="int8"), "cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "feedforward"),
+    [
+        ("llama", {"k_proj", "v_proj", "down_proj"}, {"down_proj"}),
+        ("gpt2", {"c_attn", "c_proj"}, {"c_proj"}),
+        ("gpt_neox", {"query_key_value", "dense_4h_to_h"}, {"dense_4h_to_h"}),
+        ("opt", {"q_proj", "k_proj", "fc2"}, {"fc2"}),
+    ],
+)
+def test_ia3_goes_where_the_architecture_has_its_layers(architecture, layers, feedforward):
+    from peft.tuners.ia3.layer import IA3Layer
+
+    adapted = IA3().attach(tiny_architectures.on_meta(architecture))
+    placed = [(name, module) for name, module in adapted.named_modules() if isinstance(module, IA3Layer)]
+    assert {name.rpartition(".")[2] for name, _ in placed} == layers
+    assert {name.rpartition(".")[2] for name, module in placed if module.is_feedforward} == feedforward
+    assert not any("attn.c_proj" in name for name, _ in placed)

@@ -33,6 +33,7 @@ SMALL = {
 }
 """Settings that fit a model 64 wide; all others have rank 4."""
 NOT_QUANTISED = {"hra", "pissa", "olora", "peft"}
+NOT_PLAIN = {"loftq"}
 NOT_MERGED = {"prompt_tuning", "prefix_tuning"}
 NF4 = {"quant_type": "nf4", "compute_dtype": "float32"}
 STEPS = 3
@@ -109,6 +110,10 @@ def test_an_adapter_keeps_its_contract(kind, storage, tiny_model, tmp_path):
         with pytest.raises(ValidationError, match="cannot be trained on a base in nf4: .*set model.quantization: null"):
             trial(tiny_model, method, storage)
         return
+    if not storage and method["name"] in NOT_PLAIN:
+        with pytest.raises(ValidationError, match="model.quantization is null; set it to nf4"):
+            trial(tiny_model, method, storage)
+        return
     spec = trial(tiny_model, method, storage)
     stage, model = stage_of(spec), attached(spec)
 
@@ -160,7 +165,8 @@ def test_the_next_trial_starts_from_the_base_as_it_was_unless_the_method_changes
     from ray_peft.tasks import kept_base
     from ray_peft.tasks.llm_sft.model import base_key, load_model
 
-    spec = trial(tiny_model, plain_method(kind))
+    method = plain_method(kind)
+    spec = trial(tiny_model, method, NF4 if method["name"] in NOT_PLAIN else None)
     key = base_key(spec, "cpu")
     assert (key is None) == kind.changes_base
     if key is None:
@@ -176,3 +182,26 @@ def test_the_next_trial_starts_from_the_base_as_it_was_unless_the_method_changes
         assert torch.equal(weight, value)
         assert not weight.requires_grad
     kept_base.drop()
+
+
+@pytest.mark.parametrize("iterations", [None, 16])
+def test_loftq_starts_nearer_to_the_plain_base_by_what_its_rank_can_hold(iterations, tiny_model):
+    """In every layer, the error that is left is that of the best approximation of the rank."""
+    from bitsandbytes.functional import dequantize_4bit
+    from safetensors.torch import load_file
+
+    method = {"name": "loftq", "rank": 8, "alpha": 32.0, "rank_pattern": {"q_proj": 4}, "iterations": iterations}
+    model = attached(trial(tiny_model, method, NF4))
+    plain = load_file(tiny_model / "model.safetensors")
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        layer = model.get_submodule(f"base_model.model.model.layers.1.{name}")
+        weight = layer.get_base_layer().weight
+        lost = plain[f"model.layers.1.{name}.weight"] - dequantize_4bit(weight.data, weight.quant_state)
+        update = layer.get_delta_weight("default").detach()
+        rank = 4 if name.endswith("q_proj") else 8
+        assert torch.linalg.matrix_rank(update) == rank
+        best = torch.linalg.svdvals(lost)[rank:].square().sum().sqrt()
+        assert float((lost - update).norm()) == pytest.approx(float(best), rel=0.02)
+    started, without = logits(model), logits(loaded(trial(tiny_model, {"name": "lora"}, NF4)))
+    exact = logits(loaded(trial(tiny_model, {"name": "lora"})))
+    assert (started - exact).norm() < (without - exact).norm()
