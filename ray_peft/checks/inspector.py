@@ -12,6 +12,7 @@ from ray_peft.spec.identity import Content, canonical, trial_id
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Inspection, TaskType
 from ray_peft.tasks.files import content_of
+from ray_peft.tasks.model_content import pinned
 from ray_peft.tasks.remembered import Mark
 
 
@@ -48,7 +49,10 @@ class Inspector:
         return Content(self._fingerprint(trial.task, trial.model), self.inspect(trial).data_key, files)
 
     def settled(self, trial: TrialSpec) -> TrialSpec:
-        """The trial under the id of its content. Raises as `inspect`, and SpecError if two members are the same."""
+        """The trial under the id of its content, a hub model at its commit.
+
+        Raises as `inspect`, and SpecError if two members are the same.
+        """
         content = self.content(trial)
         # The members' rows are those of the ensemble; only their models may differ.
         members = [
@@ -60,7 +64,8 @@ class Inspector:
                 f"method.members: two members of an ensemble are the same trial ({', '.join(members)}): their models "
                 "hold the same weights; give members that differ"
             )
-        return trial.under(trial_id(trial, content, members), members)
+        settled = trial.model_copy(update={"model": pinned(trial.model)})
+        return settled.under(trial_id(trial, content, members), members)
 
     def _fingerprint(self, task: str, model: ModelSpec) -> str:
         key = canonical([task, model.plain()])

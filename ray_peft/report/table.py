@@ -254,11 +254,11 @@ def _comparable(first: TrialResult, second: TrialResult) -> bool:
     keys = (first.provenance.data_key, second.provenance.data_key)
     models = (first.provenance.model_fingerprint, second.provenance.model_fingerprint)
     return (
-        (a.model.name, a.model.revision, a.model.tokenizer, a.model.random_weights)
-        == (b.model.name, b.model.revision, b.model.tokenizer, b.model.random_weights)
+        (a.model.name, a.model.tokenizer, a.model.random_weights)
+        == (b.model.name, b.model.tokenizer, b.model.random_weights)
         and a.data == b.data
         # The files behind equal settings, or the model behind a name, may have changed between two runs of a sweep.
         and (None in keys or keys[0] == keys[1])
-        and (None in models or models[0] == models[1])
+        and (a.model.revision == b.model.revision if None in models else models[0] == models[1])
         and a.scored_as() == b.scored_as()
     )

@@ -118,7 +118,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "ResourcesSpec": {"num_workers": 1, "gpus_per_worker": None, "cpus_per_worker": None, "max_failures": 2},
     "TrialSpec": {"seed": 42},
-    "SourceSpec": {"test_path": None, "validation": 0, "name": None, "split": "train"},
+    "SourceSpec": {"test_path": None, "validation": 0, "name": None, "split": "train", "revision": None},
     "ContaminationSpec": {"action": "fail", "ngram": 8, "threshold": 0.7, "boilerplate": 10},
     "DataSpec": {
         "seed": 42,
@@ -151,6 +151,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "train": 1.0,
         "caption": None,
         "split": "train",
+        "revision": None,
         "seed": 42,
         "resolution": 512,
         "crop": "center",

@@ -44,6 +44,8 @@ class SourceSpec(Strict):
     """The `source_dataset` tag of its rows; None takes the recipe's name."""
     split: str = "train"
     """The split of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; None is its main branch."""
 
     @model_validator(mode="after")
     def _check_fractions(self) -> Self:

@@ -29,6 +29,8 @@ class ImageDataSpec(Strict):
     """The column with captions; None takes `text` or `caption` of metadata.jsonl, else a .txt file beside an image."""
     split: str = "train"
     """The split of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; None is its main branch."""
     seed: int = Field(default=42, ge=0)
     """Draws the split and the views; apart from the trial's seed, so that seeds vary training and not the test."""
     resolution: int = Field(default=512, ge=8)

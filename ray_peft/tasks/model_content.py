@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from ray_peft.spec import is_local
+from ray_peft.spec import ModelSpec, is_local
 from ray_peft.tasks.files import content_of
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
@@ -36,6 +36,24 @@ def folder_of(name: str, revision: str | None, file: str) -> Path | None:
         return Path(hf_hub_download(name, file, revision=revision)).parent
     except Exception:  # the hub client raises a dozen unrelated types; who loads the model says why
         return None
+
+
+def commit_of(model: ModelSpec) -> str | None:
+    """The commit of a hub model that this machine has read last; None if it is a folder, or nothing of it is here."""
+    if is_local(model.name):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model.name, revision=model.revision, local_files_only=True)).name
+    except Exception:  # the hub client raises a dozen unrelated types
+        return None
+
+
+def pinned(model: ModelSpec) -> ModelSpec:
+    """A hub model at its commit, so that all workers load the same; any other as it is."""
+    commit = commit_of(model)
+    return model if commit is None else model.model_copy(update={"revision": commit})
 
 
 def content(folder: Path, below: Iterable[str] = ()) -> str:

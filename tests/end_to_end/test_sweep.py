@@ -18,7 +18,7 @@ import yaml
 
 import ray_peft
 from ray_peft.console import Console
-from ray_peft.errors import PlacementError, TrackingError
+from ray_peft.errors import PlacementError, ReportLost, TrackingError
 from ray_peft.store.results_file import read_results
 
 METHODS = [
@@ -399,6 +399,10 @@ def test_optuna_proposes_trials_and_goes_on_after_a_stop(ray_cluster, tiny_model
     everything = ray_peft.sweep(space, out=tmp_path / "out")
     assert sorted(row.spec.method.name for row in everything.results) == ["lora", "none"]
     assert everything.complete
+    (tmp_path / "out" / "search.journal").unlink()
+    (tmp_path / "out" / "search.journal").mkdir()
+    with pytest.raises(ReportLost, match=r"search\.journal: cannot be used: Is a directory; what finished is kept"):
+        ray_peft.sweep(space, out=tmp_path / "out")
 
 
 def test_a_sweep_goes_on_where_release_0_1_0_left_it(ray_cluster, shared, tmp_path):

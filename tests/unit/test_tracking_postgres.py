@@ -44,7 +44,7 @@ def postgres() -> Iterator[str]:
         options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={folder} -c fsync=off"
         control("start", "-w", "-l", str(log), "-o", options)
         try:
-            yield f"postgresql://writer@127.0.0.1:{port}/postgres"
+            yield f"postgresql+psycopg://writer@127.0.0.1:{port}/postgres"
         finally:
             control("stop", "-m", "immediate")
     finally:
@@ -53,7 +53,7 @@ def postgres() -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(PG_CTL is None, reason="PostgreSQL is not installed (no pg_ctl)")
-@pytest.mark.skipif(importlib.util.find_spec("psycopg2") is None, reason="needs psycopg2: the extra `postgres`")
+@pytest.mark.skipif(importlib.util.find_spec("psycopg") is None, reason="needs psycopg: the extra `postgres`")
 def test_eight_writers_lose_nothing_on_postgresql(postgres, tmp_path):
     server = Server(tmp_path / "served", database_uri=postgres)
     server.start()

@@ -48,15 +48,15 @@ _SPLITS = frozenset({"train", "training", "test", "testing", "validation", "vali
 _SHARD = re.compile(r"(\d+)-of-(\d+)")
 
 
-def read(path: str, split: str) -> Iterator[RawRow]:
-    """The rows of a local file, of a folder of shards, or of a split of a hub data set.
+def read(path: str, split: str, revision: str | None = None) -> Iterator[RawRow]:
+    """The rows of a local file, of a folder of shards, or of a split of a hub data set at a `revision`.
 
     Raises:
         DataError: a file is missing, empty or malformed as a whole (with its line), or the hub cannot be reached.
     """
     files = local_files(path)
     if not files:
-        yield from _hub_rows(path, split)
+        yield from _hub_rows(path, split, revision)
         return
     empty = True
     for file in files:
@@ -253,11 +253,12 @@ def _check_magic(name: str, head: bytes, expected: str) -> None:
         raise DataError(f"{name}: cannot be read: it is {actual}; {way}")
 
 
-def _hub_rows(name: str, split: str) -> Iterator[RawRow]:
+def _hub_rows(name: str, split: str, revision: str | None) -> Iterator[RawRow]:
     import datasets
 
     try:
-        for number, values in enumerate(datasets.load_dataset(name, split=split), start=1):
+        rows = datasets.load_dataset(name, split=split, revision=revision)
+        for number, values in enumerate(rows, start=1):
             yield RawRow(name, number, f"row {number}", values)
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = first_line(error)

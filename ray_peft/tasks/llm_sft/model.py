@@ -19,6 +19,7 @@ from ray_peft.tasks.four_bit_layers import keep_as_stored
 from ray_peft.tasks.llm_sft.decoding import in_place_of_invalid
 from ray_peft.tasks.llm_sft.gguf_model import opened
 from ray_peft.tasks.llm_sft.saved_adapter import save_adapter
+from ray_peft.tasks.model_content import commit_of
 from ray_peft.tasks.parameters import stored
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def files_of(model: ModelSpec, config: PretrainedConfig) -> WeightFiles | None:
     named = getattr(config, "transformers_weights", None)
     if is_local(model.name):
         return weight_files(Path(opened(model.name)).expanduser(), named)
-    folder = cached_folder(model.name, getattr(config, "_commit_hash", None) or model.revision)
+    folder = cached_folder(model.name, model.revision)
     if folder is None:
         return None
     try:
@@ -316,7 +317,7 @@ def fingerprint(model: ModelSpec) -> str:
     """
     config = load_config(model)
     if not is_local(model.name):
-        return str(getattr(config, "_commit_hash", None) or f"{model.name}@{model.revision or 'main'}")
+        return commit_of(model) or f"{model.name}@{model.revision or 'main'}"
     from ray_peft.tasks.llm_sft import weight_files
 
     folder = Path(opened(model.name)).expanduser()

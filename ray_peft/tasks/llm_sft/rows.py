@@ -125,7 +125,8 @@ class _Reader:
         usable: list[Row] = []
         left_out = LeftOut()
         number = 0
-        for number, raw in enumerate(files.read(path, self.source.split), start=1):
+        revision = self.source.revision if path == self.source.path else None
+        for number, raw in enumerate(files.read(path, self.source.split, revision), start=1):
             try:
                 usable.append(Row(path, number, self._conversation(raw)))
             except Unusable as reason:

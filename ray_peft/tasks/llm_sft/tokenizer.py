@@ -30,7 +30,10 @@ def load_tokenizer(spec: LlmTrialSpec) -> PreTrainedTokenizerBase:
         raise ModelError(f"model.{'tokenizer' if spec.model.tokenizer else 'name'}: {name}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=spec.model.revision, trust_remote_code=spec.model.trust_remote_code, padding_side="left"
+            name,
+            revision=spec.model.revision if name == spec.model.name else None,  # another repository has other commits
+            trust_remote_code=spec.model.trust_remote_code,
+            padding_side="left",
         )
     except Exception as error:  # the hub client and tokenizers raise a dozen unrelated types
         reason = first_line(error)

@@ -119,7 +119,7 @@ def _hub_rows(data: ImageDataSpec) -> Iterator[ImageSource]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(data.path, split=data.split)
+        rows = datasets.load_dataset(data.path, split=data.split, revision=data.revision)
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise DataError(
             f"data.path: {data.path}: no such local folder, and it cannot be loaded as a hub data set "

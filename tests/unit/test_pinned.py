@@ -1,0 +1,55 @@
+"""A hub model is loaded at the commit that the driver saw, whatever its branch names by then."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import huggingface_hub.constants
+import pytest
+import tiny
+
+from ray_peft.checks.inspector import Inspector
+from ray_peft.spec import TrialSpec
+from ray_peft.tasks.llm_sft.model import fingerprint, load_config
+from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
+
+OLD, NEW = "a" * 40, "b" * 40
+RANGES = {OLD: 0.5, NEW: 0.25}
+"""A setting of the config that tells the commits apart."""
+
+
+@pytest.fixture
+def hub(tiny_model, tmp_path, monkeypatch):
+    """The local copy of a hub model with two commits; gives the file that names the commit of its main branch."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name, commits in (("tiny", (OLD, NEW)), ("words", (NEW,))):
+        repository = tmp_path / "hub" / f"models--org--{name}"
+        for commit in commits:
+            shutil.copytree(tiny_model, repository / "snapshots" / commit)
+            config = repository / "snapshots" / commit / "config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"initializer_range": RANGES[commit]}))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commits[0])
+    return tmp_path / "hub" / "models--org--tiny" / "refs" / "main"
+
+
+def test_a_hub_model_is_pinned_to_the_commit_that_was_checked(hub, questions):
+    trial = TrialSpec.from_plain(tiny.plain_spec("org/tiny", questions))
+    settled = Inspector().settled(trial)
+    assert settled.model.revision == OLD
+    hub.write_text(NEW)
+    assert fingerprint(trial.model) == NEW
+    assert fingerprint(settled.model) == OLD
+    assert load_config(settled.model).initializer_range == RANGES[OLD]
+    assert load_config(trial.model).initializer_range == RANGES[NEW]
+    later = Inspector().settled(trial)
+    assert later.model.revision == NEW
+    assert later.trial_id != settled.trial_id
+    assert TrialSpec.from_plain(settled.plain()).model.revision == OLD  # as its row keeps it
+
+
+def test_a_tokenizer_of_another_repository_has_no_commit_of_the_model(hub, questions):
+    plain = tiny.plain_spec("org/tiny", questions)
+    plain["model"] |= {"revision": OLD, "tokenizer": "org/words"}
+    assert len(load_tokenizer(TrialSpec.from_plain(plain))) > 0
