@@ -70,11 +70,13 @@ def answer(material: Material, chosen: Mapping[str, Chosen]) -> Answer:
 
 
 def _losses(family: Family, material: Material) -> Family | None:
-    """The same units compared by loss; None if that compares them already, or one has none."""
-    if family.measure == "eval_loss":
+    """The same units compared by loss, row by row; None if that compares them already, or no loss of a row is known."""
+    if family.measure == "eval_loss" or any(
+        row.eval_loss.value is None for unit in family.units for row in unit.finished
+    ):
         return None
-    known = all(any(row.eval_loss.value is not None for row in unit.finished) for unit in family.units)
-    return by_loss(family.units, material.statistics) if known else None
+    losses = by_loss(family.units, material.statistics)
+    return losses if losses.paired else None
 
 
 def _name(unit: SeedGroup) -> str:
@@ -106,12 +108,13 @@ def _others(family: Family, losses: Family | None, take: int, base: int | None) 
     if base is not None and not family.better(take, base):
         if losses is not None and losses.better(take, base):
             values = f"{fixed(losses.values[take], 3)} for {fixed(losses.values[base], 3)}"
-            parts.append(f"Shown to be better than the untouched base by the loss on these rows alone: {values}")
+            parts.append(f"Shown to be better than the untouched base by the loss on these rows alone, {values}")
         else:
             parts.append("These rows do not show that it is better than the untouched base")
     if by_loss_alone and losses is not None:
         named = [f"{_name(losses.units[place])} {fixed(losses.values[place], 3)}" for place in by_loss_alone]
-        parts.append(f"Shown to be worse by that loss ({fixed(losses.values[take], 3)}): {listed(named)}")
+        own = fixed(losses.values[take], 3)
+        parts.append(f"Shown to be worse by the loss on these rows, for {own}: {listed(named)}")
     if alike:
         parts.append(f"Not shown to differ from it: {listed(_scored_names(family, alike))}")
     if worse:
