@@ -80,10 +80,9 @@ def _settings(name: str, *, on_gpu: bool, hidden_size: int | None) -> dict[str, 
         parts = ("qlora", "galore")
         own = {part: _settings(part, on_gpu=on_gpu, hidden_size=hidden_size) for part in parts}
         return {part: settings for part, settings in own.items() if settings}
-    settings: dict[str, Any] = {}
-    if not on_gpu:
-        settings |= {"full": {"weights": "float32"}, "galore": {"weights": "float32"}}.get(name, {})
-        settings |= {"compute_dtype": "float32"} if name == "qlora" else {}
-    if name == "galore" and hidden_size is not None and hidden_size < 2 * _KINDS["galore"].model_fields["rank"].default:
+    fields = _KINDS[name].model_fields
+    settings: dict[str, Any] = {key: "float32" for key in ("weights", "compute_dtype") if key in fields and not on_gpu}
+    projects = getattr(_KINDS[name], "needs_full_weights", False) and "rank" in fields
+    if projects and hidden_size is not None and hidden_size < 2 * fields["rank"].default:
         settings["rank"] = max(1, hidden_size // 4)  # the default rank would be hardly any restriction
     return settings
