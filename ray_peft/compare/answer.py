@@ -10,9 +10,9 @@ from ray_peft.compare.rungs import Chosen, rate_of
 from ray_peft.report.costs import costs
 from ray_peft.report.digits import duration, fixed, gib, listed
 from ray_peft.report.material import Material
-from ray_peft.report.recommend import cheapest
+from ray_peft.report.recommend import cheapest, unbeaten
 from ray_peft.report.table import SeedGroup
-from ray_peft.report.ties import FEWEST_ROWS, Family
+from ray_peft.report.ties import FEWEST_ROWS, Family, by_loss
 from ray_peft.spec import TrialSpec
 
 _MEASURES = {"rouge_l": "ROUGE-L", "eval_loss": "loss"}
@@ -30,7 +30,8 @@ class Answer:
 def answer(material: Material, chosen: Mapping[str, Chosen]) -> Answer:
     """The method to take: of those that none is shown to be better than, the cheapest.
 
-    Cheap is what takes the least memory on a GPU, and the least time on a CPU.
+    Where answers decide, the loss on the same rows decides between methods whose answers are not shown to differ: it
+    takes fewer rows to show a difference. Cheap is what takes the least memory on a GPU, the least time on a CPU.
 
     Args:
         material: of the last rung.
@@ -45,6 +46,9 @@ def answer(material: Material, chosen: Mapping[str, Chosen]) -> Answer:
     best = [place for place in family.tiers()[0] if place != base]
     if not best:
         return Answer(None, (f"Take none of them: {_score(family, base or 0)} of the untouched base is the best.",))
+    losses = _losses(family, material)
+    if losses is not None:
+        best = unbeaten(best, losses.better)
     needs = costs(family.units)
     on_gpu = family.units[best[0]].rows[0].on_gpu and needs.memory_problem is None
     spent = (needs.memory_gib, needs.time_s) if on_gpu else (needs.time_s, needs.memory_gib)
@@ -55,7 +59,7 @@ def answer(material: Material, chosen: Mapping[str, Chosen]) -> Answer:
     lines = (
         f"Take {_name(unit)}: {_score(family, take)} on {family.rows} test rows{_seeds(unit)}"
         + (f"; the untouched base: {_score(family, base)}." if base is not None else "."),
-        _others(family, take, base),
+        _others(family, losses, take, base),
         f"It takes {gib(needs.memory_gib[take])} and {duration(needs.time_s[take])} for {unit.rows[0].result.steps} "
         f"steps{_least(len(best), on_gpu=on_gpu)}.",
         _how_chosen(chosen),
@@ -63,6 +67,16 @@ def answer(material: Material, chosen: Mapping[str, Chosen]) -> Answer:
     if base is not None and (forgotten := _forgotten(unit, family.units[base])):
         lines = (*lines[:2], f"{lines[2]} {forgotten}", *lines[3:])
     return Answer(trial, lines)
+
+
+def _losses(family: Family, material: Material) -> Family | None:
+    """The same units compared by loss, row by row; None if that compares them already, or no loss of a row is known."""
+    if family.measure == "eval_loss" or any(
+        row.eval_loss.value is None for unit in family.units for row in unit.finished
+    ):
+        return None
+    losses = by_loss(family.units, material.statistics)
+    return losses if losses.paired else None
 
 
 def _name(unit: SeedGroup) -> str:
@@ -84,14 +98,23 @@ def _seeds(unit: SeedGroup) -> str:
     return f", mean of {count} seeds (95 % over rows and seeds)" if count > 1 else ", one seed (95 % over rows)"
 
 
-def _others(family: Family, take: int, base: int | None) -> str:
+def _others(family: Family, losses: Family | None, take: int, base: int | None) -> str:
     """What the chosen method is shown to be better than, and what not."""
     others = [place for place in range(len(family.units)) if place not in (take, base)]
     worse = [place for place in others if family.better(take, place)]
-    alike = [place for place in others if place not in worse]
+    by_loss_alone = [place for place in others if place not in worse and losses and losses.better(take, place)]
+    alike = [place for place in others if place not in worse + by_loss_alone]
     parts = []
     if base is not None and not family.better(take, base):
-        parts.append("These rows do not show that it is better than the untouched base")
+        if losses is not None and losses.better(take, base):
+            values = f"{fixed(losses.values[take], 3)} for {fixed(losses.values[base], 3)}"
+            parts.append(f"Shown to be better than the untouched base by the loss on these rows alone, {values}")
+        else:
+            parts.append("These rows do not show that it is better than the untouched base")
+    if by_loss_alone and losses is not None:
+        named = [f"{_name(losses.units[place])} {fixed(losses.values[place], 3)}" for place in by_loss_alone]
+        own = fixed(losses.values[take], 3)
+        parts.append(f"Shown to be worse by the loss on these rows, for {own}: {listed(named)}")
     if alike:
         parts.append(f"Not shown to differ from it: {listed(_scored_names(family, alike))}")
     if worse:

@@ -12,7 +12,6 @@ from ray_peft.errors import SpecError
 from ray_peft.foundation import dotted
 from ray_peft.methods import METHODS
 from ray_peft.methods.base import Method
-from ray_peft.methods.full_weights import FullWeights
 from ray_peft.methods.projected_gradients import ProjectedGradients
 
 USUAL = ("full", "lora", "qlora", "galore")
@@ -83,11 +82,9 @@ def _settings(name: str, *, on_gpu: bool, hidden_size: int | None) -> dict[str, 
         parts = ("qlora", "galore")
         own = {part: _settings(part, on_gpu=on_gpu, hidden_size=hidden_size) for part in parts}
         return {part: settings for part, settings in own.items() if settings}
-    settings: dict[str, Any] = {}
-    if not on_gpu:
-        settings |= {"weights": "float32"} if issubclass(_KINDS[name], FullWeights) else {}
-        settings |= {"compute_dtype": "float32"} if name == "qlora" else {}
-    by_rank = issubclass(_KINDS[name], ProjectedGradients) and name != "apollo_mini"
-    if by_rank and hidden_size is not None and hidden_size < 2 * _KINDS[name].model_fields["rank"].default:
+    fields = _KINDS[name].model_fields
+    settings: dict[str, Any] = {key: "float32" for key in ("weights", "compute_dtype") if key in fields and not on_gpu}
+    projects = issubclass(_KINDS[name], ProjectedGradients) and name != "apollo_mini"
+    if projects and hidden_size is not None and hidden_size < 2 * fields["rank"].default:
         settings["rank"] = max(1, hidden_size // 4)  # the default rank would be hardly any restriction
     return settings

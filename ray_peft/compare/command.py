@@ -249,10 +249,12 @@ class Comparing:
     def _said(self, journal: Journal, plan: Plan, chosen: Mapping[str, Chosen], last: SweepOutcome) -> Comparison:
         """The answer in five lines, kept in answer.txt, and the command that trains it on all rows."""
         verdict = answer(read_material(last.folder), chosen)
+        measuring_s = journal.spent_s.get("0_speed", 0.0)
         lines = [
             *verdict.lines,
-            f"Predicted {duration(plan.whole_s)}, took {duration(journal.whole_s)} with measuring, of "
-            f"{duration(3600 * self.request.hours)}. Report: {last.folder / 'report.html'}",
+            f"Predicted {duration(plan.whole_s)}, took {duration(journal.whole_s - measuring_s)} after "
+            f"{duration(measuring_s)} of measuring, of {duration(3600 * self.request.hours)}. "
+            f"Report: {last.folder / 'report.html'}",
         ]
         if verdict.take is not None:
             steps = verdict.take.train.steps or 0

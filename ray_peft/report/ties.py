@@ -129,7 +129,7 @@ def families(units: Sequence[SeedGroup], statistics: Statistics) -> tuple[list[F
             left_out[unit.label] = "no answers on file" if answered else "no held-out loss"
         else:
             grouped.setdefault((*of[unit.label], *key), []).append(unit)
-    build = _by_answers if answered else _by_loss
+    build = _by_answers if answered else by_loss
     quality = _rouge_of(statistics) if answered else _negative_loss
     built = []
     for members in grouped.values():
@@ -181,7 +181,8 @@ def _scored_rows(unit: SeedGroup, statistics: Statistics) -> tuple[str, ...] | N
     return (spec.model.tokenizer or spec.model.name, *data, spec.loss_line())
 
 
-def _by_loss(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
+def by_loss(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
+    """Units with the same held-out rows and tokenizer, compared by loss."""
     if all(row.trial_id in statistics.losses for unit in members for row in unit.finished):
         counts = {len(statistics.losses[row.trial_id]) for unit in members for row in unit.finished}
         weights = {statistics.loss_tokens.get(row.trial_id) for unit in members for row in unit.finished}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Collection, Sequence
@@ -16,11 +17,13 @@ from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import PackForecast
 from ray_peft.vram.fit import Size, size
+from ray_peft.vram.predict import decides_memory
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 1.0
-"""Predictions that are on disk take milliseconds; after this long, the others are computed on the cluster."""
+PATIENCE_S = 10.0
+"""Predictions that are on disk take milliseconds, others a second or two; after this long, the rest is computed on the
+cluster, whose processes first import torch for as long."""
 
 
 class Scheduler:
@@ -80,19 +83,29 @@ def predicted_sizes(
 ) -> dict[str, Size]:
     """The sizes of trials that use a GPU of known memory, by trial id; one that fails says why, and stops nothing.
 
-    New predictions take seconds each, so they are made at once on the cluster's cores.
+    New predictions take seconds each: many are made at once on the cluster's cores. Trials that differ in what changes
+    no memory, such as a learning rate or a seed, have one.
     """
     target = card(nodes, gpu_memory_gib)
     if target is None:
         return {}
-    on_gpu = [trial for trial in trials if uses_gpu(trial, nodes)]
+    alike: dict[str, list[TrialSpec]] = {}
+    for trial in trials:
+        if uses_gpu(trial, nodes):
+            alike.setdefault(_decides_memory(trial), []).append(trial)
+    first = [same[0] for same in alike.values()]
     sizes: list[Size] = []
     begin = time.perf_counter()
-    while len(sizes) < len(on_gpu) and time.perf_counter() - begin < PATIENCE_S:
-        sizes.append(_size(target, on_gpu[len(sizes)]))
-    if rest := on_gpu[len(sizes) :]:
+    while len(sizes) < len(first) and time.perf_counter() - begin < PATIENCE_S:
+        sizes.append(_size(target, first[len(sizes)]))
+    if rest := first[len(sizes) :]:
         sizes += cluster.on_all_cores(partial(_size, target), rest, lambda _, error: _unknown(error))
-    return {trial.trial_id: size for trial, size in zip(on_gpu, sizes, strict=True)}
+    return {trial.trial_id: size for same, size in zip(alike.values(), sizes, strict=True) for trial in same}
+
+
+def _decides_memory(trial: TrialSpec) -> str:
+    """A text that is the same for trials of the same memory."""
+    return json.dumps({**trial.plain(), "seed": None, "method": decides_memory(trial.method)}, sort_keys=True)
 
 
 def _size(target: Card, trial: TrialSpec) -> Size:

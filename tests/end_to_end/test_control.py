@@ -79,7 +79,7 @@ def test_a_running_sweep_is_changed_and_remembers_it(ray_cluster, shared, files,
     assert ctl("cancel", long)["trials"] == [long]
     wait_for(lambda: trial(long).state == "cancelled", 200)
     assert ctl("requeue", long)["text"] == f"{long}: was cancelled, runs again"
-    sweep.join(200)
+    sweep.join(400)
     (outcome,) = outcomes
     assert outcome.finished
     rows = {row.trial_id: row for row in outcome.results}

@@ -8,11 +8,13 @@ import pytest
 import tiny
 
 from ray_peft.foundation.units import GIB, MIB
+from ray_peft.schedule import sizes
 from ray_peft.schedule.decide import PARTS, Card, Demand, Node, card
 from ray_peft.schedule.plan import cautions
 from ray_peft.schedule.sizes import Scheduler, predicted
 from ray_peft.spec import TrialSpec
 from ray_peft.vram.cards import ANY
+from ray_peft.vram.fit import Size
 from ray_peft.vram.nearest import choose
 from ray_peft.vram.predict import Prediction
 
@@ -163,3 +165,13 @@ def test_fit_auto_takes_the_pass_whose_rows_take_the_least_time(trial, fixed_row
 
 def test_what_fit_chooses_for_a_gpu_makes_no_other_trial(trial):
     assert trial(train__fit="auto").trial_id == trial().trial_id
+
+
+def test_trials_that_differ_in_no_memory_are_predicted_once(trial, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sizes, "_size", lambda target, spec: asked.append(spec) or Size())
+    rates = [trial(method__lr=rate, seed=seed) for rate in (0.01, 0.02) for seed in (1, 2)]
+    others = [trial(method__rank=8), trial(train__micro_batch_size=2)]
+    predicted_by_id = sizes.predicted_sizes([*rates, *others], SERVER)
+    assert asked == [rates[0], *others]
+    assert set(predicted_by_id) == {spec.trial_id for spec in (*rates, *others)}

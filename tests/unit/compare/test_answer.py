@@ -1,5 +1,8 @@
 """The answer of a comparison, from the rows of its last sweep."""
 
+import json
+import random
+
 import example_sweep
 import pytest
 
@@ -55,6 +58,28 @@ def test_settings_are_chosen_inside_each_method_by_the_loss_and_failed_trials_ar
         assert best_settings[method].loss == lowest.scores.eval_loss
     assert len(best(rows, 2)["lora"].trials) == 2
     assert len(best(rows, 2)["galore"].trials) == 1  # the other one failed
+
+
+def test_the_loss_decides_between_methods_whose_answers_are_not_shown_to_differ(tmp_path):
+    """Twelve rows show nothing of ROUGE-L; QLoRA, which takes the least memory, has a higher loss on all of them."""
+    built = example_sweep.build(tmp_path / "3_answer", rows=12)
+    lines = [line for line in (built / "results.jsonl").read_text().splitlines() if '"ensemble-' not in line]
+    (built / "results.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert answer(read_material(built), {}).take.method.name == "qlora"
+    losses = {"full": 1.6, "lora": 1.602, "galore": 1.601, "qlora": 1.75, "qlora_galore": 1.7, "none": 2.0}
+    rng = random.Random(0)
+    for row in read_results(built):
+        if row.status == "finished":
+            mean = losses[row.spec.method.name]
+            text = [{"row": n, "loss": mean + n / 10 + rng.gauss(0, 0.02)} for n in range(12)]
+            path = built / "trials" / row.trial_id / "losses.jsonl"
+            path.write_text("".join(json.dumps(line) + "\n" for line in text))
+    verdict = answer(read_material(built), {})
+    assert verdict.take.method.name == "lora"
+    worse = verdict.lines[1].partition("worse by the loss on these rows")[2].partition("Not shown")[0]
+    assert "qlora (" in worse
+    assert "full" not in worse
+    assert "the least memory of the 3 that none is shown to be better than" in verdict.lines[2]
 
 
 def test_without_a_trained_method_there_is_no_answer(folder, tmp_path):
