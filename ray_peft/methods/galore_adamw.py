@@ -57,8 +57,8 @@ class GaLoreAdamW(PiecewiseAdamW):
             self._update_projected(group, batch)
 
     def _projected_shape(self, group: dict[str, Any], parameter: Tensor) -> tuple[int, ...]:
-        side, rank = subspace.side_of(parameter.shape, group["proj_type"]), min(group["rank"], *parameter.shape)
-        return subspace.projected_shape(parameter.shape, rank, side)
+        rank = group["rank"] if self._rule.draws_bases else min(group["rank"], *parameter.shape)
+        return subspace.projected_shape(parameter.shape, rank, subspace.side_of(parameter.shape, group["proj_type"]))
 
     def _refresh(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         """Compute new bases for the weights that have none, and for all weights every `update_proj_gap` steps."""
