@@ -116,7 +116,7 @@ class Member:
         elsewhere = getattr(self.optimizer, "holds_gradient", lambda _: False)
         zeros: list[tuple[nn.Parameter, Tensor]] = []
         for parameter in self.parameters:
-            if parameter.grad is None and not elsewhere(parameter):
+            if parameter.requires_grad and parameter.grad is None and not elsewhere(parameter):
                 parameter.grad = torch.zeros_like(parameter)
                 zeros.append((parameter, parameter.grad))
         yield

@@ -79,12 +79,15 @@ class Replays:
         """
         import torch
 
+        if not hasattr(self._pool, _IN_USE):  # what the call before has cut up is given back
+            self._pool = _pools[self._stream.device_index] = torch.cuda.MemPool()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         pool: Any = self._pool.id
         recorder = torch.cuda.graph(graph, pool=pool, stream=self._stream)
         try:
             with gpu_peaks.recording() as recording, uncollected(), _in_this_thread(), recorder:
                 work()
+            setattr(self._pool, _IN_USE, True)
             return partial(_replay, graph, recording)
         except RuntimeError as error:
             # The end of a recording that failed may fail as well; the first error is the context of that.
@@ -113,6 +116,8 @@ def _side_stream(index: int) -> Any:
     return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
 
 
+_IN_USE = "has_recordings"
+"""Attribute of a memory pool in which work has been recorded."""
 _pools: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 

@@ -52,8 +52,13 @@ class GaLoreAdamW(PiecewiseAdamW):
             return
         if not self._rule.draws_bases:
             self._refresh(group, parameters)
+        self._make_moments(parameters, [self._projected_shape(group, parameter) for parameter in parameters])
         for batch in self._batches(parameters):
             self._update_projected(group, batch)
+
+    def _projected_shape(self, group: dict[str, Any], parameter: Tensor) -> tuple[int, ...]:
+        rank = group["rank"] if self._rule.draws_bases else min(group["rank"], *parameter.shape)
+        return subspace.projected_shape(parameter.shape, rank, subspace.side_of(parameter.shape, group["proj_type"]))
 
     def _refresh(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         """Compute new bases for the weights that have none, and for all weights every `update_proj_gap` steps."""
@@ -103,9 +108,6 @@ class GaLoreAdamW(PiecewiseAdamW):
         side = subspace.side_of(batch[0].shape, group["proj_type"])
         bases = [stacked(parts) for parts in zip(*(self._bases(group, p, side) for p in batch), strict=True)]
         low = subspace.projected(self._gradients(batch), bases, side)
-        for state, low_state in zip(states, low, strict=True):
-            if moments.NAMES[0] not in state:
-                moments.make(state, low_state, eight_bit=self._eight_bit)
         pieces = [Piece(state, 0, state[moments.NAMES[0]].numel()) for state in states]
         dtype = self._arithmetic(batch[0])
         changed, direction = self._direction(group, pieces, low.to(dtype).reshape(-1), dtype)
@@ -126,8 +128,6 @@ class GaLoreAdamW(PiecewiseAdamW):
         bases = self._bases(group, parameter, side)
         direction = subspace.projected(self._gradient(parameter), bases, side).contiguous()
         low = direction.clone() if self._rule.needs_low else direction
-        if moments.NAMES[0] not in state:
-            moments.make(state, direction, eight_bit=self._eight_bit)
         piece = Piece(state, 0, direction.numel())
         settings = {"betas": group["betas"], "eps": group["eps"], "seed": self._seed(parameter, _OF_MOMENTS)}
         self._with_moments(piece, lambda both: fused.to_direction(direction, both, **settings))

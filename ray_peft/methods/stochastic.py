@@ -84,6 +84,10 @@ def adamw_step(
         dice: random bits for the rounding.
     """
     beta1, beta2 = group["betas"]
+    for parameter in parameters:  # all that stays comes first, so that it does not lie between what is freed again
+        if parameter.grad is not None and not states[parameter]:
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            states[parameter] |= {"step": 0, **zeros}
     for bucket in _buckets(parameters, states):
         weight, grad, first, second = (_joined(column) for column in bucket.columns)
         root = math.sqrt(1 - beta2**bucket.step)
@@ -107,8 +111,6 @@ def _buckets(parameters: Sequence[Tensor], states: dict[Any, dict[str, Any]]) ->
                 f"a weight of shape {tuple(parameter.shape)} is not contiguous, so it cannot be updated flat"
             )
         state = states[parameter]
-        if not state:
-            state |= {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
         state["step"] += 1
         tensors = (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         flat = [tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1) for tensor in tensors]

@@ -48,6 +48,11 @@ def projected_back(low: Tensor, bases: Sequence[Tensor], side: str) -> Tensor:
     return low @ bases[0] if side == "right" else bases[0] @ low
 
 
+def projected_shape(shape: torch.Size, rank: int, side: str) -> tuple[int, int]:
+    """The shape of `projected` gradients of a shape; `rank` is at most its smaller side."""
+    return rank if side != "right" else shape[0], rank if side != "left" else shape[1]
+
+
 def exact(grad: Tensor, rank: int, side: str) -> list[Tensor]:
     """The leading singular vectors of a gradient (m, n), in its dtype: left ones (m, rank), right ones (rank, n)."""
     left, _, right = torch.linalg.svd(grad.float(), full_matrices=False)

@@ -31,9 +31,14 @@ from ray_peft.vram.shape import ModelShape
 SEGMENT = 2 * MIB
 """The allocator's segments are multiples of this."""
 
-APART = "apart"
-"""Kind of bytes that is no part of the peak: what the smaller of pass and update needs beside what stays. The allocator
-reserves it in addition where passes are recorded, since their memory pool serves no update."""
+PASS, UPDATE = "segments of a pass", "segments of an update"
+"""Kinds of bytes that are no part of the peak: what the allocator reserves for each if both have a pool of their own,
+as they do where passes are recorded."""
+RESIDENT = ("weights", "quantization", "adapters", "gradients", "optimizer", "projectors")
+"""Kinds of bytes that stay from step to step."""
+
+RECORDED_SLACK = 0.03
+"""Share that the allocator reserves beyond what is predicted of its pools, where passes are recorded."""
 
 _NO_MEMORY: dict[type[Any], frozenset[str]] = {
     Stage: frozenset({"lr", "weight_decay", "betas", "max_grad_norm"}),
@@ -84,9 +89,20 @@ def segments(size: int, slack: float) -> int:
     return -(-int(size * (1 + slack)) // SEGMENT) * SEGMENT
 
 
+def recorded_segments(step: Counter[str], beside: int, slack: float = 0.0) -> int:
+    """Bytes of the allocator's segments where passes are recorded: what stays, and the pools of passes and updates.
+
+    Args:
+        step: its components, with PASS and UPDATE.
+        beside: bytes of what else stays.
+        slack: share of all of it that is reserved besides, in addition to `RECORDED_SLACK`.
+    """
+    return segments(sum(step[kind] for kind in (*RESIDENT, PASS, UPDATE)) + beside, RECORDED_SLACK + slack)
+
+
 def evaluating(step: Counter[str], scoring: Counter[str]) -> Counter[str]:
     """Components while the held-out loss is measured between two steps: the optimizer keeps its state."""
-    resident = ("weights", "quantization", "adapters", "optimizer", "projectors")
+    resident = [kind for kind in RESIDENT if kind != "gradients"]
     return Counter({kind: step[kind] for kind in resident}) + Counter(buffers=scoring["scoring"])
 
 

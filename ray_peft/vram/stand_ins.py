@@ -40,15 +40,22 @@ class Autocast(TorchFunctionMode):
     disabled: ClassVar[int] = 0
     """Regions of `torch.autocast(..., enabled=False)` that the code is in."""
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
-        """`dtype` is that of matrix products; None casts nothing."""
+    def __init__(self, dtype: torch.dtype | None, *, shares_masks: bool = False) -> None:
+        """Set up the mode.
+
+        Args:
+            dtype: of matrix products; None casts nothing.
+            shares_masks: attention gets one mask of numbers for all layers, and makes none from a boolean one.
+        """
         super().__init__()
         self._dtype = dtype
         self._cast_once: dict[Tensor, Tensor] | None = {}
+        self._masks: dict[Tensor, Tensor] | None = {} if shares_masks else None
 
     def forget(self) -> None:
         """The end of the autocast region: copies of weights made in it are let go, and no more are kept."""
         self._cast_once = None
+        self._masks = None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `function` as CUDA would."""
@@ -80,8 +87,15 @@ class Autocast(TorchFunctionMode):
     def _attention(self, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any) -> Any:
         query, key, value = self._cast(query), self._cast(key), self._cast(value)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # the kernels add a bias
+            attn_mask = self._bias(attn_mask, query.dtype)  # the kernels add a bias
         return _Attention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+
+    def _bias(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        if self._masks is None:
+            return torch.empty_like(mask, dtype=dtype)
+        if mask not in self._masks:
+            self._masks[mask] = torch.empty_like(mask, dtype=dtype)
+        return self._masks[mask]
 
 
 def recomputing(dtype: torch.dtype | None, contexts: Callable[[], tuple[Any, Any]] | None = None) -> Callable[[], Any]:

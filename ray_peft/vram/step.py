@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from ray_peft.methods.base import Stage
 from ray_peft.methods.galore_adamw import BASIS
-from ray_peft.vram.predict import APART
+from ray_peft.vram.pool import Pool
+from ray_peft.vram.predict import PASS, UPDATE
 from ray_peft.vram.stand_ins import Autocast
 from ray_peft.vram.tape import Tape
 
@@ -27,6 +28,8 @@ class Conditions:
     """A step takes several passes, so that gradients are there while activations are."""
     padded: bool
     """Rows of a pass differ in length, so that attention needs a mask."""
+    shares_masks: bool = False
+    """All layers of a kind share one mask of numbers."""
 
 
 def components(model: nn.Module, stage: Stage, loss: Callable[[], Tensor], conditions: Conditions) -> Counter[str]:
@@ -41,7 +44,7 @@ def components(model: nn.Module, stage: Stage, loss: Callable[[], Tensor], condi
     Returns:
         weights, quantization, adapters, gradients, optimizer, projectors, activations (what the forward pass keeps for
         the backward pass), buffers (all else at the peak: logits tiles, recomputed layers, dequantised weights). And,
-        beside the peak, `APART`.
+        beside the peak, PASS and UPDATE.
     """
     tape = Tape(truth=not conditions.padded)
     own_model(tape, model)
@@ -55,14 +58,17 @@ def components(model: nn.Module, stage: Stage, loss: Callable[[], Tensor], condi
             parameter.grad = torch.empty_like(parameter)
             tape.own(parameter.grad, "gradients")
     with tape:
+        tape.pool = of_pass = Pool()
         saved_bytes = _pass(tape, loss, conditions)
         if _state(optimizer):  # made in the backward pass, so only a second pass has all of it
             _own_state(tape, optimizer)
+            tape.pool = of_pass = Pool()
             saved_bytes = _pass(tape, loss, conditions)
         passes = tape.at_peak
         tape.kind = "update"
         tape.restart()
         for _ in range(2):  # the first step makes the state
+            tape.pool = of_update = Pool()
             optimizer.step()
     update = tape.at_peak
     early = {kind: tape.bytes[kind] for kind in _STATE}
@@ -75,10 +81,8 @@ def components(model: nn.Module, stage: Stage, loss: Callable[[], Tensor], condi
         part = min(size - early[kind], update["update"])
         update += Counter({kind: part, "update": -part})
     update["buffers"] += update.pop("update", 0)
-    passes_total, update_total = sum(passes.values()), sum(update.values())
-    peak = passes if passes_total >= update_total else update
-    stays = update_total - update["buffers"]
-    peak[APART] = max(0, min(passes_total, update_total) - stays)
+    peak = max(passes, update, key=lambda sizes: sum(sizes.values()))
+    peak[PASS], peak[UPDATE] = of_pass.reserved, of_update.reserved
     return peak
 
 
@@ -106,7 +110,7 @@ def _own_gradient(tape: Tape) -> Callable[[Tensor], None]:
 def _pass(tape: Tape, loss: Callable[[], Tensor], conditions: Conditions) -> int:
     """Run forward and backward; returns the bytes that are stored between the two."""
     tape.restart()
-    autocast = Autocast(torch.bfloat16 if conditions.autocast else None)
+    autocast = Autocast(torch.bfloat16 if conditions.autocast else None, shares_masks=conditions.shares_masks)
     with autocast:
         value = loss()
     autocast.forget()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ray_peft.vram.pool import Block, Pool
+
 BLOCK = 512
 """CUDA's caching allocator rounds every allocation up to this many bytes."""
 
@@ -28,10 +30,13 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
         self.at_peak: Counter[str] = Counter()
+        self.pool: Pool | None = None
+        """Where new storages are allocated; None counts their bytes alone."""
         self._truth = truth
         self._known: dict[Any, tuple[Any, ...]] = {}
         """Results of operations by their arguments' shapes: layers repeat, and meta kernels in Python are slower."""
         self._live: dict[int, tuple[str, int, Any]] = {}
+        self._blocks: dict[int, tuple[Pool, Block]] = {}
 
     def own(self, tensor: Tensor, kind: str) -> None:
         """Count the tensor's storage as `kind`, also if it was counted as something else."""
@@ -44,6 +49,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             size = -(-storage.nbytes() // BLOCK) * BLOCK
             watch = weakref.ref(storage, lambda _: self._freed(key))
             self.now += size
+            if self.pool is not None and size:
+                self._blocks[key] = self.pool, self.pool.allocate(size)
         self._live[key] = (kind, size, watch)
         self.bytes[kind] += size
         if self.now > self.peak:
@@ -58,6 +65,9 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind, size, _ = self._live.pop(key)
         self.bytes[kind] -= size
         self.now -= size
+        if key in self._blocks:
+            pool, block = self._blocks.pop(key)
+            pool.free(block)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation on shapes alone and count what it made."""

@@ -140,6 +140,28 @@ def test_passes_aside_and_recorded_ones_share_their_memory_and_leave_none_outsid
     assert torch.equal(work.weight.grad * 3, gradient)
 
 
+def test_the_first_recording_begins_with_a_pool_of_its_own():
+    import torch
+
+    replays, large = Replays(records=True), torch.zeros((), device="cuda")
+
+    def cuts_up():
+        kept = [torch.ones(2**20 * count, device="cuda").sum() for count in (64, 3, 5, 64)]
+        large.add_(sum(kept))
+
+    before = torch.cuda.memory_reserved()
+    replays("work", cuts_up)
+    first = replays._pool
+    replays("work", cuts_up)
+    assert replays._pool is not first
+    assert torch.cuda.memory_reserved() - before <= 4 * 64 * 2**20 + 2**22
+    second = replays._pool
+    for _ in range(2):
+        replays("other work", cuts_up)
+    assert replays._pool is second
+    assert float(large) == 4 * 136 * 2**20
+
+
 def test_what_is_recorded_at_a_time_shares_one_pool_and_one_stream():
     first, second = Replays(records=True), Replays(records=True)
     assert first._pool is second._pool

@@ -90,8 +90,16 @@ class PiecewiseAdamW(Optimizer):
 
     def _update_group(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         """Update weights whose steps are counted already."""
+        self._make_moments(parameters, [parameter.shape for parameter in parameters])
         for pieces in self._pieces(parameters):
             self._update_pieces(group, pieces)
+
+    def _make_moments(self, parameters: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
+        """Make those that are not there yet, before the tensors of an update, between which they would lie."""
+        for parameter, shape in zip(parameters, shapes, strict=True):
+            state = self.state[parameter]
+            if moments.NAMES[0] not in state:
+                moments.make(state, parameter.new_empty(()).expand(shape), eight_bit=self._eight_bit)
 
     def _batches(self, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Weights of one shape that are at the same step, at most `at_a_time` numbers in a batch."""
@@ -146,8 +154,6 @@ class PiecewiseAdamW(Optimizer):
                     f"a weight of shape {tuple(parameter.shape)} is not contiguous, so it cannot be updated flat"
                 )
             state = self.state[parameter]
-            if moments.NAMES[0] not in state:
-                moments.make(state, parameter, eight_bit=self._eight_bit)
             kind = state[moments.NAMES[0]].dtype
             key = (state["step"], parameter.dtype, parameter.device, kind)
             for begin in range(0, parameter.numel(), self.at_a_time):

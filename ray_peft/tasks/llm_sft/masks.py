@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +27,26 @@ def windows_of_layers(config: Any) -> list[int | None]:
     return [kinds[kind] for kind in config.layer_types]
 
 
-def for_model(masks: Mapping[str, Tensor], config: Any, dtype: Any) -> Any:
+def for_model(masks: Mapping[str, Tensor], config: Any, dtype: Any, *, autocasts: bool = False) -> Any:
     """Convert boolean masks, by kind of layer, to the form that the model expects.
 
-    That is a dict if it has several kinds of layers. Eager attention adds numbers of `dtype` to its scores.
+    That is a dict if it has several kinds of layers.
+
+    Args:
+        masks: by kind of layer; true where a token is seen.
+        config: of the model.
+        dtype: in which attention is computed.
+        autocasts: autocast converts what fused attention is given to `dtype`. It adds numbers to its scores, as eager
+            attention does, and would make them from a boolean mask in every layer, and keep them for the backward pass.
     """
     import torch
 
     converted = dict(masks)
-    if config._attn_implementation == "eager":
-        least = torch.finfo(dtype).min
+    eager = config._attn_implementation == "eager"
+    if eager or (autocasts and config._attn_implementation == "sdpa"):
+        hidden = torch.finfo(dtype).min if eager else -math.inf
         converted = {
-            kind: torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, least)
+            kind: torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, hidden)
             for kind, mask in masks.items()
         }
     return converted.get("", converted)

@@ -15,7 +15,16 @@ from ray_peft.spec import LlmTrialSpec
 from ray_peft.spec.preference import PAIRED_OBJECTIVES
 from ray_peft.vram.cards import ANY, Gpu
 from ray_peft.vram.parts import ANSWERING, ATTACH, SCORING, STEP, during
-from ray_peft.vram.predict import APART, Prediction, cached, common, evaluating, segments
+from ray_peft.vram.predict import (
+    PASS,
+    UPDATE,
+    Prediction,
+    cached,
+    common,
+    evaluating,
+    recorded_segments,
+    segments,
+)
 from ray_peft.vram.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -85,20 +94,26 @@ def predict(
         return Prediction({"weights": weights}, weights, segments(weights, 0.0), evaluation)
     steps = [_step(spec, stage, shape, longest_tokens, uneven) for stage in stages]
     recorded = all(keeps_gradients(spec, stage) for stage in stages)
-    apart = max(step.pop(APART) for step in steps)
+    further_slack = gpu.slack_uneven if uneven else 0.0
+    if any(getattr(stage, "gradients", "device") == "host" for stage in stages):
+        further_slack += HOST_GRADIENTS_SLACK
+    buckets = 0
+    if spec.resources.num_workers > 1:  # DistributedDataParallel holds the gradients twice
+        buckets = max(step["adapters"] or step["weights"] for step in steps)
+    in_pools = 0
+    for step, part in zip(steps, scored, strict=True):
+        if spec.train.eval_every:  # in the pool of the passes
+            step[PASS] = max(step[PASS], part["scoring"])
+        in_pools = max(in_pools, recorded_segments(step, gpu.workspace + buckets, further_slack))
+        del step[PASS], step[UPDATE]
     if spec.train.eval_every:
         steps += [evaluating(step, part) for step, part in zip(steps, scored, strict=True)]
-    largest = max(steps, key=lambda step: sum(step.values())) + Counter(workspace=gpu.workspace)
-    if spec.resources.num_workers > 1:  # DistributedDataParallel holds the gradients twice
-        largest["buckets"] = largest["adapters"] or largest["weights"]
+    largest = max(steps, key=lambda step: sum(step.values())) + Counter(workspace=gpu.workspace, buckets=buckets)
     peak = sum(largest.values())
-    slack = gpu.slack + (gpu.slack_uneven if uneven else 0.0)
-    if any(getattr(stage, "gradients", "device") == "host" for stage in stages):
-        slack += HOST_GRADIENTS_SLACK
     return Prediction(
         {kind: size for kind, size in largest.items() if size},
         peak,
-        segments(peak + (apart if recorded else 0), slack),
+        in_pools if recorded else segments(peak, gpu.slack + further_slack),
         evaluation,
         FIXED_TOKENS / longest_tokens if recorded else None,
     )
@@ -177,7 +192,10 @@ def components(
         recorded = keeps_gradients(spec, stage)
         inputs = as_they_are(model) if spec.train.engine == "own" else contextlib.nullcontext()
         conditions = Conditions(
-            autocast=autocast, accumulates=spec.accumulation > 1 or recorded, padded=padded or recorded
+            autocast=autocast,
+            accumulates=spec.accumulation > 1 or recorded,
+            padded=padded or recorded,
+            shares_masks=recorded and autocast,
         )
         with during(STEP), contextlib.nullcontext() if dropout is None else dropout.installed(), inputs:
             return of_step(model, stage, loss, conditions)

@@ -233,4 +233,4 @@ class PackedLoss(Computation[PackedPart]):
             visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
             masks[kind] = same & visible
         dtype = torch.bfloat16 if self._autocasts else self._model.dtype
-        return for_model(masks, self._model.config.get_text_config(), dtype)
+        return for_model(masks, self._model.config.get_text_config(), dtype, autocasts=self._autocasts)

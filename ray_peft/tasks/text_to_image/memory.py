@@ -15,7 +15,7 @@ from ray_peft.methods.base import ENOUGH_STEPS, Stage
 from ray_peft.spec import ImageTrialSpec
 from ray_peft.vram.cards import ANY, Gpu
 from ray_peft.vram.parts import ATTACH, SCORING, STEP, during
-from ray_peft.vram.predict import APART, Prediction, cached, common, evaluating, segments
+from ray_peft.vram.predict import PASS, UPDATE, Prediction, cached, common, evaluating, recorded_segments, segments
 from ray_peft.vram.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def predict(
         gpu: decides the workspace of matrix products and the slack of the allocator.
         others: the shapes of `vae` and `text_encoder`; None leaves their memory out.
     """
-    train, peak_kinds, apart = spec.train, Counter[str](), 0
+    train, peak_kinds, in_pools = spec.train, Counter[str](), 0
     stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
     scored_stages: list[Stage | None] = [*stages] or [None]
     scored = [_painting(spec, stage, shape, others or {}) for stage in scored_stages]
@@ -58,7 +58,13 @@ def predict(
             return components(spec, stage, shape)
 
         step = cached([*decides, "unet", train.ema_decay is not None, *settings], CODE, compute)
-        apart = max(apart, step.pop(APART))
+        buckets = 0
+        if spec.resources.num_workers > 1:  # gradients are summed over the workers in a copy of all
+            buckets = step["adapters"] or step["weights"]
+        if train.eval_every:  # in the pool of the passes
+            step[PASS] = max(step[PASS], beside["scoring"])
+        in_pools = max(in_pools, recorded_segments(step, gpu.workspace + step["average"] + buckets))
+        del step[PASS], step[UPDATE]
         steps = [peak_kinds, step]
         if train.eval_every:
             between = evaluating(step, beside) + Counter(average=step["average"])
@@ -75,7 +81,7 @@ def predict(
     return Prediction(
         {kind: size for kind, size in peak_kinds.items() if size},
         peak,
-        segments(peak + (apart if train.cuda_graphs else 0), gpu.slack),
+        in_pools if in_pools and train.cuda_graphs else segments(peak, gpu.slack),
         evaluation,
     )
 
