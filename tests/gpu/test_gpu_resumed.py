@@ -15,10 +15,13 @@ def deterministic(monkeypatch):
 
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    efficient = torch.backends.cuda.mem_efficient_sdp_enabled()
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward pass adds up in any order
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+    torch.backends.cuda.enable_mem_efficient_sdp(efficient)
 
 
 @pytest.mark.parametrize("case", CASES)
