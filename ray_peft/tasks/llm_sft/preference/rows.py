@@ -90,9 +90,8 @@ def cautions(spec: LlmTrialSpec, rows: Dataset) -> list[str]:
     low, high = (factor * settings.undesirable_weight * undesirable / desirable for factor in (1, 4 / 3))
     return [
         f"kto: {desirable} desirable training rows of weight {settings.desirable_weight:g} and {undesirable} "
-        f"undesirable ones of weight {settings.undesirable_weight:g}: the first weigh {share:.2f} times as much in all, "
-        "where the paper asks for 1 to 1.33; set train.preference.desirable_weight to "
-        f"{low:.2f} to {high:.2f}"
+        f"undesirable ones of weight {settings.undesirable_weight:g}: the first weigh {share:.2f} times as much in "
+        f"all, where the paper asks for 1 to 1.33; set train.preference.desirable_weight to {low:.2f} to {high:.2f}"
     ]
 
 
