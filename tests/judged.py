@@ -26,9 +26,9 @@ Log = list[dict[str, Any]]
 
 
 def plain_spec(model: Path, rows: Path, method: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    """A trial of 12 steps of 8 pairs, 4 a pass, three quarters of whose rows are trained on."""
+    """A trial of 8 steps of 8 pairs, 4 a pass, three quarters of whose rows are trained on."""
     objective = changes.pop("train__objective", "dpo")
-    sizes = {"train__steps": 12, "train__micro_batch_size": 4, "evaluation__generate": False}
+    sizes = {"train__steps": 8, "train__micro_batch_size": 4, "evaluation__generate": False}
     plain = tiny.plain_spec(model, rows, method, train__objective=objective, **sizes | changes)
     source = plain["data"]["sources"][0]
     source["recipe"] = "labelled" if "labelled" in rows.name else "preference"

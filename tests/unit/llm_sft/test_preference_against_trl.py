@@ -8,17 +8,13 @@ import torch
 LORA = {"name": "lora", "rank": 4, "lr": 0.003}
 QLORA = {"name": "qlora", "rank": 4, "lr": 0.003, "compute_dtype": "float32"}
 FULL = {"name": "full", "lr": 0.001, "weights": "float32"}
-GALORE = {"name": "galore", "rank": 4, "lr": 0.003, "update_proj_gap": 7, "weights": "float32"}
 
 CASES = {
     "dpo, lora": (LORA, {}),
     "dpo, qlora": (QLORA, {}),
     "dpo, full": (FULL, {}),
-    "dpo, galore": (GALORE, {}),
     "dpo, ipo": (LORA, {"train__preference": {"loss": "ipo", "beta": 0.2}}),
-    "dpo, hinge": (LORA, {"train__preference": {"loss": "hinge", "beta": 0.5}}),
     "orpo": (LORA, {"train__objective": "orpo", "train__loss": "all", "train__micro_batch_size": 8}),
-    "kto": (LORA, {"train__objective": "kto", "train__micro_batch_size": 8}),
     "kto, weights": (
         LORA,
         {
@@ -27,7 +23,6 @@ CASES = {
             "train__preference": {"beta": 0.3, "desirable_weight": 0.7, "undesirable_weight": 1.3},
         },
     ),
-    "dpo, robust": (LORA, {"train__preference": {"loss": "robust", "label_smoothing": 0.1}}),
 }
 
 
@@ -47,7 +42,7 @@ def test_every_value_is_that_of_trl(case, tiny_model, pairs, labelled, tmp_path)
     plain = judged.plain_spec(tiny_model, labelled if case.startswith("kto") else pairs, method, **changes)
     ours, bench = judged.trained(plain, tmp_path / "ours")
     theirs, model = judged.trained_by_trl(plain, tmp_path / "theirs")
-    assert len(ours) == len(theirs) == 12
+    assert len(ours) == len(theirs) == 8
     for our_values, their_values in zip(ours, theirs, strict=True):
         for name, their_name in {"train_loss": "loss", "grad_norm": "grad_norm", "lr": "learning_rate"}.items():
             expected = pytest.approx(their_values[their_name], rel=1e-5, abs=1e-6)
