@@ -258,21 +258,25 @@ def _over_seeds(scores: Sequence[float | None]) -> dict[str, float] | None:
 
 def markdown(result: dict[str, Any]) -> str:
     """The table of the documentation."""
+    base = result["base"]
     lines = [
-        "| method | lr | trained | held-out loss | less LoRA's | ROUGE-L | forgotten | peak [GiB] | predicted [GiB] |",
-        "| :--- | ---: | ---: | :--- | :--- | :--- | :--- | ---: | ---: |",
+        "| method | lr | trained | held-out loss | less that of LoRA | ROUGE-L | general text | peak [GiB] |",
+        "| :--- | ---: | ---: | ---: | :--- | :--- | :--- | ---: |",
+        f"| none (the base) | | | {base['eval_loss']:.3f} | | {base['rouge_l']:.3f} | {base['general_loss']:.3f} | |",
     ]
     for line in result["methods"]:
-        loss, rouge, forgotten = line["eval_loss"], line["rouge_l"], line["forgotten"]
-        less = loss.get(f"less_{REFERENCE}") if line["method"]["name"] != REFERENCE else None
+        less = line["eval_loss"].get(f"less_{REFERENCE}") if line["method"]["name"] != REFERENCE else None
+        rouge, forgotten = line["rouge_l"], line["forgotten"]
         cells = [
-            f"`{line['method']['name']}`", f"{line['method']['lr']:g}", f"{line['trained_parameters']:,}",
-            f"{loss['mean']:.3f} ({loss['low']:.3f} to {loss['high']:.3f})",
+            f"`{line['method']['name']}`",
+            f"{line['method']['lr']:.0e}".replace("e-0", "e-"),
+            f"{line['trained_parameters']:,}",
+            f"{line['eval_loss']['mean']:.3f}",
             f"{less[0]:+.3f} ({less[1]:+.3f} to {less[2]:+.3f})" if less else "",
             f"{rouge['mean']:.3f} ({rouge['low']:.3f} to {rouge['high']:.3f})",
-            f"{forgotten['mean']:+.3f} ({forgotten['low']:+.3f} to {forgotten['high']:+.3f})" if forgotten else "",
-            _gib(line["peak_allocated_gib"]), _gib([line["predicted"].get("peak_allocated_gib")]),
-        ]  # fmt: skip
+            f"{forgotten['mean']:+.3f} ({forgotten['low']:+.3f} to {forgotten['high']:+.3f})",
+            _gib(line["peak_allocated_gib"]),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

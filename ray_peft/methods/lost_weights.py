@@ -24,7 +24,7 @@ def start_from_loss(adapted: Any, iterations: int | None) -> None:
 
     path = adapted.get_base_model().config._name_or_path  # noqa: SLF001 - transformers' own name for where it came from
     try:
-        files = _SafetensorLoader(adapted, path)
+        files = _SafetensorLoader(adapted, path)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise SpecError(
             f"method loftq reads the plain weights of {path} from model.safetensors, which is not there "
@@ -35,7 +35,7 @@ def start_from_loss(adapted: Any, iterations: int | None) -> None:
             if not isinstance(layer, Linear4bit):
                 continue
             weight: Any = layer.get_base_layer().weight
-            plain = files.get_tensor(f"{name.removeprefix('base_model.model.')}.weight").to(weight.device).float()
+            plain: Any = files.get_tensor(f"{name.removeprefix('base_model.model.')}.weight").to(weight.device).float()  # type: ignore[no-untyped-call]
             lost = plain - dequantize_4bit(weight.data, weight.quant_state).float()
             for adapter in layer.active_adapters:
                 down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight

@@ -60,9 +60,9 @@ def dequantised(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_model=file.name, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     loaded = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_model=file.name, local_files_only=True, dtype=torch.float32
+        file.parent, gguf_file=file.name, local_files_only=True, dtype=torch.float32
     )
     return serializable(loaded, tokenizer), tokenizer
 
