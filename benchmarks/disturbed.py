@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -360,19 +360,6 @@ def losses(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     return {trial_id: row["scores"]["eval_loss"] for trial_id, row in rows.items() if _finished(row)}
 
 
-@contextlib.contextmanager
-def full_disk(folder: Path, size_mib: int) -> Iterator[Path]:
-    """A small disk of its own in memory, mounted at `folder`. Needs root."""
-    import subprocess
-
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", str(folder)], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=False)
-
-
 def _finished(row: dict[str, Any]) -> bool:
     return row.get("status") == "finished"
 
@@ -398,7 +385,6 @@ __all__ = [
     "Server",
     "Start",
     "Wire",
-    "full_disk",
     "losses",
     "prepare",
 ]

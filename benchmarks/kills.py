@@ -1,6 +1,6 @@
 """What is killed in a sweep, and what is lost: each scenario several times, on tiny models on the CPU.
 
-python benchmarks/kills.py benchmarks/results/kills.json [--times N] [--cpus N] [SCENARIO ...]
+python benchmarks/kills.py benchmarks/results/kills.json [--times N] [--cpus N] [--minutes M] [SCENARIO ...]
 
 A scenario disturbs one sweep again and again at random moments, with the command given again where it ended, until it
 was disturbed N times; then the sweep runs to its end, and is compared with one that nobody disturbed: scores to 1e-6,
@@ -11,23 +11,22 @@ scenario that was measured before is measured again.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
 import signal
+import subprocess
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from disturbed import PACK_TOLERANCE, Case, Nodes, Place, Server, Wire, full_disk, losses, prepare
-from provenance import write
+from disturbed import PACK_TOLERANCE, Case, Nodes, Place, Server, Wire, losses, prepare
+from kill_table import Measured, table
 
 TRIALS = 5
 LONG_STEPS = 400
@@ -151,44 +150,18 @@ SERVED = ("MLflow server away for 5 s", "connections to MLflow cut every 3 s", "
 """70 s are more than the 60 s for which a call to the store is repeated (`PATIENCE_S` of store/tracking/store.py)."""
 
 
-class Measured:
-    """What came of the scenarios; written after every sweep, so that a late failure loses nothing."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = target
-        self.scenarios: dict[str, Any] = json.loads(target.read_text())["scenarios"] if target.exists() else {}
-
-    def add(self, name: str, case: Case, times: int, seconds: list[float]) -> None:
-        """Take what one sweep showed."""
-        rows = list(case.rows().values())
-        entry = self.scenarios.setdefault(name, {"times": 0, "sweeps": 0, "exit_codes": {}, "seconds": [], "wrong": {},
-                                                 "restarts": 0, "resumed": 0})  # fmt: skip
-        entry["times"] += times
-        entry["sweeps"] += 1
-        entry["exit_codes"] = dict(Counter(entry["exit_codes"]) + Counter(map(str, case.codes)))
-        entry["seconds"] += [round(value, 1) for value in seconds]
-        entry["wrong"] = dict(Counter(entry["wrong"]) + case.wrong)
-        entry["restarts"] += sum(len(row["restarts"]) for row in rows)
-        entry["resumed"] += sum(row["resumed_from_step"] is not None for row in rows)
-        if +case.wrong:
-            entry["output"] = case.output()[-6000:]
-        self.write()
-
-    def failed(self, name: str, error: Exception) -> None:
-        """A scenario that could not be measured."""
-        self.scenarios.setdefault(name, {"times": 0})["error"] = f"{type(error).__name__}: {error}"[-2000:]
-        self.write()
-
-    def write(self) -> None:
-        write(self._target, {"trials": TRIALS, "scenarios": self.scenarios})
-
-
 class Table:
     """Runs scenarios."""
 
-    def __init__(self, place: Place, nodes: Nodes, measured: Measured, times: int) -> None:
+    def __init__(self, place: Place, nodes: Nodes, measured: Measured, times: int, minutes: float) -> None:
         self.place, self.nodes, self.measured, self.times = place, nodes, measured, times
+        self._until = time.monotonic() + 60 * minutes
         self.expected = self.undisturbed()
+
+    @property
+    def late(self) -> bool:
+        """True once nothing more is disturbed: what runs goes on to its end."""
+        return time.monotonic() > self._until
 
     def undisturbed(self, **changes: Any) -> dict[str, float]:
         """Held-out losses by trial id, as they must be."""
@@ -209,7 +182,7 @@ class Table:
         changes = {"train__pack": True} if scenario.pack else {}
         expected = self.undisturbed(**changes) if changes else self.expected
         done = sweeps = 0
-        while done < self.times:
+        while done < self.times and not self.late:
             label = f"{''.join(letter for letter in name if letter.isalnum())}{sweeps}"
             with ExitStack() as disk:
                 folder = None
@@ -228,7 +201,7 @@ class Table:
         happened, seconds = 0, []
         while not case.codes or case.codes[-1] != 0:
             case.start()
-            while case.last.alive and happened < times:
+            while case.last.alive and happened < times and not self.late:
                 if not scenario.act(case):
                     break
                 happened += 1
@@ -267,12 +240,12 @@ class Table:
         changes = {"train__steps": LONG_STEPS} if seconds > 30 else {}
         expected = self.undisturbed(**changes) if changes else self.expected
         done = sweeps = 0
-        while done < self.times:
+        while done < self.times and not self.late:
             case = self.case(f"{label}{sweeps}", server.uri, **changes)
             case.start()
             happened = 0
             with slowed(case) if seconds > 30 else ExitStack():
-                while happened < self.times - done and case.training():
+                while happened < self.times - done and not self.late and case.training():
                     server.kill()
                     time.sleep(seconds)
                     server.start()
@@ -305,7 +278,7 @@ class Table:
     def cut(self, name: str, label: str, wire: Wire) -> None:
         """All connections to the server are cut every 3 s."""
         done = sweeps = 0
-        while done < self.times:
+        while done < self.times and not self.late:
             case = self.case(f"{label}{sweeps}", f"http://127.0.0.1:{wire.port}")
             case.start()
             happened = 0
@@ -320,6 +293,17 @@ class Table:
             self.measured.add(name, case, happened, [])
             done += happened
             sweeps += 1
+
+
+@contextmanager
+def full_disk(folder: Path, size_mib: int) -> Iterator[Path]:
+    """A small disk of its own in memory, mounted at `folder`. Needs root."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=False)
 
 
 class slowed:  # noqa: N801  # a context
@@ -348,30 +332,17 @@ class slowed:  # noqa: N801  # a context
                     process.resume()
 
 
-def table(scenarios: dict[str, Any]) -> str:
-    """What stands in the documentation."""
-    lines = [
-        "| what | times | lost or wrong | exit codes | seconds to the end |",
-        "| :--- | ---: | :--- | :--- | ---: |",
-    ]
-    for name, entry in scenarios.items():
-        wrong = "; ".join(f"{what}: {count}" for what, count in entry.get("wrong", {}).items() if count)
-        codes = ", ".join(f"{code} ({count})" for code, count in entry.get("exit_codes", {}).items())
-        seconds = entry.get("seconds") or []
-        span = f"{min(seconds):.0f} to {max(seconds):.0f}" if seconds else "-"
-        lines.append(f"| {name} | {entry['times']} | {wrong or entry.get('error') or 'nothing'} | {codes} | {span} |")
-    return "\n".join(lines)
-
-
-def main(target: Path, times: int, cpus: int, chosen: list[str]) -> None:
+def main(target: Path, times: int, cpus: int, minutes: float, chosen: list[str]) -> None:
     """Run the scenarios."""
     folder = Path(tempfile.mkdtemp(prefix="kills"))
-    measured = Measured(target)
+    measured = Measured(target, TRIALS)
     place = prepare(folder)
     nodes = Nodes(1, cpus)
     try:
-        runs = Table(place, nodes, measured, times)
+        runs = Table(place, nodes, measured, times, minutes)
         for name in chosen:
+            if runs.late:
+                break
             print(f"== {name}", flush=True)
             measured.scenarios.pop(name, None)
             try:
@@ -393,8 +364,9 @@ if __name__ == "__main__":
     parser.add_argument("target", type=Path)
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--cpus", type=int, default=2, help="trials at once; default: 2")
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing new after so long; default: 600")
     parser.add_argument("scenarios", nargs="*", help=", ".join(known))
     options = parser.parse_intermixed_args()
     if unknown := set(options.scenarios) - set(known):
         parser.error(f"no such scenario: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    main(options.target, options.times, options.cpus, options.scenarios or known)
+    main(options.target, options.times, options.cpus, options.minutes, options.scenarios or known)

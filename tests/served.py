@@ -39,7 +39,7 @@ class Server:
             command = [
                 sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self._database_uri,
                 "--artifacts-destination", (self.folder / "artifacts").as_uri(), "--serve-artifacts",
-                "--workers", "2", "--host", "127.0.0.1", "--port", str(self.port),
+                "--workers", "1", "--host", "127.0.0.1", "--port", str(self.port),
             ]  # fmt: skip
         log = self.folder / "log.txt"
         with log.open("a") as output:

@@ -52,7 +52,7 @@ def write_at_once(uri: str, folder: Path, *, writers: int, steps: int) -> None:
     arguments = [uri, str(folder), spec_of().model_dump_json(), str(writers), str(steps)]
     done = subprocess.run(
         [sys.executable, "-c", _CODE, *arguments],
-        cwd=Path(__file__).parents[1], env=dict(os.environ), capture_output=True, text=True, timeout=120, check=False,
+        cwd=Path(__file__).parents[1], env=dict(os.environ), capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "INFO" not in done.stderr

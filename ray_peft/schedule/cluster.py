@@ -69,6 +69,8 @@ def connect(address: str | None = None, *, verbose: bool = False) -> Iterator[li
             "_metrics_export_port": None,
             "object_store_memory": 256 * 2**20,  # specs and metrics only: rows and weights are read from disk
         }
+    if not verbose:
+        _quiet_raylets()
     try:
         alone = not address or _on_loopback_alone(address)
         with _own_sigterm(), _this_machine_alone() if alone else contextlib.nullcontext():
@@ -219,6 +221,25 @@ def _on_loopback_alone(address: str) -> bool:
     except (OSError, OverflowError):
         return True
     return False
+
+
+def _quiet_raylets() -> None:
+    """Keep off the console what Ray 2.60 prints of a dead node in spite of `log_to_driver`: 30 lines of its log.
+
+    What it means for a trial stands in the sweep's own line and in the trial's row.
+    """
+    from ray._private import worker
+
+    shown = worker.print_to_stdstream
+    if getattr(shown, "quiet", False):
+        return
+
+    def quiet(data: dict[str, Any], ignore_prefix: bool) -> None:
+        if data.get("pid") != "raylet":
+            shown(data, ignore_prefix)
+
+    quiet.quiet = True  # type: ignore[attr-defined]
+    worker.print_to_stdstream = quiet
 
 
 def _out_of_reach(where: str, error: Exception) -> PlacementError:

@@ -49,6 +49,7 @@ def runs(tmp_path):
 def check_clean(running, tmp_path):
     assert running.left() == []
     assert "Traceback" not in running.output
+    assert "[state-dump]" not in running.output  # of a raylet's log
     assert not (running.out / "ray").exists()
 
 

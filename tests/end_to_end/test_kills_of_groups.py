@@ -11,6 +11,8 @@ import tiny
 from killed import Sweep, write_space
 
 PACK = {"grid": [{"name": "lora", "rank": rank, "lr": 0.001} for rank in (2, 4, 8)]}
+LONGEST_S = 500
+"""A second start of Ray and of a worker may take minutes on a busy machine."""
 SEARCHED = {"name": "lora", "rank": 4, "lr": {"loguniform": [1.0e-4, 1.0e-2]}}
 
 
@@ -45,6 +47,7 @@ def check_whole(running, count):
         lines = (running.out / "trials" / row["trial_id"] / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines if "train_loss" in line] == list(range(1, 61))
     assert "Traceback" not in running.output
+    assert "[state-dump]" not in running.output  # of a raylet's log
     assert running.left() == []
     return rows
 
@@ -70,7 +73,7 @@ def test_a_pack_goes_on_in_the_local_ray_that_replaces_a_dead_one(sweep):
     running = sweep(PACK, train__pack=True)
     running.until(lambda: running.steps("lora") > 30)
     running.kill("raylet")
-    assert running.wait() == 0
+    assert running.wait(LONGEST_S) == 0
     rows = check_whole(running, 3)
     assert all(row["restarts"] == ["its raylet was killed or crashed"] for row in rows)
     assert all(row["resumed_from_step"] >= 5 for row in rows)
@@ -84,7 +87,7 @@ def test_a_search_goes_on_in_the_local_ray_that_replaces_a_dead_one(sweep):
     running = sweep(SEARCHED, {"samples": 4, "algorithm": "optuna"}, resources__cpus_per_worker=2)
     running.until(lambda: running.out.joinpath("results.jsonl").exists() and running.steps("lora") > 75)
     running.kill("raylet")
-    assert running.wait() == 0
+    assert running.wait(LONGEST_S) == 0
     rows = check_whole(running, 4)
     assert [row["restarts"] for row in rows].count(["its raylet was killed or crashed"]) == 1
 
@@ -101,7 +104,7 @@ def test_a_search_whose_driver_is_killed_goes_on_with_the_trial_that_was_running
     assert running.left(patience_s=120) == []
     trials = {path.name for path in (running.out / "trials").iterdir()}
     again = sweep(SEARCHED, search, resources__cpus_per_worker=2)
-    assert again.wait() == 0
+    assert again.wait(LONGEST_S) == 0
     rows = check_whole(again, 3)
     assert trials < {row["trial_id"] for row in rows}
     assert max(row["resumed_from_step"] or 0 for row in rows) >= 5

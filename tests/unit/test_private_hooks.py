@@ -136,3 +136,12 @@ def test_what_a_cache_of_lanes_stands_on():
     if torch.version.cuda:
         assert callable(torch._C._cuda_endAllocateToPool)
         assert callable(torch._C._cuda_releasePool)
+
+
+def test_how_ray_prints_what_raylets_say():
+    from ray._private import worker
+
+    source = inspect.getsource(worker.listen_error_messages)
+    assert "print_to_stdstream(" in source
+    assert '"pid": "raylet"' in source
+    assert list(inspect.signature(worker.print_to_stdstream).parameters) == ["data", "ignore_prefix"]

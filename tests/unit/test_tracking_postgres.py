@@ -58,6 +58,6 @@ def test_eight_writers_lose_nothing_on_postgresql(postgres, tmp_path):
     server = Server(tmp_path / "served", database_uri=postgres)
     server.start()
     try:
-        write_at_once(server.uri, tmp_path, writers=8, steps=12)
+        write_at_once(server.uri, tmp_path, writers=8, steps=6)
     finally:
         server.kill()
