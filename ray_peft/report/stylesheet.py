@@ -97,8 +97,12 @@ dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.88r
   thead button::after { content: none; }
   .scroll { overflow: visible; border: 0; }
   td, th { white-space: normal !important; overflow-wrap: anywhere; padding: 0.15rem 0.3rem; }
+  td:not(.text), thead th { overflow-wrap: normal; }
   table { font-size: 7.5pt; }
   thead { display: table-header-group; }
+  thead button { display: contents; }
+  th:first-child { position: static; }
+  h1, h2, h3, h4, summary { break-after: avoid; }
   tr, figure, .card { break-inside: avoid; }
   details { border: 0; padding: 0; }
 }
