@@ -52,7 +52,7 @@ def test_one_lane_of_each_in_order(llama, rows, tmp_path, monkeypatch):
 def test_trials_of_one_form_are_attached_once(llama, rows, tmp_path, monkeypatch):
     settings = [
         ({"rank": rank, "alpha": 8, "lr": lr, "weight_decay": lr}, {"train__steps": 3})
-        for rank, lr in ((4, 0.01), (8, 0.01), (4, 0.02), (8, 0.005))
+        for rank, lr in ((4, 0.001), (8, 0.001), (4, 0.002), (8, 0.0005))
     ]
     specs = specs_of(llama, rows, settings)
     theirs = [alone(spec, tmp_path / spec.trial_id) for spec in specs]
