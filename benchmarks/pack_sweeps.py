@@ -34,6 +34,7 @@ import yaml
 
 import ray_peft
 from ray_peft.console import Console
+from ray_peft.foundation.units import GIB
 from ray_peft.schedule import cluster
 from ray_peft.space.read import load
 from ray_peft.trial import provenance, trial
@@ -254,6 +255,9 @@ def here(case: Case, kind: str, folder: Path, model: str, dolly: str) -> dict[st
         Member(spec, trial.Place(folder / kind / spec.trial_id, device), Untracked(), lambda metrics, step: None)
         for spec in specs
     ]
+    if case.cap_gib is not None and device != "cpu":
+        whole = torch.cuda.get_device_properties(device).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap_gib / whole), device)
     begin, ends = time.perf_counter(), []
     with sampled() as in_main:
         if kind == "here":
@@ -265,7 +269,11 @@ def here(case: Case, kind: str, folder: Path, model: str, dolly: str) -> dict[st
                 assert row is not None
                 rows.append(row)
                 ends.append(time.perf_counter() - begin)
-    return {"seconds": ends[-1], "ends": ends, "in_main": largest(in_main), **of_rows(rows)}
+    if case.cap_gib is not None and device != "cpu":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    split = {f"{phase}_s": round(sum(getattr(row.usage, f"{phase}_s") for row in rows), 1) for phase in PHASES}
+    split["beside_s"] = round(ends[-1] - sum(split.values()), 1)
+    return {"seconds": ends[-1], "split": split, "ends": ends, "in_main": largest(in_main), **of_rows(rows)}
 
 
 def ratios(case: Case, cells: dict[str, dict[str, Any]]) -> dict[str, float]:

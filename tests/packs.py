@@ -15,7 +15,7 @@ from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.llm_sft.bench import LlmBench
 from ray_peft.tasks.llm_sft.pack import Pack
-from ray_peft.tasks.llm_sft.scores import Given
+from ray_peft.tasks.llm_sft.scores import Outputs
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Told:
     tokens: int = 0
     seconds: float = 0.0
     passes: str = ""
-    given: Given | None = None
-    """What it gave on its held-out rows; in a pack, together with others."""
+    outputs: Outputs | None = None
+    """On its held-out rows; in a pack, computed together with others."""
 
 
 def adapter_of(model):
@@ -51,7 +51,7 @@ def job_of(bench, folder, told, evaluate, report):
     return Job(spec, stage, steps, 0, folder, bench.device, kept(told, report), evaluate)
 
 
-def alone(spec, folder, device="cpu", report=lambda metrics, step: None, give=False):
+def alone(spec, folder, device="cpu", report=lambda metrics, step: None, outputs=False):
     """The trial by itself, as `ray-peft run` trains it."""
     bench, told = TASKS["llm_sft"].load(spec, device), Told()
     ((stage, steps),) = spec.method.stages(bench.total_steps())
@@ -63,7 +63,7 @@ def alone(spec, folder, device="cpu", report=lambda metrics, step: None, give=Fa
         return told
     told.tokens, told.seconds = trained.tokens, trained.seconds
     told.adapter, told.loss = adapter_of(bench.model), bench.eval_loss()
-    told.given = bench.give() if give else None
+    told.outputs = bench.compute_outputs() if outputs else None
     return told
 
 
@@ -81,7 +81,7 @@ def together(specs, folder, places, plant=None, device="cpu", report=lambda metr
     def ended(bench, member, error):
         one = by_bench[id(bench)]
         one.error, one.tokens, one.seconds = error, member.trained.tokens, member.trained.seconds
-        one.passes, one.given = member.trained.passes, bench.given
+        one.passes, one.outputs = member.trained.passes, bench.outputs
         if error is None:
             one.adapter, one.loss = adapter_of(bench.model), bench.eval_loss()
 

@@ -144,6 +144,12 @@ class Slots:
         self.scales[slot], self._shares[slot] = scale, dropout
         return pieces
 
+    def fill_again(self, slot: int, row: Tensor, scale: float, dropout: float = 0.0) -> None:
+        """Copy what another member's slot held (1, numbers) into a slot; other arguments are those of `fill`."""
+        self.clear(slot)
+        self.weights[slot : slot + 1] = row
+        self.scales[slot], self._shares[slot] = scale, dropout
+
     def read(self, slot: int, adapted: nn.Module) -> None:
         """Copy a slot into the adapter of `adapted`, which is one of the same rank and layers as filled the slot."""
         row = self.weights[slot : slot + 1]

@@ -31,14 +31,17 @@ def test_scores_and_dropout(name, rows, tmp_path):
     model = tiny.build_model(tmp_path / "model", talkative=name == "lora")
     four_bit = {"compute_dtype": "float32"} if name == "qlora" else {}
     settings = [
-        ({"name": name, "rank": rank, "lr": 0.001, "dropout": dropout, **four_bit}, {"seed": rank, "train__steps": 8})
+        (
+            {"name": name, "rank": rank, "alpha": rank, "lr": 0.001, "dropout": dropout, **four_bit},
+            {"seed": rank, "train__steps": 8},
+        )
         for rank, dropout in ((4, 0.0), (8, 0.2), (3, 0.1))
     ]
     specs = specs_of(model, rows, settings, evaluation__general_text=True)
     for ours, spec in zip(together(specs, tmp_path, 3, device="cuda:0"), specs, strict=True):
-        theirs = alone(spec, tmp_path / spec.trial_id, "cuda:0", give=True)
+        theirs = alone(spec, tmp_path / spec.trial_id, "cuda:0", outputs=True)
         assert ours.passes == "recorded"
         check_equal(ours, theirs, close=1e-4)
-        assert ours.given is not None
-        assert ours.given.answers == theirs.given.answers
-        assert ours.given.general_loss == pytest.approx(theirs.given.general_loss, rel=1e-4)
+        assert ours.outputs is not None
+        assert ours.outputs.answers == theirs.outputs.answers
+        assert ours.outputs.general_loss == pytest.approx(theirs.outputs.general_loss, rel=1e-4)

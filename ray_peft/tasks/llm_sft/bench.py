@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ray_peft.tasks.llm_sft.data import PreparedData
-    from ray_peft.tasks.llm_sft.scores import Given
+    from ray_peft.tasks.llm_sft.scores import Outputs
     from ray_peft.vram import Prediction
 
 
@@ -84,8 +84,8 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
     model: PreTrainedModel
     judged: dict[str, Dataset]
     """By split, pairs or labelled rows with what the model said of them before training (`add_reference`)."""
-    given: Given | None = None
-    """What the trained model gave on the held-out rows, once it has been asked together with those of other trials."""
+    outputs: Outputs | None = None
+    """Of the trained model on the held-out rows, once they were computed together with those of other trials."""
 
     def __init__(
         self,
@@ -186,9 +186,9 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
 
         return answers(self.spec, self.model, self.tokenizer, rows, lowered=self.lowered, ended=ended)
 
-    def give(self) -> Given:
-        """What the model, as it is, gives on the held-out rows."""
-        from ray_peft.tasks.llm_sft.scores import Given, answered_rows
+    def compute_outputs(self) -> Outputs:
+        """Of the model, as it is, on the held-out rows."""
+        from ray_peft.tasks.llm_sft.scores import Outputs, answered_rows
 
         log_probs, general_loss = self.answer_log_probs(), self.general_loss()
         judgement, rewards = self._judge()
@@ -196,22 +196,22 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
         ended: list[bool] = []
         if self.spec.evaluation.generate:
             answers = self.answer(answered_rows(self.spec, self.scored_rows), ended)
-        return Given(log_probs, general_loss, answers, ended, judgement, rewards)
+        return Outputs(log_probs, general_loss, answers, ended, judgement, rewards)
 
     def evaluate(self) -> Scored:
         """Loss, scores of the answers, and what is behind them, on the held-out rows."""
         from ray_peft.tasks.llm_sft.scores import scored
 
-        return scored(self.spec, self.scored_rows, self.given or self.give())
+        return scored(self.spec, self.scored_rows, self.outputs or self.compute_outputs())
 
     @property
     def needs_model(self) -> bool:
-        """False once the model has given what its scores need, unless there are benchmarks.
+        """False once its outputs are there, unless there are benchmarks.
 
         Metrics of the user's own are taken in the main thread, which is where their code expects to run.
         """
         evaluation = self.spec.evaluation
-        return self.given is None or evaluation.benchmarks is not None or bool(evaluation.metrics)
+        return self.outputs is None or evaluation.benchmarks is not None or bool(evaluation.metrics)
 
     def _judge(self) -> tuple[dict[str, Any], list[RowReward]]:
         """The scores of pairs or labelled rows, and the rewards behind them; none without such rows."""

@@ -120,7 +120,10 @@ def row_log_probs(
             def padded_pass(part: Sequence[Row]) -> Tensor:
                 return torch.cat(_padded_log_probs(model, part, pad, {}, slots))
 
-            log_probs, fitting = packed_log_probs(spec, model, rows, tokens, padded_pass, slots)
+            # Trials have one base only where their rows in lanes had the loss of padded rows.
+            log_probs, fitting = packed_log_probs(
+                spec, model, rows, tokens, padded_pass if slots is None else None, slots
+            )
             if fitting < tokens:
                 lowered[LOSS_BATCH] = fitting
         if log_probs is None:

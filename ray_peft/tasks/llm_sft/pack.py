@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,17 +23,18 @@ from ray_peft.spec.keys import MICRO_BATCH
 from ray_peft.tasks.base import PackEnded
 from ray_peft.tasks.llm_sft import train
 from ray_peft.tasks.llm_sft.bench import LlmBench
-from ray_peft.tasks.llm_sft.given_together import Asked, GivenTogether
 from ray_peft.tasks.llm_sft.lanes import largest_capacity, lay_out
 from ray_peft.tasks.llm_sft.loss import TextLoss
 from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedPart
+from ray_peft.tasks.llm_sft.shared_outputs import SharedOutputs, TrialInSlot
 from ray_peft.tasks.llm_sft.steps import TextPart, TextRows
 from ray_peft.tasks.llm_sft.together import LossTogether, RowsTogether
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from ray_peft.engine.slots import Slots
+    from ray_peft.engine.slots import Piece, Slots
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +59,22 @@ class Pack(Crew):
         """
         self._benches, self._ended = list(benches), ended
         self._base = benches[0].model
-        self._waiting = list(zip(benches, jobs, strict=True))
+        forms = [_form(cast(LowRankAdapter, job.stage)) for job in jobs]
+        waiting = sorted(range(len(jobs)), key=lambda place: forms.index(forms[place]))  # equal adapters are neighbours
+        self._waiting = [(benches[place], jobs[place]) for place in waiting]
         self._places = min(places, len(benches))
         self._stages = [cast(LowRankAdapter, job.stage) for job in jobs]
         self._rows = [TextRows(bench.spec, bench.data.train) for bench in benches]
         self._together = RowsTogether(self._rows)
         self._slots = self._make_slots()
-        self._given_together = GivenTogether(self._base, self._slots)
+        self._shared_outputs = SharedOutputs(self._base, self._slots)
         self._seats: dict[int, tuple[LlmBench, Member]] = {}
+        self._initial: dict[str, _Initial] = {}
+        """Initial adapters that a further trial begins with, by what decides them."""
+        self._attached: tuple[str, Any] | None = None
+        """The base with PEFT's adapter of trials that leave one after the other, and what decides its form."""
+        self._leaving = 0
+        """Trials that have finished together and have not left."""
         self.parameters = [(0, 0)] * len(benches)
         """`Bench.parameters` of each once it has started."""
 
@@ -82,6 +93,7 @@ class Pack(Crew):
         try:
             Engine(members, self._base, self._together, computation, make_pass, crew=self, rehearse=recorded).run()
         finally:
+            self._detach()
             self._slots.remove()
 
     def seat(self, member: Member, number: int) -> None:
@@ -90,23 +102,28 @@ class Pack(Crew):
         self._together.seat(member.slot, cast(TextRows, member.rows), member.number - number)
 
     def finished(self, members: Sequence[Member]) -> None:
-        """Let several trained models give what their scores need in shared passes; else each gives it by itself."""
+        """Compute the outputs of several trained models in shared passes; else each computes them by itself, later."""
+        self._leaving = len(members)
         slots = [cast(int, member.slot) for member in members]
-        asked = [Asked(self._seats[slot][0], slot) for slot in slots if self._slots.is_finite(slot)]
-        if len(asked) < 2:
+        trials = [
+            TrialInSlot(self._seats[slot][0], slot)
+            for slot in slots
+            if self._slots.is_finite(slot) and not self._seats[slot][0].judged  # whose rewards are computed alone
+        ]
+        if len(trials) < 2:
             return
         begin = time.perf_counter()
         try:
-            given = self._given_together.of(asked)
+            outputs = self._shared_outputs.of(trials)
         except Exception as error:  # of the model's own code, or memory: each is tried by itself
-            logger.warning("%d trials scored together: %s: %s", len(asked), type(error).__name__, first_line(error))
-            given = None
-        if given is None:
-            free_memory(asked[0].bench.device)
+            logger.warning("%d trials scored together: %s: %s", len(trials), type(error).__name__, first_line(error))
+            outputs = None
+        if outputs is None:
+            free_memory(trials[0].bench.device)
         else:
-            share = (time.perf_counter() - begin) / len(asked)
-            for trial, of_trial in zip(asked, given, strict=True):
-                trial.bench.given = of_trial
+            share = (time.perf_counter() - begin) / len(trials)
+            for trial, of_trial in zip(trials, outputs, strict=True):
+                trial.bench.outputs = of_trial
                 trial.bench.costs.evaluated_for(share)
         self._recompute_again()
 
@@ -121,6 +138,9 @@ class Pack(Crew):
             with self._with_adapter(bench, member):
                 self._ended(bench, member, None)
         self._slots.clear(slot)
+        self._leaving = max(0, self._leaving - 1) if error is None else self._leaving
+        if self._waiting or not self._leaving:
+            self._detach()
         return self._member(slot) if self._waiting else None
 
     def _member(self, slot: int) -> Member:
@@ -128,14 +148,25 @@ class Pack(Crew):
         from ray_peft.engine.slot_member import SlotMember
 
         bench, job = self._waiting.pop(0)
-        stage = cast(LowRankAdapter, job.stage)
-        bench.attach(stage)
-        self.parameters[self._benches.index(bench)] = bench.parameters()
-        train.start_as_trl(bench.spec, bench.model)
-        pieces = self._slots.fill(slot, bench.model, stage.alpha / stage.rank, stage.dropout)
-        bench.model = unwrapped(bench.model)
-        rows = self._rows[self._benches.index(bench)]
-        member = SlotMember(job, self._slots, slot, pieces, rows)
+        stage, place = cast(LowRankAdapter, job.stage), self._benches.index(bench)
+        key = _begins_with(bench, stage)
+        initial = self._initial.get(key)
+        if initial is not None:
+            self._slots.fill_again(slot, initial.row, stage.alpha / stage.rank, stage.dropout)
+        else:
+            bench.attach(stage)
+            parameters = bench.parameters()
+            train.start_as_trl(bench.spec, bench.model)
+            pieces = self._slots.fill(slot, bench.model, stage.alpha / stage.rank, stage.dropout)
+            bench.model = unwrapped(bench.model)
+            initial = _Initial(self._slots.weights[slot : slot + 1].clone(), pieces, parameters)
+        waiting = (_begins_with(other, cast(LowRankAdapter, job.stage)) for other, job in self._waiting)
+        if key in waiting:
+            self._initial[key] = initial
+        else:
+            self._initial.pop(key, None)
+        self.parameters[place] = initial.parameters
+        member = SlotMember(job, self._slots, slot, initial.pieces, self._rows[place])
         self._seats[slot] = (bench, member)
         logger.info("%s: place %d of %d", bench.spec.trial_id, slot + 1, self._places)
         return member
@@ -145,14 +176,25 @@ class Pack(Crew):
         """Inside this context, the bench's model has the member's adapter in PEFT's layers, as in a trial by itself."""
         import torch
 
+        form = _form(cast(LowRankAdapter, member.job.stage))
         with torch.random.fork_rng(), self._slots.away():
-            bench.attach(member.job.stage)
+            if self._attached is None or self._attached[0] != form:
+                self._detach()
+                bench.attach(member.job.stage)
+                self._attached = form, bench.model
+            bench.model = self._attached[1]
             self._slots.read(cast(int, member.slot), bench.model)
             try:
                 yield
             finally:
-                bench.model = unwrapped(bench.model)
-                self._recompute_again()
+                bench.model = self._base
+
+    def _detach(self) -> None:
+        """Take PEFT's adapter off the base, if it has one."""
+        if self._attached is not None:
+            unwrapped(self._attached[1])
+            self._attached = None
+            self._recompute_again()
 
     def _recompute_again(self) -> None:
         """Recompute activations as before an evaluation, which has changed that."""
@@ -164,7 +206,7 @@ class Pack(Crew):
 
         def loss() -> float:
             slot = next(slot for slot, (other, _) in self._seats.items() if other is bench)
-            loss = self._given_together.held_out_loss(Asked(bench, slot))
+            loss = self._shared_outputs.held_out_loss(TrialInSlot(bench, slot))
             self._recompute_again()
             return loss
 
@@ -188,6 +230,32 @@ class Pack(Crew):
             dtype=dtype,
             computed=torch.bfloat16 if spec.train.precision == "bf16" else dtype,
         )
+
+
+@dataclass(frozen=True)
+class _Initial:
+    """An adapter before the first step, as trials of one seed and one form begin with."""
+
+    row: Tensor
+    """Its slot's content, (1, numbers)."""
+    pieces: list[Piece]
+    parameters: tuple[int, int]
+    """`Bench.parameters` with it."""
+
+
+_OF_TRAINING = ("lr", "weight_decay", "betas", "max_grad_norm")
+"""Settings of a method that PEFT's adapter does not depend on."""
+
+
+def _form(stage: LowRankAdapter) -> str:
+    """What decides PEFT's adapter, but for its weights."""
+    return json.dumps({name: value for name, value in stage.plain().items() if name not in _OF_TRAINING})
+
+
+def _begins_with(bench: LlmBench, stage: LowRankAdapter) -> str:
+    """What decides the adapter that a trial begins with: scale and dropout do not."""
+    plain = {name: value for name, value in json.loads(_form(stage)).items() if name not in ("alpha", "dropout")}
+    return json.dumps([bench.spec.seed, plain])
 
 
 def why_apart(bench: LlmBench, stages: Sequence[LowRankAdapter]) -> str | None:

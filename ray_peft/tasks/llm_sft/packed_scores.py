@@ -137,7 +137,7 @@ def packed_log_probs(
     model: PreTrainedModel,
     rows: Sequence[Row],
     tokens: int,
-    padded_pass: Callable[[Sequence[Row]], Tensor],
+    padded_pass: Callable[[Sequence[Row]], Tensor] | None,
     slots: Slots | None = None,
 ) -> tuple[list[Tensor] | None, int]:
     """Log-probabilities (answer tokens,) float32 of every row, and the tokens of a pass at the end.
@@ -150,7 +150,8 @@ def packed_log_probs(
         model: in evaluation mode.
         rows: the longest first.
         tokens: most tokens of a pass; a longer row is passed alone.
-        padded_pass: returns the log-probabilities of padded rows, which begin with the longest.
+        padded_pass: returns the log-probabilities of padded rows, which begin with the longest; None where it is known
+            that packed rows give the same.
         slots: the adapters of several trials.
 
     Raises:
@@ -167,7 +168,9 @@ def packed_log_probs(
         try:
             scored = scores.log_probs(part, [rows[row] for row in remaining])
             rows_of_lane, reason = max(map(len, part.lanes)), None
-            if checked < min(rows_of_lane, 2):  # several rows in a lane can go wrong where one cannot
+            if padded_pass is not None and checked < min(
+                rows_of_lane, 2
+            ):  # several rows in a lane can go wrong where one cannot
                 reason = _differs(spec, scored, padded_pass([rows[row] for row in sorted(places)]))
                 checked = rows_of_lane
         except Exception as error:  # of a model's own code

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Given:
+class Outputs:
     """What a model gave on a trial's held-out rows."""
 
     log_probs: Tensor
@@ -46,22 +46,22 @@ def answered_rows(spec: LlmTrialSpec, held_out: Dataset) -> Dataset:
     return held_out.select(range(min(spec.evaluation.rows or count, count) if spec.evaluation.generate else 0))
 
 
-def scored(spec: LlmTrialSpec, held_out: Dataset, given: Given) -> Scored:
+def scored(spec: LlmTrialSpec, held_out: Dataset, outputs: Outputs) -> Scored:
     """Loss, scores of the answers, and what is behind them.
 
     Args:
         spec: the trial.
         held_out: the rows that it is scored on.
-        given: what its model gave on them.
+        outputs: what its model gave on them.
     """
-    losses, tokens = row_losses(held_out, given.log_probs)
-    loss = -float(given.log_probs.mean())
-    scores = Scores(eval_loss=loss, eval_rows=len(held_out), general_loss=given.general_loss, **given.judgement)
-    rewards = list(given.rewards)
+    losses, tokens = row_losses(held_out, outputs.log_probs)
+    loss = -float(outputs.log_probs.mean())
+    scores = Scores(eval_loss=loss, eval_rows=len(held_out), general_loss=outputs.general_loss, **outputs.judgement)
+    rewards = list(outputs.rewards)
     if not spec.evaluation.generate:
         return Scored(scores, losses=losses, loss_tokens=tokens, rewards=rewards)
     rows = answered_rows(spec, held_out)
-    predictions, references = list(given.answers), list(rows["reference"])
+    predictions, references = list(outputs.answers), list(rows["reference"])
     samples = [
         Sample(
             row=index,
@@ -75,14 +75,14 @@ def scored(spec: LlmTrialSpec, held_out: Dataset, given: Given) -> Scored:
     own = {
         own_metrics.name_of(path): own_metrics.rows(path, predictions, references) for path in spec.evaluation.metrics
     }
-    of_loss = {name: getattr(scores, name) for name in ("eval_loss", "eval_rows", "general_loss", *given.judgement)}
+    of_loss = {name: getattr(scores, name) for name in ("eval_loss", "eval_rows", "general_loss", *outputs.judgement)}
     more = {**of_loss, "own": {name: fmean(values) for name, values in own.items()}}
     return Scored(
         score_answers(predictions, references).model_copy(update=more),
         samples,
         answers=list(zip(predictions, references, strict=True)),
         prompts=list(rows["prompt"]),
-        ended=list(given.ended),
+        ended=list(outputs.ended),
         own=own,
         losses=losses,
         loss_tokens=tokens,

@@ -194,7 +194,9 @@ class LlmSft(TaskType[LlmTrialSpec]):
         for spec in specs[1:]:
             if (key := _decides_rows(spec)) not in rows:
                 rows[key] = _rows(spec)
-            benches.append(bench.LlmBench(spec, device, *rows[key], first.model))
+            further = bench.LlmBench(spec, device, *rows[key], first.model)
+            further.add_reference()
+            benches.append(further)
         return benches
 
     def train_pack(

@@ -10,6 +10,7 @@ from packs import UNEQUAL, alone, check_equal, specs_of, together
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ray_peft.errors import ModelError, TrialFailed
+from ray_peft.tasks.llm_sft.bench import LlmBench
 from ray_peft.tasks.llm_sft.together import LossTogether
 
 
@@ -46,6 +47,20 @@ def test_one_lane_of_each_in_order(llama, rows, tmp_path, monkeypatch):
     for ours, spec in zip(together(specs, tmp_path, 3), specs, strict=True):
         check_equal(ours, alone(spec, tmp_path / spec.trial_id))
     assert lanes == [0, 0, 0, 0, 3, 1], "two members pass in the shape of three, which is there"
+
+
+def test_trials_of_one_form_are_attached_once(llama, rows, tmp_path, monkeypatch):
+    settings = [
+        ({"rank": rank, "alpha": 8, "lr": lr, "weight_decay": lr}, {"train__steps": 3})
+        for rank, lr in ((4, 0.001), (8, 0.001), (4, 0.002), (8, 0.0005))
+    ]
+    specs = specs_of(llama, rows, settings)
+    theirs = [alone(spec, tmp_path / spec.trial_id) for spec in specs]
+    attached, attach = [], LlmBench.attach
+    monkeypatch.setattr(LlmBench, "attach", lambda self, stage: attached.append(stage.rank) or attach(self, stage))
+    for ours, own in zip(together(specs, tmp_path, 4), theirs, strict=True):
+        check_equal(ours, own)
+    assert attached == [4, 8, 4, 8]
 
 
 def test_a_failed_member_leaves_the_others_unchanged_to_the_bit(llama, rows, tmp_path):

@@ -1,4 +1,4 @@
-"""What trials of a pack give on their held-out rows together is what each gives alone."""
+"""The outputs of a pack's trials on their held-out rows, computed together, are those of each alone."""
 
 import pytest
 import tiny
@@ -9,7 +9,7 @@ from packs import alone, check_equal, specs_of, together
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ray_peft.engine.slots import Slots
-from ray_peft.tasks.llm_sft import evaluate, given_together, in_lanes
+from ray_peft.tasks.llm_sft import evaluate, in_lanes, shared_outputs
 
 UNEQUAL = [
     ({"rank": 4, "lr": 0.01, "alpha": 8}, {"seed": 1, "evaluation__rows": 7, "evaluation__general_text": True}),
@@ -44,18 +44,18 @@ def apart(llama, rows, tmp_path_factory):
     """The trials, each by itself."""
     folder = tmp_path_factory.mktemp("apart")
     specs = specs_of(llama, rows, UNEQUAL)
-    return [alone(spec, folder / spec.trial_id, give=True) for spec in specs]
+    return [alone(spec, folder / spec.trial_id, outputs=True) for spec in specs]
 
 
-def check_given(ours, theirs):
+def check_outputs(ours, theirs):
     check_equal(ours, theirs)
-    assert ours.given is not None, "it was asked by itself"
-    assert list(ours.given.answers) == list(theirs.given.answers)
-    assert list(ours.given.ended) == list(theirs.given.ended)
-    assert ours.given.log_probs == pytest.approx(theirs.given.log_probs, rel=1e-4, abs=1e-4)
-    assert float(ours.given.log_probs.mean()) == pytest.approx(float(theirs.given.log_probs.mean()), rel=1e-5)
-    assert ours.given.general_loss == (
-        pytest.approx(theirs.given.general_loss, rel=1e-5) if theirs.given.general_loss else None
+    assert ours.outputs is not None, "it was asked by itself"
+    assert list(ours.outputs.answers) == list(theirs.outputs.answers)
+    assert list(ours.outputs.ended) == list(theirs.outputs.ended)
+    assert ours.outputs.log_probs == pytest.approx(theirs.outputs.log_probs, rel=1e-4, abs=1e-4)
+    assert float(ours.outputs.log_probs.mean()) == pytest.approx(float(theirs.outputs.log_probs.mean()), rel=1e-5)
+    assert ours.outputs.general_loss == (
+        pytest.approx(theirs.outputs.general_loss, rel=1e-5) if theirs.outputs.general_loss else None
     )
 
 
@@ -72,10 +72,10 @@ def test_unequal_trials(shapes, llama, rows, apart, tmp_path, monkeypatch, caplo
         packed(monkeypatch)
     specs = specs_of(llama, rows, UNEQUAL)
     told = together(specs, tmp_path, 4)
-    assert len({answer for theirs in apart for answer in theirs.given.answers}) > 9, "trials answer alike"
+    assert len({answer for theirs in apart for answer in theirs.outputs.answers}) > 9, "trials answer alike"
     assert "are padded" not in caplog.text
     for ours, theirs in zip(told, apart, strict=True):
-        check_given(ours, theirs)
+        check_outputs(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "gpt2", "4 bits"])
@@ -95,7 +95,7 @@ def test_other_bases(name, llama, rows, tmp_path, monkeypatch):
     settings = [({"rank": rank, "lr": 0.01, **method}, {"seed": rank}) for rank in (4, 8)]
     specs = specs_of(folder, rows, settings, train__steps=2)
     for ours, spec in zip(together(specs, tmp_path, 2), specs, strict=True):
-        check_given(ours, alone(spec, tmp_path / spec.trial_id, give=True))
+        check_outputs(ours, alone(spec, tmp_path / spec.trial_id, outputs=True))
 
 
 def test_weights_that_are_no_numbers_reach_no_other_trial(llama, rows, apart, tmp_path, monkeypatch):
@@ -108,9 +108,9 @@ def test_weights_that_are_no_numbers_reach_no_other_trial(llama, rows, apart, tm
 
     monkeypatch.setattr(Slots, "is_finite", spoiled)
     told = together(specs_of(llama, rows, UNEQUAL), tmp_path, 4)
-    assert told[1].given is None
+    assert told[1].outputs is None
     for place in (0, 2, 3):
-        check_given(told[place], apart[place])
+        check_outputs(told[place], apart[place])
 
 
 def test_memory_that_runs_out_halves_what_is_answered_at_a_time(llama, rows, apart, tmp_path, monkeypatch, caplog):
@@ -125,16 +125,16 @@ def test_memory_that_runs_out_halves_what_is_answered_at_a_time(llama, rows, apa
     told = together(specs_of(llama, rows, UNEQUAL), tmp_path, 4)
     assert "going on with" in caplog.text
     for ours, theirs in zip(told, apart, strict=True):
-        check_given(ours, theirs)
+        check_outputs(ours, theirs)
 
 
 def test_what_fails_together_is_tried_by_each_alone(llama, rows, apart, tmp_path, monkeypatch, caplog):
     def fall(*_):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(given_together, "row_log_probs", fall)
+    monkeypatch.setattr(shared_outputs, "row_log_probs", fall)
     told = together(specs_of(llama, rows, UNEQUAL), tmp_path, 4)
     assert "4 trials scored together: RuntimeError: no such kernel" in caplog.text
     for ours, theirs in zip(told, apart, strict=True):
-        assert ours.given is None
+        assert ours.outputs is None
         check_equal(ours, theirs)

@@ -1,4 +1,4 @@
-"""What trials of one base give on their held-out rows, in passes that they share: each row has its trial's adapter."""
+"""Outputs of trials of one base on their held-out rows, in passes that they share: each row has its own adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ray_peft.tasks.llm_sft.decoding import End, end_of_answers, greedy
 from ray_peft.tasks.llm_sft.evaluate import as_texts, inference, longest_first, row_log_probs
 from ray_peft.tasks.llm_sft.general_text import general_rows
 from ray_peft.tasks.llm_sft.packed_scores import Row
-from ray_peft.tasks.llm_sft.scores import Given, answered_rows
+from ray_peft.tasks.llm_sft.scores import Outputs, answered_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ _LANES = "lanes"
 
 
 @dataclass(frozen=True)
-class Asked:
+class TrialInSlot:
     """A trial whose adapter is in a slot."""
 
     bench: LlmBench
@@ -36,21 +36,21 @@ class Asked:
     slot: int
 
 
-class GivenTogether:
-    """Asks a base with the adapters of several trials."""
+class SharedOutputs:
+    """Computes the outputs of a base with the adapters of several trials."""
 
     def __init__(self, base: PreTrainedModel, slots: Slots) -> None:
         self._base, self._slots = base, slots
         self._lowered: dict[str, int] = {}
         """Sizes of passes that memory has lowered: they are no settings of any trial."""
 
-    def held_out_loss(self, trial: Asked) -> float:
+    def held_out_loss(self, trial: TrialInSlot) -> float:
         """Mean loss of a trial's held-out answers' tokens [nats]."""
         (log_probs,) = self._log_probs([trial], [longest_first(trial.bench.scored_rows, trial.slot)])
         return -float(log_probs.mean())
 
-    def of(self, trials: Sequence[Asked]) -> list[Given] | None:
-        """What each gives; None where a model must answer with its own `generate`, one trial after the other.
+    def of(self, trials: Sequence[TrialInSlot]) -> list[Outputs] | None:
+        """Those of each; None where a model must answer with its own `generate`, one trial after the other.
 
         Raises:
             torch.OutOfMemoryError: a single row does not fit.
@@ -65,19 +65,19 @@ class GivenTogether:
         log_probs = self._log_probs(trials, rows)
         general_log_probs = self._log_probs(trials, general) if any(general) else [torch.empty(0)] * len(trials)
         return [
-            Given(own, -float(text.mean()) if text.numel() else None, *answers.get(trial.slot, ((), ())))
+            Outputs(own, -float(text.mean()) if text.numel() else None, *answers.get(trial.slot, ((), ())))
             for trial, own, text in zip(trials, log_probs, general_log_probs, strict=True)
         ]
 
     @staticmethod
-    def _general(trial: Asked) -> list[Row]:
+    def _general(trial: TrialInSlot) -> list[Row]:
         """The rows of the general text; none if the trial does not ask for its loss."""
         spec = trial.bench.spec
         if not spec.evaluation.general_text:
             return []
         return longest_first(general_rows(trial.bench.tokenizer, spec.data.max_length), trial.slot)
 
-    def _log_probs(self, trials: Sequence[Asked], rows: Sequence[Sequence[Row]]) -> list[Tensor]:
+    def _log_probs(self, trials: Sequence[TrialInSlot], rows: Sequence[Sequence[Row]]) -> list[Tensor]:
         """Log-probabilities (answer tokens,) float64 of each trial's rows, in their order."""
         import torch
 
@@ -93,12 +93,12 @@ class GivenTogether:
             by_slot[row.slot].append(log_probs)
         return [torch.cat(by_slot[trial.slot]) for trial in trials]
 
-    def _answers(self, trials: Sequence[Asked]) -> dict[int, tuple[list[str], list[bool]]] | None:
+    def _answers(self, trials: Sequence[TrialInSlot]) -> dict[int, tuple[list[str], list[bool]]] | None:
         """By slot, the answers and whether each ended; trials whose answers end alike are answered together."""
         answers: dict[int, tuple[list[str], list[bool]]] = {}
         ends = {trial.slot: end_of_answers(trial.bench.spec, trial.bench.tokenizer) for trial in trials}
 
-        def how(trial: Asked) -> tuple[int, str]:
+        def how(trial: TrialInSlot) -> tuple[int, str]:
             return trial.bench.spec.evaluation.max_new_tokens, repr(ends[trial.slot])
 
         for _, group in groupby(sorted(trials, key=how), how):
@@ -109,7 +109,7 @@ class GivenTogether:
             answers |= answered
         return answers
 
-    def _answered(self, trials: Sequence[Asked], end: End) -> dict[int, tuple[list[str], list[bool]]] | None:
+    def _answered(self, trials: Sequence[TrialInSlot], end: End) -> dict[int, tuple[list[str], list[bool]]] | None:
         from ray_peft.tasks.llm_sft.continuous import Voice
         from ray_peft.tasks.llm_sft.in_lanes import InLanes
 
