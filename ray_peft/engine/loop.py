@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic
 
 from ray_peft.engine import checkpoint, stopping
+from ray_peft.engine.ahead import Ahead
 from ray_peft.engine.contract import Computation, PartT, Rows
 from ray_peft.engine.crew import Alone, Crew
 from ray_peft.engine.member import Member
@@ -68,6 +69,7 @@ class Engine(Generic[PartT]):
         self._pass = make_pass(computation, self._device)
         self._first_pass = True
         """Nothing has run through `_pass` yet."""
+        self._ahead = Ahead(rows, computation, self._share)
         self._passing = 0
         """Rows of the pass that is running, or ran last."""
         self._rehearsals = 2 if rehearse and self._share.workers == 1 else 0
@@ -119,6 +121,8 @@ class Engine(Generic[PartT]):
     def _round(self, number: int) -> None:
         before = self._pass.loss.clone()
         self._fitting(lambda: self._pass_all(number), before, number)
+        if all(member.left > 1 for member in self._members):  # else others may be there by then
+            self._ahead.prepare(number + 1, self._rows)
         self._count_time()
         if self._share.workers > 1:
             add_up_gradients([parameter for member in self._members for parameter in member.parameters])
@@ -192,6 +196,7 @@ class Engine(Generic[PartT]):
 
     def _leave(self, member: Member, number: int, error: Exception | None) -> None:
         self._count_time()
+        self._ahead.forget()
         self._members.remove(member)
         following = self._crew.leave(member, error)
         self._model.train()
@@ -202,10 +207,10 @@ class Engine(Generic[PartT]):
 
     def _pass_all(self, number: int) -> None:
         """Add the gradients and the losses of this worker's rows of a round."""
-        for part in self._data.parts(number, self._share, self._rows):
-            self._run_pass(part)
+        for part, inputs in self._ahead.take(number, self._rows):
+            self._run_pass(part, inputs)
 
-    def _run_pass(self, part: PartT) -> None:
+    def _run_pass(self, part: PartT, inputs: Sequence[Tensor] | None = None) -> None:
         first, self._first_pass = self._first_pass, False
         self._passing = self._data.size(part)
         with contextlib.ExitStack() as stack:
@@ -213,7 +218,7 @@ class Engine(Generic[PartT]):
                 # They stay, so they must not lie scattered over the memory that recorded passes use again and again.
                 for member in self._members:
                     stack.enter_context(member.with_gradients())
-            self._pass(part)
+            self._pass(part, inputs)
 
     def _fitting(self, work: Callable[[], None], loss: Tensor, number: int) -> None:
         """Do `work`. While memory runs out, reset the losses and gradients, and repeat with fewer rows a pass."""

@@ -25,16 +25,21 @@ class Pass(Generic[PartT]):
         self.loss = torch.zeros(() if computation.members is None else (computation.members,), device=device)
         """Sums, () or by member, of the passes' shares of their steps' mean losses since `loss.zero_()`."""
 
-    def __call__(self, part: PartT) -> None:
-        """Add the gradients and the loss of `part`, a part of one optimizer step."""
-        self._run(*self._moved(part))
+    def __call__(self, part: PartT, inputs: Sequence[Tensor] | None = None) -> None:
+        """Add the gradients and the loss of `part`, a part of one optimizer step.
+
+        Args:
+            part: rows.
+            inputs: what `Computation.inputs` returns of them; None computes it.
+        """
+        self._run(*self._moved(part, inputs))
 
     def forward_alone(self, part: PartT) -> None:
         """Compute the loss and drop it."""
         self._computation.loss(*self._moved(part))
 
-    def _moved(self, part: PartT) -> list[Tensor]:
-        return [_sent(value, self._device) for value in self._computation.inputs(part)]
+    def _moved(self, part: PartT, inputs: Sequence[Tensor] | None = None) -> list[Tensor]:
+        return [_sent(value, self._device) for value in inputs or self._computation.inputs(part)]
 
     def _run(self, *inputs: Tensor) -> None:
         loss = self._computation.loss(*inputs)
@@ -79,9 +84,9 @@ class RecordedPasses(Pass[PartT]):
         self._replays = Replays(records=True, divisible=False)
         self.how = "recorded"
 
-    def __call__(self, part: PartT) -> None:
-        """Add the gradients and the loss of `part`."""
-        inputs = self._computation.inputs(part)
+    def __call__(self, part: PartT, inputs: Sequence[Tensor] | None = None) -> None:
+        """As `Pass`."""
+        inputs = inputs or self._computation.inputs(part)
         key = tuple((tuple(value.shape), value.dtype) for value in inputs)
         shape = self._shapes.get(key)
         if shape is None:
