@@ -132,8 +132,8 @@ def why_not_packed(
 ) -> str | None:
     """Why the passes of a stage cannot be packed and recorded; None if they can.
 
-    Compares the loss of the largest pass of its first step both ways, so that a recorded trial has the losses that it
-    would have otherwise: with the dropout that is drawn by the row, else without dropout.
+    Compares the largest pass of its first step both ways, so that a recorded trial has the losses that it would have
+    otherwise: with the dropout that is drawn by the row, else without dropout.
     """
     import torch
 
@@ -148,8 +148,10 @@ def why_not_packed(
     model.train(dropout is not None)
     try:
         with torch.no_grad():
-            padded_loss = float(plain.loss(*(value.to(job.device) for value in plain.inputs(alone))))
-            packed_loss = float(packed.loss(*(value.to(job.device) for value in packed.inputs(part))))
+            padded_loss, packed_loss = (
+                float(_compared(computation)(*(value.to(job.device) for value in computation.inputs(rows))))
+                for computation, rows in ((plain, alone), (packed, part))
+            )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of a model's own code
@@ -157,6 +159,14 @@ def why_not_packed(
     if abs(padded_loss - packed_loss) > ROUNDING[spec.train.precision] * max(abs(padded_loss), 1e-3):
         return f"rows in lanes have another loss ({packed_loss:.6g}, not {padded_loss:.6g})"
     return None
+
+
+def _compared(computation: Any) -> Callable[..., Tensor]:
+    """What must be equal of padded rows and of rows in lanes: the loss; of judged rows the log-likelihood of answers.
+
+    Their loss has the difference of two log-likelihoods, which is small at first, so that rounding is large beside it.
+    """
+    return cast(Callable[..., "Tensor"], getattr(computation, "log_likelihood", computation.loss))
 
 
 def _why_not_tried(

@@ -71,3 +71,18 @@ def test_lanes_and_pass_sizes_change_no_loss_and_no_gradient(case, tiny_model, p
         assert value == pytest.approx(loss, rel=1e-5), way
         for gradient, wanted in zip(found, expected, strict=True):
             assert torch.allclose(gradient, wanted, rtol=1e-4, atol=1e-7), way
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_the_log_likelihood_by_which_lanes_are_tried_is_that_of_padded_rows(objective, tiny_model, pairs):
+    plain = judged.plain_spec(tiny_model, pairs, train__objective=objective)
+    spec = TrialSpec.from_plain(plain)
+    bench = LlmSft().load(spec, "cpu")
+    rows = PreferenceRows(spec, bench.judged.get("train", bench.data.train))
+    part = PackedPreferenceRows(rows).heaviest(range(1), Share(), 4)
+    padded, packed = PreferenceLoss(spec, bench.model, 258), PackedPreferenceLoss(spec, bench.model)
+    with torch.no_grad():
+        expected = padded.log_likelihood(*padded.inputs(part.unpacked()))
+        assert float(packed.log_likelihood(*packed.inputs(part))) == pytest.approx(float(expected), rel=1e-5)
+    answers = sum(side.scored.answer_tokens for row in part.unpacked().judged for side in row.sides)
+    assert 3 < -float(expected) / answers < 8  # nats a token: a model of random weights knows 272 of them

@@ -142,16 +142,26 @@ class PackedPreferenceLoss(Computation[PackedPreferences]):
             *([torch.tensor(0.0 if part.begins else 1.0)] if part.divergence else []),
         ]
 
+    def log_likelihood(self, *inputs: Tensor) -> Tensor:
+        """Log-probability () of all scored tokens of a pass."""
+        _, in_answer, own_loss = inputs[:TOKENS]
+        return (self._log_probs(inputs) * ((in_answer > 0) | (own_loss > 0))).sum()
+
+    def _log_probs(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Log-probabilities of the scored places (places,) float32."""
+        ids, positions, documents, places, targets, *keys = inputs[TOKENS + ROWS : self._count]
+        if self._dropout is not None:
+            self._dropout.begin(keys[0], positions)
+        return self._lanes.log_probs(ids, positions, documents, places, targets)
+
     def loss(self, *inputs: Tensor) -> Tensor:
         """The pass's share of the step's loss."""
         import torch
 
         tokens, rows = inputs[:TOKENS], inputs[TOKENS : TOKENS + ROWS]
-        ids, positions, documents, places, targets, *keys = inputs[TOKENS + ROWS : self._count]
-        if self._dropout is not None:
-            self._dropout.begin(keys[0], positions)
+        width = inputs[TOKENS + ROWS].shape[1]
         with torch.set_grad_enabled(len(inputs) == self._count):
-            log_probs = self._lanes.log_probs(ids, positions, documents, places, targets)
+            log_probs = self._log_probs(inputs)
         if len(inputs) > self._count:
-            return self._objective.estimate(log_probs, ids.shape[1], tokens, rows, inputs[-1])
-        return self._objective.loss(log_probs, ids.shape[1], tokens, rows)
+            return self._objective.estimate(log_probs, width, tokens, rows, inputs[-1])
+        return self._objective.loss(log_probs, width, tokens, rows)

@@ -61,15 +61,23 @@ class PreferenceLoss(Computation[PreferencePart]):
             *([torch.tensor(0.0 if part.begins else 1.0)] if part.divergence else []),
         ]
 
+    def log_likelihood(self, *inputs: Tensor) -> Tensor:
+        """Log-probability () of all scored tokens of a pass."""
+        return self._log_probs(inputs)[0].sum()
+
+    def _log_probs(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of the scored tokens (token,) float32, and the balancing loss of a mixture of experts."""
+        log_probs, places, balance = self._text.log_probs(*inputs[TOKENS + ROWS : self._count])
+        return (log_probs if places is None else log_probs[places]).float(), balance
+
     def loss(self, *inputs: Tensor) -> Tensor:
         """The pass's share of the step's loss."""
         import torch
 
-        tokens, rows, text = inputs[:TOKENS], inputs[TOKENS : TOKENS + ROWS], inputs[TOKENS + ROWS : self._count]
-        width = text[0].shape[1]
+        tokens, rows = inputs[:TOKENS], inputs[TOKENS : TOKENS + ROWS]
+        width = inputs[TOKENS + ROWS].shape[1]
         with torch.set_grad_enabled(len(inputs) == self._count):
-            log_probs, places, balance = self._text.log_probs(*text)
-            chosen = (log_probs if places is None else log_probs[places]).float()
+            chosen, balance = self._log_probs(inputs)
         if len(inputs) > self._count:
             return self._objective.estimate(chosen, width, tokens, rows, inputs[-1])
         loss = self._objective.loss(chosen, width, tokens, rows)
