@@ -11,7 +11,8 @@ import tiny
 from killed import Sweep, write_space
 
 PACK = {"grid": [{"name": "lora", "rank": rank, "lr": 0.001} for rank in (2, 4, 8)]}
-LONGEST_S = 500
+STEPS = 40
+LONGEST_S = 700
 """A second start of Ray and of a worker may take minutes on a busy machine."""
 SEARCHED = {"name": "lora", "rank": 4, "lr": {"loguniform": [1.0e-4, 1.0e-2]}}
 
@@ -22,7 +23,7 @@ def sweep(tiny_model, questions, tmp_path):
     started = []
 
     def start(method, search=None, **changes):
-        changes = {"train__steps": 60, "train__checkpoint_every": 5, "evaluation__generate": False, **changes}
+        changes = {"train__steps": STEPS, "train__checkpoint_every": 5, "evaluation__generate": False, **changes}
         plain = tiny.plain_spec(tiny_model, questions, method, **changes) | ({"search": search} if search else {})
         space = write_space(tmp_path / "space.yaml", plain)
         started.append(Sweep(space, tmp_path / "out", f"sqlite:///{tmp_path / 'mlflow.db'}"))
@@ -45,7 +46,7 @@ def check_whole(running, count):
     assert [row["status"] for row in rows] == ["finished"] * count
     for row in rows:
         lines = (running.out / "trials" / row["trial_id"] / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines if "train_loss" in line] == list(range(1, 61))
+        assert [json.loads(line)["step"] for line in lines if "train_loss" in line] == list(range(1, STEPS + 1))
     assert "Traceback" not in running.output
     assert "[state-dump]" not in running.output  # of a raylet's log
     assert running.left() == []
@@ -53,7 +54,7 @@ def check_whole(running, count):
 
 
 @pytest.mark.slow
-def test_a_pack_that_is_stopped_leaves_checkpoints_and_goes_on_from_them(sweep):
+def test_a_pack_that_is_stopped_leaves_a_checkpoint_of_each_trial(sweep):
     running = sweep(PACK, train__pack=True, train__steps=5000)
     running.until(lambda: running.steps("lora") > 30)
     running.send(signal.SIGINT)
@@ -68,7 +69,7 @@ def test_a_pack_that_is_stopped_leaves_checkpoints_and_goes_on_from_them(sweep):
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_pack_goes_on_in_the_local_ray_that_replaces_a_dead_one(sweep):
     running = sweep(PACK, train__pack=True)
     running.until(lambda: running.steps("lora") > 30)
@@ -82,29 +83,11 @@ def test_a_pack_goes_on_in_the_local_ray_that_replaces_a_dead_one(sweep):
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_search_goes_on_in_the_local_ray_that_replaces_a_dead_one(sweep):
-    running = sweep(SEARCHED, {"samples": 4, "algorithm": "optuna"}, resources__cpus_per_worker=2)
-    running.until(lambda: running.out.joinpath("results.jsonl").exists() and running.steps("lora") > 75)
+    running = sweep(SEARCHED, {"samples": 3, "algorithm": "optuna"}, resources__cpus_per_worker=2)
+    running.until(lambda: running.out.joinpath("results.jsonl").exists() and running.steps("lora") > STEPS + 10)
     running.kill("raylet")
     assert running.wait(LONGEST_S) == 0
-    rows = check_whole(running, 4)
+    rows = check_whole(running, 3)
     assert [row["restarts"] for row in rows].count(["its raylet was killed or crashed"]) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.timeout(600)
-def test_a_search_whose_driver_is_killed_goes_on_with_the_trial_that_was_running(sweep):
-    search = {"samples": 3, "algorithm": "optuna"}
-    running = sweep(SEARCHED, search, resources__cpus_per_worker=2)
-    running.until(lambda: running.out.joinpath("results.jsonl").exists() and running.steps("lora") > 75)
-    running.send(signal.SIGKILL)
-    running.wait()
-    assert running.left(patience_s=120) == []
-    trials = {path.name for path in (running.out / "trials").iterdir()}
-    again = sweep(SEARCHED, search, resources__cpus_per_worker=2)
-    assert again.wait(LONGEST_S) == 0
-    rows = check_whole(again, 3)
-    assert trials < {row["trial_id"] for row in rows}
-    assert max(row["resumed_from_step"] or 0 for row in rows) >= 5
