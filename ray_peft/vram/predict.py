@@ -37,8 +37,9 @@ as they do where passes are recorded."""
 RESIDENT = ("weights", "quantization", "adapters", "gradients", "optimizer", "projectors")
 """Kinds of bytes that stay from step to step."""
 
-RECORDED_SLACK = 0.03
-"""Share that the allocator reserves beyond what is predicted of its pools, where passes are recorded."""
+RECORDED_SLACK = 0.06
+"""Share that the allocator reserves beyond what is predicted of its pools, where passes are recorded (57 cells on an
+H200: between 0.01 less and 0.057 more)."""
 
 _NO_MEMORY: dict[type[Any], frozenset[str]] = {
     Stage: frozenset({"lr", "weight_decay", "betas", "max_grad_norm"}),
