@@ -37,8 +37,9 @@ as they do where passes are recorded."""
 RESIDENT = ("weights", "quantization", "adapters", "gradients", "optimizer", "projectors")
 """Kinds of bytes that stay from step to step."""
 
-RECORDED_SLACK = 0.03
-"""Share that the allocator reserves beyond what is predicted of its pools, where passes are recorded."""
+RECORDED_SLACK = 0.06
+"""Share that the allocator reserves beyond what is predicted of its pools, where passes are recorded: 57 of 61
+cells on an H200 needed at most 0.057, the others had begun with segments that were partly used."""
 
 _NO_MEMORY: dict[type[Any], frozenset[str]] = {
     Stage: frozenset({"lr", "weight_decay", "betas", "max_grad_norm"}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 
 from ray_peft.engine import gpu_peaks
@@ -140,9 +142,10 @@ def test_passes_aside_and_recorded_ones_share_their_memory_and_leave_none_outsid
     assert torch.equal(work.weight.grad * 3, gradient)
 
 
-def test_the_first_recording_begins_with_a_pool_of_its_own():
+def test_the_first_recording_begins_with_a_pool_of_its_own(monkeypatch):
     import torch
 
+    monkeypatch.setattr("ray_peft.engine.replays._pools", weakref.WeakValueDictionary())  # others may still be alive
     replays, large = Replays(records=True), torch.zeros((), device="cuda")
 
     def cuts_up():

@@ -41,8 +41,8 @@ FIXED_TOKENS = 150
 pass dequantises, adds 150)."""
 
 HOST_GRADIENTS_SLACK = 0.2
-"""Share of the peak that the allocator reserves in addition if gradients are on the host (measured: 1.15 to 1.28 times
-the peak of the tensors in all), since a recorded pass and the update do not share segments."""
+"""Share of the peak that the allocator reserves in addition if gradients are on the host and passes are not recorded
+(measured with recorded ones, before their pools were predicted: 1.15 to 1.28 times the peak of the tensors in all)."""
 
 _FILES = (
     "memory.py", "evaluate.py", "targets.py", "head.py", "continuous.py", "decodable.py", "lane_cache.py", "lanes.py",
@@ -94,9 +94,7 @@ def predict(
         return Prediction({"weights": weights}, weights, segments(weights, 0.0), evaluation)
     steps = [_step(spec, stage, shape, longest_tokens, uneven) for stage in stages]
     recorded = all(keeps_gradients(spec, stage) for stage in stages)
-    further_slack = gpu.slack_uneven if uneven else 0.0
-    if any(getattr(stage, "gradients", "device") == "host" for stage in stages):
-        further_slack += HOST_GRADIENTS_SLACK
+    uneven_slack = gpu.slack_uneven if uneven else 0.0
     buckets = 0
     if spec.resources.num_workers > 1:  # DistributedDataParallel holds the gradients twice
         buckets = max(step["adapters"] or step["weights"] for step in steps)
@@ -104,16 +102,19 @@ def predict(
     for step, part in zip(steps, scored, strict=True):
         if spec.train.eval_every:  # in the pool of the passes
             step[PASS] = max(step[PASS], part["scoring"])
-        in_pools = max(in_pools, recorded_segments(step, gpu.workspace + buckets, further_slack))
+        in_pools = max(in_pools, recorded_segments(step, gpu.workspace + buckets, uneven_slack))
         del step[PASS], step[UPDATE]
     if spec.train.eval_every:
         steps += [evaluating(step, part) for step, part in zip(steps, scored, strict=True)]
     largest = max(steps, key=lambda step: sum(step.values())) + Counter(workspace=gpu.workspace, buckets=buckets)
     peak = sum(largest.values())
+    slack = gpu.slack + uneven_slack
+    if any(getattr(stage, "gradients", "device") == "host" for stage in stages):
+        slack += HOST_GRADIENTS_SLACK
     return Prediction(
         {kind: size for kind, size in largest.items() if size},
         peak,
-        in_pools if recorded else segments(peak, gpu.slack + further_slack),
+        in_pools if recorded else segments(peak, slack),
         evaluation,
         FIXED_TOKENS / longest_tokens if recorded else None,
     )

@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_peft.engine.recovery import free_memory
 from ray_peft.errors import ModelError, first_line
 from ray_peft.foundation.cache import cache_folder, entry, made_whole
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization
@@ -171,6 +172,8 @@ def load_model(spec: LlmTrialSpec, device: str, keep: str | None = None) -> PreT
     if model is None:
         folder = str(random_model(spec.model)) if spec.model.random_weights else opened(spec.model.name)
         dtype = spec.method.weights_dtype(spec.model.dtype)
+        if device.startswith("cuda"):
+            free_memory(device)  # else weights would be put between what is left of other tensors, and stay there
         model = _from_folder(spec.model, folder, dtype, spec.quantization, device)
         _check_finite(spec, model)
         model.requires_grad_(False)
