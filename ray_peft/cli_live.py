@@ -95,8 +95,8 @@ def _ctl(options: argparse.Namespace) -> int:
         answer = ask(folder, "add", _space(options))
     else:
         answer = ask(folder, options.action, {"trial": target, "set": options.overrides})
-    said = {"action": options.action, "trials": answer.trials, "text": answer.text}
-    print(json.dumps(said) if options.json else ascii_only(answer.text))
+    outcome = {"action": options.action, "trials": answer.trials, "text": answer.text}
+    print(json.dumps(outcome) if options.json else ascii_only(answer.text))
     return 0
 
 

@@ -102,8 +102,8 @@ class MatrixWeights(FullWeights):
         matrices = self.projected(model, of=of, key=f"{key}.targets")
         total = sum(parameter.numel() for parameter in model.parameters())
         share = sum(parameter.numel() for parameter in matrices) / total
-        done = f"{share:.0%} of the trained weights of {of} are {self.done_to_targets}"
-        return [f"{self.name}: {done}; plain AdamW trains the others"]
+        share_text = f"{share:.0%} of the trained weights of {of} are {self.done_to_targets}"
+        return [f"{self.name}: {share_text}; plain AdamW trains the others"]
 
     def projected(self, model: nn.Module, *, of: str = "the model", key: str = "method.targets") -> list[nn.Parameter]:
         """The weights of the target matrices, in definition order.

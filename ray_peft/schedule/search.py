@@ -133,9 +133,9 @@ class Draws:
                     study.end(draw.number, self._score(self._known[draw.trial_id][1]))
                 else:
                     self._interrupted.append(draw)
-            told = {draw.trial_id for draw in study.draws() if draw.state == "complete"}
+            complete = {draw.trial_id for draw in study.draws() if draw.state == "complete"}
             for trial_id, (values, row) in self._known.items():
-                if (score := self._score(row)) is not None and trial_id not in told:
+                if (score := self._score(row)) is not None and trial_id not in complete:
                     study.add(values, trial_id, score)
             study.seed(self._search.seed, shared=self._search.journal is not None)
         return study

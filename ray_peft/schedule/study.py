@@ -56,7 +56,7 @@ class Study:
         """
         self._journal, self._driver = journal, driver
         self._distributions = {key: _distribution(*how) for key, how in kinds.items()}
-        self._asked: dict[int, optuna.Trial] = {}
+        self._proposals: dict[int, optuna.Trial] = {}
         """By number."""
         self._holds = 0
 
@@ -144,12 +144,12 @@ class Study:
         if values is not None:
             self._study.enqueue_trial(dict(values))
         proposal = self._study.ask(self._distributions)
-        self._asked[proposal.number] = proposal
+        self._proposals[proposal.number] = proposal
         return proposal.number, proposal.params
 
     def begin(self, number: int, trial_id: str) -> None:
         """This driver runs what was asked for."""
-        self._asked[number].set_user_attr(_RUN, [trial_id, self._driver])
+        self._proposals[number].set_user_attr(_RUN, [trial_id, self._driver])
 
     def end(self, number: int, score: float | None) -> None:
         """A proposal has its score; None if there is none to learn from."""

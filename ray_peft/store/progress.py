@@ -142,10 +142,10 @@ def cancel(folder: Path, trial_id: str) -> None:
 
 def newest(outputs: Path) -> Path | None:
     """The sweep of which a driver has told last, of all below a folder; None if there is none."""
-    told = [
+    driver_files = [
         path for pattern in (DRIVER_FILE, f"*/{DRIVER_FILE}", f"*/*/{DRIVER_FILE}") for path in outputs.glob(pattern)
     ]
-    return max(told, key=lambda path: path.stat().st_mtime).parent if told else None
+    return max(driver_files, key=lambda path: path.stat().st_mtime).parent if driver_files else None
 
 
 class Reader:

@@ -40,10 +40,10 @@ class MuonAdamW(PiecewiseAdamW):
         for parameter, state in zip(batch, states, strict=True):
             if MOMENTUM not in state:
                 state[MOMENTUM] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-        dtype, kept = self._arithmetic(batch[0]), group["momentum"]
+        dtype, momentum = self._arithmetic(batch[0]), group["momentum"]
         gradient = stacked([self._gradient(parameter) for parameter in batch]).to(dtype, copy=True)
-        mean = stacked([state[MOMENTUM] for state in states]).to(dtype, copy=True).lerp_(gradient, 1 - kept)
-        update = orthogonalised(gradient.lerp_(mean, kept) if group["nesterov"] else mean, group["rounds"])
+        mean = stacked([state[MOMENTUM] for state in states]).to(dtype, copy=True).lerp_(gradient, 1 - momentum)
+        update = orthogonalised(gradient.lerp_(mean, momentum) if group["nesterov"] else mean, group["rounds"])
         del gradient
         rows, columns = batch[0].shape
         weight = stacked(batch).to(dtype, copy=True)

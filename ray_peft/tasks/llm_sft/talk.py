@@ -83,8 +83,10 @@ class Talk:
         from ray_peft.tasks.llm_sft import evaluate
 
         turns = [*speaker.turns, {"role": "user", "content": question}]
-        asked = Conversation((*turns, {"role": "assistant", "content": "-"}))  # what the answer is says nothing here
-        prompt = speaker.encoder.question(asked)["prompt_ids"]
+        conversation = Conversation(
+            (*turns, {"role": "assistant", "content": "-"})
+        )  # what the answer is says nothing here
+        prompt = speaker.encoder.question(conversation)["prompt_ids"]
         room = speaker.most_tokens - speaker.spec.evaluation.max_new_tokens
         if len(prompt) > room:
             raise DataError(f"the conversation has {len(prompt)} tokens, and {room} leave room for an answer; /new")
