@@ -54,8 +54,9 @@ def check_clean(running, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("victim", [pytest.param("raylet", marks=pytest.mark.long), "gcs_server"])
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
 def test_a_local_ray_that_dies_is_replaced_in_the_same_sweep(sweep, tmp_path, victim):
     running = sweep(steps=60, train__checkpoint_every=5)
     running.until(lambda: running.steps("lora") > 12 and "none" in running.rows())
@@ -94,31 +95,20 @@ def test_a_cluster_of_somebody_else_that_dies_ends_the_sweep_with_one_error(swee
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_worker_that_is_killed_goes_on_from_its_checkpoint_in_the_same_sweep(sweep, tmp_path):
-    running = sweep(steps=60, train__checkpoint_every=5)
-    for steps in (15, 35):
-        running.until(lambda steps=steps: running.steps("lora") >= steps)
-        running.kill_worker("lora")
+    """Its curve is that of an undisturbed one: `test_worker_killed.py`."""
+    running = sweep(steps=40, train__checkpoint_every=5)
+    running.until(lambda: running.steps("lora") >= 15)
+    running.kill_worker("lora")
     assert running.wait() == 0
     row = running.rows()["lora"]
     assert row["status"] == "finished"
-    assert len(row["restarts"]) == 2
-    assert all(line.startswith("the worker died: ") for line in row["restarts"])
+    assert len(row["restarts"]) == 1
+    assert row["restarts"][0].startswith("the worker died: ")
     assert row["resumed_from_step"] >= 10
     assert "it is started again" in running.output
-    assert runs(tmp_path) == Counter({"sweep FINISHED": 1, "none FINISHED": 1, "lora FINISHED": 1, "lora KILLED": 2})
+    assert runs(tmp_path) == Counter({"sweep FINISHED": 1, "none FINISHED": 1, "lora FINISHED": 1, "lora KILLED": 1})
     check_clean(running, tmp_path)
-    undisturbed = Sweep(tmp_path / "space.yaml", tmp_path / "other", f"sqlite:///{tmp_path / 'other.db'}")
-    try:
-        assert undisturbed.wait() == 0
-        other = undisturbed.rows()["lora"]
-    finally:
-        undisturbed.end()
-    assert other["restarts"] == []
-    assert other["trial_id"] == row["trial_id"]
-    assert row["scores"]["eval_loss"] == pytest.approx(other["scores"]["eval_loss"], abs=1e-6)
-    assert row["usage"]["train_tokens"] == other["usage"]["train_tokens"]
 
 
 @pytest.mark.slow
@@ -127,10 +117,10 @@ def test_a_driver_that_is_killed_leaves_no_process_and_the_next_start_no_open_ru
     running.until(lambda: running.steps("lora") > 0 and "none" in running.rows())
     running.send(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL
-    assert running.left(patience_s=120) == []  # Ray's agents look for their head for 60 s
     assert runs(tmp_path)["lora RUNNING"] == 1
     again = sweep(steps=20)  # two other trials: what the kill left is closed all the same
     assert again.wait() == 0
+    assert running.left(patience_s=120) == []  # Ray's agents look for their head for 60 s
     assert runs(tmp_path) == Counter({"sweep FINISHED": 1, "none FINISHED": 2, "lora FINISHED": 1, "lora KILLED": 1})
     check_clean(again, tmp_path)
 
@@ -155,6 +145,7 @@ def test_a_second_ctrl_c_ends_at_once_with_whole_files(sweep, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_terminal_that_is_closed_ends_a_sweep_like_ctrl_c(sweep, tmp_path):
     running = sweep()
     running.until(lambda: running.steps("lora") > 0 and "none" in running.rows())

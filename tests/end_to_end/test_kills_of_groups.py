@@ -54,6 +54,7 @@ def check_whole(running, count):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_pack_that_is_stopped_leaves_a_checkpoint_of_each_trial(sweep):
     running = sweep(PACK, train__pack=True, train__steps=5000)
     running.until(lambda: running.steps("lora") > 30)

@@ -126,6 +126,7 @@ def _killed(folder, step):
     return False
 
 
+@pytest.mark.long
 def test_trials_of_a_pack_that_is_killed_twice_go_on_together_and_then_by_themselves(
     ray_cluster, tiny_model, questions, tmp_path
 ):

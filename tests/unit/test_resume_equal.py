@@ -13,7 +13,24 @@ def spec_of(request, tiny_model, questions):
     return lambda case, **changes: case_spec(case, (tiny_model, questions), (painter, paintings), **changes)
 
 
-@pytest.mark.parametrize("case", CASES)
+SHORT = frozenset(
+    {
+        "lora-dropout",
+        "qlora",
+        "full-bfloat16",
+        "galore-8bit",
+        "galore-layerwise",
+        "hybrid",
+        "images-dropout",
+        "images-full",
+    }
+)
+"""Cases that hold what the others hold, too: each kind of weights, of state and of randomness once."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in SHORT else pytest.mark.long) for case in CASES]
+)
 def test_a_resumed_trial_is_the_undisturbed_one(spec_of, tmp_path, case):
     with tiny.one_thread():
         undisturbed = attempt(spec_of(case), tmp_path / "whole")
