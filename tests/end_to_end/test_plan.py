@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tiny
 
 from ray_peft import cli
@@ -77,6 +78,7 @@ SPACES = {
 """Search spaces, and what trials may take of a GPU [GiB]."""
 
 
+@pytest.mark.long
 def test_a_plan_says_what_a_sweep_gives_tune(tiny_model, questions, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     planned = []

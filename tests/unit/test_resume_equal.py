@@ -44,7 +44,7 @@ def test_a_resumed_trial_is_the_undisturbed_one(spec_of, tmp_path, case):
     assert_same_trial(tmp_path / "stopped", row, points, (tmp_path / "whole", *undisturbed))
 
 
-@pytest.mark.parametrize("case", ["lora-dropout", "images-full"])
+@pytest.mark.parametrize("case", ["lora-dropout", pytest.param("images-full", marks=pytest.mark.long)])
 def test_two_workers_go_on_together(spec_of, tmp_path, case):
     """By time, too: their clocks differ, and each draws its own dropout."""
     spec = spec_of(case, train__checkpoint_every="0.001 s", train__batch_size=8, resources__num_workers=2)

@@ -213,6 +213,7 @@ def test_a_profile_leaves_the_rows_comparable(path, name, named):
 def test_a_12_gib_card_has_a_profile_in_every_study():
     studies = {"gemma2_dolly_lora_qlora", "gemma3_qlora_galore", "gemma3_hybrid", "gemma3_ensemble", "sd15_van_gogh"}
     assert {path.stem for path, name in PROFILES if name == "12gib"} == studies | {
+        "dpo_small",
         "quickstart",
         "smollm2_alpaca",
         "peft_methods",

@@ -15,6 +15,7 @@ from ray_peft.trial import trial
 from ray_peft.trial.life import Life
 
 
+@pytest.mark.long
 def test_a_hybrid_that_is_stopped_in_its_second_stage_goes_on_from_the_end_of_its_first(
     tiny_model, questions, tmp_path
 ):

@@ -90,8 +90,8 @@ def test_one_row_and_all_rows_differ():
 
 def test_null_and_the_text_null_differ():
     assert names(trial("lora", model__revision=None), trial("lora", model__revision="null")) == [
-        "lora revision=null",
-        'lora revision="null"',
+        "lora model.revision=null",
+        'lora model.revision="null"',
     ]
 
 
