@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,8 +69,8 @@ class SweepRun:
         self.folder = opened.ledger.folder
         self.proposed = plan.draws is not None
         self.control = Control(self, driver)
-        self.late: list[Run] = []
-        """Runs of the present call of Tune that the user wanted beside those that it was given."""
+        self.late: dict[str, Run] = {}
+        """Of the present phase, runs of single trials that the user wanted beside those that it began with."""
 
     def run(self, nodes: list[Node]) -> bool:
         """Run the missing trials and leave the cluster; true if the user interrupted them."""
@@ -82,9 +82,11 @@ class SweepRun:
                 if run.is_pack:
                     self.console.say(f"{pack_text(run)}: {', '.join(trial.trial_id for trial in run.trials)}")
             with self.control.taking():
-                if all(self._ended(phase.runs, phase.most_teams) for phase in self._phases(decision)):
-                    while (late := self._taken(self.control.rest())) and self._ended(late):
-                        pass
+                ended = all(self._ended(phase.runs, phase.most_teams) for phase in self._phases(decision))
+            # Nothing is taken any more when one looks for the rest, so that what was promised runs.
+            while ended and (rest := self._taken(self.control.rest())):
+                with self.control.taking():
+                    ended = self._ended(rest)
         except ClusterLost as error:
             why = str(error)
             raise
@@ -102,13 +104,17 @@ class SweepRun:
 
     def _ended(self, runs: Sequence[Run], most: int | None = None) -> bool:
         """Run trials, and once more those that ran out of too small a share; false if the user interrupted them."""
+
+        def trials() -> list[TrialSpec]:
+            return [trial for run in (*runs, *self.late.values()) for trial in run.trials]
+
+        self.late.clear()
         self._fit(runs, most)
-        trials = [trial for run in runs for trial in run.trials]
-        again = [] if self._interrupted(trials) else [*self._too_small(trials), *self.apart.values()]
+        again = [] if self._interrupted(trials()) else [*self._too_small(trials()), *self.apart.values()]
         self.apart.clear()
         if again:
             self._fit(self.scheduler.decide(again, alone={trial.trial_id for trial in again}).runs)
-        return not self._interrupted(trials)
+        return not self._interrupted(trials())
 
     def _take_lost(self, trial: TrialSpec, why: str) -> None:
         """Keep the row of a trial that was running when everything ended; it may have finished in that moment."""
@@ -149,7 +155,6 @@ class SweepRun:
         while self.control.resumed():
             members = {trial_id: row for trial_id, row in self.rows.items() if trial_id in member_ids}
             propose, samples = (None, 0) if runs else (self._propose, self.plan.missing - len(self.started))
-            self.late.clear()
             work = tune.Work(runs, propose, self._more, lambda: self.control.paused, samples, most, members)
             try:
                 if not tune.fit(work, self.opened, self):
@@ -160,10 +165,10 @@ class SweepRun:
                 running = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
                 if running:
                     self._fit([Run((trial,), self.demands[trial.trial_id]) for trial in running], most)
-                if len(self.started) >= self.plan.missing:
+                if len(self.started) >= self.plan.missing or (self.plan.draws and self.plan.draws.exhausted):
                     return
                 continue
-            runs = [rest for run in (*runs, *self.late) if (rest := self._without_rows(run)) is not None]
+            runs = still_to_run(runs, self.late, self.rows.keys())
             if not runs:
                 return
 
@@ -171,7 +176,8 @@ class SweepRun:
         """A run that the user wants by now, beside those that Tune was given."""
         run = self.control.next()
         if run is not None:
-            self.late += self._taken([run])
+            self._taken([run])
+            self.late[run.trial.trial_id] = run
         return run
 
     def _taken(self, runs: list[Run]) -> list[Run]:
@@ -202,11 +208,6 @@ class SweepRun:
         self.console.say(text)
         self.opened.record.notes.append(text)
         self.opened.ledger.write_record(self.opened.record)
-
-    def _without_rows(self, run: Run) -> Run | None:
-        """The part of a run that has no row yet."""
-        trials = tuple(trial for trial in run.trials if trial.trial_id not in self.rows)
-        return replace(run, trials=trials) if trials else None
 
     def _replace_cluster(self, error: ClusterLost) -> None:
         """Start another local Ray; trials that were running count its death as a failure of their workers.
@@ -294,6 +295,21 @@ class SweepRun:
         ended, total = len(self.rows), self._total()
         bar = f"{_bar(ended, total)} {ended}/{total}"
         self.console.progress(f"{bar} {spec.trial_id}: step {metrics.get('step')} {loss}")
+
+
+def still_to_run(runs: Sequence[Run], late: Mapping[str, Run], ended: Collection[str]) -> list[Run]:
+    """What is left of runs, each trial once.
+
+    Args:
+        runs: as they were planned.
+        late: single runs that the user wanted since, by their trial; one of a trial in `runs` stands in its place.
+        ended: ids of the trials that have a row.
+    """
+    left = []
+    for run in runs:
+        trials = tuple(trial for trial in run.trials if trial.trial_id not in {*ended, *late})
+        left += [replace(run, trials=trials)] if trials else []
+    return left + [run for trial_id, run in late.items() if trial_id not in ended]
 
 
 def _placement_line(nodes: list[Node], demands: list[Demand], missing: int) -> str:

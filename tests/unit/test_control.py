@@ -9,6 +9,8 @@ from tracked import spec_of
 
 from ray_peft.errors import DataError, SearchSpaceError
 from ray_peft.schedule import control
+from ray_peft.schedule.decide import Demand, Run
+from ray_peft.schedule.running import still_to_run
 from ray_peft.schedule.stop import Stop
 from ray_peft.space import read
 from ray_peft.store import requests
@@ -103,6 +105,20 @@ def test_added_trials_are_remembered_with_their_notes(tmp_path):
     (tmp_path / "added.json").write_text('[{"spec": 1}]')
     with pytest.raises(SearchSpaceError, match="is no list of added trials"):
         list(control.added(tmp_path))
+
+
+def test_a_trial_that_the_user_wants_again_runs_once():
+    first, second, third, other = (spec_of(seed) for seed in range(4))
+    small, large = Demand(1, 1, 0.25), Demand(1, 1, 1.0)
+    pack = Run((first, second, third), small)
+    late = {spec.trial_id: Run((spec,), large) for spec in (second, other)}
+    assert still_to_run([pack], late, {first.trial_id}) == [
+        Run((third,), small),
+        Run((second,), large),
+        late[other.trial_id],
+    ]
+    assert still_to_run([Run((second,), small)], late, {other.trial_id}) == [late[second.trial_id]]
+    assert still_to_run([pack], {}, {first.trial_id, second.trial_id, third.trial_id}) == []
 
 
 def test_settings_of_a_clone_are_checked_like_those_of_a_file():
