@@ -9,6 +9,7 @@ from pathlib import Path
 from ray_peft.report.files import REPORT
 from ray_peft.store import tracking
 from ray_peft.store.ledger import Ledger, SweepRecord
+from ray_peft.store.progress import DRIVER_FILE
 from ray_peft.tasks.files import content_of
 from ray_peft.tasks.model_content import WEIGHTS
 from ray_peft.tasks.remembered import Mark
@@ -48,9 +49,13 @@ def _mark(ledger: Ledger, record: SweepRecord) -> Mark:
 
 
 def _content(folder: Path) -> str:
-    """Digest of all files in and below a sweep's folder: content, or of weights size and time."""
+    """Digest of all files in and below a sweep's folder: content, or of weights size and time.
+
+    What the driver says of itself is left out: it says last, after the sweep was closed, that it has ended.
+    """
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != DRIVER_FILE)
+    for file in sorted(path for path in paths if not path.name.startswith(".")):
         stat = file.stat()
         state = f"{stat.st_size} {stat.st_mtime_ns}" if file.suffix in WEIGHTS else content_of(file)
         digest.update(f"{file.relative_to(folder).as_posix()}:{state}\n".encode(errors="surrogateescape"))

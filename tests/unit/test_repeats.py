@@ -17,6 +17,7 @@ from ray_peft.console import Console
 from ray_peft.schedule import repeats
 from ray_peft.schedule.experiment import open_experiment
 from ray_peft.store.ledger import Ledger
+from ray_peft.store.progress import driving
 from ray_peft.store.tracking import default_uri, is_closed, open_store
 from ray_peft.tasks import remembered
 from ray_peft.tasks.files import _bytes as files_of_this_process
@@ -41,7 +42,8 @@ class Closed:
         opened = open_experiment(
             "sweep", "", self.ledger, store=store, planned=planned, notes=["a note"], console=quiet
         )
-        opened.finish(planned, interrupted=False)
+        with driving(self.ledger.folder):
+            opened.finish(planned, interrupted=False)
         self.record = opened.record
         self.artifacts = folder / "artifacts"
 
