@@ -51,6 +51,20 @@ def added_lines(path: Path, offset: int) -> tuple[list[bytes], int]:
     return whole.split(b"\n")[:-1], offset + len(whole)
 
 
+def drop_torn_line(path: Path) -> None:
+    """Cut off what a kill or a full disk has left in the middle of the last line; nothing if there is no file."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        size = file.seek(0, 2)
+        if not size:
+            return
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
 def problem(error: ValidationError) -> str:
     """The first problem of a value, with its dotted key."""
     first = error.errors(include_url=False)[0]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ray_peft.errors import StorageError, first_line
+from ray_peft.foundation.json_lines import drop_torn_line
 from ray_peft.foundation.locks import locked
 from ray_peft.foundation.whole import write_text
 
@@ -121,7 +122,7 @@ class Study:
                 if not self._holds:
                     self._journal.parent.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(locked(self._journal.with_name(f"{self._journal.name}.lock"), LOCK_WAIT_S))
-                    _drop_torn_line(self._journal)
+                    drop_torn_line(self._journal)  # Optuna would read no line after one
                 self._holds += 1
                 try:
                     yield
@@ -210,17 +211,3 @@ def _backend(journal: Path, study: Study) -> Any:
             self._stack.close()
 
     return JournalFileBackend(str(journal), cast(Any, Lock()))
-
-
-def _drop_torn_line(journal: Path) -> None:
-    """Cut off what a kill or a full disk has left in the middle of a line: Optuna would read no line after it."""
-    if not journal.exists():
-        return
-    with journal.open("r+b") as file:
-        size = file.seek(0, 2)
-        if not size:
-            return
-        file.seek(size - 1)
-        if file.read(1) != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ray_peft.errors import SearchSpaceError
+from ray_peft.foundation.json_lines import drop_torn_line
 from ray_peft.foundation.locks import locked
 from ray_peft.foundation.names import one_part
 from ray_peft.foundation.storage import writing
@@ -92,16 +93,16 @@ class Ledger:
         """
         line = (json.dumps(result.row(), ensure_ascii=False) + "\n").encode()
         with writing(self._results, WAY_OUT):
-            with self._results.open("a+b") as file:
-                whole = _whole_lines(file)
-                file.truncate(whole)
+            drop_torn_line(self._results)
+            whole = self._results.stat().st_size if self._results.exists() else 0
             try:
                 with self._results.open("ab") as file:
                     file.write(line)
                     file.flush()
                     os.fsync(file.fileno())
             except OSError:
-                os.truncate(self._results, whole)  # a full disk takes half a line
+                with contextlib.suppress(OSError):
+                    os.truncate(self._results, whole)  # a full disk takes half a line
                 raise
 
     def set_aside(self) -> None:
@@ -142,10 +143,3 @@ class Ledger:
         text = json.dumps(asdict(record), ensure_ascii=False, indent=2) + "\n"
         with writing(self.folder / "sweep.json", WAY_OUT):
             write_text(self.folder / "sweep.json", text)
-
-
-def _whole_lines(file: IO[bytes]) -> int:
-    """Bytes up to the end of the last whole line: a killed process may have left half a line."""
-    file.seek(0)
-    content = file.read()
-    return content.rfind(b"\n") + 1

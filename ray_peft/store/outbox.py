@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray_peft.foundation.json_lines import drop_torn_line
 from ray_peft.foundation.locks import locked
 from ray_peft.foundation.measured import to_json
 from ray_peft.foundation.storage import error_line
@@ -90,13 +91,9 @@ class Outbox:
 
     def _cut_half_line(self) -> None:
         """Cut off what a killed process may have left of a line, once."""
-        if self._cut or not self._file.exists():
+        if not self._cut:
+            drop_torn_line(self._file)
             self._cut = True
-            return
-        content = self._file.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(self._file, content.rfind(b"\n") + 1)
-        self._cut = True
 
     def after(self, offset: int) -> Iterator[tuple[Entry, int]]:
         """The whole entries behind `offset`, each with the offset behind it.
