@@ -13,7 +13,7 @@ from typing import Any
 
 from ray_peft.foundation.json_lines import added_lines
 from ray_peft.report.timeline import without_stops
-from ray_peft.store.progress import Progress, Reader, TrialProgress
+from ray_peft.store.progress import DRIVEN, Progress, Reader, TrialProgress
 
 MOST_POINTS = 150
 """Points of a curve that are sent; of more, every second or third."""
@@ -97,7 +97,7 @@ def _timeline(progress: Progress, now: float) -> dict[str, Any]:
         else:
             row.append(span)
     end_s = max(span["end_s"] for _, span in spans)
-    if progress.driver in ("running", "paused"):  # what is idle now is a gap as well
+    if progress.driver in DRIVEN:  # what is idle now is a gap as well
         end_s += max(0.0, now - max(trial.ended or now for trial in progress.trials if trial.began is not None))
     named = [
         {"name": place if len(rows) == 1 else f"{place}, place {number}", "spans": row, "gaps": _gaps(row, end_s)}

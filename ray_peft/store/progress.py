@@ -22,6 +22,8 @@ from ray_peft.foundation.storage import writing
 from ray_peft.trial.live import CANCEL_FILE, LIVE_FILE
 
 DRIVER_FILE = "driver.json"
+DRIVEN = ("running", "paused")
+"""What a driver says of itself while it drives."""
 BEAT_S = 5.0
 SILENT_S = 60.0
 """Whoever has written nothing for so long is taken for dead: clocks of two machines may differ by some of it."""
@@ -171,11 +173,12 @@ class Reader:
         planned = dict.fromkeys([*record.get("planned", []), *self._rows])
         return Progress(
             str(record.get("name", self._folder.name)),
-            self._driver(),
+            self.driver(),
             [self._trial(str(trial_id)) for trial_id in planned],
         )
 
-    def _driver(self) -> str:
+    def driver(self) -> str:
+        """What the driver says of itself; as in `Progress`."""
         record = _json(self._folder / DRIVER_FILE)
         if not record:
             return "unknown"
@@ -183,9 +186,11 @@ class Reader:
         return "silent" if silent else str(record["state"])
 
     def _trial(self, trial_id: str) -> TrialProgress:
-        live = _json(self._folder / "trials" / trial_id / LIVE_FILE)
         row = self._rows.get(trial_id)
-        if not live or (row is not None and row.state == "finished"):
+        if row is not None and row.state == "finished":
+            return row
+        live = _json(self._folder / "trials" / trial_id / LIVE_FILE)
+        if not live:
             return row or TrialProgress(trial_id)
         age = time.time() - float(live["at"])
         left = live.get("left_s")
@@ -210,9 +215,7 @@ class Reader:
     def _take_rows(self) -> None:
         """Read the rows that were added; a last line that is being written waits."""
         path = self._folder / "results.jsonl"
-        if not path.is_file():
-            return
-        if path.stat().st_size < self._read:  # set aside by `--fresh`
+        if not path.is_file() or path.stat().st_size < self._read:  # set aside by `--fresh`
             self._rows, self._read = {}, 0
         lines, self._read = added_lines(path, self._read)
         for line in lines:

@@ -15,7 +15,7 @@ from typing import Any
 from ray_peft.errors import DataError, RayPeftError
 from ray_peft.foundation.storage import writing
 from ray_peft.foundation.whole import write_text
-from ray_peft.store.progress import Reader
+from ray_peft.store.progress import DRIVEN, Reader
 
 FOLDER = "control"
 POLL_S = 0.1
@@ -83,7 +83,7 @@ def ask(folder: Path, action: str, arguments: Mapping[str, Any]) -> Answer:
         StorageError: this user may not write there.
     """
     reader = Reader(folder)
-    if reader.read().driver not in ("running", "paused"):
+    if reader.driver() not in DRIVEN:
         raise DataError(f"{folder}: the sweep does not run; the command that started it runs what is missing")
     path = folder / FOLDER / f"{time.time_ns()}-{uuid.uuid4().hex}.request"
     with writing(path, f"{action} it as the user that runs the sweep"):
@@ -97,7 +97,7 @@ def ask(folder: Path, action: str, arguments: Mapping[str, Any]) -> Answer:
             if not answer.accepted:
                 raise DataError(answer.text)
             return answer
-        if reader.read().driver not in ("running", "paused"):
+        if reader.driver() not in DRIVEN:
             raise DataError(f"{folder}: the sweep ended before it could {action}")
     with contextlib.suppress(OSError):
         path.unlink()

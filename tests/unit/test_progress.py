@@ -150,6 +150,14 @@ def test_the_table_is_plain_ascii_and_says_what_waits():
     assert "1 not run; its driver is silent" in cli_live.table(Progress("x", "silent", trials))[0]
 
 
+def test_rows_that_were_set_aside_are_no_longer_shown(sweep):
+    ledger, _, _ = sweep
+    reader = Reader(ledger.folder)
+    assert [trial.state for trial in reader.read().trials] == ["finished", "waiting", "waiting"]
+    (ledger.folder / "results.jsonl").rename(ledger.folder / "results-before.jsonl")
+    assert [trial.state for trial in reader.read().trials] == ["waiting"] * 3
+
+
 def test_watch_ends_with_the_sweep(sweep, monkeypatch, capsys):
     ledger, specs, folder = sweep
     with progress.driving(ledger.folder):
