@@ -74,8 +74,7 @@ def _watch(options: argparse.Namespace) -> int:
 
 
 def _ctl(options: argparse.Namespace) -> int:
-    from ray_peft.errors import SpecError
-    from ray_peft.store.progress import Reader, cancel
+    from ray_peft.store.progress import Reader, cancel, unknown_trial
     from ray_peft.store.requests import Answer, ask
 
     folder, target = Path(options.sweep), options.target
@@ -85,7 +84,7 @@ def _ctl(options: argparse.Namespace) -> int:
         if options.action == "show":
             progress = replace(progress, trials=[trial for trial in progress.trials if trial.trial_id == target])
             if not progress.trials:
-                raise SpecError(f"{folder}: has no trial {target}; its trials: ray-peft ctl {folder} list")
+                raise unknown_trial(folder, target)
         print(json.dumps(progress.plain(), indent=2) if options.json else "\n".join(table(progress)))
         return 0
     if options.action == "cancel":

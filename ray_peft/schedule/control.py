@@ -22,7 +22,7 @@ from ray_peft.schedule.decide import Run
 from ray_peft.space import read
 from ray_peft.spec import TrialSpec
 from ray_peft.store.ledger import ADDED, WAY_OUT
-from ray_peft.store.progress import Driver
+from ray_peft.store.progress import Driver, unknown_trial
 from ray_peft.store.requests import Answer, serve
 from ray_peft.trial.live import CANCEL_FILE
 from ray_peft.trial.result import TrialResult
@@ -100,8 +100,7 @@ class Control:
     def _trial(self, trial_id: str) -> TrialSpec:
         trial = self._known().get(trial_id)
         if trial is None:
-            folder = self._running.folder
-            raise DataError(f"{folder}: has no trial {trial_id}; its trials: ray-peft ctl {folder} list")
+            raise unknown_trial(self._running.folder, trial_id)
         return trial
 
     def _known(self) -> dict[str, TrialSpec]:
@@ -125,21 +124,22 @@ class Control:
         settings = [str(setting) for setting in request["set"]]
         changed = read.changed(trial, settings, f"clone of {trial.trial_id}")
         note = f"a clone of {trial.trial_id} with {', '.join(settings)}, from the same start, added while the sweep ran"
-        return self._take([changed], note)
+        return self._take([changed], note, f"clone of {trial.trial_id}")
 
     def _add(self, request: dict[str, Any]) -> Answer:
         source = str(request["source"])
         space = read.parse(str(request["text"]), source, request["set"], request["profile"])
         if space.search is not None and space.search.algorithm == "optuna":
             raise SearchSpaceError(f"{source}: its trials are proposed one by one, which needs a sweep of its own")
-        if any(trial.members() for trial in space.trials):
-            raise SearchSpaceError(f"{source}: an ensemble waits for its members, which needs a sweep of its own")
-        return self._take(space.trials, f"from {source}, added while the sweep ran")
+        return self._take(space.trials, f"from {source}, added while the sweep ran", source)
 
-    def _take(self, trials: list[TrialSpec], note: str) -> Answer:
-        """Check trials, keep them for further runs of the sweep, and let them run."""
+    def _take(self, trials: list[TrialSpec], note: str, source: str) -> Answer:
+        """Check trials from `source`, keep them for further runs of the sweep, and let them run."""
         self._not_of_a_search()
-        settled = inspect_trials(trials, Silence(), self._inspector).trials
+        if any(trial.members() for trial in trials):
+            raise SearchSpaceError(f"{source}: an ensemble waits for its members, which needs a sweep of its own")
+        checked = inspect_trials(trials, Silence(), self._inspector)
+        settled = checked.trials
         known = self._known()
         new = [trial for trial in settled if trial.trial_id not in known]
         if not new:
@@ -148,8 +148,8 @@ class Control:
         keep(self._running.folder, new, note)
         self.added |= {trial.trial_id: trial for trial in new}
         self._late += runs
-        for trial in new:
-            self._running.note(added_note(trial.trial_id, note))
+        for text in (*checked.notes, *(added_note(trial.trial_id, note) for trial in new)):
+            self._running.note(text)
         ids = tuple(trial.trial_id for trial in new)
         before = len(settled) - len(new)
         more = f"; {before} of the file's trials were there before" if before else ""

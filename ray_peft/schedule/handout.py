@@ -16,8 +16,8 @@ from ray_peft.spec import TrialSpec
 from ray_peft.trial.result import TrialResult
 
 TRIAL, MEMBER = "trial", "member"
-"""The keys of Tune's configurations: a place in the list of runs, or the text of a proposed one; and which trial of a
-pack the Tune trial passes on."""
+"""The keys of Tune's configurations: a place in the list of runs, or the text of a run that is not in it; and which
+trial of a pack the Tune trial passes on."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,12 @@ def seated(seat: Seat) -> dict[str, Any]:
     return {TRIAL: place, MEMBER: member}
 
 
-def proposed(run: Run) -> dict[str, Any]:
-    """The configuration of a run that a search proposes."""
-    proposal = {"trial_id": run.trial.trial_id, "spec": run.trial.plain(), "demand": asdict(run.demand)}
-    return {TRIAL: json.dumps(proposal)}
+def unlisted(run: Run) -> dict[str, Any]:
+    """The configuration of a run that a search proposes, or that the user adds or repeats."""
+    trial = run.trial
+    members = [member.trial_id for member in trial.members()]
+    settled = {"trial_id": trial.trial_id, "members": members, "spec": trial.plain(), "demand": asdict(run.demand)}
+    return {TRIAL: json.dumps(settled)}
 
 
 def resolver(tasks: Sequence[Task]) -> Callable[[Mapping[str, Any]], Task]:
@@ -76,9 +78,9 @@ def resolver(tasks: Sequence[Task]) -> Callable[[Mapping[str, Any]], Task]:
         where = config[TRIAL]
         if isinstance(where, int):
             return replace(tasks[where], member=config.get(MEMBER))
-        proposal = json.loads(where)
-        spec = TrialSpec.from_plain(proposal["spec"]).under(proposal["trial_id"])
-        return Task(((spec, Demand(**proposal["demand"])),))
+        settled = json.loads(where)
+        spec = TrialSpec.from_plain(settled["spec"]).under(settled["trial_id"], settled["members"])
+        return Task(((spec, Demand(**settled["demand"])),))
 
     return resolve
 

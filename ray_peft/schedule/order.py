@@ -1,8 +1,8 @@
-"""The order in which Tune is given its trials where some of them train together.
+"""The order in which Tune is given the trials of a plan, some of which may train together.
 
-Such trials run in one process, which a Tune trial of its own holds: the host. Each of them is a Tune trial, too, which
-holds nothing and passes on what the host reports of it. These are given to Tune once their host has started, so that
-none waits in a process while its pack waits for a GPU.
+Those that do run in one process, which a Tune trial of its own holds: the host. Each of them is a Tune trial, too,
+which holds nothing and passes on what the host reports of it. These are given to Tune once their host has started, so
+that none waits in a process while its pack waits for a GPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tune, which starts trials on the cluster and returns their rows; the only module that imports ray.tune.
 
-Tune gets each trial as an index into a list, which the workers look up: with whole specs, Tune would take quadratic
-time over a grid.
+Tune gets each planned trial as an index into a list, which the workers look up: with whole specs, Tune would take
+quadratic time over a grid. Those that a search proposes or a user adds come with their specs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ray_peft.schedule import watch, worker
 from ray_peft.schedule.decide import Demand, Run
 from ray_peft.schedule.events import UNBEGUN_FAILURES, Events, Receiver
 from ray_peft.schedule.experiment import Experiment
-from ray_peft.schedule.handout import Handout, Task, proposed, read_handout, resolver, seated, tasks_of
+from ray_peft.schedule.handout import Handout, Task, read_handout, resolver, seated, tasks_of, unlisted
 from ray_peft.schedule.order import Order
 from ray_peft.schedule.relay import Relay
 from ray_peft.schedule.stop import Stop
@@ -161,7 +161,7 @@ def _seats(order: Order, stop: Stop, more: Callable[[], Run | None]) -> Suggest:
             return seated(seat)
         run = more()
         if run is not None:
-            return proposed(run)
+            return unlisted(run)
         return "later" if order.left or live else None
 
     return suggest
@@ -172,7 +172,7 @@ def _proposals(propose: Callable[[], Run | None], stop: Stop) -> Suggest:
 
     def suggest(_: int) -> dict[str, Any] | None:
         run = None if stop.asked else propose()
-        return None if run is None else proposed(run)
+        return None if run is None else unlisted(run)
 
     return suggest
 

@@ -131,7 +131,7 @@ def cancel(folder: Path, trial_id: str) -> None:
     progress = Reader(folder).read()
     trial = next((trial for trial in progress.trials if trial.trial_id == trial_id), None)
     if trial is None:
-        raise DataError(f"{folder}: has no trial {trial_id}; its trials: ray-peft ctl {folder} list")
+        raise unknown_trial(folder, trial_id)
     if has_row(trial):
         raise DataError(f"{folder}: trial {trial_id} has ended by itself: {trial.state}")
     if progress.ended:
@@ -140,6 +140,11 @@ def cancel(folder: Path, trial_id: str) -> None:
     with writing(path, "cancel it as the user that runs the sweep"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
+
+
+def unknown_trial(folder: Path, trial_id: str) -> DataError:
+    """What to raise where a sweep has no such trial."""
+    return DataError(f"{folder}: has no trial {trial_id}; its trials: ray-peft ctl {folder} list")
 
 
 def newest(outputs: Path) -> Path | None:

@@ -10,9 +10,11 @@ from tracked import spec_of
 from ray_peft.errors import DataError, SearchSpaceError
 from ray_peft.schedule import control
 from ray_peft.schedule.decide import Demand, Run
+from ray_peft.schedule.handout import resolver, unlisted
 from ray_peft.schedule.running import still_to_run
 from ray_peft.schedule.stop import Stop
 from ray_peft.space import read
+from ray_peft.spec import TrialSpec
 from ray_peft.store import requests
 from ray_peft.store.progress import driving
 from ray_peft.store.requests import Answer, ask, open_channel, serve
@@ -119,6 +121,17 @@ def test_a_trial_that_the_user_wants_again_runs_once():
     ]
     assert still_to_run([Run((second,), small)], late, {other.trial_id}) == [late[second.trial_id]]
     assert still_to_run([pack], {}, {first.trial_id, second.trial_id, third.trial_id}) == []
+
+
+def test_a_run_that_is_in_no_list_keeps_the_members_of_its_ensemble():
+    members = [{"method": {"name": "lora", "rank": rank}} for rank in (2, 4)]
+    plain = spec_of(1).plain() | {"method": {"name": "ensemble", "members": members}}
+    plain["data"]["sources"][0] |= {"validation": 2}
+    settled = TrialSpec.from_plain(plain).under("ensemble-1", ["lora-1", "lora-2"])
+    demand = Demand(1, 2, 0.0)
+    task = resolver([])(unlisted(Run((settled,), demand)))
+    assert (task.spec.trial_id, task.demand) == ("ensemble-1", demand)
+    assert [member.trial_id for member in task.spec.members()] == ["lora-1", "lora-2"]
 
 
 def test_settings_of_a_clone_are_checked_like_those_of_a_file():
