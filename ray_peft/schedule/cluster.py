@@ -113,7 +113,11 @@ class Connection:
         return self._context.enter_context(connect(self._address))
 
     def close(self) -> None:
-        """Leave the cluster."""
+        """A sweep has ended."""
+        self.leave()
+
+    def leave(self) -> None:
+        """Leave the cluster: none of the sweep's processes is left on it."""
         self._context.close()
 
     def replace(self) -> None:
@@ -146,9 +150,9 @@ class KeptConnection(Connection):
         """A sweep has ended; the next one goes on here."""
 
     def leave(self) -> None:
-        """Leave the cluster after the last one."""
+        """Leave the cluster after the last one, or where trials may still run; another one would start again."""
         self._connected = False
-        super().close()
+        super().leave()
 
 
 def _outlive_head() -> None:

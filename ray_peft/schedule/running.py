@@ -92,9 +92,12 @@ class SweepRun:
             raise
         finally:
             try:
-                self.ray.close()  # no worker may still write to the runs that are closed here
+                if self._without_row():
+                    self.ray.leave()  # no worker may still write to the runs that are closed here
+                else:
+                    self.ray.close()
             finally:  # also after a second Ctrl-C
-                lost = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
+                lost = self._without_row()
                 for trial in lost:
                     self._take_lost(trial, why)
         if self.unproposed is not None:
@@ -115,6 +118,10 @@ class SweepRun:
         if again:
             self._fit(self.scheduler.decide(again, alone={trial.trial_id for trial in again}).runs)
         return not self._interrupted(trials())
+
+    def _without_row(self) -> list[TrialSpec]:
+        """Trials that were handed out and have no row."""
+        return [trial for trial in self.started.values() if trial.trial_id not in self.rows]
 
     def _take_lost(self, trial: TrialSpec, why: str) -> None:
         """Keep the row of a trial that was running when everything ended; it may have finished in that moment."""
@@ -162,7 +169,7 @@ class SweepRun:
             except ClusterLost as error:
                 self._replace_cluster(error)
             if not runs:  # those that were running, then further proposals
-                running = [trial for trial in self.started.values() if trial.trial_id not in self.rows]
+                running = self._without_row()
                 if running:
                     self._fit([Run((trial,), self.demands[trial.trial_id]) for trial in running], most)
                 if len(self.started) >= self.plan.missing or (self.plan.draws and self.plan.draws.exhausted):
@@ -223,7 +230,7 @@ class SweepRun:
             self.ray.replace()
         except PlacementError as failure:
             raise ClusterLost(f"{error.reason}, and {first_line(failure)}") from None
-        for trial in [trial for trial in self.started.values() if trial.trial_id not in self.rows]:
+        for trial in self._without_row():
             if self.opened.may_start_again(trial):
                 self.again(trial, error.reason)
             else:
