@@ -24,13 +24,18 @@ tried where there is time for few steps, which want higher rates than the defaul
 _KINDS: dict[str, type[Method]] = {
     kind.model_fields["name"].default: kind for kind in METHODS if "llm_sft" in kind.tasks
 }
-COMPARED = [
-    name
-    for name, kind in _KINDS.items()
-    if name not in ("none", "ensemble", "loftq")
-    and not any(field.is_required() for field in kind.model_fields.values())
-]
-"""Methods that need nothing but their name; `loftq` needs a base in 4 bits."""
+
+
+def _needs_nothing(kind: type[Method]) -> bool:
+    """Whether a method needs neither settings nor a base in 4 bits, as `loftq` does."""
+    if any(field.is_required() for field in kind.model_fields.values()):
+        return False
+    method = kind.from_plain({"name": kind.model_fields["name"].default})
+    return all(stage.why_not_plain() is None for _, stage in method.parts())
+
+
+COMPARED = [name for name, kind in _KINDS.items() if name not in ("none", "ensemble") and _needs_nothing(kind)]
+"""Methods that need nothing but their name."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def _settings(name: str, *, on_gpu: bool, hidden_size: int | None) -> dict[str, 
         return {part: settings for part, settings in own.items() if settings}
     fields = _KINDS[name].model_fields
     settings: dict[str, Any] = {key: "float32" for key in ("weights", "compute_dtype") if key in fields and not on_gpu}
-    projects = issubclass(_KINDS[name], ProjectedGradients) and name != "apollo_mini"
+    projects = issubclass(_KINDS[name], ProjectedGradients)
     if projects and hidden_size is not None and hidden_size < 2 * fields["rank"].default:
         settings["rank"] = max(1, hidden_size // 4)  # the default rank would be hardly any restriction
     return settings

@@ -15,6 +15,7 @@ from ray_peft.compare.journal import Journal, opened
 from ray_peft.compare.measure import Measured, measure
 from ray_peft.compare.rungs import ANSWER, LONGER, SEARCH, Chosen, file_of
 from ray_peft.compare.setup import Setup, set_up, short
+from ray_peft.compare.speed_trials import RUNG
 from ray_peft.errors import SpecError, TrialFailed
 from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.foundation.whole import write_text
@@ -144,7 +145,7 @@ class Comparing:
     def _plan(self, journal: Journal) -> None:
         """Look at everything, measure what is not known, and write the first search space."""
         request = self.request
-        with journal.timed("0_speed"):
+        with journal.timed(RUNG):
             machines = self._ray.connect()
             setup = set_up(
                 request.model, request.data, name=request.name(), metric=request.metric, methods=request.methods,
@@ -249,7 +250,7 @@ class Comparing:
     def _said(self, journal: Journal, plan: Plan, chosen: Mapping[str, Chosen], last: SweepOutcome) -> Comparison:
         """The answer in five lines, kept in answer.txt, and the command that trains it on all rows."""
         verdict = answer(read_material(last.folder), chosen)
-        measuring_s = journal.spent_s.get("0_speed", 0.0)
+        measuring_s = journal.spent_s.get(RUNG, 0.0)
         lines = [
             *verdict.lines,
             f"Predicted {duration(plan.whole_s)}, took {duration(journal.whole_s - measuring_s)} after "
