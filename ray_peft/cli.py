@@ -17,7 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ray_peft import cli_jobs, cli_kept, cli_live
-from ray_peft.cli_arguments import add_fresh, add_gpu_memory, add_settings, add_trust, count, names, positive
+from ray_peft.cli_arguments import (
+    add_fresh,
+    add_gpu_memory,
+    add_settings,
+    add_tracking,
+    add_trust,
+    count,
+    names,
+    positive,
+)
 from ray_peft.console import INTERRUPTED, UNSENT, Console, abandon_output, prepare_streams, print_text, short_path
 from ray_peft.errors import ClusterLost, RayPeftError, ReportLost
 from ray_peft.foundation.processes import end_now
@@ -148,7 +157,7 @@ def _add_common(command: argparse.ArgumentParser, out: str) -> None:
 
 def _add_places(command: argparse.ArgumentParser) -> None:
     command.add_argument("--address", help="Ray cluster to join; default: RAY_ADDRESS, else a local one is started")
-    command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
+    add_tracking(command)
     add_gpu_memory(command)
 
 
@@ -203,7 +212,6 @@ def _run(options: argparse.Namespace) -> int:
     from ray_peft.errors import SpecError
     from ray_peft.schedule.experiment import tracking_uri
     from ray_peft.schedule.single import run
-    from ray_peft.space.read import TrackingSpec
     from ray_peft.store import tracking
     from ray_peft.store.consent import check_consent
 
@@ -213,7 +221,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.mlflow_run is not None:
         if options.overrides or options.profile:
             raise SpecError("run: --set and --profile change a YAML file, but --mlflow-run takes the trial as it was")
-        spec = tracking.load_spec(tracking_uri(options.tracking_uri, TrackingSpec()), options.mlflow_run)
+        spec = tracking.load_spec(tracking_uri(options.tracking_uri), options.mlflow_run)
         check_consent(spec, options.mlflow_run, trust_remote_code=options.trust_remote_code)
     result = run(
         spec,

@@ -56,6 +56,11 @@ def add_gpu_memory(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_tracking(command: argparse.ArgumentParser) -> None:
+    """Add --tracking-uri to a command that reads or writes MLflow runs."""
+    command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
+
+
 def add_trust(command: argparse.ArgumentParser) -> None:
     """Add --trust-remote-code to a command that loads the model of an MLflow run."""
     command.add_argument(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ray_peft.cli_arguments import add_trust, count, steps
+from ray_peft.cli_arguments import add_tracking, add_trust, count, steps
 from ray_peft.console import UNSENT, Console, print_text, short_path
 from ray_peft.foundation.masking import mask
 
@@ -50,7 +50,7 @@ def add_commands(commands: Any) -> None:
     )
     command.add_argument("--dtype", choices=tuple(_DTYPES), default="bf16", help="of the weights; default: bf16")
     command.add_argument("--out", metavar="DIR", help="a new folder; default: exports/<trial id>-<format>-<dtype>")
-    command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
+    add_tracking(command)
     add_trust(command)
     command.set_defaults(act=_export)
 
@@ -58,25 +58,25 @@ def add_commands(commands: Any) -> None:
     command.add_argument("trials", nargs="+", metavar="TRIAL", help="a trial's id from the report, or its MLflow run's")
     command.add_argument("--base", action="store_true", help="let the untouched base answer, too")
     command.add_argument("--max-new-tokens", type=count, default=256, metavar="N", help="of an answer; default: 256")
-    command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
+    add_tracking(command)
     add_trust(command)
     command.set_defaults(act=_chat)
 
     command = commands.add_parser("promote", help="register a trial's adapter as a model version with the alias best")
     command.add_argument("trial", help="a trial's id from the report, or the id of its MLflow run")
     command.add_argument("name", help="the registered model's name, such as support-answers")
-    command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
+    add_tracking(command)
     command.set_defaults(act=_promote)
 
     command = commands.add_parser("ui", help="open the MLflow UI on the results, or a page of a running sweep")
     command.add_argument(
-        "sweep", nargs="?", help="with --live, the sweep's folder; default: that of outputs which began last"
+        "sweep", nargs="?", help="with --live, the sweep's folder; default: the one in outputs that was heard of last"
     )
     command.add_argument(
         "--live", action="store_true",
         help="a page of this machine alone: losses as they come, who runs on which GPU, memory predicted and used",
     )  # fmt: skip
-    command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else outputs/mlflow.db")
+    add_tracking(command)
     command.add_argument("--host", help="address to listen on; default: this machine alone")
     command.add_argument("--port", type=int, help="default: 5000, with --live 5001")
     command.set_defaults(act=_ui)
@@ -137,9 +137,8 @@ _DTYPES: dict[str, Literal["bfloat16", "float16", "float32"]] = {
 def _export(options: argparse.Namespace) -> int:
     from ray_peft.export import export
     from ray_peft.schedule.experiment import tracking_uri
-    from ray_peft.space.read import TrackingSpec
 
-    uri = tracking_uri(options.tracking_uri, TrackingSpec())
+    uri = tracking_uri(options.tracking_uri)
     exported = export(
         options.run, form=options.format, dtype=_DTYPES[options.dtype], out=options.out, tracking_uri=uri,
         trust_remote_code=options.trust_remote_code,
@@ -153,9 +152,8 @@ def _export(options: argparse.Namespace) -> int:
 def _chat(options: argparse.Namespace) -> int:
     from ray_peft.chat import NEW, QUIT, chat
     from ray_peft.schedule.experiment import tracking_uri
-    from ray_peft.space.read import TrackingSpec
 
-    uri = tracking_uri(options.tracking_uri, TrackingSpec())
+    uri = tracking_uri(options.tracking_uri)
     if sys.stdin.isatty():
         print_text(f"a question, {NEW} for new conversations, {QUIT} or Ctrl-D to end; models are loaded first")
     width = shutil.get_terminal_size((100, 24)).columns
@@ -180,10 +178,9 @@ def _typed() -> Iterator[str]:
 
 def _promote(options: argparse.Namespace) -> int:
     from ray_peft.schedule.experiment import tracking_uri
-    from ray_peft.space.read import TrackingSpec
     from ray_peft.store import tracking
 
-    uri = tracking_uri(options.tracking_uri, TrackingSpec())
+    uri = tracking_uri(options.tracking_uri)
     promoted = tracking.promote(uri, options.trial, options.name)
     print_text(f"{promoted.trial_id}: version {promoted.version} of {promoted.name}, {promoted.uri}")
     return 0
@@ -193,15 +190,14 @@ def _ui(options: argparse.Namespace) -> int:
     from ray_peft.errors import SpecError
     from ray_peft.foundation.processes import end_group
     from ray_peft.schedule.experiment import outputs_folder, tracking_uri
-    from ray_peft.space.read import TrackingSpec
     from ray_peft.store import tracking
 
     if options.live:
         return _live(options)
     if options.sweep is not None:
         raise SpecError("ui: MLflow shows all sweeps; for a page of one that runs, add --live")
-    uri = tracking_uri(options.tracking_uri, TrackingSpec())
-    if uri.startswith(("http://", "https://")):
+    uri = tracking_uri(options.tracking_uri)
+    if tracking.is_server(uri):
         print_text(f"MLflow runs at {mask(uri)}")
         return 0
     host, port = options.host or "127.0.0.1", options.port or 5000

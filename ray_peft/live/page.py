@@ -26,7 +26,6 @@ svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { fill: var(--faint); font-size: 12px; }
 svg .axis { stroke: var(--line); }
 svg .gap { fill: var(--panel); stroke: var(--faint); stroke-width: 0.6; stroke-dasharray: 3 3; }
-svg .room { fill: var(--panel); }
 svg .predicted { fill: none; stroke: var(--ink); stroke-width: 1.5; }
 svg .name { fill: var(--ink); }
 #legend span { display: inline-block; margin-right: 1rem; }

@@ -40,11 +40,10 @@ def outputs_folder() -> Path:
     return Path(os.environ.get("RAY_PEFT_OUTPUTS", "outputs")).absolute()
 
 
-def tracking_uri(chosen: str | None, tracking_spec: TrackingSpec) -> str:
+def tracking_uri(chosen: str | None, tracking_spec: TrackingSpec | None = None) -> str:
     """The store in use: the caller's choice, the search space's, MLFLOW_TRACKING_URI, else SQLite in the outputs."""
-    return (
-        chosen or tracking_spec.uri or os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(outputs_folder())
-    )
+    of_space = tracking_spec.uri if tracking_spec is not None else None
+    return chosen or of_space or os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(outputs_folder())
 
 
 def open_store(uri: str, experiment: str) -> Store:

@@ -180,9 +180,8 @@ class Draws:
         """Take the row of a proposed trial."""
         self._tried[row.trial_id] = row
         if row.trial_id in self._open:
-            score = self._score(row) if row.status == "finished" else None
             with contextlib.suppress(StorageError):  # the next start finds the row
-                self._study.end(self._open.pop(row.trial_id), score)
+                self._study.end(self._open.pop(row.trial_id), self._score(row))
 
     def _fresh(self, values: Mapping[str, Any] | None = None) -> TrialSpec | None:
         """The trial of the study's next proposal, or of `values`; None if it is not valid, or was tried."""
@@ -192,8 +191,7 @@ class Draws:
             self._study.prune(number)
             return None
         if not self._is_new(trial):
-            row = self._tried.get(trial.trial_id)
-            self._study.end(number, self._score(row) if row is not None and row.status == "finished" else None)
+            self._study.end(number, self._score(self._tried.get(trial.trial_id)))
             return None
         self._study.begin(number, trial.trial_id)
         self._tried[trial.trial_id] = None
@@ -204,7 +202,10 @@ class Draws:
         """True for a valid trial that neither this driver nor another has run or is running."""
         return trial is not None and trial.trial_id not in self._tried and trial.trial_id not in self._elsewhere
 
-    def _score(self, row: TrialResult) -> float | None:
+    def _score(self, row: TrialResult | None) -> float | None:
+        """What a study learns of a row; None if there is none, or if its trial did not finish."""
+        if row is None or row.status != "finished":
+            return None
         score: float | None = getattr(row.scores, self._search.metric)
         return score
 

@@ -142,8 +142,8 @@ class _Beats:
                 self._thread.start()
 
     def _write(self) -> None:
-        never = threading.Event()
-        while not never.wait(BEAT_S):
+        while True:
+            time.sleep(BEAT_S)
             with self._lock:
                 running = list(self._live)
             for live in running:
