@@ -155,9 +155,12 @@ class TestHub:
     def given(self, monkeypatch: pytest.MonkeyPatch, rows: Any) -> ImageDataSpec:
         import datasets
 
-        asked = []
-        monkeypatch.setattr(datasets, "load_dataset", lambda path, split: asked.append((path, split)) or rows)
-        return spec("someone/paintings", test=2, split="all")
+        def load_dataset(path: str, split: str, revision: str | None) -> Any:
+            assert (path, split, revision) == ("someone/paintings", "all", "v1.0")
+            return rows
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return spec("someone/paintings", test=2, split="all", revision="v1.0")
 
     def test_rows_are_named_by_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
         captions = [f"caption of {index + 1}" for index in range(6)]
