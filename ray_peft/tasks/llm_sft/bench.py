@@ -191,7 +191,7 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
         from ray_peft.tasks.llm_sft.scores import Outputs, answered_rows
 
         log_probs, general_loss = self.answer_log_probs(), self.general_loss()
-        judgement, rewards = self._judge()
+        judgement, rewards = self._judge(log_probs)
         answers: list[str] = []
         ended: list[bool] = []
         if self.spec.evaluation.generate:
@@ -213,8 +213,12 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
         evaluation = self.spec.evaluation
         return self.outputs is None or evaluation.benchmarks is not None or bool(evaluation.metrics)
 
-    def _judge(self) -> tuple[dict[str, Any], list[RowReward]]:
-        """The scores of pairs or labelled rows, and the rewards behind them; none without such rows."""
+    def _judge(self, log_probs: Tensor) -> tuple[dict[str, Any], list[RowReward]]:
+        """The scores of pairs or labelled rows, and the rewards behind them; none without such rows.
+
+        Args:
+            log_probs: what `answer_log_probs` gives: those of all chosen answers, but of desirable ones alone.
+        """
         rows = self.judged.get(self.spec.evaluation.split)
         if rows is None:
             return {}, []
@@ -222,8 +226,10 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
         from ray_peft.tasks.llm_sft.preference.reference import side_log_probs
 
         pad = cast(int, self.tokenizer.pad_token_id)
-        log_probs = side_log_probs(self.spec, self.model, rows, pad, self.lowered)
-        return scores.summary(self.spec, rows, log_probs), scores.rewards(self.spec, rows, log_probs)
+        first = None if "desirable" in rows.column_names else log_probs
+        sides = side_log_probs(self.spec, self.model, rows, pad, self.lowered, first)
+        rewards = scores.rewards(self.spec, rows, sides)
+        return scores.summary(self.spec, rows, sides, rewards), rewards
 
     def benchmark(self, scored: Scored) -> Scored:
         """`scored` with the scores of the lm-eval tasks in `evaluation.benchmarks`."""
