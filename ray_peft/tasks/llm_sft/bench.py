@@ -69,13 +69,15 @@ def total_steps(spec: LlmTrialSpec, train_rows: int) -> int:
 def workload(spec: LlmTrialSpec, rows: PreparedData) -> Workload:
     """The mean length of its training rows, and the held-out rows that it scores and answers.
 
-    A general text counts as the rows that it would make.
+    Of labelled rows those with a desirable answer are scored. A general text counts as the rows that it would make.
     """
-    scored = len(rows.held_out(spec.evaluation.split))
-    answered = min(spec.evaluation.rows or scored, scored) if spec.evaluation.generate else 0
+    from ray_peft.tasks.llm_sft.preference.rows import desirable_rows
+    from ray_peft.tasks.llm_sft.scores import answered_rows
+
+    held_out = desirable_rows(rows.held_out(spec.evaluation.split))
     row_tokens = sum(map(sum, trained_lengths(spec, rows.train))) / len(rows.train)
     general = round(GENERAL_TOKENS / row_tokens) if spec.evaluation.general_text else 0
-    return Workload(row_tokens, scored + general, answered)
+    return Workload(row_tokens, len(held_out) + general, len(answered_rows(spec, held_out)))
 
 
 class LlmBench(OneModelBench[LlmTrialSpec]):

@@ -169,6 +169,16 @@ def test_held_out_pairs_pass_the_trained_model_once(tiny_model, pairs, tmp_path,
     assert outputs.rewards == rewards(bench.spec, rows, sides)
 
 
+@pytest.mark.parametrize("answered", [None, 2])
+def test_the_workload_of_labelled_rows_counts_those_that_are_scored_and_answered(answered, tiny_model, shared):
+    path = tiny.write_rows(shared / "labelled.jsonl", judged.LABELLED)
+    changes = {"train__objective": "kto", "evaluation__generate": True, "evaluation__rows": answered}
+    bench = LlmSft().load(TrialSpec.from_plain(judged.plain_spec(tiny_model, path, **changes)), "cpu")
+    workload, scored = bench.workload(), bench.evaluate()
+    assert workload.scored_rows == scored.scores.eval_rows == sum(bench.data.test["desirable"]) < 8
+    assert workload.answered_rows == len(scored.answers) == (answered or workload.scored_rows)
+
+
 @pytest.mark.parametrize(("margin", "right"), [(0.2, 1.0), (-0.1, 0.0), (0.0, 0.5)])
 def test_an_equal_reward_counts_half(margin, right):
     assert RowReward(row=0, margin=margin).right == right
