@@ -69,13 +69,15 @@ def total_steps(spec: LlmTrialSpec, train_rows: int) -> int:
 def workload(spec: LlmTrialSpec, rows: PreparedData) -> Workload:
     """The mean length of its training rows, and the held-out rows that it scores and answers.
 
-    A general text counts as the rows that it would make.
+    Of labelled rows those with a desirable answer are scored. A general text counts as the rows that it would make.
     """
-    scored = len(rows.held_out(spec.evaluation.split))
-    answered = min(spec.evaluation.rows or scored, scored) if spec.evaluation.generate else 0
+    from ray_peft.tasks.llm_sft.preference.rows import desirable_rows
+    from ray_peft.tasks.llm_sft.scores import answered_rows
+
+    held_out = desirable_rows(rows.held_out(spec.evaluation.split))
     row_tokens = sum(map(sum, trained_lengths(spec, rows.train))) / len(rows.train)
     general = round(GENERAL_TOKENS / row_tokens) if spec.evaluation.general_text else 0
-    return Workload(row_tokens, scored + general, answered)
+    return Workload(row_tokens, len(held_out) + general, len(answered_rows(spec, held_out)))
 
 
 class LlmBench(OneModelBench[LlmTrialSpec]):
@@ -191,7 +193,7 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
         from ray_peft.tasks.llm_sft.scores import Outputs, answered_rows
 
         log_probs, general_loss = self.answer_log_probs(), self.general_loss()
-        judgement, rewards = self._judge()
+        judgement, rewards = self._judge(log_probs)
         answers: list[str] = []
         ended: list[bool] = []
         if self.spec.evaluation.generate:
@@ -213,8 +215,12 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
         evaluation = self.spec.evaluation
         return self.outputs is None or evaluation.benchmarks is not None or bool(evaluation.metrics)
 
-    def _judge(self) -> tuple[dict[str, Any], list[RowReward]]:
-        """The scores of pairs or labelled rows, and the rewards behind them; none without such rows."""
+    def _judge(self, log_probs: Tensor) -> tuple[dict[str, Any], list[RowReward]]:
+        """The scores of pairs or labelled rows, and the rewards behind them; none without such rows.
+
+        Args:
+            log_probs: what `answer_log_probs` gives: those of all chosen answers, but of desirable ones alone.
+        """
         rows = self.judged.get(self.spec.evaluation.split)
         if rows is None:
             return {}, []
@@ -222,8 +228,10 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
         from ray_peft.tasks.llm_sft.preference.reference import side_log_probs
 
         pad = cast(int, self.tokenizer.pad_token_id)
-        log_probs = side_log_probs(self.spec, self.model, rows, pad, self.lowered)
-        return scores.summary(self.spec, rows, log_probs), scores.rewards(self.spec, rows, log_probs)
+        first = None if "desirable" in rows.column_names else log_probs
+        sides = side_log_probs(self.spec, self.model, rows, pad, self.lowered, first)
+        rewards = scores.rewards(self.spec, rows, sides)
+        return scores.summary(self.spec, rows, sides, rewards), rewards
 
     def benchmark(self, scored: Scored) -> Scored:
         """`scored` with the scores of the lm-eval tasks in `evaluation.benchmarks`."""

@@ -132,8 +132,10 @@ class SharedOutputs:
                 logger.info("answers are generated one trial after the other: %s", reason)
                 return None
             voice = Voice(self._base, begin=self._slots.begin)
-            tokens, self._lowered[_LANES] = InLanes(spec, [voice], tokenizer, prompts, settings, slots).answers(size)
+            tokens, fitting = InLanes(spec, [voice], tokenizer, prompts, settings, slots).answers(size)
             stops = settings.eos_token_id
+        if fitting < size:
+            self._lowered[_LANES] = fitting
         logger.info("%d prompts of %d trials were answered together on %s", len(prompts), len(trials), device)
         answers: dict[int, tuple[list[str], list[bool]]] = {}
         for slot in by_slot:

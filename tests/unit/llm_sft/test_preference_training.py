@@ -10,9 +10,11 @@ import torch
 
 from ray_peft.metrics.scores import RowReward
 from ray_peft.spec import PreferenceSpec, TrialSpec
+from ray_peft.tasks.llm_sft import evaluate
 from ray_peft.tasks.llm_sft.preference import losses
 from ray_peft.tasks.llm_sft.preference import reference as reference_module
 from ray_peft.tasks.llm_sft.preference.reference import side_log_probs
+from ray_peft.tasks.llm_sft.preference.scores import rewards
 from ray_peft.tasks.llm_sft.preference.steps import REFERENCE
 from ray_peft.tasks.llm_sft.task import LlmSft
 
@@ -149,6 +151,32 @@ def test_training_raises_reward_accuracy_and_margin_on_held_out_rows(case, tiny_
     if case == "kto on labelled rows":
         held_out = bench.data.test
         assert after.eval_rows == sum(held_out["desirable"]) < len(held_out)
+
+
+def test_held_out_pairs_pass_the_trained_model_once(tiny_model, pairs, tmp_path, monkeypatch):
+    _, bench = judged.trained(judged.plain_spec(tiny_model, pairs, train__steps=4), tmp_path)
+    rows = bench.judged["test"]
+    sides = side_log_probs(bench.spec, bench.model, rows, 258, {})
+    scored, passed = evaluate.token_log_probs, []
+
+    def counted(spec, model, rows, *more):
+        passed.append(len(rows))
+        return scored(spec, model, rows, *more)
+
+    monkeypatch.setattr(evaluate, "token_log_probs", counted)
+    outputs = bench.compute_outputs()
+    assert passed == [8, 8]  # the chosen answers, and the rejected ones
+    assert outputs.rewards == rewards(bench.spec, rows, sides)
+
+
+@pytest.mark.parametrize("answered", [None, 2])
+def test_the_workload_of_labelled_rows_counts_those_that_are_scored_and_answered(answered, tiny_model, shared):
+    path = tiny.write_rows(shared / "labelled.jsonl", judged.LABELLED)
+    changes = {"train__objective": "kto", "evaluation__generate": True, "evaluation__rows": answered}
+    bench = LlmSft().load(TrialSpec.from_plain(judged.plain_spec(tiny_model, path, **changes)), "cpu")
+    workload, scored = bench.workload(), bench.evaluate()
+    assert workload.scored_rows == scored.scores.eval_rows == sum(bench.data.test["desirable"]) < 8
+    assert workload.answered_rows == len(scored.answers) == (answered or workload.scored_rows)
 
 
 @pytest.mark.parametrize(("margin", "right"), [(0.2, 1.0), (-0.1, 0.0), (0.0, 0.5)])

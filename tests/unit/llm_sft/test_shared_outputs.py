@@ -128,6 +128,19 @@ def test_memory_that_runs_out_halves_what_is_answered_at_a_time(llama, rows, apa
         check_outputs(ours, theirs)
 
 
+def test_each_group_is_answered_as_many_at_a_time_as_its_trials_ask_for(llama, rows, tmp_path, monkeypatch):
+    answers, sizes = in_lanes.InLanes.answers, []
+
+    def noted(self, size):
+        sizes.append(size)
+        return answers(self, size)
+
+    monkeypatch.setattr(in_lanes.InLanes, "answers", noted)
+    settings = [({"rank": rank}, {"evaluation__batch_size": rank}) for rank in (1, 2, 3, 4)]
+    together(specs_of(llama, rows, settings, train__steps=1), tmp_path, 2)
+    assert sizes == [1 + 2, 3 + 4]
+
+
 def test_what_fails_together_is_tried_by_each_alone(llama, rows, apart, tmp_path, monkeypatch, caplog):
     def fall(*_):
         raise RuntimeError("no such kernel")

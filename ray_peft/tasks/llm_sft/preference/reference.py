@@ -23,6 +23,7 @@ from ray_peft.tasks.llm_sft.preference.steps import REFERENCE
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from ray_peft.tasks.llm_sft.data import PreparedData
@@ -69,9 +70,23 @@ def _numbers(
 
 
 def side_log_probs(
-    spec: LlmTrialSpec, model: PreTrainedModel, rows: Dataset, pad: int, lowered: dict[str, int]
+    spec: LlmTrialSpec,
+    model: PreTrainedModel,
+    rows: Dataset,
+    pad: int,
+    lowered: dict[str, int],
+    first: Tensor | None = None,
 ) -> list[list[float]]:
-    """Log-probabilities of the answer of each side of each row, summed over its tokens, under the model as it is."""
+    """Log-probabilities of the answer of each side of each row, summed over its tokens, under the model as it is.
+
+    Args:
+        spec: the trial.
+        model: in any mode.
+        rows: with the columns of their sides.
+        pad: the padding token.
+        lowered: `Bench.lowered`.
+        first: what `token_log_probs` gave for the first side; None computes it.
+    """
     from datasets import Dataset
 
     from ray_peft.tasks.llm_sft.evaluate import token_log_probs
@@ -80,7 +95,9 @@ def side_log_probs(
     sides = []
     for ids, labels in side_columns(rows):
         side = Dataset.from_dict({"input_ids": rows[ids], "labels": rows[labels]})
-        losses, tokens = row_losses(side, token_log_probs(spec, model, side, pad, lowered))
+        known = first if not sides else None
+        log_probs = known if known is not None else token_log_probs(spec, model, side, pad, lowered)
+        losses, tokens = row_losses(side, log_probs)
         sides.append([-loss * count for loss, count in zip(losses, tokens, strict=True)])
     return [list(values) for values in zip(*sides, strict=True)]
 

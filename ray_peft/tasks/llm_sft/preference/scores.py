@@ -33,14 +33,15 @@ def rewards(spec: LlmTrialSpec, rows: Dataset, log_probs: Sequence[Sequence[floa
     return entries
 
 
-def summary(spec: LlmTrialSpec, rows: Dataset, log_probs: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The fields of `Scores` that speak of judged rows."""
-    entries = rewards(spec, rows, log_probs)
+def summary(
+    spec: LlmTrialSpec, rows: Dataset, log_probs: Sequence[Sequence[float]], entries: Sequence[RowReward]
+) -> dict[str, Any]:
+    """The fields of `Scores` that speak of judged rows; `entries` are the rewards of the same rows."""
     values: dict[str, Any] = {
         "reward_accuracy": fmean(entry.right for entry in entries),
         "reward_margin": fmean(entry.margin for entry in entries),
     }
-    if spec.train.objective == "dpo" and "rejected_ids" in rows.column_names:
+    if spec.train.objective == "dpo":
         values["preference_loss"] = _dpo_loss(spec, rows, log_probs)
     return values
 
