@@ -25,6 +25,12 @@ import torch
 
 import ray_peft
 
+try:
+    from ray_peft.engine.gpu_peaks import allocated, restart
+except ImportError:  # an older version
+    from torch.cuda import max_memory_allocated as allocated
+    from torch.cuda import reset_peak_memory_stats as restart
+
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 """On the CPU, numbers only show that the script runs."""
 ROWS, TOKENS = 8, 512
@@ -49,7 +55,7 @@ class Stamps:
         """Steps a second after the first third, and the peak."""
         first, start = next(moment for moment in self.moments if moment[0] >= max(1, steps // 3))
         last, end = self.moments[-1]
-        peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE != "cpu" else None
+        peak = allocated() / 2**30 if DEVICE != "cpu" else None
         return {
             "steps": steps, "s_per_step": (end - start) / (last - first), "steps_per_s": (last - first) / (end - start),
             "first_step_s": self.moments[0][1] - self.begin, "peak_allocated_gib": peak,
@@ -62,7 +68,7 @@ def reset() -> None:
     if DEVICE != "cpu":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        restart()
 
 
 def text(steps: int) -> dict[str, Any]:

@@ -273,16 +273,18 @@ def run(
     stamps: list[tuple[int, float]] = []
     losses: list[float] = []
 
+    profiles = not (stock or full)
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-    profiled = steps - max(1, steps // 3)
+    every = spec.train.log_every
+    profiled = every * (steps // every - 1)  # both ends are logged
 
     def report(metrics: Any, step: int) -> None:
         torch.cuda.synchronize()
         stamps.append((step, time.perf_counter()))
         losses.append(float(metrics["train_loss"]))
-        if step == profiled and not (stock or full):
+        if profiles and step == profiled:
             profile.start()
-        elif step == steps and not (stock or full):
+        elif profiles and step == profiled + every:
             profile.stop()
 
     gpu_peaks.restart()
@@ -297,7 +299,7 @@ def run(
         else:
             passes = train.train_stage(spec, job, rows, model, speed.Pad(), rehearse=False).passes  # type: ignore[arg-type]
     settled, start = next(stamp for stamp in stamps if stamp[0] >= max(2, steps // 3))
-    last, end = stamps[-1] if stock or full else next(stamp for stamp in stamps if stamp[0] >= profiled)
+    last, end = next(stamp for stamp in stamps if stamp[0] == profiled) if profiles else stamps[-1]
     tokens = speed._tokens(spec, rows)  # noqa: SLF001
     result = {
         "passes": passes,
@@ -310,8 +312,8 @@ def run(
         "allocated_before_gib": left,
         "losses": [losses[0], losses[len(losses) // 2], losses[-1]],
     }
-    if not (stock or full):
-        result["gpu"] = gpu_profile.summary(profile, steps - profiled)
+    if profiles:
+        result["gpu"] = gpu_profile.summary(profile, every)
     if stock:
         result |= {"refreshed_matrices": len(refreshes), "refresh_s": sum(refreshes)}
     else:

@@ -18,6 +18,7 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -34,8 +35,8 @@ import yaml
 
 import ray_peft
 from ray_peft.console import Console
-from ray_peft.foundation.units import GIB
 from ray_peft.schedule import cluster
+from ray_peft.schedule.worker import memory_limit
 from ray_peft.space.read import load
 from ray_peft.trial import provenance, trial
 from ray_peft.trial.pack import Member, run_pack
@@ -97,7 +98,7 @@ def write_space(case: Case, folder: Path, kind: str, model: str, dolly: str) -> 
         for place in range(case.trials)
     ]
     plain = {
-        "name": f"{kind}_{case.method}_{case.trials}_{case.rows}",
+        "name": re.sub(r"\W+", "_", f"{kind}_{case.name}"),
         "model": {"name": os.environ["RAY_PEFT_SMALL"]} if case.answers else {"name": model, "random_weights": True},
         "data": {
             "sources": [
@@ -175,7 +176,7 @@ def measured(case: Case, kind: str, folder: Path, model: str, dolly: str) -> dic
     starts = [datetime.fromisoformat(row.provenance.started_at) for row in rows]
     ends = [datetime.fromisoformat(row.provenance.ended_at or row.provenance.started_at) for row in rows]
     trials_s = (max(ends) - min(starts)).total_seconds()
-    split = {f"{phase}_s": sum(getattr(row.usage, f"{phase}_s") for row in rows) for phase in PHASES}
+    split = phases_s(rows)
     split["beside_s"] = trials_s - sum(split.values())  # processes, adapters, recordings, MLflow
     split["before_s"] = (min(starts) - moment).total_seconds()
     split["after_s"] = seconds - split["before_s"] - trials_s
@@ -190,7 +191,12 @@ def measured(case: Case, kind: str, folder: Path, model: str, dolly: str) -> dic
     }
 
 
-PHASES = ("load", "train", "evaluate", "save")
+PHASES = ("load_s", "train_s", "evaluate_s", "save_s")
+
+
+def phases_s(rows: list[Any]) -> dict[str, float]:
+    """Seconds of each phase, of all trials."""
+    return {phase: sum(getattr(row.usage, phase) for row in rows) for phase in PHASES}
 
 
 def moments(log: str) -> list[str]:
@@ -213,10 +219,7 @@ def of_rows(rows: list[Any]) -> dict[str, Any]:
         "rouge_l": [row.scores.rouge_l for row in rows],
         "train_loss": [row.train_loss_final for row in rows],
         "steps": [row.steps for row in rows],
-        "usage": [
-            {key: getattr(row.usage, key) for key in ("wall_time_s", "load_s", "train_s", "evaluate_s", "save_s")}
-            for row in rows
-        ],
+        "usage": [{key: getattr(row.usage, key) for key in ("wall_time_s", *PHASES)} for row in rows],
         "peak_allocated_gib": max(row.usage.peak_allocated_gib or 0 for row in rows),
         "peak_reserved_gib": max(row.usage.peak_reserved_gib or 0 for row in rows),
         "errors": [(row.error or "")[-1500:] for row in rows if row.error],
@@ -248,18 +251,16 @@ class Untracked:
 
 
 def here(case: Case, kind: str, folder: Path, model: str, dolly: str) -> dict[str, Any]:
-    """Trials in this process: loading, training, the held-out loss and saving."""
-    specs = load(write_space(case, folder, kind, model, dolly)).trials
+    """Trials in this process: loading, training, evaluation and saving."""
+    space = write_space(case, folder, kind, model, dolly)
+    specs = load(space).trials
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     members = [
-        Member(spec, trial.Place(folder / kind / spec.trial_id, device), Untracked(), lambda metrics, step: None)
+        Member(spec, trial.Place(folder / space.stem / spec.trial_id, device), Untracked(), lambda metrics, step: None)
         for spec in specs
     ]
-    if case.cap_gib is not None and device != "cpu":
-        whole = torch.cuda.get_device_properties(device).total_memory / GIB
-        torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap_gib / whole), device)
-    begin, ends = time.perf_counter(), []
-    with sampled() as in_main:
+    with memory_limit(case.cap_gib, device), sampled() as in_main:
+        begin, ends = time.perf_counter(), []
         if kind == "here":
             rows = run_pack(members, lambda row: ends.append(time.perf_counter() - begin))
         else:
@@ -269,11 +270,10 @@ def here(case: Case, kind: str, folder: Path, model: str, dolly: str) -> dict[st
                 assert row is not None
                 rows.append(row)
                 ends.append(time.perf_counter() - begin)
-    if case.cap_gib is not None and device != "cpu":
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
-    split = {f"{phase}_s": round(sum(getattr(row.usage, f"{phase}_s") for row in rows), 1) for phase in PHASES}
-    split["beside_s"] = round(ends[-1] - sum(split.values()), 1)
-    return {"seconds": ends[-1], "split": split, "ends": ends, "in_main": largest(in_main), **of_rows(rows)}
+    split = phases_s(rows)
+    split["beside_s"] = ends[-1] - sum(split.values())
+    rounded = {name: round(value, 1) for name, value in split.items()}
+    return {"seconds": ends[-1], "split": rounded, "ends": ends, "in_main": largest(in_main), **of_rows(rows)}
 
 
 def ratios(case: Case, cells: dict[str, dict[str, Any]]) -> dict[str, float]:

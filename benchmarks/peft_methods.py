@@ -12,7 +12,6 @@ without a GPU.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from provenance import write
+from speed import released
 
 from ray_peft.methods import METHODS
 from ray_peft.space import yaml_text
@@ -128,7 +128,7 @@ def predict(out: Path, options: argparse.Namespace) -> None:
             "reserved_too_low": [
                 [cell["method"], cell["storage"]]
                 for cell in result["cells"]
-                if "predicted" in cell and cell["predicted"]["peak_reserved_gib"] < cell["peak_allocated_gib"]
+                if "predicted" in cell and cell["predicted"]["peak_reserved_gib"] < cell["peak_reserved_gib"]
             ],
         }
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -154,10 +154,8 @@ def measure(options: argparse.Namespace) -> None:
             result |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
         results.append(result)
         options.out.with_suffix(".partial.json").write_text(json.dumps(results), encoding="utf-8")  # if it is killed
-        gc.collect()
-        if torch.cuda.is_available():  # cuBLAS keeps 32 MiB for every stream that a recording used
-            torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001
-        torch.cuda.empty_cache()
+        if device != "cpu":
+            released()
     write(options.out, {"options": settings, "left": left, "cells": results})
 
 

@@ -86,6 +86,7 @@ def run(model_folder: Path, method: dict[str, Any], micro: int, steps: int, way:
     import torch
     from transformers import set_seed
 
+    from ray_peft.engine import gpu_peaks
     from ray_peft.engine.member import Job
     from ray_peft.tasks.llm_sft import train
     from ray_peft.tasks.llm_sft.model import load_model
@@ -118,7 +119,7 @@ def run(model_folder: Path, method: dict[str, Any], micro: int, steps: int, way:
         losses.append(float(metrics["train_loss"]))
 
     if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
+        gpu_peaks.restart()
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
         job = Job(spec, stage, steps, 0, Path(work), device, report, lambda: 0.0)
@@ -142,8 +143,8 @@ def run(model_folder: Path, method: dict[str, Any], micro: int, steps: int, way:
     }
     if device != "cpu":
         result |= {
-            "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
-            "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+            "peak_allocated_gib": gpu_peaks.allocated() / GIB,
+            "peak_reserved_gib": gpu_peaks.reserved() / GIB,
         }
         if not way.startswith("stock"):
             result["predicted"] = _predicted(spec, pairs, device)

@@ -138,7 +138,8 @@ def run(case: Case, folder: Path, steps: int, way: str) -> dict[str, Any]:
     losses: list[float] = []
 
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-    profiled = steps - max(1, steps // 10)
+    every = spec.train.log_every
+    profiled = every * (steps // every - 1)  # both ends are logged
 
     def report(metrics: Any, step: int) -> None:
         torch.cuda.synchronize()
@@ -146,7 +147,7 @@ def run(case: Case, folder: Path, steps: int, way: str) -> dict[str, Any]:
         losses.append(float(metrics["train_loss"]))
         if step == profiled:
             profile.start()
-        elif step == steps:
+        elif step == profiled + every:
             profile.stop()
 
     gpu_peaks.restart()
@@ -161,7 +162,7 @@ def run(case: Case, folder: Path, steps: int, way: str) -> dict[str, Any]:
     last, end = next(stamp for stamp in stamps if stamp[0] == profiled)
     seconds = end - start
     order = _tokens(spec, rows)
-    profiled_gpu = gpu_profile.summary(profile, steps - profiled)
+    profiled_gpu = gpu_profile.summary(profile, every)
     result = {
         "way": way,
         "passes": passes,

@@ -67,7 +67,7 @@ def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResu
     tracker = _tracker(assignment)
     assignment.folder.mkdir(parents=True, exist_ok=True)
     log = assignment.folder / "log.txt"
-    with _log_file(log, rank), _memory_limit(room, device), _stopped_by(assignment.stop_file):
+    with _log_file(log, rank), memory_limit(room, device), _stopped_by(assignment.stop_file):
         try:
             return trial.run(assignment.spec, _place(assignment, device, room, rank), tracker, report)
         except stopping.Stopped:
@@ -105,7 +105,7 @@ def run_together(assignments: Sequence[Assignment], relay: Relay) -> None:
         for assignment in left:
             assignment.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_log_file(assignment.folder / "log.txt", 0))
-        stack.enter_context(_memory_limit(room, device))
+        stack.enter_context(memory_limit(room, device))
         stack.enter_context(_stopped_by(left[0].stop_file))
         stack.enter_context(contextlib.suppress(stopping.Stopped))  # its trials have rows as cancelled ones
         members = [
@@ -267,7 +267,7 @@ def _room(demand: Demand, device: str) -> float | None:
 
 
 @contextlib.contextmanager
-def _memory_limit(room_gib: float | None, device: str) -> Iterator[None]:
+def memory_limit(room_gib: float | None, device: str) -> Iterator[None]:
     """Let the process take no more than `room_gib` GiB of the GPU: a trial beyond it runs out of memory alone.
 
     torch's allocator gets this less the CUDA context, which it does not count.
