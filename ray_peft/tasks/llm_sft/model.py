@@ -14,6 +14,7 @@ from ray_peft.engine.recovery import free_memory
 from ray_peft.errors import ModelError, first_line
 from ray_peft.foundation.cache import cache_folder, entry, made_whole
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization
+from ray_peft.methods.lost_weights import REVISION
 from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
 from ray_peft.tasks import kept_base
 from ray_peft.tasks.four_bit_layers import keep_as_stored
@@ -181,6 +182,7 @@ def load_model(spec: LlmTrialSpec, device: str, keep: str | None = None) -> PreT
             model = kept_base.keep(keep, model)
     else:
         logger.info("%s: the base is the one of the trial before", spec.trial_id)
+    setattr(model, REVISION, spec.model.revision)
     add_fused_lm_head(model)
     return model
 
