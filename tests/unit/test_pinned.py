@@ -12,6 +12,7 @@ import torch
 
 from ray_peft.checks.inspector import Inspector
 from ray_peft.spec import TrialSpec
+from ray_peft.tasks.llm_sft.deciding import model_content
 from ray_peft.tasks.llm_sft.model import fingerprint, load_config, load_model
 from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
 
@@ -53,7 +54,9 @@ def test_a_hub_model_is_pinned_to_the_commit_that_was_checked(hub, questions):
 def test_a_tokenizer_of_another_repository_has_no_commit_of_the_model(hub, questions):
     plain = tiny.plain_spec("org/tiny", questions)
     plain["model"] |= {"revision": OLD, "tokenizer": "org/words"}
-    assert len(load_tokenizer(TrialSpec.from_plain(plain))) > 0
+    trial = TrialSpec.from_plain(plain)
+    assert len(load_tokenizer(trial)) > 0
+    assert model_content(trial.model) is not None
 
 
 def test_loftq_starts_from_the_weights_of_the_commit(hub, questions):

@@ -21,7 +21,7 @@ from ray_peft.tasks.four_bit_layers import keep_as_stored
 from ray_peft.tasks.llm_sft.decoding import in_place_of_invalid
 from ray_peft.tasks.llm_sft.gguf_model import opened
 from ray_peft.tasks.llm_sft.saved_adapter import save_adapter
-from ray_peft.tasks.model_content import commit_of
+from ray_peft.tasks.model_content import commit_of, snapshot
 from ray_peft.tasks.parameters import stored
 
 if TYPE_CHECKING:
@@ -81,13 +81,12 @@ def files_of(model: ModelSpec, config: PretrainedConfig) -> WeightFiles | None:
     Raises:
         ModelError: files of a local model are missing.
     """
-    from ray_peft.tasks.llm_sft.model_folder import cached_folder
     from ray_peft.tasks.llm_sft.weight_files import weight_files
 
     named = getattr(config, "transformers_weights", None)
     if is_local(model.name):
         return weight_files(Path(opened(model.name)).expanduser(), named)
-    folder = cached_folder(model.name, model.revision)
+    folder = snapshot(model.name, model.revision)
     if folder is None:
         return None
     try:
