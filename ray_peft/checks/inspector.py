@@ -32,7 +32,7 @@ class Inspector:
         """
         models = [single.model.plain() for single in (trial, *trial.members())]
         evaluation = trial.evaluation.plain()
-        decides = [trial.task, models, trial.data.plain(), trial.loss_line(), evaluation, trial.looked_for()]
+        decides = [trial.task, models, trial.data.plain(), trial.trained_as(), evaluation, trial.looked_for()]
         key = json.dumps(decides, sort_keys=True)
         task = TASKS[trial.task]
         if key not in self._inspections:

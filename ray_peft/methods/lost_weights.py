@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ray_peft.errors import SpecError, first_line
+
+REVISION = "hub_revision"
+"""The attribute of a base that holds the revision under which its files are in the local copy of the hub."""
 
 
 def start_from_loss(adapted: Any, iterations: int | None) -> None:
@@ -19,11 +23,15 @@ def start_from_loss(adapted: Any, iterations: int | None) -> None:
     """
     import torch
     from bitsandbytes.functional import dequantize_4bit
+    from huggingface_hub import snapshot_download
     from peft.tuners.lora import Linear4bit
     from peft.utils.loftq_utils import _SafetensorLoader
 
-    path = adapted.get_base_model().config._name_or_path  # noqa: SLF001 - transformers' own name for where it came from
+    base = adapted.get_base_model()
+    path = base.config._name_or_path  # noqa: SLF001 - transformers' own name for where it came from
     try:
+        if not Path(path).is_dir():
+            path = snapshot_download(path, revision=getattr(base, REVISION, None), local_files_only=True)
         files = _SafetensorLoader(adapted, path)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise SpecError(

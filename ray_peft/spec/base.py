@@ -209,6 +209,10 @@ class TrialSpec(Strict):
     def loss_line(self) -> str:
         """What a report says of its loss."""
 
+    def trained_as(self) -> tuple[object, ...]:
+        """The settings of its training that decide which rows it has, and what is said of them."""
+        return (self.loss_line(),)
+
     @abstractmethod
     def scored_as(self) -> tuple[object, ...]:
         """The settings of its evaluation that decide its scores; trials that differ in them have no common base."""

@@ -202,6 +202,11 @@ class LlmTrialSpec(TrialSpec):
         """Which tokens are trained."""
         return f"loss on {'all tokens' if self.train.loss == 'all' else 'answers'}"
 
+    def trained_as(self) -> tuple[object, ...]:
+        """Which tokens are trained, the form that the objective gives rows, and kto's weights of them."""
+        weights = self.train.preference.desirable_weight, self.train.preference.undesirable_weight
+        return (*super().trained_as(), self.train.objective, *weights)
+
     def scored_as(self) -> tuple[object, ...]:
         """Which rows are scored and answered, and at what length."""
         return (self.evaluation.split, self.evaluation.rows, self.evaluation.max_new_tokens)

@@ -38,16 +38,20 @@ def folder_of(name: str, revision: str | None, file: str) -> Path | None:
         return None
 
 
-def commit_of(model: ModelSpec) -> str | None:
-    """The commit of a hub model that this machine has read last; None if it is a folder, or nothing of it is here."""
-    if is_local(model.name):
-        return None
+def snapshot(name: str, revision: str | None) -> Path | None:
+    """The local copy of a hub model, as far as it is downloaded; None if nothing of it is here."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model.name, revision=model.revision, local_files_only=True)).name
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except Exception:  # the hub client raises a dozen unrelated types
         return None
+
+
+def commit_of(model: ModelSpec) -> str | None:
+    """The commit of a hub model that this machine has read last; None if it is a folder, or nothing of it is here."""
+    folder = None if is_local(model.name) else snapshot(model.name, model.revision)
+    return None if folder is None else folder.name
 
 
 def pinned(model: ModelSpec) -> ModelSpec:

@@ -8,10 +8,12 @@ import shutil
 import huggingface_hub.constants
 import pytest
 import tiny
+import torch
 
 from ray_peft.checks.inspector import Inspector
 from ray_peft.spec import TrialSpec
-from ray_peft.tasks.llm_sft.model import fingerprint, load_config
+from ray_peft.tasks.llm_sft.deciding import model_content
+from ray_peft.tasks.llm_sft.model import fingerprint, load_config, load_model
 from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -52,4 +54,21 @@ def test_a_hub_model_is_pinned_to_the_commit_that_was_checked(hub, questions):
 def test_a_tokenizer_of_another_repository_has_no_commit_of_the_model(hub, questions):
     plain = tiny.plain_spec("org/tiny", questions)
     plain["model"] |= {"revision": OLD, "tokenizer": "org/words"}
-    assert len(load_tokenizer(TrialSpec.from_plain(plain))) > 0
+    trial = TrialSpec.from_plain(plain)
+    assert len(load_tokenizer(trial)) > 0
+    assert model_content(trial.model) is not None
+
+
+def test_loftq_starts_from_the_weights_of_the_commit(hub, questions):
+    folder = hub.parents[1] / "snapshots" / NEW
+    tiny.build_model(folder, seed=1)
+    method = {"name": "loftq", "rank": 4, "iterations": None}
+    starts = []
+    for name, revision in (("org/tiny", NEW), (str(folder), None)):
+        plain = tiny.plain_spec(name, questions, method, model__quantization="nf4", model__revision=revision)
+        trial = TrialSpec.from_plain(plain)
+        ((stage, _),) = trial.method.stages(4)
+        adapted = stage.attach(load_model(trial, "cpu"))
+        starts.append([weight for name, weight in adapted.named_parameters() if "lora_B" in name])
+    assert starts[0]
+    assert all(map(torch.equal, *starts))

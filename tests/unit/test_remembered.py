@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import judged
 import pytest
 import tiny
 
@@ -78,6 +79,20 @@ def test_the_same_content_is_not_looked_at_again(files, looked):
 def test_a_setting_that_decides_a_check_is_looked_at(files, looked):
     check(files, method={"name": "lora", "rank": 4, "targets": ["q_proj"]})
     assert looked == ["inspected", "rehearsed"]
+
+
+def test_an_objective_that_takes_pairs_apart_is_inspected_by_itself(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_PEFT_CACHE", str(tmp_path / "cache"))
+    rows = tiny.write_rows(tmp_path / "pairs.jsonl", judged.PAIRS)
+    heavier = {"train__objective": "kto", "train__preference": {"desirable_weight": 3.0}}
+    of_pairs = [{"train__objective": "dpo"}, {"train__objective": "kto"}, heavier]
+    trials = [TrialSpec.from_plain(judged.plain_spec(tiny_model, rows, **changes)) for changes in of_pairs]
+    for inspector in (Inspector(), Inspector()):  # the second reads what the first has kept
+        dpo, kto, weighed = (inspector.inspect(each) for each in trials)
+        assert [dpo.train_rows, kto.train_rows, weighed.train_rows] == [40, 80, 80]
+        assert dpo.data_key == kto.data_key  # prepared rows are pairs
+        assert any("weigh 3.00 times" in note for note in weighed.notes)
+        assert not any("weigh" in note for note in kto.notes)
 
 
 def same_size_and_time(file: Path, old: bytes, new: bytes) -> None:

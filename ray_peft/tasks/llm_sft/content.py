@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ray_peft.foundation.cache import entry
 from ray_peft.spec import DataSpec, LlmTrialSpec, ModelSpec, is_local
@@ -77,12 +77,9 @@ _RELEASED_SOURCE = ("recipe", "path", "test_path", "train", "test", "validation"
 
 
 def _released_model(model: ModelSpec) -> str:
-    """A local model's config, and the names and sizes of its weights; or the hub commit."""
+    """A local model's config, and the names and sizes of its weights; of a hub model only what the settings name."""
     if not is_local(model.name):
-        from ray_peft.tasks.llm_sft.model import load_config
-
-        config: Any = load_config(model)
-        return str(getattr(config, "_commit_hash", None) or model.revision or "unknown")
+        return model.revision or "unknown"
     digest = hashlib.sha256((Path(model.name) / "config.json").read_bytes())
     for file in sorted(Path(model.name).glob("*.safetensors")):
         digest.update(f"{file.name}:{file.stat().st_size}".encode())

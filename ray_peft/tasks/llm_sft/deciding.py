@@ -22,7 +22,7 @@ def model_content(model: ModelSpec) -> str | None:
     base = opened(model.name)
     named = {opened(model.tokenizer or base): "tokenizer_config.json"} | {base: "config.json"}
     for name, file in named.items():
-        folder = folders.folder_of(name, model.revision, file)
+        folder = folders.folder_of(name, model.revision if name == base else None, file)
         if folder is None:
             return None
         contents.append(folders.content(folder, [_CHAT_TEMPLATES]))

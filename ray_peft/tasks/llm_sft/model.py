@@ -14,13 +14,14 @@ from ray_peft.engine.recovery import free_memory
 from ray_peft.errors import ModelError, first_line
 from ray_peft.foundation.cache import cache_folder, entry, made_whole
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization
+from ray_peft.methods.lost_weights import REVISION
 from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
 from ray_peft.tasks import kept_base
 from ray_peft.tasks.four_bit_layers import keep_as_stored
 from ray_peft.tasks.llm_sft.decoding import in_place_of_invalid
 from ray_peft.tasks.llm_sft.gguf_model import opened
 from ray_peft.tasks.llm_sft.saved_adapter import save_adapter
-from ray_peft.tasks.model_content import commit_of
+from ray_peft.tasks.model_content import commit_of, snapshot
 from ray_peft.tasks.parameters import stored
 
 if TYPE_CHECKING:
@@ -80,13 +81,12 @@ def files_of(model: ModelSpec, config: PretrainedConfig) -> WeightFiles | None:
     Raises:
         ModelError: files of a local model are missing.
     """
-    from ray_peft.tasks.llm_sft.model_folder import cached_folder
     from ray_peft.tasks.llm_sft.weight_files import weight_files
 
     named = getattr(config, "transformers_weights", None)
     if is_local(model.name):
         return weight_files(Path(opened(model.name)).expanduser(), named)
-    folder = cached_folder(model.name, model.revision)
+    folder = snapshot(model.name, model.revision)
     if folder is None:
         return None
     try:
@@ -181,6 +181,7 @@ def load_model(spec: LlmTrialSpec, device: str, keep: str | None = None) -> PreT
             model = kept_base.keep(keep, model)
     else:
         logger.info("%s: the base is the one of the trial before", spec.trial_id)
+    setattr(model, REVISION, spec.model.revision)
     add_fused_lm_head(model)
     return model
 

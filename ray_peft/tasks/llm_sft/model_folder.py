@@ -87,11 +87,3 @@ def _check_generation_config(folder: Path) -> None:
         tokens = value if isinstance(value, list) else [value]
         if value is not None and not all(type(token) is int for token in tokens):
             raise ModelError(f"{file}: {name} must be the number of a token, or a list of them (found {value!r})")
-
-
-def cached_folder(name: str, revision: str | None) -> Path | None:
-    """The local copy of a hub model, as far as it is downloaded; None if nothing is."""
-    from huggingface_hub import try_to_load_from_cache
-
-    file = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(file).parent if isinstance(file, str) else None
