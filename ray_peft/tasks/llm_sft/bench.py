@@ -45,7 +45,7 @@ def predictor(spec: LlmTrialSpec, rows: PreparedData) -> Callable[[LlmTrialSpec,
     from ray_peft.vram import ModelShape
 
     shape = ModelShape.from_config(load_config(spec.model))
-    lengths = trained_lengths(spec, rows.train)
+    lengths = set(trained_lengths(spec, rows.train))  # it is walked over in every call, and many rows are equally long
     trained, scored = max(map(max, lengths)), rows.facts.longest
 
     def of(variant: LlmTrialSpec, gpu: Gpu) -> Prediction:

@@ -192,6 +192,11 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tu
     return encoded.ids, encoded.labels
 
 
+def tokens_with_loss(labels: Sequence[int]) -> int:
+    """How many tokens of a row carry loss; nothing predicts its first."""
+    return sum(label != IGNORED for label in labels[1:])
+
+
 def _labels(encoding: Encoding, cuts: Sequence[int]) -> list[int]:
     """The tokens that reach into a span between the first and second cut, the third and fourth and so on."""
     begins, ends = cuts[::2], cuts[1::2]

@@ -14,7 +14,8 @@ from ray_peft.spec.keys import EVALUATION_BATCH
 from ray_peft.tasks.llm_sft.data import IGNORED
 from ray_peft.tasks.llm_sft.decodable import VIRTUAL_TOKENS, has_virtual_tokens
 from ray_peft.tasks.llm_sft.decoding import end_of_answers, greedy
-from ray_peft.tasks.llm_sft.packed_scores import Row, packed_log_probs, packs, scored_tokens
+from ray_peft.tasks.llm_sft.encode import tokens_with_loss
+from ray_peft.tasks.llm_sft.packed_scores import Row, packed_log_probs, packs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -149,7 +150,7 @@ def _padded_log_probs(
             fused_lm_head=True,  # never holds the logits of a whole batch: see model.py
         )
         scored = output.log_probs[output.label_mask].double().cpu()
-        return list(scored.split([scored_tokens(row) for row in part]))
+        return list(scored.split([tokens_with_loss(row.labels) for row in part]))
 
     log_probs: list[Tensor] = []
     while rows:

@@ -6,6 +6,7 @@ A recorded pass replays one shape, so the rows of all steps must fit few shapes,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,11 @@ class Bucket:
         """Tokens of a pass, with empty places."""
         return self.lanes * self.capacity
 
+    def scored_places(self, share: float, scored: int) -> int:
+        """The places that are scored: this share of them, or all if more than the share are `scored`."""
+        places = int(self.tokens * share)
+        return places if scored <= places else self.tokens
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -38,6 +44,11 @@ class Pass:
     bucket: Bucket
     lanes: tuple[tuple[int, ...], ...]
     """The rows of each lane that is not empty, in order, as indices into the rows of the step."""
+
+
+def scored_share(scored: int, tokens: int) -> float:
+    """The share of tokens that are scored, and a quarter of it more, rounded up to 0.25, 0.5, 0.75 or 1."""
+    return min(1.0, math.ceil(scored / max(tokens, 1) * 1.25 * 4) / 4)
 
 
 def largest_capacity(tokens: int) -> int:

@@ -180,8 +180,7 @@ class PackedLoss(Computation[PackedPart]):
                 places += [begin + place - 1 for place in scored]
                 targets += [labels[place] for place in scored]
                 weights += [1 / max(part.loss_tokens[lane], 1)] * len(scored)
-        scored_places = int(part.bucket.tokens * part.scored)
-        fill = (scored_places if len(places) <= scored_places else part.bucket.tokens) - len(places)
+        fill = part.bucket.scored_places(part.scored, len(places)) - len(places)
         return [
             laid.ids,
             laid.positions,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ray_peft.engine.recovery import free_memory, is_out_of_memory
 from ray_peft.engine.replays import Replays
 from ray_peft.spec import LlmTrialSpec
-from ray_peft.tasks.llm_sft.data import IGNORED
 from ray_peft.tasks.llm_sft.decodable import has_virtual_tokens
-from ray_peft.tasks.llm_sft.lanes import Bucket, Pass, largest_capacity, lay_out, reused
+from ray_peft.tasks.llm_sft.encode import tokens_with_loss
+from ray_peft.tasks.llm_sft.lanes import Bucket, Pass, largest_capacity, lay_out, reused, scored_share
 from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedPart
 
 if TYPE_CHECKING:
@@ -64,8 +63,8 @@ class PackedScores:
         self._computation, self._device, self._replays = PackedLoss(spec, model), model.device, replays
         self._slots = slots
         self._largest = largest_capacity(max(len(row.ids) for row in rows))
-        scored = sum(map(scored_tokens, rows))
-        self._share = min(1.0, math.ceil(scored / max(sum(len(row.ids) for row in rows), 1) * 1.25 * 4) / 4)
+        scored = sum(tokens_with_loss(row.labels) for row in rows)
+        self._share = scored_share(scored, sum(len(row.ids) for row in rows))
         self._used: set[Bucket] = set()
         self._buffers: dict[Any, tuple[list[Tensor], Tensor]] = {}
 
@@ -103,7 +102,7 @@ class PackedScores:
         for buffer, value in zip(static, inputs, strict=True):
             buffer.copy_(value)
         self._replays(key, partial(self._score, static, out))
-        counts = [scored_tokens(rows[row]) for lane in part.lanes for row in lane]
+        counts = [tokens_with_loss(rows[row].labels) for lane in part.lanes for row in lane]
         scored = out[: sum(counts)].clone()
         parts: Sequence[Tensor] = scored.split(counts)  # type: ignore[no-untyped-call]
         return list(parts)
@@ -112,11 +111,6 @@ class PackedScores:
         if self._slots is not None:
             self._slots.begin(static[_LANES])
         out.copy_(self._computation.log_probs(*static[:_LANES]))
-
-
-def scored_tokens(row: Row) -> int:
-    """How many tokens of a row are scored; nothing predicts its first."""
-    return sum(label != IGNORED for label in row.labels[1:])
 
 
 def packs(spec: LlmTrialSpec, model: PreTrainedModel) -> bool:

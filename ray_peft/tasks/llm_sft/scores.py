@@ -15,7 +15,7 @@ from ray_peft.metrics.short_answers import exact_match, token_f1
 from ray_peft.metrics.text_scores import bleu4, rouge_l
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.base import Scored
-from ray_peft.tasks.llm_sft.data import IGNORED
+from ray_peft.tasks.llm_sft.encode import tokens_with_loss
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -113,8 +113,7 @@ def row_losses(rows: Dataset, log_probs: Tensor) -> tuple[list[float], list[int]
         log_probs: (answer tokens,) of all of them, the longest row first, as `evaluate.token_log_probs` gives them.
     """
     lengths = [len(ids) for ids in rows["input_ids"]]
-    # The first token of a row has no token before it that could predict it.
-    tokens = [sum(label != IGNORED for label in labels[1:]) for labels in rows["labels"]]
+    tokens = list(map(tokens_with_loss, rows["labels"]))
     order = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
     parts: Sequence[Tensor] = log_probs.split([tokens[row] for row in order])  # type: ignore[no-untyped-call]
     losses = {row: -float(part.mean()) if part.numel() else 0.0 for row, part in zip(order, parts, strict=True)}

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from ray_peft.engine.contract import Rows, Seen, Share
 from ray_peft.spec import LlmTrialSpec
-from ray_peft.tasks.llm_sft.data import IGNORED
+from ray_peft.tasks.llm_sft.encode import IGNORED, tokens_with_loss
+from ray_peft.tasks.llm_sft.lanes import scored_share
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,6 +66,26 @@ class StepOrder:
         size = self._spec.train.micro_batch_size
         return [range(first, min(first + size, rows)) for first in range(0, rows, size)]
 
+    def spans(self, rows: int, most: int) -> list[tuple[int, int]]:
+        """The passes of a step of `rows` rows, of at most `most` rows each: (first, last), last excluded."""
+        return [span for batch in self.batches(rows) for span in spans(batch, most)]
+
+    def heaviest(self, steps: range, lengths: Sequence[int], most: int) -> tuple[int, int]:
+        """The step with the pass of the most tokens, padding included, and the place of this pass in it.
+
+        Args:
+            steps: those to choose from; a later epoch has the same rows in another order, so its passes may be larger.
+            lengths: tokens of every row of the data.
+            most: most rows of a pass.
+        """
+
+        def tokens(step: int) -> list[int]:
+            own = [lengths[place] for place in self.places(step)]
+            return [(last - first) * max(own[first:last]) for first, last in self.spans(len(own), most)]
+
+        step, passes = max(((step, tokens(step)) for step in steps), key=lambda choice: max(choice[1]))
+        return step, passes.index(max(passes))
+
 
 class TextRows(Rows[TextPart]):
     """The training rows of a trial, step by step."""
@@ -92,13 +113,12 @@ class TextRows(Rows[TextPart]):
 
     @cached_property
     def scored_share(self) -> float:
-        """The share of tokens with loss, and a quarter of it more, rounded up to 0.25, 0.5, 0.75 or 1."""
+        """The share of places that are scored; all of them if every token carries loss."""
         if self._spec.train.loss == "all":
             return 1.0
         labels = self._data["labels"]
         scored = sum(label != IGNORED for row in labels for label in row)
-        share: float = min(1.0, math.ceil(scored / max(sum(self.lengths()), 1) * 1.25 * 4) / 4)
-        return share
+        return scored_share(scored, sum(self.lengths()))
 
     def lengths(self) -> list[int]:
         """Tokens of every row of the data."""
@@ -116,7 +136,7 @@ class TextRows(Rows[TextPart]):
 
         ids, labels, loss_tokens = self._step(step)
         batches = self._order.batches(len(ids))
-        passes = sum(-(-len(batch) // rows) for batch in batches)
+        passes = len(self._order.spans(len(ids), rows))
         keys = [row_key(self._spec.seed, step, row) for row in range(len(ids))]
         return [
             TextPart(ids[first:last], labels[first:last], loss_tokens, passes, keys[first:last])
@@ -139,17 +159,8 @@ class TextRows(Rows[TextPart]):
 
     def heaviest(self, steps: range, share: Share, rows: int) -> TextPart | None:
         """The largest pass of `steps`: the one with the most tokens, padding included."""
-        lengths = self.lengths()
-
-        def cost(step: int) -> tuple[int, int]:
-            own = [lengths[place] for place in self.places(step)]
-            pieces = [piece for batch in self._order.batches(len(own)) for piece in spans(batch, rows)]
-            costs = [(last - first) * max(own[first:last]) for first, last in pieces]
-            return max(costs), costs.index(max(costs))
-
-        # A later epoch has the same rows in another order, so its passes may be larger.
-        heaviest = max(steps, key=lambda step: cost(step)[0])
-        return self.parts(heaviest, Share(), rows)[cost(heaviest)[1]]
+        step, place = self._order.heaviest(steps, self.lengths(), rows)
+        return self.parts(step, Share(), rows)[place]
 
     def _step(self, step: int) -> tuple[list[list[int]], list[list[int]], int]:
         """Token ids and labels of a step's rows, and how many of their tokens carry loss."""
@@ -158,8 +169,7 @@ class TextRows(Rows[TextPart]):
                 self._steps.pop(next(iter(self._steps)))
             rows = self._data[self.places(step)]
             labels = rows["input_ids"] if self._spec.train.loss == "all" else rows["labels"]
-            loss_tokens = sum(label != IGNORED for row in labels for label in row[1:])
-            self._steps[step] = (rows["input_ids"], labels, loss_tokens)
+            self._steps[step] = (rows["input_ids"], labels, sum(map(tokens_with_loss, labels)))
         return self._steps[step]
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.engine.contract import Computation, Rows, Seen, Share
 from ray_peft.spec import LlmTrialSpec
-from ray_peft.tasks.llm_sft.lanes import Bucket, largest_capacity, lay_out, reused
+from ray_peft.tasks.llm_sft.lanes import Bucket, largest_capacity, lay_out, reused, scored_share
 from ray_peft.tasks.llm_sft.packed import PackedLoss, lay
 from ray_peft.tasks.llm_sft.preference.objective import ROWS, TOKENS, Objective
 from ray_peft.tasks.llm_sft.preference.steps import Judged, PreferencePart, PreferenceRows, Totals
@@ -47,7 +46,7 @@ class PackedPreferenceRows(Rows[PackedPreferences]):
         self._rows = rows
         self._lengths = [sum(sides) for sides in rows.lengths]
         self._largest = largest_capacity(max(self._lengths))
-        self._scored = min(1.0, math.ceil(rows.scored_tokens / max(sum(self._lengths), 1) * 1.25 * 4) / 4)
+        self._scored = scored_share(rows.scored_tokens, sum(self._lengths))
         self._used: set[Bucket] = set()
 
     def parts(self, step: int, share: Share, rows: int) -> list[PackedPreferences]:
@@ -127,8 +126,7 @@ class PackedPreferenceLoss(Computation[PackedPreferences]):
         places = [begin + place - 1 for begin, tokens in zip(begins, scored, strict=True) for place in tokens.places]
         flat = laid.ids.flatten()
         targets = flat[torch.tensor(places, dtype=torch.int64) + 1]
-        count = int(part.bucket.tokens * part.scored)
-        count = count if len(places) <= count else part.bucket.tokens
+        count = part.bucket.scored_places(part.scored, len(places))
         fill = count - len(places)
         return [
             *self._objective.tokens(judged, part.totals, self._slots, part.bucket.capacity, count),

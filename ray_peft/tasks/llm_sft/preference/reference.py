@@ -18,7 +18,7 @@ from ray_peft.foundation.whole import write_text
 from ray_peft.methods.base import ENOUGH_STEPS
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.content import prepared_folder
-from ray_peft.tasks.llm_sft.preference.rows import are_judged, mismatched_rows, side_columns
+from ray_peft.tasks.llm_sft.preference.rows import are_judged, mismatched_rows, side, side_columns
 from ray_peft.tasks.llm_sft.preference.steps import REFERENCE
 
 if TYPE_CHECKING:
@@ -87,17 +87,15 @@ def side_log_probs(
         lowered: `Bench.lowered`.
         first: what `token_log_probs` gave for the first side; None computes it.
     """
-    from datasets import Dataset
-
     from ray_peft.tasks.llm_sft.evaluate import token_log_probs
     from ray_peft.tasks.llm_sft.scores import row_losses
 
     sides = []
-    for ids, labels in side_columns(rows):
-        side = Dataset.from_dict({"input_ids": rows[ids], "labels": rows[labels]})
+    for columns in side_columns(rows):
+        own = side(rows, columns)
         known = first if not sides else None
-        log_probs = known if known is not None else token_log_probs(spec, model, side, pad, lowered)
-        losses, tokens = row_losses(side, log_probs)
+        log_probs = known if known is not None else token_log_probs(spec, model, own, pad, lowered)
+        losses, tokens = row_losses(own, log_probs)
         sides.append([-loss * count for loss, count in zip(losses, tokens, strict=True)])
     return [list(values) for values in zip(*sides, strict=True)]
 

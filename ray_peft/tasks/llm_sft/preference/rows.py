@@ -27,6 +27,12 @@ def side_columns(rows: Dataset) -> list[tuple[str, str]]:
     return [columns for columns in _SIDES if columns[0] in rows.column_names]
 
 
+def side(rows: Dataset, columns: tuple[str, str], *others: str) -> Dataset:
+    """A side, whose columns become input_ids and labels, with others as they are."""
+    selected: Dataset = rows.select_columns([*columns, *others])
+    return selected.rename_columns(dict(zip(columns, _SIDES[0], strict=True)))
+
+
 def trained_rows(spec: LlmTrialSpec, rows: Dataset) -> Dataset:
     """The training rows in the form that the objective takes: for kto a pair is a desirable row and another one."""
     if spec.train.objective != "kto" or "rejected_ids" not in rows.column_names:
@@ -34,10 +40,8 @@ def trained_rows(spec: LlmTrialSpec, rows: Dataset) -> Dataset:
     from datasets import concatenate_datasets
 
     parts = []
-    for (ids, labels), desirable in zip(_SIDES, (True, False), strict=True):
-        part: Dataset = rows.select_columns([ids, labels, "source_dataset", "row"])
-        part = part.rename_columns({ids: "input_ids", labels: "labels"}) if ids != "input_ids" else part
-        parts.append(part.add_column("desirable", [desirable] * len(rows)))
+    for columns, desirable in zip(_SIDES, (True, False), strict=True):
+        parts.append(side(rows, columns, "source_dataset", "row").add_column("desirable", [desirable] * len(rows)))
     return concatenate_datasets([parts[0], parts[1].cast(parts[0].features)])
 
 

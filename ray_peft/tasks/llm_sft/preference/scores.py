@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.metrics.scores import RowReward
 from ray_peft.spec import LlmTrialSpec
+from ray_peft.tasks.llm_sft.encode import tokens_with_loss
 from ray_peft.tasks.llm_sft.preference import losses
+from ray_peft.tasks.llm_sft.preference.rows import side_columns
 from ray_peft.tasks.llm_sft.preference.steps import REFERENCE
 
 if TYPE_CHECKING:
@@ -49,12 +51,8 @@ def summary(
 def _dpo_loss(spec: LlmTrialSpec, rows: Dataset, log_probs: Sequence[Sequence[float]]) -> float:
     import torch
 
-    from ray_peft.tasks.llm_sft.encode import IGNORED
-
-    tokens = [
-        [sum(label != IGNORED for label in labels[1:]) for labels in (chosen, rejected)]
-        for chosen, rejected in zip(rows["labels"], rows["rejected_labels"], strict=True)
-    ]
+    sides = [map(tokens_with_loss, rows[labels]) for _, labels in side_columns(rows)]
+    tokens = list(zip(*sides, strict=True))
     answers = losses.Answers(
         torch.tensor(log_probs, dtype=torch.float64),
         torch.tensor(rows[REFERENCE], dtype=torch.float64),

@@ -11,7 +11,7 @@ from ray_peft.engine.contract import Rows, Seen, Share
 from ray_peft.engine.keyed_dropout import row_key
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.encode import IGNORED
-from ray_peft.tasks.llm_sft.preference.rows import longest_row, mismatched
+from ray_peft.tasks.llm_sft.preference.rows import longest_row, mismatched, side_columns
 from ray_peft.tasks.llm_sft.steps import StepOrder, spans
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class PreferenceRows(Rows[PreferencePart]):
     def totals(self, judged: Sequence[Judged], rows: int) -> Totals:
         """The divisors of a step that is passed `rows` at a time."""
         own_loss = sum(len(side.scored.places) for row in judged for side in row.sides if side.scored.own_loss)
-        return Totals(len(judged), own_loss, len(self._spans(len(judged), rows)))
+        return Totals(len(judged), own_loss, len(self._order.spans(len(judged), rows)))
 
     def size(self, part: PreferencePart) -> int:
         """Pairs, or labelled rows, of a pass."""
@@ -159,15 +159,8 @@ class PreferenceRows(Rows[PreferencePart]):
 
     def heaviest(self, steps: range, share: Share, rows: int) -> PreferencePart | None:
         """The largest pass of `steps`: the one with the most tokens, padding included."""
-
-        def cost(step: int) -> tuple[int, int]:
-            longest = [max(self.lengths[place]) for place in self.places(step)]
-            costs = [(last - first) * max(longest[first:last]) for first, last in self._spans(len(longest), rows)]
-            return max(costs), costs.index(max(costs))
-
-        heaviest = max(steps, key=lambda step: cost(step)[0])
-        trained = [part for part in self.parts(heaviest, Share(), rows) if not part.divergence]
-        return trained[cost(heaviest)[1]]
+        step, place = self._order.heaviest(steps, list(map(max, self.lengths)), rows)
+        return [part for part in self.parts(step, Share(), rows) if not part.divergence][place]
 
     def places(self, step: int) -> list[int]:
         """What a step sees, as indices into the data."""
@@ -181,8 +174,8 @@ class PreferenceRows(Rows[PreferencePart]):
     @cached_property
     def lengths(self) -> list[list[int]]:
         """Tokens of the sides of every pair or labelled row of the data."""
-        columns = [name for name in ("input_ids", "rejected_ids") if name in self._data.column_names]
-        return [list(sides) for sides in zip(*(map(len, self._data[name]) for name in columns), strict=True)]
+        sides = (map(len, self._data[ids]) for ids, _ in side_columns(self._data))
+        return [list(lengths) for lengths in zip(*sides, strict=True)]
 
     @cached_property
     def _longest_row(self) -> int:
@@ -191,26 +184,19 @@ class PreferenceRows(Rows[PreferencePart]):
     @cached_property
     def scored_tokens(self) -> int:
         """Tokens of all rows whose log-probabilities the objective needs."""
-        count = 0
-        for name in ("labels", "rejected_labels"):
-            if name in self._data.column_names:
-                chosen = name == "labels"
-                count += sum(
-                    len(scored_tokens(self._spec, labels, chosen=chosen).places) for labels in self._data[name]
-                )
-        return count
+        return sum(
+            len(scored_tokens(self._spec, labels, chosen=not side).places)
+            for side, (_, column) in enumerate(side_columns(self._data))
+            for labels in self._data[column]
+        )
 
     def _judged(self, step: int, index: int, place: int) -> Judged:
         row: dict[str, Any] = self._data[place]
-        sides = [(row["input_ids"], row["labels"])]
-        if "rejected_ids" in row:
-            sides.append((row["rejected_ids"], row["rejected_labels"]))
-        references = row.get(REFERENCE, [0.0] * len(sides))
-        listed = []
-        for side, (ids, labels) in enumerate(sides):
-            key = row_key(self._spec.seed, step, len(sides) * index + side)
-            listed.append(Side(ids, scored_tokens(self._spec, labels, chosen=not side), references[side], key))
-        return Judged(listed, row.get("desirable", True))
-
-    def _spans(self, count: int, rows: int) -> list[tuple[int, int]]:
-        return [span for batch in self._order.batches(count) for span in spans(batch, rows)]
+        columns = side_columns(self._data)
+        references = row.get(REFERENCE, [0.0] * len(columns))
+        sides = []
+        for side, (ids, labels) in enumerate(columns):
+            key = row_key(self._spec.seed, step, len(columns) * index + side)
+            scored = scored_tokens(self._spec, row[labels], chosen=not side)
+            sides.append(Side(row[ids], scored, references[side], key))
+        return Judged(sides, row.get("desirable", True))
