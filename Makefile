@@ -13,7 +13,7 @@ help:
 	@echo "make venv         .venv with the exact versions in requirements.lock"
 	@echo "make check        lint and test"
 	@echo "make lint         ruff and mypy"
-	@echo "make test         the tests that need no GPU"
+	@echo "make test         the tests that need no GPU; python -m pytest -m long runs what it leaves out"
 	@echo "make test-gpu     the tests that need one"
 	@echo "make soak         a sweep whose processes are killed at random, for half an hour"
 	@echo "make clean        remove caches and build files (.venv, assets and outputs stay)"

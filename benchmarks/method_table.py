@@ -19,19 +19,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
 
 from provenance import write
 
-from ray_peft.metrics.intervals import Numbers, compare, interval, mean_parts
-from ray_peft.metrics.scores import RowLoss
+from ray_peft.metrics.intervals import Numbers, ScoreInterval, compare, interval, mean_parts
 from ray_peft.metrics.seeds import seed_variance, widened
-from ray_peft.metrics.text_scores import rouge_l_rows
+from ray_peft.report.files import read_material
+from ray_peft.report.uncertainty import Statistics
 from ray_peft.space import yaml_text
-from ray_peft.store.results_file import read_results
 from ray_peft.trial.result import TrialResult
 
 SPACE = Path(__file__).parents[1] / "search_spaces" / "peft_methods.yaml"
@@ -138,15 +136,21 @@ def _rows(folder: Path, seed: int) -> int:
     return len(results.read_bytes().splitlines()) if results.is_file() else 0
 
 
+Scored: TypeAlias = tuple[Statistics, TrialResult]
+"""A trial's row, with what its held-out rows add to the scores."""
+
+
 def table(folder: Path) -> dict[str, Any]:
     """Every method's scores over its seeds with 95 % intervals, and what it took."""
-    rows: list[tuple[Path, TrialResult]] = []
+    rows: list[Scored] = []
     for seed_folder in sorted(folder.glob("seed_*/")):
         if (seed_folder / "results.jsonl").is_file():
-            rows += [(seed_folder / "trials" / row.trial_id, row) for row in read_results(seed_folder)]
-    by_method: dict[str, list[tuple[Path, TrialResult]]] = {}
-    for path, row in rows:
-        by_method.setdefault(row.spec.method.name, []).append((path, row))
+            material = read_material(seed_folder)
+            statistics = Statistics(material.answers, material.losses, material.loss_tokens)
+            rows += [(statistics, row) for row in material.results]
+    by_method: dict[str, list[Scored]] = {}
+    for statistics, row in rows:
+        by_method.setdefault(row.spec.method.name, []).append((statistics, row))
     spec = rows[0][1].spec
     sources = [{**source.plain(), "path": Path(source.path).name} for source in spec.data.sources]
     base = next((row for _, row in by_method.pop("none", []) if row.status == "finished"), None)
@@ -171,9 +175,7 @@ def table(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _line(
-    entries: Sequence[tuple[Path, TrialResult]], reference: Sequence[tuple[Path, TrialResult]], base: TrialResult | None
-) -> dict[str, Any]:
+def _line(entries: Sequence[Scored], reference: Sequence[Scored], base: TrialResult | None) -> dict[str, Any]:
     results = [row for _, row in entries]
     first = results[0]
     line: dict[str, Any] = {
@@ -182,7 +184,7 @@ def _line(
         "trained_parameters": first.trainable_parameters,
         "adapter_bytes": first.adapter_bytes,
         "passes": sorted({row.passes for row in results}),
-        "eval_loss": _score(entries, reference, _losses, [row.scores.eval_loss for row in results]),
+        "eval_loss": _score(entries, reference, Statistics.loss_parts, [row.scores.eval_loss for row in results]),
         "rouge_l": _score(entries, reference, _rouge, [row.scores.rouge_l for row in results]),
         "general_loss": _over_seeds([row.scores.general_loss for row in results]),
         "forgotten": None,
@@ -200,20 +202,22 @@ def _line(
 
 
 def _score(
-    entries: Sequence[tuple[Path, TrialResult]],
-    reference: Sequence[tuple[Path, TrialResult]],
-    parts_of: Any,
+    entries: Sequence[Scored],
+    reference: Sequence[Scored],
+    parts_of: Callable[[Statistics, str], Numbers],
     scores: Sequence[float | None],
 ) -> dict[str, Any]:
     """Mean over seeds and rows with its interval, and the difference to the reference on the same rows and seeds."""
-    by_seed = {row.spec.seed: parts_of(path) for path, row in entries}
-    others = {row.spec.seed: parts_of(path) for path, row in reference if row.spec.seed in by_seed}
+    by_seed = {row.spec.seed: parts_of(statistics, row.trial_id) for statistics, row in entries}
+    others = {
+        row.spec.seed: parts_of(statistics, row.trial_id) for statistics, row in reference if row.spec.seed in by_seed
+    }
     whole = _mean(list(by_seed.values()))
     over = widened(interval(whole), len(whole), seed_variance([float(parts.mean()) for parts in by_seed.values()]))
     score: dict[str, Any] = {
-        "mean": round(over.score, 4), "low": round(over.low, 4), "high": round(over.high, 4),
+        **_rounded(over),
         "by_seed": [None if value is None else round(value, 4) for value in scores],
-    }  # fmt: skip
+    }
     if others and reference is not entries:
         both = [seed for seed in by_seed if seed in others]
         pair = (_mean([by_seed[seed] for seed in both]), _mean([others[seed] for seed in both]))
@@ -230,16 +234,8 @@ def _mean(parts: Sequence[Numbers]) -> Numbers:
     return mean_parts(sum(parts[1:], start=parts[0]) / len(parts))
 
 
-def _losses(folder: Path) -> Numbers:
-    lines = (folder / "losses.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [RowLoss.model_validate_json(line) for line in lines]
-    return mean_parts([row.loss for row in rows], [row.tokens or 1 for row in rows])
-
-
-def _rouge(folder: Path) -> Numbers:
-    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").split("\n")
-    answers = [json.loads(line) for line in lines if line]
-    return mean_parts(rouge_l_rows([row["prediction"] for row in answers], [row["reference"] for row in answers]))
+def _rouge(statistics: Statistics, trial_id: str) -> Numbers:
+    return mean_parts(statistics.rouge(trial_id))
 
 
 def _over_seeds(scores: Sequence[float | None]) -> dict[str, float] | None:
@@ -247,13 +243,11 @@ def _over_seeds(scores: Sequence[float | None]) -> dict[str, float] | None:
     known = [score for score in scores if score is not None]
     if not known:
         return None
-    middle, of_seeds = fmean(known), seed_variance(known)
-    half = 0.0
-    if of_seeds is not None:
-        from scipy.special import stdtrit
+    return _rounded(interval(mean_parts(known)))
 
-        half = float(stdtrit(of_seeds.freedom, 0.975)) * of_seeds.variance**0.5
-    return {"mean": round(middle, 4), "low": round(middle - half, 4), "high": round(middle + half, 4)}
+
+def _rounded(over: ScoreInterval) -> dict[str, float]:
+    return {"mean": round(over.score, 4), "low": round(over.low, 4), "high": round(over.high, 4)}
 
 
 def markdown(result: dict[str, Any]) -> str:
