@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _OF_LLAMA = ("k_proj", "v_proj", "down_proj")
+_FEEDFORWARD_OF_LLAMA = ("down_proj",)
 
 
 class IA3(LayerAdapter):
@@ -24,7 +25,7 @@ class IA3(LayerAdapter):
     targets: TargetNames = Field(default=_OF_LLAMA, min_length=1)
     """The layers that get a factor. The default are names of Llama-like models; of another architecture that PEFT knows
     they mean the layers that PEFT names for it, and `feedforward` does, too."""
-    feedforward: TargetNames = ("down_proj",)
+    feedforward: TargetNames = _FEEDFORWARD_OF_LLAMA
     """Those of them whose input is multiplied, and not their output; each is one of `targets`."""
     lr: float = Field(default=3.0e-3, gt=0)
 
@@ -38,7 +39,7 @@ class IA3(LayerAdapter):
         return super(IA3, self._named_in(model)).placed(model, of=of, key=key)
 
     def _named_in(self, model: nn.Module) -> Self:
-        """With PEFT's names for an architecture that lacks the default ones."""
+        """With PEFT's names for an architecture that lacks the default ones; other settings are left alone."""
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
 
@@ -47,4 +48,6 @@ class IA3(LayerAdapter):
         whole = all(any(named_by(target, name) for name in layers) for target in self.targets)
         if self.targets != _OF_LLAMA or whole or kind not in TARGETS:
             return self
-        return self.model_copy(update={"targets": tuple(TARGETS[kind]), "feedforward": tuple(FEEDFORWARD[kind])})
+        written = self.feedforward != _FEEDFORWARD_OF_LLAMA
+        feedforward = self.feedforward if written else tuple(FEEDFORWARD[kind])
+        return self.model_copy(update={"targets": tuple(TARGETS[kind]), "feedforward": feedforward})

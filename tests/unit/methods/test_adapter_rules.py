@@ -132,18 +132,19 @@ def test_a_base_that_a_trial_may_change_is_not_kept_for_the_next(tiny_model, que
 
 
 @pytest.mark.parametrize(
-    ("architecture", "layers", "feedforward"),
+    ("architecture", "settings", "layers", "feedforward"),
     [
-        ("llama", {"k_proj", "v_proj", "down_proj"}, {"down_proj"}),
-        ("gpt2", {"c_attn", "c_proj"}, {"c_proj"}),
-        ("gpt_neox", {"query_key_value", "dense_4h_to_h"}, {"dense_4h_to_h"}),
-        ("opt", {"q_proj", "k_proj", "fc2"}, {"fc2"}),
+        ("llama", {}, {"k_proj", "v_proj", "down_proj"}, {"down_proj"}),
+        ("gpt2", {}, {"c_attn", "c_proj"}, {"c_proj"}),
+        ("gpt2", {"feedforward": ()}, {"c_attn", "c_proj"}, set()),
+        ("gpt_neox", {}, {"query_key_value", "dense_4h_to_h"}, {"dense_4h_to_h"}),
+        ("opt", {}, {"q_proj", "k_proj", "fc2"}, {"fc2"}),
     ],
 )
-def test_ia3_goes_where_the_architecture_has_its_layers(architecture, layers, feedforward):
+def test_ia3_goes_where_the_architecture_has_its_layers(architecture, settings, layers, feedforward):
     from peft.tuners.ia3.layer import IA3Layer
 
-    adapted = IA3().attach(tiny_architectures.on_meta(architecture))
+    adapted = IA3(**settings).attach(tiny_architectures.on_meta(architecture))
     placed = [(name, module) for name, module in adapted.named_modules() if isinstance(module, IA3Layer)]
     assert {name.rpartition(".")[2] for name, _ in placed} == layers
     assert {name.rpartition(".")[2] for name, module in placed if module.is_feedforward} == feedforward
