@@ -90,7 +90,7 @@ def side_log_probs(
     from ray_peft.tasks.llm_sft.evaluate import token_log_probs
     from ray_peft.tasks.llm_sft.scores import row_losses
 
-    sides = []
+    sides: list[list[float]] = []
     for columns in side_columns(rows):
         own = side(rows, columns)
         known = first if not sides else None
