@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.engine.recovery import free_memory
+from ray_peft.engine.recovery import free_memory, leave_out_imports
 from ray_peft.errors import ModelError, first_line
 from ray_peft.foundation.cache import cache_folder, entry, made_whole
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization
@@ -170,6 +170,7 @@ def load_model(spec: LlmTrialSpec, device: str, keep: str | None = None) -> PreT
     kept_base.drop(unless=keep)
     model = kept_base.take(keep) if keep is not None else None
     if model is None:
+        leave_out_imports()
         folder = str(random_model(spec.model)) if spec.model.random_weights else opened(spec.model.name)
         dtype = spec.method.weights_dtype(spec.model.dtype)
         if device.startswith("cuda"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_peft.engine.recovery import leave_out_imports
 from ray_peft.errors import ModelError, first_line
 from ray_peft.foundation.cache import entry, made_whole
 from ray_peft.methods.base import Dtype
@@ -224,6 +225,7 @@ def _load(kind: Any, model: ModelSpec, part: str, dtype: Dtype) -> Any:
     import torch
     from transformers import PreTrainedModel
 
+    leave_out_imports()
     folder = str(_random_part(model, part)) if model.random_weights else model.name
     word = "dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype"
     where: dict[str, Any] = {"subfolder": part, "revision": model.revision, "use_safetensors": True}
