@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +16,9 @@ from ray_peft.errors import DataError
 logger = logging.getLogger(__name__)
 
 ValueT = TypeVar("ValueT", bound=BaseModel)
+
+HEAD_BYTES = 256
+"""Of the start of a file, by which it is known again."""
 
 
 def read_lines(path: Path, kind: type[ValueT]) -> list[ValueT]:
@@ -49,6 +53,37 @@ def added_lines(path: Path, offset: int) -> tuple[list[bytes], int]:
         return [], offset
     whole = content[: content.rfind(b"\n") + 1]
     return whole.split(b"\n")[:-1], offset + len(whole)
+
+
+class GrowingFile:
+    """A file to which another process adds lines, read again and again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = 0
+        self._identity: tuple[int, bytes] = (0, b"")
+        """The inode of the file that was read, which a new file may get once more, and its first bytes."""
+
+    def new_lines(self) -> tuple[list[bytes], bool]:
+        """The whole lines that are new, and whether those that were read before are no longer in the file.
+
+        The latter where the file is gone, was replaced, or is shorter than it was; then all of its lines are new.
+        """
+        inode, head, size = self._look()
+        same = inode == self._identity[0] and head.startswith(self._identity[1]) and size >= self._read
+        began_again = bool(self._read) and not same
+        lines, self._read = added_lines(self._path, 0 if began_again else self._read)
+        self._identity = inode, head[: self._read]
+        return lines, began_again
+
+    def _look(self) -> tuple[int, bytes, int]:
+        """Inode, first bytes and size of the file; of one that is not there, nothing."""
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                return status.st_ino, file.read(HEAD_BYTES), status.st_size
+        except FileNotFoundError:
+            return 0, b"", 0
 
 
 def drop_torn_line(path: Path) -> None:

@@ -93,8 +93,8 @@ def _ran(material: Material) -> list[Block]:
     return [*_figures(timeline(ran)), Table(header=header, lines=lines, fits=True), *_how_timed(ran)]
 
 
-def _how_timed(ran: Sequence[Lane]) -> list[Block]:
-    rows = [span.row for lane in ran for span in lane.spans]
+def _how_timed(ran: Sequence[Lane[Row]]) -> list[Block]:
+    rows = [span.trial for lane in ran for span in lane.spans]
     parts = []
     if any(not row.result.provenance.ended_at for row in rows):
         parts.append("Rows of an earlier version do not say when they ended: they end when their seconds are over.")

@@ -14,12 +14,12 @@ from ray_peft.report.timeline import Lane
 _MOST_LANES = 40
 
 
-def timeline(ran: Sequence[Lane]) -> list[Figure]:
+def timeline(ran: Sequence[Lane[Row]]) -> list[Figure]:
     """When each trial ran; what stays white was idle."""
     if not ran:
         return []
     shown = ran[:_MOST_LANES]
-    methods = list(dict.fromkeys(method for lane in shown for span in lane.spans for method in [_method(span.row)]))
+    methods = list(dict.fromkeys(method for lane in shown for span in lane.spans for method in [_method(span.trial)]))
     colours = dict(zip(methods, (style.colour for style in styles(len(methods))), strict=True))
     end = max(span.end_s for lane in ran for span in lane.spans)
     unit, seconds = ("h", 3600) if end > 7200 else ("min", 60) if end > 300 else ("s", 1)
@@ -27,13 +27,13 @@ def timeline(ran: Sequence[Lane]) -> list[Figure]:
         axes = canvas.subplots()
         for place, lane in enumerate(shown):
             for method, colour in colours.items():
-                spans = [span for span in lane.spans if _method(span.row) == method]
+                spans = [span for span in lane.spans if _method(span.trial) == method]
                 bars = [(span.start_s / seconds, (span.end_s - span.start_s) / seconds) for span in spans]
                 # A rim tells bars apart, and would hide a bar that is hardly wider than itself.
                 rims = [PAPER if width * seconds > end / 200 else colour for _, width in bars]
                 axes.broken_barh(bars, (place - 0.36, 0.72), facecolors=colour, edgecolors=rims, linewidth=0.6)
             for span in lane.spans:
-                if span.row.status != "finished":
+                if span.trial.status != "finished":
                     axes.plot([span.end_s / seconds], [place], "x", color=INK, markersize=5)
         axes.set_yticks(range(len(shown)), [textwrap.fill(lane.name, 34) for lane in shown])
         axes.invert_yaxis()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_peft.errors import DataError
-from ray_peft.foundation.json_lines import added_lines
+from ray_peft.foundation.json_lines import GrowingFile
 from ray_peft.foundation.measured import from_json
 from ray_peft.foundation.regularly import regularly
 from ray_peft.foundation.storage import writing
@@ -166,8 +166,7 @@ class Reader:
         """
         self._folder = folder
         self._rows: dict[str, TrialProgress] = {}
-        self._read = 0
-        """Bytes of the rows that were read."""
+        self._results = GrowingFile(folder / "results.jsonl")
         if not (folder / "sweep.json").is_file() and not (folder / DRIVER_FILE).is_file():
             raise DataError(f"{folder}: holds no sweep; give the folder of one, such as outputs/quickstart")
 
@@ -213,16 +212,15 @@ class Reader:
             left_s=max(0.0, float(left) - age) if left is not None else None,
             predicted_gib=live.get("predicted_gib"),
             host=str(live["host"]),
-            place=_place(live.get("gpu"), str(live["host"]), on_gpu=str(live["device"]) != "cpu"),
+            place=place_name(live.get("gpu"), str(live["host"]), on_gpu=str(live["device"]) != "cpu"),
             began=float(live["began"]),
         )
 
     def _take_rows(self) -> None:
         """Read the rows that were added; a last line that is being written waits."""
-        path = self._folder / "results.jsonl"
-        if not path.is_file() or path.stat().st_size < self._read:  # set aside by `--fresh`
-            self._rows, self._read = {}, 0
-        lines, self._read = added_lines(path, self._read)
+        lines, began_again = self._results.new_lines()
+        if began_again:  # set aside by `--fresh`
+            self._rows = {}
         for line in lines:
             if line.strip():
                 with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -247,13 +245,14 @@ def _ended(row: dict[str, Any]) -> TrialProgress:
         memory_gib=memory,
         predicted_gib=(row.get("predicted") or {}).get("peak_reserved_gib"),
         host=host,
-        place=_place(provenance.get("gpu"), host, on_gpu=usage.get("peak_reserved_gib") is not None),
+        place=place_name(provenance.get("gpu"), host, on_gpu=usage.get("peak_reserved_gib") is not None),
         began=began,
         ended=ended if ended is not None or began is None else began + float(usage.get("wall_time_s") or 0.0),
     )
 
 
-def _place(gpu: str | None, host: str, *, on_gpu: bool) -> str:
+def place_name(gpu: str | None, host: str, *, on_gpu: bool) -> str:
+    """What to call the GPU with this number or UUID on a machine, or its CPU; None: which GPU it was is not known."""
     return f"{host} GPU {gpu}".strip() if gpu else f"{host} {'GPU' if on_gpu else 'CPU'}".strip()
 
 

@@ -74,8 +74,8 @@ def test_the_state_has_losses_memory_and_a_timeline_with_its_gaps(sweep):
     assert waiting["state"] == "waiting"
     assert MOST_POINTS / 2 < len(running["train_loss"]) <= MOST_POINTS
     assert running["train_loss"][-1] == (500, 2.0)  # the newest point is never left out
-    assert running["eval_loss"] == [(500, 2.25)]
-    assert later["trials"][1]["eval_loss"] == [(500, 2.25), (501, 2.0)]
+    assert running["eval_loss"] == ((500, 2.25),)
+    assert later["trials"][1]["eval_loss"] == ((500, 2.25), (501, 2.0))
     (lane,) = plain["lanes"]
     assert lane["name"] == "box GPU 0"
     assert [(span["trial"], span["state"]) for span in lane["spans"]] == [

@@ -22,7 +22,7 @@ def ran(method, start, end=None, *, gpu=None, seconds=0.0, status="finished"):
 
 def spans(found):
     return {
-        lane.name: [(span.row.result.spec.method.name, span.start_s, span.end_s) for span in lane.spans]
+        lane.name: [(span.trial.result.spec.method.name, span.start_s, span.end_s) for span in lane.spans]
         for lane in found
     }
 
