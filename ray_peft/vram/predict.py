@@ -90,15 +90,17 @@ def segments(size: int, slack: float) -> int:
     return -(-int(size * (1 + slack)) // SEGMENT) * SEGMENT
 
 
-def recorded_segments(step: Counter[str], beside: int, slack: float = 0.0) -> int:
+def recorded_segments(step: Counter[str], scoring: int, beside: int, slack: float = 0.0) -> int:
     """Bytes of the allocator's segments where passes are recorded: what stays, and the pools of passes and updates.
 
     Args:
-        step: its components, with PASS and UPDATE.
+        step: its components; PASS and UPDATE are taken out of them.
+        scoring: bytes that scoring between two steps takes, in the pool of the passes; 0 without.
         beside: bytes of what else stays.
         slack: share of all of it that is reserved besides, in addition to `RECORDED_SLACK`.
     """
-    return segments(sum(step[kind] for kind in (*RESIDENT, PASS, UPDATE)) + beside, RECORDED_SLACK + slack)
+    pools = max(step.pop(PASS), scoring) + step.pop(UPDATE)
+    return segments(sum(step[kind] for kind in RESIDENT) + pools + beside, RECORDED_SLACK + slack)
 
 
 def evaluating(step: Counter[str], scoring: Counter[str]) -> Counter[str]:
