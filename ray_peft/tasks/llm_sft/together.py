@@ -110,13 +110,10 @@ class LossTogether(PackedLoss):
         self.members = len(slots)
 
     def inputs(self, part: PackedPart) -> Sequence[Tensor]:
-        """The tensors of `PackedLoss`, and the slot of each lane int64, in the form that `Slots.begin` expects.
-
-        Empty lanes belong to the first lane's slot.
-        """
+        """The tensors of `PackedLoss`, and the slot of each lane int64, in the form that `Slots.begin` expects."""
         import torch
 
-        lanes = list(part.members) + [part.members[0]] * (part.bucket.lanes - len(part.members))
+        lanes = part.lane_slots()
         in_order = lanes == list(range(len(self._slots)))
         return [*super().inputs(part), torch.tensor([] if in_order else lanes, dtype=torch.int64)]
 
