@@ -61,8 +61,7 @@ class Engine(Generic[PartT]):
         self._device, self._lowered = jobs[0].device, jobs[0].lowered
         self._model, self._data, self._computation, self._make_pass = model, rows, computation, make_pass
         self._share = this_worker()
-        in_backward = any(job.stage.conflicts(accumulates=True, num_workers=1) for job in jobs)
-        self._repeats = self._share.workers == 1 and not in_backward
+        self._repeats = self._share.workers == 1 and not any(job.stage.updates_in_backward for job in jobs)
         self._configured_rows = sum(job.spec.train.micro_batch_size for job in jobs)
         self._rows = self._rows_a_pass()
         self._accumulates = any(job.spec.accumulation > 1 for job in jobs)

@@ -42,6 +42,11 @@ class MatrixWeights(FullWeights):
     eps: float = Field(default=1.0e-6, gt=0)
     """AdamW's term for numerical stability; the value of galore-torch."""
 
+    @property
+    def updates_in_backward(self) -> bool:
+        """With a layer-wise update."""
+        return self.layerwise
+
     def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
         """A layer-wise update uses one pass of one worker, and has no global norm."""
         conflicts: list[str] = []
