@@ -115,6 +115,10 @@ class Method(Strict, ABC):
         return []
 
 
+OF_TRAINING = frozenset({"lr", "weight_decay", "betas", "max_grad_norm"})
+"""Fields of every `Stage` that say how its numbers change: neither how many there are, nor how they begin."""
+
+
 class Stage(Method):
     """A method that trains in one go; LoRA is one stage, QLoRA-then-GaLore is two."""
 

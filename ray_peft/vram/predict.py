@@ -18,7 +18,7 @@ from ray_peft.foundation.cache import cache_folder
 from ray_peft.foundation.units import GIB, MIB
 from ray_peft.foundation.whole import write_text
 from ray_peft.methods.badam import BAdam
-from ray_peft.methods.base import Method, Stage
+from ray_peft.methods.base import OF_TRAINING, Method, Stage
 from ray_peft.methods.lora import LowRankAdapter
 from ray_peft.methods.matrix_weights import MatrixWeights
 from ray_peft.methods.muon import Muon
@@ -42,7 +42,7 @@ RECORDED_SLACK = 0.06
 cells on an H200 needed at most 0.057, the others had begun with segments that were partly used."""
 
 _NO_MEMORY: dict[type[Any], frozenset[str]] = {
-    Stage: frozenset({"lr", "weight_decay", "betas", "max_grad_norm"}),
+    Stage: OF_TRAINING,
     LowRankAdapter: frozenset({"alpha"}),
     MatrixWeights: frozenset({"eps"}),
     ProjectedGradients: frozenset({"scale", "update_proj_gap"}),

@@ -18,6 +18,7 @@ from ray_peft.engine.passes import Pass, RecordedPasses
 from ray_peft.engine.recovery import free_memory
 from ray_peft.engine.trained import Report
 from ray_peft.errors import ModelError, first_line
+from ray_peft.methods.base import OF_TRAINING
 from ray_peft.methods.lora import LowRankAdapter
 from ray_peft.spec.keys import MICRO_BATCH
 from ray_peft.tasks.base import PackEnded
@@ -103,7 +104,7 @@ class Pack(Crew):
 
     def finished(self, members: Sequence[Member]) -> None:
         """Compute the outputs of several trained models in shared passes; else each computes them by itself, later."""
-        self._leaving = len(members)
+        self._leaving += len(members)
         slots = [cast(int, member.slot) for member in members]
         trials = [
             TrialInSlot(self._seats[slot][0], slot)
@@ -138,7 +139,7 @@ class Pack(Crew):
             with self._with_adapter(bench, member):
                 self._ended(bench, member, None)
         self._slots.clear(slot)
-        self._leaving = max(0, self._leaving - 1) if error is None else self._leaving
+        self._leaving -= error is None
         if self._waiting or not self._leaving:
             self._detach()
         return self._member(slot) if self._waiting else None
@@ -243,19 +244,15 @@ class _Initial:
     """`Bench.parameters` with it."""
 
 
-_OF_TRAINING = ("lr", "weight_decay", "betas", "max_grad_norm")
-"""Settings of a method that PEFT's adapter does not depend on."""
-
-
-def _form(stage: LowRankAdapter) -> str:
-    """What decides PEFT's adapter, but for its weights."""
-    return json.dumps({name: value for name, value in stage.plain().items() if name not in _OF_TRAINING})
+def _form(stage: LowRankAdapter, without: Sequence[str] = ()) -> str:
+    """What decides PEFT's adapter, but for its weights and the fields `without`."""
+    left_out = {*OF_TRAINING, *without}
+    return json.dumps({name: value for name, value in stage.plain().items() if name not in left_out})
 
 
 def _begins_with(bench: LlmBench, stage: LowRankAdapter) -> str:
     """What decides the adapter that a trial begins with: scale and dropout do not."""
-    plain = {name: value for name, value in json.loads(_form(stage)).items() if name not in ("alpha", "dropout")}
-    return json.dumps([bench.spec.seed, plain])
+    return f"{bench.spec.seed} {_form(stage, ('alpha', 'dropout'))}"
 
 
 def why_apart(bench: LlmBench, stages: Sequence[LowRankAdapter]) -> str | None:
