@@ -86,3 +86,7 @@ class Computation(ABC, Generic[PartT]):
         Returns:
             Tensor (), or (members,) for several members: each loss depends on that member's rows only.
         """
+
+    def compared(self, *inputs: Tensor) -> Tensor:
+        """What must be equal whether the same rows are padded or packed; by default the loss."""
+        return self.loss(*inputs)

@@ -286,21 +286,10 @@ def why_apart(bench: LlmBench, stages: Sequence[LowRankAdapter]) -> str | None:
     (plan, *_) = lay_out([len(row) for row in ids], 10**9, largest_capacity(max(map(len, ids))))
     lanes = [[(ids[row], labels[row]) for row in lane] for lane in plan.lanes]
     part = PackedPart(plan.bucket, lanes, [tokens] * len(lanes), 1.0)
-    packed, alone = PackedLoss(spec, base), TextPart(ids, labels, tokens, 1)
     base.eval()  # type: ignore[no-untyped-call]
-    try:
-        with torch.no_grad():
-            losses = [
-                float(computation.loss(*(value.to(bench.device) for value in inputs)))
-                for computation, inputs in ((plain, plain.inputs(alone)), (packed, packed.inputs(part)))
-            ]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of a model's own code
-        return f"it cannot compute several rows in one lane ({type(error).__name__})"
-    if abs(losses[0] - losses[1]) > train.ROUNDING[spec.train.precision] * max(abs(losses[0]), 1e-3):
-        return f"rows in lanes have another loss ({losses[1]:.6g}, not {losses[0]:.6g})"
-    return None
+    return train.why_unlike(
+        spec, bench.device, (plain, TextPart(ids, labels, tokens, 1)), (PackedLoss(spec, base), part)
+    )
 
 
 def unwrapped(adapted: Any) -> PreTrainedModel:
