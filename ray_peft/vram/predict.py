@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_peft.foundation.cache import cache_folder
-from ray_peft.foundation.units import GIB, MIB
+from ray_peft.foundation.units import GIB
 from ray_peft.foundation.whole import write_text
 from ray_peft.methods.badam import BAdam
 from ray_peft.methods.base import OF_TRAINING, Method, Stage
@@ -26,10 +26,8 @@ from ray_peft.methods.projected_gradients import ProjectedGradients
 from ray_peft.methods.qlora_galore import QLoRAThenGaLore
 from ray_peft.methods.turns import LayersInTurn
 from ray_peft.spec import TrialSpec
+from ray_peft.vram.pool import SEGMENT
 from ray_peft.vram.shape import ModelShape
-
-SEGMENT = 2 * MIB
-"""The allocator's segments are multiples of this."""
 
 PASS, UPDATE = "segments of a pass", "segments of an update"
 """Kinds of bytes that are no part of the peak: what the allocator reserves for each if both have a pool of their own,
