@@ -62,7 +62,7 @@ class Rows(ABC, Generic[PartT]):
         """The number of rows a pass, at most `rows`, into which a worker's share of a step can be split."""
         return rows
 
-    def heaviest(self, steps: range, share: Share, rows: int) -> PartT | None:
+    def heaviest(self, steps: range, rows: int) -> PartT | None:
         """A pass of these steps that needs the most memory; None where all need the same."""
         return None
 

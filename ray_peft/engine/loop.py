@@ -256,7 +256,7 @@ class Engine(Generic[PartT]):
         devices = [torch.cuda.current_device()] if self._device.startswith("cuda") else []
 
         def heaviest() -> None:
-            part = self._data.heaviest(rounds, self._share, self._rows)
+            part = self._data.heaviest(rounds, self._rows)
             if part is None:
                 return
             inputs = self._computation.inputs(part)

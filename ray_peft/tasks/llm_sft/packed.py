@@ -130,7 +130,7 @@ class PackedRows(Rows[PackedPart]):
         """Epochs after `steps` steps."""
         return self._rows.epoch(steps)
 
-    def heaviest(self, steps: range, share: Share, rows: int) -> PackedPart | None:
+    def heaviest(self, steps: range, rows: int) -> PackedPart | None:
         """The pass with the most tokens among those of `steps`."""
         lengths = self._rows.lengths()
 

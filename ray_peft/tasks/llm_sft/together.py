@@ -82,7 +82,7 @@ class RowsTogether(Rows[PackedPart]):
         """Epochs of the member that has done most."""
         return max(seat.rows.epoch(steps + seat.ahead) for seat in self._seats.values())
 
-    def heaviest(self, steps: range, share: Share, rows: int) -> PackedPart | None:
+    def heaviest(self, steps: range, rows: int) -> PackedPart | None:
         """The largest pass that may occur: of the most tokens, full of rows as long as the longest."""
         slot = min(self._seats)
         bucket = lay_out([self._largest] * rows, rows * self._largest, self._largest)[0].bucket

@@ -14,7 +14,6 @@ from ray_peft.engine.member import Job, Member
 from ray_peft.engine.passes import RecordedPasses
 from ray_peft.engine.row_dropout import RowDropout, row_dropout
 from ray_peft.engine.trained import Trained
-from ray_peft.engine.workers import this_worker
 from ray_peft.methods.adapter import Adapter
 from ray_peft.methods.adapter_inputs import as_they_are
 from ray_peft.methods.lora import LoRA
@@ -138,7 +137,7 @@ def why_not_packed(
     reason = _why_not_tried(spec, job, model, work.plain, unkeyed)
     if reason is not None:
         return reason
-    part: Any = work.packed_rows().heaviest(range(job.first_step, job.first_step + 1), this_worker(), 1)
+    part: Any = work.packed_rows().heaviest(range(job.first_step, job.first_step + 1), 1)
     assert part is not None
     model.train(dropout is not None)
     return why_unlike(spec, job.device, (work.plain, part.unpacked()), (work.packed(), part))

@@ -79,7 +79,7 @@ def test_the_log_likelihood_by_which_lanes_are_tried_is_that_of_padded_rows(obje
     spec = TrialSpec.from_plain(plain)
     bench = LlmSft().load(spec, "cpu")
     rows = PreferenceRows(spec, bench.judged.get("train", bench.data.train))
-    part = PackedPreferenceRows(rows).heaviest(range(1), Share(), 4)
+    part = PackedPreferenceRows(rows).heaviest(range(1), 4)
     padded, packed = PreferenceLoss(spec, bench.model, 258), PackedPreferenceLoss(spec, bench.model)
     with torch.no_grad():
         expected = padded.compared(*padded.inputs(part.unpacked()))

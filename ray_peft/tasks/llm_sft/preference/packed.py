@@ -76,7 +76,7 @@ class PackedPreferenceRows(Rows[PackedPreferences]):
         """Epochs after `steps` steps."""
         return self._rows.epoch(steps)
 
-    def heaviest(self, steps: range, share: Share, rows: int) -> PackedPreferences | None:
+    def heaviest(self, steps: range, rows: int) -> PackedPreferences | None:
         """The pass with the most tokens among those of `steps`."""
 
         def tokens(step: int) -> int:
