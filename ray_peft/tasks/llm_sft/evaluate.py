@@ -45,16 +45,6 @@ class Mixture:
     scores of the next tokens into those of the mixture."""
 
 
-def answer_loss(
-    spec: LlmTrialSpec, model: PreTrainedModel, rows: Dataset, pad: int, lowered: dict[str, int] | None = None
-) -> float:
-    """Mean negative log-likelihood of the answers' tokens over all rows [nats].
-
-    Every token counts once, as in the loss of one batch of all rows. `lowered` is that of `token_log_probs`.
-    """
-    return -float(token_log_probs(spec, model, rows, pad, lowered).mean())
-
-
 def token_log_probs(
     spec: LlmTrialSpec, model: PreTrainedModel, rows: Dataset, pad: int, lowered: dict[str, int] | None = None
 ) -> Tensor:

@@ -157,7 +157,7 @@ class Pack(Crew):
         else:
             bench.attach(stage)
             parameters = bench.parameters()
-            train.start_as_trl(bench.spec, bench.model)
+            train.start_as_trl(bench.model)
             pieces = self._slots.fill(slot, bench.model, stage.alpha / stage.rank, stage.dropout)
             bench.model = unwrapped(bench.model)
             initial = _Initial(self._slots.weights[slot : slot + 1].clone(), pieces, parameters)

@@ -59,7 +59,7 @@ def train_stage(
 
     set_seed(spec.seed)
     if isinstance(job.stage, LoRA | QLoRA):
-        start_as_trl(spec, model)
+        start_as_trl(model)
     pad = cast(int, tokenizer.pad_token_id)
     dropout, unkeyed = _dropout(spec, job, model, TextRows(spec, rows), pad)
     if spec.train.gradient_checkpointing:
@@ -195,7 +195,7 @@ ROUNDING = {"fp32": 1e-4, "bf16": 2e-2}
 """Largest allowed relative difference of the loss between padded rows and rows in lanes, by precision."""
 
 
-def start_as_trl(spec: LlmTrialSpec, model: PreTrainedModel) -> None:
+def start_as_trl(model: PreTrainedModel) -> None:
     """Round new adapters on a quantised base to bf16 once, as TRL's SFTTrainer does, and keep their dtype.
 
     So a trial begins with the same numbers as under that trainer, and can be compared with earlier results.
