@@ -203,7 +203,7 @@ class StockStage:
         """galore-torch's, in the dtype of the weights."""
         from galore_torch import GaLoreAdamW
 
-        projected = self.stage.projected(model)
+        projected = self.stage.target_weights(model)
         ids = {id(weight) for weight in projected}
         subspace = {name: getattr(self.stage, name) for name in ("rank", "update_proj_gap", "scale", "proj_type")}
         rest = [weight for weight in model.parameters() if id(weight) not in ids]

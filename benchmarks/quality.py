@@ -140,7 +140,7 @@ def stock(name: str, folder: Path) -> dict[str, Any]:
     references = list(prepared.test["reference"])
     return {
         "name": name,
-        "eval_loss": evaluate.answer_loss(spec, model, prepared.test, tokenizer.pad_token_id),
+        "eval_loss": -float(evaluate.token_log_probs(spec, model, prepared.test, tokenizer.pad_token_id).mean()),
         "bleu4": bleu4(predictions, references),
         "rouge_l": rouge_l(predictions, references),
         "peak_allocated_gib": peak,

@@ -70,7 +70,7 @@ def trained_by_trl(plain: dict[str, Any], folder: Path) -> tuple[Log, Any]:
     bench = LlmSft().load(spec, "cpu")
     ((stage, steps),) = spec.method.stages(bench.total_steps())
     bench.attach(stage)
-    start_as_trl(spec, bench.model)
+    start_as_trl(bench.model)
     optimizer = stage.optimizer(bench.model)
     set_seed(spec.seed)
     train, settings = spec.train, spec.train.preference

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ray_peft.errors import SpecError
-from ray_peft.spec import ModelSpec, TrialSpec
+from ray_peft.spec import ModelSpec, TrialSpec, is_local
 from ray_peft.spec.identity import Content, canonical, trial_id
 from ray_peft.tasks import TASKS
 from ray_peft.tasks.base import Inspection, TaskType
 from ray_peft.tasks.files import content_of
-from ray_peft.tasks.model_content import pinned
+from ray_peft.tasks.model_content import folder_of
 from ray_peft.tasks.remembered import Mark
 
 
@@ -22,6 +22,8 @@ class Inspector:
     def __init__(self) -> None:
         self._inspections: dict[str, Inspection] = {}
         self._fingerprints: dict[str, str] = {}
+        self._commits: dict[tuple[str, str | None], str] = {}
+        """Of hub models, by name and revision: a branch may move between two trials."""
 
     def inspect(self, trial: TrialSpec) -> Inspection:
         """What a trial's task reports on its model and data.
@@ -30,6 +32,7 @@ class Inspector:
             DataError, ModelError: something is missing or malformed.
             SpecError: a method's stage would be left without a step.
         """
+        trial = self._pinned(trial)
         models = [single.model.plain() for single in (trial, *trial.members())]
         evaluation = trial.evaluation.plain()
         decides = [trial.task, models, trial.data.plain(), trial.trained_as(), evaluation, trial.looked_for()]
@@ -43,6 +46,7 @@ class Inspector:
 
     def content(self, trial: TrialSpec) -> Content:
         """What a trial's names stand for. Raises as `inspect`."""
+        trial = self._pinned(trial)
         benchmarks = getattr(trial.evaluation, "benchmarks", None)
         folder = benchmarks.include_path if benchmarks is not None else None
         files = content_of(Path(folder)) if folder is not None else ""
@@ -53,19 +57,31 @@ class Inspector:
 
         Raises as `inspect`, and SpecError if two members are the same.
         """
-        content = self.content(trial)
+        pinned, content = self._pinned(trial), self.content(trial)
         # The members' rows are those of the ensemble; only their models may differ.
         members = [
             trial_id(member, Content(self._fingerprint(member.task, member.model), content.data, content.files))
-            for member in trial.members()
+            for member in map(self._pinned, pinned.members())
         ]
         if len(set(members)) < len(members):
             raise SpecError(
                 f"method.members: two members of an ensemble are the same trial ({', '.join(members)}): their models "
                 "hold the same weights; give members that differ"
             )
-        settled = trial.model_copy(update={"model": pinned(trial.model)})
-        return settled.under(trial_id(trial, content, members), members)
+        return pinned.under(trial_id(pinned, content, members), members)
+
+    def _pinned(self, trial: TrialSpec) -> TrialSpec:
+        """The trial with a hub model at the commit that its revision named at first; else the trial as it is."""
+        model = trial.model
+        if is_local(model.name):
+            return trial
+        if (model.name, model.revision) not in self._commits:
+            folder = folder_of(model.name, model.revision, TASKS[trial.task].model_file)
+            if folder is None:  # who loads the model says why
+                return trial
+            self._commits[model.name, model.revision] = folder.name
+        revision = self._commits[model.name, model.revision]
+        return trial.model_copy(update={"model": model.model_copy(update={"revision": revision})})
 
     def _fingerprint(self, task: str, model: ModelSpec) -> str:
         key = canonical([task, model.plain()])

@@ -17,26 +17,23 @@ class Ahead(Generic[PartT]):
     def __init__(self, data: Rows[PartT], computation: Computation[PartT], share: Share) -> None:
         """Nothing is prepared yet; the arguments are the engine's."""
         self._data, self._computation, self._share = data, computation, share
-        self._due: tuple[int, int] | None = None
-        self._prepared: list[tuple[PartT, Sequence[Tensor]]] = []
+        self._prepared: dict[tuple[int, int], list[tuple[PartT, Sequence[Tensor]]]] = {}
+        """Of one round, by its number and the most rows of a pass; empty where nothing is prepared."""
 
     def prepare(self, number: int, rows: int) -> None:
         """Compute the inputs of round `number` in passes of at most `rows` rows."""
-        parts = self._data.parts(number, self._share, rows)
-        self._prepared = [(part, self._computation.inputs(part)) for part in parts]
-        self._due = number, rows
+        self._prepared = {(number, rows): list(self._passes(number, rows))}
 
     def forget(self) -> None:
         """What is prepared is no longer what the round will see."""
-        self._due, self._prepared = None, []
+        self._prepared = {}
 
     def take(self, number: int, rows: int) -> Iterator[tuple[PartT, Sequence[Tensor]]]:
         """The passes of round `number`, each with its inputs on the CPU."""
-        if self._due == (number, rows):
-            prepared = self._prepared
-            self.forget()
-            yield from prepared
-            return
+        prepared = self._prepared.get((number, rows))
         self.forget()
+        return self._passes(number, rows) if prepared is None else iter(prepared)
+
+    def _passes(self, number: int, rows: int) -> Iterator[tuple[PartT, Sequence[Tensor]]]:
         for part in self._data.parts(number, self._share, rows):
             yield part, self._computation.inputs(part)

@@ -62,7 +62,7 @@ class Rows(ABC, Generic[PartT]):
         """The number of rows a pass, at most `rows`, into which a worker's share of a step can be split."""
         return rows
 
-    def heaviest(self, steps: range, share: Share, rows: int) -> PartT | None:
+    def heaviest(self, steps: range, rows: int) -> PartT | None:
         """A pass of these steps that needs the most memory; None where all need the same."""
         return None
 
@@ -86,3 +86,7 @@ class Computation(ABC, Generic[PartT]):
         Returns:
             Tensor (), or (members,) for several members: each loss depends on that member's rows only.
         """
+
+    def compared(self, *inputs: Tensor) -> Tensor:
+        """What must be equal whether the same rows are padded or packed; by default the loss."""
+        return self.loss(*inputs)

@@ -30,15 +30,10 @@ class Recording:
 
 @dataclass
 class _Peaks:
+    """Bytes since `restart`, but for those since torch's own peaks were restarted."""
+
     allocated: int = 0
     reserved: int = 0
-
-    def take_over(self) -> None:
-        """Keep torch's own peaks, which are then restarted."""
-        import torch
-
-        self.allocated, self.reserved = allocated(), reserved()
-        torch.cuda.reset_peak_memory_stats()
 
 
 _peaks = _Peaks()
@@ -71,7 +66,8 @@ def recording() -> Iterator[Recording]:
     """Measure what the work that is recorded inside needs."""
     import torch
 
-    _peaks.take_over()
+    _peaks.allocated, _peaks.reserved = allocated(), reserved()
+    torch.cuda.reset_peak_memory_stats()
     measured, before = Recording(), torch.cuda.memory_allocated()
     try:
         yield measured

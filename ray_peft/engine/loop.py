@@ -61,8 +61,7 @@ class Engine(Generic[PartT]):
         self._device, self._lowered = jobs[0].device, jobs[0].lowered
         self._model, self._data, self._computation, self._make_pass = model, rows, computation, make_pass
         self._share = this_worker()
-        in_backward = any(job.stage.conflicts(accumulates=True, num_workers=1) for job in jobs)
-        self._repeats = self._share.workers == 1 and not in_backward
+        self._repeats = self._share.workers == 1 and not any(job.stage.updates_in_backward for job in jobs)
         self._configured_rows = sum(job.spec.train.micro_batch_size for job in jobs)
         self._rows = self._rows_a_pass()
         self._accumulates = any(job.spec.accumulation > 1 for job in jobs)
@@ -126,15 +125,12 @@ class Engine(Generic[PartT]):
         self._count_time()
         if self._share.workers > 1:
             add_up_gradients([parameter for member in self._members for parameter in member.parameters])
-        finished = []
         for member in self._members.copy():
             try:
                 self._end_step(member)
             except Exception as error:  # of this member's own part; the crew knows whether the others go on
                 self._leave(member, number + 1, error)
-            else:
-                finished += [] if member.left else [member]
-        self._end(finished, number + 1)
+        self._end([member for member in self._members if not member.left], number + 1)
         self._stop_if_told()
 
     def _stop_if_told(self) -> None:
@@ -177,22 +173,22 @@ class Engine(Generic[PartT]):
         """Members have done all their steps before round `number`."""
         if not members:
             return
-        errors: dict[int, Exception] = {}
-        for place, member in enumerate(members):
+        errors: dict[Member, Exception] = {}
+        for member in members:
             try:
                 member.guard.check()  # waits for the last step
             except Exception as failure:
-                errors[place] = failure
+                errors[member] = failure
         self._count_time()
-        finished = [member for place, member in enumerate(members) if place not in errors]
+        finished = [member for member in members if member not in errors]
         for member in finished:
             member.trained.passes = self._pass.how
             member.end()
         if finished:
             self._crew.finished(finished)
         self._counted = time.perf_counter()
-        for place, member in enumerate(members):
-            self._leave(member, number, errors.get(place))
+        for member in members:
+            self._leave(member, number, errors.get(member))
 
     def _leave(self, member: Member, number: int, error: Exception | None) -> None:
         self._count_time()
@@ -210,7 +206,7 @@ class Engine(Generic[PartT]):
         for part, inputs in self._ahead.take(number, self._rows):
             self._run_pass(part, inputs)
 
-    def _run_pass(self, part: PartT, inputs: Sequence[Tensor] | None = None) -> None:
+    def _run_pass(self, part: PartT, inputs: Sequence[Tensor]) -> None:
         first, self._first_pass = self._first_pass, False
         self._passing = self._data.size(part)
         with contextlib.ExitStack() as stack:
@@ -218,7 +214,7 @@ class Engine(Generic[PartT]):
                 # They stay, so they must not lie scattered over the memory that recorded passes use again and again.
                 for member in self._members:
                     stack.enter_context(member.with_gradients())
-            self._pass(part, inputs)
+            self._pass(inputs)
 
     def _fitting(self, work: Callable[[], None], loss: Tensor, number: int) -> None:
         """Do `work`. While memory runs out, reset the losses and gradients, and repeat with fewer rows a pass."""
@@ -260,16 +256,16 @@ class Engine(Generic[PartT]):
         devices = [torch.cuda.current_device()] if self._device.startswith("cuda") else []
 
         def heaviest() -> None:
-            part = self._data.heaviest(rounds, self._share, self._rows)
+            part = self._data.heaviest(rounds, self._rows)
             if part is None:
                 return
-            self._passing = self._data.size(part)
+            inputs = self._computation.inputs(part)
             if not self._repeats:  # a backward pass would update weights
-                self._pass.forward_alone(part)
+                self._pass.forward_alone(inputs)
                 return
             # If a step has several passes, the second meets the gradients of the first; or it is recorded.
             for _ in range(2 if (with_state and self._accumulates) or self._computation.keeps_gradients else 1):
-                self._run_pass(part)
+                self._run_pass(part, inputs)
 
         with torch.random.fork_rng(devices):
             self._fitting(heaviest, loss, rounds.start + with_state)

@@ -15,7 +15,7 @@ from ray_peft.engine.due import Due
 from ray_peft.engine.finite import FiniteGuard
 from ray_peft.engine.trained import Costs, Report, Trained
 from ray_peft.methods.base import Stage
-from ray_peft.methods.optimizers import trainable
+from ray_peft.methods.optimizers import keeps_gradient, trainable
 from ray_peft.spec import TrialSpec
 
 if TYPE_CHECKING:
@@ -113,10 +113,9 @@ class Member:
         """
         import torch
 
-        elsewhere = getattr(self.optimizer, "holds_gradient", lambda _: False)
         zeros: list[tuple[nn.Parameter, Tensor]] = []
         for parameter in self.parameters:
-            if parameter.requires_grad and parameter.grad is None and not elsewhere(parameter):
+            if parameter.requires_grad and parameter.grad is None and not keeps_gradient(self.optimizer, parameter):
                 parameter.grad = torch.zeros_like(parameter)
                 zeros.append((parameter, parameter.grad))
         yield

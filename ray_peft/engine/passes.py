@@ -25,21 +25,16 @@ class Pass(Generic[PartT]):
         self.loss = torch.zeros(() if computation.members is None else (computation.members,), device=device)
         """Sums, () or by member, of the passes' shares of their steps' mean losses since `loss.zero_()`."""
 
-    def __call__(self, part: PartT, inputs: Sequence[Tensor] | None = None) -> None:
-        """Add the gradients and the loss of `part`, a part of one optimizer step.
+    def __call__(self, inputs: Sequence[Tensor]) -> None:
+        """Add the gradients and the loss of a part of one optimizer step, from what `Computation.inputs` returned."""
+        self._run(*self._moved(inputs))
 
-        Args:
-            part: rows.
-            inputs: what `Computation.inputs` returns of them; None computes it.
-        """
-        self._run(*self._moved(part, inputs))
-
-    def forward_alone(self, part: PartT) -> None:
+    def forward_alone(self, inputs: Sequence[Tensor]) -> None:
         """Compute the loss and drop it."""
-        self._computation.loss(*self._moved(part))
+        self._computation.loss(*self._moved(inputs))
 
-    def _moved(self, part: PartT, inputs: Sequence[Tensor] | None = None) -> list[Tensor]:
-        return [_sent(value, self._device) for value in inputs or self._computation.inputs(part)]
+    def _moved(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [_sent(value, self._device) for value in inputs]
 
     def _run(self, *inputs: Tensor) -> None:
         loss = self._computation.loss(*inputs)
@@ -84,9 +79,8 @@ class RecordedPasses(Pass[PartT]):
         self._replays = Replays(records=True, divisible=False)
         self.how = "recorded"
 
-    def __call__(self, part: PartT, inputs: Sequence[Tensor] | None = None) -> None:
+    def __call__(self, inputs: Sequence[Tensor]) -> None:
         """As `Pass`."""
-        inputs = inputs or self._computation.inputs(part)
         key = tuple((tuple(value.shape), value.dtype) for value in inputs)
         shape = self._shapes.get(key)
         if shape is None:

@@ -18,13 +18,6 @@ class ScaledGradients(ProjectedGradients):
     done_to_targets: ClassVar[str] = "scaled in random subspaces"
     by_matrix: ClassVar[bool]
     """One rate for a matrix, and not one for each column or row."""
-    rank: int
-    scale: float
-
-    def for_targets(self) -> dict[str, object]:
-        """Rank and scale."""
-        gap = self.update_proj_gap
-        return {"rank": self.rank, "scale": self.scale, "update_proj_gap": gap, "proj_type": "std"}
 
     def rule(self) -> ProjectBack:
         """The scaled gradient."""

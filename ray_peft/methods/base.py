@@ -115,6 +115,10 @@ class Method(Strict, ABC):
         return []
 
 
+OF_TRAINING = frozenset({"lr", "weight_decay", "betas", "max_grad_norm"})
+"""Fields of every `Stage` that say how its numbers change: neither how many there are, nor how they begin."""
+
+
 class Stage(Method):
     """A method that trains in one go; LoRA is one stage, QLoRA-then-GaLore is two."""
 
@@ -127,14 +131,18 @@ class Stage(Method):
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
 
+    @property
+    def updates_in_backward(self) -> bool:
+        """Weights are updated in the backward pass, so that it cannot be done again, nor its gradients added up."""
+        return False
+
     def needs_own_loop(self) -> str | None:
         """The setting, such as `gradients: host`, that another training loop than ours cannot serve; None without."""
         return None
 
     def why_not_recorded(self) -> str | None:
         """Why its passes cannot be recorded once and replayed; None if they can."""
-        in_backward = self.conflicts(accumulates=True, num_workers=1)
-        return f"{self.name} updates weights in the backward pass" if in_backward else None
+        return f"{self.name} updates weights in the backward pass" if self.updates_in_backward else None
 
     def why_not_plain(self) -> str | None:
         """Why this stage cannot be trained on a base that is not quantised, with the way out; None if it can."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ray_peft.methods.base import Dtype, Quantization, Stage
+from ray_peft.methods.optimizers import OptimizerName, adamw, trainable
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim import Optimizer
 
 TrainedWeights = Literal["bfloat16_stochastic", "float32", "bfloat16"]
 
@@ -47,3 +49,29 @@ class FullWeights(Stage):
         for parameter in model.parameters():
             parameter.data = parameter.data.to(getattr(torch, self.dtype))
         return model.requires_grad_(True)
+
+
+class AdamWWeights(FullWeights):
+    """A stage that trains weights of the base with AdamW."""
+
+    optim: OptimizerName = "adamw"
+
+    def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
+        """The kernels of bitsandbytes round to the nearest, inside."""
+        if self.optim == "adamw" or self.weights != "bfloat16_stochastic":
+            return []
+        return [
+            f"method.optim: {self.optim} rounds updates to the nearest, so it cannot hold method.weights: "
+            f"{self.weights}; use optim: adamw, or weights: float32 (or bfloat16, which loses small updates)"
+        ]
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """AdamW over all trained parameters."""
+        return adamw(
+            trainable(model),
+            self.optim,
+            lr=self.lr,
+            betas=self.betas,
+            decay=self.weight_decay,
+            stochastic=self.weights == "bfloat16_stochastic",
+        )

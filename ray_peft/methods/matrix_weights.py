@@ -11,7 +11,7 @@ from pydantic import Field
 from ray_peft.errors import SpecError
 from ray_peft.methods.base import TargetNames, Task
 from ray_peft.methods.full_weights import FullWeights
-from ray_peft.methods.optimizers import trainable
+from ray_peft.methods.optimizers import decayed, trainable
 from ray_peft.reach.shared_weights import output_layer
 from ray_peft.reach.targets import ALL_LINEAR, endings, in_blocks, is_pattern, linear
 
@@ -32,14 +32,20 @@ class MatrixWeights(FullWeights):
     title: ClassVar[str]
     """The method as a sentence calls it."""
     done_to_targets: ClassVar[str] = "projected"
+    """What becomes of the target matrices, for a sentence."""
     targets: TargetNames = Field(default=ATTENTION_AND_MLP, min_length=1)
-    """Linear layers whose name contains one of these (or a match of a regular expression, or `all-linear`) are
-    projected; all other weights get plain AdamW. The default means the linear layers of a block, whatever the
-    architecture calls them. Each must match something."""
+    """Linear layers whose name contains one of these (or a match of a regular expression, or `all-linear`) are trained
+    in the method's own way; all other weights get plain AdamW. The default means the linear layers of a block, whatever
+    the architecture calls them. Each must match something."""
     layerwise: bool = False
     """Update each weight as soon as its gradient is computed, then free the gradient."""
     eps: float = Field(default=1.0e-6, gt=0)
-    """AdamW's term for numerical stability; the value of the reference implementation."""
+    """AdamW's term for numerical stability; the value of galore-torch."""
+
+    @property
+    def updates_in_backward(self) -> bool:
+        """With a layer-wise update."""
+        return self.layerwise
 
     def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
         """A layer-wise update uses one pass of one worker, and has no global norm."""
@@ -77,16 +83,12 @@ class MatrixWeights(FullWeights):
         Raises:
             SpecError: no linear layer matches `targets`.
         """
-        matrices = self.projected(model)
+        matrices = self.target_weights(model)
         ids = {id(parameter) for parameter in matrices}
         rest = [parameter for parameter in trainable(model) if id(parameter) not in ids]
-        groups: list[dict[str, Any]] = [
-            {"params": matrices, "weight_decay": self.weight_decay, **self.for_targets()},
-            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-        ]
+        of_targets: dict[str, Any] = {"params": matrices, "weight_decay": self.weight_decay, **self.for_targets()}
         return self.optimizer_kind()(
-            [group for group in groups if group["params"]],
+            [of_targets, *decayed(rest, self.weight_decay)],
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
@@ -97,15 +99,17 @@ class MatrixWeights(FullWeights):
         """The share of the trained weights that has the method's own update.
 
         Raises:
-            SpecError: as `projected`.
+            SpecError: as `target_weights`.
         """
-        matrices = self.projected(model, of=of, key=f"{key}.targets")
+        matrices = self.target_weights(model, of=of, key=f"{key}.targets")
         total = sum(parameter.numel() for parameter in model.parameters())
         share = sum(parameter.numel() for parameter in matrices) / total
         share_text = f"{share:.0%} of the trained weights of {of} are {self.done_to_targets}"
         return [f"{self.name}: {share_text}; plain AdamW trains the others"]
 
-    def projected(self, model: nn.Module, *, of: str = "the model", key: str = "method.targets") -> list[nn.Parameter]:
+    def target_weights(
+        self, model: nn.Module, *, of: str = "the model", key: str = "method.targets"
+    ) -> list[nn.Parameter]:
         """The weights of the target matrices, in definition order.
 
         Args:

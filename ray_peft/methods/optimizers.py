@@ -77,3 +77,8 @@ def adamw_over(
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of `model` that take gradients, in definition order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def keeps_gradient(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+    """Whether the optimizer itself keeps the gradient of `parameter`, elsewhere than in `parameter.grad`."""
+    return hasattr(optimizer, "holds_gradient") and bool(optimizer.holds_gradient(parameter))

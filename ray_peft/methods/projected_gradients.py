@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 class ProjectedGradients(MatrixWeights):
     """A stage that trains every weight; AdamW sees the gradients of the target matrices in subspaces."""
 
+    rank: int = Field(default=128, ge=1)
+    """Dimension of the gradient's subspace; moments of an (m, n) matrix take rank * max(m, n) numbers."""
+    scale: float = Field(default=0.25, gt=0)
+    """Factor on the update after it is projected back."""
     moments: Literal["weights", "8bit"] = "weights"
     """How AdamW's moments are stored: in the dtype of the weights, or as 8-bit numbers with a scale for every 256."""
     gradients: Literal["device", "host"] = "device"
@@ -59,6 +63,11 @@ class ProjectedGradients(MatrixWeights):
             add_in_place(model)
         return model
 
+    def for_targets(self) -> dict[str, object]:
+        """Rank and kind of the subspaces."""
+        gap = self.update_proj_gap
+        return {"rank": self.rank, "scale": self.scale, "update_proj_gap": gap, "proj_type": "std"}
+
     def rule(self) -> ProjectBack:
         """What becomes of AdamW's direction in a subspace; GaLore's rule by default."""
         from ray_peft.methods.optim.low_rank_rules import ProjectBack
@@ -75,28 +84,25 @@ class ProjectedGradients(MatrixWeights):
         return partial(chosen, eight_bit=self.moments == "8bit", rule=self.rule())
 
     def check(self, model: nn.Module, *, of: str, key: str) -> list[str]:
-        """The share of the trained weights that is projected, and ranks at which nothing is.
+        """The share of the trained weights that is projected, and ranks that save no memory.
 
         Raises:
-            SpecError: as `projected`.
+            SpecError: as `target_weights`.
         """
         from ray_peft.reach.coverage import rank_notes
         from ray_peft.reach.targets import smaller_side
 
         notes = super().check(model, of=of, key=key)
-        sizes = [smaller_side(parameter) for parameter in self.projected(model, of=of, key=f"{key}.targets")]
-        rank: Any = self.for_targets()["rank"]
-        more = rank_notes(rank, sizes, "a subspace's rank", "a gradient, so that nothing is projected there")
+        sizes = [smaller_side(parameter) for parameter in self.target_weights(model, of=of, key=f"{key}.targets")]
+        more = rank_notes(
+            self.rank, sizes, "a subspace's rank", "a gradient, so that moments are no smaller there than AdamW's"
+        )
         return notes + [f"{self.name}: {note}" for note in more]
 
 
 class SingularSubspaces(ProjectedGradients):
     """One whose subspaces are leading singular vectors of a gradient."""
 
-    rank: int = Field(default=128, ge=1)
-    """Dimension of the gradient's subspace; moments of an (m, n) matrix take rank * max(m, n) numbers."""
-    scale: float = Field(default=0.25, gt=0)
-    """Factor on the update after it is projected back."""
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
     svd: Literal["randomized", "exact"] = "randomized"
     """How a subspace is computed. randomized: orthogonal iteration on all matrices of a size at once, from the previous
@@ -106,10 +112,4 @@ class SingularSubspaces(ProjectedGradients):
 
     def for_targets(self) -> dict[str, object]:
         """Rank and kind of the subspaces."""
-        return {
-            "rank": self.rank,
-            "update_proj_gap": self.update_proj_gap,
-            "scale": self.scale,
-            "proj_type": self.proj_type,
-            "svd": self.svd,
-        }
+        return super().for_targets() | {"proj_type": self.proj_type, "svd": self.svd}

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
-SVD = Literal["randomized", "exact"]
 
 ROUNDS = 8
 """Products with the Gram matrix; each counts as two with the gradient."""

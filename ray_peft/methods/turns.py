@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from ray_peft.methods.base import Task
-from ray_peft.methods.full_weights import FullWeights
-from ray_peft.methods.optimizers import OptimizerName, adamw, trainable
+from ray_peft.methods.full_weights import AdamWWeights
 from ray_peft.reach.blocks import blocks
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-class LayersInTurn(FullWeights):
+class LayersInTurn(AdamWWeights):
     """A stage that trains a few layers for `every` steps, then others; gradients and moments are of those alone."""
 
     tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft"})
@@ -27,20 +26,14 @@ class LayersInTurn(FullWeights):
     """Whether what is in no layer, such as the vocabulary and the last norm, is trained all the time; else never."""
     every: int = Field(ge=1)
     """Optimizer steps of a turn."""
-    optim: OptimizerName = "adamw"
 
     def conflicts(self, *, accumulates: bool, num_workers: int) -> list[str]:
-        """Workers add up the gradients of all weights; the kernels of bitsandbytes round to the nearest, inside."""
-        conflicts = []
+        """Workers add up the gradients of all weights."""
+        conflicts = super().conflicts(accumulates=accumulates, num_workers=num_workers)
         if num_workers > 1:
             conflicts.append(
                 f"method {self.name} has gradients of some layers alone, which workers cannot add up yet; set "
                 f"resources.num_workers: 1 (found {num_workers})"
-            )
-        if self.optim != "adamw" and self.weights == "bfloat16_stochastic":
-            conflicts.append(
-                f"method.optim: {self.optim} rounds updates to the nearest, so it cannot hold method.weights: "
-                f"{self.weights}; use optim: adamw, or weights: float32 (or bfloat16, which loses small updates)"
             )
         return conflicts
 
@@ -66,14 +59,7 @@ class LayersInTurn(FullWeights):
         from ray_peft.methods.optim.layers_in_turn import train_in_turns
 
         layers = [list(block.parameters()) for block in blocks(model)]
-        optimizer = adamw(
-            trainable(model),
-            self.optim,
-            lr=self.lr,
-            betas=self.betas,
-            decay=self.weight_decay,
-            stochastic=self.weights == "bfloat16_stochastic",
-        )
+        optimizer = super().optimizer(model)
         return train_in_turns(optimizer, layers, lambda turn, seed: self.chosen(turn, len(layers), seed), self.every)
 
     def check(self, model: nn.Module, *, of: str, key: str) -> list[str]:

@@ -18,6 +18,7 @@ from ray_peft.schedule.joined import joined
 from ray_peft.schedule.plan import cautions
 from ray_peft.schedule.signals import callers_signals
 from ray_peft.schedule.sizes import Scheduler
+from ray_peft.schedule.stop import Stop
 from ray_peft.space.explained import explain
 from ray_peft.space.read import ReportSpec, TrackingSpec, load
 from ray_peft.spec import TrialSpec
@@ -100,7 +101,7 @@ def _run(trial: TrialSpec, opened: experiment.Experiment, demand: Demand, ray: c
         (opened.ledger.trial_folder(trial.trial_id) / name).unlink(missing_ok=True)
     storage = opened.ledger.folder / "ray"
     storage.mkdir(parents=True, exist_ok=True)
-    stop_file = storage / f"stop-{os.urandom(4).hex()}"
+    stop = Stop(storage / f"stop-{os.urandom(4).hex()}")
     assignment = worker.Assignment(
         spec=trial,
         folder=opened.ledger.trial_folder(trial.trial_id),
@@ -108,13 +109,13 @@ def _run(trial: TrialSpec, opened: experiment.Experiment, demand: Demand, ray: c
         parent_run_id=opened.parent_run_id,
         sweep=opened.name,
         demand=demand,
-        stop_file=stop_file,
+        stop_file=stop.file,
     )
     rows: list[TrialResult] = []
     failures = 0
     while not rows:
         try:
-            if not watch.waited(lambda: rows.append(worker.run_in_trainer(assignment, storage)), stop_file.touch):
+            if not watch.waited(lambda: rows.append(worker.run_in_trainer(assignment, storage)), stop.ask):
                 raise KeyboardInterrupt
         except TrialFailed as error:
             failures += 1

@@ -34,7 +34,7 @@ class Stop:
 
     def _stop(self, grace_s: float) -> None:
         self._until = time.monotonic() + grace_s
-        with contextlib.suppress(OSError):  # a full disk: the trials end without a checkpoint
+        with contextlib.suppress(OSError):  # a full disk: the trials end without a last checkpoint
             self.file.touch()
 
     @property

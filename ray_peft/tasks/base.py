@@ -259,6 +259,8 @@ class TaskType(ABC, Generic[SpecT]):
     """One kind of training. Holds no state."""
 
     name: ClassVar[Task]
+    model_file: ClassVar[str]
+    """A file at the top of every model of the task."""
 
     @abstractmethod
     def inspect(self, spec: SpecT) -> Inspection:

@@ -54,12 +54,6 @@ def commit_of(model: ModelSpec) -> str | None:
     return None if folder is None else folder.name
 
 
-def pinned(model: ModelSpec) -> ModelSpec:
-    """A hub model at its commit, so that all workers load the same; any other as it is."""
-    commit = commit_of(model)
-    return model if commit is None else model.model_copy(update={"revision": commit})
-
-
 def content(folder: Path, below: Iterable[str] = ()) -> str:
     """Digest of a folder's files by name: content, and of weights also size and time.
 

@@ -17,10 +17,10 @@ _SMALL_SEGMENT = 2 * MIB
 _MIDDLE = 10 * MIB
 """Tensors below this size share segments of `_MIDDLE_SEGMENT`; a larger one gets a segment of its own size."""
 _MIDDLE_SEGMENT = 20 * MIB
-_STEP = 2 * MIB
+SEGMENT = 2 * MIB
 """The sizes of segments are multiples of this."""
-_LEAST = 512
-"""Bytes of the smallest block."""
+BLOCK = 512
+"""Every allocation is rounded up to this many bytes."""
 
 
 @dataclass(eq=False)
@@ -52,7 +52,7 @@ class Pool:
         block = blocks.pop(place)[2] if place < len(blocks) else self._segment(size, small)
         block.free = False
         rest = block.size - size
-        if rest >= _LEAST if small else rest > _SMALL:
+        if rest >= BLOCK if small else rest > _SMALL:
             remainder = Block(block.address + size, rest, small, before=block, after=block.after)
             if block.after is not None:
                 block.after.before = remainder
@@ -76,7 +76,7 @@ class Pool:
 
     def _segment(self, size: int, small: bool) -> Block:
         fixed = _SMALL_SEGMENT if small else _MIDDLE_SEGMENT if size < _MIDDLE else 0
-        whole = fixed or -(-size // _STEP) * _STEP
+        whole = fixed or -(-size // SEGMENT) * SEGMENT
         address, self.reserved = self.reserved, self.reserved + whole
         return Block(address, whole, small)
 

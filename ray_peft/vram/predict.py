@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ray_peft.foundation.cache import cache_folder
-from ray_peft.foundation.units import GIB, MIB
+from ray_peft.foundation.units import GIB
 from ray_peft.foundation.whole import write_text
 from ray_peft.methods.badam import BAdam
-from ray_peft.methods.base import Method, Stage
+from ray_peft.methods.base import OF_TRAINING, Method, Stage
 from ray_peft.methods.lora import LowRankAdapter
 from ray_peft.methods.matrix_weights import MatrixWeights
 from ray_peft.methods.muon import Muon
@@ -26,10 +26,8 @@ from ray_peft.methods.projected_gradients import ProjectedGradients
 from ray_peft.methods.qlora_galore import QLoRAThenGaLore
 from ray_peft.methods.turns import LayersInTurn
 from ray_peft.spec import TrialSpec
+from ray_peft.vram.pool import SEGMENT
 from ray_peft.vram.shape import ModelShape
-
-SEGMENT = 2 * MIB
-"""The allocator's segments are multiples of this."""
 
 PASS, UPDATE = "segments of a pass", "segments of an update"
 """Kinds of bytes that are no part of the peak: what the allocator reserves for each if both have a pool of their own,
@@ -42,7 +40,7 @@ RECORDED_SLACK = 0.06
 cells on an H200 needed at most 0.057, the others had begun with segments that were partly used."""
 
 _NO_MEMORY: dict[type[Any], frozenset[str]] = {
-    Stage: frozenset({"lr", "weight_decay", "betas", "max_grad_norm"}),
+    Stage: OF_TRAINING,
     LowRankAdapter: frozenset({"alpha"}),
     MatrixWeights: frozenset({"eps"}),
     ProjectedGradients: frozenset({"scale", "update_proj_gap"}),
@@ -90,15 +88,17 @@ def segments(size: int, slack: float) -> int:
     return -(-int(size * (1 + slack)) // SEGMENT) * SEGMENT
 
 
-def recorded_segments(step: Counter[str], beside: int, slack: float = 0.0) -> int:
+def recorded_segments(step: Counter[str], scoring: int, beside: int, slack: float = 0.0) -> int:
     """Bytes of the allocator's segments where passes are recorded: what stays, and the pools of passes and updates.
 
     Args:
-        step: its components, with PASS and UPDATE.
+        step: its components; PASS and UPDATE are taken out of them.
+        scoring: bytes that scoring between two steps takes, in the pool of the passes; 0 without.
         beside: bytes of what else stays.
         slack: share of all of it that is reserved besides, in addition to `RECORDED_SLACK`.
     """
-    return segments(sum(step[kind] for kind in (*RESIDENT, PASS, UPDATE)) + beside, RECORDED_SLACK + slack)
+    pools = max(step.pop(PASS), scoring) + step.pop(UPDATE)
+    return segments(sum(step[kind] for kind in RESIDENT) + pools + beside, RECORDED_SLACK + slack)
 
 
 def evaluating(step: Counter[str], scoring: Counter[str]) -> Counter[str]:

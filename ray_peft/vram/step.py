@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ray_peft.methods.base import Stage
 from ray_peft.methods.galore_adamw import BASIS
+from ray_peft.methods.optimizers import keeps_gradient
 from ray_peft.vram.pool import Pool
 from ray_peft.vram.predict import PASS, UPDATE
 from ray_peft.vram.stand_ins import Autocast
@@ -52,9 +53,8 @@ def components(model: nn.Module, stage: Stage, loss: Callable[[], Tensor], condi
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(_own_gradient(tape))  # type: ignore[no-untyped-call]
     optimizer = stage.optimizer(model)  # a layer-wise one frees each gradient in a hook of its own
-    away = getattr(optimizer, "holds_gradient", lambda _: False)
     for parameter in trained:
-        if conditions.accumulates and parameter.requires_grad and not away(parameter):
+        if conditions.accumulates and parameter.requires_grad and not keeps_gradient(optimizer, parameter):
             parameter.grad = torch.empty_like(parameter)
             tape.own(parameter.grad, "gradients")
     with tape:

@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ray_peft.vram.pool import Block, Pool
-
-BLOCK = 512
-"""CUDA's caching allocator rounds every allocation up to this many bytes."""
+from ray_peft.vram.pool import BLOCK, Block, Pool
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -29,6 +29,13 @@ def test_a_pause_gives_trials_more_time_than_a_stop_and_a_stop_overrides_it(tmp_
     assert (stop.asked, stop.pauses) == (True, False)
 
 
+def test_a_stop_whose_file_cannot_be_written_is_asked_for_all_the_same(tmp_path):
+    stop = Stop(tmp_path / "not there" / "stop")
+    stop.ask()
+    assert stop.asked
+    assert not stop.file.exists()
+
+
 @pytest.fixture
 def answered(tmp_path):
     """A sweep's folder whose driver answers every request with its action, and refuses "no"."""

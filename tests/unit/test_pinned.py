@@ -51,6 +51,17 @@ def test_a_hub_model_is_pinned_to_the_commit_that_was_checked(hub, questions):
     assert TrialSpec.from_plain(settled.plain()).model.revision == OLD  # as its row keeps it
 
 
+def test_a_branch_that_moves_between_two_trials_gives_both_one_commit(hub, questions):
+    plain = tiny.plain_spec("org/tiny", questions)
+    trials = [TrialSpec.from_plain(plain | {"seed": seed}) for seed in (1, 2)]
+    inspector = Inspector()
+    first = inspector.settled(trials[0])
+    hub.write_text(NEW)
+    second = inspector.settled(trials[1])
+    assert [trial.model.revision for trial in (first, second)] == [OLD, OLD]
+    assert second.trial_id == Inspector().settled(second).trial_id  # the id of the commit that is loaded
+
+
 def test_a_tokenizer_of_another_repository_has_no_commit_of_the_model(hub, questions):
     plain = tiny.plain_spec("org/tiny", questions)
     plain["model"] |= {"revision": OLD, "tokenizer": "org/words"}

@@ -86,7 +86,7 @@ def test_a_pass_and_a_step_ask_for_nothing(name, tmp_path, monkeypatch):
     loss = torch.zeros(())
 
     def step():
-        for _ in range(1 if stage.conflicts(accumulates=True, num_workers=1) else 2):
+        for _ in range(1 if stage.updates_in_backward else 2):
             value = model(torch.arange(12).view(3, 4)).float().square().mean()
             value.backward()
         loss.add_(value.detach())

@@ -223,7 +223,8 @@ def test_a_prediction_is_kept_on_disk(shape, tmp_path, monkeypatch):
 def test_a_ledger_knows_an_operation_again_and_counts_the_same(shared):
     import torch
 
-    from ray_peft.vram.tape import BLOCK, Tape
+    from ray_peft.vram.pool import BLOCK
+    from ray_peft.vram.tape import Tape
 
     def made(device: str) -> list[torch.Tensor]:
         x = torch.empty(4, 6, 256, device=device)

@@ -32,14 +32,14 @@ class MuonAdamW(PiecewiseAdamW):
         if "momentum" not in group:
             super()._update_group(group, parameters)
             return
+        for parameter in parameters:  # before the tensors of an update, between which they would lie
+            if MOMENTUM not in self.state[parameter]:
+                self.state[parameter][MOMENTUM] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
         for batch in self._batches(parameters):
             self._update_matrices(group, batch)
 
     def _update_matrices(self, group: dict[str, Any], batch: list[Tensor]) -> None:
         states = [self.state[parameter] for parameter in batch]
-        for parameter, state in zip(batch, states, strict=True):
-            if MOMENTUM not in state:
-                state[MOMENTUM] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
         dtype, momentum = self._arithmetic(batch[0]), group["momentum"]
         gradient = stacked([self._gradient(parameter) for parameter in batch]).to(dtype, copy=True)
         mean = stacked([state[MOMENTUM] for state in states]).to(dtype, copy=True).lerp_(gradient, 1 - momentum)

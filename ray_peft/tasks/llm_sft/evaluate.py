@@ -45,16 +45,6 @@ class Mixture:
     scores of the next tokens into those of the mixture."""
 
 
-def answer_loss(
-    spec: LlmTrialSpec, model: PreTrainedModel, rows: Dataset, pad: int, lowered: dict[str, int] | None = None
-) -> float:
-    """Mean negative log-likelihood of the answers' tokens over all rows [nats].
-
-    Every token counts once, as in the loss of one batch of all rows. `lowered` is that of `token_log_probs`.
-    """
-    return -float(token_log_probs(spec, model, rows, pad, lowered).mean())
-
-
 def token_log_probs(
     spec: LlmTrialSpec, model: PreTrainedModel, rows: Dataset, pad: int, lowered: dict[str, int] | None = None
 ) -> Tensor:
@@ -119,7 +109,7 @@ def row_log_probs(
             tokens = lowered.get(LOSS_BATCH, LOSS_TOKENS)
 
             def padded_pass(part: Sequence[Row]) -> Tensor:
-                return torch.cat(_padded_log_probs(model, part, pad, {}, slots))
+                return torch.cat(_padded_log_probs(model, part, pad, {}, None))
 
             # Trials have one base only where their rows in lanes had the loss of padded rows.
             log_probs, fitting = packed_log_probs(
@@ -227,8 +217,9 @@ def as_texts(
     """Answers as texts, up to the text that ends an answer; `ended` is that of `answers`."""
     texts = tokenizer.batch_decode([list(tokens) for tokens in answered], skip_special_tokens=True)
     if ended is not None:
+        last = set(stops)
         ended += [
-            not set(stops).isdisjoint(tokens) or bool(end_text and end_text in text)
+            not last.isdisjoint(tokens) or bool(end_text and end_text in text)
             for tokens, text in zip(answered, texts, strict=True)
         ]
     return [(text.partition(end_text)[0] if end_text else text).strip() for text in texts]

@@ -31,6 +31,8 @@ def check(spec: LlmTrialSpec, model: ModelSpec, config: PretrainedConfig, prepar
         ModelError: a token is beyond the embedding.
         DataError: a row or an answer is longer than the model has positions for.
     """
+    from ray_peft.tasks.llm_sft.scores import answered_rows
+
     text = config.get_text_config()
     cautions = _check_embedding(model, getattr(text, "vocab_size", None), prepared.facts)
     positions = _positions(text)
@@ -38,8 +40,7 @@ def check(spec: LlmTrialSpec, model: ModelSpec, config: PretrainedConfig, prepar
         return cautions
     needs = [(prepared.facts.longest, "the longest row", f"lower data.max_length to at most {positions}")]
     if spec.evaluation.generate:
-        held_out = prepared.held_out(spec.evaluation.split)
-        answered = held_out.select(range(min(spec.evaluation.rows or len(held_out), len(held_out))))
+        answered = answered_rows(spec, prepared.held_out(spec.evaluation.split))
         prompt = max(map(len, answered["prompt_ids"]), default=0)
         new = spec.evaluation.max_new_tokens
         length = f"the longest prompt ({prompt} tokens) and evaluation.max_new_tokens ({new})"

@@ -15,16 +15,7 @@ from ray_peft.spec import LlmTrialSpec
 from ray_peft.spec.preference import PAIRED_OBJECTIVES
 from ray_peft.vram.cards import ANY, Gpu
 from ray_peft.vram.parts import ANSWERING, ATTACH, SCORING, STEP, during
-from ray_peft.vram.predict import (
-    PASS,
-    UPDATE,
-    Prediction,
-    cached,
-    common,
-    evaluating,
-    recorded_segments,
-    segments,
-)
+from ray_peft.vram.predict import Prediction, cached, common, evaluating, recorded_segments, segments
 from ray_peft.vram.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -100,10 +91,8 @@ def predict(
         buckets = max(step["adapters"] or step["weights"] for step in steps)
     in_pools = 0
     for step, part in zip(steps, scored, strict=True):
-        if spec.train.eval_every:  # in the pool of the passes
-            step[PASS] = max(step[PASS], part["scoring"])
-        in_pools = max(in_pools, recorded_segments(step, gpu.workspace + buckets, uneven_slack))
-        del step[PASS], step[UPDATE]
+        scoring = part["scoring"] if spec.train.eval_every else 0
+        in_pools = max(in_pools, recorded_segments(step, scoring, gpu.workspace + buckets, uneven_slack))
     if spec.train.eval_every:
         steps += [evaluating(step, part) for step, part in zip(steps, scored, strict=True)]
     largest = max(steps, key=lambda step: sum(step.values())) + Counter(workspace=gpu.workspace, buckets=buckets)
@@ -170,8 +159,8 @@ def components(
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})  # type: ignore[no-untyped-call]
             if not stage.needs_full_weights:
                 model.enable_input_require_grads()  # type: ignore[no-untyped-call]
-        rows = spec.train.micro_batch_size
-        if spec.train.objective in PAIRED_OBJECTIVES and not keeps_gradients(spec, stage):
+        rows, recorded = spec.train.micro_batch_size, keeps_gradients(spec, stage)
+        if spec.train.objective in PAIRED_OBJECTIVES and not recorded:
             rows *= 2  # else both sides of a pair lie in one lane, and `longest_tokens` is the length of both
         ids = torch.ones(rows, longest_tokens, dtype=torch.long, device="meta")
 
@@ -190,7 +179,6 @@ def components(
             total: Tensor = output.log_probs.sum()
             return total
 
-        recorded = keeps_gradients(spec, stage)
         inputs = as_they_are(model) if spec.train.engine == "own" else contextlib.nullcontext()
         conditions = Conditions(
             autocast=autocast,

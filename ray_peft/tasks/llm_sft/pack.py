@@ -18,6 +18,7 @@ from ray_peft.engine.passes import Pass, RecordedPasses
 from ray_peft.engine.recovery import free_memory
 from ray_peft.engine.trained import Report
 from ray_peft.errors import ModelError, first_line
+from ray_peft.methods.base import OF_TRAINING
 from ray_peft.methods.lora import LowRankAdapter
 from ray_peft.spec.keys import MICRO_BATCH
 from ray_peft.tasks.base import PackEnded
@@ -103,7 +104,7 @@ class Pack(Crew):
 
     def finished(self, members: Sequence[Member]) -> None:
         """Compute the outputs of several trained models in shared passes; else each computes them by itself, later."""
-        self._leaving = len(members)
+        self._leaving += len(members)
         slots = [cast(int, member.slot) for member in members]
         trials = [
             TrialInSlot(self._seats[slot][0], slot)
@@ -138,7 +139,7 @@ class Pack(Crew):
             with self._with_adapter(bench, member):
                 self._ended(bench, member, None)
         self._slots.clear(slot)
-        self._leaving = max(0, self._leaving - 1) if error is None else self._leaving
+        self._leaving -= error is None
         if self._waiting or not self._leaving:
             self._detach()
         return self._member(slot) if self._waiting else None
@@ -156,7 +157,7 @@ class Pack(Crew):
         else:
             bench.attach(stage)
             parameters = bench.parameters()
-            train.start_as_trl(bench.spec, bench.model)
+            train.start_as_trl(bench.model)
             pieces = self._slots.fill(slot, bench.model, stage.alpha / stage.rank, stage.dropout)
             bench.model = unwrapped(bench.model)
             initial = _Initial(self._slots.weights[slot : slot + 1].clone(), pieces, parameters)
@@ -243,19 +244,15 @@ class _Initial:
     """`Bench.parameters` with it."""
 
 
-_OF_TRAINING = ("lr", "weight_decay", "betas", "max_grad_norm")
-"""Settings of a method that PEFT's adapter does not depend on."""
-
-
-def _form(stage: LowRankAdapter) -> str:
-    """What decides PEFT's adapter, but for its weights."""
-    return json.dumps({name: value for name, value in stage.plain().items() if name not in _OF_TRAINING})
+def _form(stage: LowRankAdapter, without: Sequence[str] = ()) -> str:
+    """What decides PEFT's adapter, but for its weights and the fields `without`."""
+    left_out = {*OF_TRAINING, *without}
+    return json.dumps({name: value for name, value in stage.plain().items() if name not in left_out})
 
 
 def _begins_with(bench: LlmBench, stage: LowRankAdapter) -> str:
     """What decides the adapter that a trial begins with: scale and dropout do not."""
-    plain = {name: value for name, value in json.loads(_form(stage)).items() if name not in ("alpha", "dropout")}
-    return json.dumps([bench.spec.seed, plain])
+    return f"{bench.spec.seed} {_form(stage, ('alpha', 'dropout'))}"
 
 
 def why_apart(bench: LlmBench, stages: Sequence[LowRankAdapter]) -> str | None:
@@ -289,21 +286,10 @@ def why_apart(bench: LlmBench, stages: Sequence[LowRankAdapter]) -> str | None:
     (plan, *_) = lay_out([len(row) for row in ids], 10**9, largest_capacity(max(map(len, ids))))
     lanes = [[(ids[row], labels[row]) for row in lane] for lane in plan.lanes]
     part = PackedPart(plan.bucket, lanes, [tokens] * len(lanes), 1.0)
-    packed, alone = PackedLoss(spec, base), TextPart(ids, labels, tokens, 1)
     base.eval()  # type: ignore[no-untyped-call]
-    try:
-        with torch.no_grad():
-            losses = [
-                float(computation.loss(*(value.to(bench.device) for value in inputs)))
-                for computation, inputs in ((plain, plain.inputs(alone)), (packed, packed.inputs(part)))
-            ]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of a model's own code
-        return f"it cannot compute several rows in one lane ({type(error).__name__})"
-    if abs(losses[0] - losses[1]) > train.ROUNDING[spec.train.precision] * max(abs(losses[0]), 1e-3):
-        return f"rows in lanes have another loss ({losses[1]:.6g}, not {losses[0]:.6g})"
-    return None
+    return train.why_unlike(
+        spec, bench.device, (plain, TextPart(ids, labels, tokens, 1)), (PackedLoss(spec, base), part)
+    )
 
 
 def unwrapped(adapted: Any) -> PreTrainedModel:

@@ -35,6 +35,10 @@ class PackedPart:
     keys: Sequence[Sequence[int]] = ()
     """The key from which each row's dropout is drawn, by lane; empty without dropout."""
 
+    def lane_slots(self) -> list[int]:
+        """The slot of every lane; empty lanes belong to the first lane's."""
+        return list(self.members) + [self.members[0]] * (self.bucket.lanes - len(self.members))
+
     def unpacked(self) -> TextPart:
         """The same rows, each by itself, as the only pass of their step."""
         ids, labels = zip(*(row for lane in self.lanes for row in lane), strict=True)
@@ -126,7 +130,7 @@ class PackedRows(Rows[PackedPart]):
         """Epochs after `steps` steps."""
         return self._rows.epoch(steps)
 
-    def heaviest(self, steps: range, share: Share, rows: int) -> PackedPart | None:
+    def heaviest(self, steps: range, rows: int) -> PackedPart | None:
         """The pass with the most tokens among those of `steps`."""
         lengths = self._rows.lengths()
 

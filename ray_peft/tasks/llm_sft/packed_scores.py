@@ -88,12 +88,15 @@ class PackedScores:
         import torch
 
         packed = PackedPart(
-            part.bucket, [[rows[row][:2] for row in lane] for lane in part.lanes], [1] * len(part.lanes), self._share
+            part.bucket,
+            [[rows[row][:2] for row in lane] for lane in part.lanes],
+            [1] * len(part.lanes),
+            self._share,
+            [rows[lane[0]].slot for lane in part.lanes],
         )
         inputs = list(self._computation.inputs(packed)[:-1])
         if self._slots is not None:
-            lanes = [rows[lane[0]].slot for lane in part.lanes]
-            inputs.append(torch.tensor(lanes + lanes[:1] * (part.bucket.lanes - len(lanes))))
+            inputs.append(torch.tensor(packed.lane_slots()))
         key = tuple(tuple(value.shape) for value in inputs)
         if key not in self._buffers:
             static = [torch.empty_like(value, device=self._device) for value in inputs]

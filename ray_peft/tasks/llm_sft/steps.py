@@ -157,7 +157,7 @@ class TextRows(Rows[TextPart]):
         """Epochs after `steps` steps; a partial last step counts as a whole one."""
         return self._order.epoch(steps)
 
-    def heaviest(self, steps: range, share: Share, rows: int) -> TextPart | None:
+    def heaviest(self, steps: range, rows: int) -> TextPart | None:
         """The largest pass of `steps`: the one with the most tokens, padding included."""
         step, place = self._order.heaviest(steps, self.lengths(), rows)
         return self.parts(step, Share(), rows)[place]

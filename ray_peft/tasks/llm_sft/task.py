@@ -37,6 +37,7 @@ class LlmSft(TaskType[LlmTrialSpec]):
     """Conversations in, a model that answers out."""
 
     name: ClassVar[Task] = "llm_sft"
+    model_file: ClassVar[str] = "config.json"
 
     def inspect(self, spec: LlmTrialSpec) -> Inspection:
         """Load config and tokenizer, find the benchmarks and their data, and prepare the rows."""

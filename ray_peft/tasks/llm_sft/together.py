@@ -82,7 +82,7 @@ class RowsTogether(Rows[PackedPart]):
         """Epochs of the member that has done most."""
         return max(seat.rows.epoch(steps + seat.ahead) for seat in self._seats.values())
 
-    def heaviest(self, steps: range, share: Share, rows: int) -> PackedPart | None:
+    def heaviest(self, steps: range, rows: int) -> PackedPart | None:
         """The largest pass that may occur: of the most tokens, full of rows as long as the longest."""
         slot = min(self._seats)
         bucket = lay_out([self._largest] * rows, rows * self._largest, self._largest)[0].bucket
@@ -110,13 +110,10 @@ class LossTogether(PackedLoss):
         self.members = len(slots)
 
     def inputs(self, part: PackedPart) -> Sequence[Tensor]:
-        """The tensors of `PackedLoss`, and the slot of each lane int64, in the form that `Slots.begin` expects.
-
-        Empty lanes belong to the first lane's slot.
-        """
+        """The tensors of `PackedLoss`, and the slot of each lane int64, in the form that `Slots.begin` expects."""
         import torch
 
-        lanes = list(part.members) + [part.members[0]] * (part.bucket.lanes - len(part.members))
+        lanes = part.lane_slots()
         in_order = lanes == list(range(len(self._slots)))
         return [*super().inputs(part), torch.tensor([] if in_order else lanes, dtype=torch.int64)]
 

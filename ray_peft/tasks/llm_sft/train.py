@@ -8,13 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from ray_peft.engine.contract import Rows, Share
+from ray_peft.engine.contract import Computation, Rows, Share
 from ray_peft.engine.loop import Engine
 from ray_peft.engine.member import Job, Member
 from ray_peft.engine.passes import RecordedPasses
 from ray_peft.engine.row_dropout import RowDropout, row_dropout
 from ray_peft.engine.trained import Trained
-from ray_peft.engine.workers import this_worker
 from ray_peft.methods.adapter import Adapter
 from ray_peft.methods.adapter_inputs import as_they_are
 from ray_peft.methods.lora import LoRA
@@ -60,7 +59,7 @@ def train_stage(
 
     set_seed(spec.seed)
     if isinstance(job.stage, LoRA | QLoRA):
-        start_as_trl(spec, model)
+        start_as_trl(model)
     pad = cast(int, tokenizer.pad_token_id)
     dropout, unkeyed = _dropout(spec, job, model, TextRows(spec, rows), pad)
     if spec.train.gradient_checkpointing:
@@ -135,38 +134,34 @@ def why_not_packed(
     Compares the largest pass of its first step both ways, so that a recorded trial has the losses that it would have
     otherwise: with the dropout that is drawn by the row, else without dropout.
     """
-    import torch
-
-    plain: Any = work.plain
     reason = _why_not_tried(spec, job, model, work.plain, unkeyed)
     if reason is not None:
         return reason
-    part: Any = work.packed_rows().heaviest(range(job.first_step, job.first_step + 1), this_worker(), 1)
+    part: Any = work.packed_rows().heaviest(range(job.first_step, job.first_step + 1), 1)
     assert part is not None
-    packed: Any = work.packed()
-    alone = part.unpacked()
     model.train(dropout is not None)
+    return why_unlike(spec, job.device, (work.plain, part.unpacked()), (work.packed(), part))
+
+
+def why_unlike(
+    spec: LlmTrialSpec, device: str, padded: tuple[Computation[Any], Any], packed: tuple[Computation[Any], Any]
+) -> str | None:
+    """Why padded and packed rows, each with what computes them, are not the same to a model; None if they are."""
+    import torch
+
     try:
         with torch.no_grad():
             padded_loss, packed_loss = (
-                float(_compared(computation)(*(value.to(job.device) for value in computation.inputs(rows))))
-                for computation, rows in ((plain, alone), (packed, part))
+                float(computation.compared(*(value.to(device) for value in computation.inputs(rows))))
+                for computation, rows in (padded, packed)
             )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of a model's own code
         return f"it cannot compute several rows in one lane ({type(error).__name__})"
-    if abs(padded_loss - packed_loss) > ROUNDING[spec.train.precision] * max(abs(padded_loss), 1e-3):
+    if not abs(padded_loss - packed_loss) <= ROUNDING[spec.train.precision] * max(abs(padded_loss), 1e-3):  # or NaN
         return f"rows in lanes have another loss ({packed_loss:.6g}, not {padded_loss:.6g})"
     return None
-
-
-def _compared(computation: Any) -> Callable[..., Tensor]:
-    """What must be equal of padded rows and of rows in lanes: the loss; of judged rows the log-likelihood of answers.
-
-    Their loss has the difference of two log-likelihoods, which is small at first, so that rounding is large beside it.
-    """
-    return cast(Callable[..., "Tensor"], getattr(computation, "log_likelihood", computation.loss))
 
 
 def _why_not_tried(
@@ -200,7 +195,7 @@ ROUNDING = {"fp32": 1e-4, "bf16": 2e-2}
 """Largest allowed relative difference of the loss between padded rows and rows in lanes, by precision."""
 
 
-def start_as_trl(spec: LlmTrialSpec, model: PreTrainedModel) -> None:
+def start_as_trl(model: PreTrainedModel) -> None:
     """Round new adapters on a quantised base to bf16 once, as TRL's SFTTrainer does, and keep their dtype.
 
     So a trial begins with the same numbers as under that trainer, and can be compared with earlier results.

@@ -15,7 +15,7 @@ from ray_peft.methods.base import ENOUGH_STEPS, Stage
 from ray_peft.spec import ImageTrialSpec
 from ray_peft.vram.cards import ANY, Gpu
 from ray_peft.vram.parts import ATTACH, SCORING, STEP, during
-from ray_peft.vram.predict import PASS, UPDATE, Prediction, cached, common, evaluating, recorded_segments, segments
+from ray_peft.vram.predict import Prediction, cached, common, evaluating, recorded_segments, segments
 from ray_peft.vram.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -58,24 +58,19 @@ def predict(
             return components(spec, stage, shape)
 
         step = cached([*decides, "unet", train.ema_decay is not None, *settings], CODE, compute)
-        buckets = 0
+        gradients = step["adapters"] or step["weights"]
+        lasting = Counter(workspace=gpu.workspace, average=step["average"])
         if spec.resources.num_workers > 1:  # gradients are summed over the workers in a copy of all
-            buckets = step["adapters"] or step["weights"]
-        if train.eval_every:  # in the pool of the passes
-            step[PASS] = max(step[PASS], beside["scoring"])
-        in_pools = max(in_pools, recorded_segments(step, gpu.workspace + step["average"] + buckets))
-        del step[PASS], step[UPDATE]
-        steps = [peak_kinds, step]
+            lasting["buckets"] = gradients
+        scoring = beside["scoring"] if train.eval_every else 0
+        in_pools = max(in_pools, recorded_segments(step, scoring, sum(lasting.values())))
+        steps = [peak_kinds, step | lasting]
         if train.eval_every:
-            between = evaluating(step, beside) + Counter(average=step["average"])
-            between["gradients"] = step["adapters"] or step["weights"]  # they stay: a recorded pass adds to the same
+            between = evaluating(step, beside) | lasting
+            between["gradients"] = gradients  # they stay: a recorded pass adds to the same
             steps.append(between)
         peak_kinds = max(steps, key=lambda kinds: sum(kinds.values()))
-    if peak_kinds:
-        peak_kinds["workspace"] = gpu.workspace
-        if spec.resources.num_workers > 1:  # gradients are summed over the workers in a copy of all
-            peak_kinds["buckets"] = peak_kinds["adapters"] or peak_kinds["weights"]
-    else:
+    if not peak_kinds:
         peak_kinds = weights(spec, shape)
     peak = sum(peak_kinds.values())
     return Prediction(

@@ -31,6 +31,7 @@ class TextToImage(TaskType[ImageTrialSpec]):
     """Captioned images in, a model that paints like them out."""
 
     name: ClassVar[Task] = "text_to_image"
+    model_file: ClassVar[str] = "model_index.json"
 
     def inspect(self, spec: ImageTrialSpec) -> Inspection:
         """Read the pipeline's configurations and tokenizer, and check every image."""

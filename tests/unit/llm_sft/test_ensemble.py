@@ -13,7 +13,7 @@ from ray_peft.errors import ModelError
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import MemberModel
 from ray_peft.tasks.llm_sft.ensemble import LlmEnsemble, check_members, load_members, mixture_weights
-from ray_peft.tasks.llm_sft.evaluate import answer_loss, answers
+from ray_peft.tasks.llm_sft.evaluate import answers, token_log_probs
 from ray_peft.tasks.llm_sft.task import LlmSft
 
 LORA = {"name": "lora", "rank": 4, "lr": 0.05}
@@ -79,7 +79,8 @@ def test_with_all_the_weight_on_one_member_it_is_that_member(ensemble, trained):
         ensemble.weights = [float(place == other) for other in range(3)]
         alone = answers(spec, bench.model, bench.tokenizer, bench.data.test)
         assert ensemble.answer(ensemble.data.test) == alone
-        assert ensemble.eval_loss() == pytest.approx(answer_loss(spec, bench.model, bench.data.test, 258), rel=1e-5)
+        loss = -float(token_log_probs(spec, bench.model, bench.data.test, 258).mean())
+        assert ensemble.eval_loss() == pytest.approx(loss, rel=1e-5)
         found.append(alone)
     assert found[0] != found[1] != found[2]  # else this test could not fail
 

@@ -9,13 +9,14 @@ from attention_kinds import ARCHITECTURES
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from ray_peft.engine.contract import Share
+from ray_peft.engine.contract import Computation, Share
 from ray_peft.engine.loop import Engine
 from ray_peft.engine.member import Job, Member
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.llm_sft.loss import TextLoss
 from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedRows
 from ray_peft.tasks.llm_sft.steps import TextRows
+from ray_peft.tasks.llm_sft.train import why_unlike
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +91,26 @@ def test_workers_share_the_rows_of_a_step(rows):
     ]
     assert sorted(shared) == sorted(whole)
     assert len(whole) == 8
+
+
+class Loss(Computation):
+    """Its loss is what it is given."""
+
+    def inputs(self, part):
+        return [torch.tensor(part)]
+
+    def loss(self, number):
+        return number
+
+
+@pytest.mark.parametrize(
+    ("padded", "packed", "reason"),
+    [
+        (2.0, 2.0001, None),
+        (2.0, 2.001, "rows in lanes have another loss (2.001, not 2)"),
+        (2.0, float("nan"), "rows in lanes have another loss (nan, not 2)"),
+        (2.0, None, "it cannot compute several rows in one lane (RuntimeError)"),
+    ],
+)
+def test_packed_rows_are_refused_where_their_loss_is_another(padded, packed, reason):
+    assert why_unlike(spec(), "cpu", (Loss(), padded), (Loss(), packed)) == reason

@@ -79,10 +79,10 @@ def test_the_log_likelihood_by_which_lanes_are_tried_is_that_of_padded_rows(obje
     spec = TrialSpec.from_plain(plain)
     bench = LlmSft().load(spec, "cpu")
     rows = PreferenceRows(spec, bench.judged.get("train", bench.data.train))
-    part = PackedPreferenceRows(rows).heaviest(range(1), Share(), 4)
+    part = PackedPreferenceRows(rows).heaviest(range(1), 4)
     padded, packed = PreferenceLoss(spec, bench.model, 258), PackedPreferenceLoss(spec, bench.model)
     with torch.no_grad():
-        expected = padded.log_likelihood(*padded.inputs(part.unpacked()))
-        assert float(packed.log_likelihood(*packed.inputs(part))) == pytest.approx(float(expected), rel=1e-5)
+        expected = padded.compared(*padded.inputs(part.unpacked()))
+        assert float(packed.compared(*packed.inputs(part))) == pytest.approx(float(expected), rel=1e-5)
     answers = sum(side.scored.answer_tokens for row in part.unpacked().judged for side in row.sides)
     assert 3 < -float(expected) / answers < 8  # nats a token: a model of random weights knows 272 of them

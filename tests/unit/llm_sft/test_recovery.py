@@ -329,7 +329,7 @@ def test_a_rehearsal_is_chosen_from_the_passes_that_come(tiny_model, one_long_ro
         parts = [part for step in steps for part in data.parts(step, Share(), 4)]
         planned = [(len(part.ids), max(map(len, part.ids))) for part in parts]
         assert planned == [(rows, tokens) for step, rows, tokens in found.shapes if step > done]
-        heaviest = data.heaviest(steps, Share(), 4)
+        heaviest = data.heaviest(steps, 4)
         assert len(heaviest.ids) * max(map(len, heaviest.ids)) == max(rows * tokens for rows, tokens in planned)
 
 
@@ -338,7 +338,7 @@ def test_the_heaviest_pass_is_that_of_the_parts_that_pass(tiny_model, one_long_r
     data = TextRows(run.spec, run.bench.data.train)
     for rows in (1, 2, 3):
         parts = [part for step in range(4) for part in data.parts(step, Share(), rows)]
-        heaviest = data.heaviest(range(4), Share(), rows)
+        heaviest = data.heaviest(range(4), rows)
         cost = max(len(part.ids) * max(map(len, part.ids)) for part in parts)
         assert len(heaviest.ids) * max(map(len, heaviest.ids)) == cost
 

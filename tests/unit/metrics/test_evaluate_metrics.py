@@ -3,10 +3,8 @@
 import evaluate
 import pytest
 
-from ray_peft.metrics.bleu import Bleu4
-from ray_peft.metrics.chrf import Chrf
 from ray_peft.metrics.chrf_scores import chrf
-from ray_peft.metrics.rouge import RougeL
+from ray_peft.metrics.evaluate_metrics import Bleu4, Chrf, RougeL
 from ray_peft.metrics.text_scores import bleu4, rouge_l
 
 PREDICTIONS = ["the cat sat on the mat", "well-\nknown facts, 3.14 or so-\n", ""]

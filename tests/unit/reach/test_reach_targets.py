@@ -174,7 +174,7 @@ def test_galore_says_which_share_it_projects(architecture, share):
     stage = GaLore(rank=8)
     (said,) = stage.check(model(architecture), **OF)
     shapes = model(architecture)
-    counted = sum(p.numel() for p in stage.projected(shapes)) / sum(p.numel() for p in shapes.parameters())
+    counted = sum(p.numel() for p in stage.target_weights(shapes)) / sum(p.numel() for p in shapes.parameters())
     assert (
         said == f"galore: {counted:.0%} of the trained weights of a model are projected; plain AdamW trains the others"
     )
@@ -183,9 +183,9 @@ def test_galore_says_which_share_it_projects(architecture, share):
 
 def test_galore_targets_are_parts_of_names_patterns_or_all():
     shapes = model("llama")
-    assert len(GaLore(targets=("q_proj",)).projected(shapes)) == 2
-    assert len(GaLore(targets=(r"\.[qk]_proj$",)).projected(shapes)) == 4
-    assert len(GaLore(targets=("all-linear",)).projected(shapes)) == 14
+    assert len(GaLore(targets=("q_proj",)).target_weights(shapes)) == 2
+    assert len(GaLore(targets=(r"\.[qk]_proj$",)).target_weights(shapes)) == 4
+    assert len(GaLore(targets=("all-linear",)).target_weights(shapes)) == 14
     with pytest.raises(
         SpecError, match=r"^method.targets: no linear layer's name contains any of vv_proj; .* of a mod"
     ):

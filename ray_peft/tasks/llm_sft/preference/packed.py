@@ -76,7 +76,7 @@ class PackedPreferenceRows(Rows[PackedPreferences]):
         """Epochs after `steps` steps."""
         return self._rows.epoch(steps)
 
-    def heaviest(self, steps: range, share: Share, rows: int) -> PackedPreferences | None:
+    def heaviest(self, steps: range, rows: int) -> PackedPreferences | None:
         """The pass with the most tokens among those of `steps`."""
 
         def tokens(step: int) -> int:
@@ -140,8 +140,11 @@ class PackedPreferenceLoss(Computation[PackedPreferences]):
             *([torch.tensor(0.0 if part.begins else 1.0)] if part.divergence else []),
         ]
 
-    def log_likelihood(self, *inputs: Tensor) -> Tensor:
-        """Log-probability () of all scored tokens of a pass."""
+    def compared(self, *inputs: Tensor) -> Tensor:
+        """Log-probability () of all scored tokens of a pass.
+
+        The loss has the difference of two, which is small at first, so that rounding is large beside it.
+        """
         _, in_answer, own_loss = inputs[:TOKENS]
         return (self._log_probs(inputs) * ((in_answer > 0) | (own_loss > 0))).sum()
 

@@ -61,8 +61,11 @@ class PreferenceLoss(Computation[PreferencePart]):
             *([torch.tensor(0.0 if part.begins else 1.0)] if part.divergence else []),
         ]
 
-    def log_likelihood(self, *inputs: Tensor) -> Tensor:
-        """Log-probability () of all scored tokens of a pass."""
+    def compared(self, *inputs: Tensor) -> Tensor:
+        """Log-probability () of all scored tokens of a pass.
+
+        The loss has the difference of two, which is small at first, so that rounding is large beside it.
+        """
         return self._log_probs(inputs)[0].sum()
 
     def _log_probs(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -157,7 +157,7 @@ class PreferenceRows(Rows[PreferencePart]):
         """Epochs after `steps` steps; a partial last step counts as a whole one."""
         return self._order.epoch(steps)
 
-    def heaviest(self, steps: range, share: Share, rows: int) -> PreferencePart | None:
+    def heaviest(self, steps: range, rows: int) -> PreferencePart | None:
         """The largest pass of `steps`: the one with the most tokens, padding included."""
         step, place = self._order.heaviest(steps, list(map(max, self.lengths)), rows)
         return [part for part in self.parts(step, Share(), rows) if not part.divergence][place]
