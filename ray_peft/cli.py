@@ -280,7 +280,8 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _doctor(_: argparse.Namespace) -> int:
-    from ray_peft.doctor import examine, render
+    from ray_peft.doctor.examination import examine
+    from ray_peft.doctor.findings import render
 
     findings = examine()
     print_text(render(findings))

@@ -9,8 +9,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from ray_peft import doctor
-from ray_peft.doctor import Finding, examine, render
+from ray_peft.doctor import examination, findings, hardware, services
+from ray_peft.doctor.examination import examine
+from ray_peft.doctor.findings import Finding, render
 from ray_peft.foundation.masking import mask_address
 
 
@@ -19,7 +20,7 @@ def no_settings(monkeypatch):
     """A machine on which nothing is configured."""
     for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("RAY_PEFT_OUTPUTS", "http_proxy", "HTTP_PROXY", *doctor.OFFLINE_FLAGS):
+    for name in ("RAY_PEFT_OUTPUTS", "http_proxy", "HTTP_PROXY", *services.OFFLINE_FLAGS):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -115,7 +116,7 @@ def test_what_holds_no_credentials_stays(text):
 )
 def test_no_error_quotes_a_password(monkeypatch, closed_port, password):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ada:{password}@127.0.0.1:{closed_port}")
-    monkeypatch.setattr(doctor, "PROBES", (("MLflow", doctor._mlflow),))
+    monkeypatch.setattr(examination, "PROBES", (("MLflow", services._mlflow),))
     finding = only(examine())
     assert finding.level == "problem"
     assert "s3cret" not in render([finding])
@@ -124,20 +125,20 @@ def test_no_error_quotes_a_password(monkeypatch, closed_port, password):
 @pytest.mark.parametrize("variable", ["MLFLOW_TRACKING_URI", "RAY_ADDRESS"])
 def test_a_closed_port_is_a_problem(monkeypatch, closed_port, variable):
     monkeypatch.setenv(variable, f"http://127.0.0.1:{closed_port}")
-    probe = {"MLFLOW_TRACKING_URI": doctor._mlflow, "RAY_ADDRESS": doctor._ray}[variable]
+    probe = {"MLFLOW_TRACKING_URI": services._mlflow, "RAY_ADDRESS": services._ray}[variable]
     start = time.monotonic()
     finding = only(probe())
-    assert time.monotonic() - start < doctor.NETWORK_TIMEOUT_S
+    assert time.monotonic() - start < services.NETWORK_TIMEOUT_S
     assert finding.level == "problem"
     assert "refused" in finding.value
     assert variable in finding.advice
 
 
 def test_a_server_that_never_answers_is_given_up(monkeypatch, silent_port):
-    monkeypatch.setattr(doctor, "NETWORK_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(services, "NETWORK_TIMEOUT_S", 0.3)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent_port}")
     start = time.monotonic()
-    finding = only(doctor._mlflow())
+    finding = only(services._mlflow())
     assert time.monotonic() - start < 2
     assert finding.level == "problem"
 
@@ -146,7 +147,7 @@ def test_waiting_ends_even_when_the_work_does_not():
     release = threading.Event()
     start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"within 0\.2 s"):
-        doctor._within(0.2, release.wait)
+        services._within(0.2, release.wait)
     assert time.monotonic() - start < 2
     release.set()
 
@@ -155,7 +156,7 @@ def test_waiting_ends_even_when_the_work_does_not():
 def test_a_tracking_server_that_answers(monkeypatch, http_server, status, level):
     http_server.status = status
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ada:s3%40cret@127.0.0.1:{http_server.server_port}/mlflow/")
-    finding = only(doctor._mlflow())
+    finding = only(services._mlflow())
     assert finding.level == level
     assert "reachable" in finding.value
     assert http_server.seen == [("/mlflow/health", "Basic YWRhOnMzQGNyZXQ=")]
@@ -163,14 +164,14 @@ def test_a_tracking_server_that_answers(monkeypatch, http_server, status, level)
 
 def test_a_reachable_ray_head(monkeypatch, silent_port):
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent_port}")
-    assert only(doctor._ray()).level == "ok"
+    assert only(services._ray()).level == "ok"
 
 
 def test_a_probe_that_raises_is_one_finding(monkeypatch):
     def broken():
         raise RuntimeError("no driver at http://ada:s3cret@host")
 
-    monkeypatch.setattr(doctor, "PROBES", (("GPUs", broken), ("fine", lambda: [Finding("fine", "yes")])))
+    monkeypatch.setattr(examination, "PROBES", (("GPUs", broken), ("fine", lambda: [Finding("fine", "yes")])))
     first, second = examine()
     assert first == Finding(
         "GPUs", "RuntimeError: no driver at http://***@host", "problem", "This could not be examined."
@@ -193,7 +194,7 @@ def test_the_table_is_ascii_on_every_console():
 
 def test_long_values_wrap_under_their_column():
     lines = render([Finding("GPU 0", "word " * 60, "ok", "Do this. " * 30)]).splitlines()
-    assert max(map(len, lines)) <= doctor.LINE_WIDTH
+    assert max(map(len, lines)) <= findings.LINE_WIDTH
     assert lines[1].startswith(" " * len("problem  GPU 0  ") + "word")
 
 
@@ -202,25 +203,25 @@ def test_a_token_that_others_can_read_is_noted(monkeypatch, tmp_path):
     token.write_text("secret-token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     token.chmod(stat.S_IRUSR | stat.S_IRGRP)
-    assert only(doctor._ray_token()).level == "note"
+    assert only(services._ray_token()).level == "note"
     token.chmod(stat.S_IRUSR)
-    finding = only(doctor._ray_token())
+    finding = only(services._ray_token())
     assert finding.level == "ok"
     assert "secret-token" not in finding.value
 
 
 def test_a_cluster_without_its_token_is_a_problem(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
-    assert only(doctor._ray_token()).level == "ok"
+    assert only(services._ray_token()).level == "ok"
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.10:6379")
-    assert only(doctor._ray_token()).level == "problem"
+    assert only(services._ray_token()).level == "problem"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert only(doctor._ray_token()).level == "note"
+    assert only(services._ray_token()).level == "note"
 
 
 def test_the_output_folder_need_not_exist_yet(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_PEFT_OUTPUTS", str(tmp_path / "a" / "b"))
-    finding = only(doctor._disk())
+    finding = only(services._disk())
     assert str(tmp_path / "a" / "b") in finding.value
     assert not (tmp_path / "a").exists()
 
@@ -232,8 +233,8 @@ def test_consoles(monkeypatch, encoding, level):
 
     console = Console()
     console.encoding = encoding
-    monkeypatch.setattr(doctor.sys, "stdout", console)
-    assert only(doctor._console()).level == level
+    monkeypatch.setattr(services.sys, "stdout", console)
+    assert only(services._console()).level == level
 
 
 def test_the_hub_is_asked_unless_a_flag_forbids_it(monkeypatch, http_server):
@@ -241,23 +242,23 @@ def test_the_hub_is_asked_unless_a_flag_forbids_it(monkeypatch, http_server):
     monkeypatch.setenv("HF_ENDPOINT", address)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     http_server.status = 405  # an answer all the same
-    assert only(doctor._hub()) == Finding("Hugging Face hub", f"{address}: reachable, HF_HUB_OFFLINE=0")
+    assert only(services._hub()) == Finding("Hugging Face hub", f"{address}: reachable, HF_HUB_OFFLINE=0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    away = only(doctor._hub())
+    away = only(services._hub())
     assert away.level == "note"
     assert "http://127.0.0.1:9: not reachable" in away.value
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert only(doctor._hub()).value == "offline, HF_HUB_OFFLINE=1"
+    assert only(services._hub()).value == "offline, HF_HUB_OFFLINE=1"
 
 
 def test_gpus_that_torch_cannot_use_are_a_problem(monkeypatch):
     import torch
 
-    seen = [doctor.GpuFacts("NVIDIA L4", 22.5, 22.0, (8, 9)), doctor.GpuFacts("NVIDIA L4", 22.5, 3.0, (8, 9))]
-    monkeypatch.setattr(doctor, "_gpus_from_driver", lambda: ("580.1", seen))
+    seen = [hardware.GpuFacts("NVIDIA L4", 22.5, 22.0, (8, 9)), hardware.GpuFacts("NVIDIA L4", 22.5, 3.0, (8, 9))]
+    monkeypatch.setattr(hardware, "_gpus_from_driver", lambda: ("580.1", seen))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    free, occupied, usable = doctor._gpus()
+    free, occupied, usable = hardware._gpus()
     assert free == Finding("GPU 0", "NVIDIA L4, 22.5 GiB, 22.0 GiB free, compute capability 8.9, driver 580.1")
     assert occupied.level == "note"
     assert (usable.value, usable.level) == ("0 of 2", "problem")
@@ -281,4 +282,4 @@ def test_a_torch_that_cannot_use_the_gpu_comes_with_the_line_that_installs_one(d
     monkeypatch.setattr(pynvml, "nvmlSystemGetCudaDriverVersion_v2", lambda: driver)
     monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
     monkeypatch.setattr(torch.version, "cuda", built)
-    assert words in doctor._cuda_build()
+    assert words in hardware._cuda_build()
