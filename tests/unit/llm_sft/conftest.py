@@ -18,6 +18,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def talkative(shared: Path) -> Path:
+    """The folder of a tiny Llama whose answers depend on the prompt."""
+    return tiny.build_model(shared / "talkative-llama", talkative=True)
+
+
+@pytest.fixture(scope="session")
 def uneven(shared: Path) -> Path:
     """Sixty rows of many lengths."""
     rows = [

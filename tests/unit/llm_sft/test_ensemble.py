@@ -41,11 +41,6 @@ def test_a_member_that_is_always_right_gets_all_the_weight():
 
 
 @pytest.fixture(scope="module")
-def talkative(shared):
-    return tiny.build_model(shared / "talkative-llama", talkative=True)
-
-
-@pytest.fixture(scope="module")
 def trained(talkative, questions, shared):
     """Specs of an ensemble and the folders of its trained members."""
     method = {"name": "ensemble", "members": [{"method": LORA}, {"method": FULL}, {"method": LORA, "seed": 9}]}

@@ -14,34 +14,24 @@ from ray_peft.tasks.llm_sft.bench import LlmBench
 from ray_peft.tasks.llm_sft.together import LossTogether
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return tiny.write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", tiny.QUESTIONS)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return tiny.build_model(tmp_path_factory.mktemp("llama"), talkative=True)
-
-
-def test_unequal_trials(llama, rows, tmp_path):
-    specs = specs_of(llama, rows, UNEQUAL)
+def test_unequal_trials(talkative, questions, tmp_path):
+    specs = specs_of(talkative, questions, UNEQUAL)
     for ours, spec in zip(together(specs, tmp_path, 4), specs, strict=True):
         check_equal(ours, alone(spec, tmp_path / spec.trial_id))
 
 
-def test_who_waits_takes_a_place_that_becomes_free(llama, rows, tmp_path):
-    specs = specs_of(llama, rows, UNEQUAL)
+def test_who_waits_takes_a_place_that_becomes_free(talkative, questions, tmp_path):
+    specs = specs_of(talkative, questions, UNEQUAL)
     for ours, spec in zip(together(specs, tmp_path, 2), specs, strict=True):
         check_equal(ours, alone(spec, tmp_path / spec.trial_id))
 
 
-def test_one_lane_of_each_in_order(llama, rows, tmp_path, monkeypatch):
+def test_one_lane_of_each_in_order(talkative, questions, tmp_path, monkeypatch):
     """What sweeps over learning rates and ranks mostly are."""
     settings = [
         ({"rank": rank, "lr": 0.0002 * rank}, {"train__steps": steps}) for rank, steps in ((4, 4), (8, 6), (2, 5))
     ]
-    specs = specs_of(llama, rows, settings, train__batch_size=1, train__micro_batch_size=1)
+    specs = specs_of(talkative, questions, settings, train__batch_size=1, train__micro_batch_size=1)
     lanes, whole = [], LossTogether.loss
     monkeypatch.setattr(LossTogether, "loss", lambda self, *given: lanes.append(len(given[-1])) or whole(self, *given))
     for ours, spec in zip(together(specs, tmp_path, 3), specs, strict=True):
@@ -49,12 +39,12 @@ def test_one_lane_of_each_in_order(llama, rows, tmp_path, monkeypatch):
     assert lanes == [0, 0, 0, 0, 3, 1], "two members pass in the shape of three, which is there"
 
 
-def test_trials_of_one_form_are_attached_once(llama, rows, tmp_path, monkeypatch):
+def test_trials_of_one_form_are_attached_once(talkative, questions, tmp_path, monkeypatch):
     settings = [
         ({"rank": rank, "alpha": 8, "lr": lr, "weight_decay": lr}, {"train__steps": 3})
         for rank, lr in ((4, 0.001), (8, 0.001), (4, 0.002), (8, 0.0005))
     ]
-    specs = specs_of(llama, rows, settings)
+    specs = specs_of(talkative, questions, settings)
     theirs = [alone(spec, tmp_path / spec.trial_id) for spec in specs]
     attached, attach = [], LlmBench.attach
     monkeypatch.setattr(LlmBench, "attach", lambda self, stage: attached.append(stage.rank) or attach(self, stage))
@@ -63,8 +53,8 @@ def test_trials_of_one_form_are_attached_once(llama, rows, tmp_path, monkeypatch
     assert attached == [4, 8, 4, 8]
 
 
-def test_a_failed_member_leaves_the_others_unchanged_to_the_bit(llama, rows, tmp_path):
-    specs = specs_of(llama, rows, [UNEQUAL[0], UNEQUAL[1], ({"rank": 4}, {"seed": 5, "train__steps": 5})])
+def test_a_failed_member_leaves_the_others_unchanged_to_the_bit(talkative, questions, tmp_path):
+    specs = specs_of(talkative, questions, [UNEQUAL[0], UNEQUAL[1], ({"rank": 4}, {"seed": 5, "train__steps": 5})])
 
     def break_the_second(pack):
         def poison(module, inputs):
@@ -83,8 +73,8 @@ def test_a_failed_member_leaves_the_others_unchanged_to_the_bit(llama, rows, tmp
         check_equal(ours, theirs)
 
 
-def test_a_pack_that_is_stopped_goes_on_from_its_members_checkpoints(llama, rows, tmp_path):
-    specs = specs_of(llama, rows, UNEQUAL[:3], train__checkpoint_every=2)
+def test_a_pack_that_is_stopped_goes_on_from_its_members_checkpoints(talkative, questions, tmp_path):
+    specs = specs_of(talkative, questions, UNEQUAL[:3], train__checkpoint_every=2)
 
     def stop(pack):
         def interrupt(module, inputs):
@@ -103,16 +93,16 @@ def test_a_pack_that_is_stopped_goes_on_from_its_members_checkpoints(llama, rows
         check_equal(ours, theirs)
 
 
-def test_one_without_rows_of_its_own_follows_one_that_failed(llama, rows, tmp_path):
-    specs = specs_of(llama, rows, [UNEQUAL[0], ({"rank": 8, "lr": 1e30}, {"train__steps": 9}), UNEQUAL[2]])
+def test_one_without_rows_of_its_own_follows_one_that_failed(talkative, questions, tmp_path):
+    specs = specs_of(talkative, questions, [UNEQUAL[0], ({"rank": 8, "lr": 1e30}, {"train__steps": 9}), UNEQUAL[2]])
     told = together(specs, tmp_path, 2)
     assert isinstance(told[1].error, TrialFailed)
     for place in (0, 2):
         check_equal(told[place], alone(specs[place], tmp_path / specs[place].trial_id))
 
 
-def test_memory_that_runs_out_halves_the_passes_of_all(llama, rows, tmp_path, monkeypatch):
-    specs = specs_of(llama, rows, UNEQUAL[:3])
+def test_memory_that_runs_out_halves_the_passes_of_all(talkative, questions, tmp_path, monkeypatch):
+    specs = specs_of(talkative, questions, UNEQUAL[:3])
     sizes, whole = [], LossTogether.loss
 
     def cramped(self, *inputs):
@@ -129,18 +119,18 @@ def test_memory_that_runs_out_halves_the_passes_of_all(llama, rows, tmp_path, mo
         check_equal(ours, alone(spec, tmp_path / spec.trial_id))
 
 
-def test_recomputed_activations(llama, rows, tmp_path):
-    specs = specs_of(llama, rows, UNEQUAL[:3], train__gradient_checkpointing=True)
+def test_recomputed_activations(talkative, questions, tmp_path):
+    specs = specs_of(talkative, questions, UNEQUAL[:3], train__gradient_checkpointing=True)
     for ours, spec in zip(together(specs, tmp_path, 2), specs, strict=True):
         check_equal(ours, alone(spec, tmp_path / spec.trial_id))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_dropout_is_that_of_the_trial_alone(checkpointing, llama, rows, tmp_path):
+def test_dropout_is_that_of_the_trial_alone(checkpointing, talkative, questions, tmp_path):
     shares = [0.1, 0.0, 0.5, 0.3]
     settings = [(method | {"dropout": p}, changes) for p, (method, changes) in zip(shares, UNEQUAL, strict=True)]
-    specs = specs_of(llama, rows, settings, train__gradient_checkpointing=checkpointing)
-    without = together(specs_of(llama, rows, UNEQUAL[:1]), tmp_path / "without", 1)[0]
+    specs = specs_of(talkative, questions, settings, train__gradient_checkpointing=checkpointing)
+    without = together(specs_of(talkative, questions, UNEQUAL[:1]), tmp_path / "without", 1)[0]
     told = together(specs, tmp_path, 3)
     assert told[0].log[0][1] != without.log[0][1], "nothing was dropped"
     for ours, spec in zip(told, specs, strict=True):
@@ -165,7 +155,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_architectures(name, rows, tmp_path):
+def test_other_architectures(name, questions, tmp_path):
     folder = tmp_path / "model"
     tiny.build_tokenizer(folder)
     torch.manual_seed(0)
@@ -183,14 +173,14 @@ def test_other_architectures(name, rows, tmp_path):
         ({"rank": 4, "lr": 0.01}, {"seed": 1}),
         ({"rank": 8, "lr": 0.003, "alpha": 5}, {"seed": 2, "train__steps": 3, "train__batch_size": 4}),
     ]
-    specs = specs_of(folder, rows, settings)
+    specs = specs_of(folder, questions, settings)
     for ours, spec in zip(together(specs, tmp_path, 2), specs, strict=True):
         check_equal(ours, alone(spec, tmp_path / spec.trial_id))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_base_in_4_bits(kind, llama, rows, tmp_path):
-    folder = llama
+def test_a_base_in_4_bits(kind, talkative, questions, tmp_path):
+    folder = talkative
     if kind == "gpt2":
         folder = tiny_architectures.build("gpt2", tmp_path / "gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     settings = [
@@ -200,7 +190,7 @@ def test_a_base_in_4_bits(kind, llama, rows, tmp_path):
             {"seed": 2, "train__steps": 3},
         ),
     ]
-    specs = specs_of(folder, rows, settings)
+    specs = specs_of(folder, questions, settings)
     for ours, spec in zip(together(specs, tmp_path, 2), specs, strict=True):
         check_equal(ours, alone(spec, tmp_path / spec.trial_id))
 
@@ -218,11 +208,11 @@ def killed_at(step):
 
 
 @pytest.mark.parametrize("before", ["alone", "together"])
-def test_a_member_goes_on_from_its_checkpoint_alone_or_beside_others(before, llama, rows, tmp_path):
+def test_a_member_goes_on_from_its_checkpoint_alone_or_beside_others(before, talkative, questions, tmp_path):
     settings = [
         (method, {**changes, "train__steps": 6, "train__checkpoint_every": 2}) for method, changes in UNEQUAL[:3]
     ]
-    specs = specs_of(llama, rows, settings)
+    specs = specs_of(talkative, questions, settings)
     whole = [alone(spec, tmp_path / "whole") for spec in specs[:1]][0]
     folder = tmp_path / "member0"
     if before == "alone":
@@ -237,9 +227,9 @@ def test_a_member_goes_on_from_its_checkpoint_alone_or_beside_others(before, lla
     check_equal(resumed, whole)
 
 
-def test_seconds_are_divided_by_tokens(llama, rows, tmp_path):
+def test_seconds_are_divided_by_tokens(talkative, questions, tmp_path):
     specs = specs_of(
-        llama, rows, [({}, {"train__batch_size": 12, "train__log_every": 99}), ({}, {"train__batch_size": 4})]
+        talkative, questions, [({}, {"train__batch_size": 12, "train__log_every": 99}), ({}, {"train__batch_size": 4})]
     )
     many, few = together(specs, tmp_path, 2)
     assert many.seconds / few.seconds == pytest.approx(many.tokens / few.tokens, rel=0.5)
@@ -253,9 +243,9 @@ def test_seconds_are_divided_by_tokens(llama, rows, tmp_path):
         ("mamba", "(cannot train together|carr)"),
     ],
 )
-def test_models_that_cannot_be_shared_are_refused(name, words, rows, tmp_path):
+def test_models_that_cannot_be_shared_are_refused(name, words, questions, tmp_path):
     folder = tiny_architectures.build(name, tmp_path / name)
     targets = {"mixtral": ["q_proj"], "mamba": ["in_proj"]}.get(name)
     settings = [({"rank": 4, **({"targets": targets} if targets else {})}, {"seed": seed}) for seed in (1, 2)]
     with pytest.raises(ModelError, match=words):
-        together(specs_of(folder, rows, settings), tmp_path, 2)
+        together(specs_of(folder, questions, settings), tmp_path, 2)

@@ -23,27 +23,11 @@ UNEQUAL = [
 """Trials that end at the same step."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    with tiny.one_thread():
-        yield
-
-
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return tiny.write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", tiny.QUESTIONS)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return tiny.build_model(tmp_path_factory.mktemp("llama"), talkative=True)
-
-
-@pytest.fixture(scope="module")
-def apart(llama, rows, tmp_path_factory):
+def apart(talkative, questions, tmp_path_factory):
     """The trials, each by itself."""
     folder = tmp_path_factory.mktemp("apart")
-    specs = specs_of(llama, rows, UNEQUAL)
+    specs = specs_of(talkative, questions, UNEQUAL)
     return [alone(spec, folder / spec.trial_id, outputs=True) for spec in specs]
 
 
@@ -67,10 +51,10 @@ def packed(monkeypatch):
 
 
 @pytest.mark.parametrize("shapes", ["smallest", "static"])
-def test_unequal_trials(shapes, llama, rows, apart, tmp_path, monkeypatch, caplog):
+def test_unequal_trials(shapes, talkative, questions, apart, tmp_path, monkeypatch, caplog):
     if shapes == "static":
         packed(monkeypatch)
-    specs = specs_of(llama, rows, UNEQUAL)
+    specs = specs_of(talkative, questions, UNEQUAL)
     told = together(specs, tmp_path, 4)
     assert len({answer for theirs in apart for answer in theirs.outputs.answers}) > 9, "trials answer alike"
     assert "are padded" not in caplog.text
@@ -79,9 +63,9 @@ def test_unequal_trials(shapes, llama, rows, apart, tmp_path, monkeypatch, caplo
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "gpt2", "4 bits"])
-def test_other_bases(name, llama, rows, tmp_path, monkeypatch):
+def test_other_bases(name, talkative, questions, tmp_path, monkeypatch):
     packed(monkeypatch)
-    method, folder = {}, llama
+    method, folder = {}, talkative
     if name == "4 bits":
         method = {"name": "qlora", "compute_dtype": "float32"}
     elif name == "gpt2":
@@ -93,12 +77,12 @@ def test_other_bases(name, llama, rows, tmp_path, monkeypatch):
         config = AutoConfig.for_model(name, **ARCHITECTURES[name] | {"tie_word_embeddings": False})
         AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
     settings = [({"rank": rank, "lr": 0.01, **method}, {"seed": rank}) for rank in (4, 8)]
-    specs = specs_of(folder, rows, settings, train__steps=2)
+    specs = specs_of(folder, questions, settings, train__steps=2)
     for ours, spec in zip(together(specs, tmp_path, 2), specs, strict=True):
         check_outputs(ours, alone(spec, tmp_path / spec.trial_id, outputs=True))
 
 
-def test_weights_that_are_no_numbers_reach_no_other_trial(llama, rows, apart, tmp_path, monkeypatch):
+def test_weights_that_are_no_numbers_reach_no_other_trial(talkative, questions, apart, tmp_path, monkeypatch):
     is_finite = Slots.is_finite
 
     def spoiled(self, slot):
@@ -107,13 +91,15 @@ def test_weights_that_are_no_numbers_reach_no_other_trial(llama, rows, apart, tm
         return is_finite(self, slot)
 
     monkeypatch.setattr(Slots, "is_finite", spoiled)
-    told = together(specs_of(llama, rows, UNEQUAL), tmp_path, 4)
+    told = together(specs_of(talkative, questions, UNEQUAL), tmp_path, 4)
     assert told[1].outputs is None
     for place in (0, 2, 3):
         check_outputs(told[place], apart[place])
 
 
-def test_memory_that_runs_out_halves_what_is_answered_at_a_time(llama, rows, apart, tmp_path, monkeypatch, caplog):
+def test_memory_that_runs_out_halves_what_is_answered_at_a_time(
+    talkative, questions, apart, tmp_path, monkeypatch, caplog
+):
     lanes = in_lanes.Lanes
 
     def cramped(voices, count, *given):
@@ -122,13 +108,13 @@ def test_memory_that_runs_out_halves_what_is_answered_at_a_time(llama, rows, apa
         return lanes(voices, count, *given)
 
     monkeypatch.setattr(in_lanes, "Lanes", cramped)
-    told = together(specs_of(llama, rows, UNEQUAL), tmp_path, 4)
+    told = together(specs_of(talkative, questions, UNEQUAL), tmp_path, 4)
     assert "going on with" in caplog.text
     for ours, theirs in zip(told, apart, strict=True):
         check_outputs(ours, theirs)
 
 
-def test_each_group_is_answered_as_many_at_a_time_as_its_trials_ask_for(llama, rows, tmp_path, monkeypatch):
+def test_each_group_is_answered_as_many_at_a_time_as_its_trials_ask_for(talkative, questions, tmp_path, monkeypatch):
     answers, sizes = in_lanes.InLanes.answers, []
 
     def noted(self, size):
@@ -137,16 +123,16 @@ def test_each_group_is_answered_as_many_at_a_time_as_its_trials_ask_for(llama, r
 
     monkeypatch.setattr(in_lanes.InLanes, "answers", noted)
     settings = [({"rank": rank}, {"evaluation__batch_size": rank}) for rank in (1, 2, 3, 4)]
-    together(specs_of(llama, rows, settings, train__steps=1), tmp_path, 2)
+    together(specs_of(talkative, questions, settings, train__steps=1), tmp_path, 2)
     assert sizes == [1 + 2, 3 + 4]
 
 
-def test_what_fails_together_is_tried_by_each_alone(llama, rows, apart, tmp_path, monkeypatch, caplog):
+def test_what_fails_together_is_tried_by_each_alone(talkative, questions, apart, tmp_path, monkeypatch, caplog):
     def fall(*_):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(shared_outputs, "row_log_probs", fall)
-    told = together(specs_of(llama, rows, UNEQUAL), tmp_path, 4)
+    told = together(specs_of(talkative, questions, UNEQUAL), tmp_path, 4)
     assert "4 trials scored together: RuntimeError: no such kernel" in caplog.text
     for ours, theirs in zip(told, apart, strict=True):
         assert ours.outputs is None
