@@ -44,6 +44,10 @@ def add_commands(commands: Any) -> None:
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
         help="for clone and add: replace a setting, such as --set method.lr=1.0e-4; may be repeated",
     )  # fmt: skip
+    command.add_argument(
+        "--warm", action="store_true",
+        help="for clone: start from the trial's last checkpoint, or what it saved; compared with no other trial",
+    )  # fmt: skip
     command.add_argument("--profile", metavar="NAME", help="for add: a profile of the file")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(act=_ctl)
@@ -93,7 +97,7 @@ def _ctl(options: argparse.Namespace) -> int:
     elif options.action == "add":
         answer = ask(folder, "add", _space(options))
     else:
-        answer = ask(folder, options.action, {"trial": target, "set": options.overrides})
+        answer = ask(folder, options.action, {"trial": target, "set": options.overrides, "warm": options.warm})
     outcome = {"action": options.action, "trials": answer.trials, "text": answer.text}
     print(json.dumps(outcome) if options.json else ascii_only(answer.text))
     return 0
@@ -106,10 +110,13 @@ def _check_arguments(options: argparse.Namespace) -> None:
     action, needed = options.action, _TARGETS[options.action]
     if (options.target is not None) != bool(needed):
         raise SpecError(f"ctl: {action} takes {needed or 'neither a trial nor a file'}")
-    if action == "clone" and not options.overrides:
+    if action == "clone" and not options.overrides and not options.warm:
         raise SpecError("ctl: clone needs --set KEY=VALUE; the same settings again are the same trial: requeue runs it")
-    if (options.overrides and action not in ("clone", "add")) or (options.profile and action != "add"):
-        raise SpecError(f"ctl: {action} takes no --{'profile' if options.profile else 'set'}")
+    takers = {"set": ("clone", "add"), "profile": ("add",), "warm": ("clone",)}
+    given = {"set": options.overrides, "profile": options.profile, "warm": options.warm}
+    for name, value in given.items():
+        if value and action not in takers[name]:
+            raise SpecError(f"ctl: {action} takes no --{name}")
 
 
 def _space(options: argparse.Namespace) -> dict[str, Any]:

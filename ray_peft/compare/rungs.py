@@ -15,7 +15,7 @@ from ray_peft.compare.space_text import written
 from ray_peft.errors import SearchSpaceError
 from ray_peft.foundation.whole import write_text
 from ray_peft.methods.base import Method
-from ray_peft.report.digits import duration
+from ray_peft.report.digits import counted, duration
 from ray_peft.space import yaml_text
 from ray_peft.spec import TrialSpec
 from ray_peft.trial.result import TrialResult
@@ -91,18 +91,19 @@ def _head(model: str, data: str, plan: Plan, hours: float, methods: int) -> str:
 def plan_lines(plan: Plan, methods: int) -> list[str]:
     """The rungs, a line each."""
     lines = [
-        f"{SEARCH}: {methods} methods x {plan.rates} learning rates x {plan.search_steps} steps; the loss on "
-        f"{plan.validation_rows} validation rows chooses ({duration(plan.search_s)})"
+        f"{SEARCH}: {counted(methods, 'method')} x {counted(plan.rates, 'learning rate')} x "
+        f"{counted(plan.search_steps, 'step')}; the loss on {counted(plan.validation_rows, 'validation row')} chooses "
+        f"({duration(plan.search_s)})"
     ]
     if plan.longer:
         lines.append(
-            f"{LONGER}: the best {plan.longer} of each method x {plan.longer_steps} steps; the same rows choose "
-            f"({duration(plan.longer_s)})"
+            f"{LONGER}: the best {plan.longer} of each method x {counted(plan.longer_steps, 'step')}; the same rows "
+            f"choose ({duration(plan.longer_s)})"
         )
     seeds = f"{plan.seeds} new seeds" if plan.seeds > 1 else "a new seed"
     lines.append(
-        f"{ANSWER}: the best of each method x {seeds} x {plan.answer_steps} steps, and the untouched base; "
-        f"{plan.test_rows} test rows that no choice has seen ({duration(plan.answer_s)})"
+        f"{ANSWER}: the best of each method x {seeds} x {counted(plan.answer_steps, 'step')}, and the untouched base; "
+        f"{counted(plan.test_rows, 'test row')} that no choice has seen ({duration(plan.answer_s)})"
     )
     return lines
 
@@ -140,7 +141,8 @@ def best(results: Sequence[TrialResult], most: int) -> dict[str, Chosen]:
     """
     by_method: dict[str, list[TrialResult]] = {}
     for row in results:
-        by_method.setdefault(row.spec.method.name, []).append(row)
+        if row.spec.train.warm_start is None:  # one that the user has added is no trial of equal steps
+            by_method.setdefault(row.spec.method.name, []).append(row)
     chosen = {}
     for name, rows in by_method.items():
         scored = [(row.scores.eval_loss, row) for row in rows if row.status == "finished"]

@@ -10,10 +10,14 @@ import logging
 import os
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from ray_peft.foundation.whole import replaced_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +80,24 @@ def read_last(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     if checkpoints:
         logger.warning("%s: no checkpoint is whole, so the stage starts anew", folder)
     return None
+
+
+def put_back(parameters: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+    """Give trained parameters the values that a checkpoint holds, in its order.
+
+    Raises:
+        ValueError: they are others, by their number or their shapes.
+    """
+    import torch
+
+    shapes, saved_shapes = ([tuple(tensor.shape) for tensor in tensors] for tensors in (parameters, saved))
+    if shapes != saved_shapes:
+        pairs = zip(shapes, saved_shapes, strict=False)
+        differing = next((f"; {own} for {other}" for own, other in pairs if own != other), "")
+        raise ValueError(f"{len(shapes)} parameters are trained, and {len(saved_shapes)} were saved{differing}")
+    with torch.no_grad():
+        for parameter, tensor in zip(parameters, saved, strict=True):
+            parameter.copy_(tensor)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.engine import cost, disk
+from ray_peft.engine import checkpoint, cost, disk
 from ray_peft.engine.contract import Rows
 from ray_peft.engine.due import Due
 from ray_peft.engine.finite import FiniteGuard
@@ -210,11 +210,7 @@ class Member:
 
     def restore(self, state: dict[str, Any], where: Path) -> None:
         """Go on from `state`; `where` is its checkpoint."""
-        import torch
-
-        with torch.no_grad():
-            for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
-                parameter.copy_(saved)
+        checkpoint.put_back(self.parameters, state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.rates.load_state_dict(state["rates"])
         if self.average is not None:

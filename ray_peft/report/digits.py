@@ -64,6 +64,11 @@ def gib(value: float | None) -> str:
     return MISSING if value is None else f"{fixed(value, 2)} GiB"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with what it counts: "1 step", "2 steps"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def listed(names: Sequence[str]) -> str:
     """Names in a sentence: "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -13,6 +13,9 @@ from ray_peft.spec import TrialSpec
 
 _BARE = re.compile(r"[A-Za-z0-9_.:/+~-]+")
 _MEMBERS = "method.members."
+_WARM_START = "train.warm_start"
+WARM = "warm"
+"""The last word of a trial that did not start from the base, and is compared with no other."""
 _DIGITS = 4
 """Of a number in a label."""
 _ABSENT = "absent"
@@ -33,8 +36,9 @@ def labels(trials: Mapping[str, TrialSpec], *, without: Collection[str] = ()) ->
     texts = _value_texts(flats)
     keys_to_name = differing(flats)
     names = []
-    for flat, keys in zip(flats, keys_to_name, strict=True):
+    for spec, flat, keys in zip(trials.values(), flats, keys_to_name, strict=True):
         words = [f"{_short_key(key, flat)}={texts[key][_identity(flat[key])]}" for key in keys if key not in without]
+        words += [WARM] if spec.train.warm_start is not None else []
         names.append(" ".join([str(flat["method.name"]), *words]))
     often = Counter(names)
     return {
@@ -44,11 +48,16 @@ def labels(trials: Mapping[str, TrialSpec], *, without: Collection[str] = ()) ->
 
 
 def _brief(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with the members of an ensemble as a list of their methods: all their settings would be no name."""
+    """The settings with the members of an ensemble as a list of their methods, and without what a trial started from.
+
+    All of those settings would be no name.
+    """
     members: dict[str, list[str]] = {}
     brief: dict[str, Any] = {}
     for key, value in flat.items():
         place, in_member, setting = key.removeprefix(_MEMBERS).partition(".")
+        if key.startswith(_WARM_START):
+            continue
         if not key.startswith(_MEMBERS) or not in_member:
             brief[key] = value
         elif setting in ("method.name", "model", "seed") and value is not None:

@@ -225,12 +225,12 @@ def is_base(result: TrialResult) -> bool:
 
 
 def base_of(result: TrialResult, results: Iterable[TrialResult]) -> TrialResult | None:
-    """The finished trial without fine-tuning that `result` is to be compared with, or None.
+    """The finished trial without fine-tuning that `result` is to be compared with, or None; of a warm start, None.
 
     It has the same model, tokenizer and data and was scored in the same way; of several, the one that shares most of
     the other settings, such as the seed.
     """
-    if is_base(result):
+    if is_base(result) or result.spec.train.warm_start is not None:
         return None
     candidates = [
         other for other in results if is_base(other) and other.status == "finished" and _comparable(result, other)

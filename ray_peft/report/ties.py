@@ -123,6 +123,8 @@ def families(units: Sequence[SeedGroup], statistics: Statistics) -> tuple[list[F
     for unit in units:
         if not unit.finished:
             left_out[unit.label] = "did not finish"
+        elif (origin := unit.finished[0].result.spec.train.warm_start) is not None:
+            left_out[unit.label] = f"started warm, from {origin.trial} after its step {origin.step}"
         elif _random(unit.finished[0]):
             left_out[unit.label] = "random weights, so its scores mean nothing"
         elif (key := _answered_rows(unit, statistics) if answered else _scored_rows(unit, statistics)) is None:

@@ -24,6 +24,7 @@ from ray_peft.spec import TrialSpec
 from ray_peft.store.ledger import ADDED, WAY_OUT
 from ray_peft.store.progress import Driver, unknown_trial
 from ray_peft.store.requests import Answer, serve
+from ray_peft.trial import warm
 from ray_peft.trial.live import CANCEL_FILE
 from ray_peft.trial.result import TrialResult
 
@@ -122,9 +123,21 @@ class Control:
     def _clone(self, request: dict[str, Any]) -> Answer:
         trial = self._trial(request["trial"])
         settings = [str(setting) for setting in request["set"]]
-        changed = read.changed(trial, settings, f"clone of {trial.trial_id}")
-        note = f"a clone of {trial.trial_id} with {', '.join(settings)}, from the same start, added while the sweep ran"
-        return self._take([changed], note, f"clone of {trial.trial_id}")
+        name = f"clone of {trial.trial_id}"
+        clone = read.changed(trial.changed({"train.warm_start": None}), settings, name)
+        with_settings = f"a {name}" + (f" with {', '.join(settings)}" if settings else "")
+        if not request.get("warm"):
+            return self._take([clone], f"{with_settings}, from the same start, added while the sweep ran", name)
+        self._not_of_a_search()
+        warm.check(trial, clone)
+        weights = warm.source(
+            self._running.folder / "trials" / trial.trial_id, trial, self._running.row(trial.trial_id)
+        )
+        origin = {"trial": trial.trial_id, "step": weights.step}
+        note = (
+            f"{with_settings}, warm: from its weights after step {weights.step}, so it is compared with no other trial"
+        )
+        return self._take([clone.changed({"train.warm_start": origin})], note, name, weights)
 
     def _add(self, request: dict[str, Any]) -> Answer:
         source = str(request["source"])
@@ -133,8 +146,15 @@ class Control:
             raise SearchSpaceError(f"{source}: its trials are proposed one by one, which needs a sweep of its own")
         return self._take(space.trials, f"from {source}, added while the sweep ran", source)
 
-    def _take(self, trials: list[TrialSpec], note: str, source: str) -> Answer:
-        """Check trials from `source`, keep them for further runs of the sweep, and let them run."""
+    def _take(self, trials: list[TrialSpec], note: str, source: str, weights: warm.Source | None = None) -> Answer:
+        """Check trials from `source`, keep them for further runs of the sweep, and let them run.
+
+        Args:
+            trials: the new ones.
+            note: what a report says of them.
+            source: names where they are from.
+            weights: that they start from; None is the base.
+        """
         self._not_of_a_search()
         if any(trial.members() for trial in trials):
             raise SearchSpaceError(f"{source}: an ensemble waits for its members, which needs a sweep of its own")
@@ -145,6 +165,9 @@ class Control:
         if not new:
             raise DataError(f"the sweep has these settings already: {', '.join(trial.trial_id for trial in settled)}")
         runs = [self._running.place(trial) for trial in new]
+        if weights is not None:
+            for trial in new:
+                warm.copy(weights, self._running.folder / "trials" / trial.trial_id)
         keep(self._running.folder, new, note)
         self.added |= {trial.trial_id: trial for trial in new}
         self._late += runs

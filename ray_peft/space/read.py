@@ -387,6 +387,8 @@ def _validate(drawn: list[dict[str, Any]], source: str, proposed: bool = False) 
     for plain in drawn:
         try:
             trial = TrialSpec.from_plain(plain).located()
+            if trial.train.warm_start is not None:
+                raise SpecError("train.warm_start: no file can set it; `ray-peft ctl SWEEP clone TRIAL --warm` does")
             trials |= {member.trial_id: member for member in (*trial.members(), trial) if member.trial_id not in trials}
             cells[trial.trial_id] += 1
         except ValidationError as error:

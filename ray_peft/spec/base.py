@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from ray_peft.errors import SpecError
 from ray_peft.foundation import dotted
 from ray_peft.foundation.durations import seconds_of
+from ray_peft.foundation.names import PathPart
 from ray_peft.foundation.strict import Strict
 from ray_peft.methods import METHODS, AnyMethod
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization, Task
@@ -40,6 +41,15 @@ class ModelSpec(Strict):
     """Build the model from its config.json with random weights: true shapes, so true memory and speed, no quality."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model."""
+
+
+class WarmStart(Strict):
+    """What another trial of the same sweep had trained, from which a trial starts in place of the untouched base."""
+
+    trial: PathPart
+    """Its id."""
+    step: int = Field(ge=1)
+    """Optimizer steps after which it had these weights."""
 
 
 class TrainSpec(Strict):
@@ -80,6 +90,8 @@ class TrainSpec(Strict):
     """
     save_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """The dtype of the saved adapter or weights."""
+    warm_start: WarmStart | None = None
+    """Set by `ray-peft ctl clone --warm` alone; None starts from the base, as all trials that are compared do."""
 
     @field_validator("checkpoint_every", mode="before")
     @classmethod

@@ -100,6 +100,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "eval_every": None,
         "checkpoint_every": None,
         "save_dtype": "bfloat16",
+        "warm_start": None,
     },
     "LlmTrainSpec": {"loss": "answers", "engine": "own", "cuda_graphs": True, "pack": False, "objective": "sft"},
     "PreferenceSpec": {

@@ -174,6 +174,17 @@ class Bench(ABC):
         """Give what `attach` added the weights that an earlier `save` wrote."""
 
     @abstractmethod
+    def start_from(self, folder: Path) -> None:
+        """Give what `attach` added the weights of another trial.
+
+        Args:
+            folder: holds that trial's last checkpoint, or its adapter as PEFT writes it.
+
+        Raises:
+            ValueError, RuntimeError: it holds neither, or weights of other shapes.
+        """
+
+    @abstractmethod
     def merge(self, stage: Stage) -> None:
         """Fold what the stage trained into plain weights."""
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Generic
 
+from ray_peft.engine import checkpoint
 from ray_peft.methods.base import Stage
+from ray_peft.methods.optimizers import trainable
 from ray_peft.tasks.base import Bench, SpecT
 from ray_peft.tasks.parameters import WeightStorage, computed_in, count_parameters, load_adapter
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""In a folder that holds an adapter as PEFT writes it."""
 
 
 class OneModelBench(Bench, Generic[SpecT]):
@@ -39,6 +44,16 @@ class OneModelBench(Bench, Generic[SpecT]):
     def restore(self, folder: Path) -> None:
         """Load a saved adapter into the attached one."""
         load_adapter(self.model, folder, self.device)
+
+    def start_from(self, folder: Path) -> None:
+        """Give the attached stage what another trial had trained."""
+        if (folder / ADAPTER_CONFIG).is_file():
+            self.restore(folder)
+            return
+        last = checkpoint.read_last(folder)
+        if last is None:
+            raise ValueError("it is not there, or not whole")
+        checkpoint.put_back(trainable(self.model), last[1]["parameters"])
 
     def merge(self, stage: Stage) -> None:
         """Fold what the stage trained into plain weights."""

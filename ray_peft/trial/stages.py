@@ -18,6 +18,7 @@ from ray_peft.foundation.seal import SEAL_FILE, broken, seal
 from ray_peft.foundation.whole import write_text
 from ray_peft.methods.base import Stage
 from ray_peft.tasks.base import Bench
+from ray_peft.trial import warm
 from ray_peft.trial.life import Life, Place, keep
 from ray_peft.trial.rounding import check_same_loss
 
@@ -42,6 +43,8 @@ def train_all(life: Life, bench: Bench, stages: list[tuple[Stage, int]]) -> None
 
 def _train(life: Life, bench: Bench, index: int, stage: Stage, steps: int) -> None:
     bench.attach(stage)
+    if life.spec.train.warm_start is not None:
+        warm.start(life.place.folder, bench, life.spec.train.warm_start)
     life.parameters = bench.parameters()
     earlier = life.trained
     more = bench.train(stage, steps, earlier.steps, life.place.folder / f"stage{index + 1}", life.report)

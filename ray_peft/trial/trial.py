@@ -19,6 +19,7 @@ from ray_peft.spec import TrialSpec
 from ray_peft.spec.keys import MICRO_BATCH
 from ray_peft.tasks import TASKS, kept_base
 from ray_peft.tasks.base import Bench
+from ray_peft.trial import warm
 from ray_peft.trial.ensembles import run_ensemble
 from ray_peft.trial.life import Life, Place, Tracker, evaluate, keep, predict, provenance
 from ray_peft.trial.result import RESULT_FILE, TrialResult
@@ -92,7 +93,8 @@ def end(result: TrialResult, place: Place, tracker: Tracker) -> TrialResult:
 
 
 def _forget_checkpoints(place: Place) -> None:
-    """Remove what a trial would resume from. Its row is stored, so the next run of the trial is a new one."""
+    """Remove what a trial would resume or start from. Its row is stored, so the next run of the trial is a new one."""
+    warm.forget(place.folder)
     for folder in place.folder.glob("stage*"):
         if folder.name.endswith("_adapter"):
             (folder / STAGE_FILE).unlink(missing_ok=True)

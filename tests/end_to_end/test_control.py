@@ -69,10 +69,12 @@ def test_a_running_sweep_is_changed_and_remembers_it(ray_cluster, shared, files,
     (clone,) = ctl("clone", long, "--set", "train.steps=3")["trials"]
     assert "has these settings already" in ctl("clone", long, "--set", "train.steps=3")[1]
     assert "unknown key, did you mean rank?" in ctl("clone", long, "--set", "method.rnak=3")[1]
+    (warm,) = ctl("clone", long, "--warm", "--set", "train.steps=2")["trials"]
+    assert "method.rank is 4" in ctl("clone", long, "--warm", "--set", "method.rank=8")[1]
     (added,) = ctl("add", str(more), "--set", "train.steps=2", "--set", f"method.grid=[{json.dumps(SHORT)}]")["trials"]
     assert "waits or runs" in ctl("requeue", long)[1]
     assert "has no trial nobody" in ctl("requeue", "nobody")[1]
-    assert len({long, clone, added}) == 3
+    assert len({long, clone, warm, added}) == 4
 
     assert ctl("resume")["text"] == "the sweep goes on"
     wait_for(lambda: (trial(long).step or 0) > before, 200)
@@ -83,16 +85,24 @@ def test_a_running_sweep_is_changed_and_remembers_it(ray_cluster, shared, files,
     (outcome,) = outcomes
     assert outcome.finished
     rows = {row.trial_id: row for row in outcome.results}
-    assert set(rows) == {long, clone, added}
-    assert {name: row.steps for name, row in rows.items()} == {long: STEPS, clone: 3, added: 2}
+    assert {name: row.steps for name, row in rows.items()} == {long: STEPS, clone: 3, warm: 2, added: 2}
     assert rows[long].resumed_from_step is not None
     assert {row.status for row in read_results(folder)} == {"finished"}
-    assert f"a clone of {long} with train.steps=3" in (folder / "report.md").read_text(encoding="utf-8")
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    assert f"a clone of {long} with train.steps=3, from the same start" in report
+    assert f"a clone of {long} with train.steps=2, warm: from its weights after step {before}" in report
+    assert "started warm" in report
+    assert rows[warm].spec.train.warm_start.plain() == {"trial": long, "step": before}
+    first, first_warm = (
+        json.loads((folder / "trials" / name / "metrics.jsonl").read_text().splitlines()[0])["train_loss"]
+        for name in (clone, warm)
+    )
+    assert first_warm < first  # of the same rows
     code, told = ctl("pause")
     assert (code, "the sweep does not run" in told) == (2, True)
 
     again = ray_peft.sweep(space, out=folder)  # the same file, which does not name the others
-    assert {row.trial_id for row in again.results} == {long, clone, added}
+    assert {row.trial_id for row in again.results} == {long, clone, warm, added}
 
 
 @pytest.mark.parametrize(
@@ -103,6 +113,7 @@ def test_a_running_sweep_is_changed_and_remembers_it(ray_cluster, shared, files,
         (["pause", "a"], "pause takes neither a trial nor a file"),
         (["cancel", "a", "--set", "x=1"], "cancel takes no --set"),
         (["clone", "a", "--set", "x=1", "--profile", "p"], "clone takes no --profile"),
+        (["requeue", "a", "--warm"], "requeue takes no --warm"),
     ],
 )
 def test_wrong_arguments_are_refused(tmp_path, capsys, arguments, words):

@@ -61,6 +61,8 @@ class TrialTracker:
         """
         tags = {"ray_peft.trial_id": spec.trial_id, "ray_peft.method": spec.method.name, "ray_peft.sweep": self._sweep}
         tags["group"] = group_of(spec)
+        if (origin := spec.train.warm_start) is not None:
+            tags["ray_peft.warm_start"] = f"{origin.trial}, step {origin.step}: not comparable"
         if self._parent is not None:
             tags["mlflow.parentRunId"] = self._parent
         values = {key: mask(value) for key, value in flatten(spec.plain()).items()}

@@ -30,6 +30,8 @@ def why_alone(spec: LlmTrialSpec) -> str | None:
         return f"train.objective {spec.train.objective} trains one trial at a time; use pack: false"
     if spec.train.engine != "own":
         return f"train.engine {spec.train.engine} trains one trial at a time; use engine: own"
+    if spec.train.warm_start is not None:
+        return "a warm start is for a trial alone"
     if spec.resources.num_workers > 1:
         return f"resources.num_workers is {spec.resources.num_workers}; use num_workers: 1"
     return None
