@@ -12,6 +12,7 @@
         ClusterLost          the cluster died while trials ran
         TrackingError        the tracking store cannot be reached, or a result could not be stored in it
         TrialCancelled       the user asked a running trial to end
+        TrialStopped         a search ends a running trial early, since others are better
         TrialFailed          a trial crashed; a single run raises this, a sweep keeps the trial as a failed row
 
 The user can correct what a `RayPeftError` reports: the command line prints its text and exits with code 2 (1 after
@@ -72,6 +73,10 @@ class TrackingError(RayPeftError):
 
 class TrialCancelled(RayPeftError):
     """The user asked a running trial to end; its row says so."""
+
+
+class TrialStopped(RayPeftError):
+    """A search ends a running trial early, since others are better; its row says so."""
 
 
 class TrialFailed(RayPeftError):

@@ -125,13 +125,28 @@ class Engine(Generic[PartT]):
         self._count_time()
         if self._share.workers > 1:
             add_up_gradients([parameter for member in self._members for parameter in member.parameters])
-        for member in self._members.copy():
+        members = self._members.copy()
+        for member in members:
             try:
                 self._end_step(member)
             except Exception as error:  # of this member's own part; the crew knows whether the others go on
                 self._leave(member, number + 1, error)
+        evaluated = [member for member in members if member in self._members and member.evaluates()]
         self._end([member for member in self._members if not member.left], number + 1)
+        self._take_verdicts(evaluated, number + 1)
         self._stop_if_told()
+
+    def _take_verdicts(self, evaluated: Sequence[Member], number: int) -> None:
+        """End those of the members, before round `number`, that whoever compares trials wants to end."""
+        if not evaluated:
+            return
+        self._count_time()
+        for member in evaluated:
+            try:
+                member.job.verdict(member.number)
+            except Exception as error:  # it ends; the others go on
+                self._leave(member, number, error)
+        self._counted = time.perf_counter()
 
     def _stop_if_told(self) -> None:
         """Write every member's checkpoint and end, if this process was told to stop.
@@ -152,12 +167,11 @@ class Engine(Generic[PartT]):
         raise stopping.Stopped
 
     def _end_step(self, member: Member) -> None:
-        train = member.job.spec.train
         norm, rate = member.end_step(member.own(self._pass.loss), keep_gradients=self._computation.keeps_gradients)
         logged = member.logs()
         if logged:
             self._log(member, norm, rate)
-        if train.eval_every and member.steps_done % train.eval_every == 0 and member.left:
+        if member.evaluates():
             self._count_time()
             member.evaluate()
             self._model.train()

@@ -42,6 +42,9 @@ class Job:
     them (`Bench.lowered`)."""
     costs: Costs = field(default_factory=Costs)
     """Of the trial; checkpoints carry them."""
+    verdict: Callable[[int], None] = lambda step: None
+    """Called with a step of the trial after which it was evaluated, once all members have done their steps; waits until
+    whoever compares trials has compared it, and raises if it is to end."""
     logs_last: bool = False
     """Log the last step even if it is no multiple of `train.log_every`."""
 
@@ -153,6 +156,11 @@ class Member:
         self.trained.images += step_data.images
         self.trained.steps, self.trained.timed_steps = self.steps_done, self.trained.timed_steps + 1
         return norm, rate
+
+    def evaluates(self) -> bool:
+        """Whether it is evaluated after the step that has just ended."""
+        every = self.job.spec.train.eval_every
+        return every is not None and self.steps_done % every == 0 and self.left > 0
 
     def logs(self) -> bool:
         """Whether the step that has just ended is logged."""

@@ -59,7 +59,7 @@ _BODY = """
 _SCRIPT = (
     r"""
 "use strict";
-const COLOURS = %s, MOST_BARS = 16, ENDED = ["finished", "failed", "out_of_memory", "cancelled"];
+const COLOURS = %s, MOST_BARS = 16, ENDED = ["finished", "stopped_early", "failed", "out_of_memory", "cancelled"];
 const colours = new Map();
 const colour = (method) => {
   if (!colours.has(method)) colours.set(method, `var(${COLOURS[colours.size %% COLOURS.length]})`);

@@ -209,7 +209,10 @@ def _certainty(family: Family) -> list[str]:
 
 
 def _unfinished(material: Material) -> list[str]:
-    words: dict[Status, str] = {"out_of_memory": "ran out of memory", "failed": "failed", "cancelled": "were cancelled"}
+    words: dict[Status, str] = {
+        "stopped_early": "were stopped early", "out_of_memory": "ran out of memory", "failed": "failed",
+        "cancelled": "were cancelled",
+    }  # fmt: skip
     counts = Counter(row.status for row in material.rows)
     parts = [f"{counts[status]} {word}" for status, word in words.items() if counts[status]]
     missing = len(set(material.planned) - {row.trial_id for row in material.rows})

@@ -12,6 +12,7 @@ WIDTH = 118
 
 _ENDED = {
     "finished": "finished in",
+    "stopped_early": "was stopped early after",
     "failed": "failed after",
     "out_of_memory": "ran out of memory after",
     "cancelled": "was cancelled after",

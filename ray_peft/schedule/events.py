@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from ray_peft.errors import first_line
 from ray_peft.schedule import watch, worker
-from ray_peft.schedule.handout import Task
+from ray_peft.schedule.decide import Run
+from ray_peft.schedule.early import LOSS
+from ray_peft.schedule.handout import Task, joining, seated
 from ray_peft.schedule.order import Order
 from ray_peft.schedule.relay import Relay
 from ray_peft.schedule.stop import Stop
 from ray_peft.spec import TrialSpec
 from ray_peft.trial.result import TrialResult
+
+logger = logging.getLogger(__name__)
 
 RELAY_FAILURES = 20
 """How often the process of a Tune trial that passes reports on is started again: nothing is lost with it."""
@@ -39,6 +44,9 @@ class Receiver(Protocol):
 
     def lose(self, spec: TrialSpec, reason: str) -> None:
         """A worker died for good."""
+
+    def further(self, specs: Sequence[TrialSpec]) -> Run | None:
+        """A trial that may join these in the place of one that has ended; None if there is none."""
 
     def lose_pack(self, specs: Sequence[TrialSpec], reason: str) -> None:
         """The worker of trials that ran together died for good."""
@@ -69,6 +77,8 @@ class Events:
         self.resolve, self._receiver, self._order, self._relay = resolve, receiver, order, relay
         self._stop, self._paused = stop, paused
         self._running: set[str] = set()
+        self._joined: dict[int, list[TrialSpec]] = {}
+        """Trials that have joined a pack, by its place."""
         self._failed_before: dict[str, int] = {}
         """How often the process of a Tune trial had died when it began for the first time, by Tune's id."""
 
@@ -89,7 +99,7 @@ class Events:
             return
         unbegun = self._failed_before.setdefault(trial.trial_id, trial.num_failures)
         trial.max_failures = unbegun + task.spec.resources.max_failures
-        for spec in task.specs:
+        for spec in self._specs(task):
             self._running.add(spec.trial_id)
             self._receiver.begin(spec)
         self._order.started(task.place)
@@ -98,6 +108,8 @@ class Events:
         """A Tune trial has reported. Tune would end with an error in here, and with it all the other trials."""
         task = self.resolve(trial.config)
         if task.hosts:
+            if worker.WANTS in result and not self._stop.asked:
+                self._refill(task)
             return
         try:
             if worker.ROW in result:
@@ -108,22 +120,50 @@ class Events:
                     self._receiver.take(row)
             elif "step" in result:
                 self._receiver.show(task.spec, result)
+                if task.member is not None and LOSS in result:
+                    self._relay.judged(task.spec.trial_id, int(result["step"]))
         except Exception as error:
             self._receiver.lose(task.spec, f"its row cannot be kept: {type(error).__name__}: {first_line(error)}")
+
+    def _refill(self, task: Task) -> None:
+        """Give a pack a trial of one that has not started, or what the receiver has, in the place of one that ended."""
+        specs = self._specs(task)
+        try:
+            seat = self._order.move(specs)
+            run = self._receiver.further(specs) if seat is None else None
+            if seat is None and run is None:
+                return
+            config = seated(seat) if seat is not None else joining(cast(Run, run))
+            spec = self.resolve(config).spec
+            self._joined.setdefault(task.place, []).append(spec)
+            self._running.add(spec.trial_id)
+            self._receiver.begin(spec)
+            self._relay.move(spec.trial_id, task.place, config)
+            if seat is None:
+                self._order.follow(config)
+        except Exception as error:  # Tune would end with it: what has begun and does not run has no row, and runs later
+            logger.warning("no trial joins a pack: %s: %s", type(error).__name__, first_line(error))
+
+    def _specs(self, task: Task) -> list[TrialSpec]:
+        """The trials of a run: those of a pack without what has joined another one, and with what has joined it."""
+        if not task.hosts:
+            return task.specs
+        own = [spec for member, spec in enumerate(task.specs) if (task.place, member) not in self._order.moved]
+        return own + self._joined.get(task.place, [])
 
     def complete(self, trial: Any) -> None:
         """A Tune trial has ended by itself."""
         task = self.resolve(trial.config)
         if task.hosts:
             self._order.ended(task.place)
-            for spec in task.specs if not self._stop.asked else []:
+            for spec in self._specs(task) if not self._stop.asked else []:
                 self._receiver.lose(spec, "the process of its pack ended without its row")
             self._end(task)
 
     def again(self, trial: Any) -> None:
         """The process of a Tune trial died, and is started once more."""
         task = self.resolve(trial.config)
-        for spec in task.specs if task.member is None and self._died_alone() else []:
+        for spec in self._specs(task) if task.member is None and self._died_alone() else []:
             self._receiver.again(spec, _reason(trial))
 
     def error(self, trial: Any) -> None:
@@ -131,11 +171,11 @@ class Events:
         task = self.resolve(trial.config)
         alone = task.member is None and self._died_alone()
         if task.member is None:
-            self._running.difference_update(spec.trial_id for spec in task.specs)
+            self._running.difference_update(spec.trial_id for spec in self._specs(task))
         if task.hosts:
             self._order.ended(task.place)
             if alone:
-                self._receiver.lose_pack(task.specs, _reason(trial))
+                self._receiver.lose_pack(self._specs(task), _reason(trial))
             self._end(task)
         elif alone:
             self._receiver.lose(task.spec, _reason(trial))
@@ -145,7 +185,7 @@ class Events:
         return not self._stop.asked and not watch.dies()
 
     def _end(self, task: Task) -> None:
-        for spec in task.specs:
+        for spec in self._specs(task):
             self._relay.end(spec.trial_id)
 
 

@@ -15,6 +15,7 @@ from ray_peft.errors import ReportLost, StorageError, TrackingError, first_line
 from ray_peft.foundation.audience import Audience
 from ray_peft.foundation.masking import mask
 from ray_peft.foundation.storage import error_line
+from ray_peft.foundation.whole import write_text
 from ray_peft.report.files import REPORT, write_report
 from ray_peft.report.plain import console_table
 from ray_peft.schedule import repeats
@@ -27,7 +28,8 @@ from ray_peft.store.ledger import Ledger, SweepRecord
 from ray_peft.store.outbox import Outbox
 from ray_peft.store.tracking import Store
 from ray_peft.store.unsent import Unsent
-from ray_peft.trial.result import RESTARTS_FILE, Status, TrialResult
+from ray_peft.trial.live import STOP_FILE
+from ray_peft.trial.result import DONE, RESTARTS_FILE, Status, TrialResult
 
 SHORT_PATIENCE_S = 3.0
 """How long a store that is away is waited for while trials run."""
@@ -84,9 +86,14 @@ class Experiment:
         What an earlier attempt left is not its row, unless that one finished.
         """
         folder = self.ledger.trial_folder(spec.trial_id)
-        make_way(folder, spec.trial_id)
+        make_way(folder, spec.trial_id, again=again)
         if not again:
-            (folder / RESTARTS_FILE).unlink(missing_ok=True)
+            for name in (RESTARTS_FILE, STOP_FILE):
+                (folder / name).unlink(missing_ok=True)
+
+    def stop_early(self, spec: TrialSpec, reason: str) -> None:
+        """End a running trial before its last step."""
+        write_text(self.ledger.trial_folder(spec.trial_id) / STOP_FILE, reason)
 
     def may_start_again(self, spec: TrialSpec) -> bool:
         """True if a trial whose worker died left no row that stands, and has not died too often yet."""
@@ -214,7 +221,7 @@ class Experiment:
             write_report(self.ledger.folder)
         rows = {result.trial_id: result for result in (*self.ledger.results(), *self.rows.waiting)}
         results = [rows[trial] for trial in planned if trial in rows] if planned else list(rows.values())
-        bad = [result for result in results if result.status != "finished"]
+        bad = [result for result in results if result.status not in DONE]
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED"
         if interrupted:
             status = "KILLED"

@@ -63,6 +63,11 @@ def seated(seat: Seat) -> dict[str, Any]:
     return {TRIAL: place, MEMBER: member}
 
 
+def joining(run: Run) -> dict[str, Any]:
+    """The configuration that passes on a run that a search proposes, and that joins a pack."""
+    return unlisted(run) | {MEMBER: 0}
+
+
 def unlisted(run: Run) -> dict[str, Any]:
     """The configuration of a run that a search proposes, or that the user adds or repeats."""
     trial = run.trial
@@ -80,7 +85,7 @@ def resolver(tasks: Sequence[Task]) -> Callable[[Mapping[str, Any]], Task]:
             return replace(tasks[where], member=config.get(MEMBER))
         settled = json.loads(where)
         spec = TrialSpec.from_plain(settled["spec"]).under(settled["trial_id"], settled["members"])
-        return Task(((spec, Demand(**settled["demand"])),))
+        return Task(((spec, Demand(**settled["demand"])),), member=config.get(MEMBER))
 
     return resolve
 
@@ -95,6 +100,8 @@ class Handout:
 
     tasks: list[Task]
     members: dict[str, TrialResult]
+    judged: bool
+    """Whether the driver compares running trials, and may end them early."""
 
 
 @cache

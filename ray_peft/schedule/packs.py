@@ -18,6 +18,9 @@ MOST_MEMBERS = 16
 WORTH = 1.2
 """Times as long that the trials' steps must take one after the other: attaching, saving and scoring gain nothing."""
 
+GENERATIONS = 4
+"""Times at least that a search of packs learns from rows, where it has enough samples."""
+
 Forecast = Callable[[Sequence[TrialSpec]], PackForecast | None]
 """What is predicted of trials that train together, as they run; None if nothing predicts it."""
 
@@ -52,12 +55,16 @@ def packs(
     return [pack for pack in formed if len(pack.trials) > 1]
 
 
-def by_themselves(trials: Sequence[TrialSpec]) -> list[TrialSpec]:
-    """The same trials, of which none trains with others: a search proposes them one by one."""
-    return [
-        trial.changed({PACK: False}).under(trial.trial_id) if _setting(trial) is not False else trial
-        for trial in trials
-    ]
+def proposed_at_a_time(samples: Sequence[TrialSpec]) -> list[TrialSpec]:
+    """Of the samples of a search, as many as it proposes at a time if they train together; all if they may not."""
+    if _setting(samples[0]) is False:
+        return list(samples)
+    return list(samples[: max(2, min(MOST_MEMBERS, len(samples) // GENERATIONS))])
+
+
+def may_join(trial: TrialSpec, others: Sequence[TrialSpec]) -> bool:
+    """Whether a trial may take the place of one of the others, which train together, when that one has ended."""
+    return bool(_groups([trial, others[0]])) and TASKS[trial.task].follows(trial, others)
 
 
 def _groups(trials: Sequence[TrialSpec]) -> list[list[TrialSpec]]:

@@ -13,7 +13,7 @@ from ray_peft.foundation.audience import Audience, Silence
 from ray_peft.foundation.units import GIB
 from ray_peft.schedule.cluster import cores_here
 from ray_peft.schedule.decide import Decision, Demand, Node, Run, card, decide
-from ray_peft.schedule.packs import by_themselves, packs
+from ray_peft.schedule.packs import packs, proposed_at_a_time
 from ray_peft.schedule.seconds import seconds_text, sum_line
 from ray_peft.schedule.sizes import forecast, predicted
 from ray_peft.space.read import load
@@ -39,13 +39,15 @@ def plan(
     proposed = loaded.search is not None and loaded.search.algorithm == "optuna"
     if loaded.search is not None and proposed:
         console.say(
-            f"search: Optuna proposes {loaded.search.samples} trials one by one, from what earlier ones gave; the "
-            "trials below are random draws, which show their kind"
+            f"search: Optuna proposes {loaded.search.samples} trials one by one, or pack by pack, from what earlier "
+            "ones gave; the trials below are random draws, which show their kind"
         )
+    if loaded.search is not None and loaded.search.scheduler is not None:
+        console.say(f"search: {loaded.search.scheduler} ends trials early; what is predicted is for whole trials")
     for note in loaded.notes:
         console.say(note)
     trials = inspect_trials(loaded.trials, console).trials
-    return by_themselves(trials) if proposed else trials
+    return proposed_at_a_time(trials) if proposed else trials
 
 
 def planned(

@@ -13,7 +13,7 @@ from ray_peft.store.progress import DRIVER_FILE
 from ray_peft.tasks.files import content_of
 from ray_peft.tasks.model_content import WEIGHTS
 from ray_peft.tasks.remembered import Mark
-from ray_peft.trial.result import TrialResult
+from ray_peft.trial.result import DONE, TrialResult
 
 
 def close(ledger: Ledger, record: SweepRecord, results: Sequence[TrialResult]) -> None:
@@ -40,7 +40,7 @@ def is_closed(ledger: Ledger, record: SweepRecord, results: Sequence[TrialResult
 
 
 def _is_whole(record: SweepRecord, results: Sequence[TrialResult]) -> bool:
-    finished = [result.trial_id for result in results if result.status == "finished" and result.untracked is None]
+    finished = [result.trial_id for result in results if result.status in DONE and result.untracked is None]
     return finished == record.planned
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,9 @@ from ray_peft.report.plain import trial_line
 from ray_peft.schedule import cluster, tune
 from ray_peft.schedule.control import Control
 from ray_peft.schedule.decide import Decision, Demand, Node, Phase, Run
+from ray_peft.schedule.early import EarlyStopping
 from ray_peft.schedule.experiment import Experiment
+from ray_peft.schedule.packs import may_join
 from ray_peft.schedule.plan import pack_text
 from ray_peft.schedule.search import Draws
 from ray_peft.schedule.sizes import Scheduler
@@ -30,13 +32,15 @@ class Plan:
     """The trials of a sweep, and what is there of them."""
 
     trials: list[TrialSpec]
-    """Of a search, one that shows their kind."""
+    """Of a search, those that show their kind."""
     todo: list[TrialSpec]
     earlier: Earlier
     draws: Draws | None
-    """What proposes the trials one by one; None where they are known."""
+    """What proposes the trials; None where they are known."""
     total: int
     """Trials that the sweep is to end with."""
+    early: EarlyStopping | None = None
+    """What ends running trials early."""
 
     @property
     def missing(self) -> int:
@@ -67,10 +71,17 @@ class SweepRun:
         self.apart: dict[str, TrialSpec] = {}
         """Trials without a row whose pack could not go on, by their id: they run once more, each by itself."""
         self.folder = opened.ledger.folder
+        if plan.early is not None:
+            rows = plan.earlier.finished.values()
+            plan.early.remember((row.spec, opened.ledger.trial_folder(row.trial_id)) for row in rows)
         self.proposed = plan.draws is not None
         self.control = Control(self, driver)
+        self.proposal_count = 0
+        """Trials of packs that the search has proposed."""
+        self.unjoined: list[TrialSpec] = []
+        """Proposals that could not join the pack for which they were made."""
         self.late: dict[str, Run] = {}
-        """Of the present phase, runs of single trials that the user wanted beside those that it began with."""
+        """Of the present phase, single trials added to those that it began with, by the user or to a pack."""
 
     def run(self, nodes: list[Node]) -> bool:
         """Run the missing trials and leave the cluster; true if the user interrupted them."""
@@ -78,9 +89,6 @@ class SweepRun:
         try:
             decision = self.scheduler.decide(self.plan.todo or self.plan.trials)
             self.console.say(_placement_line(nodes, [run.demand for run in decision.runs], self.plan.missing))
-            for run in decision.runs:
-                if run.is_pack:
-                    self.console.say(f"{pack_text(run)}: {', '.join(trial.trial_id for trial in run.trials)}")
             with self.control.taking():
                 ended = all(self._ended(phase.runs, phase.most_teams) for phase in self._phases(decision))
             # Nothing is taken any more when one looks for the rest, so that what was promised runs.
@@ -112,6 +120,9 @@ class SweepRun:
             return [trial for run in (*runs, *self.late.values()) for trial in run.trials]
 
         self.late.clear()
+        for run in runs:
+            if run.is_pack:
+                self.console.say(f"{pack_text(run)}: {', '.join(trial.trial_id for trial in run.trials)}")
         self._fit(runs, most)
         again = [] if self._interrupted(trials()) else [*self._too_small(trials()), *self.apart.values()]
         self.apart.clear()
@@ -130,11 +141,24 @@ class SweepRun:
         if row.status != "cancelled":
             self.rows[trial.trial_id] = row
 
-    def _phases(self, decision: Decision) -> Sequence[Phase]:
-        """What runs one after the other; all that a search proposes runs in one phase."""
-        if self.plan.draws is None:
-            return decision.phases
-        return [Phase((), next((phase.most_teams for phase in decision.phases), None))]
+    def _phases(self, decision: Decision) -> Iterator[Phase]:
+        """What runs one after the other; all that a search proposes one by one runs in one phase."""
+        draws, together = self.plan.draws, any(run.is_pack for run in decision.runs)
+        if draws is None:
+            yield from decision.phases
+        elif not together:
+            yield Phase((), next((phase.most_teams for phase in decision.phases), None))
+        while draws is not None and together:
+            trials, self.unjoined = self.unjoined, []
+            try:
+                more = draws.next_ones(min(decision.at_once - len(trials), self.plan.missing - self.proposal_count))
+            except StorageError as error:
+                self.unproposed = error
+                return
+            self.proposal_count += len(more)
+            if not trials + more:
+                return
+            yield from self.scheduler.decide(trials + more).phases
 
     def _too_small(self, trials: list[TrialSpec]) -> list[TrialSpec]:
         """Trials that ran out of the share of a GPU that was predicted for them: they run once more, alone."""
@@ -151,7 +175,7 @@ class SweepRun:
     def _interrupted(self, trials: list[TrialSpec]) -> bool:
         """True if Tune came back before all of them, or all proposals, had a row: the user stopped it."""
         draws = self.plan.draws
-        few = draws is not None and not draws.exhausted and len(self.started) < self.plan.missing
+        few = not trials and draws is not None and not draws.exhausted and len(self.started) < self.plan.missing
         expected = {trial.trial_id for trial in trials or self.started.values()}
         return few or bool(expected - self.rows.keys() - self.apart.keys())
 
@@ -162,7 +186,8 @@ class SweepRun:
         while self.control.resumed():
             members = {trial_id: row for trial_id, row in self.rows.items() if trial_id in member_ids}
             propose, samples = (None, 0) if runs else (self._propose, self.plan.missing - len(self.started))
-            work = tune.Work(runs, propose, self._more, lambda: self.control.paused, samples, most, members)
+            judged = self.plan.early is not None
+            work = tune.Work(runs, propose, self._more, lambda: self.control.paused, samples, most, members, judged)
             try:
                 if not tune.fit(work, self.opened, self):
                     return
@@ -285,6 +310,18 @@ class SweepRun:
         if spec.trial_id not in self.rows:
             self.opened.again(spec, reason)
 
+    def further(self, specs: Sequence[TrialSpec]) -> Run | None:
+        """What a search proposes to train with these, if it may; else it waits for the next pack."""
+        if self.plan.draws is None or self.plan.missing <= self.proposal_count:
+            return None
+        run = self._propose()
+        self.proposal_count += run is not None
+        if run is None or may_join(run.trial, specs):
+            self.late |= {run.trial.trial_id: run} if run is not None else {}
+            return run
+        self.unjoined.append(run.trial)
+        return None
+
     def lose_pack(self, specs: Sequence[TrialSpec], reason: str) -> None:
         """Keep the rows that trials of a pack have left; the others run once more by themselves."""
         for spec in specs:
@@ -297,7 +334,10 @@ class SweepRun:
                 self.opened.again(spec, reason)
 
     def show(self, spec: TrialSpec, metrics: Mapping[str, Any]) -> None:
-        """Show where a running trial is."""
+        """Show where a running trial is, and end it if others are better."""
+        reason = self.plan.early.judge(spec, metrics) if self.plan.early is not None else None
+        if reason is not None:
+            self.opened.stop_early(spec, reason)
         loss = next((f"{name} {metrics[name]:.3f}" for name in ("train_loss", "eval_loss") if name in metrics), "")
         ended, total = len(self.rows), self._total()
         bar = f"{_bar(ended, total)} {ended}/{total}"

@@ -1,4 +1,4 @@
-"""Proposals for a search space, one trial at a time; rows of the same space and the study's journal are its memory."""
+"""Proposals for a search space, one or several at a time; rows of the same space and a journal are its memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any
 from ray_peft.checks.inspector import Inspector
 from ray_peft.errors import RayPeftError, StorageError, first_line
 from ray_peft.foundation import dotted
-from ray_peft.schedule.study import Draw, Study, driver_of
+from ray_peft.schedule.study import Draw, Score, Study, driver_of
 from ray_peft.space.distributions import distributions
 from ray_peft.space.read import Space, fill
 from ray_peft.spec import TrialSpec, is_local
 from ray_peft.store.earlier import Earlier, recall
 from ray_peft.store.ledger import JOURNAL
-from ray_peft.trial.result import TrialResult
+from ray_peft.trial.result import DONE, TrialResult
 
 PATIENCE = 50
 """Proposals in a row that are repeats or no valid trials; after that, values that were not tried are taken in order."""
@@ -75,6 +75,9 @@ class Draws:
         assert space.search is not None
         self._space, self._search, self._inspector, self._say = space, space.search, inspector, say
         self._folder = folder
+        self._minimizes = self._search.metric == "eval_loss"
+        self._final_statuses = DONE if self._search.scheduler is not None else {"finished"}
+        """The status of rows that need not be made again."""
         self._kinds = distributions(space.templates[0])
         self._ranges = {key: Range(*how) for key, how in self._kinds.items()}
         self._known: dict[str, tuple[dict[str, Any], TrialResult]] = {}
@@ -89,6 +92,8 @@ class Draws:
         """Trials that other drivers run or have finished, by id."""
         self._passed_over: set[str] = set()
         self._rest = self._all_draws()
+        self._several = False
+        """Whether trials are proposed together: decided by the first proposal."""
         self.exhausted = False
         """True if nothing new could be proposed."""
 
@@ -101,11 +106,11 @@ class Draws:
         """
         earlier = Earlier()
         for row in rows:
-            if row.status != "finished" or len(earlier.finished) == most:
+            if row.status not in self._final_statuses or len(earlier.finished) == most:
                 continue
             for values in itertools.islice(self._draws_of(row), MOST_COUNTED):
                 trial = self._trial_of(values)
-                recalled = recall([trial], [row], self._inspector) if trial is not None else Earlier()
+                recalled = self._recalled(trial, row)
                 if trial is not None and recalled.finished:
                     ((trial_id, known),) = recalled.finished.items()
                     self._known[trial.trial_id] = (values, known)
@@ -124,20 +129,22 @@ class Draws:
         driver = self._driver
         study = Study(journal, driver, self._kinds)
         with study.exclusive():
-            study.open(self._question(), self._id_of, minimize=self._search.metric == "eval_loss")
+            study.open(self._question(), self._id_of, minimize=self._minimizes)
             draws = study.draws()
             for draw in draws:
                 if draw.driver != driver or draw.state != "running":
                     continue
                 if draw.trial_id in self._known:  # its driver was killed before it could tell
-                    study.end(draw.number, self._score(self._known[draw.trial_id][1]))
+                    score = self._score(self._known[draw.trial_id][1])
+                    # One that was stopped is added below: Optuna takes losses on the way from who has asked alone.
+                    study.end(draw.number, None if score is not None and score.stopped_at is not None else score)
                 else:
                     self._interrupted.append(draw)
-            complete = {draw.trial_id for draw in study.draws() if draw.state == "complete"}
+            ended = {draw.trial_id for draw in study.draws() if draw.state in ("complete", "pruned")}
             for trial_id, (values, row) in self._known.items():
-                if (score := self._score(row)) is not None and trial_id not in complete:
+                if (score := self._score(row)) is not None and trial_id not in ended:
                     study.add(values, trial_id, score)
-            study.seed(self._search.seed, shared=self._search.journal is not None)
+            study.seed(self._search.seed, shared=self._search.journal is not None, several=self._several)
         return study
 
     @cached_property
@@ -158,7 +165,7 @@ class Draws:
         with self._study.exclusive():
             self._elsewhere = {
                 draw.trial_id for draw in self._study.draws()
-                if draw.driver != self._driver and draw.state in ("running", "complete")
+                if draw.driver != self._driver and draw.state in ("running", "complete", "pruned")
             }  # fmt: skip
             while self._interrupted:
                 draw = self._interrupted.pop(0)
@@ -175,6 +182,18 @@ class Draws:
         distinct = len({id(row) if row is not None else trial for trial, row in self._tried.items()})
         self._say(f"the search ends early: after {distinct} trials it proposes only repeats or no valid trial")
         return None
+
+    def next_ones(self, most: int) -> list[TrialSpec]:
+        """Up to so many trials, settled, which train together; fewer at the end of the search.
+
+        Raises:
+            StorageError: the journal cannot be written.
+        """
+        self._several = True
+        trials: list[TrialSpec] = []
+        while len(trials) < most and (trial := self.next()) is not None:
+            trials.append(trial)
+        return trials
 
     def tell_row(self, row: TrialResult) -> None:
         """Take the row of a proposed trial."""
@@ -202,12 +221,21 @@ class Draws:
         """True for a valid trial that neither this driver nor another has run or is running."""
         return trial is not None and trial.trial_id not in self._tried and trial.trial_id not in self._elsewhere
 
-    def _score(self, row: TrialResult | None) -> float | None:
-        """What a study learns of a row; None if there is none, or if its trial did not finish."""
+    def _score(self, row: TrialResult | None) -> Score | None:
+        """What a study learns of a row; None if there is none, or if its trial was not done."""
+        if row is not None and row.status == "stopped_early":
+            loss = row.eval_loss_best
+            return None if loss is None else Score(loss if self._minimizes else -loss, row.steps)
         if row is None or row.status != "finished":
             return None
-        score: float | None = getattr(row.scores, self._search.metric)
-        return score
+        value: float | None = getattr(row.scores, self._search.metric)
+        return None if value is None else Score(value)
+
+    def _recalled(self, trial: TrialSpec | None, row: TrialResult) -> Earlier:
+        """The row, if it answers the trial."""
+        if trial is None:
+            return Earlier()
+        return recall([trial], [row], self._inspector, stopped=self._search.scheduler is not None)
 
     def _trial_of(self, draws: Mapping[str, Any]) -> TrialSpec | None:
         """The trial of these draws, settled; None if it is not valid, which the user is told once."""

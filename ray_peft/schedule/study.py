@@ -44,6 +44,16 @@ class Draw:
     state: Literal["complete", "running", "pruned", "fail", "waiting"]
 
 
+@dataclass(frozen=True)
+class Score:
+    """What a study learns of a trial."""
+
+    value: float
+    stopped_at: int | None = None
+    """The step at which it was stopped early, with `value` until then; None if it finished. Optuna calls it pruned, and
+    ranks it below those that went further."""
+
+
 class Study:
     """The draws of one search space, by this driver and by others."""
 
@@ -98,17 +108,21 @@ class Study:
                     "it away: a sweep's finished trials stand in its results.jsonl as well"
                 ) from None
 
-    def seed(self, seed: int, *, shared: bool) -> None:
+    def seed(self, seed: int, *, shared: bool, several: bool) -> None:
         """Seed the proposals.
 
         Args:
             seed: the user's.
             shared: several drivers propose at once, and should not all begin with the same values.
+            several: trials are proposed before those before them have rows: these then count as bad ones, so that the
+                next ones lie elsewhere.
         """
         import optuna
 
         own = zlib.crc32(self._driver.encode()) if shared else 0
-        self._study.sampler = optuna.samplers.TPESampler(seed=(seed + own + len(self.draws())) % 2**32)
+        self._study.sampler = optuna.samplers.TPESampler(
+            seed=(seed + own + len(self.draws())) % 2**32, constant_liar=several
+        )
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -152,22 +166,35 @@ class Study:
         """This driver runs what was asked for."""
         self._proposals[number].set_user_attr(_RUN, [trial_id, self._driver])
 
-    def end(self, number: int, score: float | None) -> None:
+    def end(self, number: int, score: Score | None) -> None:
         """A proposal has its score; None if there is none to learn from."""
-        state = self._states.FAIL if score is None else self._states.COMPLETE
-        self._study.tell(number, score, state=state, skip_if_finished=True)
+        if score is None:
+            self._study.tell(number, state=self._states.FAIL, skip_if_finished=True)
+        elif score.stopped_at is None:
+            self._study.tell(number, score.value, skip_if_finished=True)
+        else:
+            self._proposals[number].report(score.value, score.stopped_at)
+            self._study.tell(number, state=self._states.PRUNED, skip_if_finished=True)
 
     def prune(self, number: int) -> None:
         """A proposal is no valid trial: the next ones keep away from it."""
         self._study.tell(number, state=self._states.PRUNED)
 
-    def add(self, values: Mapping[str, Any], trial_id: str, score: float) -> None:
+    def add(self, values: Mapping[str, Any], trial_id: str, score: Score) -> None:
         """A trial of this driver that the study does not have."""
         from optuna.trial import create_trial
 
         run = {_RUN: [trial_id, self._driver]}
+        stopped = score.stopped_at
         self._study.add_trial(
-            create_trial(params=dict(values), distributions=self._distributions, value=score, user_attrs=run)
+            create_trial(
+                params=dict(values),
+                distributions=self._distributions,
+                state=self._states.COMPLETE if stopped is None else self._states.PRUNED,
+                value=score.value if stopped is None else None,
+                intermediate_values={} if stopped is None else {stopped: score.value},
+                user_attrs=run,
+            )
         )
 
     @property

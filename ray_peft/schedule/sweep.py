@@ -14,8 +14,9 @@ from ray_peft.foundation.masking import mask
 from ray_peft.schedule import cluster, experiment, repeats, tune
 from ray_peft.schedule.control import added
 from ray_peft.schedule.decide import Node, decide
+from ray_peft.schedule.early import EarlyStopping
 from ray_peft.schedule.joined import joined
-from ray_peft.schedule.packs import by_themselves
+from ray_peft.schedule.packs import proposed_at_a_time
 from ray_peft.schedule.plan import cautions
 from ray_peft.schedule.running import Plan, SweepRun
 from ray_peft.schedule.search import Draws
@@ -27,7 +28,7 @@ from ray_peft.store.earlier import recall
 from ray_peft.store.ledger import Ledger, SweepRecord
 from ray_peft.store.progress import driving
 from ray_peft.store.requests import open_channel
-from ray_peft.trial.result import TrialResult
+from ray_peft.trial.result import DONE, TrialResult
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class SweepOutcome:
 
     @property
     def finished(self) -> bool:
-        """True if every planned trial finished."""
-        return not self.interrupted and all(row.status == "finished" for row in self.results)
+        """True if every planned trial finished, or was stopped early by the search."""
+        return not self.interrupted and all(row.status in DONE for row in self.results)
 
     @property
     def complete(self) -> bool:
@@ -178,16 +179,17 @@ def _earlier_rows(ledger: Ledger, console: Audience) -> list[TrialResult]:
 
 
 def _plan(space: Space, rows: list[TrialResult], inspector: Inspector, folder: Path, console: Audience) -> Plan:
+    early = EarlyStopping(space.search) if space.search is not None and space.search.scheduler is not None else None
     if space.search is not None and space.search.algorithm == "optuna":
         draws = Draws(space, inspector, console.say, folder)
-        total = space.search.samples
-        samples = by_themselves(space.trials)
-        return Plan(samples, samples, draws.remember(rows, total), draws, total)
-    earlier = recall(space.trials, rows, inspector)
+        total = space.search.samples or 0
+        samples = proposed_at_a_time(space.trials)
+        return Plan(samples, samples, draws.remember(rows, total), draws, total, early)
+    earlier = recall(space.trials, rows, inspector, stopped=early is not None)
     for note in earlier.notes:
         console.say(note)
     todo = [trial for trial in earlier.trials if trial.trial_id not in earlier.finished]
-    return Plan(earlier.trials, todo, earlier, None, len(earlier.trials))
+    return Plan(earlier.trials, todo, earlier, None, len(earlier.trials), early)
 
 
 def _repeated(space: Space, ledger: Ledger, inspector: Inspector, notes: list[str], uri: str) -> SweepOutcome | None:
@@ -195,7 +197,8 @@ def _repeated(space: Space, ledger: Ledger, inspector: Inspector, notes: list[st
     if (space.search is not None and space.search.algorithm == "optuna") or not ledger.folder.is_dir():
         return None
     with ledger.locked():
-        earlier = recall(space.trials, _earlier_rows(ledger, Silence()), inspector)
+        stopped = space.search is not None and space.search.scheduler is not None
+        earlier = recall(space.trials, _earlier_rows(ledger, Silence()), inspector, stopped=stopped)
         written = ledger.read_record()
         if written is None or earlier.notes or earlier.renewed or len(earlier.finished) < len(earlier.trials):
             return None

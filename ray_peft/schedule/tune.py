@@ -23,6 +23,7 @@ from ray_peft.schedule.decide import Demand, Run
 from ray_peft.schedule.events import UNBEGUN_FAILURES, Events, Receiver
 from ray_peft.schedule.experiment import Experiment
 from ray_peft.schedule.handout import Handout, Task, read_handout, resolver, seated, tasks_of, unlisted
+from ray_peft.schedule.joining import PackTrials
 from ray_peft.schedule.order import Order
 from ray_peft.schedule.relay import Relay
 from ray_peft.schedule.stop import Stop
@@ -58,6 +59,8 @@ class Work:
     """Runs at one time; None leaves it to what they hold."""
     members: Mapping[str, TrialResult]
     """Rows of ensembles' members by trial id."""
+    judged: bool = False
+    """Whether the receiver may end running trials early."""
 
 
 def quiet() -> None:
@@ -102,7 +105,7 @@ def fit(work: Work, opened: Experiment, receiver: Receiver) -> bool:
     tasks = tasks_of(work.runs)
     resolve = resolver(tasks)
     handout_file = folder / "handout.pickle"
-    handout_file.write_bytes(pickle.dumps(Handout(tasks, dict(work.members))))
+    handout_file.write_bytes(pickle.dumps(Handout(tasks, dict(work.members), work.judged)))
     trainable = _trainable(opened, handout_file, stop.file)
     _tasks[name] = resolve
     tuner = tune.Tuner(
@@ -156,6 +159,8 @@ def _seats(order: Order, stop: Stop, more: Callable[[], Run | None]) -> Suggest:
     def suggest(live: int) -> dict[str, Any] | Literal["later"] | None:
         if stop.asked:
             return None
+        if order.unseated:
+            return order.unseated.popleft()
         seat = order.next()
         if seat is not None:
             return seated(seat)
@@ -251,7 +256,14 @@ def _trainable(opened: Experiment, handout_file: Path, stop_file: Path) -> Calla
                     return
             return
         if task.hosts:
-            worker.run_together([assignment(*both) for both in task.trials], relay)
+            pack = PackTrials(handout.tasks, task, relay, lambda: tune.report({worker.WANTS: True}))
+
+            def further() -> worker.Assignment | None:
+                joining = pack.further()
+                return assignment(*joining) if joining is not None else None
+
+            first = [assignment(*both) for both in pack.first()]
+            worker.run_together(first, relay, further, judged=handout.judged)
             tune.report({"trials": len(task.trials)})  # Tune prints a line of its own for what never reported
             return
         result = worker.run_single(assignment(*task.trials[0]), report, ledger.folder / "ray")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,14 +25,15 @@ from ray_peft.spec import TrialSpec
 from ray_peft.store.adopted import left_row, restarts
 from ray_peft.store.tracking import Store, TrialTracker
 from ray_peft.trial import pack, trial
-from ray_peft.trial.result import TrialResult
+from ray_peft.trial.result import DONE, TrialResult
 from ray_peft.vram.cards import known
 
 logger = logging.getLogger(__name__)
 
 ROW = "row"
 """The reported key that holds a trial's finished row, as JSON text."""
-
+WANTS = "wants"
+"""The key of a report in which a pack asks for a trial in the place of one that has ended."""
 
 STOP_LOOK_S = 0.2
 """Between two looks for the file that stops a trial."""
@@ -74,24 +75,28 @@ def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResu
             return left_row(assignment.folder, assignment.spec.trial_id) if rank == 0 else None
 
 
-def run_together(assignments: Sequence[Assignment], relay: Relay) -> None:
+def run_together(
+    assignments: Sequence[Assignment],
+    relay: Relay,
+    further: Callable[[], Assignment | None] = lambda: None,
+    *,
+    judged: bool = False,
+) -> None:
     """Run trials on one base in this process; what each reports, its row as the last, goes to the relay.
 
     Trials that have a row are those of a process that died before: they are not run again. One that died twice runs
     them one after the other.
 
+    Args:
+        assignments: of the trials.
+        relay: to each one's Tune trial.
+        further: asked for a trial that takes the place of one that has ended before others.
+        judged: whether the driver compares what trials report of their evaluations, and may end them early.
+
     Raises:
         TrialFailed: the process must not be used again, and some have no row.
     """
-    for assignment in assignments:
-        relay.open(assignment.spec.trial_id)
-    left: list[Assignment] = []
-    for assignment in assignments:
-        row = left_row(assignment.folder, assignment.spec.trial_id)
-        if row is not None:
-            relay.put(assignment.spec.trial_id, final_report(row))
-        else:
-            left.append(assignment)
+    left = _without_row(assignments, relay)
     if not left:
         return
     device = _device(left[0].demand)
@@ -102,27 +107,49 @@ def run_together(assignments: Sequence[Assignment], relay: Relay) -> None:
         relay.put(trial_id, {"step": step, **metrics})
 
     with contextlib.ExitStack() as stack:
-        for assignment in left:
+
+        def member(assignment: Assignment) -> pack.Member:
+            trial_id = assignment.spec.trial_id
             assignment.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_log_file(assignment.folder / "log.txt", 0))
-        stack.enter_context(memory_limit(room, device))
-        stack.enter_context(_stopped_by(left[0].stop_file))
-        stack.enter_context(contextlib.suppress(stopping.Stopped))  # its trials have rows as cancelled ones
-        members = [
-            pack.Member(
+            return pack.Member(
                 assignment.spec,
                 _place(assignment, device, room),
                 _tracker(assignment),
-                partial(report, assignment.spec.trial_id),
+                partial(report, trial_id),
+                partial(relay.wait_until_judged, trial_id) if judged else lambda step: None,
             )
-            for assignment in left
-        ]
+
+        def joining() -> pack.Member | None:
+            assignment = further()
+            if assignment is None:
+                return None
+            relay.open(assignment.spec.trial_id)
+            return member(assignment)
+
+        stack.enter_context(memory_limit(room, device))
+        stack.enter_context(_stopped_by(left[0].stop_file))
+        stack.enter_context(contextlib.suppress(stopping.Stopped))  # its trials have rows as cancelled ones
+        members = [member(assignment) for assignment in left]
         deaths = max(len(restarts(assignment.folder)) for assignment in left)
         parts = [members] if deaths < 2 else [[member] for member in members]
         for part in parts:
-            rows = pack.run_pack(part, lambda row: relay.put(row.trial_id, final_report(row)))
+            rows = pack.run_pack(part, lambda row: relay.put(row.trial_id, final_report(row)), joining)
             for row in rows:
                 raise_if_broken(row)
+
+
+def _without_row(assignments: Sequence[Assignment], relay: Relay) -> list[Assignment]:
+    """Open the relays of all; pass on the rows that there are, and return the others."""
+    left: list[Assignment] = []
+    for assignment in assignments:
+        relay.open(assignment.spec.trial_id)
+        row = left_row(assignment.folder, assignment.spec.trial_id)
+        if row is not None:
+            relay.put(assignment.spec.trial_id, final_report(row))
+        else:
+            left.append(assignment)
+    return left
 
 
 def _tracker(assignment: Assignment) -> TrialTracker:
@@ -151,7 +178,7 @@ def run_single(assignment: Assignment, report: Report, storage: Path) -> TrialRe
     A finished row that is there is that of a worker that died before the driver had it.
     """
     left = left_row(assignment.folder, assignment.spec.trial_id)
-    if left is not None and left.status == "finished":
+    if left is not None and left.status in DONE:
         return left
     if assignment.demand.num_workers > 1:
         return run_in_trainer(assignment, storage)

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError
 
 from ray_peft.errors import SearchSpaceError, SpecError
 from ray_peft.foundation import dotted
@@ -22,8 +22,8 @@ from ray_peft.space import profiles, yaml_text
 from ray_peft.space.distributions import distributions, draw, misspelt, not_alone
 from ray_peft.space.distributions import problem as distribution_problem
 from ray_peft.space.explained import explain, field_names, short
+from ray_peft.space.search import SearchSpec, scheduler_problem, search_problem
 from ray_peft.spec import TrialSpec
-from ray_peft.spec.preference import LABELLED, PAIRED
 
 _PartT = TypeVar("_PartT", bound=Strict)
 
@@ -33,43 +33,12 @@ MAX_TRIALS = 10_000
 MOST_PROBLEMS = 30
 """Problems of a file in an error; each draw may have one of its own."""
 
-_OF_PAIRS = ("reward_accuracy", "reward_margin")
-"""Scores that only rows with a judgement have."""
-
 LONGEST_NAME = 120
 DEVICES = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))})
 """Names that Windows keeps for itself, with any ending."""
 _RESERVED = DEVICES if os.name == "nt" else frozenset()
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
-
-
-class SearchSpec(Strict):
-    """How distributions are drawn; without distributions it must be absent."""
-
-    samples: int = Field(ge=1)
-    """Trials drawn per cell of the grid, so that every method gets the same tuning budget."""
-    algorithm: Literal["random", "optuna"] = "random"
-    """`random` draws all trials beforehand; `optuna` (TPE) proposes each from the results so far."""
-    metric: Literal["eval_loss", "bleu4", "rouge_l", "chrf", "reward_accuracy", "reward_margin"] = "eval_loss"
-    """What `optuna` improves: the loss downwards, the scores upwards."""
-    seed: int = Field(default=0, ge=0)
-    journal: str | None = None
-    """With `optuna`, the absolute path of a file on shared storage, through which several drivers, each with an `--out`
-    of its own, search together; None keeps one in `--out`."""
-
-    @field_validator("journal")
-    @classmethod
-    def _check_journal(cls, journal: str | None) -> str | None:
-        if journal is not None and not Path(journal).is_absolute():
-            raise ValueError("must be an absolute path, on storage that all drivers share")
-        return journal
-
-    @model_validator(mode="after")
-    def _check_algorithm(self) -> Self:
-        if self.journal is not None and self.algorithm != "optuna":
-            raise ValueError("journal needs algorithm: optuna; random draws depend on the seed alone")
-        return self
 
 
 class TrackingSpec(Strict):
@@ -160,6 +129,8 @@ def _checked(plain: dict[str, Any], source: str) -> Space:
         raise SearchSpaceError("\n".join(problems))
     proposed = search is not None and search.algorithm == "optuna"
     trials, notes = _validate(drawn, source, proposed=proposed)
+    if search is not None and (text := scheduler_problem(search, trials)):
+        raise SearchSpaceError(f"{source}: {text}")
     return Space(name, description, trials, search, tracking, templates, report, notes=tuple(notes))
 
 
@@ -296,7 +267,7 @@ def _draws(
         return
     for index, (template, places) in enumerate(zip(templates, searched, strict=True)):
         generator = random.Random(f"{search.seed if search else 0}:{index}")
-        for _ in range(search.samples if search and places else 1):
+        for _ in range(search.samples or 1 if search and places else 1):
             yield dotted.replaced(template, {key: draw(generator, *how) for key, how in places.items()})
 
 
@@ -322,57 +293,13 @@ def _draw_problems(
     ]
     if problems:
         return list(dict.fromkeys(problems))
-    if text := _search_problem(templates, searched, search):
+    if text := search_problem(templates, searched, search):
         return [text]
-    samples = search.samples if search else 1
+    samples = search.samples or 1 if search else 1
     trials = sum(samples if places else 1 for places in searched)
     if trials > MAX_TRIALS:
         return [f"search.samples: makes {trials:,} trials, more than {MAX_TRIALS:,} (found {samples})"]
     return []
-
-
-def _search_problem(
-    templates: list[dict[str, Any]], searched: list[dict[str, tuple[str, list[Any]]]], search: SearchSpec | None
-) -> str | None:
-    """Why `search` does not fit the distributions, or None."""
-    if search is None:
-        key = next((key for places in searched for key in places), None)
-        return key and f"search: missing, but {key} is a distribution; add `search: {{samples: N}}`"
-    if not any(searched):
-        return f"search: there is no distribution to search (found samples {search.samples})"
-    if search.algorithm != "optuna":
-        return None
-    if len(templates) > 1:
-        return (
-            f"search.algorithm: optuna searches one space, but the grid has {len(templates)} cells; "
-            "use random, or write {choice: [...]} in place of {grid: [...]}"
-        )
-    method = templates[0].get("method")
-    choices = method.get("choice", [method]) if isinstance(method, dict) else []
-    if any(isinstance(choice, dict) and choice.get("name") == "ensemble" for choice in choices):
-        return (
-            "search.algorithm: optuna proposes one trial at a time, but an ensemble is made of several; "
-            "search the members first, then write the best ones into an ensemble"
-        )
-    return _metric_problem(templates[0], search.metric)
-
-
-def _metric_problem(template: dict[str, Any], metric: str) -> str | None:
-    """Why no trial has the score that Optuna is to improve, or None."""
-    evaluation = template.get("evaluation")
-    if metric != "eval_loss" and template.get("task") == "text_to_image":
-        return f"search.metric: images have no text scores; use eval_loss (found {metric})"
-    if metric in _OF_PAIRS:
-        data = template.get("data")
-        sources = data.get("sources", []) if isinstance(data, dict) else []
-        recipes = [source.get("recipe") for source in sources if isinstance(source, dict)]
-        if not set(recipes) & {PAIRED, LABELLED}:
-            named = ", ".join(map(str, recipes)) or "none"
-            return f"search.metric: {metric} needs rows of recipe {PAIRED} or {LABELLED} (found {named}); use eval_loss"
-        return None
-    if metric != "eval_loss" and isinstance(evaluation, dict) and evaluation.get("generate") is False:
-        return f"search.metric: {metric} needs evaluation.generate: true (found false); or use eval_loss"
-    return None
 
 
 def _validate(drawn: list[dict[str, Any]], source: str, proposed: bool = False) -> tuple[list[TrialSpec], list[str]]:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from ray_peft.foundation.whole import write_text
 from ray_peft.store.ledger import Ledger
-from ray_peft.trial.result import RESTARTS_FILE, RESULT_FILE, TrialResult
+from ray_peft.trial.result import DONE, RESTARTS_FILE, RESULT_FILE, TrialResult
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +40,16 @@ def note_restart(folder: Path, reason: str) -> None:
     write_text(folder / RESTARTS_FILE, json.dumps([*restarts(folder), reason]))
 
 
-def make_way(folder: Path, trial_id: str) -> None:
-    """Remove the row of an earlier attempt, unless it finished: a trial that finished need not run again."""
+def make_way(folder: Path, trial_id: str, *, again: bool = False) -> None:
+    """Remove the row of an earlier attempt, unless it finished: a trial that finished need not run again.
+
+    Args:
+        folder: the trial's own.
+        trial_id: its id.
+        again: the attempt was one of this sweep: a row that it was stopped early stands, too.
+    """
     row = left_row(folder, trial_id)
-    if row is None or row.status != "finished":
+    if row is None or not (row.status == "finished" or (again and row.status in DONE)):
         (folder / RESULT_FILE).unlink(missing_ok=True)
 
 
@@ -57,10 +63,10 @@ def adopt(ledger: Ledger) -> list[TrialResult]:
     adopted = []
     for path in sorted((ledger.folder / "trials").glob(f"*/{RESULT_FILE}")):
         trial_id = path.parent.name
-        if known.get(trial_id) == "finished":
+        if known.get(trial_id) in DONE:
             continue
         row = left_row(path.parent, trial_id)
-        if row is not None and (row.status == "finished" or trial_id not in known):
+        if row is not None and (row.status in DONE or trial_id not in known):
             ledger.add(row)
             adopted.append(row)
     return adopted

@@ -20,7 +20,7 @@ from ray_peft.methods.base import ENOUGH_STEPS
 from ray_peft.spec import TrialSpec, is_local
 from ray_peft.spec.identity import Content, canonical, settings
 from ray_peft.tasks import TASKS
-from ray_peft.trial.result import TrialResult
+from ray_peft.trial.result import DONE, TrialResult
 
 
 @dataclass
@@ -119,15 +119,18 @@ class Rows:
         return self._released[key]
 
 
-def recall(trials: Sequence[TrialSpec], rows: Sequence[TrialResult], inspector: Inspector) -> Earlier:
+def recall(
+    trials: Sequence[TrialSpec], rows: Sequence[TrialResult], inspector: Inspector, *, stopped: bool = False
+) -> Earlier:
     """Which of today's trials are finished, and why others are not any more.
 
     Args:
         trials: settled, an ensemble after its members.
         rows: the last row of every trial in the folder.
         inspector: that settled the trials.
+        stopped: rows of trials that were stopped early answer them, too: the sweep stops such trials.
     """
-    finished = [row for row in rows if row.status == "finished"]
+    finished = [row for row in rows if row.status == "finished" or (stopped and row.status in DONE)]
     known, earlier = Rows(finished, inspector), Earlier()
     written = {row.trial_id: row for row in finished}
     ids: dict[str, str] = {}

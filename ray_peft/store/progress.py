@@ -79,7 +79,7 @@ class Progress:
 
 def has_row(trial: TrialProgress) -> bool:
     """Whether a trial has ended."""
-    return trial.state in ("finished", "failed", "out_of_memory", "cancelled")
+    return trial.state in ("finished", "stopped_early", "failed", "out_of_memory", "cancelled")
 
 
 class Driver:

@@ -266,6 +266,22 @@ PackEnded = Callable[[int, Bench, tuple[int, int], Trained, Exception | None], N
 and why it failed if it did."""
 
 
+@dataclass(frozen=True)
+class PackTrial:
+    """A trial of a pack, as it trains."""
+
+    bench: Bench
+    folder: Path
+    """Keeps its checkpoints."""
+    report: Report
+    verdict: Callable[[int], None]
+    """Called after a step at which it was evaluated; raises if it is to end (`Job.verdict`)."""
+
+
+Further = Callable[[], PackTrial | None]
+"""Gives a further trial of a pack, with a bench of `TaskType.join_pack`; None if there is none now."""
+
+
 class TaskType(ABC, Generic[SpecT]):
     """One kind of training. Holds no state."""
 
@@ -396,6 +412,10 @@ class TaskType(ABC, Generic[SpecT]):
         """The trials by the base that they may share, in their order; one that can share with none is by itself."""
         return [[spec] for spec in specs]
 
+    def follows(self, spec: SpecT, others: Sequence[SpecT]) -> bool:
+        """Whether a trial may take a place of a pack that was made for others of the same base."""
+        return False
+
     def forecast(self, specs: Sequence[SpecT], gpu: Gpu) -> PackForecast | None:
         """What is predicted of trials of one base that train together; None if it cannot be.
 
@@ -412,16 +432,21 @@ class TaskType(ABC, Generic[SpecT]):
         """
         raise SpecError(f"task {self.name} has no packs")
 
-    def train_pack(
-        self, benches: Sequence[Bench], folders: Sequence[Path], reports: Sequence[Report], ended: PackEnded
-    ) -> None:
+    def join_pack(self, benches: Sequence[Bench], spec: SpecT) -> Bench:
+        """The bench of a further trial on the base of those of a pack.
+
+        Raises:
+            SpecError: it cannot share that.
+        """
+        raise SpecError(f"task {self.name} has no packs")
+
+    def train_pack(self, trials: Sequence[PackTrial], ended: PackEnded, further: Further = lambda: None) -> None:
         """Train the only stage of each of `load_pack`'s benches, all at once.
 
         Args:
-            benches: of the trials.
-            folders: keep their checkpoints.
-            reports: take their metrics.
+            trials: with these benches.
             ended: told of each, with what it has trained in its bench's model.
+            further: asked for a trial that takes the place of one that has ended before others.
         """
         raise SpecError(f"task {self.name} has no packs")
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from ray_peft.engine.finite import ways_out
 from ray_peft.engine.recovery import is_out_of_memory
 from ray_peft.engine.trained import Costs, Report, Trained
-from ray_peft.errors import RayPeftError, TrialCancelled, TrialFailed
+from ray_peft.errors import RayPeftError, TrialCancelled, TrialFailed, TrialStopped
 from ray_peft.foundation.measured import to_json
 from ray_peft.foundation.storage import error_line, is_full
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype
@@ -121,6 +121,8 @@ class LifeCosts(Costs):
     def __init__(self, process: Process, log: MetricLog | None, live: Live | None = None) -> None:
         self._clock, self._memory, self._log, self._live = process.clock, process.memory, log, live
         self._earlier: dict[str, Any] = {}
+        self.tokens = 0
+        """That the stage was trained on up to its last logged step."""
         self.complete = True
         """False if a checkpoint did not say what came before it."""
 
@@ -168,6 +170,7 @@ class LifeCosts(Costs):
 
     def count(self, step: int, tokens: int) -> None:
         """Tell those who watch."""
+        self.tokens = tokens
         if self._live is not None:
             self._live.count(step, tokens)
 
@@ -216,6 +219,8 @@ class Life:
         self.weights: dict[str, float] = {}
         self.predicted: dict[str, float] = {}
         self.pack_size = 1
+        self._reported: list[tuple[int, dict[str, float]]] = []
+        """What this attempt has reported: step and metrics."""
         self.predicted_s: dict[str, float] = {}
         self.lowered: dict[str, int] = {}
         self.provenance = Provenance(
@@ -233,7 +238,7 @@ class Life:
         if self._log is not None:
             self._log.begin_again()
         self.costs = LifeCosts(process, self._log, self.live)
-        self.trained, self.lowered, self.pack_size = Trained(), {}, 1
+        self.trained, self.lowered, self.pack_size, self._reported = Trained(), {}, 1, []
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         """Keep metrics in the trial's log and the tracker, and pass them on."""
@@ -243,7 +248,16 @@ class Life:
             logger.info("%s: step %d: %s", self.spec.trial_id, step, text)
         if self.live is not None:
             self.live.log(metrics, step)
+        self._reported.append((step, dict(metrics)))
         self._progress(metrics, step)
+        self.check()
+
+    def check(self) -> None:
+        """End the trial if somebody wants that.
+
+        Raises:
+            TrialCancelled, TrialStopped: somebody does.
+        """
         if self.live is not None:
             self.live.check()
 
@@ -261,6 +275,8 @@ class Life:
         status: Status = "out_of_memory" if is_out_of_memory(error) else "failed"
         if isinstance(error, TrialCancelled):
             status = "cancelled"
+        if isinstance(error, TrialStopped):
+            status, self.trained = "stopped_early", self._trained_so_far()
         text = str(error).strip() or type(error).__name__
         if isinstance(error, OSError) and error.errno is not None:
             text = f"cannot read or write {error_line(error, self.place.folder)}"
@@ -271,6 +287,14 @@ class Life:
         if not isinstance(error, RayPeftError):
             text += f"\n\n{''.join(traceback.format_exception(error))}"
         return self.result(status, error=text)
+
+    def _trained_so_far(self) -> Trained:
+        """What a trial that ends inside a stage has trained, as it has reported it."""
+        losses = [metrics["train_loss"] for _, metrics in self._reported if "train_loss" in metrics]
+        eval_losses = [metrics["eval_loss"] for _, metrics in self._reported if "eval_loss" in metrics]
+        steps = max((step for step, _ in self._reported), default=0)
+        tokens = self.trained.tokens + self.costs.tokens
+        return Trained(steps=steps, tokens=tokens, losses=losses, eval_losses=eval_losses)
 
     def result(self, status: Status, error: str | None = None) -> TrialResult:
         """The trial's row, with what is known by now."""

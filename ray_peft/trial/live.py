@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_peft.errors import TrialCancelled
+from ray_peft.errors import TrialCancelled, TrialStopped
 from ray_peft.foundation.measured import to_json
 from ray_peft.foundation.units import GIB
 from ray_peft.spec import TrialSpec
@@ -25,6 +25,8 @@ from ray_peft.trial.provenance import gpu_number
 LIVE_FILE = "live.json"
 CANCEL_FILE = "cancel"
 """A file of this name in a trial's folder asks the trial to end."""
+STOP_FILE = "stop_early"
+"""And a file of this name holds the reason why a search ends the trial before its last step."""
 BEAT_S = 2.0
 """Between two writings."""
 POINTS = 8
@@ -49,7 +51,7 @@ class Live:
         """The peak of its GPU's memory as predicted, once that is known."""
         self.phase: Callable[[], str] = str
         """Says what the trial does: load, train, save, evaluate."""
-        self._path, self._cancel = folder / LIVE_FILE, folder / CANCEL_FILE
+        self._path, self._cancel, self._stop = folder / LIVE_FILE, folder / CANCEL_FILE, folder / STOP_FILE
         self._device, self._room_gib = device, room_gib
         self._fixed = {
             "trial_id": spec.trial_id, "method": spec.method.name, "device": device,
@@ -63,9 +65,11 @@ class Live:
         _BEATS.add(self)
 
     def check(self) -> None:
-        """Raise a TrialCancelled if the user wants the trial to end."""
+        """Raise a TrialCancelled if the user wants the trial to end, and a TrialStopped if a search does."""
         if self._cancel.exists():
             raise TrialCancelled("cancelled by `ray-peft ctl`")
+        if self.steps is not None and self._step < self.steps and self._stop.exists():  # else it has ended by itself
+            raise TrialStopped(self._stop.read_text(encoding="utf-8"))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Take metrics of an optimizer step."""

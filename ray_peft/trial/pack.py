@@ -6,13 +6,14 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ray_peft.engine.recovery import answers
 from ray_peft.engine.trained import Report, Trained
 from ray_peft.errors import RayPeftError, TrackingError, TrialFailed, first_line
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks import TASKS
-from ray_peft.tasks.base import Bench
+from ray_peft.tasks.base import Bench, PackTrial
 from ray_peft.trial import trial
 from ray_peft.trial.life import Life, Place, Process, Tracker, evaluate
 from ray_peft.trial.result import TrialResult
@@ -33,20 +34,28 @@ class Member:
     tracker: Tracker
     progress: Report
     """Called with every logged metric."""
+    verdict: Callable[[int], None] = lambda step: None
+    """Waits until a search has compared what the trial has reported of a step."""
 
 
 class _Lives:
     """The lives of a pack's trials, in the order of its members, and the rows of those that have ended."""
 
     def __init__(self, members: Sequence[Member], report: Callable[[TrialResult], None]) -> None:
-        self.members, self._report = members, report
-        self.rows: list[TrialResult | None] = [None] * len(members)
+        self.members: list[Member] = []
+        self._report = report
+        self.rows: list[TrialResult | None] = []
         self.device = members[0].place.device
         self.process = Process(self.device)
-        self.lives = [
-            Life(member.spec, member.place, member.tracker, member.progress, self.process.of_a_member())
-            for member in members
-        ]
+        self.lives: list[Life] = []
+        for member in members:
+            self._add(member)
+
+    def _add(self, member: Member) -> None:
+        self.members.append(member)
+        self.rows.append(None)
+        process = self.process.of_a_member()
+        self.lives.append(Life(member.spec, member.place, member.tracker, member.progress, process))
 
     @property
     def open(self) -> list[int]:
@@ -55,13 +64,34 @@ class _Lives:
 
     def start(self) -> None:
         """Open the trackers' runs; a trial whose tracker fails has its row."""
-        for number, member in enumerate(self.members):
-            try:
-                trial.prepare_folder(member.place)
-                self.lives[number].run_id = member.tracker.start(member.spec)
-            except TrackingError as error:
-                row = self.lives[number].failed(error).model_copy(update={"untracked": str(error)})
-                self.keep(number, row)
+        for number in range(len(self.members)):
+            self._start(number)
+
+    def _start(self, number: int) -> None:
+        member = self.members[number]
+        try:
+            trial.prepare_folder(member.place)
+            self.lives[number].run_id = member.tracker.start(member.spec)
+        except TrackingError as error:
+            row = self.lives[number].failed(error).model_copy(update={"untracked": str(error)})
+            self.keep(number, row)
+
+    def join(self, member: Member, benches: Sequence[Bench]) -> tuple[int, Bench] | None:
+        """Start a further member on the base of the others; None if it has its row already, since it failed."""
+        self._add(member)
+        number = len(self.members) - 1
+        self._start(number)
+        life = self.lives[number]
+        if self.rows[number] is not None:
+            return None
+        try:
+            with life.process.clock.phase("load"):
+                bench = TASKS[life.spec.task].join_pack(benches, life.runs)
+            trial.loaded(life, bench)
+        except Exception as failure:
+            self.fail(number, failure)
+            return None
+        return number, bench
 
     def begin_again(self, numbers: Sequence[int]) -> None:
         """Let members start over from their last checkpoints; those that have none, from nothing."""
@@ -81,6 +111,20 @@ class _Lives:
         row = life.failed(error)
         logger.warning("%s: %s: %s", life.spec.trial_id, row.status, first_line(row.error))
         self.end(number, row)
+
+    def trial(self, number: int, bench: Bench) -> PackTrial:
+        """A member as its task trains it."""
+        life = self.lives[number]
+        return PackTrial(bench, life.place.folder / "stage1", life.report, partial(self.verdict, number))
+
+    def verdict(self, number: int, step: int) -> None:
+        """End a member after a step, if a search wants that.
+
+        Raises:
+            TrialStopped, TrialCancelled: it ends.
+        """
+        self.members[number].verdict(step)
+        self.lives[number].check()
 
     def score(self, number: int, bench: Bench) -> None:
         """Score a member whose adapter is saved, and record its row."""
@@ -106,7 +150,11 @@ class _Lives:
         self._report(row)
 
 
-def run_pack(members: Sequence[Member], report: Callable[[TrialResult], None] = lambda row: None) -> list[TrialResult]:
+def run_pack(
+    members: Sequence[Member],
+    report: Callable[[TrialResult], None] = lambda row: None,
+    further: Callable[[], Member | None] = lambda: None,
+) -> list[TrialResult]:
     """Run trials on one base, and record their results, whatever happens.
 
     A member that fails leaves; the others go on. Where what they share fails, loading or passes, as where memory runs
@@ -115,9 +163,10 @@ def run_pack(members: Sequence[Member], report: Callable[[TrialResult], None] = 
     Args:
         members: at least one; all of one base and one way to compute (`TaskType.bases`).
         report: called with every row as soon as it is recorded.
+        further: asked for a trial when a member ends before others, which then takes its place.
 
     Returns:
-        The rows, in the members' order.
+        The rows, in the members' order; those of further ones come last.
 
     Raises:
         KeyboardInterrupt, SystemExit: passed on after all that have no row are recorded as cancelled.
@@ -129,7 +178,7 @@ def run_pack(members: Sequence[Member], report: Callable[[TrialResult], None] = 
         waiting = [lives.open]
         while waiting:
             if numbers := waiting.pop(0):
-                waiting = [*_run(lives, numbers), *waiting]
+                waiting = [*_run(lives, numbers, further), *waiting]
     except Exception:  # none of a member's own
         raise
     except BaseException:
@@ -142,8 +191,8 @@ def run_pack(members: Sequence[Member], report: Callable[[TrialResult], None] = 
     return [row for row in lives.rows if row is not None]
 
 
-def _run(lives: _Lives, numbers: list[int]) -> list[list[int]]:
-    """Run members together; returns the packs in which those without a row go on.
+def _run(lives: _Lives, numbers: list[int], further: Callable[[], Member | None]) -> list[list[int]]:
+    """Run members together; returns the packs in which those without a row go on. `numbers` gets those that join.
 
     Raises:
         TrialFailed: the device does not answer any more.
@@ -152,8 +201,11 @@ def _run(lives: _Lives, numbers: list[int]) -> list[list[int]]:
         lives.alone(numbers[0])
         return []
     try:
-        _train(lives, numbers)
-        return []
+        _train(lives, numbers, further)
+        left = [number for number in numbers if number in lives.open]  # they joined, and no place was large enough
+        if left:
+            lives.begin_again(left)
+        return [left]
     except Exception as error:
         failure, alone = f"{type(error).__name__}: {first_line(error)}", isinstance(error, RayPeftError)
         logger.warning("%d trials together: %s", len(numbers), failure)
@@ -168,15 +220,15 @@ def _run(lives: _Lives, numbers: list[int]) -> list[list[int]]:
     return [left[:middle], left[middle:]]
 
 
-def _train(lives: _Lives, numbers: list[int]) -> None:
-    """Train members together, and score each as it ends.
+def _train(lives: _Lives, numbers: list[int], further: Callable[[], Member | None]) -> None:
+    """Train members together, and score each as it ends. `numbers` gets those that join.
 
     Raises:
         Exception: what they share failed.
     """
     place = lives.members[numbers[0]].place
     trial.take_place(place)
-    task = TASKS[lives.members[0].spec.task]
+    task, places = TASKS[lives.members[0].spec.task], len(numbers)
     with lives.process.clock.phase("load"):
         benches = task.load_pack([lives.lives[number].runs for number in numbers], place.device)
     for number, bench in zip(numbers, benches, strict=True):
@@ -210,9 +262,19 @@ def _train(lives: _Lives, numbers: list[int]) -> None:
             else:
                 rows.append(beside.submit(lives.score, number, bench))
 
-        folders = [lives.lives[number].place.folder / "stage1" for number in numbers]
-        task.train_pack(benches, folders, [lives.lives[number].report for number in numbers], ended)
+        def join() -> PackTrial | None:
+            member = further()
+            joined = lives.join(member, benches) if member is not None else None
+            if joined is None:
+                return None
+            number, bench = joined
+            lives.lives[number].pack_size = places
+            numbers.append(number)
+            benches.append(bench)
+            return lives.trial(number, bench)
+
+        task.train_pack([lives.trial(*both) for both in zip(numbers, benches, strict=True)], ended, join)
         for row in rows:
             row.result()
-    if any(number in lives.open for number in numbers):
+    if any(number in lives.open for number in numbers[:places]):
         raise TrialFailed("the pack ended without this trial")

@@ -12,7 +12,11 @@ from ray_peft.foundation.strict import Strict
 from ray_peft.metrics.scores import Scores
 from ray_peft.spec import AnyTrialSpec
 
-Status = Literal["finished", "failed", "out_of_memory", "cancelled"]
+Status = Literal["finished", "stopped_early", "failed", "out_of_memory", "cancelled"]
+"""`stopped_early`: `search.scheduler` ended it, since others had lower held-out losses."""
+
+DONE: frozenset[Status] = frozenset({"finished", "stopped_early"})
+"""Of trials that ended as they should."""
 
 RESULT_FILE = "result.json"
 """The trial's row, in its own folder: written by its worker, and there also if nothing else could be reached."""

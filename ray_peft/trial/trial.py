@@ -22,7 +22,7 @@ from ray_peft.tasks.base import Bench
 from ray_peft.trial import warm
 from ray_peft.trial.ensembles import run_ensemble
 from ray_peft.trial.life import Life, Place, Tracker, evaluate, keep, predict, provenance
-from ray_peft.trial.result import RESULT_FILE, TrialResult
+from ray_peft.trial.result import DONE, RESULT_FILE, TrialResult
 from ray_peft.trial.stages import STAGE_FILE, train_all
 from ray_peft.trial.timing import predict_time, remember_time
 from ray_peft.trial.waiting import wait_for_memory
@@ -85,9 +85,9 @@ def run_started(life: Life, tracker: Tracker) -> TrialResult:
 
 
 def end(result: TrialResult, place: Place, tracker: Tracker) -> TrialResult:
-    """Record a trial's row, and drop the checkpoints of a finished one; returns the row as it was recorded."""
+    """Record a trial's row, and drop the checkpoints of one that is done; returns the row as it was recorded."""
     result = _record(result, place, tracker)
-    if result.status == "finished":
+    if result.status in DONE:
         _forget_checkpoints(place)
     return result
 

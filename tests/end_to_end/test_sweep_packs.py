@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import ray_peft
 from ray_peft.console import Console
 from ray_peft.engine.checkpoint import last_step
+from ray_peft.schedule import packs
 
 LORA = [
     {"name": "lora", "rank": 4, "lr": 0.01},
@@ -101,6 +102,57 @@ def test_every_run_in_mlflow_looks_like_that_of_a_trial_alone(swept):
         assert runs["packed", trial_id] == runs["apart", trial_id], trial_id
 
 
+@pytest.mark.long
+def test_a_search_proposes_packs_and_learns_from_each(ray_cluster, shared, tiny_model, questions, tmp_path, capsys):
+    method = {"name": "lora", "rank": {"choice": [2, 4, 8]}, "lr": {"loguniform": [1.0e-3, 1.0e-1]}}
+    plain = tiny.plain_spec(tiny_model, questions, method, train__pack=True, train__steps=2)
+    plain |= {"name": "search", "search": {"samples": 5, "algorithm": "optuna"}}
+    space = tmp_path / "search.yaml"
+    space.write_text(yaml.safe_dump(plain), encoding="utf-8")
+    outcome = ray_peft.sweep(space, out=tmp_path / "out", console=Console())
+    assert outcome.complete
+    assert sorted(row.pack_size for row in outcome.results) == [1, 2, 2, 2, 2]
+    assert len({row.spec.method.lr for row in outcome.results}) == 5
+    assert capsys.readouterr().out.count("2 trials together on one base") == 2
+    by_time = sorted(outcome.results, key=lambda row: row.provenance.started_at)
+    assert [row.pack_size for row in by_time] == [2, 2, 2, 2, 1]
+
+
+@pytest.mark.long
+def test_a_search_with_early_stopping_fills_places_with_proposals(
+    ray_cluster, shared, tiny_model, questions, tmp_path, capsys
+):
+    """Ten samples, two at a time: the shorter of two trials makes room for a proposal, while the other one trains."""
+    method = {"name": "lora", "rank": 4, "lr": {"loguniform": [1.0e-3, 1.0e-1]}}
+    changes = {"train__pack": True, "train__eval_every": 2, "evaluation__generate": False}
+    plain = tiny.plain_spec(tiny_model, questions, method, **changes)
+    plain["train"]["steps"] = {"choice": [4, 16]}
+    plain |= {"name": "filled", "search": {"samples": 10, "algorithm": "optuna", "scheduler": "asha", "reduction": 2}}
+    space = tmp_path / "filled.yaml"
+    space.write_text(yaml.safe_dump(plain), encoding="utf-8")
+    outcome = ray_peft.sweep(space, out=tmp_path / "out", console=Console())
+    assert outcome.complete
+    assert len({row.trial_id for row in outcome.results}) == len(outcome.results) == 10
+    assert {row.status for row in outcome.results} == {"finished", "stopped_early"}
+    assert capsys.readouterr().out.count("2 trials together on one base") < 5  # the others have joined them
+    rows = {row.trial_id: row.status for row in outcome.results}
+    again = ray_peft.sweep(space, out=tmp_path / "out", console=Console())
+    assert {row.trial_id: row.status for row in again.results} == rows
+
+
+def test_a_trial_of_a_pack_that_waits_takes_the_place_of_one_that_ends(
+    ray_cluster, shared, tiny_model, questions, tmp_path, monkeypatch
+):
+    """Two packs of two, one after the other; those of the second join the first, whose longest trial is still there."""
+    monkeypatch.setattr(packs, "MOST_MEMBERS", 2)
+    steps = {"train__steps": {"grid": [24, 2]}}
+    methods = [{"name": "lora", "rank": rank, "lr": 0.01} for rank in (4, 2)]
+    space = write_space(tmp_path / "waiting.yaml", tiny_model, questions, methods, train__pack=True, **steps)
+    outcome = ray_peft.sweep(space, out=tmp_path / "out", console=Console())
+    assert outcome.complete
+    assert [row.pack_size for row in outcome.results] == [2, 2, 2, 2]
+
+
 def kill_at(folder, steps, done, left):
     """kill -9 of the process that trains, once it has logged each of some steps; `left` gets the checkpoints it left.
 
@@ -157,3 +209,55 @@ def test_trials_of_a_pack_that_is_killed_twice_go_on_together_and_then_by_themse
         assert "of 2" in log  # the third has diverged
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines if "train_loss" in line] == list(range(1, 31))
+
+
+def grid_of(name, rates, rank, **more):
+    return [{"name": name, "rank": rank + place, "lr": lr, **more} for place, lr in enumerate(rates)]
+
+
+@pytest.mark.long
+def test_a_mixed_sweep_with_asha_ends_trials_of_packs_and_trials_alone(
+    ray_cluster, shared, tiny_model, questions, tmp_path, monkeypatch
+):
+    """Packs of two, one after the other: what learns nothing comes after what learns, and ends at the first rung."""
+    monkeypatch.setattr(packs, "MOST_MEMBERS", 2)
+    methods = [
+        *grid_of("lora", [0.02, 0.03, 1.0e-9, 1.1e-9], 4),
+        *grid_of("qlora", [0.02, 1.0e-9], 4, compute_dtype="float32"),
+        *grid_of("galore", [0.02, 1.0e-9], 8, weights="float32"),
+    ]
+    changes = {"train__steps": 6, "train__eval_every": 2, "train__pack": True}
+    space = write_space(tmp_path / "mixed.yaml", tiny_model, questions, methods, **changes)
+    search = ["search={scheduler: asha, reduction: 2}"]
+    outcome = ray_peft.sweep(space, out=tmp_path / "out", console=Console(), overrides=search)
+    assert outcome.complete
+    ended = {}
+    for row in outcome.results:
+        ended.setdefault(row.spec.method.name, []).append((row.spec.method.lr, row.status))
+    assert ended["galore"] == [(0.02, "finished"), (1.0e-9, "stopped_early")]
+    for of_method in ended.values():  # of two that are evaluated at once, the worse may be told before the better
+        assert "finished" in {status for _, status in of_method}
+    assert [status for lr, status in ended["lora"] if lr < 1e-6] == ["stopped_early"] * 2
+    assert {row.pack_size for row in outcome.results if row.spec.method.name == "qlora"} == {2}
+    client = MlflowClient(tracking_uri=outcome.tracking_uri)
+    names = set()
+    for row in outcome.results:
+        run = client.get_run(row.mlflow_run_id)
+        assert run.data.params["method.lr"] == str(row.spec.method.lr)
+        history = {
+            name: [point.step for point in client.get_metric_history(run.info.run_id, name)]
+            for name in ("train_loss", "eval_loss")
+        }
+        assert history["train_loss"] == list(range(1, row.steps + 1))
+        assert history["eval_loss"] == list(range(2, row.steps + 1, 2))
+        files = {file.path for file in client.list_artifacts(run.info.run_id)}
+        finished = row.status == "finished"
+        assert (run.info.status, "adapter" in files) == (("FINISHED", True) if finished else ("KILLED", False))
+        assert run.data.tags["ray_peft.status"] == row.status
+        if not finished:
+            assert row.error.startswith(f"stopped after step {row.steps}: its held-out loss")
+            assert row.eval_loss_best is not None
+        names.add((finished, frozenset(run.data.params)))
+    assert len({name for _, name in names if name}) <= 3  # one set of settings a method
+    again = ray_peft.sweep(space, out=tmp_path / "out", console=Console(), overrides=search)
+    assert [row.provenance.ended_at for row in again.results] == [row.provenance.ended_at for row in outcome.results]

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "ray_peft"
 OWNERS = {
     "mlflow": {"store/tracking"},
     "ray.train": {"schedule/worker.py"},
-    "ray.tune": {"schedule/tune.py"},
+    "ray.tune": {"schedule/tune.py", "schedule/early.py"},
     "ray.job_submission": {"schedule/jobs.py"},
     "optuna": {"schedule/study.py"},
     "trl": {"tasks/llm_sft", "vram"},  # vram stands in for its kernels on shapes

@@ -10,11 +10,12 @@ from ray_peft.schedule.decide import Card, Node, Run, decide
 from ray_peft.schedule.decide import Pack as Together
 from ray_peft.schedule.events import Events
 from ray_peft.schedule.handout import resolver, seated, tasks_of
+from ray_peft.schedule.joining import PackTrials
 from ray_peft.schedule.order import Order
-from ray_peft.schedule.packs import MOST_MEMBERS, by_themselves, packs
+from ray_peft.schedule.packs import MOST_MEMBERS, may_join, packs, proposed_at_a_time
 from ray_peft.schedule.relay import Relay
 from ray_peft.schedule.stop import Stop
-from ray_peft.schedule.worker import ROW
+from ray_peft.schedule.worker import ROW, WANTS
 from ray_peft.spec import TrialSpec
 from ray_peft.spec.identity import settings
 from ray_peft.tasks.base import PackForecast
@@ -33,7 +34,8 @@ def gpus(count):
 
 
 def lora(rank=4, pack="auto", **changes):
-    plain = tiny.plain_spec("m/m", "d/d", {"name": "lora", "rank": rank}, train__pack=pack, **changes)
+    method = changes.pop("method", {"name": "lora", "rank": rank})
+    plain = tiny.plain_spec("m/m", "d/d", method, train__pack=pack, **changes)
     plain["resources"] = changes.get("resources", {})
     return TrialSpec.from_plain(plain)
 
@@ -108,10 +110,12 @@ def test_trials_that_are_to_run_alone_are_in_no_pack():
     assert formed(trials, gpus(1), alone={trials[0].trial_id})[0] == [2]
 
 
-def test_trials_that_a_search_proposes_one_by_one_are_in_no_pack():
-    trials = ranks(3)
-    assert formed(by_themselves(trials), gpus(1))[0] == []
-    assert [trial.trial_id for trial in by_themselves(trials)] == [trial.trial_id for trial in trials]
+@pytest.mark.parametrize(("samples", "at_a_time"), [(1, 1), (3, 2), (8, 2), (20, 5), (100, 16)])
+def test_a_search_learns_from_several_packs(samples, at_a_time):
+    trials = ranks(samples)
+    assert proposed_at_a_time(trials) == trials[:at_a_time]
+    alone = [trial.changed({"train.pack": False}) for trial in trials]
+    assert proposed_at_a_time(alone) == alone
 
 
 def test_packing_changes_no_result():
@@ -143,6 +147,67 @@ def test_trials_of_a_pack_follow_once_it_has_started():
     assert not order.left
 
 
+@pytest.mark.parametrize(
+    ("trial", "joins"),
+    [
+        (lora(2), True),
+        (lora(8, seed=5, train__steps=50, train__batch_size=4), True),
+        (lora(16), False),  # no place is large enough
+        (lora(2, method={"name": "lora", "rank": 2, "dropout": 0.1}), False),  # nor draws dropout
+        (lora(2, method={"name": "lora", "rank": 2, "targets": ["q_proj"]}), False),
+        (lora(2, data__max_length=128), False),
+        (lora(2, pack=False), False),
+        (lora(2, method={"name": "qlora", "rank": 2}), False),  # another base
+        (lora(2, method={"name": "galore", "rank": 8}), False),
+    ],
+)
+def test_who_may_take_the_place_of_another(trial, joins):
+    assert may_join(trial, [lora(8), lora(4)]) is joins
+
+
+def test_a_trial_moves_out_of_a_pack_that_has_not_started():
+    trials = ranks(6)
+    demand = decide([trials[0]], LAPTOP, {}).runs[0].demand
+    order = Order([Run(tuple(trials[place : place + 2][::-1]), demand) for place in (4, 0, 2)])
+    assert [order.next() for _ in range(4)] == [(0, None), (1, None), (2, None), None]
+    order.started(0)
+    assert [order.next() for _ in range(3)] == [(0, 0), (0, 1), None]
+    assert [order.move(trials[4:]) for _ in range(2)] == [(2, 1), (2, 0)]
+    assert [order.next() for _ in range(3)] == [(2, 1), (2, 0), None]
+    order.started(2)  # empty, but Tune has it
+    order.started(1)
+    assert order.next() == (1, 0)
+    assert order.move(trials[4:]) is None
+
+
+def test_a_pack_is_given_trials_that_wait_or_that_a_search_proposes(tmp_path):
+    trials = ranks(5)
+    demand = decide([trials[0]], LAPTOP, {}).runs[0].demand
+    runs = [Run((trials[2], trials[1]), demand), Run((trials[0], trials[3]), demand)]
+    order, relay, told = Order(runs), Relay(tmp_path), Told()
+    told.further = lambda specs: Run((trials[4],), demand)
+    tasks = tasks_of(runs)
+    events = Events(resolver(tasks), told, order, relay, Stop(tmp_path / "stop"), lambda: False)
+    host, other = tune_trial(order), tune_trial(order)
+    (tmp_path / "relay").mkdir()
+    own = PackTrials(tasks, tasks[0], relay, lambda: events.result(host, {WANTS: True}))
+    events.start(host)
+    assert ids_of(own.first()) == [trials[2].trial_id, trials[1].trial_id]
+    assert ids_of([own.further()]) == [trials[0].trial_id]  # the other one's rank is too large
+    assert ids_of([own.further()]) == [trials[4].trial_id]
+    assert told.events[2:] == [("begin", trials[0].trial_id), ("begin", trials[4].trial_id)]
+    again = PackTrials(tasks, tasks[0], relay, lambda: None)  # its process died
+    assert sorted(ids_of(again.first())) == sorted(trial.trial_id for trial in (*trials[:3], trials[4]))
+    assert again.further() is None
+    events.start(other)
+    assert told.events[4:] == [("begin", trials[3].trial_id)]
+    assert ids_of(PackTrials(tasks, tasks[1], relay, lambda: None).first()) == [trials[3].trial_id]
+    assert order.unseated[0]["member"] == 0
+    assert events.resolve(order.unseated[0]).spec == trials[4]
+    events.error(host)
+    assert told.events[-1] == ("lose_pack", [trials[place].trial_id for place in (2, 1, 0, 4)])
+
+
 def test_reports_travel_to_who_follows_them_whole_and_in_order(tmp_path):
     relay, seen = Relay(tmp_path / "relay"), []
     follower = threading.Thread(target=lambda: seen.extend(relay.follow("lora-1")))
@@ -156,6 +221,10 @@ def test_reports_travel_to_who_follows_them_whole_and_in_order(tmp_path):
     relay.end("lora-1")
     follower.join(timeout=10)
     assert seen == [{"step": 1, "train_loss": 2.0}, {"step": 2, "train_loss": float("inf")}]
+
+
+def ids_of(trials):
+    return [spec.trial_id for spec, _ in trials]
 
 
 class Told:

@@ -57,10 +57,10 @@ def search(tiny_model, questions, tmp_path):
     """Builds a search on the tiny model, with results in a folder of its own unless one is named."""
     number = itertools.count()
 
-    def build(method, samples=4, metric="eval_loss", out=None, journal=None, **changes):
+    def build(method, samples=4, metric="eval_loss", out=None, journal=None, scheduler=None, **changes):
         out = out or tmp_path / f"out{next(number)}"
         plain = tiny.plain_spec(tiny_model, questions, **changes) | {"method": method}
-        return Search(tmp_path, out, plain, samples=samples, metric=metric, journal=journal)
+        return Search(tmp_path, out, plain, samples=samples, metric=metric, journal=journal, scheduler=scheduler)
 
     return build
 
@@ -267,6 +267,29 @@ def test_a_line_that_a_kill_has_torn_costs_nothing(search, tmp_path, torn):
     again = search(LORA, out=out)
     assert again.draws.next().trial_id == trial.trial_id
     assert search(LORA, out=out).draws.next().trial_id == trial.trial_id
+
+
+def test_a_trial_that_was_stopped_early_is_pruned_with_its_loss_and_counts_as_done(search, tmp_path):
+    out = tmp_path / "out"
+    first = search(LORA, out=out, scheduler="asha", train__eval_every=2)
+    rows = []
+    for place in range(3):
+        row = first.row(first.draws.next(), 4.0)
+        stopped = {"status": "stopped_early", "scores": Scores(), "steps": 2, "eval_loss_best": 5.0 + place}
+        rows.append(row.model_copy(update=stopped if place < 2 else {}))
+    for row in rows[1:]:
+        first.draws.tell_row(row)  # the driver is killed before it hears of the first
+    again = search(LORA, out=out, scheduler="asha", train__eval_every=2)
+    assert remembered(again, rows) == ids(rows)
+    assert journal_of(again) == {"fail": 1, "pruned": 2, "complete": 1}
+    pruned = [trial for trial in again.draws._study._study.trials if trial.state.name == "PRUNED"]
+    assert [trial.intermediate_values for trial in pruned] == [{2: 6.0}, {2: 5.0}]
+    assert again.run(1)[0].trial_id not in ids(rows)
+    plain = search(LORA, train__eval_every=2)  # without early stopping, they have to run to their end
+    assert remembered(plain, rows) == ids(rows[2:])
+    afresh = search(LORA, scheduler="asha", train__eval_every=2)
+    assert remembered(afresh, rows) == ids(rows)
+    assert journal_of(afresh) == {"pruned": 2, "complete": 1}
 
 
 def test_what_is_no_journal_is_named(search, tmp_path):

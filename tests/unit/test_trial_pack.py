@@ -1,16 +1,19 @@
 """Trials that share a process: each with its own folder, tracker, row and failure."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from packs import specs_of
 from safetensors.torch import load_file
 from untracked import Notes, run
 
 from ray_peft.errors import TrialFailed
 from ray_peft.spec import TrialSpec
 from ray_peft.trial import trial
+from ray_peft.trial.live import STOP_FILE
 from ray_peft.trial.pack import Member, run_pack
 
 SETTINGS = [
@@ -161,3 +164,83 @@ def test_a_device_that_is_broken_leaves_the_rows_to_the_next_process(tiny_model,
     with pytest.raises(TrialFailed, match="illegal memory access"):
         run_pack(members)
     assert not [m for m in members if (m.place.folder / trial.RESULT_FILE).exists()]
+
+
+def losses_of(folder):
+    """The training losses of a trial, by step."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["train_loss"] for line in lines if "train_loss" in line]
+
+
+def judged_by(folder, word):
+    """What a sweep's driver does at once: `word` ends a trial after its evaluation in step 2."""
+
+    def verdict(step):
+        if step == 2:
+            (folder / STOP_FILE).write_text(word, encoding="utf-8")
+
+    return verdict
+
+
+def test_a_member_that_a_search_ends_leaves_alone_with_the_row_of_a_trial_alone(tiny_model, questions, tmp_path):
+    settings = [({"rank": rank, "lr": 0.01}, {"train__eval_every": 2, "train__steps": 6}) for rank in (2, 4, 8)]
+
+    def members(folder):
+        specs = specs_of(tiny_model, questions, settings)
+        return [Member(spec, trial.Place(folder / spec.trial_id, "cpu"), Notes(), unheard) for spec in specs]
+
+    undisturbed = run_pack(members(tmp_path / "all"))
+    pack = members(tmp_path / "pack")
+    word = "stopped after step 2: others are better"
+    pack[1] = replace(pack[1], verdict=judged_by(pack[1].place.folder, word))
+    rows = run_pack(pack)
+    assert [row.status for row in rows] == ["finished", "stopped_early", "finished"]
+    folder = tmp_path / "alone"
+    tell = judged_by(folder, word)
+
+    def progress(metrics, step):
+        if "eval_loss" in metrics:
+            tell(step)
+
+    own = trial.run(pack[1].spec, trial.Place(folder, "cpu"), Notes(), progress)
+    assert (own.status, own.error, own.steps) == ("stopped_early", word, 2)
+    same = ("status", "error", "steps", "spec", "trainable_parameters", "scores")
+    assert {name: getattr(rows[1], name) for name in same} == {name: getattr(own, name) for name in same}
+    assert rows[1].usage.train_tokens == own.usage.train_tokens > 0
+    assert rows[1].train_loss_final == pytest.approx(own.train_loss_final, rel=1e-5)
+    assert rows[1].eval_loss_best == pytest.approx(own.eval_loss_best, rel=1e-5)
+    assert pack[1].tracker.rows == [rows[1]]
+    files = {path.name for path in folder.iterdir()}
+    assert {path.name for path in pack[1].place.folder.iterdir()} == files
+    assert not [name for name in files if name.startswith("stage")]  # no checkpoint is left
+    for place in (0, 2):  # the passes close up, so sums are rounded otherwise
+        assert rows[place].scores.eval_loss == pytest.approx(undisturbed[place].scores.eval_loss, rel=1e-5)
+        losses = [losses_of(tmp_path / name / rows[place].trial_id) for name in ("all", "pack")]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        assert losses[1][:2] == losses[0][:2]
+
+
+def test_a_further_trial_takes_the_place_of_one_that_ends_before_others(tiny_model, questions, tmp_path):
+    settings = [({"rank": 4, "lr": 0.01}, {"seed": seed, "train__steps": steps}) for seed, steps in ((1, 8), (2, 2))]
+    settings += [({"rank": 2, "lr": 0.02}, {"seed": 3, "train__steps": 4}), ({"rank": 16}, {"seed": 4})]
+    specs = specs_of(tiny_model, questions, settings)
+    members = [Member(spec, trial.Place(tmp_path / spec.trial_id, "cpu"), Notes(), unheard) for spec in specs]
+    waiting, told = members[2:], []
+    rows = run_pack(members[:2], told.append, lambda: waiting.pop(0) if waiting else None)
+    assert [row.status for row in rows] == ["finished"] * 4
+    assert [row.pack_size for row in rows] == [2, 2, 2, 1]  # no place is large enough for the last one's rank
+    assert waiting == []
+    for member, row in zip(members[2:], rows[2:], strict=True):
+        own, tracker = run(member.spec, tmp_path / "alone" / member.spec.trial_id)
+        assert row.scores.eval_loss == pytest.approx(own.scores.eval_loss, rel=1e-5)
+        assert member.tracker.steps == tracker.steps
+        ours, theirs = (losses_of(folder / row.trial_id) for folder in (tmp_path, tmp_path / "alone"))
+        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert (row.steps, row.usage.train_tokens) == (own.steps, own.usage.train_tokens)
+
+
+def test_nobody_follows_those_that_end_together(tiny_model, questions, tmp_path):
+    specs = specs_of(tiny_model, questions, [({"rank": rank}, {"train__steps": 2}) for rank in (2, 4)])
+    members = [Member(spec, trial.Place(tmp_path / spec.trial_id, "cpu"), Notes(), unheard) for spec in specs]
+    rows = run_pack(members, further=lambda: pytest.fail("a pack that ends asks for no further trial"))
+    assert [row.status for row in rows] == ["finished"] * 2

@@ -207,7 +207,7 @@ class _Sending:
             files["error.txt"] = row.error or row.status
         for artifact_file, content in files.items():
             self.insist(what, partial(self.client.log_text, self.run_id, mask(content), artifact_file))
-        status = {"finished": "FINISHED", "cancelled": "KILLED"}.get(row.status, "FAILED")
+        status = {"finished": "FINISHED", "stopped_early": "KILLED", "cancelled": "KILLED"}.get(row.status, "FAILED")
         self.insist(what, partial(self.client.set_terminated, self.run_id, status, entry["at"]))
         self.sent.closed = True
 

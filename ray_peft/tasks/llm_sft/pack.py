@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.engine.crew import Crew
@@ -16,12 +15,11 @@ from ray_peft.engine.loop import Engine
 from ray_peft.engine.member import Job, Member
 from ray_peft.engine.passes import Pass, RecordedPasses
 from ray_peft.engine.recovery import free_memory
-from ray_peft.engine.trained import Report
 from ray_peft.errors import ModelError, first_line
 from ray_peft.methods.base import OF_TRAINING
 from ray_peft.methods.lora import LowRankAdapter
 from ray_peft.spec.keys import MICRO_BATCH
-from ray_peft.tasks.base import PackEnded
+from ray_peft.tasks.base import Further, PackEnded, PackTrial
 from ray_peft.tasks.llm_sft import train
 from ray_peft.tasks.llm_sft.bench import LlmBench
 from ray_peft.tasks.llm_sft.lanes import largest_capacity, lay_out
@@ -49,7 +47,14 @@ Ended = Callable[[LlmBench, Member, Exception | None], None]
 class Pack(Crew):
     """Trials on one base, some of them at a time: when one ends, the next takes its place."""
 
-    def __init__(self, benches: Sequence[LlmBench], jobs: Sequence[Job], places: int, ended: Ended) -> None:
+    def __init__(
+        self,
+        benches: Sequence[LlmBench],
+        jobs: Sequence[Job],
+        places: int,
+        ended: Ended,
+        further: Callable[[], tuple[LlmBench, Job] | None] = lambda: None,
+    ) -> None:
         """Prepare.
 
         Args:
@@ -57,14 +62,16 @@ class Pack(Crew):
             jobs: of each, its only stage.
             places: largest number of members at a time.
             ended: called for every member that ends.
+            further: asked for a trial when none waits and a member ends before others.
         """
-        self._benches, self._ended = list(benches), ended
+        self._benches, self._ended, self._further = list(benches), ended, further
         self._base = benches[0].model
         forms = [_form(cast(LowRankAdapter, job.stage)) for job in jobs]
         waiting = sorted(range(len(jobs)), key=lambda place: forms.index(forms[place]))  # equal adapters are neighbours
         self._waiting = [(benches[place], jobs[place]) for place in waiting]
         self._places = min(places, len(benches))
         self._stages = [cast(LowRankAdapter, job.stage) for job in jobs]
+        self._drops = any(stage.dropout for stage in self._stages)
         self._rows = [TextRows(bench.spec, bench.data.train) for bench in benches]
         self._together = RowsTogether(self._rows)
         self._slots = self._make_slots()
@@ -88,8 +95,7 @@ class Pack(Crew):
         self._recompute_again()
         recorded = job.device.startswith("cuda") and spec.train.cuda_graphs
         members = [self._member(slot) for slot in range(self._places)]
-        drops = any(stage.dropout for stage in self._stages)
-        computation = LossTogether(spec, self._base, self._slots, drops=drops)
+        computation = LossTogether(spec, self._base, self._slots, drops=self._drops)
         make_pass = RecordedPasses if recorded else Pass
         try:
             Engine(members, self._base, self._together, computation, make_pass, crew=self, rehearse=recorded).run()
@@ -140,9 +146,30 @@ class Pack(Crew):
                 self._ended(bench, member, None)
         self._slots.clear(slot)
         self._leaving -= error is None
+        if not self._waiting and len(self._seats) > self._leaving:
+            self._take_further()
         if self._waiting or not self._leaving:
             self._detach()
         return self._member(slot) if self._waiting else None
+
+    def _take_further(self) -> None:
+        """Let a further trial wait, if there is one and the places are large enough for it; else it must run later."""
+        joining = self._further()
+        if joining is None:
+            return
+        self._detach()
+        bench, job = joining
+        rows, stage = TextRows(bench.spec, bench.data.train), cast(LowRankAdapter, job.stage)
+        self._benches.append(bench)
+        self._rows.append(rows)
+        self.parameters.append((0, 0))
+        placed = stage.placed(self._base)
+        fits = set(placed.layers) <= self._slots.sizes.keys() and not placed.parameters
+        fits = fits and stage.rank <= self._slots.rank and (self._drops or not stage.dropout)
+        if fits and self._together.holds(rows):
+            self._waiting.append((bench, job))
+        else:
+            logger.info("%s: needs a larger place, and waits for the end of this pack", bench.spec.trial_id)
 
     def _member(self, slot: int) -> Member:
         """The next trial that waits, with its own initial adapter in a slot."""
@@ -300,11 +327,10 @@ def unwrapped(adapted: Any) -> PreTrainedModel:
     return cast("PreTrainedModel", base)
 
 
-def train_together(
-    benches: Sequence[LlmBench], folders: Sequence[Path], reports: Sequence[Report], ended: PackEnded
-) -> None:
+def train_together(trials: Sequence[PackTrial], ended: PackEnded, further: Further) -> None:
     """Train the only stage of each trial, all at once; arguments as those of `TaskType.train_pack`."""
     lowered: dict[str, int] = {}
+    benches = [cast(LlmBench, trial.bench) for trial in trials]
 
     def report_end(bench: LlmBench, member: Member, error: Exception | None) -> None:
         if MICRO_BATCH in lowered:  # of the pack, and no setting of any trial
@@ -312,13 +338,20 @@ def train_together(
         place = benches.index(bench)
         ended(place, bench, pack.parameters[place], member.trained, error)
 
-    def job(bench: LlmBench, folder: Path, report: Report) -> Job:
+    def job(bench: LlmBench, trial: PackTrial) -> Job:
         ((stage, steps),) = bench.spec.method.stages(bench.total_steps())
         return Job(
-            bench.spec, stage, steps, 0, folder, bench.device, report, lambda: pack.evaluation(bench)(),
-            lowered=lowered, costs=bench.costs,
+            bench.spec, stage, steps, 0, trial.folder, bench.device, trial.report, lambda: pack.evaluation(bench)(),
+            lowered=lowered, costs=bench.costs, verdict=trial.verdict,
         )  # fmt: skip
 
-    jobs = [job(*arguments) for arguments in zip(benches, folders, reports, strict=True)]
-    pack = Pack(benches, jobs, len(benches), report_end)
+    def take_further() -> tuple[LlmBench, Job] | None:
+        trial = further()
+        if trial is None:
+            return None
+        benches.append(cast(LlmBench, trial.bench))
+        return benches[-1], job(benches[-1], trial)
+
+    jobs = [job(*both) for both in zip(benches, trials, strict=True)]
+    pack = Pack(benches, jobs, len(benches), report_end, take_further)
     pack.run()

@@ -62,6 +62,18 @@ def packs(specs: Sequence[LlmTrialSpec]) -> list[list[LlmTrialSpec]]:
     return groups
 
 
+def fits_place(spec: LlmTrialSpec, others: Sequence[LlmTrialSpec]) -> bool:
+    """Whether the adapter of a trial fits a place that was made for others of the same base."""
+    method, theirs = spec.method, [other.method for other in others if isinstance(other.method, LoRA | QLoRA)]
+    return (
+        isinstance(method, LoRA | QLoRA)
+        and method.rank <= max(other.rank for other in theirs)
+        and method.targets in [other.targets for other in theirs]
+        and (not method.dropout or any(other.dropout for other in theirs))
+        and spec.train.micro_batch_size <= max(other.train.micro_batch_size for other in others)
+    )
+
+
 def check(specs: Sequence[LlmTrialSpec]) -> None:
     """Refuse trials that cannot train together.
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from ray_peft.engine.trained import Report
 from ray_peft.errors import ModelError, first_line
 from ray_peft.methods.base import Task
 from ray_peft.spec import LlmTrialSpec, ModelSpec
@@ -16,10 +15,12 @@ from ray_peft.tasks.base import (
     Bench,
     DataReport,
     EnsembleBench,
+    Further,
     Inspection,
     MemberModel,
     PackEnded,
     PackForecast,
+    PackTrial,
     TaskType,
     Workload,
 )
@@ -174,6 +175,13 @@ class LlmSft(TaskType[LlmTrialSpec]):
 
         return packable.packs(specs)
 
+    def follows(self, spec: LlmTrialSpec, others: Sequence[LlmTrialSpec]) -> bool:
+        """If its adapter and its rows are no larger than theirs."""
+        from ray_peft.tasks.llm_sft import packable
+
+        alike = {_decides_rows(other) for other in others}
+        return _decides_rows(spec) in alike and packable.fits_place(spec, others)
+
     def forecast(self, specs: Sequence[LlmTrialSpec], gpu: Gpu) -> PackForecast:
         """From the shape of the model and the lengths of the rows."""
         from ray_peft.tasks.llm_sft import forecast
@@ -189,24 +197,32 @@ class LlmSft(TaskType[LlmTrialSpec]):
         from ray_peft.tasks.llm_sft import packable
 
         packable.check(specs)
-        first = cast(bench.LlmBench, self.load(specs[0], device))
-        rows = {_decides_rows(specs[0]): (first.tokenizer, first.data)}  # a large tokenizer takes seconds to read
-        benches: list[Bench] = [first]
+        benches = [self.load(specs[0], device)]
         for spec in specs[1:]:
-            if (key := _decides_rows(spec)) not in rows:
-                rows[key] = _rows(spec)
-            further = bench.LlmBench(spec, device, *rows[key], first.model)
-            further.add_reference()
-            benches.append(further)
+            benches.append(self.join_pack(benches, spec))
         return benches
 
-    def train_pack(
-        self, benches: Sequence[Bench], folders: Sequence[Path], reports: Sequence[Report], ended: PackEnded
-    ) -> None:
+    def join_pack(self, benches: Sequence[Bench], spec: LlmTrialSpec) -> Bench:
+        """Its rows, on the model of the others.
+
+        Raises:
+            SpecError: it cannot train together with them.
+        """
+        from ray_peft.tasks.llm_sft import packable
+
+        others = [cast(bench.LlmBench, other) for other in benches]
+        packable.check([others[0].spec, spec])
+        alike = next((other for other in others if _decides_rows(other.spec) == _decides_rows(spec)), None)
+        rows = (alike.tokenizer, alike.data) if alike is not None else _rows(spec)  # to read them takes seconds
+        further = bench.LlmBench(spec, others[0].device, *rows, others[0].model)
+        further.add_reference()
+        return further
+
+    def train_pack(self, trials: Sequence[PackTrial], ended: PackEnded, further: Further = lambda: None) -> None:
         """Train LoRA adapters of all trials on their one base."""
         from ray_peft.tasks.llm_sft.pack import train_together
 
-        train_together([cast(bench.LlmBench, of_trial) for of_trial in benches], folders, reports, ended)
+        train_together(trials, ended, further)
 
     def load_ensemble(self, spec: LlmTrialSpec, members: list[MemberModel[LlmTrialSpec]], device: str) -> EnsembleBench:
         """The members' models, each base held once."""

@@ -37,6 +37,10 @@ class RowsTogether(Rows[PackedPart]):
         self._seats: dict[int, _Seated] = {}
         self._used: set[Bucket] = set()
 
+    def holds(self, rows: TextRows) -> bool:
+        """Whether a trial that was not measured may become a member: its rows are no longer than the largest shape."""
+        return max(rows.lengths()) <= self._largest
+
     def seat(self, slot: int, rows: TextRows, ahead: int) -> None:
         """From now on, round `number` has step `number + ahead` of `rows` in `slot`."""
         self._seats[slot] = _Seated(rows, ahead)
