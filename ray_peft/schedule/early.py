@@ -42,10 +42,10 @@ class EarlyStopping:
         self._added: set[str] = set()
 
     def judge(self, spec: TrialSpec, metrics: Mapping[str, Any]) -> str | None:
-        """Take what a running trial reports; returns why it is to end, None if it goes on."""
+        """Take what a running trial reports; returns why it is to end, None if it goes on, as every warm start does."""
         from ray.tune.schedulers import TrialScheduler
 
-        if LOSS not in metrics or "step" not in metrics:
+        if LOSS not in metrics or "step" not in metrics or spec.train.warm_start is not None:
             return None
         step, loss = int(metrics["step"]), float(metrics[LOSS])
         if (spec.trial_id, step) in self._judged:

@@ -72,6 +72,14 @@ def test_losses_are_compared_with_those_of_the_same_question_alone(changes):
     assert early.judge(lora(8, **changes), {"step": 2, "eval_loss": 5.0}) is None
 
 
+def test_a_warm_start_is_compared_with_none():
+    early = rule(reduction=2)
+    warm = {"trial": "lora-1", "step": 4}
+    assert early.judge(lora(train__warm_start=warm), {"step": 2, "eval_loss": 0.1}) is None
+    assert stopped(early, [1.0]) == []
+    assert early.judge(lora(8, train__warm_start=warm), {"step": 2, "eval_loss": 5.0}) is None
+
+
 def test_learning_rates_and_steps_do_not_keep_trials_apart():
     early = rule(reduction=2)
     assert stopped(early, [1.0]) == []
