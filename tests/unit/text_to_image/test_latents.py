@@ -21,11 +21,6 @@ from ray_peft.tasks.text_to_image.latents import EncodedData, Encoders, encode
 
 
 @pytest.fixture(scope="session")
-def pipeline_folder(shared: Path) -> Path:
-    return tiny_diffusion.build_pipeline(shared / "tiny-diffusion-of-latents")
-
-
-@pytest.fixture(scope="session")
 def images(shared: Path) -> Path:
     return tiny_diffusion.write_images(shared / "images-of-latents", 6)
 
@@ -67,13 +62,13 @@ def equal(one: EncodedData, other: EncodedData) -> bool:
     )
 
 
-def test_moments_and_embeddings_are_those_of_the_pipeline(pipeline_folder: Path, images: Path) -> None:
+def test_moments_and_embeddings_are_those_of_the_pipeline(tiny_painter: Path, images: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    spec = trial(pipeline_folder, images, data__crop="random", data__flip=True, data__views=4)
+    spec = trial(tiny_painter, images, data__crop="random", data__flip=True, data__views=4)
     pictures = prepare(spec.data)
-    found = run(spec, lambda: load(pipeline_folder))
-    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None)
+    found = run(spec, lambda: load(tiny_painter))
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_painter, safety_checker=None)
     assert found.train.moments.shape == (4, 4, 8, 8, 8)
     assert found.test.moments.shape == (2, 1, 8, 8, 8)
     assert found.train.embeddings.shape == (4, 77, 32)
@@ -98,23 +93,21 @@ def test_moments_and_embeddings_are_those_of_the_pipeline(pipeline_folder: Path,
     assert not torch.allclose(found.train.embeddings[0], found.train.embeddings[1], atol=1e-3)
 
 
-def test_what_is_made_and_what_is_kept_can_be_trained_on(pipeline_folder: Path, images: Path) -> None:
-    spec = trial(pipeline_folder, images)
+def test_what_is_made_and_what_is_kept_can_be_trained_on(tiny_painter: Path, images: Path) -> None:
+    spec = trial(tiny_painter, images)
     for _ in range(2):
-        found = run(spec, lambda: load(pipeline_folder))
+        found = run(spec, lambda: load(tiny_painter))
         weight = torch.ones(8, 1, 1, requires_grad=True)
         (found.train.moments * weight).sum().backward()
         assert weight.grad is not None
 
 
-def test_a_second_trial_loads_no_encoders_and_leaves_none_behind(
-    pipeline_folder: Path, images: Path, cache: Path
-) -> None:
-    spec = trial(pipeline_folder, images)
+def test_a_second_trial_loads_no_encoders_and_leaves_none_behind(tiny_painter: Path, images: Path, cache: Path) -> None:
+    spec = trial(tiny_painter, images)
     alive: list[weakref.ref[Any]] = []
 
     def watched() -> Encoders:
-        encoders = load(pipeline_folder)
+        encoders = load(tiny_painter)
         alive.extend([weakref.ref(encoders.vae), weakref.ref(encoders.text_encoder)])
         return encoders
 
@@ -122,7 +115,7 @@ def test_a_second_trial_loads_no_encoders_and_leaves_none_behind(
     gc.collect()
     assert len(alive) == 2
     assert [each() for each in alive] == [None, None]
-    other_method = trial(pipeline_folder, images, method={"name": "full", "lr": 1e-5, "weights": "float32"}, seed=7)
+    other_method = trial(tiny_painter, images, method={"name": "full", "lr": 1e-5, "weights": "float32"}, seed=7)
     second = run(other_method, refuse)
     assert first.key == second.key
     assert equal(first, second)
@@ -132,35 +125,35 @@ def test_a_second_trial_loads_no_encoders_and_leaves_none_behind(
 
 
 @pytest.mark.parametrize("what", ["fingerprint", "data", "caption"])
-def test_other_encoders_or_data_are_encoded_anew(pipeline_folder: Path, tmp_path: Path, what: str) -> None:
+def test_other_encoders_or_data_are_encoded_anew(tiny_painter: Path, tmp_path: Path, what: str) -> None:
     images = tiny_diffusion.write_images(tmp_path / "images", 5)
-    spec = trial(pipeline_folder, images)
-    first = run(spec, lambda: load(pipeline_folder))
+    spec = trial(tiny_painter, images)
+    first = run(spec, lambda: load(tiny_painter))
     if what == "caption":
         lines = (images / "metadata.jsonl").read_text().replace("number 3", "number three")
         (images / "metadata.jsonl").write_text(lines)
-    changed = trial(pipeline_folder, images, data__resolution=72) if what == "data" else spec
+    changed = trial(tiny_painter, images, data__resolution=72) if what == "data" else spec
     fingerprint = "tiny bfloat16" if what == "fingerprint" else "tiny float32"
     with pytest.raises(AssertionError, match="encoders are loaded"):
         run(changed, refuse, fingerprint)
-    assert run(changed, lambda: load(pipeline_folder), fingerprint).key != first.key
+    assert run(changed, lambda: load(tiny_painter), fingerprint).key != first.key
 
 
-def test_encoders_keep_their_own_dtype_and_results_are_float32(pipeline_folder: Path, images: Path) -> None:
-    spec = trial(pipeline_folder, images)
-    exact = run(spec, lambda: load(pipeline_folder))
-    rough = run(spec, lambda: load(pipeline_folder, torch.bfloat16), "tiny bfloat16")
+def test_encoders_keep_their_own_dtype_and_results_are_float32(tiny_painter: Path, images: Path) -> None:
+    spec = trial(tiny_painter, images)
+    exact = run(spec, lambda: load(tiny_painter))
+    rough = run(spec, lambda: load(tiny_painter, torch.bfloat16), "tiny bfloat16")
     assert rough.train.moments.dtype == rough.train.embeddings.dtype == torch.float32
     assert torch.equal(rough.train.moments, rough.train.moments.bfloat16().float())
     assert not torch.equal(exact.train.moments, rough.train.moments)
     assert torch.allclose(exact.train.moments, rough.train.moments, atol=0.1)
 
 
-def test_long_captions_are_cut_and_counted(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_long_captions_are_cut_and_counted(tiny_painter: Path, tmp_path: Path) -> None:
     images = tiny_diffusion.write_images(tmp_path / "images", 5)
     lines = (images / "metadata.jsonl").read_text().replace(", number", " w" * 75 + " w, number", 1)
     (images / "metadata.jsonl").write_text(lines)
-    found = run(trial(pipeline_folder, images), lambda: load(pipeline_folder))
+    found = run(trial(tiny_painter, images), lambda: load(tiny_painter))
     assert found.train.truncated + found.test.truncated == 1
     assert found.train.embeddings.shape[1] == 77
 
@@ -184,22 +177,22 @@ def damage_swap(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", [damage_shorten, damage_remove, damage_settings, damage_swap])
 def test_a_damaged_folder_is_made_anew(
-    pipeline_folder: Path, images: Path, cache: Path, damage: Callable[[Path], None]
+    tiny_painter: Path, images: Path, cache: Path, damage: Callable[[Path], None]
 ) -> None:
-    spec = trial(pipeline_folder, images)
-    first = run(spec, lambda: load(pipeline_folder))
+    spec = trial(tiny_painter, images)
+    first = run(spec, lambda: load(tiny_painter))
     damage(cache / "latents" / first.key)
     with pytest.raises(AssertionError, match="encoders are loaded"):
         run(spec, refuse)
-    assert equal(run(spec, lambda: load(pipeline_folder)), first)
+    assert equal(run(spec, lambda: load(tiny_painter)), first)
     assert equal(run(spec, refuse), first)
     assert [path.name for path in (cache / "latents").iterdir()] == [first.key]
 
 
-def test_two_at_once_end_with_one_folder(pipeline_folder: Path, images: Path, cache: Path) -> None:
-    spec = trial(pipeline_folder, images)
+def test_two_at_once_end_with_one_folder(tiny_painter: Path, images: Path, cache: Path) -> None:
+    spec = trial(tiny_painter, images)
     barrier = threading.Barrier(2)
-    loaded = [load(pipeline_folder), load(pipeline_folder)]
+    loaded = [load(tiny_painter), load(tiny_painter)]
 
     def together() -> Encoders:
         barrier.wait(timeout=60)  # nobody goes on until both have found the cache empty
@@ -212,17 +205,17 @@ def test_two_at_once_end_with_one_folder(pipeline_folder: Path, images: Path, ca
     assert equal(run(spec, refuse), one)
 
 
-def test_not_a_number_names_the_picture(pipeline_folder: Path, images: Path, cache: Path) -> None:
-    spec = trial(pipeline_folder, images)
+def test_not_a_number_names_the_picture(tiny_painter: Path, images: Path, cache: Path) -> None:
+    spec = trial(tiny_painter, images)
     first = prepare(spec.data).train[0]
 
     def broken_vae() -> Encoders:
-        encoders = load(pipeline_folder)
+        encoders = load(tiny_painter)
         encoders.vae.quant_conv.weight.data[0, 0] = float("inf")
         return encoders
 
     def broken_text_encoder() -> Encoders:
-        encoders = load(pipeline_folder)
+        encoders = load(tiny_painter)
         encoders.text_encoder.get_input_embeddings().weight.data.fill_(float("nan"))
         return encoders
 
