@@ -31,7 +31,10 @@ def count(text: str) -> int:
 
 def names(text: str) -> tuple[str, ...]:
     """Names from a comma-separated list."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"must be names with a comma between two of them (found {text!r})")
+    return parts
 
 
 def add_settings(command: argparse.ArgumentParser) -> None:

@@ -59,13 +59,8 @@ def rounded(rate: float) -> float:
     return float(f"{rate:.2g}")
 
 
-def candidates(names: Sequence[str], *, on_gpu: bool, hidden_size: int | None) -> list[Candidate]:
-    """The named methods, with what the machine asks of them.
-
-    Args:
-        names: of methods.
-        on_gpu: whether they train on a GPU, in bfloat16, or on a CPU, in float32.
-        hidden_size: of the model; None where it is not known.
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names of methods that cannot be compared.
 
     Raises:
         SpecError: no such method, or one is named twice.
@@ -79,6 +74,16 @@ def candidates(names: Sequence[str], *, on_gpu: bool, hidden_size: int | None) -
             )
     if len(set(names)) < len(names):
         raise SpecError(f"--methods: name each method once (found {', '.join(names)})")
+
+
+def candidates(names: Sequence[str], *, on_gpu: bool, hidden_size: int | None) -> list[Candidate]:
+    """The named methods, with what the machine asks of them.
+
+    Args:
+        names: of methods.
+        on_gpu: whether they train on a GPU, in bfloat16, or on a CPU, in float32.
+        hidden_size: of the model; None where it is not known.
+    """
     return [Candidate(name, _settings(name, on_gpu=on_gpu, hidden_size=hidden_size)) for name in names]
 
 

@@ -14,7 +14,7 @@ from ray_peft.compare.candidates import USUAL
 from ray_peft.compare.journal import Journal, opened
 from ray_peft.compare.measure import Measured, measure
 from ray_peft.compare.rungs import ANSWER, LONGER, SEARCH, Chosen, file_of
-from ray_peft.compare.setup import Setup, set_up, short
+from ray_peft.compare.setup import Setup, looked_at, set_up, short
 from ray_peft.compare.speed_trials import RUNG
 from ray_peft.errors import SpecError, TrialFailed
 from ray_peft.foundation.audience import Audience, Silence
@@ -113,6 +113,10 @@ class Comparing:
         with callers_signals():
             try:
                 return self._run(plan_only)
+            except KeyboardInterrupt:
+                if self.folder.is_dir():
+                    self._console.say("finished trials are kept; the same command goes on with the others")
+                raise
             finally:
                 self._ray.leave()
 
@@ -146,14 +150,15 @@ class Comparing:
         """Look at everything, measure what is not known, and write the first search space."""
         request = self.request
         with journal.timed(RUNG):
-            machines = self._ray.connect()
+            looked = looked_at(request.model, request.data, request.methods)
             setup = set_up(
-                request.model, request.data, name=request.name(), metric=request.metric, methods=request.methods,
-                nodes=machines,
-            )  # fmt: skip
+                looked, name=request.name(), metric=request.metric, methods=request.methods, nodes=self._ray.connect()
+            )
             self._say_found(setup)
             journal.on_gpu = self._on_gpu = setup.on_gpu
-            measured = measure(setup, self.folder, request.gpu_memory_gib, self._sweep, self._once)
+            measured = measure(
+                setup, self.folder, request.gpu_memory_gib, self._sweep, self._once, 3600 * request.hours
+            )
         journal.plan = self._planned(measured, journal)
         setup = measured.setup
         journal.left_out = dict(measured.left_out)
@@ -214,7 +219,7 @@ class Comparing:
             steps = budget.shortened(plan, left_s, spent / (plan.search_s + plan.longer_s))
             if steps < plan.answer_steps:
                 self._console.say(
-                    f"the steps before took {duration(spent)}, more than predicted: {ANSWER} has {steps} steps in "
+                    f"the sweeps before took {duration(spent)}, more than predicted: {ANSWER} has {steps} steps in "
                     f"place of {plan.answer_steps}"
                 )
             best = {name: replace(settings, trials=settings.trials[:1]) for name, settings in chosen.items()}

@@ -23,6 +23,9 @@ from ray_peft.trial import speed
 from ray_peft.trial.provenance import cpu_name
 from ray_peft.trial.speed import Speed
 
+LEAST_SWEEPS = 3
+"""One that measures, one that searches and one that answers."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -52,11 +55,21 @@ class Measured:
         return of
 
 
-def measure(setup: Setup, folder: Path, gpu_memory_gib: float | None, run: RunSweep, console: Audience) -> Measured:
+def measure(
+    setup: Setup, folder: Path, gpu_memory_gib: float | None, run: RunSweep, console: Audience, time_s: float
+) -> Measured:
     """What every method takes; those that were never measured here are, in a sweep of a few steps.
 
+    Args:
+        setup: of the comparison.
+        folder: of the comparison.
+        gpu_memory_gib: what a trial may take of a GPU; None is all of it.
+        run: runs a sweep.
+        console: is told what is measured and left out.
+        time_s: for the whole comparison.
+
     Raises:
-        SpecError: no method fits or runs.
+        SpecError: no method fits or runs, or the time is gone before anything is measured.
         KeyboardInterrupt: the user stopped the sweep.
     """
     space = speed_space(setup)
@@ -72,6 +85,11 @@ def measure(setup: Setup, folder: Path, gpu_memory_gib: float | None, run: RunSw
     missing = [name for name in settled if name not in speeds]
     new = NewSpeeds({}, {}, OVERHEAD_S)
     if missing:
+        if time_s < LEAST_SWEEPS * OVERHEAD_S:
+            raise SpecError(
+                f"--hours {time_s / 3600:g}: a comparison is {LEAST_SWEEPS} sweeps or more, of which each takes about "
+                f"{OVERHEAD_S:.0f} s to start and to end; give --hours {LEAST_SWEEPS * OVERHEAD_S / 3600:.2g} or more"
+            )
         console.say(f"not measured yet on {device}: {', '.join(missing)}; they train for {STEPS[setup.on_gpu]} steps")
         new = run_trials(setup, space, missing, load, folder, run)
         for name, of_method in new.speeds.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_peft.compare.candidates import Candidate, candidates
+from ray_peft.compare.candidates import Candidate, candidates, check_names
 from ray_peft.errors import DataError, SpecError
 from ray_peft.schedule.decide import Node
 from ray_peft.spec import ModelSpec, is_local
@@ -148,8 +148,21 @@ class Setup:
         return 64 if self.on_gpu else 16
 
 
-def set_up(model: str, data: str, *, name: str, metric: str, methods: Sequence[str], nodes: Sequence[Node]) -> Setup:
-    """Look at the model and at all rows.
+@dataclass(frozen=True)
+class Looked:
+    """The model and the rows as they are found, whatever the machine."""
+
+    model: str
+    data: str
+    look: Look
+    hidden_size: int | None
+    """Of the model; None where its config does not say it."""
+    positions: int
+    """Most tokens that the model can see."""
+
+
+def looked_at(model: str, data: str, methods: Sequence[str]) -> Looked:
+    """Look at the model's config and tokenizer and at all rows; nothing is started for it.
 
     Raises:
         ModelError, DataError: there is no such model or file, or it cannot be used.
@@ -160,31 +173,37 @@ def set_up(model: str, data: str, *, name: str, metric: str, methods: Sequence[s
     from ray_peft.tasks.llm_sft.model import load_config
     from ray_peft.tasks.llm_sft.tokenizer import load_tokenizer
 
+    check_names(methods)
     for kind, path in (("MODEL", model), ("DATA", data)):
         _check_there(kind, path)
-    on_gpu = any(node.gpus for node in nodes)
+    _check_order(model, data)
     local_files(data)  # a missing file is told before the model is looked at
     config = load_config(ModelSpec(name=model)).get_text_config()
-    chosen = candidates(methods, on_gpu=on_gpu, hidden_size=getattr(config, "hidden_size", None))
-    tokenizer = load_tokenizer(_any_trial(model, data))
-    rows = look(data, tokenizer)
+    rows = look(data, load_tokenizer(_any_trial(model, data)))
     if rows.usable - rows.repeated < FEWEST_ROWS:
         raise DataError(
             f"{data}: has {rows.usable - rows.repeated} different rows that can be used, of {rows.rows}; a "
             f"comparison needs {FEWEST_ROWS} or more"
         )
     positions = int(getattr(config, "max_position_embeddings", LONGEST) or LONGEST)
+    return Looked(model, data, rows, getattr(config, "hidden_size", None), positions)
+
+
+def set_up(looked: Looked, *, name: str, metric: str, methods: Sequence[str], nodes: Sequence[Node]) -> Setup:
+    """What follows from the model, the rows and the machines."""
+    on_gpu = any(node.gpus for node in nodes)
+    rows = looked.look
     longest = -(-rows.length(0.98 if on_gpu else 0.9) // 16) * 16
     new_tokens = min(rows.answer_length(0.95), 256 if on_gpu else 32)
     return Setup(
         name=name,
-        model=_absolute(model),
-        data=_absolute(data),
+        model=_absolute(looked.model),
+        data=_absolute(looked.data),
         look=rows,
         metric=metric,
         nodes=tuple(nodes),
-        methods=tuple(chosen),
-        max_length=max(32, min(longest, positions - new_tokens, LONGEST)),
+        methods=tuple(candidates(methods, on_gpu=on_gpu, hidden_size=looked.hidden_size)),
+        max_length=max(32, min(longest, looked.positions - new_tokens, LONGEST)),
         max_new_tokens=max(4, new_tokens),
     )
 
@@ -216,6 +235,19 @@ def _check_there(kind: str, path: str) -> None:
         names = sorted(entry.name for entry in beside.iterdir())[:8] if beside.is_dir() else []
         there = f"; {beside} holds {', '.join(names)}" if names else ""
         raise SpecError(f"{kind}: {path}: no such file or folder, nor a hub id such as owner/name{there}")
+
+
+def _check_order(model: str, data: str) -> None:
+    """Refuse rows in place of the model, and the other way round.
+
+    Raises:
+        SpecError: they are.
+    """
+    usage = "the order is: ray-peft compare MODEL DATA"
+    if Path(model).expanduser().is_file() and not model.lower().endswith(".gguf"):
+        raise SpecError(f"MODEL: {model}: is a file; give a model's folder, a .gguf file or a hub id; {usage}")
+    if (Path(data).expanduser() / "config.json").is_file():
+        raise SpecError(f"DATA: {data}: holds a model (config.json); give a file or a folder of rows; {usage}")
 
 
 def _absolute(name: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ray_peft.errors import ClusterLost, PlacementError, ReportLost, StorageError, first_line
+from ray_peft.report.digits import counted
 from ray_peft.report.plain import trial_line
 from ray_peft.schedule import cluster, tune
 from ray_peft.schedule.control import Control
@@ -364,7 +365,8 @@ def _placement_line(nodes: list[Node], demands: list[Demand], missing: int) -> s
     kinds = {(demand.num_workers, demand.gpus_per_worker, demand.cpus_per_worker) for demand in demands}
     needs = [f"{workers} x ({gpu:g} GPU, {cpu} CPU)" for workers, gpu, cpu in sorted(kinds, reverse=True)]
     need = "; ".join(needs) if len(needs) < 4 else f"between {needs[0]} and {needs[-1]}"
-    return f"{gpus} GPUs and {cpus} CPU cores on {len(nodes)} nodes; {missing} trials to run, each {need}"
+    where = f"{counted(gpus, 'GPU')} and {counted(cpus, 'CPU core')} on {counted(len(nodes), 'node')}"
+    return f"{where}; {counted(missing, 'trial')} to run, each {need}"
 
 
 def _bar(ended: int, total: int, width: int = 20) -> str:

@@ -9,8 +9,10 @@ import pytest
 import tiny
 
 from ray_peft import cli
-from ray_peft.compare import budget
+from ray_peft.compare import budget, command
 from ray_peft.compare.budget import Shape
+from ray_peft.schedule import cluster
+from ray_peft.schedule.decide import Node
 from ray_peft.space.read import load
 from ray_peft.store.results_file import read_results
 
@@ -32,9 +34,9 @@ def test_a_comparison_is_planned_edited_run_and_gone_on_with(
     ray_cluster, tiny_model, rows, empty_database, tmp_path, capsys
 ):
     shutil.copy(empty_database, tmp_path / "mlflow.db")
-    command = ["compare", str(tiny_model), "rows.jsonl", "--methods", "full,lora", "--hours", "0.5"]
-    command += ["--metric", "eval_loss", "--out", "out", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
-    assert cli.main([*command, "--plan-only"]) == 0
+    arguments = ["compare", str(tiny_model), "rows.jsonl", "--methods", "full,lora", "--hours", "0.5"]
+    arguments += ["--metric", "eval_loss", "--out", "out", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    assert cli.main([*arguments, "--plan-only"]) == 0
     told = capsys.readouterr().out
     assert "rows: 51 of recipe alpaca, 51 usable, 2 repeat others" in told
     assert "not measured yet on" in told
@@ -51,7 +53,7 @@ def test_a_comparison_is_planned_edited_run_and_gone_on_with(
     assert "s a step measured" in text
     file.write_text(text.replace("warmup_ratio: 0.1", "warmup_ratio: 0.2"), encoding="utf-8")
 
-    assert cli.main(command) == 0
+    assert cli.main(arguments) == 0
     told = capsys.readouterr().out
     assert f"going on with out{os.sep}1_search.yaml" in told
     lines = (tmp_path / "out" / "answer.txt").read_text(encoding="utf-8").splitlines()
@@ -81,19 +83,19 @@ def test_a_comparison_is_planned_edited_run_and_gone_on_with(
     assert whole.method.name == lines[0].split()[1]
 
     before = {rung: (tmp_path / "out" / rung / "results.jsonl").read_bytes() for rung in RUNGS}
-    assert cli.main(command) == 0
+    assert cli.main(arguments) == 0
     assert {rung: (tmp_path / "out" / rung / "results.jsonl").read_bytes() for rung in RUNGS} == before
     again = capsys.readouterr().out
     assert all(line in again for line in lines if not line.startswith("Predicted"))
 
     other = ["--metric", "rouge_l"]
-    assert cli.main([*command, *other]) == 2
+    assert cli.main([*arguments, *other]) == 2
     assert "holds a comparison with metric 'eval_loss' (now 'rouge_l'); give another --out" in capsys.readouterr().err
     # Measured before, so nothing runs until it is refused.
-    assert cli.main([*command, "--hours", "0.0005", "--out", "short"]) == 2
+    assert cli.main([*arguments, "--hours", "0.0005", "--out", "short"]) == 2
     assert "the smallest comparison of 2 methods is predicted to take" in capsys.readouterr().err
     assert not (tmp_path / "short").exists()
-    assert cli.main([*command, "--plan-only", "--out", "second"]) == 0
+    assert cli.main([*arguments, "--plan-only", "--out", "second"]) == 0
     assert {path.name for path in (tmp_path / "second").iterdir()} == {"1_search.yaml", "compare.json"}
     assert cli.main(["plan", str(file), "--gpu-memory-gib", "12"]) == 0
     planned = capsys.readouterr().out
@@ -112,16 +114,49 @@ def test_a_comparison_is_planned_edited_run_and_gone_on_with(
         ({"data": "few.jsonl"}, "few.jsonl: has 8 different rows that can be used, of 8; a comparison needs 48"),
         ({"data": "odd.jsonl"}, "its rows have the fields a, b, which no recipe"),
         ({"methods": "lora,loraa"}, "did you mean lora?"),
+        ({"methods": "lora,lora"}, "name each method once"),
+        ({"model": "rows.jsonl", "data": "MODEL"}, "MODEL: rows.jsonl: is a file; give a model's folder"),
+        ({"data": "MODEL"}, "holds a model (config.json); give a file or a folder of rows; the order is: ray-peft"),
     ],
 )
 def test_a_typing_error_is_one_clear_error_before_anything_starts(
-    ray_cluster, tiny_model, rows, tmp_path, capsys, changes, words
+    tiny_model, rows, tmp_path, capsys, monkeypatch, changes, words
 ):
+    monkeypatch.setattr(cluster.KeptConnection, "connect", lambda self: pytest.fail("Ray takes seconds to start"))
     tiny.write_rows(tmp_path / "few.jsonl", ROWS[:8])
     tiny.write_rows(tmp_path / "odd.jsonl", [{"a": "1", "b": "2"}] * 50)
-    given = {"model": str(tiny_model), "data": "rows.jsonl", "methods": "lora"} | changes
+    given = {"model": "MODEL", "data": "rows.jsonl", "methods": "lora"} | changes
+    given |= {key: str(tiny_model) for key, value in given.items() if value == "MODEL"}
     assert cli.main(["compare", given["model"], given["data"], "--methods", given["methods"], "--out", "out"]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert words in told
     assert not (tmp_path / "out").exists()
+
+
+def test_a_time_in_which_nothing_can_be_measured_is_refused_at_once(tiny_model, rows, capsys, monkeypatch):
+    monkeypatch.setattr(cluster.KeptConnection, "connect", lambda self: [Node(2, 0)])
+    arguments = [str(tiny_model), "rows.jsonl", "--methods", "lora", "--out", "out", "--hours", "0.001"]
+    assert cli.main(["compare", *arguments]) == 2
+    assert "--hours 0.001: a comparison is 3 sweeps or more" in capsys.readouterr().err
+    assert not os.path.exists("out")
+
+
+def test_whoever_interrupts_a_comparison_is_told_how_it_goes_on(tiny_model, rows, capsys, monkeypatch):
+    def interrupt(*arguments):
+        os.mkdir("out")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster.KeptConnection, "connect", lambda self: [Node(2, 0)])
+    monkeypatch.setattr(command, "measure", interrupt)
+    assert cli.main(["compare", str(tiny_model), "rows.jsonl", "--methods", "lora", "--out", "out"]) == 130
+    told = capsys.readouterr()
+    assert "finished trials are kept; the same command goes on" in told.out
+    assert "interrupted" in told.err
+
+
+@pytest.mark.parametrize("names", ["", ",", "lora,", "lora,,full"])
+def test_an_empty_name_is_no_method(names, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "model", "rows.jsonl", "--methods", names])
+    assert "must be names with a comma between two of them" in capsys.readouterr().err

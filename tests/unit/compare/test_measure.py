@@ -5,7 +5,7 @@ import tiny
 
 from ray_peft.checks.trials import inspect_trials
 from ray_peft.compare import measure
-from ray_peft.compare.setup import set_up
+from ray_peft.compare.setup import looked_at, set_up
 from ray_peft.compare.space_text import written
 from ray_peft.compare.speed_trials import speed_space, without_imports
 from ray_peft.foundation.audience import Silence
@@ -21,7 +21,9 @@ METHODS = ("full", "lora", "qlora", "galore")
 def setup(tiny_model, tmp_path):
     rows = [{"prompt": f"What is {number}?", "completion": f"It is {number}."} for number in range(1200)]
     path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
-    return set_up(str(tiny_model), str(path), name="a", metric="rouge_l", methods=METHODS, nodes=[H100])
+    return set_up(
+        looked_at(str(tiny_model), str(path), METHODS), name="a", metric="rouge_l", methods=METHODS, nodes=[H100]
+    )
 
 
 def test_on_a_gpu_trials_have_it_to_themselves_in_bf16_and_methods_that_do_not_fit_are_left_out(setup):

@@ -5,7 +5,7 @@ import json
 import pytest
 from pydantic import TypeAdapter
 
-from ray_peft.compare.candidates import COMPARED, FACTORS, candidates
+from ray_peft.compare.candidates import COMPARED, FACTORS, candidates, check_names
 from ray_peft.compare.space_text import written
 from ray_peft.errors import SpecError
 from ray_peft.methods import AnyMethod
@@ -83,5 +83,5 @@ def test_every_method_that_may_be_named_can_be_made_with_several_rates(name, on_
 )
 def test_a_wrong_method_is_refused(names, words):
     with pytest.raises(SpecError) as caught:
-        candidates(names, on_gpu=False, hidden_size=None)
+        check_names(names)
     assert words in str(caught.value)
