@@ -140,6 +140,7 @@ def test_a_search_with_early_stopping_fills_places_with_proposals(
     assert {row.trial_id: row.status for row in again.results} == rows
 
 
+@pytest.mark.long
 def test_a_trial_of_a_pack_that_waits_takes_the_place_of_one_that_ends(
     ray_cluster, shared, tiny_model, questions, tmp_path, monkeypatch
 ):
