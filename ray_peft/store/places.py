@@ -60,6 +60,7 @@ def working_folder(place: str | Path, outputs: Path, console: Audience) -> Itera
         yield folder_of(str(place), outputs) if is_url(str(place)) else Path(place)
         return
     remote = Remote(str(place))
+    remote.check()
     folder = folder_of(str(place), outputs).absolute()
     with contextlib.ExitStack() as until_ended:
         with Ledger(folder).locked():
@@ -93,6 +94,7 @@ def fetched_folder(place: str, outputs: Path) -> Path:
     folder = folder_of(place, outputs).absolute()
     if is_remote(place):
         remote = Remote(place)
+        remote.check()
         if not remote.versions():
             raise StorageError(f"{remote.shown}: there is nothing")
         with Ledger(folder).locked():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,8 @@ from typing import Any
 from ray_peft.errors import StorageError, first_line
 from ray_peft.foundation.masking import mask_address
 
+ANSWER_S = 60.0
+"""What has not answered the first question by then is out of reach; some packages would try for half an hour."""
 _URL = re.compile(r"[a-z][a-z0-9+.\-]+(::[a-z][a-z0-9+.\-]+)*://", re.I)
 _VERSIONS = ("ETag", "etag", "md5Hash", "mtime", "last_modified", "LastModified", "created")
 """Where file systems say which content a file has, or since when."""
@@ -55,6 +58,28 @@ class Remote:
             raise StorageError(f"{self.shown}: names no folder; add one, such as {self.shown.rstrip('/')}/sweep")
         self.at_once = 4 if self._fs.async_impl else 1
         """Calls that may be made at the same time."""
+
+    def check(self) -> None:
+        """Make sure that something answers there.
+
+        Raises:
+            StorageError: nothing does, or it refuses to be read.
+        """
+        refusals: list[StorageError] = []
+
+        def ask() -> None:
+            try:
+                self.read(".ray_peft")
+            except StorageError as error:
+                refusals.append(error)
+
+        asking = threading.Thread(target=ask, name="url", daemon=True)
+        asking.start()
+        asking.join(ANSWER_S)
+        if asking.is_alive():
+            raise StorageError(f"{self.shown}: does not answer within {ANSWER_S:g} s; {self._way_out()}")
+        if refusals:
+            raise refusals[0]
 
     def versions(self) -> dict[str, str]:
         """The files there by their path, each with a text that changes with its content and begins with its size.
@@ -161,9 +186,11 @@ class Remote:
             yield
         except Exception as error:  # every file system has errors of its own
             where = f"{self.shown.rstrip('/')}/{path}" if path else self.shown
-            way = _CREDENTIALS.get({"s3a": "s3", "gcs": "gs"}.get(self._scheme, self._scheme), "")
-            way = f"check the URL and what it needs to be reached{'; ' if way else ''}{way}"
-            raise StorageError(f"{where}: cannot be {what}: {self._reason(error)}; {way}") from None
+            raise StorageError(f"{where}: cannot be {what}: {self._reason(error)}; {self._way_out()}") from None
+
+    def _way_out(self) -> str:
+        credentials = _CREDENTIALS.get({"s3a": "s3", "gcs": "gs"}.get(self._scheme, self._scheme))
+        return "; ".join(filter(None, ("check the URL and what it needs to be reached", credentials)))
 
     def _reason(self, error: Exception) -> str:
         reason = mask_address(first_line(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 
 import bucket
@@ -9,6 +10,7 @@ import pytest
 
 from ray_peft import cli
 from ray_peft.errors import StorageError
+from ray_peft.store import remote
 from ray_peft.store.mirror import Mirror
 from ray_peft.store.remote import Remote
 
@@ -33,21 +35,21 @@ def s3(server, monkeypatch) -> str:
 
 
 def test_a_bucket_holds_what_was_written_and_no_more(s3, server, tmp_path):
-    remote = Remote(s3)
-    assert remote.versions() == {}
-    assert remote.read("a") is None
+    place = Remote(s3)
+    assert place.versions() == {}
+    assert place.read("a") is None
     (tmp_path / "file").write_bytes(b"x" * 100)
-    version = remote.put(tmp_path / "file", "trials/t/file")
-    assert remote.create("a", b"1")
-    assert not remote.create("a", b"2")
-    assert remote.read("a") == b"1"
-    assert remote.versions() == {"trials/t/file": version, "a": remote.put(b"1", "a")}
+    version = place.put(tmp_path / "file", "trials/t/file")
+    assert place.create("a", b"1")
+    assert not place.create("a", b"2")
+    assert place.read("a") == b"1"
+    assert place.versions() == {"trials/t/file": version, "a": place.put(b"1", "a")}
     assert version.startswith("100:")
-    assert remote.put(b"y" * 100, "trials/t/file") != version
-    remote.get("trials/t/file", tmp_path / "new" / "file")
+    assert place.put(b"y" * 100, "trials/t/file") != version
+    place.get("trials/t/file", tmp_path / "new" / "file")
     assert (tmp_path / "new" / "file").read_bytes() == b"y" * 100
-    remote.remove("a")
-    remote.remove("a")
+    place.remove("a")
+    place.remove("a")
     name = s3.split("/")[2]
     assert bucket.keys(server, name) == ["runs/first/trials/t/file"]
 
@@ -92,7 +94,15 @@ def test_no_credentials(s3, capsys, monkeypatch):
 
 def test_a_server_that_is_not_there(s3, capsys, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the answer is the same after five
     assert "http://127.0.0.1:9" in refused(s3, capsys)
+
+
+def test_a_server_that_takes_connections_and_never_answers(s3, capsys, monkeypatch):
+    monkeypatch.setattr(remote, "ANSWER_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert refused(s3, capsys).startswith("does not answer within 0.5 s; check the URL")
 
 
 @pytest.mark.parametrize(
