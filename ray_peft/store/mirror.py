@@ -75,20 +75,20 @@ class Mirror:
         """
         self._recall()
         there, here = self._remote.versions(), self._files()
-        fetched = [
+        newer_there = [
             path
             for path, version in there.items()
             if _is_shared(path)
             and not (path in here and (seen := self._seen.get(path)) is not None and seen.is_own(version))
         ]
         with ThreadPoolExecutor(self._remote.at_once) as pool:
-            list(pool.map(lambda path: self._get(path, there[path]), fetched))
+            list(pool.map(lambda path: self._get(path, there[path]), newer_there))
         for path, seen in list(self._seen.items()):
             if path not in there and not seen.sending:
                 if here.get(path) == (seen.size, seen.mtime_ns):
                     (self._folder / path).unlink(missing_ok=True)
                 self._note(Seen(path=path, gone=True))
-        return len(fetched)
+        return len(newer_there)
 
     def send(self) -> int:
         """Make the URL as this folder is; returns how many files were sent or removed.
@@ -107,12 +107,12 @@ class Mirror:
             paths = [path for path in changed if _rank(path) == rank]
             with ThreadPoolExecutor(self._remote.at_once) as pool:
                 sent += sum(pool.map(lambda path: self._put(path, here[path], offsets.get(path)), paths))
-        gone = [path for path in self._seen if path not in here and not (self._folder / path).exists()]
-        for path in gone:
+        removed_here = [path for path in self._seen if path not in here and not (self._folder / path).exists()]
+        for path in removed_here:
             self._allowed()
             self._remote.remove(path)
             self._note(Seen(path=path, gone=True))
-        return sent + len(gone)
+        return sent + len(removed_here)
 
     def _is_sent(self, path: str, stat: tuple[int, int]) -> bool:
         seen = self._seen.get(path)
@@ -157,10 +157,12 @@ class Mirror:
         """The files here that belong at the URL, with size and time of change."""
 
         def refuse(error: OSError) -> None:
-            raise StorageError(f"{error.filename}: cannot be read: {error.strerror}") from None
+            if not isinstance(error, FileNotFoundError):  # as of an older checkpoint, which goes meanwhile
+                raise StorageError(error_line(error)) from None
 
         files = {}
-        for folder, _, names in os.walk(self._folder, onerror=refuse):
+        for folder, folders, names in os.walk(self._folder, onerror=refuse):
+            folders[:] = [name for name in folders if _is_shared(name)]
             for name in names:
                 file = Path(folder, name)
                 path = file.relative_to(self._folder).as_posix()

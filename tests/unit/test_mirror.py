@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from pathlib import Path
 
@@ -174,6 +175,23 @@ def test_what_a_file_said_when_the_others_were_looked_at_is_sent(remote, tmp_pat
     mirror.fetch()
     mirror.send()
     assert fetched(remote, tmp_path / "b")[SENT] == FILES[SENT]
+
+
+def test_a_checkpoint_that_goes_while_the_folder_is_looked_at_is_no_error(remote, machines, monkeypatch):
+    mirror = Mirror(remote, machines[0])
+    mirror.fetch()
+    looked_at, scandir = machines[0] / TRIAL / "stage1/checkpoint-2", os.scandir
+
+    def late(folder):
+        if folder == str(looked_at):
+            (looked_at / "state.pt").unlink()
+            looked_at.rmdir()
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", late)
+    mirror.send()
+    monkeypatch.undo()
+    assert "stage1" not in str(fetched(remote, machines[1]))
 
 
 def test_a_folder_that_is_gone_takes_nothing_with_it(remote, machines):
