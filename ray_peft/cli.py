@@ -100,13 +100,15 @@ def _parser() -> argparse.ArgumentParser:
         help="decides the answer; default: rouge_l",
     )
     command.add_argument("--plan-only", action="store_true", help="write the search space and stop")
-    command.add_argument("--out", metavar="DIR", help="folder for all of it; default: outputs/compare-MODEL-DATA")
+    command.add_argument(
+        "--out", metavar="DIR", help="folder for all of it, or a URL; default: outputs/compare-MODEL-DATA"
+    )
     _add_places(command)
     command.set_defaults(act=_compare)
 
     command = commands.add_parser("sweep", help="run every trial of a search space and compare them")
     command.add_argument("space", help="a YAML file, such as search_spaces/quickstart.yaml")
-    _add_common(command, "folder for results; default: outputs/<name of the search space>")
+    _add_common(command, "folder for results, or a URL (s3://bucket/name); default: outputs/<name of the search space>")
     add_fresh(command)
     command.set_defaults(act=_sweep)
 
@@ -114,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("spec", nargs="?", help="a YAML file that holds one trial")
     command.add_argument("--mlflow-run", metavar="RUN_ID", help="run the trial of this MLflow run again")
     add_trust(command)
-    _add_common(command, "folder for results; default: outputs/<trial id>")
+    _add_common(command, "folder for results, or a URL; default: outputs/<trial id>")
     command.set_defaults(act=_run)
 
     command = commands.add_parser("plan", help="list and check the trials of a search space, without running them")
@@ -163,7 +165,7 @@ def _add_places(command: argparse.ArgumentParser) -> None:
 
 def _compare(options: argparse.Namespace) -> int:
     from ray_peft.compare.candidates import USUAL
-    from ray_peft.compare.command import Comparing, Request
+    from ray_peft.compare.command import Request, compare
 
     request = Request(
         model=options.model,
@@ -173,10 +175,10 @@ def _compare(options: argparse.Namespace) -> int:
         metric=options.metric,
         gpu_memory_gib=options.gpu_memory_gib,
     )
-    comparing = Comparing(
-        request, out=options.out, address=options.address, tracking_uri=options.tracking_uri, console=Console()
-    )
-    comparison = comparing.run(plan_only=options.plan_only)
+    comparison = compare(
+        request, out=options.out, address=options.address, tracking_uri=options.tracking_uri, console=Console(),
+        plan_only=options.plan_only,
+    )  # fmt: skip
     print_text("\n" + "\n".join(comparison.lines))
     if not comparison.finished:
         return 1

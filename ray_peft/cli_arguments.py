@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
+
+from ray_peft.foundation.masking import mask_address
 
 
 def steps(text: str) -> tuple[int, ...]:
@@ -35,6 +38,27 @@ def names(text: str) -> tuple[str, ...]:
     if not all(parts):
         raise argparse.ArgumentTypeError(f"must be names with a comma between two of them (found {text!r})")
     return parts
+
+
+def sweep_folder(text: str) -> Path:
+    """The folder of a sweep; of one whose results go to a URL, the folder of this machine that stands for it.
+
+    Raises:
+        SpecError: this machine has none for the URL.
+    """
+    from ray_peft.store.places import folder_of, is_remote
+    from ray_peft.store.remote import is_url
+
+    if not is_url(text):
+        return Path(text)
+    from ray_peft.errors import SpecError
+    from ray_peft.schedule.experiment import outputs_folder
+
+    folder = folder_of(text, outputs_folder())
+    if is_remote(text) and not folder.is_dir():
+        shown = mask_address(text)
+        raise SpecError(f"{shown}: this machine has no copy of it; `ray-peft report {shown}` makes one in {folder}")
+    return folder
 
 
 def add_settings(command: argparse.ArgumentParser) -> None:

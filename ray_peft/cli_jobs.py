@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ray_peft.cli_arguments import add_fresh, add_gpu_memory, add_settings
 from ray_peft.console import INTERRUPTED
 from ray_peft.foundation.durations import short_time
-from ray_peft.foundation.masking import mask
+from ray_peft.foundation.masking import mask, mask_address
+from ray_peft.store.remote import is_url
 
 if TYPE_CHECKING:
     from ray_peft.schedule.environment import Environment
@@ -29,8 +30,9 @@ def add_commands(commands: Any) -> None:
     command.add_argument("space", help="a YAML file; files that it names from the current folder are sent along")
     _add_address(command)
     command.add_argument(
-        "--out", metavar="DIR", help="absolute folder on the cluster; default: NAME in the cluster's RAY_PEFT_OUTPUTS"
-    )
+        "--out", metavar="DIR",
+        help="absolute folder on the cluster, or a URL; default: NAME in the cluster's RAY_PEFT_OUTPUTS",
+    )  # fmt: skip
     command.add_argument("--tracking-uri", help="MLflow store; default: MLFLOW_TRACKING_URI of here, else of there")
     add_fresh(command)
     add_gpu_memory(command)
@@ -76,10 +78,7 @@ def _submit(options: argparse.Namespace) -> int:
     from ray_peft.space import read, yaml_text
 
     space = Path(options.space)
-    if options.out is not None and not options.out.startswith("/"):
-        raise SpecError(
-            f"--out {options.out}: must be an absolute folder on the cluster: a job's own folder is removed"
-        )
+    _check_out(options.out)
     checked = read.load(space, options.overrides, options.profile)
     variables = _variables(options.env)
     texts = [yaml_text.read(space), *options.overrides, *variables.plain.values()]
@@ -110,6 +109,24 @@ def _submit(options: argparse.Namespace) -> int:
         return _follow(jobs, job_id)
     print(f"ray-peft jobs | stop {job_id} | fetch {job_id}, each with --address {jobs.address}")
     return 0
+
+
+def _check_out(out: str | None) -> None:
+    """Refuse a place that the job's end would take away, or that holds a secret.
+
+    Raises:
+        SpecError: it is neither an absolute folder nor a URL, or a URL with a password.
+    """
+    from ray_peft.errors import SpecError
+
+    if out is None or out.startswith("/"):
+        return
+    if not is_url(out):
+        raise SpecError(
+            f"--out {out}: must be an absolute folder on the cluster, or a URL: a job's own folder is removed"
+        )
+    if mask_address(out) != out:  # a job's command is shown to everybody on the cluster
+        raise SpecError(f"--out {mask_address(out)}: holds a secret; give the cluster its credentials by --env")
 
 
 def _check_store(uri: str | None) -> None:
@@ -206,12 +223,14 @@ def _stop(options: argparse.Namespace) -> int:
 
 
 def _fetch(options: argparse.Namespace) -> int:
-    from ray_peft.errors import StorageError
+    from ray_peft.errors import SpecError, StorageError
     from ray_peft.schedule.experiment import outputs_folder
     from ray_peft.schedule.jobs import Jobs
 
     jobs = Jobs(options.address)
     job = jobs.info(options.job)
+    if is_url(job.folder):
+        raise SpecError(f"{job.job_id}: its results are not on the cluster: ray-peft report {job.folder}")
     with jobs.fetch(options.job, options.python) as results:
         record = results.extractfile("sweep.json") if "sweep.json" in results.getnames() else None
         content = record.read() if record is not None else b""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ray_peft.cli_arguments import add_tracking, add_trust, count, steps
+from ray_peft.cli_arguments import add_tracking, add_trust, count, steps, sweep_folder
 from ray_peft.console import UNSENT, Console, print_text, short_path
 from ray_peft.foundation.masking import mask
 
@@ -20,7 +20,7 @@ from ray_peft.foundation.masking import mask
 def add_commands(commands: Any) -> None:
     """Add the commands to a parser's subcommands."""
     command = commands.add_parser("report", help="write a sweep's report again and print its table")
-    command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart")
+    command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart, or its URL, which is fetched")
     command.add_argument(
         "--loss-steps", type=steps, metavar="STEP,...",
         help="optimizer steps at which losses are compared, such as 50,1000,3714; default: report.loss_steps of the "
@@ -29,14 +29,16 @@ def add_commands(commands: Any) -> None:
     command.set_defaults(act=_report)
 
     command = commands.add_parser("sync", help="send what an MLflow server that was away lacks of a sweep")
-    command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart")
+    command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart, or its URL")
     command.add_argument("--tracking-uri", help="MLflow store; default: the sweep's own")
     command.set_defaults(act=_sync)
 
     command = commands.add_parser(
         "clean", help="show, or remove, what is not needed: caches and what kills left behind"
     )
-    command.add_argument("sweeps", nargs="*", metavar="DIR", help="sweeps' folders; default: all in outputs")
+    command.add_argument(
+        "sweeps", nargs="*", type=sweep_folder, metavar="DIR", help="sweeps' folders; default: all in outputs"
+    )
     command.add_argument("--yes", action="store_true", help="remove it; results, adapters and checkpoints stay")
     command.set_defaults(act=_clean)
 
@@ -70,7 +72,10 @@ def add_commands(commands: Any) -> None:
 
     command = commands.add_parser("ui", help="open the MLflow UI on the results, or a page of a running sweep")
     command.add_argument(
-        "sweep", nargs="?", help="with --live, the sweep's folder; default: the one in outputs that was heard of last"
+        "sweep",
+        nargs="?",
+        type=sweep_folder,
+        help="with --live, the sweep's folder; default: the one in outputs that was heard of last",
     )
     command.add_argument(
         "--live", action="store_true",
@@ -86,9 +91,12 @@ def _report(options: argparse.Namespace) -> int:
     from ray_peft.errors import DataError
     from ray_peft.report.files import write_report
     from ray_peft.report.plain import console_table
+    from ray_peft.schedule.experiment import outputs_folder
+    from ray_peft.store.places import fetched_folder
+    from ray_peft.store.remote import is_url
     from ray_peft.store.results_file import read_results
 
-    folder = Path(options.sweep)
+    folder = fetched_folder(options.sweep, outputs_folder()) if is_url(options.sweep) else Path(options.sweep)
     finished = (folder / "results.jsonl").is_file()
     if not finished and not (folder / "sweep.json").is_file():
         raise DataError(f"{folder}: holds no results.jsonl; give the folder of a sweep, such as outputs/quickstart")
@@ -99,9 +107,12 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _sync(options: argparse.Namespace) -> int:
+    from ray_peft.schedule.experiment import outputs_folder
     from ray_peft.schedule.sync import sync
+    from ray_peft.store.places import working_folder
 
-    lacking = sync(Path(options.sweep), options.tracking_uri, Console())
+    with working_folder(options.sweep, outputs_folder(), Console()) as folder:
+        lacking = sync(folder, options.tracking_uri, Console())
     if not lacking:
         print_text("the tracking store has all of this sweep")
     return UNSENT if lacking else 0
@@ -111,7 +122,7 @@ def _clean(options: argparse.Namespace) -> int:
     from ray_peft import clean
     from ray_peft.schedule.experiment import outputs_folder
 
-    sweeps = [Path(name) for name in options.sweeps] or clean.sweeps_in(outputs_folder())
+    sweeps = options.sweeps or clean.sweeps_in(outputs_folder())
     clean.check_sweeps(sweeps)
     removable = clean.cached()
     with contextlib.ExitStack() as holding:
@@ -223,7 +234,7 @@ def _live(options: argparse.Namespace) -> int:
 
     if options.host not in (None, HOST, "localhost") or options.tracking_uri:
         raise SpecError("ui: --live listens on this machine alone and reads the sweep's folder, without --tracking-uri")
-    sweep = Path(options.sweep) if options.sweep is not None else newest(outputs_folder())
+    sweep = options.sweep or newest(outputs_folder())
     if sweep is None:
         raise DataError(f"{outputs_folder()}: holds no sweep yet; start one, or give the folder of one")
     port = options.port if options.port is not None else 5001

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_peft.cli_arguments import sweep_folder
 from ray_peft.foundation.durations import short_time
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _HEADS = ("trial", "method", "state", "step", "loss", "tokens/s", "memory GiB", 
 def add_commands(commands: Any) -> None:
     """Add the commands to a parser's subcommands."""
     command = commands.add_parser("watch", help="show a running sweep: a line a trial, until the sweep ends")
-    command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart")
+    command.add_argument("sweep", type=sweep_folder, help="the sweep's folder, such as outputs/quickstart")
     command.add_argument("--once", action="store_true", help="show it once and end")
     command.add_argument("--json", action="store_true", help="print JSON, one line for each look")
     command.set_defaults(act=_watch)
@@ -37,7 +38,7 @@ def add_commands(commands: Any) -> None:
     command = commands.add_parser(
         "ctl", help="change a running sweep: cancel, requeue, clone or add trials, pause and resume it"
     )
-    command.add_argument("sweep", help="the sweep's folder, such as outputs/quickstart")
+    command.add_argument("sweep", type=sweep_folder, help="the sweep's folder, such as outputs/quickstart")
     command.add_argument("action", choices=tuple(_TARGETS))
     command.add_argument("target", nargs="?", help="a trial's id; for add, a YAML file of further trials")
     command.add_argument(
@@ -56,7 +57,7 @@ def add_commands(commands: Any) -> None:
 def _watch(options: argparse.Namespace) -> int:
     from ray_peft.store.progress import Reader
 
-    reader = Reader(Path(options.sweep))
+    reader = Reader(options.sweep)
     in_place = not options.json and not options.once and sys.stdout.isatty()
     if in_place and os.name == "nt":
         os.system("")  # lets the console understand the codes below
@@ -81,7 +82,7 @@ def _ctl(options: argparse.Namespace) -> int:
     from ray_peft.store.progress import Reader, cancel, unknown_trial
     from ray_peft.store.requests import Answer, ask
 
-    folder, target = Path(options.sweep), options.target
+    folder, target = options.sweep, options.target
     _check_arguments(options)
     if options.action in ("list", "show"):
         progress = Reader(folder).read()

@@ -37,6 +37,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # One worker runs these, so that there is one Ray. test_cli.py comes first: it also looks at what happens without one.
 SHARED_RAY = (
     *(f"tests/end_to_end/test_{name}.py" for name in ("cli", "nothing_lost", "store_away", "sweep", "sweep_images")),
+    "tests/end_to_end/test_sweep_bucket.py",
     "tests/end_to_end/test_control.py",
     "tests/end_to_end/test_sweep_packs.py",
     "tests/unit/test_sizes.py",

@@ -81,6 +81,21 @@ class _Once:
         self._console.progress(text)
 
 
+@experiment.in_working_folder
+def compare(
+    request: Request,
+    *,
+    out: str | Path | None = None,
+    address: str | None = None,
+    tracking_uri: str | None = None,
+    console: Audience | None = None,
+    plan_only: bool = False,
+) -> Comparison:
+    """Answer a request, or go on with it where an earlier call ended; other arguments and errors as of `sweep`."""
+    comparing = Comparing(request, out=out, address=address, tracking_uri=tracking_uri, console=console)
+    return comparing.run(plan_only=plan_only)
+
+
 class Comparing:
     """One call of the command."""
 

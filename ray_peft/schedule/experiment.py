@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar, cast
 
 from ray_peft.errors import ReportLost, StorageError, TrackingError, first_line
-from ray_peft.foundation.audience import Audience
-from ray_peft.foundation.masking import mask
+from ray_peft.foundation.audience import Audience, Silence
+from ray_peft.foundation.masking import mask, mask_address
 from ray_peft.foundation.storage import error_line
 from ray_peft.foundation.whole import write_text
 from ray_peft.report.files import REPORT, write_report
@@ -26,10 +27,15 @@ from ray_peft.store.adopted import left_row, make_way, note_restart, restarts
 from ray_peft.store.keeping import LastSteps, Rows
 from ray_peft.store.ledger import Ledger, SweepRecord
 from ray_peft.store.outbox import Outbox
+from ray_peft.store.places import working_folder
+from ray_peft.store.remote import is_url
 from ray_peft.store.tracking import Store
 from ray_peft.store.unsent import Unsent
 from ray_peft.trial.live import STOP_FILE
 from ray_peft.trial.result import DONE, RESTARTS_FILE, Status, TrialResult
+
+Settings = ParamSpec("Settings")
+OutcomeT = TypeVar("OutcomeT")
 
 SHORT_PATIENCE_S = 3.0
 """How long a store that is away is waited for while trials run."""
@@ -38,8 +44,33 @@ END_PATIENCE_S = 15.0
 
 
 def outputs_folder() -> Path:
-    """Where results are stored by default: RAY_PEFT_OUTPUTS, or `outputs` in the current folder."""
-    return Path(os.environ.get("RAY_PEFT_OUTPUTS", "outputs")).absolute()
+    """Where results are stored by default: RAY_PEFT_OUTPUTS, or `outputs` in the current folder.
+
+    Raises:
+        StorageError: RAY_PEFT_OUTPUTS is a URL.
+    """
+    folder = os.environ.get("RAY_PEFT_OUTPUTS", "outputs")
+    if is_url(folder):
+        raise StorageError(f"RAY_PEFT_OUTPUTS={mask_address(folder)}: must be a folder; --out may be a URL")
+    return Path(folder).absolute()
+
+
+def in_working_folder(run: Callable[Settings, OutcomeT]) -> Callable[Settings, OutcomeT]:
+    """Let a function whose argument `out` is a folder take a URL, too, which is then kept equal to a folder.
+
+    The function's argument `console` is told of that.
+    """
+
+    @functools.wraps(run)
+    def run_there(*args: Settings.args, **settings: Settings.kwargs) -> OutcomeT:
+        out, console = cast("str | Path | None", settings.get("out")), cast("Audience | None", settings.get("console"))
+        if not out:
+            return run(*args, **settings)
+        with working_folder(out, outputs_folder(), console or Silence()) as folder:
+            settings["out"] = folder
+            return run(*args, **settings)
+
+    return run_there
 
 
 def tracking_uri(chosen: str | None, tracking_spec: TrackingSpec | None = None) -> str:

@@ -191,7 +191,7 @@ def _run_lines(head: str, run: Run, seconds: Mapping[str, float] | None = None) 
 
 
 def cautions(decision: Decision) -> list[str]:
-    """What a user must know of a decision before its runs start: what is not predicted, or predicted not to fit."""
+    """What a user must know of a decision before its runs start: what is not predicted, does not fit, or fits some."""
     text = []
     for run in decision.runs:
         trial_id, size = ", ".join(trial.trial_id for trial in run.trials), run.size
@@ -205,7 +205,20 @@ def cautions(decision: Decision) -> list[str]:
                 f"GiB of a GPU and may take {room:.1f}; it runs all the same"
             )
             text += [f"    what takes less: {way.line()}" for way in size.less]
-    return text
+    return [*text, *_held_to_kinds(decision)]
+
+
+def _held_to_kinds(decision: Decision) -> list[str]:
+    """Which trials run on one kind of the cluster's GPUs alone, a line a kind."""
+    ids: dict[str, list[str]] = {}
+    for run in decision.runs:
+        if run.demand.accelerator is not None:
+            ids.setdefault(run.demand.accelerator, []).extend(trial.trial_id for trial in run.trials)
+    return [
+        f"on {kind.removeprefix('accelerator_type:')} alone, since the cluster's smallest GPUs cannot hold them: "
+        f"{', '.join(trials)}"
+        for kind, trials in ids.items()
+    ]
 
 
 def demand_text(demand: Demand) -> str:

@@ -26,6 +26,7 @@ from ray_peft.store.ledger import Ledger
 from ray_peft.trial.result import RESTARTS_FILE, RESULT_FILE, TrialResult
 
 
+@experiment.in_working_folder
 def run(
     spec: TrialSpec | Mapping[str, Any] | str | Path,
     *,
@@ -41,7 +42,7 @@ def run(
 
     Args:
         spec: a trial, its plain form, or a YAML file that holds exactly one.
-        out: folder for the trial's files; None is `outputs/<trial id>`.
+        out: folder for the trial's files, or a URL that is kept equal to one; None is `outputs/<trial id>`.
         address: Ray cluster to join; None starts a local one.
         tracking_uri: MLflow store; None as in `experiment.tracking_uri`.
         overrides: `key.path=value` settings that replace those of a YAML file.
@@ -110,6 +111,7 @@ def _run(trial: TrialSpec, opened: experiment.Experiment, demand: Demand, ray: c
         sweep=opened.name,
         demand=demand,
         stop_file=stop.file,
+        sign=opened.ledger.record_file,
     )
     rows: list[TrialResult] = []
     failures = 0

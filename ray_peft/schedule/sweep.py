@@ -57,6 +57,7 @@ class SweepOutcome:
         return self.finished and not self.unsent
 
 
+@experiment.in_working_folder
 def sweep(
     space: Space | str | Path,
     *,
@@ -74,7 +75,7 @@ def sweep(
 
     Args:
         space: a search space or its file.
-        out: folder for results; None is `outputs/<name of the space>`.
+        out: folder for results, or a URL that is kept equal to one; None is `outputs/<name of the space>`.
         address: Ray cluster to join; None starts a local one.
         connection: to a cluster that several sweeps use; None makes one from `address`.
         tracking_uri: MLflow store; None as in `experiment.tracking_uri`.

@@ -244,6 +244,7 @@ def _trainable(opened: Experiment, handout_file: Path, stop_file: Path) -> Calla
                     handout.members[member.trial_id] for member in spec.members() if member.trial_id in handout.members
                 ),
                 stop_file=stop_file,
+                sign=ledger.record_file,
             )
 
         def report(metrics: Mapping[str, float], step: int) -> None:

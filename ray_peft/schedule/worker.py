@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +55,8 @@ class Assignment:
     """Of an ensemble, its members' rows."""
     stop_file: Path | None = None
     """Once it is there, the trial ends at its next step, with a checkpoint."""
+    sign: Path | None = None
+    """A file in the sweep's folder that is there since before the trial: who does not see it has another folder."""
 
 
 def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResult | None:
@@ -61,6 +64,7 @@ def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResu
 
     A trial that is told to stop writes a checkpoint, and has a row as a cancelled one.
     """
+    _check_shared(assignment)
     demand = assignment.demand
     device = _device(demand)
     room = _room(demand, device)
@@ -96,6 +100,7 @@ def run_together(
     Raises:
         TrialFailed: the process must not be used again, and some have no row.
     """
+    _check_shared(assignments[0])
     left = _without_row(assignments, relay)
     if not left:
         return
@@ -150,6 +155,15 @@ def _without_row(assignments: Sequence[Assignment], relay: Relay) -> list[Assign
         else:
             left.append(assignment)
     return left
+
+
+def _check_shared(assignment: Assignment) -> None:
+    """Raise a TrialFailed on a node that has joined without the sweep's folder: its files would never be seen again."""
+    if assignment.sign is not None and not assignment.sign.exists():
+        raise TrialFailed(
+            f"{platform.node()} does not see {assignment.sign.parent}, where this trial has to write; mount it there, "
+            "or take that machine out of the cluster: the same command then runs the trial"
+        )
 
 
 def _tracker(assignment: Assignment) -> TrialTracker:

@@ -49,6 +49,8 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
         self._results = self.folder / "results.jsonl"
+        self.record_file = self.folder / "sweep.json"
+        """Written before the first trial starts."""
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -115,8 +117,8 @@ class Ledger:
             self._results.rename(self.folder / f"results-{stamp}.jsonl")
             if (self.folder / "trials").is_dir():
                 (self.folder / "trials").rename(self.folder / f"trials-{stamp}")
-        for name in ("sweep.json", ADDED):
-            (self.folder / name).unlink(missing_ok=True)
+        for path in (self.record_file, self.folder / ADDED):
+            path.unlink(missing_ok=True)
 
     def read_record(self) -> SweepRecord | None:
         """What an earlier run of the sweep wrote; None where there is none.
@@ -124,14 +126,14 @@ class Ledger:
         Raises:
             SearchSpaceError: the file is not one of ours.
         """
-        path = self.folder / "sweep.json"
-        if not path.is_file():
+        if not self.record_file.is_file():
             return None
         try:
-            return SweepRecord(**json.loads(path.read_text(encoding="utf-8")))
+            return SweepRecord(**json.loads(self.record_file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise SearchSpaceError(
-                f"{path}: is no record of a sweep of this version ({error}); give another --out, or use --fresh"
+                f"{self.record_file}: is no record of a sweep of this version ({error}); "
+                "give another --out, or use --fresh"
             ) from None
 
     def write_record(self, record: SweepRecord) -> None:
@@ -141,5 +143,5 @@ class Ledger:
             StorageError: the system refuses.
         """
         text = json.dumps(asdict(record), ensure_ascii=False, indent=2) + "\n"
-        with writing(self.folder / "sweep.json", WAY_OUT):
-            write_text(self.folder / "sweep.json", text)
+        with writing(self.record_file, WAY_OUT):
+            write_text(self.record_file, text)

@@ -18,6 +18,7 @@ OWNERS = {
     "lm_eval": {"tasks/llm_sft/benchmarks.py"},
     "yaml": {"space/yaml_text.py", "tasks/llm_sft/task_files.py"},  # search spaces; lm-eval's own tags
     "matplotlib": {"report/drawing.py"},
+    "fsspec": {"store/remote.py"},
     "pynvml": {"foundation/nvml.py", "doctor/hardware.py"},
 }
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import tiny
 
 from ray_peft.schedule.decide import Decision, Demand, Node, decide
 from ray_peft.schedule.mixed import kinds, spread
+from ray_peft.schedule.plan import cautions
 from ray_peft.spec import TrialSpec
 from ray_peft.vram import Prediction
 from ray_peft.vram.cards import ANY
@@ -50,6 +53,32 @@ def test_each_trial_goes_to_the_smallest_kind_that_holds_it():
 def test_a_team_that_the_large_kind_has_too_few_of_stays_where_it_was():
     decision = spread_out(NODES, team=(30, 5), pair=(30, 2))
     assert placed(decision) == {0: (None, 1.0, False), 1: ("accelerator_type:L40S", 1.0, True)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_trial_may_start_on_a_card_that_is_too_small(seed):
+    rng = random.Random(seed)
+    nodes = [rng.choice([SMALL, MIDDLE, LARGE, Node(16, 0)]) for _ in range(rng.randint(1, 6))] + [SMALL]
+    footprints = [rng.uniform(2, 150) for _ in range(8)]
+    decision = spread_out(nodes, **{f"trial{number}": gib for number, gib in enumerate(footprints)})
+    assert sorted(placed(decision)) == list(range(8))
+    cards = [node for node in nodes if node.gpus]
+    for run in decision.runs:
+        footprint, share = footprints[run.trial.seed], run.demand.gpus_per_worker
+        offered = [node for node in cards if run.demand.accelerator in (None, node.accelerator)]
+        if run.fits:
+            assert all(footprint <= share * node.gpu_memory_gib + 1e-6 for node in offered)
+        else:
+            assert all(footprint > node.gpu_memory_gib for node in cards), "a card could hold it"
+            assert {node.gpu_memory_gib for node in offered} == {max(node.gpu_memory_gib for node in cards)}
+
+
+def test_a_sweep_says_which_trials_are_held_to_which_cards():
+    decision = spread_out(NODES, fits_all=10, large=100, larger=110)
+    large, larger = (run.trial.trial_id for run in decision.runs if run.trial.seed)
+    assert cautions(decision) == [
+        f"on H200 alone, since the cluster's smallest GPUs cannot hold them: {large}, {larger}"
+    ]
 
 
 @pytest.mark.parametrize(

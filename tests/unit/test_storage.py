@@ -52,6 +52,20 @@ def test_a_cache_on_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, no_roo
     assert not list((tmp_path / "cache").iterdir())
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_one_error_and_leaves_no_lock_behind(tmp_path, monkeypatch, number):
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    says = rf"out: its file system takes no locks \({os.strerror(number)}\).* on NFS, mount it as version 4, or start"
+    with pytest.raises(StorageError, match=says), Ledger(tmp_path / "out").locked():
+        pytest.fail("the folder is held without a lock")
+    monkeypatch.undo()
+    with Ledger(tmp_path / "out").locked():  # the same folder, mounted otherwise
+        pass
+
+
 def test_a_cache_that_cannot_be_made_is_one_error(tmp_path):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "cache" / "key"

@@ -111,6 +111,17 @@ def test_a_jobs_folder_is_shown_as_people_write_it():
     assert [job.folder for job in jobs] == ["/mnt/a b", "$RAY_PEFT_OUTPUTS/my runs"]
 
 
+def test_results_that_are_not_on_the_cluster_are_not_fetched_from_it(monkeypatch, capsys):
+    class Cluster:
+        def info(self, job_id: str) -> Job:
+            return Job(job_id, "SUCCEEDED", "small", "s3://bucket/small", None, None, None, "")
+
+    monkeypatch.setattr(jobs, "Jobs", lambda address: Cluster())
+    assert cli.main(["fetch", "small-1"]) == 2
+    says = "error: small-1: its results are not on the cluster: ray-peft report s3://bucket/small"
+    assert capsys.readouterr().err.strip() == says
+
+
 @pytest.mark.parametrize(
     ("address", "variables", "url"),
     [
@@ -166,7 +177,8 @@ def test_a_secret_in_a_jobs_command_is_refused(tmp_path, capsys):
         (["--tracking-uri", "postgresql://h/d"], "neither sqlite:///FILE nor http(s)://HOST:PORT"),
         (["--tracking-uri", "sqlite:///mlflow.db"], "sqlite:///mlflow.db: must be an absolute file on the cluster"),
         (["--set", "tracking.uri=ftp://h"], "'ftp://h' is neither"),
-        (["--out", "outputs"], "--out outputs: must be an absolute folder on the cluster"),
+        (["--out", "outputs"], "--out outputs: must be an absolute folder on the cluster, or a URL"),
+        (["--out", "sftp://me:word@host/s"], "--out sftp://***@host/s: holds a secret; give the cluster its"),
         (["--profile", "small"], "small"),
         (["--set", "train.steps=none"], "train.steps"),
         (["--env", "a b"], "--env a b: give NAME=VALUE"),
