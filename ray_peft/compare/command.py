@@ -41,8 +41,9 @@ class Request:
     data: str
     hours: float = 2.0
     methods: tuple[str, ...] = USUAL
-    metric: str = "rouge_l"
-    """By which the answer is given: rouge_l or eval_loss."""
+    metric: str | None = None
+    """By which the answer is given: rouge_l or eval_loss; of pairs reward_accuracy. None is the first of these that the
+    rows can have."""
     gpu_memory_gib: float | None = None
 
     def name(self) -> str:
@@ -120,7 +121,7 @@ class Comparing:
         request = self.request
         question = {
             "model": request.model, "data": request.data, "hours": request.hours, "methods": list(request.methods),
-            "metric": request.metric, "gpu_memory_gib": request.gpu_memory_gib,
+            "metric": request.metric or "rouge_l", "gpu_memory_gib": request.gpu_memory_gib,
         }  # fmt: skip
         journal = opened(self.folder, question)
         search_file = file_of(self.folder, SEARCH)
@@ -157,6 +158,7 @@ class Comparing:
         journal.plan = self._planned(measured, journal)
         setup = measured.setup
         journal.left_out = dict(measured.left_out)
+        journal.metric = setup.metric
         journal.steps_of_an_epoch = -(-setup.most_train // setup.batch_size)
         journal.write()  # makes the folder
         rungs.write_search(self.folder, measured, journal.plan, request.hours)
@@ -220,7 +222,7 @@ class Comparing:
             best = {name: replace(settings, trials=settings.trials[:1]) for name, settings in chosen.items()}
             rungs.write_next(
                 self.folder, ANSWER, best, steps=steps, seeds=plan.seeds,
-                evaluation={"split": "test", "generate": self.request.metric != "eval_loss", "general_text": True},
+                evaluation={"split": "test", "generate": self._metric(journal) == "rouge_l", "general_text": True},
             )  # fmt: skip
         space = load(file)
         first = space.trials[0].seed
@@ -228,6 +230,10 @@ class Comparing:
         trials = [trial for trial in space.trials if trial.method.name != BASE or trial.seed == first]
         with journal.timed(ANSWER):
             return self._sweep(replace(space, trials=trials), self.folder / ANSWER, self._console)
+
+    def _metric(self, journal: Journal) -> str:
+        """What decides the answer; an older journal does not say it, and has no pairs."""
+        return journal.metric or self.request.metric or "rouge_l"
 
     def _rung(self, journal: Journal, rung: str) -> list[TrialResult]:
         with journal.timed(rung):

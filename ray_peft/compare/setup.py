@@ -37,6 +37,7 @@ class Setup:
     data: str
     look: Look
     metric: str
+    """What decides the answer: of `Family.measure`."""
     nodes: tuple[Node, ...]
     methods: tuple[Candidate, ...]
     max_length: int
@@ -55,7 +56,7 @@ class Setup:
     @property
     def answers(self) -> bool:
         """Whether rows are answered, and not only their loss taken."""
-        return self.metric != "eval_loss"
+        return self.metric == "rouge_l"
 
     @property
     def different(self) -> int:
@@ -135,6 +136,7 @@ class Setup:
                 **({"fit": "auto"} if self.on_gpu else {}),
                 "warmup_ratio": 0.1,
                 "precision": "bf16" if self.on_gpu else "fp32",
+                **({"objective": "dpo"} if self.look.judged else {}),
                 **train,
             },
             "evaluation": {**evaluation, "max_new_tokens": self.max_new_tokens, "batch_size": self.answered_at_once},
@@ -148,12 +150,22 @@ class Setup:
         return 64 if self.on_gpu else 16
 
 
-def set_up(model: str, data: str, *, name: str, metric: str, methods: Sequence[str], nodes: Sequence[Node]) -> Setup:
+def set_up(
+    model: str, data: str, *, name: str, metric: str | None, methods: Sequence[str], nodes: Sequence[Node]
+) -> Setup:
     """Look at the model and at all rows.
+
+    Args:
+        model: a folder, or a hub id.
+        data: a file, a folder of shards, or a hub id.
+        name: of the comparison.
+        metric: what decides the answer; None leaves it to the rows.
+        methods: names.
+        nodes: the machines that are there.
 
     Raises:
         ModelError, DataError: there is no such model or file, or it cannot be used.
-        SpecError: an unknown method.
+        SpecError: an unknown method, or a metric that the rows cannot have.
     """
     from ray_peft.tasks.llm_sft.files import local_files
     from ray_peft.tasks.llm_sft.look import look
@@ -173,6 +185,7 @@ def set_up(model: str, data: str, *, name: str, metric: str, methods: Sequence[s
             f"{data}: has {rows.usable - rows.repeated} different rows that can be used, of {rows.rows}; a "
             f"comparison needs {FEWEST_ROWS} or more"
         )
+    decided_by = _metric(metric, rows, data)
     positions = int(getattr(config, "max_position_embeddings", LONGEST) or LONGEST)
     longest = -(-rows.length(0.98 if on_gpu else 0.9) // 16) * 16
     new_tokens = min(rows.answer_length(0.95), 256 if on_gpu else 32)
@@ -181,12 +194,27 @@ def set_up(model: str, data: str, *, name: str, metric: str, methods: Sequence[s
         model=_absolute(model),
         data=_absolute(data),
         look=rows,
-        metric=metric,
+        metric=decided_by,
         nodes=tuple(nodes),
         methods=tuple(chosen),
         max_length=max(32, min(longest, positions - new_tokens, LONGEST)),
         max_new_tokens=max(4, new_tokens),
     )
+
+
+def _metric(metric: str | None, rows: Look, data: str) -> str:
+    """What decides the answer: of pairs reward accuracy, of other rows ROUGE-L or their loss.
+
+    Raises:
+        SpecError: another is asked for than the rows have.
+    """
+    usual = "reward_accuracy" if rows.judged else "rouge_l"
+    if metric is None:
+        return usual
+    if (metric == "reward_accuracy") != rows.judged:
+        kind = "pairs of a chosen and a rejected answer" if rows.judged else f"rows of recipe {rows.recipe}, no pairs"
+        raise SpecError(f"--metric {metric}: {data} holds {kind}; leave it out, or use --metric {usual}")
+    return metric
 
 
 def _any_trial(model: str, data: str) -> Any:
