@@ -42,8 +42,8 @@ def cautions(model: ModelSpec, rows: Dataset) -> list[str]:
     ids = new_token_ids(model)
     if not ids:
         return []
-    seen = {token for column, _ in side_columns(rows) for row in rows[column] for token in row}
-    unseen = [token for token, number in zip(model.new_tokens, ids, strict=True) if number not in seen]
+    trained = {token for column, _ in side_columns(rows) for row in rows[column] for token in row}
+    unseen = [token for token, number in zip(model.new_tokens, ids, strict=True) if number not in trained]
     if not unseen:
         return []
     return [

@@ -226,3 +226,24 @@ def test_trials_with_new_tokens_train_alone(tiny_model: Path, rows: Path) -> Non
     from ray_peft.tasks.llm_sft.packable import why_alone
 
     assert "model.new_tokens are trained by one trial" in str(why_alone(spec_of(tiny_model, rows, {"name": "lora"})))
+
+
+@pytest.mark.parametrize(("tokens", "modules"), [(TOKENS, []), ([], ["norm"])], ids=["new rows", "whole modules"])
+def test_what_is_trained_beside_an_adapter_is_in_its_export(
+    tokens: list[str], modules: list[str], full_vocabulary: Path, rows: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    method = {"name": "lora", "rank": 4, "modules_to_save": modules}
+    spec = spec_of(full_vocabulary, rows, method, model__new_tokens=tokens)
+    ((stage, _),) = spec.method.stages(6)
+    bench: Any = LlmSft().load(spec, "cpu")
+    bench.attach(stage)
+    bench.save(tmp_path / "trained", "float32")
+    LlmSft().load_trained(spec, tmp_path / "trained", "cpu").save(tmp_path / "exported", "bfloat16")
+    shapes = [
+        {key: tuple(value.shape) for key, value in load_file(tmp_path / name / "adapter_model.safetensors").items()}
+        for name in ("trained", "exported")
+    ]
+    assert shapes[0] == shapes[1]
+    assert any("lora_A" not in key and "lora_B" not in key for key in shapes[0])
