@@ -95,9 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--metric",
-        choices=("rouge_l", "eval_loss"),
-        default="rouge_l",
-        help="decides the answer; default: rouge_l",
+        choices=("rouge_l", "eval_loss", "reward_accuracy"),
+        help="decides the answer; default: rouge_l, of pairs reward_accuracy",
     )
     command.add_argument("--plan-only", action="store_true", help="write the search space and stop")
     command.add_argument(

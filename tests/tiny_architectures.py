@@ -27,8 +27,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": 64, "num_hidden_layers": 2},
     "mixtral": {**_EXPERTS, "num_local_experts": 4},
     "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 512},
+    "olmoe": {**_EXPERTS, "num_experts": 4, "intermediate_size": 32},
     "opt": {**_LLAMA_LIKE, "ffn_dim": 128, "word_embed_proj_dim": 32},
+    "phi": _LLAMA_LIKE,
     "phi3": {**_LLAMA_LIKE, "num_key_value_heads": 2},
+    "qwen2_moe": {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
     "qwen3_moe": {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 32},
 }  # fmt: skip
 """Settings by the name that transformers gives an architecture."""

@@ -12,10 +12,10 @@ from ray_peft.report.digits import duration, fixed, gib, listed
 from ray_peft.report.material import Material
 from ray_peft.report.recommend import cheapest, unbeaten
 from ray_peft.report.table import SeedGroup
-from ray_peft.report.ties import FEWEST_ROWS, Family, by_loss
+from ray_peft.report.ties import FEWEST_ROWS, Family, by_loss, by_rewards
 from ray_peft.spec import TrialSpec
 
-_MEASURES = {"rouge_l": "ROUGE-L", "eval_loss": "loss"}
+_MEASURES = {"rouge_l": "ROUGE-L", "eval_loss": "loss", "reward_accuracy": "reward accuracy"}
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class Answer:
 def answer(material: Material, chosen: Mapping[str, Chosen]) -> Answer:
     """The method to take: of those that none is shown to be better than, the cheapest.
 
-    Where answers decide, the loss on the same rows decides between methods whose answers are not shown to differ: it
-    takes fewer rows to show a difference. Cheap is what takes the least memory on a GPU, the least time on a CPU.
+    Where answers or rewards decide, the loss on the same rows (of pairs: DPO's) decides between methods that are not
+    shown to differ: it takes fewer rows to show a difference. Cheap is what takes the least memory on a GPU, the least
+    time on a CPU.
 
     Args:
         material: of the last rung.
@@ -57,12 +58,12 @@ def answer(material: Material, chosen: Mapping[str, Chosen]) -> Answer:
     unit = family.units[take]
     trial = unit.rows[0].result.spec
     lines = (
-        f"Take {_name(unit)}: {_score(family, take)} on {family.rows} test rows{_seeds(unit)}"
+        f"Take {_name(unit)}: {_score(family, take)} on {family.rows} test {_rows(family)}{_seeds(unit)}"
         + (f"; the untouched base: {_score(family, base)}." if base is not None else "."),
         _others(family, losses, take, base),
         f"It takes {gib(needs.memory_gib[take])} and {duration(needs.time_s[take])} for {unit.rows[0].result.steps} "
         f"steps{_least(len(best), on_gpu=on_gpu)}.",
-        _how_chosen(chosen),
+        _how_chosen(family, chosen),
     )
     if base is not None and (forgotten := _forgotten(unit, family.units[base])):
         lines = (*lines[:2], f"{lines[2]} {forgotten}", *lines[3:])
@@ -71,6 +72,8 @@ def answer(material: Material, chosen: Mapping[str, Chosen]) -> Answer:
 
 def _losses(family: Family, material: Material) -> Family | None:
     """The same units compared by loss, row by row; None if that compares them already, or no loss of a row is known."""
+    if family.measure == "reward_accuracy":
+        return by_rewards(family.units, material.statistics, "preference_loss")
     if family.measure == "eval_loss" or any(
         row.eval_loss.value is None for unit in family.units for row in unit.finished
     ):
@@ -82,6 +85,15 @@ def _losses(family: Family, material: Material) -> Family | None:
 def _name(unit: SeedGroup) -> str:
     method = unit.rows[0].result.spec.method
     return method.name if unit.is_base else f"{method.name} (learning rate {rate_of(method):g})"
+
+
+def _rows(family: Family) -> str:
+    return "pairs" if family.measure == "reward_accuracy" else "rows"
+
+
+def _loss(family: Family) -> str:
+    """The loss that decides where the scores do not, inside a sentence."""
+    return "DPO's loss" if family.measure == "reward_accuracy" else "the loss"
 
 
 def _score(family: Family, place: int) -> str:
@@ -108,19 +120,20 @@ def _others(family: Family, losses: Family | None, take: int, base: int | None) 
     if base is not None and not family.better(take, base):
         if losses is not None and losses.better(take, base):
             values = f"{fixed(losses.values[take], 3)} for {fixed(losses.values[base], 3)}"
-            parts.append(f"Shown to be better than the untouched base by the loss on these rows alone, {values}")
+            by = f"{_loss(family)} on these {_rows(family)} alone"
+            parts.append(f"Shown to be better than the untouched base by {by}, {values}")
         else:
-            parts.append("These rows do not show that it is better than the untouched base")
+            parts.append(f"These {_rows(family)} do not show that it is better than the untouched base")
     if by_loss_alone and losses is not None:
         named = [f"{_name(losses.units[place])} {fixed(losses.values[place], 3)}" for place in by_loss_alone]
         own = fixed(losses.values[take], 3)
-        parts.append(f"Shown to be worse by the loss on these rows, for {own}: {listed(named)}")
+        parts.append(f"Shown to be worse by {_loss(family)} on these {_rows(family)}, for {own}: {listed(named)}")
     if alike:
         parts.append(f"Not shown to differ from it: {listed(_scored_names(family, alike))}")
     if worse:
         parts.append(f"Shown to be worse: {listed(_scored_names(family, worse))}")
     if family.rows < FEWEST_ROWS:
-        parts.append(f"fewer than {FEWEST_ROWS} test rows show no difference")
+        parts.append(f"fewer than {FEWEST_ROWS} test {_rows(family)} show no difference")
     return "; ".join(parts) + "." if parts else "No other method was compared."
 
 
@@ -143,10 +156,10 @@ def _forgotten(unit: SeedGroup, base: SeedGroup) -> str:
     return f"Loss on a general text, of which a rise is forgetting: {fixed(after.mean, 3)} ({change} to the base)."
 
 
-def _how_chosen(chosen: Mapping[str, Chosen]) -> str:
+def _how_chosen(family: Family, chosen: Mapping[str, Chosen]) -> str:
     """How rates were chosen, and which of them lie at an edge of what was tried."""
     edges = [method for method, settings in chosen.items() if settings.at_edge and method != BASE]
-    text = "Learning rates were chosen by the loss on validation rows, within each method."
+    text = f"Learning rates were chosen by {_loss(family)} on validation {_rows(family)}, within each method."
     if edges:
         text += f" Caution: at the edge of those tried: {listed(edges)}; a wider range may be better."
     return text

@@ -21,6 +21,10 @@ FACTORS = {3: (1.0, 4.0, 16.0), 5: (0.1, 0.3, 1.0, 3.0, 10.0), 7: (0.1, 0.2, 0.5
 """By how many rates are tried: what a method's default rate is multiplied by, spread evenly in its logarithm. Three are
 tried where there is time for few steps, which want higher rates than the defaults, made for whole epochs."""
 
+FACTORS_OF_PAIRS = {**FACTORS, 3: FACTORS[5][::2]}
+"""The same where preferences are learned, which take lower rates than answers do: those of the paper of DPO and of
+TRL's DPOTrainer (1e-6) are a twentieth of the usual ones of full tuning."""
+
 _KINDS: dict[str, type[Method]] = {
     kind.model_fields["name"].default: kind for kind in METHODS if "llm_sft" in kind.tasks
 }

@@ -41,8 +41,9 @@ class Request:
     data: str
     hours: float = 2.0
     methods: tuple[str, ...] = USUAL
-    metric: str = "rouge_l"
-    """By which the answer is given: rouge_l or eval_loss."""
+    metric: str | None = None
+    """By which the answer is given: rouge_l or eval_loss; of pairs reward_accuracy. None is the first of these that the
+    rows can have."""
     gpu_memory_gib: float | None = None
 
     def name(self) -> str:
@@ -139,7 +140,7 @@ class Comparing:
         request = self.request
         question = {
             "model": request.model, "data": request.data, "hours": request.hours, "methods": list(request.methods),
-            "metric": request.metric, "gpu_memory_gib": request.gpu_memory_gib,
+            "metric": request.metric or "rouge_l", "gpu_memory_gib": request.gpu_memory_gib,
         }  # fmt: skip
         journal = opened(self.folder, question)
         search_file = file_of(self.folder, SEARCH)
@@ -165,10 +166,8 @@ class Comparing:
         """Look at everything, measure what is not known, and write the first search space."""
         request = self.request
         with journal.timed(RUNG):
-            looked = looked_at(request.model, request.data, request.methods)
-            setup = set_up(
-                looked, name=request.name(), metric=request.metric, methods=request.methods, nodes=self._ray.connect()
-            )
+            looked = looked_at(request.model, request.data, request.methods, request.metric)
+            setup = set_up(looked, name=request.name(), methods=request.methods, nodes=self._ray.connect())
             self._say_found(setup)
             journal.on_gpu = self._on_gpu = setup.on_gpu
             measured = measure(
@@ -177,6 +176,7 @@ class Comparing:
         journal.plan = self._planned(measured, journal)
         setup = measured.setup
         journal.left_out = dict(measured.left_out)
+        journal.metric = setup.metric
         journal.steps_of_an_epoch = -(-setup.most_train // setup.batch_size)
         journal.write()  # makes the folder
         rungs.write_search(self.folder, measured, journal.plan, request.hours)
@@ -240,7 +240,7 @@ class Comparing:
             best = {name: replace(settings, trials=settings.trials[:1]) for name, settings in chosen.items()}
             rungs.write_next(
                 self.folder, ANSWER, best, steps=steps, seeds=plan.seeds,
-                evaluation={"split": "test", "generate": self.request.metric != "eval_loss", "general_text": True},
+                evaluation={"split": "test", "generate": self._metric(journal) == "rouge_l", "general_text": True},
             )  # fmt: skip
         space = load(file)
         first = space.trials[0].seed
@@ -248,6 +248,10 @@ class Comparing:
         trials = [trial for trial in space.trials if trial.method.name != BASE or trial.seed == first]
         with journal.timed(ANSWER):
             return self._sweep(replace(space, trials=trials), self.folder / ANSWER, self._console)
+
+    def _metric(self, journal: Journal) -> str:
+        """What decides the answer; an older journal does not say it, and has no pairs."""
+        return journal.metric or self.request.metric or "rouge_l"
 
     def _rung(self, journal: Journal, rung: str) -> list[TrialResult]:
         with journal.timed(rung):

@@ -29,6 +29,8 @@ class Journal:
     """None before the speeds were measured."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Why a method is not compared, by its name."""
+    metric: str | None = None
+    """What decides the answer; None before the rows were looked at."""
     on_gpu: bool = False
     """Whether its trials run on a GPU."""
     steps_of_an_epoch: int = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_peft.compare.budget import BASE, Plan
-from ray_peft.compare.candidates import FACTORS
+from ray_peft.compare.candidates import FACTORS, FACTORS_OF_PAIRS
 from ray_peft.compare.measure import Measured
 from ray_peft.compare.setup import short
 from ray_peft.compare.space_text import written
@@ -34,7 +34,8 @@ def file_of(folder: Path, rung: str) -> Path:
 def write_search(folder: Path, measured: Measured, plan: Plan, hours: float) -> Path:
     """The search space of the first rung, with comments that say how it was found. Returns its file."""
     setup, look = measured.setup, measured.setup.look
-    entries = [_over_rates([method.at(factor) for factor in FACTORS[plan.rates]]) for method in setup.methods]
+    factors = (FACTORS_OF_PAIRS if look.judged else FACTORS)[plan.rates]
+    entries = [_over_rates([method.at(factor) for factor in factors]) for method in setup.methods]
     train = min(setup.most_train, plan.answer_steps * setup.batch_size)
     space = setup.space(
         rung="search",
@@ -63,7 +64,10 @@ def write_search(folder: Path, measured: Measured, plan: Plan, hours: float) -> 
             f"{plan.answer_steps} in {ANSWER}; what is changed here holds for all of them, but for steps, seeds and "
             "scored rows."
         ),
-        "evaluation": "Rates are chosen by the loss on validation rows. Test rows are scored in the last step alone.",
+        "evaluation": (
+            f"Rates are chosen by {'DPO' + chr(39) + 's' if look.judged else 'the'} loss on validation rows. Test rows "
+            "are scored in the last step alone."
+        ),
     }
     for place, method in enumerate(setup.methods):
         step_s = measured.speeds[method.name].step_s
@@ -122,7 +126,7 @@ class Chosen:
     trials: tuple[TrialSpec, ...]
     """The best first."""
     loss: float
-    """Of the best, on the validation rows."""
+    """Of the best, on the validation rows; of pairs, DPO's."""
     tried: tuple[float, float]
     """The least and the greatest rate that were tried."""
 
@@ -145,7 +149,7 @@ def best(results: Sequence[TrialResult], most: int) -> dict[str, Chosen]:
             by_method.setdefault(row.spec.method.name, []).append(row)
     chosen = {}
     for name, rows in by_method.items():
-        scored = [(row.scores.eval_loss, row) for row in rows if row.status == "finished"]
+        scored = [(choosing_loss(row), row) for row in rows if row.status == "finished"]
         ordered = sorted(((loss, row) for loss, row in scored if loss is not None), key=lambda pair: pair[0])
         if name == BASE or not ordered:
             continue
@@ -153,6 +157,17 @@ def best(results: Sequence[TrialResult], most: int) -> dict[str, Chosen]:
         trials = tuple(row.spec for _, row in ordered[:most])
         chosen[name] = Chosen(trials, ordered[0][0], (min(rates), max(rates)))
     return chosen
+
+
+def choosing_loss(row: TrialResult) -> float | None:
+    """By which settings of a method are chosen: the loss of answers; of trials that learned preferences, DPO's.
+
+    Objectives that have no such loss are chosen by reward accuracy.
+    """
+    scores = row.scores
+    if scores.reward_accuracy is None or getattr(row.spec.train, "objective", "sft") == "sft":
+        return scores.eval_loss
+    return scores.preference_loss if scores.preference_loss is not None else 1 - scores.reward_accuracy
 
 
 def rate_of(method: Method) -> float:

@@ -37,6 +37,7 @@ class Setup:
     data: str
     look: Look
     metric: str
+    """What decides the answer: of `Family.measure`."""
     nodes: tuple[Node, ...]
     methods: tuple[Candidate, ...]
     max_length: int
@@ -55,7 +56,7 @@ class Setup:
     @property
     def answers(self) -> bool:
         """Whether rows are answered, and not only their loss taken."""
-        return self.metric != "eval_loss"
+        return self.metric == "rouge_l"
 
     @property
     def different(self) -> int:
@@ -135,6 +136,7 @@ class Setup:
                 **({"fit": "auto"} if self.on_gpu else {}),
                 "warmup_ratio": 0.1,
                 "precision": "bf16" if self.on_gpu else "fp32",
+                **({"objective": "dpo"} if self.look.judged else {}),
                 **train,
             },
             "evaluation": {**evaluation, "max_new_tokens": self.max_new_tokens, "batch_size": self.answered_at_once},
@@ -155,18 +157,26 @@ class Looked:
     model: str
     data: str
     look: Look
+    metric: str
+    """What decides the answer."""
     hidden_size: int | None
     """Of the model; None where its config does not say it."""
     positions: int
     """Most tokens that the model can see."""
 
 
-def looked_at(model: str, data: str, methods: Sequence[str]) -> Looked:
+def looked_at(model: str, data: str, methods: Sequence[str], metric: str | None) -> Looked:
     """Look at the model's config and tokenizer and at all rows; nothing is started for it.
+
+    Args:
+        model: a folder, or a hub id.
+        data: a file, a folder of shards, or a hub id.
+        methods: names.
+        metric: what decides the answer; None leaves it to the rows.
 
     Raises:
         ModelError, DataError: there is no such model or file, or it cannot be used.
-        SpecError: an unknown method.
+        SpecError: an unknown method, or a metric that the rows cannot have.
     """
     from ray_peft.tasks.llm_sft.files import local_files
     from ray_peft.tasks.llm_sft.look import look
@@ -185,11 +195,12 @@ def looked_at(model: str, data: str, methods: Sequence[str]) -> Looked:
             f"{data}: has {rows.usable - rows.repeated} different rows that can be used, of {rows.rows}; a "
             f"comparison needs {FEWEST_ROWS} or more"
         )
+    decided_by = _metric(metric, rows, data)
     positions = int(getattr(config, "max_position_embeddings", LONGEST) or LONGEST)
-    return Looked(model, data, rows, getattr(config, "hidden_size", None), positions)
+    return Looked(model, data, rows, decided_by, getattr(config, "hidden_size", None), positions)
 
 
-def set_up(looked: Looked, *, name: str, metric: str, methods: Sequence[str], nodes: Sequence[Node]) -> Setup:
+def set_up(looked: Looked, *, name: str, methods: Sequence[str], nodes: Sequence[Node]) -> Setup:
     """What follows from the model, the rows and the machines."""
     on_gpu = any(node.gpus for node in nodes)
     rows = looked.look
@@ -200,12 +211,27 @@ def set_up(looked: Looked, *, name: str, metric: str, methods: Sequence[str], no
         model=_absolute(looked.model),
         data=_absolute(looked.data),
         look=rows,
-        metric=metric,
+        metric=looked.metric,
         nodes=tuple(nodes),
         methods=tuple(candidates(methods, on_gpu=on_gpu, hidden_size=looked.hidden_size)),
         max_length=max(32, min(longest, looked.positions - new_tokens, LONGEST)),
         max_new_tokens=max(4, new_tokens),
     )
+
+
+def _metric(metric: str | None, rows: Look, data: str) -> str:
+    """What decides the answer: of pairs reward accuracy, of other rows ROUGE-L or their loss.
+
+    Raises:
+        SpecError: another is asked for than the rows have.
+    """
+    usual = "reward_accuracy" if rows.judged else "rouge_l"
+    if metric is None:
+        return usual
+    if (metric == "reward_accuracy") != rows.judged:
+        kind = "pairs of a chosen and a rejected answer" if rows.judged else f"rows of recipe {rows.recipe}, no pairs"
+        raise SpecError(f"--metric {metric}: {data} holds {kind}; leave it out, or use --metric {usual}")
+    return metric
 
 
 def _any_trial(model: str, data: str) -> Any:

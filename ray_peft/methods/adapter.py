@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from ray_peft.errors import ModelError, RayPeftError, SpecError, first_line
 from ray_peft.methods.base import Dtype, Quantization, Stage, TargetNames, Task
 from ray_peft.methods.kinds import KINDS, PROMPTS, config_type
+from ray_peft.methods.new_tokens import TRAINED_KINDS, complete, marked, rows_to_train
 from ray_peft.methods.optimizers import OptimizerName, adamw, trainable
 from ray_peft.reach.targets import PROJECTIONS, Targets, all_turned, resolve
 
@@ -100,6 +101,15 @@ class Adapter(Stage):
             raise SpecError(f"{key}: PEFT refuses these settings of {self.name}: {first_line(error)}") from None
         return config
 
+    def why_not_new_tokens(self) -> str | None:
+        """Why embeddings of `model.new_tokens` cannot be trained beside it, with the way out; None if they can."""
+        if self.peft_kind in TRAINED_KINDS:
+            return None
+        return (
+            f"model.new_tokens: PEFT trains embeddings of new tokens beside LoRA and its kin and AdaLoRA, not beside "
+            f"those of method {self.name}; use one of them, or a method that trains all weights, such as full"
+        )
+
     def attach(self, model: nn.Module) -> nn.Module:
         """Freeze the base and add adapters.
 
@@ -110,6 +120,7 @@ class Adapter(Stage):
         from peft import get_peft_model
 
         adapted: Any = get_peft_model(model, self.peft_config(model))
+        complete(adapted)
         self.select(adapted)
         for parameter in trainable(adapted):
             parameter.data = parameter.data.to(getattr(torch, self.adapter_dtype))
@@ -182,6 +193,9 @@ class LayerAdapter(Adapter):
             config.fan_in_fan_out = all_turned(model, targets.layers)
         if self.modules_to_save:
             config.modules_to_save = list(self.modules_to_save)
+        if marked(model):
+            rows = rows_to_train(model, targets.layers, self.modules_to_save, of=of, key=key)
+            config.trainable_token_indices = rows or None
         checked: PeftConfig = config
         return checked
 

@@ -61,11 +61,14 @@ class LowRankAdapter(LayerAdapter):
         Raises:
             ModelError, SpecError: as `placed`.
         """
+        from ray_peft.methods.new_tokens import marked
         from ray_peft.methods.saved_modules import check_modules
         from ray_peft.reach.coverage import adapter_notes
 
         targets = self.placed(model, of=of, key=key)
         check_modules(self.modules_to_save, model, of=of, key=f"{key}.modules_to_save")
+        if marked(model):
+            self.peft_config(model, of=of, key=key)
         by_default = self.targets in (PROJECTIONS, (ALL_LINEAR,))
         notes = adapter_notes(model, targets, self.rank, of=of, by_default=by_default)
         lines = [f"{self.name}: {note}" for note in notes]

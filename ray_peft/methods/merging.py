@@ -26,7 +26,7 @@ def merged_plain(model: nn.Module) -> nn.Module:
     adapted = cast("PeftModel", model)
     name = adapted.active_adapter
     config = adapted.peft_config[name]
-    adapters = get_peft_model_state_dict(adapted, adapter_name=name)
+    adapters = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
     # transformers 5.23 leaves its marks, for which TRL would round all weights of a later stage to bfloat16, and PEFT
     # would not take (IA)3 out of its layers.
     base: Any = adapted.get_base_model()

@@ -41,7 +41,7 @@ def best_line(family: Family, needs: Costs) -> str:
     """What to take, and what cannot be told apart from it; where fine-tuning is not shown to help, that."""
     best = family.tiers()[0]
     take = taken(family, needs)
-    value = f"{measure_name(family)} {_value(family, take)}"
+    value = f"{family.measure_name} {_value(family, take)}"
     others = [name(family.units[place]) for place in best if place != take]
     if not family.units[take].is_base and any(family.units[place].is_base for place in best):
         better = "shown to be better" if family.paired else f"better by more than {LOSS_MARGIN:.0%}"
@@ -69,7 +69,7 @@ def taken(family: Family, needs: Costs) -> int:
         place = None if problem else cheapest(best, values, others)
         if place is not None:
             return place
-    sign = 1 if family.measure == "rouge_l" else -1
+    sign = 1 if family.gains else -1
     return max(best, key=lambda place: sign * family.values[place])
 
 
@@ -106,7 +106,7 @@ def bases_of(family: Family) -> dict[int, int]:
 def answer_table(family: Family) -> Table:
     """The compared units, the best first, in eight columns."""
     needs = costs(family.units)
-    sign = 1 if family.measure == "rouge_l" else -1
+    sign = 1 if family.gains else -1
     tiers = family.tiers()
     order = [
         place for tier in tiers for place in sorted(tier, key=lambda place: sign * family.values[place], reverse=True)
@@ -125,14 +125,9 @@ def answer_table(family: Family) -> Table:
         )
         for place in order
     )
-    measured = (f"{measure_name(family)[0].upper()}{measure_name(family)[1:]} [95 %]", "vs base", "Verdict")
+    measured = (f"{family.measure_title} [95 %]", "vs base", "Verdict")
     header = ("Method", *measured, "GiB", "Training", "Seeds", "Settings")
     return Table(header=header, lines=lines, text_columns=1, fits=True)
-
-
-def measure_name(family: Family) -> str:
-    """What quality is, inside a sentence."""
-    return "ROUGE-L" if family.measure == "rouge_l" else "held-out loss"
 
 
 def name(unit: SeedGroup) -> str:

@@ -13,9 +13,10 @@ from ray_peft.report.benchmark_differences import (
 from ray_peft.report.digits import MISSING, count, fixed
 from ray_peft.report.document import Block, Heading, Paragraph, Table
 from ray_peft.report.lineage import lineages
+from ray_peft.report.paired import trial_pairs
 from ray_peft.report.questions import Questions
 from ray_peft.report.table import Row, SeedGroup
-from ray_peft.report.ties import FEWEST_ROWS, trial_pairs
+from ray_peft.report.ties import FEWEST_ROWS
 
 _HEADER = ("Benchmark", "Trial", "Score", "Standard error", "Questions", "vs base", "Taken as")
 _TEXT = (

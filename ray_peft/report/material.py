@@ -10,7 +10,6 @@ from pathlib import Path
 from ray_peft.metrics.intervals import DifferenceInterval
 from ray_peft.metrics.scores import ImageFile, QuestionScores, Sample
 from ray_peft.report.curves import Curve
-from ray_peft.report.preferences import Rewards
 from ray_peft.report.questions import Questions
 from ray_peft.report.table import Row, SeedGroup, best_first, rows, units
 from ray_peft.report.ties import Family, families
@@ -19,6 +18,7 @@ from ray_peft.report.uncertainty import (
     Intervals,
     Losses,
     LossTokens,
+    Rewards,
     Statistics,
     intervals,
     loss_intervals,
@@ -107,7 +107,7 @@ class Material:
     @cached_property
     def statistics(self) -> Statistics:
         """What each answered or scored row adds to the scores."""
-        return Statistics(self.answers, self.losses, self.loss_tokens)
+        return Statistics(self.answers, self.losses, self.loss_tokens, self.rewards)
 
     @cached_property
     def benchmark_questions(self) -> Questions:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
 
 from ray_peft.metrics.intervals import DifferenceInterval, Numbers, ScoreInterval, compare, interval, mean_parts
 from ray_peft.metrics.scores import RowReward
@@ -11,9 +10,7 @@ from ray_peft.report.digits import MISSING, fixed
 from ray_peft.report.document import Block, Paragraph, Table
 from ray_peft.report.table import Row
 from ray_peft.report.ties import FEWEST_ROWS
-
-Rewards: TypeAlias = Mapping[str, Sequence[RowReward]]
-"""By trial id, what each judged held-out row says of the rewards."""
+from ray_peft.report.uncertainty import Rewards
 
 _HEADER = (
     "Trial",

@@ -10,7 +10,6 @@ from ray_peft.report.table import Row, Score, SeedGroup
 from ray_peft.report.ties import FEWEST_ROWS, Family, heading
 from ray_peft.report.uncertainty import Intervals
 
-_NAMES = {"rouge_l": "ROUGE-L", "eval_loss": "Held-out loss"}
 _TIES = (
     "Each pair of rows is compared on the held-out rows that both {did}: difference in {measure} over {rows} rows, "
     "with its 95 % interval (Student's t of the differences of single rows). A difference is shown if a permutation "
@@ -179,14 +178,15 @@ def _family(family: Family) -> list[Block]:
     text = _TIES.format(
         rows=family.rows,
         did="answered" if by_score else "were scored on",
-        measure=_measure_name(family.measure),
+        measure=family.measure_name,
         pairs=len(family.pairs),
     )
-    text += (_SEEDS if by_score else _LOSS_SEEDS) if seeds > 1 else ""
+    by_loss = family.measure == "eval_loss"
+    text += (_LOSS_SEEDS if by_loss else _SEEDS) if seeds > 1 else ""
     evidence = "noise" if family.units[0].rows[0].of_images else "tokens"
-    text += "" if by_score else _RANGES.format(same=evidence)
+    text += _RANGES.format(same=evidence) if by_loss else ""
     text += _FEW.format(fewest=FEWEST_ROWS) if family.rows < FEWEST_ROWS and not by_score else ""
-    header = ("Trial", "Tier", _NAMES[family.measure], "95 % interval", *(["BLEU-4"] if by_score else []))
+    header = ("Trial", "Tier", family.measure_title, "95 % interval", *(["BLEU-4"] if by_score else []))
     tiers = Table(
         header=header,
         lines=tuple(
@@ -198,11 +198,6 @@ def _family(family: Family) -> list[Block]:
         text_columns=2,
     )
     return [Paragraph(text), tiers, *_matrix(family), *_pairs(family)]
-
-
-def _measure_name(measure: str) -> str:
-    """The measure inside a sentence."""
-    return "ROUGE-L" if measure == "rouge_l" else "held-out loss"
 
 
 def _bleu(unit: SeedGroup) -> list[str]:
@@ -221,7 +216,7 @@ def _matrix(family: Family) -> list[Block]:
         (f"{letters[row]}: {family.units[row].label}", *(_cell(family, row, column) for column in order))
         for row in order
     )
-    name = _NAMES[family.measure]
+    name = family.measure_title
     sentence = f"{name} of the row's trial less that of the column's where the difference is shown, else tied."
     return [Paragraph(sentence), Table(header=("Trial", *letters.values()), lines=lines)]
 
@@ -255,7 +250,7 @@ def _pairs(family: Family) -> list[Block]:
         )
         for (first, second), pair in family.pairs.items()
     )
-    names = [_NAMES[family.measure], *(["BLEU-4"] if family.measure == "rouge_l" else [])]
+    names = [family.measure_title, *(["BLEU-4"] if family.measure == "rouge_l" else [])]
     header = ("First", "Second", *(f"{name}, first less second" for name in names))
     return [Heading("Every pair"), Table(header=header, lines=lines, text_columns=2, folded=True)]
 

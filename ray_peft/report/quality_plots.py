@@ -42,7 +42,7 @@ def quality_against_cost(material: Material) -> list[Figure]:
 
 def _scatter(family: Family, panels: Sequence[tuple[str, Sequence[float | None]]]) -> str:
     drawn = unit_styles(family.units)
-    sign = 1 if family.measure == "rouge_l" else -1
+    sign = 1 if family.gains else -1
     with canvas_of(2.3, (), width=WIDE) as canvas:
         several = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (cost_label, needs) in zip(several, panels, strict=True):
@@ -64,7 +64,7 @@ def _scatter(family: Family, panels: Sequence[tuple[str, Sequence[float | None]]
             seeds = ", greatest of the seeds" if "memory" in cost_label and seed_note(family.units) else ""
             axes.set_xlabel(cost_label + seeds)
             axes.margins(0.08, 0.12)
-        several[0].set_ylabel("ROUGE-L" if sign > 0 else "Held-out loss (lower is better)")
+        several[0].set_ylabel(family.measure_title + ("" if family.gains else " (lower is better)"))
         several[0].set_title(
             "Dashed, dark rims: Pareto front"
             + ("; bars: 95 % interval" if family.intervals else "")
@@ -106,4 +106,6 @@ def _cost(row: Row, cost_label: str) -> float | None:
 
 
 def _quality(row: Row, family: Family) -> float | None:
+    if family.measure == "reward_accuracy":
+        return row.result.scores.reward_accuracy
     return row.rouge_l.value if family.measure == "rouge_l" else row.eval_loss.value

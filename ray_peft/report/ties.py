@@ -8,9 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import PurePath
 from statistics import fmean
-from typing import Literal, TypeAlias
-
-import numpy as np
+from typing import Literal
 
 from ray_peft.metrics.intervals import (
     DifferenceInterval,
@@ -18,12 +16,11 @@ from ray_peft.metrics.intervals import (
     ScoreInterval,
     bleu4_parts,
     compare,
-    interval,
     mean_parts,
 )
-from ray_peft.metrics.seeds import SeedVariance, seed_variance, together, widened
 from ray_peft.report.choosing import chosen
 from ray_peft.report.lineage import lineages
+from ray_peft.report.paired import compared, mean_of_runs, over_rows_and_seeds, trial_pairs
 from ray_peft.report.recommend import tiers
 from ray_peft.report.table import Row, SeedGroup
 from ray_peft.report.uncertainty import Statistics
@@ -35,12 +32,23 @@ FEWEST_ROWS = 6
 """With fewer held-out rows all of them favour one of two equal systems too often: 2 in 2**5 is more than 5 %."""
 
 
+Measure = Literal["rouge_l", "reward_accuracy", "eval_loss", "preference_loss"]
+
+MEASURES: dict[Measure, str] = {
+    "rouge_l": "ROUGE-L",
+    "reward_accuracy": "reward accuracy",
+    "eval_loss": "held-out loss",
+    "preference_loss": "DPO's loss",
+}
+"""What quality is, inside a sentence."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pair:
     """Scores of one unit less those of another, on the rows and seeds that both have; corrected for all pairs."""
 
     quality: DifferenceInterval
-    """Of ROUGE-L, or of the held-out loss."""
+    """Of the family's measure."""
     bleu4: DifferenceInterval | None = None
     """None where nothing was answered."""
 
@@ -49,7 +57,7 @@ class Pair:
 class Family:
     """Units that can be compared with each other."""
 
-    measure: Literal["rouge_l", "eval_loss"]
+    measure: Measure
     """What quality is here."""
     units: tuple[SeedGroup, ...]
     values: tuple[float, ...]
@@ -62,6 +70,21 @@ class Family:
     """Held-out rows behind the intervals."""
     passed_over: tuple[SeedGroup, ...] = ()
     """Settings of which another setting of the same method was better: those that `units` leaves out."""
+
+    @property
+    def gains(self) -> bool:
+        """Whether a higher value is better."""
+        return self.measure in ("rouge_l", "reward_accuracy")
+
+    @property
+    def measure_name(self) -> str:
+        """What quality is, inside a sentence."""
+        return MEASURES[self.measure]
+
+    @property
+    def measure_title(self) -> str:
+        """The same with a capital."""
+        return self.measure_name[0].upper() + self.measure_name[1:]
 
     @property
     def paired(self) -> bool:
@@ -78,11 +101,12 @@ class Family:
         if self.rows < FEWEST_ROWS:
             return False
         pair = self.pairs[min(first, second), max(first, second)].quality
-        gains = self.measure == "rouge_l"
-        shown = pair.shown and (pair.difference > 0) == (gains == (first < second))
-        if not gains:  # of the same rows, or noise, intervals of losses are narrow, so seeds have their say, too
+        shown = pair.shown and (pair.difference > 0) == (self.gains == (first < second))
+        if (
+            self.measure == "eval_loss"
+        ):  # of the same rows, or noise, intervals of losses are narrow, so seeds have their say, too
             return shown and max(self._losses(first)) < min(self._losses(second))
-        return shown and self.values[first] > self.values[second]
+        return shown and (self.values[first] > self.values[second]) == self.gains
 
     def tiers(self) -> list[list[int]]:
         """The places of the units in tiers; inside a tier there is no order but that of the report."""
@@ -113,7 +137,8 @@ def families(units: Sequence[SeedGroup], statistics: Statistics) -> tuple[list[F
 
     Units of one model that answered the same held-out rows are one family, compared by ROUGE-L. Where no unit answered
     any, those with the same held-out rows and tokenizer are one family, compared by loss; row by row if those losses
-    are known. `lineages` says what is one model. Of each method the family has the chosen setting alone (`choosing`).
+    are known. Where units learned preferences, these are compared by reward accuracy instead. `lineages` says what is
+    one model. Of each method the family has the chosen setting alone (`choosing`).
     """
     left_out: dict[str, str] = {}
     grouped: dict[tuple[str, ...], list[SeedGroup]] = {}
@@ -131,13 +156,14 @@ def families(units: Sequence[SeedGroup], statistics: Statistics) -> tuple[list[F
             left_out[unit.label] = "no answers on file" if answered else "no held-out loss"
         else:
             grouped.setdefault((*of[unit.label], *key), []).append(unit)
-    build = _by_answers if answered else by_loss
-    quality = _rouge_of(statistics) if answered else _negative_loss
+    build, quality = (_by_answers, _rouge_of(statistics)) if answered else (by_loss, _negative_loss)
+    if not answered and learns_preferences(finished, statistics):
+        build, quality = by_rewards, _reward_accuracy
     built = []
     for members in grouped.values():
-        compared = chosen(members, quality)
-        others = tuple(unit for unit in members if unit not in compared)
-        built.append(replace(build(compared, statistics), passed_over=others))
+        best = chosen(members, quality)
+        others = tuple(unit for unit in members if unit not in best)
+        built.append(replace(build(best, statistics), passed_over=others))
     return built, left_out
 
 
@@ -157,6 +183,18 @@ def _rouge_of(statistics: Statistics) -> Callable[[SeedGroup], float]:
 def _negative_loss(unit: SeedGroup) -> float:
     spread = unit.spread(lambda row: row.eval_loss.value)
     return -spread.mean if spread is not None else -float("inf")
+
+
+def _reward_accuracy(unit: SeedGroup) -> float:
+    spread = unit.spread(lambda row: row.result.scores.reward_accuracy)
+    return spread.mean if spread is not None else -float("inf")
+
+
+def learns_preferences(units: Sequence[SeedGroup], statistics: Statistics) -> bool:
+    """Whether units were trained to prefer answers, and the rewards of every held-out row of all of them are known."""
+    rows = [row for unit in units for row in unit.finished if not _random(row)]
+    objectives = {getattr(row.result.spec.train, "objective", "sft") for row in rows}
+    return bool(objectives - {"sft"}) and all(row.trial_id in statistics.rewards for row in rows)
 
 
 def _random(row: Row) -> bool:
@@ -198,13 +236,13 @@ def by_loss(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
 def _by_row_losses(members: Sequence[SeedGroup], statistics: Statistics, rows: int) -> Family:
     @cache
     def losses(trials: tuple[str, ...]) -> Numbers:
-        return _mean([statistics.loss_parts(trial) for trial in trials])
+        return mean_of_runs([statistics.loss_parts(trial) for trial in trials])
 
     by_seed = [{row.result.spec.seed: row.trial_id for row in unit.finished} for unit in members]
     places = trial_pairs(members, by_seed)
     # The ranges over the seeds have their say in `Family.better`, so these intervals are over rows alone.
     differences = compare([(losses(a), losses(b)) for a, b in places.values()])
-    unit_intervals = [_interval(tuple(trials.values()), losses) for trials in by_seed]
+    unit_intervals = [over_rows_and_seeds(tuple(trials.values()), losses) for trials in by_seed]
     return Family(
         measure="eval_loss",
         units=tuple(members),
@@ -212,6 +250,35 @@ def _by_row_losses(members: Sequence[SeedGroup], statistics: Statistics, rows: i
         intervals=tuple(unit_intervals),
         pairs={place: Pair(quality=quality) for place, quality in zip(places, differences, strict=True)},
         rows=rows,
+    )
+
+
+def by_rewards(
+    members: Sequence[SeedGroup],
+    statistics: Statistics,
+    measure: Literal["reward_accuracy", "preference_loss"] = "reward_accuracy",
+) -> Family:
+    """Units with the same judged held-out rows, compared by how often they rate the better answer higher.
+
+    Or by DPO's loss of each row, of which fewer rows show a difference: it says by how much, too.
+    """
+    of_trial = statistics.right if measure == "reward_accuracy" else statistics.dpo_losses
+
+    @cache
+    def parts(trials: tuple[str, ...]) -> Numbers:
+        return mean_parts(mean_of_runs([of_trial(trial) for trial in trials]))
+
+    by_seed = [{row.result.spec.seed: row.trial_id for row in unit.finished} for unit in members]
+    places = trial_pairs(members, by_seed)
+    differences = compared(list(places.values()), parts)
+    unit_intervals = [over_rows_and_seeds(tuple(trials.values()), parts) for trials in by_seed]
+    return Family(
+        measure=measure,
+        units=tuple(members),
+        values=tuple(estimate.score for estimate in unit_intervals),
+        intervals=tuple(unit_intervals),
+        pairs={place: Pair(quality=quality) for place, quality in zip(places, differences, strict=True)},
+        rows=len(of_trial(next(iter(by_seed[0].values())))),
     )
 
 
@@ -229,16 +296,16 @@ def _by_answers(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
 
     @cache
     def rouge(trials: tuple[str, ...]) -> Numbers:
-        return mean_parts(_mean([statistics.rouge(trial) for trial in trials]))
+        return mean_parts(mean_of_runs([statistics.rouge(trial) for trial in trials]))
 
     @cache
     def bleu(trials: tuple[str, ...]) -> Numbers:
-        return bleu4_parts(_mean([statistics.bleu(trial) for trial in trials]))
+        return bleu4_parts(mean_of_runs([statistics.bleu(trial) for trial in trials]))
 
     places = trial_pairs(members, by_seed)
-    qualities = _compared(list(places.values()), rouge)
-    bleus = _compared(list(places.values()), bleu)
-    unit_intervals = [_interval(tuple(trials_by_seed.values()), rouge) for trials_by_seed in by_seed]
+    qualities = compared(list(places.values()), rouge)
+    bleus = compared(list(places.values()), bleu)
+    unit_intervals = [over_rows_and_seeds(tuple(trials_by_seed.values()), rouge) for trials_by_seed in by_seed]
     return Family(
         measure="rouge_l",
         units=tuple(members),
@@ -250,73 +317,3 @@ def _by_answers(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
         },
         rows=len(references),
     )
-
-
-Trials: TypeAlias = tuple[str, ...]
-"""Ids of trials that differ in their seed alone."""
-
-
-def _interval(trials: Trials, parts: Callable[[Trials], Numbers]) -> ScoreInterval:
-    """Of the mean over the trials, over rows and seeds."""
-    estimate = interval(parts(trials))
-    return widened(estimate, len(parts(trials)), _of_seeds(trials, parts))
-
-
-def _compared(pairs: Sequence[tuple[Trials, Trials]], parts: Callable[[Trials], Numbers]) -> list[DifferenceInterval]:
-    """Differences over rows and seeds; the p-values are those over rows, corrected for all pairs."""
-    differences = compare([(parts(first), parts(second)) for first, second in pairs])
-    return [
-        widened(difference, len(parts(first)), _of_pair(first, second, parts))
-        for difference, (first, second) in zip(differences, pairs, strict=True)
-    ]
-
-
-def _of_pair(first: Trials, second: Trials, parts: Callable[[Trials], Numbers]) -> SeedVariance | None:
-    """What seeds add to a difference: pair by pair where both have as many, which holds for equal and other seeds."""
-    if len(first) == len(second):
-        pairs = zip(first, second, strict=True)
-        return seed_variance([fmean(parts((a,))) - fmean(parts((b,))) for a, b in pairs])
-    return together([_of_seeds(trials, parts) for trials in (first, second)])
-
-
-def _of_seeds(trials: Trials, parts: Callable[[Trials], Numbers]) -> SeedVariance | None:
-    return seed_variance([fmean(parts((trial,))) for trial in trials])
-
-
-def _mean(runs: Sequence[object]) -> Numbers:
-    """Over several runs of a system."""
-    mean: Numbers = np.mean(np.asarray(runs, dtype=np.float64), axis=0)
-    return mean
-
-
-def trial_pairs(
-    members: Sequence[SeedGroup], by_seed: Sequence[Mapping[int, str]]
-) -> dict[tuple[int, int], tuple[tuple[str, ...], tuple[str, ...]]]:
-    """For every two units, by their places, the trials that stand beside each other.
-
-    Args:
-        members: the units.
-        by_seed: of each unit, trial ids by seed; at least one.
-    """
-    pairs = {}
-    for first in range(len(members)):
-        for second in range(first + 1, len(members)):
-            seedless = any(members[place].is_base for place in (first, second))
-            pairs[first, second] = _paired_seeds(by_seed[first], by_seed[second], seedless=seedless)
-    return pairs
-
-
-def _paired_seeds(
-    first: Mapping[int, str], second: Mapping[int, str], *, seedless: bool
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The trials of the seeds that both have, in the same order; all trials where they share none.
-
-    Args:
-        first: trial ids by seed.
-        second: the same of the other unit.
-        seedless: one of them is the untouched base, which no seed changes: all trials of both.
-    """
-    shared = [seed for seed in first if seed in second]
-    if not shared or seedless:
-        return tuple(first.values()), tuple(second.values())
-    return tuple(first[seed] for seed in shared), tuple(second[seed] for seed in shared)

@@ -19,10 +19,14 @@ from ray_peft.metrics.intervals import (
     compare,
     mean_parts,
 )
+from ray_peft.metrics.scores import RowReward
 from ray_peft.metrics.text_scores import bleu_row_statistics, rouge_l_rows
 from ray_peft.report.table import Row
 
-__all__ = ["CONFIDENCE", "Answers", "Intervals", "LossTokens", "Losses", "Statistics", "intervals", "loss_intervals"]
+__all__ = [
+    "CONFIDENCE", "Answers", "Intervals", "LossTokens", "Losses", "Rewards", "Statistics", "intervals",
+    "loss_intervals",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +39,26 @@ Losses: TypeAlias = Mapping[str, Sequence[float]]
 LossTokens: TypeAlias = Mapping[str, Sequence[int]]
 """By trial id the answer tokens behind each loss, which are its weight; none where all rows weigh the same."""
 
+Rewards: TypeAlias = Mapping[str, Sequence[RowReward]]
+"""By trial id, what each judged held-out row says of the rewards."""
+
 
 class Statistics:
     """What each answered or scored row adds to the scores, computed once a trial."""
 
-    def __init__(self, answers: Answers, losses: Losses | None = None, loss_tokens: LossTokens | None = None) -> None:
+    def __init__(
+        self,
+        answers: Answers,
+        losses: Losses | None = None,
+        loss_tokens: LossTokens | None = None,
+        rewards: Rewards | None = None,
+    ) -> None:
         self.losses = {trial_id: tuple(values) for trial_id, values in (losses or {}).items() if values}
         """The losses of the trials that have one for every held-out row."""
         self.loss_tokens = {trial_id: tuple(values) for trial_id, values in (loss_tokens or {}).items() if values}
         """The weights of those losses that have some."""
+        self.rewards = {trial_id: tuple(values) for trial_id, values in (rewards or {}).items() if values}
+        """Of the trials that were scored on judged rows, what each of these says."""
         self.answers = {trial_id: values for trial_id, values in answers.items() if _is_complete(trial_id, values)}
         self.bleu = cache(self._bleu)
         self.rouge = cache(self._rouge)
@@ -60,6 +75,14 @@ class Statistics:
     def loss_parts(self, trial_id: str) -> Numbers:
         """What each row adds to the held-out loss."""
         return mean_parts(self.losses[trial_id], self.loss_tokens.get(trial_id))
+
+    def right(self, trial_id: str) -> list[float]:
+        """Of each judged row 1 where the better answer has the higher reward, 0 where not, 0.5 where they are equal."""
+        return [entry.right for entry in self.rewards[trial_id]]
+
+    def dpo_losses(self, trial_id: str) -> list[float]:
+        """DPO's loss (Rafailov et al. 2023, equation 7) of each judged row, from its margin, whatever was trained."""
+        return [float(np.logaddexp(0.0, -entry.margin)) for entry in self.rewards[trial_id]]
 
     def _bleu(self, trial_id: str) -> NDArray[np.int64]:
         return bleu_row_statistics(*self.answers[trial_id])

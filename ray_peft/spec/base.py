@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from ray_peft.errors import SpecError
 from ray_peft.foundation import dotted
 from ray_peft.foundation.durations import seconds_of
+from ray_peft.foundation.lists import first_duplicate
 from ray_peft.foundation.names import PathPart
 from ray_peft.foundation.strict import Strict
 from ray_peft.methods import METHODS, AnyMethod
@@ -41,6 +42,20 @@ class ModelSpec(Strict):
     """Build the model from its config.json with random weights: true shapes, so true memory and speed, no quality."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model."""
+    new_tokens: tuple[str, ...] = ()
+    """Texts that become one token each, such as `<tool>`. Tokenizer and embeddings grow by them where the vocabulary
+    has no room left. A new row starts as the mean of the rows of all old tokens, and is trained beside an adapter, or
+    with all other weights. The texts are no special tokens: they are tokens in rows, and are shown in answers."""
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _check_new_tokens(cls, tokens: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(tokens)) < len(tokens):
+            raise ValueError(f"{first_duplicate(tokens)!r} is there twice; name each token once")
+        padded = [token for token in tokens if not token or token != token.strip()]
+        if padded:
+            raise ValueError(f"{padded[0]!r} is empty, or begins or ends with a space; write the text alone")
+        return tokens
 
 
 class WarmStart(Strict):

@@ -84,6 +84,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "attention": None,
         "random_weights": False,
         "trust_remote_code": False,
+        "new_tokens": [],
     },
     "TrainSpec": {
         "epochs": None,

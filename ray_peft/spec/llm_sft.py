@@ -264,7 +264,18 @@ class LlmTrialSpec(TrialSpec):
                 "evaluation.split: validation needs validation rows, but no source has any; set `validation` of a "
                 "source in data.sources, or evaluation.split: test"
             )
-        return problems + preference.problems(self) + self._adapter_problems() + self._ensemble_problems()
+        problems += preference.problems(self) + self._adapter_problems() + self._new_token_problems()
+        return problems + self._ensemble_problems()
+
+    def _new_token_problems(self) -> list[str]:
+        """Methods beside which new embeddings cannot be trained, and loops that do not train them."""
+        if not self.model.new_tokens:
+            return []
+        adapters = [stage for _, stage in self.method.parts() if isinstance(stage, Adapter)]
+        problems = [reason for stage in adapters if (reason := stage.why_not_new_tokens()) is not None]
+        if self.train.engine == "trl":
+            problems.append("model.new_tokens are trained by train.engine: own alone; use that, or leave them out")
+        return problems
 
     def _adapter_problems(self) -> list[str]:
         """The rules of PEFT's adapters: which loop trains them, and what virtual tokens before a row forbid."""

@@ -154,6 +154,8 @@ class ImageTrialSpec(TrialSpec):
                 f"model.attention ({self.model.attention}) is for language models; leave it out: a UNet uses torch's "
                 "scaled dot product attention"
             )
+        if self.model.new_tokens:
+            problems.append("model.new_tokens are for language models, whose embeddings are trained; leave them out")
         if self.model.quantization is not None and self.method.name != "qlora":
             problems.append(
                 "model.quantization: a UNet in 4 bits is method qlora; use that, or model.quantization: null"

@@ -114,6 +114,7 @@ def common(spec: TrialSpec, stage: Stage | None, shape: ModelShape, longest: int
         shape.config,
         decides_memory(stage or spec.method),
         [model[key] for key in ("dtype", "quantization", "attention")],
+        *([len(model["new_tokens"])] if model["new_tokens"] else []),
         longest,
     ]
 

@@ -105,6 +105,30 @@ def test_a_comparison_is_planned_edited_run_and_gone_on_with(
     assert [trial["predicted_s"] for trial in json.loads(capsys.readouterr().out)] == [{}] * 6
 
 
+@pytest.mark.long
+def test_pairs_are_compared_by_reward_accuracy(ray_cluster, tiny_model, rows, empty_database, tmp_path, capsys):
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    pairs = [
+        {"prompt": row["instruction"], "chosen": row["output"], "rejected": f"no {place}"}
+        for place, row in enumerate(ROWS)
+    ]
+    tiny.write_rows(tmp_path / "pairs.jsonl", pairs)
+    command = ["compare", str(tiny_model), "pairs.jsonl", "--methods", "full,lora", "--hours", "0.5", "--out", "out"]
+    assert cli.main([*command, "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]) == 0
+    lines = (tmp_path / "out" / "answer.txt").read_text(encoding="utf-8").splitlines()
+    assert "test pairs, one seed (95 % over rows); the untouched base: reward accuracy 0.5" in lines[0]
+    assert "Learning rates were chosen by DPO's loss on validation pairs" in "".join(lines)
+    rates = set()
+    for rung in RUNGS[1:]:
+        for row in read_results(tmp_path / "out" / rung):
+            assert (row.status, row.spec.train.objective, row.spec.evaluation.generate) == ("finished", "dpo", False)
+            assert row.scores.reward_accuracy is not None
+            rates |= {row.spec.method.lr} if rung == "1_search" and row.spec.method.name == "lora" else set()
+    assert rates == {2e-5, 2e-4, 2e-3}
+    (whole,) = load(tmp_path / "out" / "train_all.yaml").trials
+    assert whole.train.objective == "dpo"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -71,6 +71,7 @@ def test_every_method_file_is_registered():
         "config_fields",
         "kinds",
         "merging",
+        "new_tokens",
         "rank_allocation",
         "saved_modules",
     }

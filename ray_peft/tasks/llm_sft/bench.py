@@ -39,12 +39,13 @@ def trained_lengths(spec: LlmTrialSpec, rows: Dataset) -> list[tuple[int, ...]]:
 
 def predictor(spec: LlmTrialSpec, rows: PreparedData) -> Callable[[LlmTrialSpec, Gpu], Prediction]:
     """Predicts a trial's peak memory, with passes as long as the longest rows that it trains on, and that it scores."""
+    from ray_peft.tasks.llm_sft.grown import grown_config
     from ray_peft.tasks.llm_sft.lanes import largest_capacity
     from ray_peft.tasks.llm_sft.memory import predict
     from ray_peft.tasks.llm_sft.model import load_config
     from ray_peft.vram import ModelShape
 
-    shape = ModelShape.from_config(load_config(spec.model))
+    shape = ModelShape.from_config(grown_config(spec.model, load_config(spec.model)))
     lengths = set(trained_lengths(spec, rows.train))  # it is walked over in every call, and many rows are equally long
     trained, scored = max(map(max, lengths)), rows.facts.longest
 

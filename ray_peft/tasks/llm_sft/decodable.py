@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ray_peft.methods.new_tokens import NOT_RECORDED, trains_rows
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -62,11 +64,25 @@ def has_virtual_tokens(model: PreTrainedModel) -> bool:
     return any(config.is_prompt_learning for config in configs.values())
 
 
+def never_recorded(model: PreTrainedModel) -> str | None:
+    """Why no pass of a model can be recorded, or have rows in lanes; None if its base and its adapter give no reason.
+
+    Args:
+        model: with its adapter, in PEFT's wrapper or without it.
+    """
+    if getattr(model, "is_loaded_in_8bit", False):
+        return EIGHT_BITS
+    if has_virtual_tokens(model):
+        return VIRTUAL_TOKENS
+    return NOT_RECORDED if trains_rows(model) else None
+
+
 def by_config(model: PreTrainedModel) -> str | None:
     """Why a model cannot answer in lanes, by its config; None if the config gives no reason."""
     config: Any = model.config.get_text_config()
-    if getattr(model, "is_loaded_in_8bit", False):
-        return EIGHT_BITS
+    reason = never_recorded(model)
+    if reason is not None:
+        return reason
     if not type(model).__module__.startswith("transformers."):
         return "its code is not part of transformers"
     if model.config.is_encoder_decoder:

@@ -14,6 +14,7 @@ from ray_peft.engine.trained import Report, Trained
 from ray_peft.errors import ModelError, TrialFailed
 from ray_peft.methods.adapter import Adapter
 from ray_peft.methods.base import Dtype, Stage
+from ray_peft.methods.new_tokens import complete
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.base import EnsembleBench, MemberModel, Scored
 from ray_peft.tasks.llm_sft.bench import LlmBench
@@ -129,7 +130,8 @@ def load_members(members: Sequence[MemberModel[LlmTrialSpec]], device: str) -> l
         dtype = spec.method.weights_dtype(spec.model.dtype)
         storage = spec.quantization.plain() if spec.quantization else None
         # Several LoRA adapters lie beside each other on one base; other kinds of PEFT's have it to themselves.
-        alone = isinstance(spec.method, Adapter) and spec.method.peft_kind != "LORA"
+        # So do adapters with rows of new tokens, of which PEFT switches on one at a time.
+        alone = isinstance(spec.method, Adapter) and (spec.method.peft_kind != "LORA" or bool(spec.model.new_tokens))
         key = repr((spec.model.plain(), dtype, storage, spec.trial_id if alone else None))
         if key not in bases:
             bases[key] = load_model(spec, device)
@@ -143,6 +145,7 @@ def load_members(members: Sequence[MemberModel[LlmTrialSpec]], device: str) -> l
             bases[key] = PeftModel.from_pretrained(bases[key], str(folder), adapter_name=name)
             if bases[key].active_peft_config.peft_type == "ADALORA":  # PEFT 0.21 asks for it where labels are given
                 bases[key].base_model.trainable_adapter_name = name
+            complete(bases[key])
         keys.append((key, name))
     for base in bases.values():
         base.requires_grad_(False)

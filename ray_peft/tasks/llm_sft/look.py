@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import DataError
 from ray_peft.spec import Recipe
+from ray_peft.spec.preference import PAIRED
 from ray_peft.tasks.llm_sft import files
 from ray_peft.tasks.llm_sft.conversation import Conversation, Unusable, WrongShape
 from ray_peft.tasks.llm_sft.encode import IGNORED, Encoder
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FIELDS: dict[Recipe, tuple[tuple[str, ...], ...]] = {
+    "preference": (("chosen", "rejected"),),
     "messages": (("messages",), ("conversations",), ("conversation",)),
     "alpaca": (("instruction", "output"),),
     "dolly": (("instruction", "response"),),
@@ -53,9 +55,14 @@ class Look:
     repeated: int
     """Usable rows that are equal to one before them."""
     lengths: tuple[int, ...]
-    """Tokens of some rows as the model sees them, ascending."""
+    """Tokens of some rows as the model sees them, ascending; of pairs, of the longer side."""
     answer_lengths: tuple[int, ...]
-    """Tokens of their answers, ascending."""
+    """Tokens of their answers, ascending; of pairs, of the chosen ones."""
+
+    @property
+    def judged(self) -> bool:
+        """Whether rows are pairs of a better and a worse answer."""
+        return self.recipe == PAIRED
 
     def length(self, share: float) -> int:
         """The length [tokens] that this share of the rows does not exceed."""
@@ -162,7 +169,6 @@ def _lengths(conversations: Iterable[Conversation], tokenizer: PreTrainedTokeniz
             encoded = encoder.row(conversation)
         except (Unusable, CannotWrite):
             continue
-        answer = sum(label != IGNORED for label in encoded.labels)
-        if answer:
-            lengths.append((len(encoded.ids), answer))
+        if not encoded.unlabelled():
+            lengths.append((encoded.longest, sum(label != IGNORED for label in encoded.labels)))
     return lengths

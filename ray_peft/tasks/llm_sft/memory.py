@@ -36,8 +36,8 @@ HOST_GRADIENTS_SLACK = 0.2
 (measured with recorded ones, before their pools were predicted: 1.15 to 1.28 times the peak of the tensors in all)."""
 
 _FILES = (
-    "memory.py", "evaluate.py", "targets.py", "head.py", "continuous.py", "decodable.py", "lane_cache.py", "lanes.py",
-    "masks.py",
+    "memory.py", "evaluate.py", "targets.py", "head.py", "continuous.py", "decodable.py", "grown.py", "lane_cache.py",
+    "lanes.py", "masks.py",
 )  # fmt: skip
 CODE = (*(Path(__file__).with_name(name) for name in _FILES), *DROPOUT)
 """The files of this task that predictions run or read; a cached prediction is valid for the same code only."""
@@ -193,8 +193,8 @@ def components(
 def keeps_gradients(spec: LlmTrialSpec, stage: Stage) -> bool:
     """Whether gradients stay in memory between steps, as for recorded passes, which add to the same tensors."""
     in_eight_bits = spec.quantization is not None and spec.quantization.bits == 8  # LLM.int8() waits for the GPU
-    virtual = isinstance(stage, Adapter) and stage.trains_prompts
-    unrecorded = in_eight_bits or virtual or stage.why_not_recorded() is not None
+    waits = isinstance(stage, Adapter) and (stage.trains_prompts or bool(spec.model.new_tokens))
+    unrecorded = in_eight_bits or waits or stage.why_not_recorded() is not None
     return spec.train.cuda_graphs and not unrecorded
 
 
@@ -203,6 +203,7 @@ def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTra
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
+    from ray_peft.tasks.llm_sft.grown import mark_on_shapes
     from ray_peft.tasks.llm_sft.targets import quantised_layers
     from ray_peft.vram.quantised_layers import quantize
 
@@ -216,6 +217,7 @@ def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTra
     quantization = method.quantization() or (None if method.needs_full_weights else spec.model.quantization)
     if quantization is not None:
         quantize(model, quantization, quantised_layers(model))
+    mark_on_shapes(model, spec.model)
     add_fused_lm_head(model)
     model.requires_grad_(False)
     return model

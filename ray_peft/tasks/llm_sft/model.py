@@ -15,12 +15,15 @@ from ray_peft.errors import ModelError, first_line
 from ray_peft.foundation.cache import cache_folder, entry, made_whole
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization
 from ray_peft.methods.lost_weights import REVISION
+from ray_peft.methods.new_tokens import trains_rows
 from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
 from ray_peft.tasks import kept_base
 from ray_peft.tasks.four_bit_layers import keep_as_stored
 from ray_peft.tasks.llm_sft.decoding import in_place_of_invalid
 from ray_peft.tasks.llm_sft.gguf_model import opened
+from ray_peft.tasks.llm_sft.grown import grow
 from ray_peft.tasks.llm_sft.saved_adapter import save_adapter
+from ray_peft.tasks.llm_sft.tokenizer import new_token_ids
 from ray_peft.tasks.model_content import commit_of, snapshot
 from ray_peft.tasks.parameters import stored
 
@@ -177,6 +180,7 @@ def load_model(spec: LlmTrialSpec, device: str, keep: str | None = None) -> PreT
             free_memory(device)  # else weights would be put between what is left of other tensors, and stay there
         model = _from_folder(spec.model, folder, dtype, spec.quantization, device)
         _check_finite(spec, model)
+        grow(model, new_token_ids(spec.model))
         model.requires_grad_(False)
         if keep is not None:
             model = kept_base.keep(keep, model)
@@ -339,13 +343,17 @@ def fingerprint(model: ModelSpec) -> str:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: Dtype) -> None:
-    """Write the adapter, or all weights with the tokenizer, in `dtype`; the model itself keeps its own.
+    """Write the adapter, or all weights, in `dtype`; the model itself keeps its own.
+
+    The tokenizer is written beside all weights, and beside an adapter with rows of new tokens.
 
     Raises:
         TrialFailed: a weight is beyond the range of `dtype`.
     """
     if hasattr(model, "peft_config"):
         save_adapter(model, folder, dtype)
+        if trains_rows(model):  # PEFT's AutoPeftModel makes the base's embeddings as long as this tokenizer
+            tokenizer.save_pretrained(str(folder))
         return
     converted: dict[int, Tensor] = {}  # tied weights are one tensor, and stay one: they are written once
     state = {}

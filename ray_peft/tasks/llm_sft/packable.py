@@ -22,6 +22,8 @@ def why_alone(spec: LlmTrialSpec) -> str | None:
         return f"method {method.name} has no adapter that lies beside those of others; lora and qlora have"
     if spec.quantization is not None and spec.quantization.bits == 8:
         return "a base in int8 looks for outliers in all rows of a pass; use nf4"
+    if spec.model.new_tokens:
+        return "model.new_tokens are trained by one trial at a time; leave them out, or use pack: false"
     if method.rank_pattern or method.alpha_pattern or method.modules_to_save:
         return "method.rank_pattern, alpha_pattern and modules_to_save are for a trial alone; leave them out"
     if method.optim != "adamw":

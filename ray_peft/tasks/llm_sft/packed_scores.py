@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ray_peft.engine.recovery import free_memory, is_out_of_memory
 from ray_peft.engine.replays import Replays
 from ray_peft.spec import LlmTrialSpec
-from ray_peft.tasks.llm_sft.decodable import has_virtual_tokens
+from ray_peft.tasks.llm_sft.decodable import never_recorded
 from ray_peft.tasks.llm_sft.encode import tokens_with_loss
 from ray_peft.tasks.llm_sft.lanes import Bucket, Pass, largest_capacity, lay_out, reused, scored_share
 from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedPart
@@ -123,8 +123,7 @@ def packs(spec: LlmTrialSpec, model: PreTrainedModel) -> bool:
         model.device.type == "cuda"
         and spec.train.cuda_graphs
         and config._attn_implementation in ("sdpa", "eager")
-        and not has_virtual_tokens(model)
-        and not getattr(model, "is_loaded_in_8bit", False)  # LLM.int8() waits for the GPU in every pass
+        and never_recorded(model) is None
         and not getattr(config, "router_aux_loss_coef", 0.0)  # in a mixture of experts, content decides the path
     )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.methods.base import Dtype
 from ray_peft.methods.changed_base import as_plain_lora
+from ray_peft.methods.new_tokens import trains_rows
 from ray_peft.tasks.parameters import stored
 
 if TYPE_CHECKING:
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 _INSIDE = "base_model.model."
 """What PEFT puts before the names of the base's own modules; what all layers of an adapter share lies outside."""
+_BESIDE = re.compile(r"\.(modules_to_save|trainable_tokens_delta)\.")
+"""What is trained beside an adapter: whole modules, and rows of embeddings."""
 
 
 def save_adapter(model: Any, folder: Path, dtype: Dtype) -> None:
@@ -32,7 +36,9 @@ def save_adapter(model: Any, folder: Path, dtype: Dtype) -> None:
     tensors = _own(model) if plain is None else {**_own(model), **plain[0]}
     state = {name: stored(name, tensor, dtype) for name, tensor in tensors.items()}
     ranks = getattr(model.active_peft_config, "rank_pattern", None)
-    model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
+    # PEFT would save the whole embeddings of a base that has grown; its new rows are part of the adapter.
+    embeddings: Any = False if trains_rows(model) else "auto"
+    model.save_pretrained(str(folder), state_dict=state, safe_serialization=True, save_embedding_layers=embeddings)
     if ranks:  # PEFT 0.21 renames those of AdaLoRA, which would find its ranks no more if it trained on
         model.active_peft_config.rank_pattern = ranks
     if plain is not None:
@@ -47,7 +53,7 @@ def _own(model: Any) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if prefix in name or name in trained or not name.startswith(_INSIDE)
+        if prefix in name or name in trained or not name.startswith(_INSIDE) or _BESIDE.search(name)
     }
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import ModelError, SpecError, first_line
 from ray_peft.spec import LlmTrialSpec, ModelSpec
+from ray_peft.tasks.llm_sft.grown import grown_config, mark_on_shapes
 from ray_peft.tasks.llm_sft.model import load_config
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ def on_meta(model: ModelSpec) -> PreTrainedModel:
     Raises:
         ModelError: it cannot be built from its config.
     """
-    config = load_config(model)
-    key = f"{model.name} {model.revision} {config.to_json_string()}"
+    config = grown_config(model, load_config(model))
+    key = f"{model.name} {model.revision} {len(model.new_tokens)} {config.to_json_string()}"
     if key not in _built:
         while len(_built) >= _MOST_BUILT:
             _built.pop(next(iter(_built)))
@@ -71,6 +72,7 @@ def _build(model: ModelSpec, config: PretrainedConfig) -> PreTrainedModel:
         raise ModelError(
             f"model.name: {model.name}: no causal language model can be built from its config: {first_line(error)}"
         ) from None
+    mark_on_shapes(built, model)
     return built
 
 

@@ -43,7 +43,7 @@ class LlmSft(TaskType[LlmTrialSpec]):
     def inspect(self, spec: LlmTrialSpec) -> Inspection:
         """Load config and tokenizer, find the benchmarks and their data, and prepare the rows."""
         from ray_peft.metrics.own_metrics import load
-        from ray_peft.tasks.llm_sft import benchmarks, counts, data, decoding, ensemble, fits, model, targets
+        from ray_peft.tasks.llm_sft import benchmarks, counts, data, decoding, ensemble, fits, grown, model, targets
         from ray_peft.tasks.llm_sft.preference import rows as preference_rows
 
         for trial in (spec, *spec.members()):
@@ -56,8 +56,10 @@ class LlmSft(TaskType[LlmTrialSpec]):
         prepared = _inspected_rows(spec)
         cautions = counts.cautions(prepared.facts) + preference_rows.cautions(spec, prepared.train)
         for model_spec in {part.model.name: part.model for part in (spec, *spec.members())}.values():
-            cautions += fits.check(spec, model_spec, model.load_config(model_spec), prepared)
+            config = grown.grown_config(model_spec, model.load_config(model_spec))
+            cautions += fits.check(spec, model_spec, config, prepared)
             cautions += decoding.cautions(model_spec) if spec.evaluation.generate else []
+        cautions += grown.cautions(spec.model, prepared.train)
         notes = data.notes(prepared, spec.data) + [f"caution: {caution}" for caution in cautions]
         return Inspection(notes, prepared.key, len(prepared.train), reach)
 
@@ -99,12 +101,12 @@ class LlmSft(TaskType[LlmTrialSpec]):
 
     def rows_fit(self, spec: LlmTrialSpec) -> list[str]:
         """Compare lengths and token numbers with the models' configs; weights are not read."""
-        from ray_peft.tasks.llm_sft import fits, model
+        from ray_peft.tasks.llm_sft import fits, grown, model
 
         sentences = []
         for model_spec in {part.model.name: part.model for part in (spec, *spec.members())}.values():
             try:
-                config = model.load_config(model_spec)
+                config = grown.grown_config(model_spec, model.load_config(model_spec))
             except ModelError as error:  # rows can be looked at with a tokenizer alone
                 sentences.append(f"the rows were not compared with the model: {first_line(error)}")
             else:

@@ -1,13 +1,13 @@
-"""A trial's tokenizer, loaded and checked, with a chat template that works."""
+"""A trial's tokenizer, loaded and checked, with its new tokens and a chat template that works."""
 
 from __future__ import annotations
 
 import codecs
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ray_peft.errors import DataError, ModelError, first_line
-from ray_peft.spec import LlmTrialSpec, is_local
+from ray_peft.spec import LlmTrialSpec, ModelSpec, is_local
 from ray_peft.tasks.llm_sft.gguf_model import opened
 
 if TYPE_CHECKING:
@@ -17,30 +17,13 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def load_tokenizer(spec: LlmTrialSpec) -> PreTrainedTokenizerBase:
-    """The tokenizer, with the chat template of the spec and padding on the left.
+    """The tokenizer, with the new tokens and the chat template of the spec and padding on the left.
 
     Raises:
         ModelError: it cannot be loaded, has no usable chat template, or lacks a token that is needed.
         DataError: the file in data.chat_template is missing or no template.
     """
-    from transformers import AutoTokenizer
-
-    name = opened(spec.model.tokenizer or spec.model.name)
-    if is_local(name) and not Path(name).is_dir():
-        raise ModelError(f"model.{'tokenizer' if spec.model.tokenizer else 'name'}: {name}: no such folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name,
-            revision=spec.model.revision if name == spec.model.name else None,  # another repository has other commits
-            trust_remote_code=spec.model.trust_remote_code,
-            padding_side="left",
-        )
-    except Exception as error:  # the hub client and tokenizers raise a dozen unrelated types
-        reason = first_line(error)
-        if is_local(name) and not (Path(name) / "tokenizer.json").exists():
-            reason = f"it holds no tokenizer.json, and none can be made from its other files ({type(error).__name__})"
-        way = "give a folder with its tokenizer's files, or name the tokenizer in model.tokenizer"
-        raise ModelError(f"{name}: the tokenizer cannot be loaded: {reason}; {way}") from None
+    name, tokenizer = opened(spec.model.tokenizer or spec.model.name), _grown(spec.model)
     if spec.data.chat_template is not None:
         tokenizer.chat_template = _template_text(Path(spec.data.chat_template))
     if any(source.recipe != "text" for source in spec.data.sources):
@@ -50,8 +33,61 @@ def load_tokenizer(spec: LlmTrialSpec) -> PreTrainedTokenizerBase:
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    loaded: PreTrainedTokenizerBase = tokenizer
-    return loaded
+    return tokenizer
+
+
+def new_token_ids(model: ModelSpec) -> list[int]:
+    """The numbers of `model.new_tokens`, which a tokenizer gives in their order.
+
+    Raises:
+        ModelError: the tokenizer cannot be loaded, or has such a token.
+    """
+    if not model.new_tokens:
+        return []
+    return cast("list[int]", _grown(model).convert_tokens_to_ids(list(model.new_tokens)))
+
+
+def _grown(model: ModelSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model with its new tokens.
+
+    Raises:
+        ModelError: it cannot be loaded, or has one of these tokens.
+    """
+    tokenizer = _read(model)
+    vocabulary = tokenizer.get_vocab() if model.new_tokens else {}
+    known = next((token for token in model.new_tokens if token in vocabulary), None)
+    if known is not None:
+        raise ModelError(
+            f"model.new_tokens: {known} is token {vocabulary[known]} of the tokenizer already, with an embedding of "
+            "its own; leave it out"
+        )
+    if model.new_tokens:
+        from tokenizers import AddedToken
+
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in model.new_tokens])
+    return tokenizer
+
+
+def _read(model: ModelSpec) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    name = opened(model.tokenizer or model.name)
+    if is_local(name) and not Path(name).is_dir():
+        raise ModelError(f"model.{'tokenizer' if model.tokenizer else 'name'}: {name}: no such folder")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name,
+            revision=model.revision if name == model.name else None,  # another repository has other commits
+            trust_remote_code=model.trust_remote_code,
+            padding_side="left",
+        )
+    except Exception as error:  # the hub client and tokenizers raise a dozen unrelated types
+        reason = first_line(error)
+        if is_local(name) and not (Path(name) / "tokenizer.json").exists():
+            reason = f"it holds no tokenizer.json, and none can be made from its other files ({type(error).__name__})"
+        way = "give a folder with its tokenizer's files, or name the tokenizer in model.tokenizer"
+        raise ModelError(f"{name}: the tokenizer cannot be loaded: {reason}; {way}") from None
+    return tokenizer
 
 
 def _template_text(file: Path) -> str:

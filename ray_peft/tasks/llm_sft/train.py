@@ -20,7 +20,7 @@ from ray_peft.methods.lora import LoRA
 from ray_peft.methods.qlora import QLoRA
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.data import IGNORED
-from ray_peft.tasks.llm_sft.decodable import EIGHT_BITS, VIRTUAL_TOKENS
+from ray_peft.tasks.llm_sft.decodable import never_recorded
 from ray_peft.tasks.llm_sft.loss import TextLoss
 from ray_peft.tasks.llm_sft.packed import PackedLoss, PackedRows
 from ray_peft.tasks.llm_sft.preference.packed import PackedPreferenceLoss, PackedPreferenceRows
@@ -174,12 +174,8 @@ def _why_not_tried(
         return "there is no GPU"
     if not spec.train.cuda_graphs:
         return "train.cuda_graphs is false"
-    if getattr(model, "is_loaded_in_8bit", False):
-        return EIGHT_BITS
-    if (reason := stage.why_not_recorded()) is not None:
+    if (reason := never_recorded(model) or stage.why_not_recorded()) is not None:
         return reason
-    if isinstance(stage, Adapter) and stage.trains_prompts:
-        return VIRTUAL_TOKENS
     if isinstance(stage, Adapter) and not isinstance(stage, LoRA | QLoRA) and unkeyed is not None:
         return "a recording would repeat what its adapter draws"
     if spec.train.gradient_checkpointing and unkeyed is not None:

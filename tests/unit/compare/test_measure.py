@@ -21,9 +21,7 @@ METHODS = ("full", "lora", "qlora", "galore")
 def setup(tiny_model, tmp_path):
     rows = [{"prompt": f"What is {number}?", "completion": f"It is {number}."} for number in range(1200)]
     path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
-    return set_up(
-        looked_at(str(tiny_model), str(path), METHODS), name="a", metric="rouge_l", methods=METHODS, nodes=[H100]
-    )
+    return set_up(looked_at(str(tiny_model), str(path), METHODS, "rouge_l"), name="a", methods=METHODS, nodes=[H100])
 
 
 def test_on_a_gpu_trials_have_it_to_themselves_in_bf16_and_methods_that_do_not_fit_are_left_out(setup):
