@@ -27,6 +27,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return should_reduce_batch_size(error) or any(name in str(error) for name in _LIBRARIES)
 
 
+def out_of_memory(text: str) -> RuntimeError:
+    """The error of a worker whose own memory may suffice, but must end with those that ran out."""
+    import torch
+
+    return torch.OutOfMemoryError(text)
+
+
 def free_memory(device: str) -> None:
     """Give freed memory back to the device. Call it after the `except` block: its error keeps tensors alive."""
     gc.collect()

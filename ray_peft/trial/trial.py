@@ -166,6 +166,8 @@ def _run(life: Life) -> TrialResult:
         life.process.memory.stop()
     train_all(life, bench, stages)
     if place.rank > 0:
+        if bench.shared:
+            bench.follow(saves=bool(stages))
         return life.result("finished")
     if stages:
         with life.process.clock.phase("save"):
