@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,8 +36,9 @@ def as_plain_parameters(model: nn.Module, device: str) -> None:
 
     for layer in model.modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):  # type: ignore[attr-defined]  # not in __all__
-            layer.quant_state = layer.weight.quant_state
-            layer.quant_state.to(device)
-            codes = layer.weight.data.as_subclass(torch.Tensor)
+            weight: Any = layer.weight
+            layer.quant_state = weight.quant_state
+            weight.quant_state.to(device)
+            codes = weight.data.as_subclass(torch.Tensor)
             as_floats = codes.flatten().view(torch.bfloat16)[:, None] if codes.numel() % 2 == 0 else codes
             layer.weight = torch.nn.Parameter(as_floats, requires_grad=False)

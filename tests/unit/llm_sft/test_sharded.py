@@ -10,6 +10,7 @@ import tiny
 from safetensors.torch import load_file
 from sharded import attempt, by_two_workers
 
+from ray_peft import cli
 from ray_peft.spec import TrialSpec
 
 CASES = {
@@ -108,6 +109,18 @@ def test_two_workers_give_the_numbers_of_one(spread, tiny_model, questions, tmp_
             assert weight.float() == pytest.approx(wanted[key].float(), rel=1e-2, abs=1e-5), key  # saved in bfloat16
     if name != "none":
         assert "spread over workers" in row.passes
+
+
+def test_a_plan_says_what_each_worker_takes(tiny_model, questions, tmp_path, capsys):
+    changes = {"gpus_per_worker": 1, "num_workers": 2, "strategy": "fsdp"}
+    plain = tiny.plain_spec(tiny_model, questions, CASES["full"], resources=changes)
+    (tmp_path / "spread.yaml").write_text(json.dumps(plain), encoding="utf-8")
+    plan = ["plan", str(tmp_path / "spread.yaml"), "--gpus", "2", "--gpu-memory-gib", "4"]
+    assert cli.main(plan) == 0
+    assert " GiB on each worker, 2 workers of " in capsys.readouterr().out
+    assert cli.main([*plan, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert {"weights", "gathered", "gradients", "optimizer"} <= set(row["components"])
 
 
 def points(folder):
