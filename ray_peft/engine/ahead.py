@@ -37,3 +37,13 @@ class Ahead(Generic[PartT]):
     def _passes(self, number: int, rows: int) -> Iterator[tuple[PartT, Sequence[Tensor]]]:
         for part in self._data.parts(number, self._share, rows):
             yield part, self._computation.inputs(part)
+
+    def beside(self, number: int, rows: int) -> list[Sequence[Tensor]]:
+        """The inputs that this worker passes for nothing after its own rows of round `number`.
+
+        So it runs as many passes as any other: workers of a sharded model need each other's parts of the weights.
+        """
+        workers = self._share.workers
+        parts = [self._data.parts(number, Share(rank, workers), rows) for rank in range(workers)]
+        missing = max(map(len, parts)) - len(parts[self._share.rank])
+        return [self._computation.inputs(parts[0][0])] * missing

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from ray_peft.engine.shards import is_spread, part_of
 from ray_peft.foundation.whole import replaced_folder
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def put_back(parameters: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
         raise ValueError(f"{len(shapes)} parameters are trained, and {len(saved_shapes)} were saved{differing}")
     with torch.no_grad():
         for parameter, tensor in zip(parameters, saved, strict=True):
-            parameter.copy_(tensor)
+            parameter.copy_(part_of(tensor, parameter) if is_spread(parameter) else tensor)
 
 
 def _read(file: Path) -> dict[str, Any]:

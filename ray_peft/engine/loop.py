@@ -15,8 +15,9 @@ from ray_peft.engine.crew import Alone, Crew
 from ray_peft.engine.member import Member
 from ray_peft.engine.passes import Pass
 from ray_peft.engine.random_state import draw_from, random_state
-from ray_peft.engine.recovery import free_memory, is_out_of_memory
-from ray_peft.engine.workers import add_up, add_up_gradients, from_all, from_first, this_worker
+from ray_peft.engine.recovery import free_memory, is_out_of_memory, out_of_memory
+from ray_peft.engine.shards import is_sharded, whole
+from ray_peft.engine.workers import Agreement, add_up, add_up_gradients, from_all, from_first, this_worker
 from ray_peft.errors import StorageError
 from ray_peft.spec.keys import MICRO_BATCH
 
@@ -30,8 +31,9 @@ class Engine(Generic[PartT]):
     """Trains members on one base: in each round, every member does one optimizer step.
 
     Where memory runs out in a pass, the round is done again from its first row, with half as many rows a pass: each
-    pass's loss is its share of the step's, so batch, order, losses and updates stay what they are. Workers cannot do so
-    (the others would wait for the further passes), nor can a stage that updates weights in the backward pass.
+    pass's loss is its share of the step's, so batch, order, losses and updates stay what they are. Of several workers,
+    all do it if one ran out. A stage that updates weights in the backward pass cannot do so, nor can workers that hold
+    parts of one model: the others wait inside of the pass for what this one has.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class Engine(Generic[PartT]):
         jobs = [member.job for member in members]
         self._device, self._lowered = jobs[0].device, jobs[0].lowered
         self._model, self._data, self._computation, self._make_pass = model, rows, computation, make_pass
-        self._share = this_worker()
-        self._repeats = self._share.workers == 1 and not any(job.stage.updates_in_backward for job in jobs)
+        self._share, self._sharded = this_worker(), is_sharded(model)
+        self._repeats = not self._sharded and not any(job.stage.updates_in_backward for job in jobs)
+        self._agreed = Agreement() if self._repeats and self._share.workers > 1 else None
         self._configured_rows = sum(job.spec.train.micro_batch_size for job in jobs)
         self._rows = self._rows_a_pass()
         self._accumulates = any(job.spec.accumulation > 1 for job in jobs)
@@ -219,6 +222,9 @@ class Engine(Generic[PartT]):
         """Add the gradients and the losses of this worker's rows of a round."""
         for part, inputs in self._ahead.take(number, self._rows):
             self._run_pass(part, inputs)
+        if self._sharded:
+            for inputs in self._ahead.beside(number, self._rows):
+                self._pass.idle(inputs)
 
     def _run_pass(self, part: PartT, inputs: Sequence[Tensor]) -> None:
         first, self._first_pass = self._first_pass, False
@@ -233,21 +239,28 @@ class Engine(Generic[PartT]):
     def _fitting(self, work: Callable[[], None], loss: Tensor, number: int) -> None:
         """Do `work`. While memory runs out, reset the losses and gradients, and repeat with fewer rows a pass."""
         while True:
+            rows = self._rows
             try:
                 work()
-                return
             except RuntimeError as error:
-                if not self._repeats or self._passing < 2 or not is_out_of_memory(error):
+                if not self._repeats or not is_out_of_memory(error) or (self._passing < 2 and self._agreed is None):
                     raise
-            self._lower(loss, number)
+                rows = self._passing // 2
+            if self._agreed is not None:
+                rows = self._agreed.least(rows)
+            if rows == self._rows:
+                return
+            if not rows:
+                raise out_of_memory("a worker ran out of memory with one row a pass")
+            self._lower(rows, loss, number)
 
-    def _lower(self, loss: Tensor, number: int) -> None:
+    def _lower(self, rows: int, loss: Tensor, number: int) -> None:
         self._wait()  # a recorded pass may still be replaying in memory that is freed here
         for member in self._members:
             member.clear_gradients(keep=member.slot is not None)
         del self._pass
         free_memory(self._device)
-        self._rows = self._lowered[MICRO_BATCH] = self._data.fitting(self._passing // 2, self._share)
+        self._rows = self._lowered[MICRO_BATCH] = self._data.fitting(rows, self._share)
         self._accumulates = True
         self._pass = self._make_pass(self._computation, self._device)
         self._first_pass = True
@@ -314,9 +327,9 @@ class Engine(Generic[PartT]):
             add_up(loss)
         random = random_state(self._device)
         states = from_all(random) if self._share.workers > 1 else [random]
+        state = whole(member.state(), keep=self._share.rank == 0) | {"loss": loss, "random": states}
         if self._share.rank > 0:
             return
-        state = member.state() | {"loss": loss, "random": states}
         if member.slot is None:
             state["lowered"] = dict(self._lowered)
         checkpoint.write(member.job.folder, member.steps_done, state)

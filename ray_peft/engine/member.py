@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.engine import checkpoint, cost, disk
 from ray_peft.engine.contract import Rows
 from ray_peft.engine.due import Due
 from ray_peft.engine.finite import FiniteGuard
+from ray_peft.engine.shards import is_spread, spread_state
 from ray_peft.engine.trained import Costs, Report, Trained
 from ray_peft.methods.base import Stage
 from ray_peft.methods.optimizers import keeps_gradient, trainable
@@ -141,6 +142,7 @@ class Member:
             norm = clip(limit)
         else:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+            norm = cast(Any, norm).full_tensor() if is_spread(norm) else norm
         # A layer-wise optimizer has used and freed the gradients by now; `worst` is NaN if one of them was not finite.
         self.guard.see(self.steps_done + 1, loss, norm + getattr(self.optimizer, "worst", 0.0))
         rate = float(self.rates.get_last_lr()[0])
@@ -219,7 +221,7 @@ class Member:
     def restore(self, state: dict[str, Any], where: Path) -> None:
         """Go on from `state`; `where` is its checkpoint."""
         checkpoint.put_back(self.parameters, state["parameters"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(spread_state(state["optimizer"], self.optimizer))
         self.rates.load_state_dict(state["rates"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])

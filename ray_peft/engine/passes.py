@@ -33,6 +33,10 @@ class Pass(Generic[PartT]):
         """Compute the loss and drop it."""
         self._computation.loss(*self._moved(inputs))
 
+    def idle(self, inputs: Sequence[Tensor]) -> None:
+        """Compute and drop the loss and its gradients, which become zeros, so that other workers can go on."""
+        (self._computation.loss(*self._moved(inputs)).sum() * 0).backward()  # type: ignore[no-untyped-call]
+
     def _moved(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         return [_sent(value, self._device) for value in inputs]
 

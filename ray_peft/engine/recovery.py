@@ -27,6 +27,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return should_reduce_batch_size(error) or any(name in str(error) for name in _LIBRARIES)
 
 
+def out_of_memory(text: str) -> RuntimeError:
+    """The error of a worker whose own memory may suffice, but must end with those that ran out."""
+    import torch
+
+    return torch.OutOfMemoryError(text)
+
+
 def free_memory(device: str) -> None:
     """Give freed memory back to the device. Call it after the `except` block: its error keeps tensors alive."""
     gc.collect()
@@ -69,15 +76,27 @@ def divisor(number: int, most: int) -> int:
 
 
 def in_parts(
-    items: Sequence[ItemT], size: int, device: str, work: Callable[[Sequence[ItemT]], list[ResultT]]
+    items: Sequence[ItemT],
+    size: int,
+    device: str,
+    work: Callable[[Sequence[ItemT]], list[ResultT]],
+    *,
+    repeats: bool = True,
 ) -> tuple[list[ResultT], int]:
     """Apply `work` to at most `size` items at a time, in order. Where memory runs out, go on with half as many.
+
+    Args:
+        items: all of them.
+        size: at first.
+        device: of the model.
+        work: what is done with some items.
+        repeats: False where other workers wait inside of `work` for what this one has.
 
     Returns:
         The results, and the size at the end.
 
     Raises:
-        torch.OutOfMemoryError: a single item does not fit.
+        torch.OutOfMemoryError: a single item does not fit, or nothing is repeated.
     """
     results: list[ResultT] = []
     begin = 0
@@ -88,7 +107,7 @@ def in_parts(
             begin += len(part)
             continue
         except RuntimeError as error:
-            if len(part) == 1 or not is_out_of_memory(error):
+            if not repeats or len(part) == 1 or not is_out_of_memory(error):
                 raise
         free_memory(device)
         size = len(part) // 2

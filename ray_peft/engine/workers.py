@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray_peft.engine.contract import Share
+from ray_peft.engine.shards import is_spread
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,10 +23,12 @@ def this_worker() -> Share:
 def add_up_gradients(parameters: list[nn.Parameter]) -> None:
     """Sum the gradients over the workers, each of which divided by the whole step's rows or tokens.
 
-    A worker without rows in the step has no gradient, which counts as zero.
+    A worker without rows in the step has no gradient, which counts as zero. Gradients of weights that are spread over
+    the workers were added up in the backward pass.
     """
     import torch
 
+    parameters = [parameter for parameter in parameters if not is_spread(parameter)]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -64,3 +67,22 @@ def from_all(value: object) -> list[object]:
     values: list[object] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+class Agreement:
+    """What all workers agree on in each round, without waiting for a GPU; all of them must make it, and ask it."""
+
+    def __init__(self) -> None:
+        """Connect the workers' processes, if their own connection is for tensors of GPUs alone, as NCCL's is."""
+        import torch
+
+        by_cpu = torch.distributed.get_backend() == "gloo"
+        self._group: Any = None if by_cpu else torch.distributed.new_group(backend="gloo")
+
+    def least(self, number: int) -> int:
+        """The least of the workers' numbers."""
+        import torch
+
+        value = torch.tensor(number)
+        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MIN, group=self._group)
+        return int(value)

@@ -152,6 +152,10 @@ class Stage(Method):
         """Why this stage cannot be trained on a base that is stored so, with the way out; None if it can."""
         return None
 
+    def why_not_sharded(self) -> str | None:
+        """Why it cannot be trained where each worker holds a part of every weight; None if it can."""
+        return "it needs whole weights" if self.needs_full_weights else "it was not tried there"
+
     def why_not_merged(self) -> str | None:
         """Why what it trains cannot be added to the base's weights; None if it can."""
         return None

@@ -96,3 +96,7 @@ class LoRA(LowRankAdapter):
     tasks: ClassVar[frozenset[Task]] = frozenset({"llm_sft", "text_to_image"})
     takes_experts: ClassVar[bool] = True
     says_no_count: ClassVar[bool] = True
+
+    def why_not_sharded(self) -> str | None:
+        """The frozen base is spread; every worker holds the adapters whole."""
+        return None

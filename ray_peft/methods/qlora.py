@@ -35,6 +35,10 @@ class QLoRA(LowRankAdapter):
         """The storage of the base, the dtype it is computed in, and that of the adapters."""
         return super().arithmetic(dtype, four_bit_share, self.quantization())
 
+    def why_not_sharded(self) -> str | None:
+        """The frozen base is spread; every worker holds the adapters whole."""
+        return None
+
     def merge(self, model: nn.Module) -> nn.Module:
         """Add B A to the dequantised base."""
         return merged_plain(model)

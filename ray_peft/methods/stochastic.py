@@ -22,11 +22,14 @@ BUCKET = 2**23
 
 
 class Dice:
-    """Random bits from seed, step and place alone: the same on every data-parallel worker and after a resume."""
+    """Random bits from seed, step and place alone: the same on every data-parallel worker and after a resume.
+
+    Of a weight that is spread over workers, each has bits of its own.
+    """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._seed = torch.initial_seed()
-        self._place = {id(parameter): place for place, parameter in enumerate(parameters)}
+        self._place = {id(parameter): (place, *_rank(parameter)) for place, parameter in enumerate(parameters)}
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def generator(self, parameter: Tensor, step: int, part: int = 0) -> torch.Generator:
@@ -36,7 +39,19 @@ class Dice:
 
     def seed(self, parameter: Tensor, step: int, part: int = 0) -> int:
         """The 62-bit seed of that generator, for a kernel that draws random bits by itself."""
-        return hash((self._seed, step, self._place[id(parameter)], part)) & (2**62 - 1)
+        place, *rank = self._place[id(parameter)]
+        return hash((self._seed, step, place, part, *rank)) & (2**62 - 1)
+
+
+def _rank(parameter: Any) -> tuple[int, ...]:
+    """The worker's place among those that a weight is spread over; () for a weight that it has whole."""
+    return tuple(parameter.device_mesh.get_coordinate()) if hasattr(parameter, "device_mesh") else ()
+
+
+def _own_part(tensor: Any) -> Tensor:
+    """What this worker has of a tensor: all of it, unless it is spread over workers."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
 
 
 def rounded(values: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
@@ -112,10 +127,12 @@ def _buckets(parameters: Sequence[Tensor], states: dict[Any, dict[str, Any]]) ->
             )
         state = states[parameter]
         state["step"] += 1
-        tensors = (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        tensors = [
+            _own_part(tensor) for tensor in (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        ]
         flat = [tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1) for tensor in tensors]
         key = (state["step"], parameter.dtype, parameter.device)
-        for begin in range(0, parameter.numel(), BUCKET):
+        for begin in range(0, tensors[0].numel(), BUCKET):
             if key not in open_buckets:
                 open_buckets[key] = _Bucket(state["step"], parameter, begin)
             bucket = open_buckets[key]

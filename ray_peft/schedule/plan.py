@@ -182,7 +182,8 @@ def pack_text(run: Run) -> str:
 def _run_lines(head: str, run: Run, seconds: Mapping[str, float] | None = None) -> list[str]:
     prediction, chosen, less = run.size.prediction, run.demand.chosen, run.size.less
     line = head
-    line += f"  peak {prediction.peak_allocated / GIB:.2f} GiB" if prediction is not None else ""
+    where = " on each worker" if run.trials[0].sharded else ""
+    line += f"  peak {prediction.peak_allocated / GIB:.2f} GiB{where}" if prediction is not None else ""
     line += ", DOES NOT FIT" if run.fits is False else ""
     line += f", {demand_text(run.demand)}"
     line += f", with {settings_text(chosen)}" if chosen else ""

@@ -147,6 +147,9 @@ class ResourcesSpec(Strict):
 
     num_workers: int = Field(default=1, ge=1)
     """Data-parallel workers; more than one trains through Ray Train with the same effective batch."""
+    strategy: Literal["data", "fsdp"] = "data"
+    """What each of several workers holds. data: the whole model. fsdp: its part of the weights, of their gradients and
+    of the optimizer's state, for models that one GPU cannot hold; layers are gathered while they compute."""
     gpus_per_worker: float | None = Field(default=None, ge=0)
     """GPUs, or a share of one; None takes one GPU where the cluster has any, else the CPU. 0 is the CPU."""
     cpus_per_worker: int | None = Field(default=None, ge=1)
@@ -154,6 +157,15 @@ class ResourcesSpec(Strict):
     max_failures: int = Field(default=2, ge=0)
     """How often the trial is started again, from its last checkpoint, when its worker died: killed, or its node lost.
     A trial that fails by itself is tried once."""
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Self:
+        if self.strategy == "fsdp" and self.num_workers == 1:
+            raise ValueError(
+                "strategy: fsdp spreads a model over workers, but num_workers is 1; use num_workers: 2 or more, or "
+                "strategy: data"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_gpus(self) -> Self:
@@ -307,8 +319,28 @@ class TrialSpec(Strict):
             problems += [reason for _, stage in method.parts() if (reason := stage.why_not_plain())]
         elif not method.needs_full_weights:
             problems += [reason for _, stage in method.parts() if (reason := stage.why_not_on(self.quantization))]
+        if self.sharded:
+            problems += [f"{reason}; use resources.strategy: data" for reason in self.why_not_sharded()]
         accumulates = train.batch_size > train.micro_batch_size * workers
         return problems + method.conflicts(accumulates=accumulates, num_workers=workers)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each worker holds a part of the model."""
+        return self.resources.strategy == "fsdp"
+
+    def why_not_sharded(self) -> list[str]:
+        """Why its workers cannot hold a part of the model each, one reason each without the way out."""
+        key, method = "resources.strategy: fsdp", self.method
+        reasons = []
+        for _, stage in method.parts():
+            if (reason := stage.why_not_sharded()) is not None:
+                reasons.append(f"{key} cannot spread method {stage.name} over workers: {reason}")
+        if len(method.parts()) > 1:
+            reasons.append(f"{key} cannot merge adapters between the stages of method {method.name}")
+        if self.quantization is not None and self.quantization.bits == 8:
+            reasons.append(f"{key} cannot spread a base in int8, whose layers hold their scales by themselves")
+        return reasons
 
     def cautions(self) -> list[str]:
         """What is allowed and yet known to go wrong, one sentence each."""

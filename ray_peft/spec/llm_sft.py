@@ -277,6 +277,21 @@ class LlmTrialSpec(TrialSpec):
             problems.append("model.new_tokens are trained by train.engine: own alone; use that, or leave them out")
         return problems
 
+    def why_not_sharded(self) -> list[str]:
+        """Those of every task, of other training loops, of judged rows and of benchmarks."""
+        key, train = "resources.strategy: fsdp", self.train
+        reasons = super().why_not_sharded()
+        if train.engine != "own":
+            reasons.append(f"{key} is served by our loop alone (found train.engine: {train.engine})")
+        if train.objective != "sft":
+            reasons.append(
+                f"{key} cannot compute what the model said before training, which train.objective: {train.objective} "
+                "compares with"
+            )
+        if self.evaluation.benchmarks is not None:
+            reasons.append(f"{key} cannot run evaluation.benchmarks, which rank 0 scores alone")
+        return reasons
+
     def _adapter_problems(self) -> list[str]:
         """The rules of PEFT's adapters: which loop trains them, and what virtual tokens before a row forbid."""
         method, problems = self.method, []

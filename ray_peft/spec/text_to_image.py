@@ -146,6 +146,10 @@ class ImageTrialSpec(TrialSpec):
         method = self.method
         return [*method.targets, f"rank {method.rank}"] if isinstance(method, LowRankAdapter) else []
 
+    def why_not_sharded(self) -> list[str]:
+        """Image models are not sharded."""
+        return [f"resources.strategy: fsdp does not serve task {self.task}"]
+
     def problems(self) -> list[str]:
         """Those of every task, and of settings that a UNet does not have."""
         problems = super().problems()

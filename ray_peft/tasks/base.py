@@ -201,6 +201,19 @@ class Bench(ABC):
         """Whether `evaluate`, or what follows it, passes rows through the model."""
         return True
 
+    @property
+    def shared(self) -> bool:
+        """Whether its model is spread over workers, so that all of them save and score together."""
+        return False
+
+    def follow(self, *, saves: bool) -> None:
+        """On ranks above 0 of a shared model: take part in what rank 0 does after training, and drop the results.
+
+        Args:
+            saves: rank 0 saves what was trained before it scores.
+        """
+        raise NotImplementedError
+
     def illustrate(self, scored: Scored) -> Scored:
         """`scored` with generated images, for tasks that generate any."""
         return scored

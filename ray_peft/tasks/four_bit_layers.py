@@ -1,8 +1,8 @@
-"""4-bit layers of bitsandbytes that compute the same on every CPU."""
+"""4-bit layers of bitsandbytes that compute the same on every CPU, or whose weights can be spread over workers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,3 +21,24 @@ def keep_as_stored(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):  # type: ignore[attr-defined]  # not in __all__
             layer.support_avx512bf16_for_cpu = False
+
+
+def as_plain_parameters(model: nn.Module, device: str) -> None:
+    """Have every 4-bit layer of `model` hold its codes as a plain parameter of bfloat16 numbers, with the same bits.
+
+    FSDP2 spreads plain tensors, and moves them to its device. What describes the numbers is moved here: it stays whole,
+    as the layer's own `quant_state`, from which bitsandbytes' forward pass takes it
+    (`fix_4bit_weight_quant_state_from_module`, made for FSDP). Codes in bytes could be spread with torch 2.13, but not
+    with versions that make a parameter trainable before they freeze it.
+    """
+    import bitsandbytes
+    import torch
+
+    for layer in model.modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):  # type: ignore[attr-defined]  # not in __all__
+            weight: Any = layer.weight
+            layer.quant_state = weight.quant_state
+            weight.quant_state.to(device)
+            codes = weight.data.as_subclass(torch.Tensor)
+            as_floats = codes.flatten().view(torch.bfloat16)[:, None] if codes.numel() % 2 == 0 else codes
+            layer.weight = torch.nn.Parameter(as_floats, requires_grad=False)

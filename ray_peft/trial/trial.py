@@ -114,7 +114,7 @@ def _with_advice(life: Life, error: str) -> str:
     room = place.gpu_memory_gib or torch.cuda.get_device_properties(place.device).total_memory / GIB
     summary = f"ran out of {room:.1f} GiB of GPU memory"
     if life.process.clock.last == "evaluate":
-        return f"{summary} in the evaluation, one row at a time\n\n{error}"
+        return f"{summary} in the evaluation{'' if spec.sharded else ', one row at a time'}\n\n{error}"
     rows = life.lowered.get(MICRO_BATCH)
     share = spec.train.batch_size // spec.resources.num_workers
     try:
@@ -166,6 +166,8 @@ def _run(life: Life) -> TrialResult:
         life.process.memory.stop()
     train_all(life, bench, stages)
     if place.rank > 0:
+        if bench.shared:
+            bench.follow(saves=bool(stages))
         return life.result("finished")
     if stages:
         with life.process.clock.phase("save"):

@@ -14,7 +14,7 @@ from ray_peft.methods.adapter import Adapter
 from ray_peft.methods.lora import LoRA, LowRankAdapter
 from ray_peft.methods.qlora import QLoRA
 from ray_peft.spec import TrialSpec
-from ray_peft.spec.keys import CHECKPOINTING, MICRO_BATCH
+from ray_peft.spec.keys import CHECKPOINTING, MICRO_BATCH, STRATEGY
 from ray_peft.vram.predict import Prediction
 
 
@@ -59,8 +59,9 @@ def nearest(
 ) -> list[Suggestion]:
     """Changes to a trial that does not fit, those that fit first, in order of how little they change.
 
-    Micro-batch and checkpointing come first since they change time alone; only if no combination of them fits, what
-    changes the training is tried with the least of both: the optimizer's storage, the method, the length of rows.
+    Micro-batch and checkpointing come first since they change time alone; only if no combination of them fits, the
+    weights are spread over the workers that there are, and what changes the training is tried with the least of both:
+    the optimizer's storage, the method, the length of rows.
 
     Args:
         spec: the trial.
@@ -85,7 +86,7 @@ def nearest(
             break
     if not any(suggestion.fits for suggestion in suggestions):
         for changes in _other_training(spec):
-            tried(changes, same=False)
+            tried(changes, same=STRATEGY in changes)
         for length in _shorter(spec):
             if tried({"data.max_length": length, **_least(spec)}, same=False):
                 break
@@ -175,8 +176,10 @@ def _least(spec: TrialSpec) -> dict[str, Any]:
 
 
 def _other_training(spec: TrialSpec) -> Iterator[dict[str, Any]]:
-    """Another storage of the moments, another method."""
+    """Weights spread over several workers, another storage of the moments, another method."""
     least = _least(spec)
+    if spec.resources.num_workers > 1:
+        yield {STRATEGY: "fsdp", **least}
     yield {"method.optim": "adamw_8bit", **least}
     if spec.method.needs_full_weights:
         yield {"method": {"name": "lora"}, **least}

@@ -104,7 +104,8 @@ def recorded_segments(step: Counter[str], scoring: int, beside: int, slack: floa
 def evaluating(step: Counter[str], scoring: Counter[str]) -> Counter[str]:
     """Components while the held-out loss is measured between two steps: the optimizer keeps its state."""
     resident = [kind for kind in RESIDENT if kind != "gradients"]
-    return Counter({kind: step[kind] for kind in resident}) + Counter(buffers=scoring["scoring"])
+    added = Counter(buffers=scoring["scoring"], gathered=scoring["gathered"])
+    return Counter({kind: step[kind] for kind in resident}) + added
 
 
 def common(spec: TrialSpec, stage: Stage | None, shape: ModelShape, longest: int) -> list[object]:

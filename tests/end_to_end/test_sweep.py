@@ -320,8 +320,9 @@ def test_a_trial_runs_again_from_its_mlflow_run_alone_with_the_same_result(swept
     assert again.scores.eval_loss == pytest.approx(lora.scores.eval_loss, rel=1e-4)
 
 
-def test_two_workers_train_as_trl_trains_on_one(ray_cluster, tiny_model, questions, tmp_path):
-    """Data-parallel: the same effective batch, so the losses of TRL's SFTTrainer in one process."""
+@pytest.mark.parametrize("strategy", ["data", pytest.param("fsdp", marks=pytest.mark.long)])
+def test_two_workers_train_as_trl_trains_on_one(ray_cluster, tiny_model, questions, tmp_path, strategy):
+    """Data-parallel, each with the whole model or a part: the same batch, so the losses of TRL in one process."""
     from ray_peft.spec import TrialSpec
     from ray_peft.tasks.llm_sft.task import LlmSft
 
@@ -332,7 +333,8 @@ def test_two_workers_train_as_trl_trains_on_one(ray_cluster, tiny_model, questio
     bench.attach(stage)
     outcome = bench.train(stage, steps, 0, tmp_path / "one", lambda metrics, step: expected.append(metrics))
 
-    plain = tiny.plain_spec(tiny_model, questions, **changes, resources__num_workers=2)
+    workers = {"resources__num_workers": 2, "resources__strategy": strategy}
+    plain = tiny.plain_spec(tiny_model, questions, **changes, **workers)
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
     (result,) = ray_peft.sweep(tmp_path / "two.yaml", out=tmp_path / "two").results
     assert result.status == "finished", result.error

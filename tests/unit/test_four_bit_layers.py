@@ -7,6 +7,7 @@ import torch
 
 from ray_peft.methods.base import Quantization
 from ray_peft.spec import LlmTrialSpec
+from ray_peft.tasks.four_bit_layers import as_plain_parameters
 from ray_peft.tasks.llm_sft.model import load_model
 from ray_peft.tasks.text_to_image.four_bit import quantise
 
@@ -65,3 +66,20 @@ def test_bfloat16_is_computed_where_it_was_asked_for(cpu):
     assert got.dtype == torch.float32
     assert torch.equal(got, got.bfloat16().float())  # its numbers are those of bfloat16
     assert torch.allclose(got, whole, atol=0.05)
+
+
+def test_codes_as_plain_parameters_have_the_same_bits_and_constants_on_the_device():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    quantise(model, Quantization(compute_dtype="float32"), "cpu")
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    codes, before = model[0].weight.data.clone(), model(x)
+    as_plain_parameters(model, "cpu")
+    assert type(model[0].weight) is torch.nn.Parameter
+    assert not model[0].weight.requires_grad
+    assert torch.equal(model[0].weight.data.view(torch.uint8).flatten(), codes.flatten())
+    assert torch.equal(model(x), before)
+
+    quantise(other := torch.nn.Sequential(torch.nn.Linear(64, 64)), Quantization(), "cpu")
+    as_plain_parameters(other, "meta")
+    state = other[0].quant_state
+    assert {part.device.type for part in (state.code, state.absmax, state.offset, state.state2.absmax)} == {"meta"}

@@ -88,6 +88,42 @@ def test_the_untouched_base_may_be_quantised_as_a_reference():
     assert spec({"name": "none"}, model__quantization={}).quantization.quant_type == "nf4"
 
 
+SPREAD = {"resources__num_workers": 2, "resources__strategy": "fsdp"}
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "words"),
+    [
+        (None, {"resources__num_workers": 1}, "num_workers is 1; use num_workers: 2 or more, or strategy: data"),
+        ({"name": "galore"}, {}, "cannot spread method galore over workers: it needs whole weights"),
+        ({"name": "dora"}, {}, "cannot spread method dora over workers: it was not tried there"),
+        ({"name": "full", "optim": "adamw_8bit", "weights": "float32"}, {}, "adamw_8bit takes whole tensors"),
+        ({"name": "qlora_galore"}, {}, "cannot merge adapters between the stages of method qlora_galore"),
+        (None, {"model__quantization": "int8"}, "cannot spread a base in int8"),
+        (None, {"train__engine": "trl"}, "served by our loop alone"),
+        (None, {"evaluation__benchmarks": {"tasks": ["mmlu"]}}, "cannot run evaluation.benchmarks"),
+    ],
+)
+def test_what_cannot_be_spread_over_workers_is_refused_before_anything_starts(method, changes, words):
+    with pytest.raises(ValidationError, match=words) as refusal:
+        spec(method, **SPREAD | changes)
+    assert "use resources.strategy: data" in str(refusal.value) or "strategy: data" in words
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ({"name": "lora"}, {}),
+        ({"name": "lora"}, {"model__quantization": "nf4"}),
+        ({"name": "qlora"}, {}),
+        ({"name": "full"}, {}),
+        ({"name": "none"}, {}),
+    ],
+)
+def test_what_can_be_spread_over_workers_is_the_same_trial(method, changes):
+    assert spec(method, **SPREAD | changes).trial_id == spec(method, **changes).trial_id
+
+
 def test_layerwise_galore_is_legal_without_accumulation_and_clipping():
     assert spec({"name": "galore", "layerwise": True, "max_grad_norm": None}, train__micro_batch_size=8)
 

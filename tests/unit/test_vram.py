@@ -82,6 +82,36 @@ def test_moments_in_8_bits_have_a_scale_for_256_numbers(shape):
     assert close(parts(shape, {**full, "optim": "adamw_8bit"})["optimizer"], wanted, 4 * 20)
 
 
+BLOCK, OUTSIDE = LINEAR // LAYERS + 2 * HIDDEN, (VOCABULARY + 1) * HIDDEN
+"""Numbers of a layer with its norms, and of the tied embedding with the last norm."""
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_a_worker_of_a_spread_model_holds_its_part_and_what_it_gathers(shape, workers):
+    """In bfloat16: frozen weights are divided, adapters are not; two blocks and the buffer of one are gathered."""
+    changes = {"train__batch_size": 8, "train__micro_batch_size": 2, "resources__num_workers": workers}
+    alone = parts(shape, {"name": "lora", "rank": 4}, **changes)
+    spread = parts(shape, {"name": "lora", "rank": 4}, **changes, resources__strategy="fsdp")
+    assert close(spread["weights"], 2 * (LINEAR + REST) // workers, 30)
+    assert close(spread["gathered"], 2 * (OUTSIDE + 3 * BLOCK), 0)
+    for kind in ("adapters", "gradients", "optimizer"):
+        assert spread[kind] == alone[kind]
+
+    trained = parts(shape, {"name": "full"}, **changes, resources__strategy="fsdp")
+    for kind, numbers in (("weights", 1), ("gradients", 1), ("optimizer", 2)):
+        assert close(trained[kind], numbers * 2 * (LINEAR + REST) // workers, 30 * numbers)
+    assert close(trained["gathered"], 2 * (2 * OUTSIDE + 5 * BLOCK), 0)
+
+
+def test_an_evaluation_of_a_spread_model_gathers_it_as_training_does(shape):
+    changes = {"train__batch_size": 8, "train__micro_batch_size": 2, "resources__num_workers": 2}
+    alone, spread = (
+        predict(spec({"name": "none"}, **changes, resources__strategy=strategy), shape, longest_tokens=32)
+        for strategy in ("data", "fsdp")
+    )
+    assert alone.evaluation - spread.evaluation == (LINEAR + REST) - 2 * (OUTSIDE + 3 * BLOCK)
+
+
 def test_paged_moments_of_large_weights_are_not_on_the_gpu(shape):
     paged = parts(shape, {"name": "full", "weights": "float32", "optim": "paged_adamw_32bit"})
     small = LAYERS * 2 * KEYS * HIDDEN + (2 * LAYERS + 1) * HIDDEN + LAYERS * 2 * HIDDEN * HIDDEN
@@ -301,6 +331,16 @@ def test_suggestions_keep_the_training_where_that_is_enough(shape):
     assert found[0].changes == {"train.micro_batch_size": 8}
     assert all(each.same_training for each in found)
     assert all(each.spec.train.batch_size == 16 for each in found)
+
+
+def test_workers_that_are_there_are_suggested_to_share_the_weights(shape):
+    trial = spec({"name": "full"}, train__batch_size=4, train__micro_batch_size=2, resources__num_workers=2)
+    suggestions = nearest(
+        trial, lambda variant: predict(variant, shape, longest_tokens=64), lambda p: "gathered" in p.components
+    )
+    assert suggestions[0].fits
+    assert suggestions[0].same_training
+    assert suggestions[0].changes["resources.strategy"] == "fsdp"
 
 
 def test_suggestions_change_the_training_only_where_nothing_else_fits(shape):

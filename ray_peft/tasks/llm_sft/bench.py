@@ -87,6 +87,8 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
     model: PreTrainedModel
     judged: dict[str, Dataset]
     """By split, pairs or labelled rows with what the model said of them before training (`add_reference`)."""
+    counted: tuple[int, int] | None = None
+    """`parameters`, where the model's own no longer tell: those of 4-bit layers that are spread over workers."""
     outputs: Outputs | None = None
     """Of the trained model on the held-out rows, once they were computed together with those of other trials."""
 
@@ -136,6 +138,35 @@ class LlmBench(OneModelBench[LlmTrialSpec]):
 
         set_seed(self.spec.seed)
         self.model = cast("PreTrainedModel", stage.attach(self.model))
+        if self.spec.sharded:
+            self.spread()
+
+    def spread(self) -> None:
+        """Spread the model over the trial's workers, which from then on pass the same rows."""
+        from ray_peft.engine.shards import shard
+        from ray_peft.tasks.four_bit_layers import as_plain_parameters
+
+        self.counted = super().parameters()
+        if self.spec.quantization is not None:
+            as_plain_parameters(self.model, self.device)
+        shard(self.model, self.device, of=self.spec.model.name)
+
+    def parameters(self) -> tuple[int, int]:
+        """Parameters that take gradients, and all parameters of the model."""
+        return self.counted or super().parameters()
+
+    @property
+    def shared(self) -> bool:
+        """Whether its model is spread over workers."""
+        return self.spec.sharded
+
+    def follow(self, *, saves: bool) -> None:
+        """Take part in what rank 0 saves and scores."""
+        from ray_peft.tasks.llm_sft.model import whole_weights
+
+        if saves:
+            whole_weights(self.model, self.spec.train.save_dtype, keep=False)
+        self.compute_outputs()
 
     def train(self, stage: Stage, steps: int, first_step: int, folder: Path, report: Report) -> Trained:
         """Train the attached stage."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_peft.engine.recovery import in_parts
+from ray_peft.engine.shards import is_sharded
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.spec.keys import EVALUATION_BATCH
 from ray_peft.tasks.llm_sft.data import IGNORED
@@ -146,7 +147,7 @@ def _padded_log_probs(
     while rows:
         longest = len(rows[0].ids)
         batch = rows[: max(1, lowered.get(LOSS_BATCH, LOSS_TOKENS) // longest)]
-        scored, size = in_parts(batch, len(batch), str(model.device), score)
+        scored, size = in_parts(batch, len(batch), str(model.device), score, repeats=not is_sharded(model))
         log_probs, rows = log_probs + scored, rows[len(batch) :]
         if size < len(batch):
             lowered[LOSS_BATCH] = size * longest
@@ -258,7 +259,7 @@ def _generated(
         answered: list[list[int]] = output[:, batch.shape[1] :].tolist()
         return answered
 
-    answered, size = in_parts(order, size, str(model.device), answer)
+    answered, size = in_parts(order, size, str(model.device), answer, repeats=not is_sharded(model))
     return dict(zip(order, answered, strict=True)), size
 
 

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ray_peft.engine.recovery import free_memory, is_out_of_memory
 from ray_peft.engine.replays import Replays
+from ray_peft.engine.shards import is_sharded
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.continuous import Answering, Ends, Lanes, Voice, text_stop
 from ray_peft.tasks.llm_sft.decodable import why_not
@@ -38,6 +39,8 @@ class InLanes:
         Raises:
             torch.OutOfMemoryError: memory ran out.
         """
+        if any(is_sharded(voice.model) for voice in self.voices):
+            return "its weights are spread over workers, which take every token together"
         reasons = (why_not(voice, self.prompts, self._pad, self._dtype) for voice in self.voices)
         return next((reason for reason in reasons if reason is not None), None)
 

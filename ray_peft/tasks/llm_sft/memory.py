@@ -17,6 +17,7 @@ from ray_peft.vram.cards import ANY, Gpu
 from ray_peft.vram.parts import ANSWERING, ATTACH, SCORING, STEP, during
 from ray_peft.vram.predict import Prediction, cached, common, evaluating, recorded_segments, segments
 from ray_peft.vram.shape import ModelShape
+from ray_peft.vram.spread import GATHERED, evaluated, spread, units
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,16 +80,18 @@ def predict(
     stages = [stage for stage, _ in spec.method.stages(ENOUGH_STEPS)]
     evaluated_stages: list[Stage | None] = [*stages] or [None]
     scored = [_evaluation(spec, stage, shape, outside) for stage in evaluated_stages]
-    evaluation = max(part["model"] + max(part["scoring"], part["answering"]) for part in scored) + gpu.workspace
+    models = [part["model"] + part[GATHERED] for part in scored]
+    beside = [max(part["scoring"], part["answering"]) for part in scored]
+    evaluation = max(map(sum, zip(models, beside, strict=True))) + gpu.workspace
     if not stages:
-        weights = scored[0]["model"]
+        weights = models[0]
         return Prediction({"weights": weights}, weights, segments(weights, 0.0), evaluation)
     steps = [_step(spec, stage, shape, longest_tokens, uneven) for stage in stages]
     recorded = all(keeps_gradients(spec, stage) for stage in stages)
     uneven_slack = gpu.slack_uneven if uneven else 0.0
     buckets = 0
-    if spec.resources.num_workers > 1:  # DistributedDataParallel holds the gradients twice
-        buckets = max(step["adapters"] or step["weights"] for step in steps)
+    if spec.resources.num_workers > 1:  # gradients are summed over the workers in a copy of all
+        buckets = max(step["adapters"] or (0 if spec.sharded else step["weights"]) for step in steps)
     in_pools = 0
     for step, part in zip(steps, scored, strict=True):
         scoring = part["scoring"] if spec.train.eval_every else 0
@@ -115,11 +118,27 @@ def _step(spec: LlmTrialSpec, stage: Stage, shape: ModelShape, longest: int, pad
     settings: list[Any] = [train.micro_batch_size, spec.accumulation > 1, train.gradient_checkpointing]
     settings += [train.precision, padded, *(["trl"] if train.engine == "trl" else [])]
     settings += ["pairs"] if train.objective in PAIRED_OBJECTIVES else []
+    settings += ["sharded"] if spec.sharded else []
 
     def compute() -> Counter[str]:
         return components(spec, stage, shape, longest_tokens=longest, padded=padded)
 
-    return cached([*common(spec, stage, shape, longest), *settings], CODE, compute)
+    step = cached([*common(spec, stage, shape, longest), *settings], CODE, compute)
+    if not spec.sharded:
+        return step
+    workers = spec.resources.num_workers
+    return spread(step, _units(spec, stage, shape), workers, trains_base=stage.needs_full_weights)
+
+
+def _units(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> Counter[str]:
+    """Bytes of the weights that a worker of a sharded model gathers at once."""
+    from ray_peft.vram.stand_ins import on_meta
+
+    def compute() -> Counter[str]:
+        with on_meta(autocast=False):
+            return units(_built(spec, stage, shape))
+
+    return cached([*common(spec, stage, shape, 0), "units"], CODE, compute)
 
 
 def _evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, longest: int) -> Counter[str]:
@@ -130,7 +149,8 @@ def _evaluation(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape, long
     def compute() -> Counter[str]:
         return evaluation(spec, stage, shape, longest)
 
-    return cached([*common(spec, stage, shape, longest), "evaluation", *settings], CODE, compute)
+    scored = cached([*common(spec, stage, shape, longest), "evaluation", *settings], CODE, compute)
+    return evaluated(scored, _units(spec, stage, shape), spec.resources.num_workers) if spec.sharded else scored
 
 
 def components(
@@ -182,7 +202,7 @@ def components(
         inputs = as_they_are(model) if spec.train.engine == "own" else contextlib.nullcontext()
         conditions = Conditions(
             autocast=autocast,
-            accumulates=spec.accumulation > 1 or recorded,
+            accumulates=spec.accumulation > 1 or recorded or spec.sharded,
             padded=padded or recorded,
             shares_masks=recorded and autocast,
         )
@@ -195,7 +215,7 @@ def keeps_gradients(spec: LlmTrialSpec, stage: Stage) -> bool:
     in_eight_bits = spec.quantization is not None and spec.quantization.bits == 8  # LLM.int8() waits for the GPU
     waits = isinstance(stage, Adapter) and (stage.trains_prompts or bool(spec.model.new_tokens))
     unrecorded = in_eight_bits or waits or stage.why_not_recorded() is not None
-    return spec.train.cuda_graphs and not unrecorded
+    return spec.train.cuda_graphs and not unrecorded and not spec.sharded
 
 
 def _built(spec: LlmTrialSpec, stage: Stage | None, shape: ModelShape) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.engine.recovery import free_memory, leave_out_imports
+from ray_peft.engine.shards import whole
 from ray_peft.errors import ModelError, first_line
 from ray_peft.foundation.cache import cache_folder, entry, made_whole
 from ray_peft.methods.base import ENOUGH_STEPS, Dtype, Quantization
@@ -355,15 +356,32 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         if trains_rows(model):  # PEFT's AutoPeftModel makes the base's embeddings as long as this tokenizer
             tokenizer.save_pretrained(str(folder))
         return
-    converted: dict[int, Tensor] = {}  # tied weights are one tensor, and stay one: they are written once
-    state = {}
-    for name, tensor in model.state_dict().items():
-        address = tensor.data_ptr()
-        if address not in converted:
-            converted[address] = stored(name, tensor, dtype)
-        state[name] = converted[address]
-    model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
+    model.save_pretrained(str(folder), state_dict=whole_weights(model, dtype), safe_serialization=True)
     config = folder / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps({**settings, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(str(folder))
+
+
+def whole_weights(model: PreTrainedModel, dtype: Dtype, *, keep: bool = True) -> dict[str, Tensor]:
+    """All weights by name in `dtype`; of an adapted model none. All workers of a sharded model must call it.
+
+    Args:
+        model: it keeps its own weights.
+        dtype: of the result.
+        keep: False on a worker that only takes part.
+
+    Raises:
+        TrialFailed: a weight is beyond the range of `dtype`.
+    """
+    if hasattr(model, "peft_config"):
+        return {}
+    converted: dict[int, Tensor] = {}  # tied weights are one tensor, and stay one: they are written once
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.state_dict().items():
+        address = getattr(parameter, "_local_tensor", parameter).data_ptr()
+        if address not in converted:
+            tensor = whole(parameter, keep=keep)
+            converted[address] = stored(name, tensor, dtype) if keep else parameter
+        state[name] = converted[address]
+    return state if keep else {}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_peft.engine.recovery import free_memory, is_out_of_memory
 from ray_peft.engine.replays import Replays
+from ray_peft.engine.shards import is_sharded
 from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.llm_sft.decodable import never_recorded
 from ray_peft.tasks.llm_sft.encode import tokens_with_loss
@@ -122,6 +123,7 @@ def packs(spec: LlmTrialSpec, model: PreTrainedModel) -> bool:
     return (
         model.device.type == "cuda"
         and spec.train.cuda_graphs
+        and not is_sharded(model)
         and config._attn_implementation in ("sdpa", "eager")
         and never_recorded(model) is None
         and not getattr(config, "router_aux_loss_coef", 0.0)  # in a mixture of experts, content decides the path

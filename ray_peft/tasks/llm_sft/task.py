@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from ray_peft.errors import ModelError, first_line
-from ray_peft.methods.base import Task
+from ray_peft.methods.base import ENOUGH_STEPS, Task
 from ray_peft.spec import LlmTrialSpec, ModelSpec
 from ray_peft.spec.identity import Content
 from ray_peft.tasks.base import (
@@ -145,9 +145,11 @@ class LlmSft(TaskType[LlmTrialSpec]):
 
         tokenizer, prepared = _rows_of_last(spec)
         set_seed(spec.seed)
-        base = model.load_model(spec, device, self.base_key(spec, device))
+        base = model.load_model(spec, "cpu" if spec.sharded else device, self.base_key(spec, device))
         loaded = bench.LlmBench(spec, device, tokenizer, prepared, base)
         loaded.add_reference()
+        if spec.sharded and not spec.method.stages(ENOUGH_STEPS):  # else once its stage is attached
+            loaded.spread()
         return loaded
 
     def load_trained(self, spec: LlmTrialSpec, weights: Path, device: str) -> Bench:

@@ -13,6 +13,7 @@ from ray_peft.engine.loop import Engine
 from ray_peft.engine.member import Job, Member
 from ray_peft.engine.passes import RecordedPasses
 from ray_peft.engine.row_dropout import RowDropout, row_dropout
+from ray_peft.engine.shards import is_sharded
 from ray_peft.engine.trained import Trained
 from ray_peft.methods.adapter import Adapter
 from ray_peft.methods.adapter_inputs import as_they_are
@@ -134,6 +135,8 @@ def why_not_packed(
     Compares the largest pass of its first step both ways, so that a recorded trial has the losses that it would have
     otherwise: with the dropout that is drawn by the row, else without dropout.
     """
+    if is_sharded(model):
+        return "its weights are spread over workers (resources.strategy: fsdp)"
     reason = _why_not_tried(spec, job, model, work.plain, unkeyed)
     if reason is not None:
         return reason

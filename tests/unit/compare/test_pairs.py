@@ -11,7 +11,7 @@ import tiny
 from ray_peft.compare.answer import answer
 from ray_peft.compare.candidates import FACTORS_OF_PAIRS
 from ray_peft.compare.rungs import Chosen, best, choosing_loss
-from ray_peft.compare.setup import Setup, set_up
+from ray_peft.compare.setup import Setup, looked_at, set_up
 from ray_peft.compare.space_text import written
 from ray_peft.compare.speed_trials import speed_space
 from ray_peft.errors import SpecError
