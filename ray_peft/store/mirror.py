@@ -23,13 +23,13 @@ from ray_peft.foundation.whole import write_text
 from ray_peft.store import outbox, requests
 from ray_peft.store.progress import DRIVER_FILE
 from ray_peft.store.remote import Remote
-from ray_peft.trial.live import CANCEL_FILE, LIVE_FILE
+from ray_peft.trial.live import CANCEL_FILE, LIVE_FILE, STOP_FILE
 from ray_peft.trial.result import RESULT_FILE
 
 STATE_FILE = ".mirror.jsonl"
 _FOLDERS = {"ray", requests.FOLDER}
 """Of this machine alone; at any depth, since a comparison holds sweeps."""
-_FILES = {DRIVER_FILE, LIVE_FILE, CANCEL_FILE}
+_FILES = {DRIVER_FILE, LIVE_FILE, CANCEL_FILE, STOP_FILE}
 """What processes of a running sweep say to each other."""
 _READ_WHOLE = 32 * 2**20
 """Bytes up to which a file is read before it is sent, so that one which grows meanwhile is sent as it was."""
