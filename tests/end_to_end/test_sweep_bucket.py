@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-import time
 from pathlib import Path
 
 import bucket
 import pytest
 import tiny
 from killed import write_space
+from untracked import Notes
 
 import ray_peft
 from ray_peft import cli
 from ray_peft.console import Console
+from ray_peft.foundation.audience import Silence
+from ray_peft.schedule import plan
+from ray_peft.spec import TrialSpec
 from ray_peft.store import lease, places
-from ray_peft.store.outbox import SENT_FILE
+from ray_peft.store.mirror import Mirror
 from ray_peft.store.places import folder_of
+from ray_peft.store.remote import Remote
 from ray_peft.store.results_file import read_results
-
-STEPS = 120
+from ray_peft.trial import trial
+from ray_peft.trial.result import TrialResult
 
 
 @pytest.fixture
@@ -38,74 +41,67 @@ def server(monkeypatch):
         yield address
 
 
-class Lost(threading.Thread):
-    """Copies a bucket in mid-sweep, as it would be if the machine were lost at that moment."""
+def interrupted(spec: TrialSpec, folder: Path, step: int) -> TrialResult | None:
+    """Run a trial in this process until a step; its row if it gets to its end before."""
 
-    def __init__(self, address: str, source: str, target: str) -> None:
-        super().__init__(daemon=True)
-        self.address, self.source, self.target, self.copied = address, source, target, set[str]()
+    def report(metrics, now):
+        if "train_loss" in metrics and now == step:
+            raise KeyboardInterrupt
 
-    def run(self) -> None:
-        """Wait for the second trial's checkpoint."""
-        client = bucket.client(self.address)
-        until = time.monotonic() + 120
-        while time.monotonic() < until:
-            names = bucket.keys(self.address, self.source)
-            trials = {name.split("/")[2] for name in names if "checkpoint-" in name}
-            ended = {name.split("/")[2] for name in names if name.endswith("/result.json")}
-            if ended and trials - ended:
-                break
-            time.sleep(0.2)
-        # The sweep goes on meanwhile: what says how much of an outbox was taken is copied before the outbox.
-        for name in sorted(names, key=lambda name: not name.endswith(SENT_FILE)):
-            with contextlib.suppress(client.exceptions.NoSuchKey):  # of an older checkpoint
-                client.copy_object(Bucket=self.target, Key=name, CopySource=f"{self.source}/{name}")
-        self.copied = set(names)
+    with contextlib.suppress(KeyboardInterrupt):
+        return trial.run(spec, trial.Place(folder, "cpu"), Notes(), report)
+    return None
 
 
 def test_another_machine_goes_on(ray_cluster, tiny_model, questions, tmp_path, server, monkeypatch, capsys):
-    methods = [{"name": "lora", "rank": 4, "lr": lr} for lr in (0.01, 0.02)]
-    plain = tiny.plain_spec(
-        tiny_model, questions, {"grid": methods}, train__steps=STEPS, train__checkpoint_every=10, train__log_every=10,
-        evaluation__generate=False,
-    )  # fmt: skip
-    space, store = write_space(tmp_path / "space.yaml", plain), f"sqlite:///{tmp_path / 'mlflow.db'}"
-    first, second = bucket.new_bucket(server), bucket.new_bucket(server)
-    machines = {}
-    for name in (first, second):
-        outputs = tmp_path / name
-        monkeypatch.setenv("RAY_PEFT_OUTPUTS", str(outputs))
-        machines[name] = folder_of(f"s3://{name}/sweep", outputs)
-        if name == first:
-            lost = Lost(server, first, second)
-            lost.start()
-        assert cli.main(["sweep", str(space), "--out", f"s3://{name}/sweep", "--tracking-uri", store]) == 0
-        lost.join(10)
-        assert lost.copied
-    whole, resumed = (read_results(machines[name]) for name in (first, second))
-    assert [row.scores.eval_loss for row in resumed] == pytest.approx([row.scores.eval_loss for row in whole], abs=1e-6)
-    ended = [row.trial_id for row in whole if f"sweep/trials/{row.trial_id}/result.json" in lost.copied]
-    assert len(ended) == 1, "the first trial ended before the machine was lost, and the second one did not"
-    for row, before in zip(resumed, whole, strict=True):
-        if row.trial_id in ended:
-            assert row.provenance.started_at == before.provenance.started_at, "not trained again"
-        else:
-            assert row.resumed_from_step is not None
-            assert row.resumed_from_step >= 10
-    _check_url(server, second, machines[second])
+    methods = [{"name": "none"}, {"name": "lora", "rank": 4, "lr": 0.01}]
+    changes = {"train__steps": 8, "train__checkpoint_every": 2, "evaluation__generate": False}
+    first, both = (
+        write_space(tmp_path / f"{name}.yaml", tiny.plain_spec(tiny_model, questions, {"grid": grid}, **changes))
+        for name, grid in (("first", methods[:1]), ("both", methods))
+    )
+    url = f"s3://{bucket.new_bucket(server)}/sweep"
+    more = ["--out", url, "--tracking-uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
+    monkeypatch.setenv("RAY_PEFT_OUTPUTS", str(tmp_path / "one"))
+    assert cli.main(["sweep", str(first), *more]) == 0
+    one = folder_of(url, tmp_path / "one")
+    (ended,) = read_results(one)
+
+    # The machine is lost while it trains the second trial.
+    spec = plan.plan(both, [], None, Console(quiet=True))[1]
+    assert interrupted(spec, one / "trials" / spec.trial_id, 6) is None
+    mirror = Mirror(Remote(url), one)
+    mirror.fetch()
+    assert mirror.send() > 0
+    taken = lease.Lease(Remote(url), Silence())
+    taken._own.host = "lost"
+    taken.take()
+
+    monkeypatch.setenv("RAY_PEFT_OUTPUTS", str(tmp_path / "two"))
+    assert cli.main(["sweep", str(both), *more]) == 0
+    two = folder_of(url, tmp_path / "two")
+    again, resumed = read_results(two)
+    assert again.trial_id == ended.trial_id
+    assert again.provenance.started_at == ended.provenance.started_at, "it was trained again"
+    assert resumed.resumed_from_step in (4, 6)
+    whole = interrupted(spec, tmp_path / "whole", 99)
+    assert whole is not None
+    assert resumed.scores.eval_loss == pytest.approx(whole.scores.eval_loss, abs=1e-6)
+    _check_url(server, url, two)
     shown = capsys.readouterr().out
-    assert f"all of it is at s3://{second}/sweep" in shown
+    assert "on lost, heard of" in shown
+    assert f"all of it is at {url}" in shown
     assert bucket.KEYS["AWS_SECRET_ACCESS_KEY"] not in shown
 
     # A third machine only looks.
-    monkeypatch.setenv("RAY_PEFT_OUTPUTS", str(tmp_path / "third"))
-    assert cli.main(["report", f"s3://{second}/sweep"]) == 0
-    assert read_results(folder_of(f"s3://{second}/sweep", tmp_path / "third")) == resumed
+    monkeypatch.setenv("RAY_PEFT_OUTPUTS", str(tmp_path / "three"))
+    assert cli.main(["report", url]) == 0
+    assert read_results(folder_of(url, tmp_path / "three")) == [again, resumed]
 
 
-def _check_url(server: str, name: str, folder: Path) -> None:
+def _check_url(server: str, url: str, folder: Path) -> None:
     """The bucket holds what the folder holds, less what belongs to one machine."""
-    there = {key.removeprefix("sweep/") for key in bucket.keys(server, name)}
+    there = {key.removeprefix("sweep/") for key in bucket.keys(server, url.split("/")[2])}
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {path for path in here - there if not path.rpartition("/")[2].startswith(".")} == {"driver.json"}
     assert not there - here
