@@ -114,8 +114,8 @@ def _check_arguments(options: argparse.Namespace) -> None:
     if action == "clone" and not options.overrides and not options.warm:
         raise SpecError("ctl: clone needs --set KEY=VALUE; the same settings again are the same trial: requeue runs it")
     takers = {"set": ("clone", "add"), "profile": ("add",), "warm": ("clone",)}
-    given = {"set": options.overrides, "profile": options.profile, "warm": options.warm}
-    for name, value in given.items():
+    settings = {"set": options.overrides, "profile": options.profile, "warm": options.warm}
+    for name, value in settings.items():
         if value and action not in takers[name]:
             raise SpecError(f"ctl: {action} takes no --{name}")
 

@@ -62,7 +62,7 @@ class Mirror:
         self._remote, self._folder, self._allowed = remote, folder, allowed
         self._state = folder / STATE_FILE
         self._writing = threading.Lock()
-        self._seen: dict[str, Seen] = {}
+        self._known: dict[str, Seen] = {}
 
     def fetch(self) -> int:
         """Bring what the URL has and this folder lacks, or has older; returns how many files came.
@@ -79,13 +79,13 @@ class Mirror:
             path
             for path, version in there.items()
             if _is_shared(path)
-            and not (path in here and (seen := self._seen.get(path)) is not None and seen.is_own(version))
+            and not (path in here and (known := self._known.get(path)) is not None and known.is_own(version))
         ]
         with ThreadPoolExecutor(self._remote.at_once) as pool:
             list(pool.map(lambda path: self._get(path, there[path]), newer_there))
-        for path, seen in list(self._seen.items()):
-            if path not in there and not seen.sending:
-                if here.get(path) == (seen.size, seen.mtime_ns):
+        for path, known in list(self._known.items()):
+            if path not in there and not known.sending:
+                if here.get(path) == (known.size, known.mtime_ns):
                     (self._folder / path).unlink(missing_ok=True)
                 self._note(Seen(path=path, gone=True))
         return len(newer_there)
@@ -107,7 +107,7 @@ class Mirror:
             paths = [path for path in changed if _rank(path) == rank]
             with ThreadPoolExecutor(self._remote.at_once) as pool:
                 sent += sum(pool.map(lambda path: self._put(path, here[path], offsets.get(path)), paths))
-        removed_here = [path for path in self._seen if path not in here and not (self._folder / path).exists()]
+        removed_here = [path for path in self._known if path not in here and not (self._folder / path).exists()]
         for path in removed_here:
             self._allowed()
             self._remote.remove(path)
@@ -115,8 +115,8 @@ class Mirror:
         return sent + len(removed_here)
 
     def _is_sent(self, path: str, stat: tuple[int, int]) -> bool:
-        seen = self._seen.get(path)
-        return seen is not None and not seen.sending and (seen.size, seen.mtime_ns) == stat
+        known = self._known.get(path)
+        return known is not None and not known.sending and (known.size, known.mtime_ns) == stat
 
     def _get(self, path: str, version: str) -> None:
         target = self._folder / path
@@ -128,7 +128,7 @@ class Mirror:
         """Send a file, or what was read of it before; false if it has gone meanwhile, as an older checkpoint does."""
         self._allowed()
         source = self._folder / path
-        earlier = self._seen.get(path)
+        earlier = self._known.get(path)
         if content is None and stat[0] <= _READ_WHOLE:
             content = self._content(path)
             if content is None:
@@ -179,23 +179,23 @@ class Mirror:
         with writing(self._state, WAY_OUT):
             self._folder.mkdir(parents=True, exist_ok=True)
             drop_torn_line(self._state)
-            self._seen = {}
-            for seen in read_lines(self._state, Seen):
-                self._seen[seen.path] = seen
-            self._seen = {path: seen for path, seen in self._seen.items() if not seen.gone}
-            write_text(self._state, "".join(map(_line, self._seen.values())))
+            self._known = {}
+            for file in read_lines(self._state, Seen):
+                self._known[file.path] = file
+            self._known = {path: file for path, file in self._known.items() if not file.gone}
+            write_text(self._state, "".join(map(_line, self._known.values())))
 
-    def _note(self, seen: Seen) -> None:
+    def _note(self, known: Seen) -> None:
         with self._writing, writing(self._state, WAY_OUT), self._state.open("a", encoding="utf-8") as file:
-            file.write(_line(seen))
-            if seen.gone:
-                self._seen.pop(seen.path, None)
+            file.write(_line(known))
+            if known.gone:
+                self._known.pop(known.path, None)
             else:
-                self._seen[seen.path] = seen
+                self._known[known.path] = known
 
 
-def _line(seen: Seen) -> str:
-    return json.dumps(seen.model_dump(exclude_defaults=True)) + "\n"
+def _line(known: Seen) -> str:
+    return json.dumps(known.model_dump(exclude_defaults=True)) + "\n"
 
 
 def _is_shared(path: str) -> bool:
