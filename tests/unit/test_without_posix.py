@@ -34,7 +34,7 @@ POSIX_CALLS = {
 }
 GUARDED = {
     "processes.py": {"os.killpg", "signal.SIGKILL"},  # only where os has killpg
-    "doctor/hardware.py": {"os.sched_getaffinity"},  # only on Linux
+    "hardware.py": {"os.sched_getaffinity"},  # only on Linux
     "requests.py": {"os.geteuid"},  # but on Windows
 }
 
