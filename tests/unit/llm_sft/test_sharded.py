@@ -20,7 +20,7 @@ CASES = {
     "none": {"name": "none"},
     "full-bfloat16": {"name": "full", "lr": 0.003},
 }
-SHORT = frozenset({"lora", "full"})
+SHORT = frozenset({"full"})
 """Cases that are not long."""
 STEPS = 6
 """The fifth is the last of an epoch and has five rows: two micro-batches for the first worker, one for the second."""
