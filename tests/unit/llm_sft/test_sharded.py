@@ -21,7 +21,7 @@ CASES = {
     "full-bfloat16": {"name": "full", "lr": 0.003},
 }
 SHORT = frozenset({"full"})
-"""Cases that are not long."""
+"""Cases of two processes that are not long."""
 STEPS = 6
 """The fifth is the last of an epoch and has five rows: two micro-batches for the first worker, one for the second."""
 
@@ -58,6 +58,27 @@ def spread(tiny_model, questions, tmp_path_factory):
         return rows[name], folder / name
 
     return of
+
+
+@pytest.fixture
+def group_of_one():
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_a_single_worker_holds_the_only_part(group_of_one, tiny_model, questions, tmp_path, name):
+    """In this process, so that it is quick: what is spread, gathered and saved, without others."""
+    workers = {"resources__num_workers": 2, "resources__strategy": "fsdp"}
+    with tiny.one_thread():
+        row = attempt(spec_of(tiny_model, questions, CASES[name], **workers), tmp_path / "group")
+        attempt(spec_of(tiny_model, questions, CASES[name]), tmp_path / "alone")
+    assert "spread over workers" in row.passes, row.error
+    assert points(tmp_path / "group") == pytest.approx(points(tmp_path / "alone"), rel=1e-5)
+    assert answers(tmp_path / "group") == answers(tmp_path / "alone")
 
 
 @pytest.mark.long
