@@ -288,6 +288,8 @@ class LlmTrialSpec(TrialSpec):
                 f"{key} cannot compute what the model said before training, which train.objective: {train.objective} "
                 "compares with"
             )
+        if self.model.new_tokens:
+            reasons.append(f"{key} was not tried with model.new_tokens")
         if self.evaluation.benchmarks is not None:
             reasons.append(f"{key} cannot run evaluation.benchmarks, which rank 0 scores alone")
         return reasons

@@ -101,6 +101,7 @@ SPREAD = {"resources__num_workers": 2, "resources__strategy": "fsdp"}
         ({"name": "qlora_galore"}, {}, "cannot merge adapters between the stages of method qlora_galore"),
         (None, {"model__quantization": "int8"}, "cannot spread a base in int8"),
         (None, {"train__engine": "trl"}, "served by our loop alone"),
+        (None, {"model__new_tokens": ["<tool>"]}, "was not tried with model.new_tokens"),
         (None, {"evaluation__benchmarks": {"tasks": ["mmlu"]}}, "cannot run evaluation.benchmarks"),
     ],
 )
