@@ -227,6 +227,7 @@ def _trainable(opened: Experiment, handout_file: Path, stop_file: Path) -> Calla
     def trial(config: dict[str, Any]) -> None:
         from ray import tune
 
+        worker.check_shared(ledger.record_file)  # before anything is read of it
         if stop_file.exists():
             return
         handout = read_handout(handout_file)

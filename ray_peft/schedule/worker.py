@@ -64,7 +64,7 @@ def run_here(assignment: Assignment, report: Report, rank: int = 0) -> TrialResu
 
     A trial that is told to stop writes a checkpoint, and has a row as a cancelled one.
     """
-    _check_shared(assignment)
+    check_shared(assignment.sign)
     demand = assignment.demand
     device = _device(demand)
     room = _room(demand, device)
@@ -100,7 +100,7 @@ def run_together(
     Raises:
         TrialFailed: the process must not be used again, and some have no row.
     """
-    _check_shared(assignments[0])
+    check_shared(assignments[0].sign)
     left = _without_row(assignments, relay)
     if not left:
         return
@@ -157,11 +157,15 @@ def _without_row(assignments: Sequence[Assignment], relay: Relay) -> list[Assign
     return left
 
 
-def _check_shared(assignment: Assignment) -> None:
-    """Raise a TrialFailed on a node that has joined without the sweep's folder: its files would never be seen again."""
-    if assignment.sign is not None and not assignment.sign.exists():
+def check_shared(sign: Path | None) -> None:
+    """Raise a TrialFailed on a node that has joined without the sweep's folder: its files would never be seen again.
+
+    Args:
+        sign: a file in that folder; None asks for nothing.
+    """
+    if sign is not None and not sign.exists():
         raise TrialFailed(
-            f"{platform.node()} does not see {assignment.sign.parent}, where this trial has to write; mount it there, "
+            f"{platform.node()} does not see {sign.parent}, where this trial has to write; mount it there, "
             "or take that machine out of the cluster: the same command then runs the trial"
         )
 
