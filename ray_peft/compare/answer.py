@@ -134,7 +134,8 @@ def _others(family: Family, losses: Family | None, take: int, base: int | None) 
         parts.append(f"Shown to be worse: {listed(_scored_names(family, worse))}")
     if family.rows < FEWEST_ROWS:
         parts.append(f"fewer than {FEWEST_ROWS} test {_rows(family)} show no difference")
-    return "; ".join(parts) + "." if parts else "No other method was compared."
+    text = "; ".join([*parts[:1], *(part[0].lower() + part[1:] for part in parts[1:])])
+    return f"{text}." if parts else "No other method was compared."
 
 
 def _scored_names(family: Family, places: Sequence[int]) -> list[str]:

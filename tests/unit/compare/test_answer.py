@@ -35,7 +35,7 @@ def test_the_cheapest_of_those_that_none_is_shown_to_beat_is_taken(folder):
         "120 test rows, mean of 2 seeds (95 % over rows and seeds); the untouched base: ROUGE-L 0." in verdict.lines[0]
     )
     assert "Not shown to differ from it: " in verdict.lines[1]
-    assert "full (learning rate 2e-05)" in verdict.lines[1].partition("Shown to be worse")[0]
+    assert "full (learning rate 2e-05)" in verdict.lines[1].partition("; shown to be worse")[0]
     assert "7.40 GiB" in verdict.lines[2]
     assert "the least memory of the" in verdict.lines[2]
     assert "Caution" not in text
@@ -76,7 +76,7 @@ def test_the_loss_decides_between_methods_whose_answers_are_not_shown_to_differ(
             path.write_text("".join(json.dumps(line) + "\n" for line in text))
     verdict = answer(read_material(built), {})
     assert verdict.take.method.name == "lora"
-    worse = verdict.lines[1].partition("worse by the loss on these rows")[2].partition("Not shown")[0]
+    worse = verdict.lines[1].partition("worse by the loss on these rows")[2].partition("; not shown")[0]
     assert "qlora (" in worse
     assert "full" not in worse
     assert "the least memory of the 3 that none is shown to be better than" in verdict.lines[2]
