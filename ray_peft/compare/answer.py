@@ -10,9 +10,9 @@ from ray_peft.compare.rungs import Chosen, rate_of
 from ray_peft.report.costs import costs
 from ray_peft.report.digits import duration, fixed, gib, listed
 from ray_peft.report.material import Material
-from ray_peft.report.recommend import cheapest, unbeaten
+from ray_peft.report.recommend import cheapest
 from ray_peft.report.table import SeedGroup
-from ray_peft.report.ties import FEWEST_ROWS, Family, by_loss, by_rewards
+from ray_peft.report.ties import FEWEST_ROWS, Family
 from ray_peft.spec import TrialSpec
 
 _MEASURES = {"rouge_l": "ROUGE-L", "eval_loss": "loss", "reward_accuracy": "reward accuracy"}
@@ -44,12 +44,9 @@ def answer(material: Material, chosen: Mapping[str, Chosen]) -> Answer:
         return Answer(None, (f"No answer: no trained method has scores to compare ({reasons or 'none finished'}).",))
     family = max(families, key=lambda family: len(family.units))
     base = next((place for place, unit in enumerate(family.units) if unit.is_base), None)
-    best = [place for place in family.tiers()[0] if place != base]
+    best = [place for place in family.best() if place != base]
     if not best:
         return Answer(None, (f"Take none of them: {_score(family, base or 0)} of the untouched base is the best.",))
-    losses = _losses(family, material)
-    if losses is not None:
-        best = unbeaten(best, losses.better)
     needs = costs(family.units)
     on_gpu = family.units[best[0]].rows[0].on_gpu and needs.memory_problem is None
     spent = (needs.memory_gib, needs.time_s) if on_gpu else (needs.time_s, needs.memory_gib)
@@ -60,7 +57,7 @@ def answer(material: Material, chosen: Mapping[str, Chosen]) -> Answer:
     lines = (
         f"Take {_name(unit)}: {_score(family, take)} on {family.rows} test {_rows(family)}{_seeds(unit)}"
         + (f"; the untouched base: {_score(family, base)}." if base is not None else "."),
-        _others(family, losses, take, base),
+        _others(family, take, base),
         f"It takes {gib(needs.memory_gib[take])} and {duration(needs.time_s[take])} for {unit.rows[0].result.steps} "
         f"steps{_least(len(best), on_gpu=on_gpu)}.",
         _how_chosen(family, chosen),
@@ -68,18 +65,6 @@ def answer(material: Material, chosen: Mapping[str, Chosen]) -> Answer:
     if base is not None and (forgotten := _forgotten(unit, family.units[base])):
         lines = (*lines[:2], f"{lines[2]} {forgotten}", *lines[3:])
     return Answer(trial, lines)
-
-
-def _losses(family: Family, material: Material) -> Family | None:
-    """The same units compared by loss, row by row; None if that compares them already, or no loss of a row is known."""
-    if family.measure == "reward_accuracy":
-        return by_rewards(family.units, material.statistics, "preference_loss")
-    if family.measure == "eval_loss" or any(
-        row.eval_loss.value is None for unit in family.units for row in unit.finished
-    ):
-        return None
-    losses = by_loss(family.units, material.statistics)
-    return losses if losses.paired else None
 
 
 def _name(unit: SeedGroup) -> str:
@@ -110,8 +95,9 @@ def _seeds(unit: SeedGroup) -> str:
     return f", mean of {count} seeds (95 % over rows and seeds)" if count > 1 else ", one seed (95 % over rows)"
 
 
-def _others(family: Family, losses: Family | None, take: int, base: int | None) -> str:
+def _others(family: Family, take: int, base: int | None) -> str:
     """What the chosen method is shown to be better than, and what not."""
+    losses = family.losses
     others = [place for place in range(len(family.units)) if place not in (take, base)]
     worse = [place for place in others if family.better(take, place)]
     by_loss_alone = [place for place in others if place not in worse and losses and losses.better(take, place)]

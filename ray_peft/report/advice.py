@@ -16,7 +16,9 @@ _RULES = (
     "their seed are one candidate. Models with random weights are no candidates. A setting that is chosen on the rows "
     "it is reported on looks better than it is, the more so the more were tried.",
     "Quality is ROUGE-L where held-out rows were answered, else the held-out loss; of trials that learned preferences, "
-    "the reward accuracy on held-out pairs, compared in the same way.",
+    "the reward accuracy on held-out pairs, compared in the same way. Of the candidates that it does not tell "
+    "apart, the answer leaves out those that another of them is shown to be better than by the loss of the same rows "
+    "(of pairs: DPO's loss).",
     "One candidate is shown to be better than another if a permutation test of their differences in ROUGE-L, row by "
     "row and corrected for all pairs, says so, and the 95 % interval of the difference lies above zero. Else they are "
     f"tied, and on fewer than {FEWEST_ROWS} held-out rows all are.",

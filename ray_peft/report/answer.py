@@ -39,15 +39,22 @@ def answer(material: Material) -> tuple[str, ...]:
 
 def best_line(family: Family, needs: Costs) -> str:
     """What to take, and what cannot be told apart from it; where fine-tuning is not shown to help, that."""
-    best = family.tiers()[0]
+    best = family.best()
     take = taken(family, needs)
     value = f"{family.measure_name} {_value(family, take)}"
     others = [name(family.units[place]) for place in best if place != take]
+    by_loss = [name(family.units[place]) for place in family.tiers()[0] if place not in best]
     if not family.units[take].is_base and any(family.units[place].is_base for place in best):
         better = "shown to be better" if family.paired else f"better by more than {LOSS_MARGIN:.0%}"
         return (
             f"No {_kind(family)} is {better} than the model without fine-tuning. The cheapest of what is tied with it: "
             f"{name(family.units[take])} ({value}), of {len(best)}."
+        )
+    if by_loss:
+        alike = f", and {few(others)} cannot be told apart from it" if others else ""
+        return (
+            f"Take {name(family.units[take])}: {value}; no {_kind(family)} is shown to be better than it{alike}. By "
+            f"{family.losses_name} these are shown to be worse: {few(by_loss)}."
         )
     if not others:
         how = "shown to be better" if family.paired else f"lower by more than {LOSS_MARGIN:.0%}"
@@ -61,7 +68,7 @@ def best_line(family: Family, needs: Costs) -> str:
 
 def taken(family: Family, needs: Costs) -> int:
     """The place of the best unit; of those that are tied, of one that costs little: memory first, then time."""
-    best = family.tiers()[0]
+    best = family.best()
     for values, others, problem in (
         (needs.memory_gib, needs.time_s, needs.memory_problem),
         (needs.time_s, needs.memory_gib, needs.time_problem),
@@ -83,6 +90,11 @@ def base_line(family: Family) -> str:
         better: [place for place, base in bases.items() if family.better(place, base)],
         worse: [place for place, base in bases.items() if family.better(base, place)],
     }
+    if (losses := family.losses) is not None:
+        open_pairs = [(place, base) for place, base in bases.items() if place not in {*groups[better], *groups[worse]}]
+        by = f"by {family.losses_name} alone"
+        groups[f"{better} {by}"] = [place for place, base in open_pairs if losses.better(place, base)]
+        groups[f"{worse} {by}"] = [place for place, base in open_pairs if losses.better(base, place)]
     decided = {place for places in groups.values() for place in places}
     alike = "no difference that these rows can show" if family.paired else "no difference beyond the margin"
     groups[alike] = [place for place in bases if place not in decided]
@@ -107,9 +119,11 @@ def answer_table(family: Family) -> Table:
     """The compared units, the best first, in eight columns."""
     needs = costs(family.units)
     sign = 1 if family.gains else -1
-    tiers = family.tiers()
+    tiers, best = family.tiers(), family.best()
     order = [
-        place for tier in tiers for place in sorted(tier, key=lambda place: sign * family.values[place], reverse=True)
+        place
+        for tier in tiers
+        for place in sorted(tier, key=lambda place: (place in best, sign * family.values[place]), reverse=True)
     ]
     bases = bases_of(family)
     lines = tuple(
@@ -117,7 +131,7 @@ def answer_table(family: Family) -> Table:
             name(family.units[place]),
             _value(family, place, measure=False),
             _against(family, place, bases.get(place)),
-            "best" if [place] == tiers[0] else "best, tied" if place in tiers[0] else "worse",
+            _verdict(place, best, tiers[0]),
             fixed(needs.memory_gib[place], 2),
             duration(needs.time_s[place]),
             str(len(family.units[place].finished)),
@@ -140,6 +154,12 @@ def few(names: Sequence[str]) -> str:
     if len(names) <= NAMES + 1:
         return listed(names)
     return f"{', '.join(names[:NAMES])} and {len(names) - NAMES} others"
+
+
+def _verdict(place: int, best: Sequence[int], unbeaten: Sequence[int]) -> str:
+    if place in best:
+        return "best" if len(best) == 1 else "best, tied"
+    return "worse by loss" if place in unbeaten else "worse"
 
 
 def _kind(family: Family) -> str:
@@ -166,7 +186,7 @@ def _against(family: Family, place: int, base: int | None) -> str:
 
 def _cheaper(family: Family, needs: Costs) -> list[str]:
     """Of tied units, the one of least memory and the one of least time, if these are different ones."""
-    best = family.tiers()[0]
+    best = family.best()
     if len(best) < 2:
         return []
     memory = None if needs.memory_problem else cheapest(best, needs.memory_gib, needs.time_s)

@@ -21,7 +21,7 @@ from ray_peft.metrics.intervals import (
 from ray_peft.report.choosing import chosen
 from ray_peft.report.lineage import lineages
 from ray_peft.report.paired import compared, mean_of_runs, over_rows_and_seeds, trial_pairs
-from ray_peft.report.recommend import tiers
+from ray_peft.report.recommend import tiers, unbeaten
 from ray_peft.report.table import Row, SeedGroup
 from ray_peft.report.uncertainty import Statistics
 
@@ -70,6 +70,9 @@ class Family:
     """Held-out rows behind the intervals."""
     passed_over: tuple[SeedGroup, ...] = ()
     """Settings of which another setting of the same method was better: those that `units` leaves out."""
+    losses: Family | None = None
+    """The same units compared by the loss of the same rows, of pairs by DPO's, which decides where the measure shows no
+    difference: it takes fewer rows to show one. None if the measure is a loss, or those of the rows are not known."""
 
     @property
     def gains(self) -> bool:
@@ -85,6 +88,11 @@ class Family:
     def measure_title(self) -> str:
         """The same with a capital."""
         return self.measure_name[0].upper() + self.measure_name[1:]
+
+    @property
+    def losses_name(self) -> str:
+        """What decides where the measure does not, inside a sentence."""
+        return "DPO's loss" if self.measure == "reward_accuracy" else "the loss of the same rows"
 
     @property
     def paired(self) -> bool:
@@ -111,6 +119,11 @@ class Family:
     def tiers(self) -> list[list[int]]:
         """The places of the units in tiers; inside a tier there is no order but that of the report."""
         return tiers(range(len(self.units)), self.better)
+
+    def best(self) -> list[int]:
+        """The places that none is shown to be better than by the measure, nor, among these, by the loss."""
+        best = self.tiers()[0]
+        return best if self.losses is None else unbeaten(best, self.losses.better)
 
     def _clearly_lower(self, first: int, second: int) -> bool:
         a, b = (self._losses(place) for place in (first, second))
@@ -163,8 +176,20 @@ def families(units: Sequence[SeedGroup], statistics: Statistics) -> tuple[list[F
     for members in grouped.values():
         best = chosen(members, quality)
         others = tuple(unit for unit in members if unit not in best)
-        built.append(replace(build(best, statistics), passed_over=others))
+        family = build(best, statistics)
+        built.append(replace(family, passed_over=others, losses=_losses(family, statistics)))
     return built, left_out
+
+
+def _losses(family: Family, statistics: Statistics) -> Family | None:
+    """The units of a family compared by the loss of every row; None if they already are, or if some are not known."""
+    if family.measure == "reward_accuracy":
+        return by_rewards(family.units, statistics, "preference_loss")
+    finished = [row for unit in family.units for row in unit.finished]
+    if family.measure != "rouge_l" or any(row.trial_id not in statistics.losses for row in finished):
+        return None
+    losses = by_loss(family.units, statistics)
+    return losses if losses.paired else None
 
 
 def _rouge_of(statistics: Statistics) -> Callable[[SeedGroup], float]:

@@ -8,6 +8,7 @@ import pytest
 
 from ray_peft.compare.answer import answer
 from ray_peft.compare.rungs import Chosen, best
+from ray_peft.report.answer import answer as report_answer
 from ray_peft.report.files import read_material
 from ray_peft.store.results_file import read_results
 
@@ -80,6 +81,10 @@ def test_the_loss_decides_between_methods_whose_answers_are_not_shown_to_differ(
     assert "qlora (" in worse
     assert "full" not in worse
     assert "the least memory of the 3 that none is shown to be better than" in verdict.lines[2]
+    first_line, *_, against_base = report_answer(read_material(built))[:3]
+    assert first_line.startswith("Take lora rank=16: ROUGE-L 0.")
+    assert "By the loss of the same rows these are shown to be worse: " in first_line
+    assert "shown to be better by the loss of the same rows alone: " in against_base
 
 
 def test_without_a_trained_method_there_is_no_answer(folder, tmp_path):
