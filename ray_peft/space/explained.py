@@ -9,6 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ray_peft.spec import TrialSpec
+from ray_peft.spec.base import WarmStart
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -89,9 +90,11 @@ def _as_written(location: tuple[int | str, ...]) -> list[int | str]:
 
 @cache
 def field_names() -> list[str]:
-    """Every key that a spec knows, for suggestions."""
-    schemas = [part for spec in TrialSpec.kinds().values() for part in spec.model_json_schema()["$defs"].values()]
-    names = {name for schema in schemas for name in schema.get("properties", {})}
+    """Every key that a file may hold, for suggestions."""
+    schemas = [spec.model_json_schema() for spec in TrialSpec.kinds().values()]
+    definitions = [definition for schema in schemas for definition in schema["$defs"].items()]
+    names = {key for name, part in definitions if name != WarmStart.__name__ for key in part.get("properties", {})}
+    names.remove("warm_start")  # no file sets it
     return sorted(names | set(TrialSpec.model_fields))
 
 
