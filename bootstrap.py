@@ -71,8 +71,7 @@ def prepare():
     if subprocess.call([python, "-m", "venv", ".venv"]):
         raise Failed("no virtual environment can be made; on Debian and Ubuntu: apt-get install python3-venv")
     pip = [tool("python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    # Python compiles what it imports; to compile all 25,000 modules would take a minute more.
-    install(pip + ["--no-compile", "-r", "requirements.lock"])
+    install(pip + ["-r", "requirements.lock"])
     # setuptools comes from the lock, so the build needs no environment of its own.
     install(pip + ["--no-build-isolation", "--no-deps", "-e", "."])
     with open(READY, "w"):
