@@ -95,7 +95,6 @@ def test_a_cluster_of_somebody_else_that_dies_ends_the_sweep_with_one_error(swee
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_a_worker_that_is_killed_goes_on_from_its_checkpoint_in_the_same_sweep(sweep, tmp_path):
     """Its curve is that of an undisturbed one: `test_worker_killed.py`."""
     running = sweep(steps=40, train__checkpoint_every=5)
@@ -159,7 +158,6 @@ def test_a_terminal_that_is_closed_ends_a_sweep_like_ctrl_c(sweep, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_nobody_reads_the_output_and_the_trials_run_all_the_same(tiny_model, questions, tmp_path):
     plain = tiny.plain_spec(tiny_model, questions, {"grid": [NONE, LORA]}, evaluation__generate=False)
     space = write_space(tmp_path / "space.yaml", plain)
