@@ -15,6 +15,7 @@ from ray_peft.spec import TrialSpec
 from ray_peft.store import tracking
 from ray_peft.store.consent import check_consent
 from ray_peft.tasks import TASKS
+from ray_peft.tasks.one_model import ADAPTER_CONFIG
 from ray_peft.trial.rounding import check_same_loss
 
 Format = Literal["adapter", "merged", "gguf"]
@@ -79,7 +80,7 @@ def export(
     task.inspect(spec)
     with tempfile.TemporaryDirectory(prefix="ray_peft_export_") as scratch:
         trained = tracking.fetch(tracking_uri, run_id, "adapter", Path(scratch))
-        adapted = (trained / "adapter_config.json").is_file()
+        adapted = (trained / ADAPTER_CONFIG).is_file()
         if form == "adapter" and not adapted:
             raise SpecError(f"run {run_id} ({spec.method.name}) trained all weights and has no adapter; use merged")
         device = _device()
@@ -108,7 +109,7 @@ def _write(spec: TrialSpec, trained: Path, folder: Path, *, merge: bool, dtype: 
     if merge:
         stage, _ = spec.method.stages(bench.total_steps())[-1]
         bench.merge(stage)
-    if merge or not (trained / "adapter_config.json").is_file():
+    if merge or not (trained / ADAPTER_CONFIG).is_file():
         bench.export(folder, dtype)
     else:
         bench.save(folder, dtype)

@@ -25,6 +25,7 @@ from ray_peft.metrics.scores import Scores
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import Bench, Scored
 from ray_peft.tasks.image_files import IMAGES, write_images
+from ray_peft.tasks.one_model import ADAPTER_CONFIG
 from ray_peft.trial.clock import Clock, ShareClock
 from ray_peft.trial.live import Live
 from ray_peft.trial.log import MetricLog
@@ -385,7 +386,7 @@ def keep(life: Life, bench: Bench, name: str, dtype: Dtype | None = None) -> int
     size = bench.stored_bytes(folder)
     if life.tracker is not None:
         # Full weights are large: they go once the tracker holds them.
-        life.tracker.artifact(folder, name, remove=not (folder / "adapter_config.json").is_file())
+        life.tracker.artifact(folder, name, remove=not (folder / ADAPTER_CONFIG).is_file())
     return size
 
 

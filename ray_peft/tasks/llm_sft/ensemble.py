@@ -19,6 +19,7 @@ from ray_peft.spec import LlmTrialSpec
 from ray_peft.tasks.base import EnsembleBench, MemberModel, Scored
 from ray_peft.tasks.llm_sft.bench import LlmBench
 from ray_peft.tasks.llm_sft.evaluate import Mixture, answers, bare, inference, token_log_probs
+from ray_peft.tasks.one_model import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -122,7 +123,7 @@ def load_members(members: Sequence[MemberModel[LlmTrialSpec]], device: str) -> l
     keys: list[tuple[str, str | None]] = []
     for place, member in enumerate(members):
         spec, folder = member.spec, member.weights
-        if folder is not None and not (folder / "adapter_config.json").is_file():
+        if folder is not None and not (folder / ADAPTER_CONFIG).is_file():
             key = f"member {place}"
             bases[key] = from_folder(spec.model, str(folder), spec.train.save_dtype, None, device)
             keys.append((key, None))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_peft.errors import ModelError, first_line
 from ray_peft.foundation.lists import some
+from ray_peft.tasks.one_model import ADAPTER_CONFIG
 from ray_peft.tasks.safetensors_header import entries
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 def single_file_in(folder: Path) -> str | None:
     """A sentence on a checkpoint in one file, or an adapter, in place of a pipeline; None if there is none."""
     names: list[Any] = sorted(file.name for file in folder.iterdir() if file.is_file())
-    if adapters := [name for name in names if name in ("adapter_config.json", "pytorch_lora_weights.safetensors")]:
+    if adapters := [name for name in names if name in (ADAPTER_CONFIG, "pytorch_lora_weights.safetensors")]:
         return f"it holds an adapter ({adapters[0]}): name the pipeline that it was trained on"
     if checkpoints := [name for name in names if name.lower().endswith((".safetensors", ".ckpt", ".gguf"))]:
         return f"{checkpoints[0]} is a checkpoint in one file: {FROM_SINGLE_FILE}"

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 """An adapter in the form that `StableDiffusionPipeline.load_lora_weights` reads."""
-PEFT_CONFIG = "adapter_config.json"
-"""With adapter_model.safetensors, the same adapter in the form that PEFT reads."""
 
 
 def save(model: nn.Module, folder: Path, dtype: Dtype) -> None:

@@ -15,7 +15,7 @@ from ray_peft.metrics.scores import Scores
 from ray_peft.spec import ImageTrialSpec, ModelSpec
 from ray_peft.spec.identity import Content
 from ray_peft.tasks.base import Bench, DataReport, Inspection, Scored, TaskType
-from ray_peft.tasks.one_model import OneModelBench
+from ray_peft.tasks.one_model import ADAPTER_CONFIG, OneModelBench
 from ray_peft.tasks.parameters import weight_storage
 from ray_peft.vram.cards import Gpu, here
 
@@ -116,10 +116,10 @@ class TextToImage(TaskType[ImageTrialSpec]):
 
     def load_trained(self, spec: ImageTrialSpec, weights: Path, device: str) -> Bench:
         """The UNet with a trained adapter, or with trained weights."""
-        from ray_peft.tasks.text_to_image import model, save
+        from ray_peft.tasks.text_to_image import model
 
         pictures, encoded = _encoded(spec, device)
-        if not (weights / save.PEFT_CONFIG).is_file():
+        if not (weights / ADAPTER_CONFIG).is_file():
             return ImageBench(spec, device, pictures, encoded, model.load_trained_unet(spec, weights, device))
         bench = ImageBench(spec, device, pictures, encoded, model.load_unet(spec, device))
         (stage, _), *_ = spec.method.stages(1)

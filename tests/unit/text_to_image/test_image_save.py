@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from ray_peft.errors import TrialFailed
 from ray_peft.methods.base import Quantization
 from ray_peft.methods.optimizers import trainable
+from ray_peft.tasks.one_model import ADAPTER_CONFIG
 from ray_peft.tasks.parameters import weight_storage
 from ray_peft.tasks.text_to_image import save
 from ray_peft.tasks.text_to_image.four_bit import dequantised, quantise
@@ -57,8 +58,8 @@ def base_unet(tiny_painter):
 def test_an_adapter_is_there_for_diffusers_and_for_peft_and_counts_once(adapted):
     _, folder = adapted
     files = {file.name for file in folder.iterdir()}
-    assert {save.DIFFUSERS_FILE, save.PEFT_CONFIG, "adapter_model.safetensors"} <= files
-    assert json.loads((folder / save.PEFT_CONFIG).read_text())["lora_alpha"] == 12.0
+    assert {save.DIFFUSERS_FILE, ADAPTER_CONFIG, "adapter_model.safetensors"} <= files
+    assert json.loads((folder / ADAPTER_CONFIG).read_text())["lora_alpha"] == 12.0
     one, other = (load_file(folder / name) for name in (save.DIFFUSERS_FILE, "adapter_model.safetensors"))
     assert len(one) == len(other) > 0
     assert all(name.startswith("unet.") for name in one)
