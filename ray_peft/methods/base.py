@@ -116,7 +116,8 @@ class Method(Strict, ABC):
 
 
 OF_TRAINING = frozenset({"lr", "weight_decay", "betas", "max_grad_norm"})
-"""Fields of every `Stage` that say how its numbers change: neither how many there are, nor how they begin."""
+"""Fields of every `Stage` that say how its numbers change: not how many there are, how they begin, or what time a step
+takes."""
 
 
 class Stage(Method):

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from ray_peft.foundation.cache import cache_folder
 from ray_peft.foundation.strict import Strict
 from ray_peft.foundation.whole import write_text
+from ray_peft.methods.base import OF_TRAINING
 from ray_peft.spec import TrialSpec
 from ray_peft.tasks.base import Workload
 from ray_peft.trial.result import TrialResult
@@ -33,12 +34,11 @@ FORWARD_SHARE = 1 / 3
 """Of a training pass, what the forward pass takes: the backward pass computes two products for each of its own. It
 stands for the loss of held-out rows where only a training step was measured."""
 
-_NO_TIME = frozenset({"lr", "weight_decay", "max_grad_norm", "betas"})
-"""Settings of a method that change no time; so do those of the training that are not in `_TRAIN`."""
 _TRAIN = (
     "batch_size", "micro_batch_size", "gradient_checkpointing", "precision", "engine", "cuda_graphs", "loss",
     "ema_decay",
 )  # fmt: skip
+"""Settings of the training that change the time of a step; those of a method all do but `OF_TRAINING`."""
 
 
 class Speed(Strict):
@@ -83,7 +83,7 @@ def key(spec: TrialSpec, fingerprint: str | None, device: str) -> str:
 def _timed(value: Any) -> Any:
     """The settings of a method without those that change no time."""
     if isinstance(value, dict):
-        return {name: _timed(entry) for name, entry in value.items() if name not in _NO_TIME}
+        return {name: _timed(entry) for name, entry in value.items() if name not in OF_TRAINING}
     return [_timed(entry) for entry in value] if isinstance(value, list) else value
 
 
