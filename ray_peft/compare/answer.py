@@ -12,10 +12,10 @@ from ray_peft.report.digits import duration, fixed, gib, listed
 from ray_peft.report.material import Material
 from ray_peft.report.recommend import cheapest
 from ray_peft.report.table import SeedGroup
-from ray_peft.report.ties import FEWEST_ROWS, Family
+from ray_peft.report.ties import FEWEST_ROWS, MEASURES, Family, Measure
 from ray_peft.spec import TrialSpec
 
-_MEASURES = {"rouge_l": "ROUGE-L", "eval_loss": "loss", "reward_accuracy": "reward accuracy"}
+_MEASURES: dict[Measure, str] = {**MEASURES, "eval_loss": "loss"}
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,6 @@ def _rows(family: Family) -> str:
     return "pairs" if family.measure == "reward_accuracy" else "rows"
 
 
-def _loss(family: Family) -> str:
-    """The loss that decides where the scores do not, inside a sentence."""
-    return "DPO's loss" if family.measure == "reward_accuracy" else "the loss"
-
-
 def _score(family: Family, place: int) -> str:
     text = f"{_MEASURES[family.measure]} {fixed(family.values[place], 4)}"
     if not family.intervals:
@@ -106,14 +101,14 @@ def _others(family: Family, take: int, base: int | None) -> str:
     if base is not None and not family.better(take, base):
         if losses is not None and losses.better(take, base):
             values = f"{fixed(losses.values[take], 3)} for {fixed(losses.values[base], 3)}"
-            by = f"{_loss(family)} on these {_rows(family)} alone"
+            by = f"{family.loss_name} on these {_rows(family)} alone"
             parts.append(f"Shown to be better than the untouched base by {by}, {values}")
         else:
             parts.append(f"These {_rows(family)} do not show that it is better than the untouched base")
     if by_loss_alone and losses is not None:
         named = [f"{_name(losses.units[place])} {fixed(losses.values[place], 3)}" for place in by_loss_alone]
         own = fixed(losses.values[take], 3)
-        parts.append(f"Shown to be worse by {_loss(family)} on these {_rows(family)}, for {own}: {listed(named)}")
+        parts.append(f"Shown to be worse by {family.loss_name} on these {_rows(family)}, for {own}: {listed(named)}")
     if alike:
         parts.append(f"Not shown to differ from it: {listed(_scored_names(family, alike))}")
     if worse:
@@ -146,7 +141,7 @@ def _forgotten(unit: SeedGroup, base: SeedGroup) -> str:
 def _how_chosen(family: Family, chosen: Mapping[str, Chosen]) -> str:
     """How rates were chosen, and which of them lie at an edge of what was tried."""
     edges = [method for method, settings in chosen.items() if settings.at_edge and method != BASE]
-    text = f"Learning rates were chosen by {_loss(family)} on validation {_rows(family)}, within each method."
+    text = f"Learning rates were chosen by {family.loss_name} on validation {_rows(family)}, within each method."
     if edges:
         text += f" Caution: at the edge of those tried: {listed(edges)}; a wider range may be better."
     return text

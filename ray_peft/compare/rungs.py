@@ -16,6 +16,7 @@ from ray_peft.errors import SearchSpaceError
 from ray_peft.foundation.whole import write_text
 from ray_peft.methods.base import Method
 from ray_peft.report.digits import counted, duration
+from ray_peft.report.ties import MEASURES
 from ray_peft.space import yaml_text
 from ray_peft.spec import TrialSpec
 from ray_peft.trial.result import TrialResult
@@ -34,6 +35,7 @@ def file_of(folder: Path, rung: str) -> Path:
 def write_search(folder: Path, measured: Measured, plan: Plan, hours: float) -> Path:
     """The search space of the first rung, with comments that say how it was found. Returns its file."""
     setup, look = measured.setup, measured.setup.look
+    loss = MEASURES["preference_loss"] if look.judged else "the loss"
     factors = (FACTORS_OF_PAIRS if look.judged else FACTORS)[plan.rates]
     entries = [_over_rates([method.at(factor) for factor in factors]) for method in setup.methods]
     train = min(setup.most_train, plan.answer_steps * setup.batch_size)
@@ -64,10 +66,7 @@ def write_search(folder: Path, measured: Measured, plan: Plan, hours: float) -> 
             f"{plan.answer_steps} in {ANSWER}; what is changed here holds for all of them, but for steps, seeds and "
             "scored rows."
         ),
-        "evaluation": (
-            f"Rates are chosen by {'DPO' + chr(39) + 's' if look.judged else 'the'} loss on validation rows. Test rows "
-            "are scored in the last step alone."
-        ),
+        "evaluation": (f"Rates are chosen by {loss} on validation rows. Test rows are scored in the last step alone."),
     }
     for place, method in enumerate(setup.methods):
         step_s = measured.speeds[method.name].step_s

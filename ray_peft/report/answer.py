@@ -54,7 +54,7 @@ def best_line(family: Family, needs: Costs) -> str:
         alike = f", and {few(others)} cannot be told apart from it" if others else ""
         return (
             f"Take {name(family.units[take])}: {value}; no {_kind(family)} is shown to be better than it{alike}. By "
-            f"{family.losses_name} these are shown to be worse: {few(by_loss)}."
+            f"{family.loss_name} of the same rows these are shown to be worse: {few(by_loss)}."
         )
     if not others:
         how = "shown to be better" if family.paired else f"lower by more than {LOSS_MARGIN:.0%}"
@@ -92,7 +92,7 @@ def base_line(family: Family) -> str:
     }
     if (losses := family.losses) is not None:
         open_pairs = [(place, base) for place, base in bases.items() if place not in {*groups[better], *groups[worse]}]
-        by = f"by {family.losses_name} alone"
+        by = f"by {family.loss_name} of the same rows alone"
         groups[f"{better} {by}"] = [place for place, base in open_pairs if losses.better(place, base)]
         groups[f"{worse} {by}"] = [place for place, base in open_pairs if losses.better(base, place)]
     decided = {place for places in groups.values() for place in places}

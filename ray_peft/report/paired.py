@@ -22,9 +22,16 @@ def over_rows_and_seeds(trials: Trials, parts: Callable[[Trials], Numbers]) -> S
     return widened(estimate, len(parts(trials)), _of_seeds(trials, parts))
 
 
+def compared_over_rows(
+    pairs: Sequence[tuple[Trials, Trials]], parts: Callable[[Trials], Numbers]
+) -> list[DifferenceInterval]:
+    """Differences over rows alone; the p-values are corrected for all pairs."""
+    return compare([(parts(first), parts(second)) for first, second in pairs])
+
+
 def compared(pairs: Sequence[tuple[Trials, Trials]], parts: Callable[[Trials], Numbers]) -> list[DifferenceInterval]:
     """Differences over rows and seeds; the p-values are those over rows, corrected for all pairs."""
-    differences = compare([(parts(first), parts(second)) for first, second in pairs])
+    differences = compared_over_rows(pairs, parts)
     return [
         widened(difference, len(parts(first)), _of_pair(first, second, parts))
         for difference, (first, second) in zip(differences, pairs, strict=True)

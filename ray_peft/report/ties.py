@@ -15,12 +15,11 @@ from ray_peft.metrics.intervals import (
     Numbers,
     ScoreInterval,
     bleu4_parts,
-    compare,
     mean_parts,
 )
 from ray_peft.report.choosing import chosen
 from ray_peft.report.lineage import lineages
-from ray_peft.report.paired import compared, mean_of_runs, over_rows_and_seeds, trial_pairs
+from ray_peft.report.paired import Trials, compared, compared_over_rows, mean_of_runs, over_rows_and_seeds, trial_pairs
 from ray_peft.report.recommend import tiers, unbeaten
 from ray_peft.report.table import Row, SeedGroup
 from ray_peft.report.uncertainty import Statistics
@@ -90,9 +89,9 @@ class Family:
         return self.measure_name[0].upper() + self.measure_name[1:]
 
     @property
-    def losses_name(self) -> str:
-        """What decides where the measure does not, inside a sentence."""
-        return "DPO's loss" if self.measure == "reward_accuracy" else "the loss of the same rows"
+    def loss_name(self) -> str:
+        """The loss that decides where the measure does not, inside a sentence."""
+        return MEASURES["preference_loss"] if self.measure == "reward_accuracy" else "the loss"
 
     @property
     def paired(self) -> bool:
@@ -110,9 +109,8 @@ class Family:
             return False
         pair = self.pairs[min(first, second), max(first, second)].quality
         shown = pair.shown and (pair.difference > 0) == (self.gains == (first < second))
-        if (
-            self.measure == "eval_loss"
-        ):  # of the same rows, or noise, intervals of losses are narrow, so seeds have their say, too
+        if self.measure == "eval_loss":
+            # Of the same rows, or noise, intervals of losses are narrow, so seeds have their say, too.
             return shown and max(self._losses(first)) < min(self._losses(second))
         return shown and (self.values[first] > self.values[second]) == self.gains
 
@@ -260,22 +258,11 @@ def by_loss(members: Sequence[SeedGroup], statistics: Statistics) -> Family:
 
 def _by_row_losses(members: Sequence[SeedGroup], statistics: Statistics, rows: int) -> Family:
     @cache
-    def losses(trials: tuple[str, ...]) -> Numbers:
+    def losses(trials: Trials) -> Numbers:
         return mean_of_runs([statistics.loss_parts(trial) for trial in trials])
 
-    by_seed = [{row.result.spec.seed: row.trial_id for row in unit.finished} for unit in members]
-    places = trial_pairs(members, by_seed)
-    # The ranges over the seeds have their say in `Family.better`, so these intervals are over rows alone.
-    differences = compare([(losses(a), losses(b)) for a, b in places.values()])
-    unit_intervals = [over_rows_and_seeds(tuple(trials.values()), losses) for trials in by_seed]
-    return Family(
-        measure="eval_loss",
-        units=tuple(members),
-        values=tuple(estimate.score for estimate in unit_intervals),
-        intervals=tuple(unit_intervals),
-        pairs={place: Pair(quality=quality) for place, quality in zip(places, differences, strict=True)},
-        rows=rows,
-    )
+    # The ranges over the seeds have their say in `Family.better`, so these differences are over rows alone.
+    return _by_parts("eval_loss", members, losses, rows, compared_over_rows)
 
 
 def by_rewards(
@@ -290,12 +277,24 @@ def by_rewards(
     of_trial = statistics.right if measure == "reward_accuracy" else statistics.dpo_losses
 
     @cache
-    def parts(trials: tuple[str, ...]) -> Numbers:
+    def parts(trials: Trials) -> Numbers:
         return mean_parts(mean_of_runs([of_trial(trial) for trial in trials]))
 
+    rows = len(of_trial(members[0].finished[0].trial_id))
+    return _by_parts(measure, members, parts, rows, compared)
+
+
+def _by_parts(
+    measure: Measure,
+    members: Sequence[SeedGroup],
+    parts: Callable[[Trials], Numbers],
+    rows: int,
+    compare_all: Callable[[Sequence[tuple[Trials, Trials]], Callable[[Trials], Numbers]], list[DifferenceInterval]],
+) -> Family:
+    """Units compared by what every row adds to the mean of a measure over trials."""
     by_seed = [{row.result.spec.seed: row.trial_id for row in unit.finished} for unit in members]
     places = trial_pairs(members, by_seed)
-    differences = compared(list(places.values()), parts)
+    differences = compare_all(list(places.values()), parts)
     unit_intervals = [over_rows_and_seeds(tuple(trials.values()), parts) for trials in by_seed]
     return Family(
         measure=measure,
@@ -303,7 +302,7 @@ def by_rewards(
         values=tuple(estimate.score for estimate in unit_intervals),
         intervals=tuple(unit_intervals),
         pairs={place: Pair(quality=quality) for place, quality in zip(places, differences, strict=True)},
-        rows=len(of_trial(next(iter(by_seed[0].values())))),
+        rows=rows,
     )
 
 
