@@ -90,6 +90,18 @@ class Lease:
         except StorageError as error:
             raise OSError(str(error)) from None
 
+    def check(self) -> None:
+        """Make sure that this driver may still write.
+
+        Raises:
+            StorageError: another one has taken the URL.
+        """
+        if self.lost_to is not None:
+            raise StorageError(
+                f"{self._remote.shown}: another ray-peft has taken it ({self.lost_to.text()}), so nothing more is sent "
+                "there"
+            )
+
     def give_back(self) -> None:
         """Let the next driver begin at once.
 

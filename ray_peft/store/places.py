@@ -67,7 +67,7 @@ def working_folder(place: str | Path, outputs: Path, console: Audience) -> Itera
             lease = Lease(remote, console)
             lease.take()
             until_ended.callback(_given_back, lease)
-            mirror = Mirror(remote, folder, lambda: _check(lease, remote))
+            mirror = Mirror(remote, folder, lease.check)
             if fetched := mirror.fetch():
                 console.say(f"{remote.shown}: {fetched} files fetched into {folder}")
         sender = _Sender(mirror, remote, console)
@@ -121,13 +121,6 @@ class _Sender:
         if self._away:
             self._console.say(f"{self._remote.shown}: can be written again, and has what waited")
         self._away = False
-
-
-def _check(lease: Lease, remote: Remote) -> None:
-    if lease.lost_to is not None:
-        raise StorageError(
-            f"{remote.shown}: another ray-peft has taken it ({lease.lost_to.text()}), so nothing more is sent there"
-        )
 
 
 def _given_back(lease: Lease) -> None:
