@@ -29,6 +29,8 @@ from ray_peft.spec import TrialSpec
 from ray_peft.vram.pool import SEGMENT
 from ray_peft.vram.shape import ModelShape
 
+GATHERED = "gathered"
+"""Kind of bytes of weights, and of their gradients, that a worker of a spread model holds whole for a moment."""
 PASS, UPDATE = "segments of a pass", "segments of an update"
 """Kinds of bytes that are no part of the peak: what the allocator reserves for each if both have a pool of their own,
 as they do where passes are recorded."""
@@ -104,7 +106,7 @@ def recorded_segments(step: Counter[str], scoring: int, beside: int, slack: floa
 def evaluating(step: Counter[str], scoring: Counter[str]) -> Counter[str]:
     """Components while the held-out loss is measured between two steps: the optimizer keeps its state."""
     resident = [kind for kind in RESIDENT if kind != "gradients"]
-    added = Counter(buffers=scoring["scoring"], gathered=scoring["gathered"])
+    added = Counter(buffers=scoring["scoring"], **{GATHERED: scoring[GATHERED]})
     return Counter({kind: step[kind] for kind in resident}) + added
 
 

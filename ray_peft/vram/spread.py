@@ -6,15 +6,13 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from ray_peft.reach.blocks import blocks
-from ray_peft.vram.predict import PASS, RESIDENT, UPDATE
+from ray_peft.vram.predict import GATHERED, PASS, RESIDENT, UPDATE
 
 if TYPE_CHECKING:
     from torch import nn
 
 BLOCK, REST, ALL = "largest block", "outside of blocks", "all"
 """Kinds of bytes of a model's weights: two that are gathered at once, and their sum over the model."""
-GATHERED = "gathered"
-"""Kind of bytes of weights, and of their gradients, that a worker holds whole for a moment."""
 
 
 def units(model: nn.Module) -> Counter[str]:

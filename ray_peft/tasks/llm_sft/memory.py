@@ -15,9 +15,9 @@ from ray_peft.spec import LlmTrialSpec
 from ray_peft.spec.preference import PAIRED_OBJECTIVES
 from ray_peft.vram.cards import ANY, Gpu
 from ray_peft.vram.parts import ANSWERING, ATTACH, SCORING, STEP, during
-from ray_peft.vram.predict import Prediction, cached, common, evaluating, recorded_segments, segments
+from ray_peft.vram.predict import GATHERED, Prediction, cached, common, evaluating, recorded_segments, segments
 from ray_peft.vram.shape import ModelShape
-from ray_peft.vram.spread import GATHERED, evaluated, spread, units
+from ray_peft.vram.spread import evaluated, spread, units
 
 if TYPE_CHECKING:
     from torch import Tensor
