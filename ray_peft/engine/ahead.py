@@ -46,4 +46,4 @@ class Ahead(Generic[PartT]):
         workers = self._share.workers
         parts = [self._data.parts(number, Share(rank, workers), rows) for rank in range(workers)]
         missing = max(map(len, parts)) - len(parts[self._share.rank])
-        return [self._computation.inputs(parts[0][0])] * missing
+        return [self._computation.inputs(parts[0][0])] * missing if missing else []
