@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from ray_peft.errors import first_line
 from ray_peft.schedule import watch, worker
@@ -130,10 +130,12 @@ class Events:
         specs = self._specs(task)
         try:
             seat = self._order.move(specs)
-            run = self._receiver.further(specs) if seat is None else None
-            if seat is None and run is None:
+            if seat is not None:
+                config = seated(seat)
+            elif (run := self._receiver.further(specs)) is not None:
+                config = joining(run)
+            else:
                 return
-            config = seated(seat) if seat is not None else joining(cast(Run, run))
             spec = self.resolve(config).spec
             self._joined.setdefault(task.place, []).append(spec)
             self._running.add(spec.trial_id)

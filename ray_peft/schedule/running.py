@@ -144,12 +144,14 @@ class SweepRun:
 
     def _phases(self, decision: Decision) -> Iterator[Phase]:
         """What runs one after the other; all that a search proposes one by one runs in one phase."""
-        draws, together = self.plan.draws, any(run.is_pack for run in decision.runs)
+        draws = self.plan.draws
         if draws is None:
             yield from decision.phases
-        elif not together:
+            return
+        if not any(run.is_pack for run in decision.runs):
             yield Phase((), next((phase.most_teams for phase in decision.phases), None))
-        while draws is not None and together:
+            return
+        while True:
             trials, self.unjoined = self.unjoined, []
             try:
                 more = draws.next_ones(min(decision.at_once - len(trials), self.plan.missing - self.proposal_count))

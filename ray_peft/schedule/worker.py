@@ -100,7 +100,6 @@ def run_together(
     Raises:
         TrialFailed: the process must not be used again, and some have no row.
     """
-    check_shared(assignments[0].sign)
     left = _without_row(assignments, relay)
     if not left:
         return
