@@ -64,13 +64,13 @@ def test_another_machine_goes_on(ray_cluster, tiny_model, questions, tmp_path, s
     more = ["--out", url, "--tracking-uri", f"sqlite:///{tmp_path / 'mlflow.db'}"]
     monkeypatch.setenv("RAY_PEFT_OUTPUTS", str(tmp_path / "one"))
     assert cli.main(["sweep", str(first), *more]) == 0
-    one = folder_of(url, tmp_path / "one")
-    (ended,) = read_results(one)
+    first = folder_of(url, tmp_path / "one")
+    (ended,) = read_results(first)
 
     # The machine is lost while it trains the second trial.
     spec = plan.plan(both, [], None, Console(quiet=True))[1]
-    assert interrupted(spec, one / "trials" / spec.trial_id, 6) is None
-    mirror = Mirror(Remote(url), one)
+    assert interrupted(spec, first / "trials" / spec.trial_id, 6) is None
+    mirror = Mirror(Remote(url), first)
     mirror.fetch()
     assert mirror.send() > 0
     taken = lease.Lease(Remote(url), Silence())

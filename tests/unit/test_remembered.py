@@ -88,7 +88,7 @@ def test_an_objective_that_takes_pairs_apart_is_inspected_by_itself(tiny_model, 
     of_pairs = [{"train__objective": "dpo"}, {"train__objective": "kto"}, heavier]
     trials = [TrialSpec.from_plain(judged.plain_spec(tiny_model, rows, **changes)) for changes in of_pairs]
     for inspector in (Inspector(), Inspector()):  # the second reads what the first has kept
-        dpo, kto, weighed = (inspector.inspect(each) for each in trials)
+        dpo, kto, weighed = map(inspector.inspect, trials)
         assert [dpo.train_rows, kto.train_rows, weighed.train_rows] == [40, 80, 80]
         assert dpo.data_key == kto.data_key  # prepared rows are pairs
         assert any("weigh 3.00 times" in note for note in weighed.notes)

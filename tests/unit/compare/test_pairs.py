@@ -58,8 +58,8 @@ def material(*trials: Judged) -> Material:
 
 
 def test_the_answer_is_the_method_that_rates_more_pairs_the_right_way_round() -> None:
-    found = material(trial("none", 0), trial("lora", 55), trial("full", 33), trial("vera", 20))
-    verdict = answer(found, {"lora": Chosen((trial("lora", 55)[0].spec,), 0.6, (2e-5, 2e-3))})
+    compared = material(trial("none", 0), trial("lora", 55), trial("full", 33), trial("vera", 20))
+    verdict = answer(compared, {"lora": Chosen((trial("lora", 55)[0].spec,), 0.6, (2e-5, 2e-3))})
     assert verdict.take is not None
     assert verdict.take.method.name == "lora"
     assert verdict.lines[0].startswith("Take lora (learning rate 0.0002): reward accuracy 0.9167 (0.8")
@@ -69,7 +69,7 @@ def test_the_answer_is_the_method_that_rates_more_pairs_the_right_way_round() ->
     )
     assert verdict.lines[3].startswith("Learning rates were chosen by DPO's loss on validation pairs")
     # A sweep's report, which answered no row either, says the same.
-    assert of_report(found)[0].startswith("Take lora: reward accuracy 0.9167")
+    assert of_report(compared)[0].startswith("Take lora: reward accuracy 0.9167")
 
 
 def test_of_methods_with_equally_many_right_pairs_the_loss_decides_and_then_the_cost() -> None:
@@ -109,9 +109,9 @@ def test_pairs_are_recognised_and_learned_by_dpo(tiny_model: Path, pairs: Path) 
     setup = look_at(tiny_model, pairs)
     assert (setup.look.recipe, setup.look.usable, setup.metric) == ("preference", PAIRS, "reward_accuracy")
     assert setup.look.length(0) > setup.look.answer_length(1) + len("No idea what 1 may be.")  # of the longer side
-    for one in parse(written(speed_space(setup), "", {}), "speed").trials:
-        assert isinstance(one, LlmTrialSpec)
-        assert (one.train.objective, one.evaluation.generate) == ("dpo", False)
+    for trial_spec in parse(written(speed_space(setup), "", {}), "speed").trials:
+        assert isinstance(trial_spec, LlmTrialSpec)
+        assert (trial_spec.train.objective, trial_spec.evaluation.generate) == ("dpo", False)
     assert FACTORS_OF_PAIRS[3] == (0.1, 1.0, 10.0)
 
 

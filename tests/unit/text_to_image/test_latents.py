@@ -67,15 +67,15 @@ def test_moments_and_embeddings_are_those_of_the_pipeline(tiny_painter: Path, im
 
     spec = trial(tiny_painter, images, data__crop="random", data__flip=True, data__views=4)
     pictures = prepare(spec.data)
-    found = run(spec, lambda: load(tiny_painter))
+    encoded_data = run(spec, lambda: load(tiny_painter))
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_painter, safety_checker=None)
-    assert found.train.moments.shape == (4, 4, 8, 8, 8)
-    assert found.test.moments.shape == (2, 1, 8, 8, 8)
-    assert found.train.embeddings.shape == (4, 77, 32)
-    assert found.scaling_factor == 0.18215
+    assert encoded_data.train.moments.shape == (4, 4, 8, 8, 8)
+    assert encoded_data.test.moments.shape == (2, 1, 8, 8, 8)
+    assert encoded_data.train.embeddings.shape == (4, 77, 32)
+    assert encoded_data.scaling_factor == 0.18215
     splits: list[tuple[Any, Any, list[int | None]]] = [
-        (pictures.train, found.train, [0, 1, 2, 3]),
-        (pictures.test, found.test, [None]),
+        (pictures.train, encoded_data.train, [0, 1, 2, 3]),
+        (pictures.test, encoded_data.test, [None]),
     ]
     for chosen, encoded, views in splits:
         assert encoded.moments.dtype == encoded.embeddings.dtype == torch.float32
@@ -89,16 +89,16 @@ def test_moments_and_embeddings_are_those_of_the_pipeline(tiny_painter: Path, im
             with torch.no_grad():
                 embedding, _ = pipeline.encode_prompt(picture.caption, "cpu", 1, do_classifier_free_guidance=False)
             assert torch.allclose(encoded.embeddings[index], embedding[0], atol=1e-6)
-    assert not torch.allclose(found.train.moments[0, 0], found.train.moments[1, 0], atol=1e-2)
-    assert not torch.allclose(found.train.embeddings[0], found.train.embeddings[1], atol=1e-3)
+    assert not torch.allclose(encoded_data.train.moments[0, 0], encoded_data.train.moments[1, 0], atol=1e-2)
+    assert not torch.allclose(encoded_data.train.embeddings[0], encoded_data.train.embeddings[1], atol=1e-3)
 
 
 def test_what_is_made_and_what_is_kept_can_be_trained_on(tiny_painter: Path, images: Path) -> None:
     spec = trial(tiny_painter, images)
     for _ in range(2):
-        found = run(spec, lambda: load(tiny_painter))
+        encoded_data = run(spec, lambda: load(tiny_painter))
         weight = torch.ones(8, 1, 1, requires_grad=True)
-        (found.train.moments * weight).sum().backward()
+        (encoded_data.train.moments * weight).sum().backward()
         assert weight.grad is not None
 
 
@@ -153,9 +153,9 @@ def test_long_captions_are_cut_and_counted(tiny_painter: Path, tmp_path: Path) -
     images = tiny_diffusion.write_images(tmp_path / "images", 5)
     lines = (images / "metadata.jsonl").read_text().replace(", number", " w" * 75 + " w, number", 1)
     (images / "metadata.jsonl").write_text(lines)
-    found = run(trial(tiny_painter, images), lambda: load(tiny_painter))
-    assert found.train.truncated + found.test.truncated == 1
-    assert found.train.embeddings.shape[1] == 77
+    encoded_data = run(trial(tiny_painter, images), lambda: load(tiny_painter))
+    assert encoded_data.train.truncated + encoded_data.test.truncated == 1
+    assert encoded_data.train.embeddings.shape[1] == 77
 
 
 def damage_shorten(folder: Path) -> None:
